@@ -1,0 +1,334 @@
+"""The run folder, checkpoints that are committed or absent, resume.
+
+A save writes `checkpoints/.saving-step-N`; every rank adds its part; the files are hashed; rank 0 writes the manifest and
+renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` file is neither written nor read.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+import dspref
+from dspref import config as configuration
+from dspref import distributed
+from dspref.config import CheckpointSection, Config
+from dspref.distributed import write_atomically
+from dspref.engine import Engine
+from dspref.errors import ConfigError, EnvironmentFault
+
+# Keys that may differ between a run and its continuation: they change speed, memory, length or reports, but neither the
+# pairs of a step nor what a step computes.
+MAY_CHANGE = (
+    "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.gradient_checkpointing",
+    "model.name_or_path", "train.max_steps", "train.num_train_epochs", "train.eval_every", "checkpoint", "log", "output_dir",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint knows beyond the engine's state."""
+
+    step: int = 0
+    metrics_offset: int = 0
+    tracker_id: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+class RunFolder:
+    """Everything that a run leaves behind. Made on rank 0, only after config and data have been found good."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """run.json: id, state (running, finished), versions, and the summary of a finished run; {} in a fresh folder."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def refuse_foreign(self) -> None:
+        """Raise ConfigError where the folder holds something that dspref did not make."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir: {self.path} is a file; choose another folder")
+        if self.path.exists() and any(self.path.iterdir()) and not self.run:
+            raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
+
+    def open(self, config: Config, ds_config: Mapping[str, Any]) -> None:
+        """Write config, versions and state (rank 0). A folder that is started anew keeps its old run in `previous-*`."""
+        if config.checkpoint.resume == "never" and self.run:
+            self._set_aside()
+        for folder in (self.path, self.checkpoints, self.path / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.resolved.yaml", configuration.dump(config))
+        write_atomically(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+        self.update(
+            {"run_id": uuid.uuid4().hex[:12], "started": _now()} | self.run,
+            state="running",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            world_size=distributed.world().size,
+        )
+
+    def update(self, known: Mapping[str, Any] | None = None, **changes: Any) -> None:
+        """Change run.json."""
+        write_atomically(self.path / "run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Append to events.jsonl (rank 0)."""
+        if distributed.world().rank == 0:
+            with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": _now(), "event": kind, **details}) + "\n")
+
+    def refuse_changes(self, config: Config) -> list[str]:
+        """What differs from the config of the run in this folder, as lines to show. Raises ConfigError for a key that
+        decides what a step computes."""
+        path = self.path / "config.resolved.yaml"
+        if not path.exists():
+            return []
+        old, new = (
+            flatten(c.model_dump(mode="json") | {"deepspeed": c.strategy}) for c in (configuration.load(path), config)
+        )
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+        if refused:
+            key = refused[0]
+            raise ConfigError(
+                f"{key}: {new.get(key)!r}, but the run in {self.path} has {old.get(key)!r}; restore it, or start anew with "
+                "another output_dir= or checkpoint.resume=never"
+            )
+        return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+
+    def _set_aside(self) -> None:
+        aside = self.path / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        entries = [entry for entry in self.path.iterdir() if not entry.name.startswith("previous-")]
+        aside.mkdir()
+        for entry in entries:
+            entry.rename(aside / entry.name)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    return {
+        k: v for key, inner in values.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for env.json and the model card."""
+    packages = {}
+    for name in ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "flash-attn", "peft"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "dspref": dspref.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": distributed.world().size,
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save(run: RunFolder, policy: Engine, progress: Progress, metrics: Mapping[str, float]) -> Path:
+    """Commit a checkpoint of all ranks and prune old ones. Returns its folder. `metrics`: those of this step's evaluation."""
+    started = time.monotonic()
+    committed = run.checkpoints / f"step-{progress.step:06d}"
+    draft = run.checkpoints / f".saving-{committed.name}"
+    if distributed.world().rank == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    distributed.barrier()
+    policy.save(draft)
+    _save_rng(draft / f"rng-rank-{distributed.world().rank}.safetensors")
+    if distributed.world().rank == 0:
+        write_atomically(draft / "state.json", json.dumps(vars(progress), indent=2) + "\n")
+    distributed.barrier()
+    hashes = _hash_together(draft)
+    if distributed.world().rank == 0:
+        manifest = {
+            "step": progress.step,
+            "world_size": distributed.world().size,
+            "dspref": dspref.__version__,
+            "metrics": dict(metrics),
+            "files": hashes,
+        }
+        write_atomically(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        _sync_folder(draft)
+        if committed.exists():  # left by a run that was resumed from an earlier step
+            committed.rename(draft.with_name(f".trash-{committed.name}"))
+        os.rename(draft, committed)
+        _sync_folder(run.checkpoints)
+        seconds = round(time.monotonic() - started, 2)
+        run.event("commit", step=progress.step, bytes=sum(size for size, _ in hashes.values()), seconds=seconds)
+    distributed.barrier()
+    return committed
+
+
+def prune(run: RunFolder, rules: CheckpointSection) -> None:
+    """Delete checkpoints that the retention rules do not keep (rank 0)."""
+    if distributed.world().rank != 0:
+        return
+    manifests = {folder: json.loads((folder / "manifest.json").read_text()) for folder in committed_folders(run)}
+    scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
+    steps = [(m["step"], scores[folder]) for folder, m in manifests.items()]
+    gone = to_delete(steps, rules.keep_last, rules.keep_every, lower_is_better="loss" in (rules.keep_best or ""))
+    for folder, manifest in manifests.items():
+        if manifest["step"] in gone:
+            # Renamed first: a half-deleted folder must not bear a committed name.
+            folder.rename(trash := folder.with_name(f".trash-{folder.name}"))
+            shutil.rmtree(trash, ignore_errors=True)
+    for trash in run.checkpoints.glob(".trash-*"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def to_delete(
+    checkpoints: Sequence[tuple[int, float | None]],
+    keep_last: int,
+    keep_every: int | None,
+    lower_is_better: bool = False,
+) -> set[int]:
+    """Steps to delete of `checkpoints` (step, score). The newest `keep_last` stay, multiples of `keep_every`, the best score."""
+    steps = sorted(step for step, _ in checkpoints)
+    kept = set(steps[-keep_last:])
+    if keep_every:
+        kept |= {step for step in steps if step % keep_every == 0}
+    scored = [(score, step) for step, score in checkpoints if score is not None]
+    if scored:
+        kept.add((min if lower_is_better else max)(scored)[1])
+    return set(steps) - kept
+
+
+def _hash_together(folder: Path) -> dict[str, tuple[int, str]]:
+    """{relative path: (size, sha256)} of all files; the ranks share the work."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    rank, size = distributed.world().rank, distributed.world().size
+    mine = {str(path.relative_to(folder)): _hash(path) for path in files[rank::size]}
+    return dict(sorted({k: v for part in distributed.gather_objects(mine) for k, v in part.items()}.items()))
+
+
+def _hash(path: Path) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def resume(run: RunFolder, policy: Engine, mode: str) -> Progress:
+    """Load the newest sound checkpoint into the engine, or start from step 0. `mode`: auto | required | never."""
+    for folder in [] if mode == "never" else reversed(distributed.broadcast_object(committed_folders(run))):
+        if damage := _damage_anywhere(folder):
+            distributed.log(f"warning: {folder.name} is damaged ({damage}); trying the one before")
+            continue
+        _refuse_world_size(folder)
+        policy.load(folder)
+        _load_rng(folder / f"rng-rank-{distributed.world().rank}.safetensors")
+        progress = Progress(**json.loads((folder / "state.json").read_text()))
+        run.event("resume", step=progress.step)
+        distributed.log(f"resumed from {folder.name}")
+        return progress
+    if mode == "required":
+        raise ConfigError(f"checkpoint.resume: required, but {run.checkpoints} holds no sound checkpoint")
+    return Progress()
+
+
+def committed_folders(run: RunFolder) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(f for f in run.checkpoints.glob("step-*") if (f / "manifest.json").exists())
+
+
+def _damage_anywhere(folder: Path) -> str | None:
+    """What differs from the manifest, found by all ranks together; None if the checkpoint is sound."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    rank, size = distributed.world().rank, distributed.world().size
+    mine = [name for name in sorted(files)[rank::size] if not _is_sound(folder / name, files[name])]
+    found = [name for part in distributed.gather_objects(mine) for name in part]
+    return f"{found[0]} differs from its manifest" if found else None
+
+
+def _is_sound(path: Path, expected: Sequence[Any]) -> bool:
+    if not path.is_file() or path.stat().st_size != expected[0]:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == expected[1]
+
+
+def _refuse_world_size(folder: Path) -> None:
+    saved = json.loads((folder / "manifest.json").read_text())["world_size"]
+    if saved != distributed.world().size:
+        raise EnvironmentFault(
+            f"{folder.name} was saved by {saved} ranks and this run has {distributed.world().size}; start it with {saved}"
+        )
+
+
+def _save_rng(path: Path) -> None:
+    """The random generators of this rank: torch, CUDA, numpy, python. No pickle."""
+    numpy_state = np.random.get_state(legacy=False)["state"]  # type: ignore[index]
+    _, words, gauss = random.getstate()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.append(numpy_state["key"], numpy_state["pos"]).astype(np.int64)),
+        "python": torch.tensor(words, dtype=torch.int64),
+    }
+    if gauss is not None:
+        tensors["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, path)
+
+
+def _load_rng(path: Path) -> None:
+    tensors = load_file(path)
+    torch.set_rng_state(tensors["torch"])
+    words = tensors["numpy"].numpy()
+    np.random.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1])))
+    gauss = tensors["python_gauss"].item() if "python_gauss" in tensors else None
+    random.setstate((3, tuple(tensors["python"].tolist()), gauss))
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

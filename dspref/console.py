@@ -1,0 +1,127 @@
+"""What a person sees: the banner, one progress bar on a terminal (plain lines elsewhere), the closing summary.
+
+Text that comes from data is shown as text: no markup, no control characters.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dspref import distributed
+
+# metric name -> its short form in progress lines and the summary
+SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "acc",
+    "rewards/margins": "margin",
+    "nll_loss": "nll",
+    "grad_norm": "grad",
+    "learning_rate": "lr",
+}
+
+
+def banner(rows: Mapping[str, str]) -> None:
+    """The run in a few lines, before anything slow happens."""
+    width = max(map(len, rows))
+    distributed.log("\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows.items()))
+
+
+class ProgressView:
+    """One bar on a terminal; a line per logged step anywhere else, never a carriage return."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._total = total
+        self._bar: Progress | None = None
+        if distributed.world().rank == 0 and sys.stdout.isatty():
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, console=Console())
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, record: Mapping[str, float]) -> None:
+        """The figures of a logged step."""
+        figures = "  ".join(f"{short} {record[name]:.4g}" for name, short in SHOWN.items() if name in record)
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=figures)
+        else:
+            clock = time.strftime("%Y-%m-%dT%H:%M:%S")
+            distributed.log(
+                f"{clock} step {step}/{self._total}  {figures}  {record.get('perf/tokens_per_second', 0):,.0f} tok/s"
+            )
+
+    def note(self, text: str) -> None:
+        """A line between the steps: an evaluation, a checkpoint."""
+        if self._bar:
+            self._bar.console.print(Text(text))
+        else:
+            distributed.log(text)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def evaluation_line(step: int, record: Mapping[str, float], prefixes: Sequence[str]) -> str:
+    parts = [
+        f"{prefix}{name} {record[prefix + name]:.4g}"
+        for prefix in prefixes
+        for name in ("loss", "rewards/accuracies", "rewards/margins")
+    ]
+    return f"step {step}: {', '.join(parts)}"
+
+
+def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_commands: Sequence[str]) -> None:
+    """What was learned, where the model is, what to run next."""
+    if distributed.world().rank != 0:
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table(
+        title=f"{run_summary['step']} steps in {run_summary['seconds']:.0f} s", title_justify="left", box=None
+    )
+    table.add_column("")
+    table.add_column("first", justify="right")
+    table.add_column("last", justify="right")
+    for name, (first, last) in run_summary["learned"].items():
+        table.add_row(name, _figure(first), _figure(last))
+    console.print(table)
+    for name, text in where.items():
+        console.print(Text(f"{name:<8}{text}"))
+    console.print(Text("next    " + "\n        ".join(next_commands)))
+
+
+def samples(rows: Sequence[Mapping[str, str]]) -> None:
+    """Answers to held-out prompts before and after training, beside the preferred answer."""
+    table = Table(title="Held-out prompts, answered before and after", title_justify="left", show_lines=False)
+    for name in ("prompt", "before", "after", "chosen"):
+        table.add_column(name, overflow="fold", max_width=44)
+    for row in rows:
+        table.add_row(*(Text(printable(row[name])) for name in ("prompt", "before", "after", "chosen")))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """One line of text without control characters."""
+    line = "".join(c if c.isprintable() else " " for c in text).strip()
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

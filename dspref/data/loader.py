@@ -1,0 +1,98 @@
+"""Optimizer steps: which packs this rank runs in step k, and the global counts that losses are divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from dspref.data.batch import PackedBatch, collate, computed_tokens
+from dspref.data.plan import order, pack, steps_per_epoch
+from dspref.data.store import PairStore
+
+# Sharing pays for its gather of keys and values when it saves more than this share of the tokens.
+SHARING_PAYS = 0.03
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How pairs are laid out for the ranks. Changing it changes speed and memory, never a loss."""
+
+    tokens_per_pack: int
+    prefix_sharing: bool
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: this rank's packs, made when asked for, and the step's counts over all ranks."""
+
+    number: int
+    """From 1."""
+    epoch: float
+    """Passes over the data when the step is done."""
+    num_packs: int
+    packs: Iterator[PackedBatch]
+    counts: dict[str, int]
+    """`pairs`, `chosen_tokens`, `rejected_tokens` (scored), `tokens` (of prompt + answer, both answers)."""
+    fill: float
+    """Computed tokens over the room in all packs of all ranks."""
+
+
+@dataclass(frozen=True)
+class StepLoader:
+    """The training data as steps. Which pairs a step holds depends on neither the layout nor the lengths."""
+
+    store: PairStore
+    weights: Sequence[float]
+    pairs_per_step: int
+    seed: int
+    shuffle: bool
+    layout: Layout
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.store.source_rows, self.weights, self.pairs_per_step)
+
+    def total_steps(self, num_train_epochs: float, max_steps: int | None) -> int:
+        return max_steps or ceil(num_train_epochs * self.steps_per_epoch)
+
+    def steps(self, done: int, total: int) -> Iterator[Step]:
+        """Steps `done` + 1 to `total`: resuming is an integer."""
+        planned_epoch, plan = -1, []
+        for number in range(done + 1, total + 1):
+            epoch, k = divmod(number - 1, self.steps_per_epoch)
+            if epoch != planned_epoch:
+                plan = order(self.store.source_rows, self.weights, self.seed, epoch, self.pairs_per_step, self.shuffle)
+                planned_epoch = epoch
+            num_packs, packs, fill = packs_of(self.store, plan[k], self.layout)
+            progress = epoch + (k + 1) / self.steps_per_epoch
+            yield Step(number, progress, num_packs, packs, count(self.store, plan[k]), fill)
+
+
+def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
+    """Global counts of some pairs. Every rank knows all lengths, so no rank asks another."""
+    prompt, chosen, rejected = store.lengths[ids].sum(axis=0).tolist()
+    tokens = 2 * prompt + chosen + rejected
+    return {"pairs": len(ids), "chosen_tokens": chosen, "rejected_tokens": rejected, "tokens": tokens}
+
+
+def packs_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[int, Iterator[PackedBatch], float]:
+    """(number of packs per rank, this rank's packs over some pairs, fill of all packs)."""
+    lengths = computed_tokens(store.lengths[ids], layout.prefix_sharing)
+    members = pack(lengths, layout.tokens_per_pack, layout.world_size)[layout.rank]
+    room = len(members) * layout.world_size * layout.tokens_per_pack
+    packs = (
+        collate([store[i] for i in ids[m].tolist()], ids[m].tolist(), prefix_sharing=layout.prefix_sharing)
+        for m in members
+    )
+    return len(members), packs, float(lengths.sum()) / room
+
+
+def sharing_pays(store: PairStore) -> bool:
+    """Whether computing each prompt once saves enough tokens to be worth it."""
+    separate = computed_tokens(store.lengths, prefix_sharing=False).sum()
+    return bool(computed_tokens(store.lengths, prefix_sharing=True).sum() < (1 - SHARING_PAYS) * separate)

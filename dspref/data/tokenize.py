@@ -1,0 +1,265 @@
+"""A `Preference` becomes a `TokenizedPair`: render, tokenize whole texts, split, truncate.
+
+The prompt, prompt + chosen and prompt + rejected are each rendered and tokenized as a whole, because the
+tokens of a whole are not the tokens of its parts. The answers start where the three token sequences part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from dspref.data.formats import Preference, RowError, one_line
+from dspref.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_ROWS = 1000
+# Keys of a row's chat_template_kwargs that would change what is rendered instead of how.
+RESERVED_KWARGS = frozenset(
+    {
+        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+
+
+class TokenizedPair(NamedTuple):
+    """Token ids, int32 `[n]` each. The prompt is shared and has at least one token; answers are scored."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Token limits, None for none. `truncation_mode`: keep_end | keep_start, of the prompt."""
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    truncation_mode: str = "keep_end"
+
+
+def load_tokenizer(
+    name_or_path: str,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; `chat_template` is a path or a template's text. Raises ConfigError in one line."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # missing folder, hub, network: each has its own type
+        reason = f"no tokenizer loads from {name_or_path!r}: {one_line(error)}"
+        raise ConfigError(f"model.tokenizer_name_or_path: {reason}; fix: check the folder or the hub name") from None
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot read {one_line(chat_template)!r}: {one_line(error)}"
+        raise ConfigError(f"model.chat_template: {reason}; fix: give a path to a Jinja file") from None
+
+
+def encode(
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> list[TokenizedPair | RowError]:
+    """Tokenize and truncate; result i is the pair of preference i, or why it cannot be one."""
+    return [
+        item if isinstance(item, RowError) else _truncated(item, limits) for item in tokenize(preferences, tokenizer)
+    ]
+
+
+def _truncated(pair: TokenizedPair, limits: Limits) -> TokenizedPair | RowError:
+    try:
+        return truncate(pair, limits)
+    except RowError as error:
+        return error
+
+
+# ---------------------------------------------------------------------------------------- render and tokenize
+
+
+class _Rendering(NamedTuple):
+    """The three texts of one pair. `special` tells whether the tokenizer adds its own special tokens."""
+
+    texts: tuple[str, str, str]
+    special: bool
+
+
+def tokenize(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RowError]:
+    """Tokenize without limits. Raises DataError when chat rows meet a tokenizer without a chat template."""
+    results: list[TokenizedPair | RowError] = []
+    for start in range(0, len(preferences), CHUNK_ROWS):
+        renderings = [_render(preference, tokenizer) for preference in preferences[start : start + CHUNK_ROWS]]
+        ids = {special: _batch_ids(renderings, tokenizer, special) for special in (False, True)}
+        for item in renderings:
+            results.append(item if isinstance(item, RowError) else _split(*next(ids[item.special])))
+    return results
+
+
+def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> _Rendering | RowError:
+    if isinstance(preference.prompt, str):
+        eos = cast("str | None", tokenizer.eos_token) or ""
+        answers = (cast(str, preference.chosen), cast(str, preference.rejected))
+        chosen, rejected = (preference.prompt + (text if text.endswith(eos) else text + eos) for text in answers)
+        return _Rendering((preference.prompt, chosen, rejected), special=True)
+    if tokenizer.chat_template is None:
+        reason = "the rows are conversations and the tokenizer has no chat template"
+        raise DataError(f"model.chat_template: {reason}; fix: set model.chat_template to a Jinja file")
+    try:
+        return _render_chat(preference, tokenizer)
+    except Exception as error:  # a template is a program: it may raise anything
+        return error if isinstance(error, RowError) else RowError("chat_template", f"{type(error).__name__}: {error}")
+
+
+def _render_chat(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> _Rendering:
+    prompt, chosen, rejected = (
+        cast("list[dict[str, Any]]", part) for part in (preference.prompt, preference.chosen, preference.rejected)
+    )
+    kwargs = preference.chat_template_kwargs or {}
+    if reserved := sorted(RESERVED_KWARGS & set(kwargs)):
+        raise RowError("chat_template_kwargs", f"{reserved[0]!r} is not for a row to set", "remove the key")
+
+    def render(messages: list[dict[str, Any]], **ending: bool) -> str:
+        text = tokenizer.apply_chat_template(messages, tools=preference.tools, tokenize=False, **ending, **kwargs)
+        return cast(str, text)
+
+    unfinished = prompt[-1]["role"] == "assistant"
+    opening = render(prompt, continue_final_message=True) if unfinished else render(prompt, add_generation_prompt=True)
+    return _Rendering((opening, render(prompt + chosen), render(prompt + rejected)), special=False)
+
+
+def _batch_ids(
+    renderings: Sequence[_Rendering | RowError], tokenizer: PreTrainedTokenizerBase, special: bool
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Token ids of the three texts of every rendering of one kind, from one call of the tokenizer."""
+    chosen = (item for item in renderings if isinstance(item, _Rendering) and item.special == special)
+    texts = [text for item in chosen for text in item.texts]
+    if not texts:
+        return iter(())
+    ids = _ids(tokenizer, texts, special)
+    if special:
+        ids = _without_doubles(ids, tokenizer)
+    return zip(ids[0::3], ids[1::3], ids[2::3], strict=True)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return cast("list[list[int]]", encoded["input_ids"])
+
+
+def _without_doubles(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Drop what the tokenizer adds to a text that has it: a BOS written there, the EOS of `_render`."""
+    (bare,), (full,) = _ids(tokenizer, ["a"], special=False), _ids(tokenizer, ["a"], special=True)
+    bos, eos = cast("tuple[int | None, int | None]", (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    if eos is not None and full[-1:] == [eos] != bare[-1:]:
+        ids = [tokens[:-1] for tokens in ids]
+    if bos is not None and full[:1] == [bos] != bare[:1]:
+        ids = [tokens[1:] if tokens[:2] == [bos, bos] else tokens for tokens in ids]
+    return ids
+
+
+# ----------------------------------------------------------------------------------------- split and truncate
+
+
+def _split(prompt: list[int], with_chosen: list[int], with_rejected: list[int]) -> TokenizedPair | RowError:
+    """Split where the prompt stops being a prefix of both full texts, but after at least one token."""
+    prompt_ids, chosen, rejected = (np.asarray(ids, dtype=np.int32) for ids in (prompt, with_chosen, with_rejected))
+    boundary = min(_common_prefix(prompt_ids, chosen), _common_prefix(prompt_ids, rejected))
+    if boundary == 0:
+        # The first token of a text has no predecessor that could predict it. It may differ between the sides.
+        if not np.array_equal(chosen[:1], rejected[:1]):
+            return RowError("prompt", "no token precedes the answers", "write a prompt, or use a tokenizer with BOS")
+        boundary = 1
+    if np.array_equal(chosen, rejected):
+        return RowError("rejected", "identical to chosen after tokenization")
+    for field, ids in (("chosen", chosen), ("rejected", rejected)):
+        if len(ids) <= boundary:
+            return RowError(field, "no token of the answer is left to score")
+    return TokenizedPair(chosen[:boundary], chosen[boundary:], rejected[boundary:])
+
+
+def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
+    size = min(len(left), len(right))
+    differ = left[:size] != right[:size]
+    return int(differ.argmax()) if differ.any() else size
+
+
+def truncate(pair: TokenizedPair, limits: Limits) -> TokenizedPair:
+    """Cut a pair to the limits; both sides keep the same prompt, and answers lose their end.
+
+    Raises RowError when a side keeps no scored token, or (droppable) when both sides become equal.
+    """
+    prompt, chosen, rejected = pair
+    if limits.max_prompt_length is not None:
+        prompt = _kept(prompt, limits.max_prompt_length, limits.truncation_mode)
+    if limits.max_completion_length is not None:
+        chosen, rejected = chosen[: limits.max_completion_length], rejected[: limits.max_completion_length]
+    if limits.max_length is not None:
+        longer = max(len(chosen), len(rejected))
+        if len(prompt) + longer > limits.max_length:
+            prompt = _kept(prompt, limits.max_length - longer, limits.truncation_mode)
+            room = max(0, limits.max_length - len(prompt))
+            chosen, rejected = chosen[:room], rejected[:room]
+    for field, answer in (("chosen", chosen), ("rejected", rejected)):
+        if len(answer) == 0:
+            raise RowError(field, "no scored token is left after truncation", "raise data.max_length")
+    if np.array_equal(chosen, rejected):
+        raise RowError("rejected", "identical to chosen after truncation", "raise data.max_length", droppable=True)
+    return TokenizedPair(prompt, chosen, rejected)
+
+
+def _kept(prompt: np.ndarray, size: int, truncation_mode: str) -> np.ndarray:
+    size = min(len(prompt), max(1, size))
+    return prompt[:size] if truncation_mode == "keep_start" else prompt[len(prompt) - size :]
+
+
+# ----------------------------------------------------------------------------------------------------- digest
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over everything that turns text into tokens; the folder it came from does not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # Every padded or truncated call leaves its settings in here.
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    else:
+        content = sorted(tokenizer.get_vocab().items())
+    flags = {
+        name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "split_special_tokens")
+    }
+    parts = {
+        "class": type(tokenizer).__name__,
+        "content": content,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "flags": flags,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

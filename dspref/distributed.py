@@ -1,0 +1,276 @@
+"""Ranks: who I am, how ranks meet, how they sum, wait and speak.
+
+The process group is made here and not by DeepSpeed, so that the same program starts under `deepspeed`, `torchrun`, `srun`
+and plain `python`. Slow work of one rank (tokenising, hashing) is waited for by polling the key-value store: a collective
+would time out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dspref.errors import EnvironmentFault, UserError
+
+T = TypeVar("T")
+POLL_SECONDS = 0.2
+MEETING_MINUTES = 15
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, and among those of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+class Relayed(UserError):
+    """A fault that another rank has already reported: this rank leaves with the same exit code, silently."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("reported by another rank")
+        self.exit_code = exit_code  # type: ignore[assignment]
+
+
+_world = World()
+_store: dist.Store | None = None
+_turns = 0
+_log_file: Any = None
+
+
+def read_environment(env: Mapping[str, str]) -> World:
+    """The world as the launcher tells it: deepspeed and torchrun by RANK, srun by SLURM_*, plain python by silence."""
+    if "RANK" in env:
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, size, local_rank, local_size = (int(env.get(k, d)) for k, d in zip(keys, ("0", "1", "0", "0")))
+        return World(rank, size, local_rank, local_size or int(env.get("LOCAL_SIZE", "1")))
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        tasks = int(env["SLURM_STEP_NUM_TASKS"])
+        per_node = int(env.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0])
+        return World(int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"]), per_node)
+    return World()
+
+
+def world() -> World:
+    return _world
+
+
+def init(seed: int) -> World:
+    """Meet the other ranks, choose this rank's device and seed it. Raises EnvironmentFault where ranks do not meet."""
+    global _world, _store
+    _world = read_environment(os.environ)
+    # What DeepSpeed reads of the world; without LOCAL_SIZE it asks numactl in every reduction on CPU.
+    os.environ.update(
+        RANK=str(_world.rank),
+        WORLD_SIZE=str(_world.size),
+        LOCAL_RANK=str(_world.local_rank),
+        LOCAL_SIZE=str(_world.local_size),
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_world.local_rank)
+    elif _world.size == _world.local_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no host name to resolve
+    if not dist.is_initialized():
+        _store = _meet()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", _store), rank=_world.rank, world_size=_world.size,
+            timeout=timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "30"))),
+        )  # fmt: skip
+    set_seed(seed)
+    return _world
+
+
+def _meet() -> dist.Store:
+    """The key-value store of the job. On one machine the system picks a free port, so a busy MASTER_PORT is no matter."""
+    timeout = timedelta(minutes=MEETING_MINUTES)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+        )
+    if _world.size == _world.local_size:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        return _meet_on_one_machine(timeout)
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as missing:
+        raise EnvironmentFault(
+            f"{missing.args[0]} is not set; export it in the job script, as launch/slurm does"
+        ) from None
+    try:
+        return dist.TCPStore(address, port, _world.size, _world.rank == 0, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise EnvironmentFault(f"ranks do not meet at {address}:{port}: {str(error).splitlines()[0]}") from None
+
+
+def _meet_on_one_machine(timeout: timedelta) -> dist.Store:
+    if _world.size == 1:
+        return dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
+    # All ranks are children of one launcher: its pid and start time name the file that tells the port.
+    started = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    notice = Path(tempfile.gettempdir()) / f"dspref-{os.getuid()}-{os.getppid()}-{started}"
+    if _world.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, _world.size, is_master=True, timeout=timeout, wait_for_workers=False)
+        write_atomically(notice, str(store.port))
+        store.wait([f"here/{rank}" for rank in range(1, _world.size)], timeout)
+        notice.unlink()
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not notice.exists():
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"rank 0 did not open the meeting within {MEETING_MINUTES} minutes; see its output")
+        time.sleep(0.02)
+    store = dist.TCPStore("127.0.0.1", int(notice.read_text()), _world.size, is_master=False, timeout=timeout)
+    store.set(f"here/{_world.rank}", "1")
+    return store
+
+
+def finish() -> None:
+    """Leave the group together."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waiting without a collective
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """Every rank does `work`, rank 0 first, then the first rank of each machine, then the rest.
+
+    For work that leaves a result on disk: the first builds it, the others find it, on shared file systems as on local
+    ones. A UserError of an earlier rank ends the later ones with the same exit code.
+    """
+    global _turns
+    _turns += 1
+    turn = "rank0" if _world.rank == 0 else "leader" if _world.local_rank == 0 else "rest"
+    if turn != "rank0":
+        _await(f"turn/{_turns}/0")
+    if turn == "rest":
+        _await(f"turn/{_turns}/{_world.rank - _world.local_rank}")
+    try:
+        result = work()
+    except UserError as error:
+        _announce(turn, {"exit_code": int(error.exit_code)})
+        raise
+    except BaseException:
+        _announce(turn, {"exit_code": 1})
+        raise
+    _announce(turn, {})
+    return result
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Rank 0 does `work`, however long; the others wait for it, outside any collective."""
+    in_turn(lambda: work() if _world.rank == 0 else None)
+
+
+def _announce(turn: str, verdict: dict[str, int]) -> None:
+    if _store is None or _world.size == 1 or turn == "rest":
+        return
+    key = f"turn/{_turns}/{_world.rank}"
+    _store.set(key, json.dumps(verdict))
+    if verdict and _world.rank == 0:
+        # Rank 0 serves the store: it stays until the others have read the verdict, or half a minute.
+        deadline = time.monotonic() + 30
+        while _store.add(f"{key}/read", 0) < _world.size - 1 and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+
+
+def _await(key: str) -> None:
+    if _store is None:
+        return
+    while not _store.check([key]):
+        time.sleep(POLL_SECONDS)
+    verdict = json.loads(_store.get(key))
+    if verdict:
+        if key.endswith("/0"):
+            _store.add(f"{key}/read", 1)
+        raise Relayed(verdict["exit_code"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over all ranks, in place."""
+    if dist.is_initialized() and _world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized() or _world.size == 1:
+        return [value]
+    values: list[Any] = [None] * _world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value."""
+    return gather_objects(value if _world.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    if dist.is_initialized() and _world.size > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds, words, files
+
+
+def set_seed(seed: int) -> None:
+    """Seed python, numpy and torch; every rank draws its own dropout."""
+    random.seed(seed + _world.rank)
+    np.random.seed((seed + _world.rank) % 2**32)
+    torch.manual_seed(seed + _world.rank)
+
+
+def log(message: str) -> None:
+    """Say something once: rank 0 on standard output, the others in their log file."""
+    if _world.rank == 0:
+        print(message, flush=True)
+    if _log_file is not None:
+        _log_file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n")
+
+
+def log_to(folder: Path) -> None:
+    """Keep a log per rank; what libraries print on ranks other than 0 goes there too, instead of to the terminal."""
+    global _log_file
+    folder.mkdir(parents=True, exist_ok=True)
+    _log_file = open(folder / f"rank-{_world.rank}.log", "a", buffering=1, encoding="utf-8")
+    if _world.rank != 0:
+        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout = sys.stderr = _log_file
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)

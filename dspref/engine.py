@@ -1,0 +1,276 @@
+"""DeepSpeed, and the only module that imports it.
+
+An `Engine` adds to gradients (`backward`) and applies them (`step`), nothing else. What DeepSpeed 0.19.8 does that one would
+not expect is handled here; docs/deepspeed.md lists it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from dspref import distributed, model, strategy
+from dspref.config import Config
+from dspref.data.batch import PackedBatch
+from dspref.errors import EnvironmentFault
+from dspref.model import PackedCausalLM
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+STALE_LOCK_SECONDS = 900
+
+
+def bring_up() -> torch.device:
+    """Make DeepSpeed use the process group that `distributed.init` made; this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if get_accelerator().device_name() == "cpu":
+        # Serves tensor-parallel inference only, yet is compiled at every start: 30 s, or a hang on a stale lock.
+        # (`import deepspeed.comm.torch as m` would give the real torch: deepspeed.comm imports it under that name.)
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False
+        )
+    return torch.device(get_accelerator().current_device_name())
+
+
+def training_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config of the policy: the user's strategy, and what the YAML's other sections say."""
+    return _complete(config.strategy, config.model.dtype) | {"gradient_clipping": config.train.max_grad_norm}
+
+
+def reference_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config of a live sharded reference: ZeRO-3 without an optimizer, its parameters on CPU if asked."""
+    policy = config.strategy.get("zero_optimization", {})
+    zero: dict[str, Any] = {"stage": 3}
+    # The same threshold as the policy: what is too small to shard there is too small here.
+    if "stage3_param_persistence_threshold" in policy:
+        zero["stage3_param_persistence_threshold"] = policy["stage3_param_persistence_threshold"]
+    if config.reference.offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return _complete({"zero_optimization": zero}, config.reference.dtype or config.model.dtype)
+
+
+def _complete(user_strategy: dict[str, Any], dtype: str) -> dict[str, Any]:
+    resolved = copy.deepcopy(user_strategy)
+    zero = resolved.setdefault("zero_optimization", {"stage": 0})
+    resolved |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # `step()` is the boundary: any number of backwards, one update.
+        "managed_gradient_accumulation": False,
+    }
+    if zero.get("stage") == 1:
+        zero["overlap_comm"] = False
+    if dtype in ("bfloat16", "float16"):
+        resolved["bf16" if dtype == "bfloat16" else "fp16"] = {"enabled": True}
+        resolved["data_types"] = {"grad_accum_dtype": "fp32"}
+    if strategy.offloads_optimizer(resolved):
+        # torch's AdamW works on offloaded states, without a compiler.
+        resolved["zero_force_ds_cpu_optimizer"] = False
+    return resolved
+
+
+class Engine:
+    """The policy under DeepSpeed. Every rank must call each method the same number of times."""
+
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> None:
+        self._engine = engine
+        self.device = torch.device(get_accelerator().current_device_name())
+        self._grad_norm: float | None = None
+        if engine.zero_optimization_stage() == 0:
+            # DeepSpeed gives no gradient norm at stage 0, so there we clip, after its reduction and before the update.
+            optimizer.register_step_pre_hook(lambda *_: self._clip_stage0(max_grad_norm))
+
+    @classmethod
+    def for_training(cls, policy: PackedCausalLM, config: Config, total_steps: int) -> Engine:
+        resolved = training_config(config)
+        if resolved["zero_optimization"]["stage"] == 0:
+            resolved["gradient_clipping"] = 0.0
+        if resolved["zero_optimization"]["stage"] == 3:
+            _mark_leaves(policy)
+        optimizer = _optimizer(policy, config)
+        train = config.train
+        warmup = train.warmup_steps if train.warmup_steps is not None else _ceil(train.warmup_ratio * total_steps)
+        scheduler = model.schedule(optimizer, train.lr_scheduler_type, warmup, total_steps, train.lr_scheduler_kwargs)
+        if resolved["zero_optimization"]["stage"] != 3:
+            policy.to(get_accelerator().current_device_name())
+        engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=resolved)
+        return cls(engine, optimizer, train.max_grad_norm)
+
+    def logps(self, batch: PackedBatch) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
+        """Log-prob and mean logit of each scored token."""
+        return self._engine(batch)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout and no gradient inside."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def backward(self, share: Float[Tensor, ""]) -> None:
+        """Add the gradient of a share of the step's loss. Shares of all packs and ranks add up; nothing is averaged."""
+        # DeepSpeed averages over ranks, so each share counts world-size fold. This is the only place that knows.
+        self._engine.backward(share * distributed.world().size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule. Returns the L2 norm of the loss's gradient before clipping."""
+        self._engine.step()
+        norm = self._grad_norm if self._engine.zero_optimization_stage() == 0 else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next `step` uses."""
+        return self._engine.get_lr()[0]
+
+    @property
+    def module(self) -> PackedCausalLM:
+        return self._engine.module
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights, optimizer and schedule below `folder`."""
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, on the same number of ranks."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        if loaded is None:
+            raise EnvironmentFault(f"{folder}: DeepSpeed found no checkpoint there")
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All weights of the inner model by name, on the CPU of rank 0; empty on the others."""
+        return full_state(self.module.lm)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The accumulated gradient of the loss by parameter name, before `step`; on every rank, in fp32. For tests."""
+        from deepspeed.utils import safe_get_full_grad
+
+        parameters = self.module.lm.named_parameters()
+        grads = {
+            name: safe_get_full_grad(p) if self._engine.zero_optimization_stage() else p.grad for name, p in parameters
+        }
+        return {name: grad.detach().float().cpu().clone() for name, grad in grads.items() if grad is not None}
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _clip_stage0(self, max_grad_norm: float) -> None:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+        self._grad_norm = norm.item()
+
+
+def reference_forward(reference: PackedCausalLM, config: Config, stage: int):
+    """A frozen model as a function from packs to log-probs: sharded by its own ZeRO-3 engine, or whole on the device."""
+    if stage != 3:
+        return reference.to(get_accelerator().current_device_name())
+    _mark_leaves(reference)
+    engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config))
+    return engine
+
+
+def discard(forward: Any) -> None:
+    """Free what `reference_forward` made."""
+    if isinstance(forward, deepspeed.DeepSpeedEngine):
+        forward.destroy()
+    for parameter in forward.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+@torch.no_grad()
+def full_state(lm: nn.Module) -> dict[str, Tensor]:
+    """All parameters and persistent buffers of a possibly partitioned model on the CPU of rank 0; empty elsewhere.
+
+    One module is gathered at a time, so no device holds more than the largest of them.
+    """
+    state: dict[str, Tensor] = {}
+    main = distributed.world().rank == 0
+    for prefix, part in lm.named_modules():
+        own = dict(part.named_parameters(recurse=False))
+        partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
+            if main:
+                buffers = {
+                    k: b for k, b in part.named_buffers(recurse=False) if k not in part._non_persistent_buffers_set
+                }
+                for name, tensor in {**own, **buffers}.items():
+                    state[f"{prefix}.{name}".lstrip(".")] = tensor.detach().to("cpu", copy=True)
+    if main:
+        # Tied weights were met once; give each name that the model's own state has its tensor.
+        by_parameter = {id(p): state[name] for name, p in lm.named_parameters()}
+        state |= {name: by_parameter[id(p)] for name, p in lm.named_parameters(remove_duplicate=False)}
+    return state
+
+
+def _optimizer(policy: PackedCausalLM, config: Config) -> torch.optim.Optimizer:
+    train = config.train
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    # Weight decay is for matrices; under ZeRO-3 `p.shape` is empty and `ds_shape` tells.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if train.weight_decay == 0:
+        groups = [{"params": trained, "weight_decay": 0.0}]
+    options: dict[str, Any] = dict(
+        lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon
+    )
+    groups = [g for g in groups if g["params"]]
+    if train.optim == "cpu_adam":
+        return _cpu_adam(groups, options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for states in host memory, compiled on first use."""
+    builds = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/dspref/torch_extensions")))
+    for lock in builds.glob("**/lock"):
+        # A killed build leaves its lock, and every later start would wait for it for ever, silently.
+        if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+            distributed.log(f"removed the stale build lock {lock}")
+            lock.unlink(missing_ok=True)
+    try:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    except Exception as error:  # the builder raises whatever its tools raise
+        reason = str(error).strip().splitlines()[0]
+        raise EnvironmentFault(
+            f"train.optim: cpu_adam cannot be built here ({reason}); install g++ and ninja, or use adamw"
+        ) from None
+
+
+def _mark_leaves(policy: nn.Module) -> None:
+    """Under ZeRO-3, gather modules that own 3-D expert weights whole: ranks route differently, so they would hook apart."""
+    experts = {
+        type(part)
+        for part in policy.modules()
+        if any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in part.parameters(recurse=False))
+    }
+    if experts:
+        deepspeed.utils.set_z3_leaf_modules(policy, list(experts))
+        distributed.log(f"ZeRO-3 gathers whole: {', '.join(sorted(kind.__name__ for kind in experts))}")
+
+
+def _ceil(x: float) -> int:
+    return -int(-x // 1)

@@ -1,0 +1,59 @@
+"""What can go wrong for a user, each kind with its exit code.
+
+A `UserError` is shown as its message, without a traceback; any other exception is a bug in dspref.
+This module is below every layer and imports nothing of dspref.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The process exit codes; SLURM scripts branch on them, so they never change meaning."""
+
+    DONE = 0
+    BUG = 1
+    CONFIG = 2
+    DATA = 3
+    ENVIRONMENT = 4
+    NUMERIC = 5
+    HANG = 6
+    IO = 7
+    INTERRUPTED = 75
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: where, what, and how to mend it."""
+
+    exit_code: ExitCode = ExitCode.BUG
+
+
+class ConfigError(UserError):
+    """The YAML file, an override or the command line is wrong."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(UserError):
+    """The data set is wrong. The message may hold several lines, one for each bad row."""
+
+    exit_code = ExitCode.DATA
+
+
+class EnvironmentFault(UserError):
+    """The machine lacks something the run needs: a package, a GPU, a free folder."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+
+class NumericFault(UserError):
+    """The numbers went wrong: a non-finite loss, or a first step that misses its analytic value."""
+
+    exit_code = ExitCode.NUMERIC
+
+
+class IOFault(UserError):
+    """Reading or writing failed during the run."""
+
+    exit_code = ExitCode.IO

@@ -1,0 +1,115 @@
+"""The trained model as anyone loads it: safetensors, tokenizer, template, generation config and a model card in `final/`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Template
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
+import dspref
+from dspref import checkpoint, distributed, model
+from dspref.checkpoint import RunFolder
+from dspref.config import Config
+from dspref.engine import Engine
+from dspref.errors import IOFault
+from dspref.model import PackedCausalLM
+
+MAX_SHARD = "5GB"
+
+
+def export(
+    run: RunFolder, policy: Engine, tokenizer: PreTrainedTokenizerBase, config: Config, summary: Mapping[str, Any]
+) -> None:
+    """Write `final/`, and prove that plain `from_pretrained` reads back the very weights, before it bears that name."""
+    state = policy.full_state()  # every rank takes part in the gathering
+    distributed.on_main(lambda: _write(run, policy.module, state, tokenizer, config, summary))
+    run.event("export", path=str(run.final))
+
+
+def _write(
+    run: RunFolder,
+    policy: PackedCausalLM,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    summary: Mapping[str, Any],
+) -> None:
+    draft = run.path / ".final"
+    shutil.rmtree(draft, ignore_errors=True)
+    trained_config, policy.lm.config = policy.lm.config, policy.published_config
+    try:
+        policy.lm.save_pretrained(draft, state_dict=state, max_shard_size=MAX_SHARD)
+    finally:
+        policy.lm.config = trained_config
+    tokenizer.save_pretrained(draft)
+    (draft / "README.md").write_text(model_card(config, summary), encoding="utf-8")
+    verify(draft, state)
+    shutil.rmtree(run.final, ignore_errors=True)
+    draft.rename(run.final)
+
+
+def verify(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Load `folder` as a user would and compare every weight with `state`, bit by bit. Raises IOFault."""
+    reloaded = model.load_plain(str(folder)).state_dict()
+    wrong = [name for name, tensor in state.items() if name not in reloaded or not torch.equal(reloaded[name], tensor)]
+    if wrong:
+        raise IOFault(
+            f"{folder}: the exported {wrong[0]} does not read back as it was written; check the disk and export again"
+        )
+
+
+def dtypes(folder: Path) -> set[str]:
+    """Types of the tensors in an exported folder."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {str(file.get_slice(key).get_dtype()) for key in file.keys()}
+    return found
+
+
+CARD = Template(
+    """---
+library_name: transformers
+{%- if base_is_hub %}
+base_model: {{ config.model.name_or_path }}
+{%- endif %}
+tags: [dspref, preference-optimization, {{ config.objective.name }}]
+---
+# {{ name }}
+
+Trained from `{{ config.model.name_or_path }}` with {{ config.objective.name }} / {{ config.objective.loss_type }}
+(beta {{ config.objective.beta }}) by [dspref](https://pypi.org/project/dspref/) {{ version }}.
+
+| | |
+|---|---|
+| data | {{ data }} |
+| steps | {{ summary.step }} of {{ config.train.pairs_per_step }} pairs, learning rate {{ config.train.learning_rate }} |
+| precision | {{ config.model.dtype }} |
+{%- for key, value in summary.metrics.items() %}
+| {{ key }} | {{ "%.4f" | format(value) }} |
+{%- endfor %}
+{% for key, value in env.packages.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}.
+
+To reproduce: `deepspeed launch/train.py --config config.resolved.yaml` with the file of that name from the run folder.
+""",
+    autoescape=False,
+)
+
+
+def model_card(config: Config, summary: Mapping[str, Any]) -> str:
+    """README.md of the model, in the Hub's form: what it was made from, how, and what was measured."""
+    return CARD.render(
+        config=config,
+        name=Path(config.output_dir).name,
+        version=dspref.__version__,
+        data=", ".join(source.path for source in config.data.train_sources),
+        base_is_hub=not Path(config.model.name_or_path).exists() and config.model.init == "pretrained",
+        env=checkpoint.environment(),
+        summary=summary,
+    )

@@ -1,0 +1,59 @@
+"""From the command line to `train`, and from an exception to an exit code. Loads torch only once the config is good."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from dspref import config as configuration
+from dspref.errors import ExitCode, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `train` on this rank and return the exit code."""
+    options = parse(arguments)
+    try:
+        config = configuration.load(options.config, options.overrides)
+    except UserError as error:
+        # Every rank finds the same fault in the same file; one says so.
+        if first_rank(os.environ):
+            print(error, file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    return run(config)
+
+
+def run(config: configuration.Config) -> int:
+    """Train with a checked config; a user's mistake is one line on the terminal and no traceback."""
+    terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
+    from dspref import distributed
+
+    try:
+        from dspref.trainer import train
+
+        train(config)
+    except distributed.Relayed as error:
+        return int(error.exit_code)
+    except UserError as error:
+        prefix = f"rank {distributed.world().rank}: " if distributed.world().rank else ""
+        print(f"{prefix}{error}", file=terminal, flush=True)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    return int(ExitCode.DONE)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description="Preference optimization from one YAML file.")
+    parser.add_argument("--config", required=True, metavar="X.yaml", help="the run; see launch/configs")
+    # The deepspeed launcher puts this before the user's own arguments; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
+    )
+    return parser.parse_args(arguments)
+
+
+def first_rank(env) -> bool:
+    return env.get("RANK", env.get("SLURM_PROCID", "0")) == "0"

@@ -1,0 +1,284 @@
+"""The policy and the reference as transformers models, wrapped so that a forward takes a pack and gives log-probs.
+
+The rest of dspref never sees a transformers model; DeepSpeed wraps `PackedCausalLM`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dspref import attention
+from dspref.attention import PACKED, Segments
+from dspref.config import ModelSection, shipped
+from dspref.data.batch import PackedBatch
+from dspref.errors import ConfigError, EnvironmentFault
+from dspref.logps import HeadTransform, scored_logps
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+class PackedCausalLM(nn.Module):
+    """A causal LM whose forward maps a `PackedBatch` to the log-probs of its C scored tokens."""
+
+    def __init__(self, lm: PreTrainedModel, kernel: str, published_config: PretrainedConfig | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.kernel = kernel
+        self.transform = head_transform(lm.config)
+        # As the model's authors wrote it, before dropout was turned off: what an export writes.
+        self.published_config = published_config or lm.config
+
+    def forward(self, batch: PackedBatch) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
+        """log p of each scored token, and the mean over the vocabulary of its logits, both fp32."""
+        hidden = self.lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,  # a cache object would switch the packed layout off, silently
+            segments=Segments(batch, self.kernel),
+        ).last_hidden_state[0]
+        # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
+        head = self.lm.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        return scored_logps(hidden[batch.predictor_index], weight, bias, batch.targets, self.transform)
+
+
+def head_transform(config: PretrainedConfig) -> HeadTransform:
+    """Scaling and soft cap of the logits, under the names that families give them."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
+    if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
+        scale /= divisor
+    return HeadTransform(scale, getattr(text, "final_logit_softcapping", None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def quiet() -> None:
+    """Keep the libraries' progress bars, advice and deprecation notices off the terminal; errors still come through."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*is deprecated.*")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def load_config(section: ModelSection) -> PretrainedConfig:
+    """The model's own config; raises ConfigError in one line where it cannot be had."""
+    path = str(shipped(section.name_or_path))
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_first_line(error)}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
+        raise ConfigError(
+            f"model.name_or_path: {section.name_or_path}: {config.model_type} is not a causal language model"
+        )
+    return config
+
+
+def check(
+    section: ModelSection, config: PretrainedConfig, max_length: int | None, vocabulary: int, device_type: str
+) -> str:
+    """Refuse, before anything is built, what cannot run here; the name of the attention kernel if all is well."""
+    text = config.get_text_config()
+    if vocabulary > text.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: token id {vocabulary - 1} does not fit the model's vocabulary of "
+            f"{text.vocab_size}; use the model's own tokenizer"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and max_length and max_length > positions:
+        raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
+    if getattr(text, "router_aux_loss_coef", None) and section.router_aux_loss_coef is None:
+        raise ConfigError(
+            "model.router_aux_loss_coef: this model has a router loss, which this version does not train; set 0 to leave it out"
+        )
+    kernel = _choose_kernel(section, device_type)
+    if (layers := getattr(text, "layer_types", None)) and not set(layers) <= {"full_attention", "sliding_attention"}:
+        kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention"}))
+        raise ConfigError(
+            f"model.name_or_path: {text.model_type} has {kinds} layers, which would leak between packed sequences"
+        )
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    try:
+        attention.refuse_unsupported(
+            kernel,
+            window=window if window and (max_length is None or max_length > window) else None,
+            softcap=getattr(text, "attn_logit_softcapping", None),
+            dropout=0.0 if section.disable_dropout else getattr(text, "attention_dropout", 0.0),
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.attn_implementation: {error}") from None
+    return kernel
+
+
+def _choose_kernel(section: ModelSection, device_type: str) -> str:
+    able = attention.available(device_type)
+    if section.attn_implementation == "auto":
+        half = section.dtype in ("bfloat16", "float16")
+        return able[0] if half else "sdpa"  # the varlen kernels know no fp32
+    if section.attn_implementation not in able:
+        raise EnvironmentFault(
+            f"model.attn_implementation: {section.attn_implementation} is not available here ({device_type}); use auto, or one "
+            f"of {', '.join(able)}"
+        )
+    return section.attn_implementation
+
+
+def load(
+    section: ModelSection, weights: str, kernel: str, dtype: str, zero3: Mapping[str, Any] | None
+) -> PackedCausalLM:
+    """Build the model with its weights in `dtype`.
+
+    `weights` is a folder or hub id. With `zero3` (a complete DeepSpeed config) parameters are partitioned as they are
+    made, and filled one module at a time from memory-mapped files: no rank ever holds the whole model.
+    """
+    config = load_config(section.model_copy(update={"name_or_path": weights}))
+    published = copy.deepcopy(config)
+    if section.disable_dropout:
+        _zero_dropout(config)
+    with _partitioned(zero3):
+        try:
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                str(shipped(weights)),
+                config=config,
+                revision=section.revision,
+                dtype=getattr(torch, dtype),
+                attn_implementation=PACKED,
+                use_safetensors=True,
+                trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.name_or_path: {weights}: {_first_line(error)}") from None
+    _refuse_missing(lm, report, weights)
+    return PackedCausalLM(lm, kernel, published)
+
+
+def initialise(section: ModelSection, folder: Path, seed: int) -> str:
+    """Draw random weights from the config alone and save them, once: policy, reference and resume all read these bytes."""
+    if not (folder / "model.safetensors").exists() and not (folder / "model.safetensors.index.json").exists():
+        torch.manual_seed(seed)
+        config = load_config(section)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
+        )
+        draft = folder.with_name(f".{folder.name}.draft")
+        model.save_pretrained(draft)
+        draft.rename(folder)
+    return str(folder)
+
+
+def weights_digest(weights: str, revision: str | None) -> str:
+    """sha256 over the content of the weight files: names and paths do not count, bytes do."""
+    folder = Path(shipped(weights))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(weights, revision=revision, allow_patterns=["*.safetensors"]))
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def prepare_for_training(model: PackedCausalLM, gradient_checkpointing: bool) -> PackedCausalLM:
+    model.train()
+    if gradient_checkpointing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def prepare_as_reference(model: PackedCausalLM) -> PackedCausalLM:
+    return model.requires_grad_(False).eval()
+
+
+def schedule(optimizer: Any, name: str, warmup_steps: int, total_steps: int, options: Mapping[str, Any]) -> Any:
+    """The learning-rate schedule by its name in transformers."""
+    return transformers.get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(options),
+    )
+
+
+@contextmanager
+def _partitioned(zero3: Mapping[str, Any] | None):
+    """While open, transformers builds models under zero.Init. The object must live as long as that: transformers keeps
+    only a weak reference to it."""
+    if zero3 is None:
+        with nullcontext():
+            yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(dict(zero3))
+    yield
+    del alive
+
+
+def _zero_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout rate of the config to 0 before the model is built: some families read it only in forward."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(part, name, 0.0)
+
+
+def _refuse_missing(lm: PreTrainedModel, report: Mapping[str, Any], weights: str) -> None:
+    tied = set(getattr(lm, "all_tied_weights_keys", None) or {})
+    missing = sorted(set(report["missing_keys"]) - tied)
+    if missing:
+        raise ConfigError(
+            f"model.name_or_path: {weights}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}), and "
+            "would be random; is it a base model without a language-model head?"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain models, as a user loads them
+
+
+def load_plain(weights: str) -> PreTrainedModel:
+    """`from_pretrained` and nothing else, on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(weights, dtype="auto")
+
+
+@torch.no_grad()
+def generate(weights: str, prompts: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
+    """Greedy continuations of some prompts (token ids) by a plain transformers model."""
+    lm = load_plain(weights).eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = lm.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
+            pad_token_id=stop,
+        )  # fmt: skip
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers

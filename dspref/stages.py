@@ -1,0 +1,225 @@
+"""What happens before and after the training loop, one function per stage, in the order of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dspref import console, distributed, engine, metrics, model, reference
+from dspref.checkpoint import RunFolder
+from dspref.config import Config, SourceSection, shipped
+from dspref.data.loader import Layout, StepLoader, sharing_pays
+from dspref.data.sources import Source
+from dspref.data.store import PairStore, load_pairs
+from dspref.data.tokenize import Limits, load_tokenizer
+from dspref.engine import Engine
+from dspref.errors import NumericFault
+from dspref.export import export
+from dspref.model import PackedCausalLM
+
+# How far the first loss may be from its analytic value: rounding of log-prob sums over some hundred tokens.
+FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
+# Tokens that a sample answer may have.
+SAMPLE_TOKENS = 64
+
+
+def already_finished(run: RunFolder, config: Config) -> bool:
+    """True, with the summary printed, if this very run is done. Raises ConfigError for a foreign folder, and for a run
+    that would go on with other settings."""
+    verdict: dict[str, bool] = {}
+
+    def look() -> None:
+        run.refuse_foreign()
+        changes = [] if config.checkpoint.resume == "never" else run.refuse_changes(config)
+        longer = any(line.startswith(("train.max_steps", "train.num_train_epochs")) for line in changes)
+        verdict["done"] = run.run.get("state") == "finished" and config.checkpoint.resume != "never" and not longer
+
+    distributed.on_main(look)
+    done = distributed.broadcast_object(verdict.get("done", False))
+    if done:
+        show_summary(run)
+        distributed.log("this run is finished; start anew with checkpoint.resume=never, or elsewhere with output_dir=")
+    return done
+
+
+def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerBase, PairStore, dict[str, PairStore]]:
+    """(attention kernel, tokenizer, training pairs, held-out sets by metric prefix), each checked.
+
+    Rank 0 goes first and the others find its work in the cache; nobody waits in a collective.
+    """
+    section, data = config.model, config.data
+    limits = Limits(data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode)
+
+    def work():
+        model_config = model.load_config(section)
+        name = section.tokenizer_name_or_path or section.name_or_path
+        tokenizer = load_tokenizer(
+            str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code
+        )
+        kernel = model.check(section, model_config, data.max_length, len(tokenizer), device_type)
+
+        def load(sources: list[SourceSection], log) -> PairStore:
+            read = [_source(source) for source in sources]
+            return load_pairs(read, tokenizer, limits, on_bad_row=data.on_bad_row, cache_dir=cache_folder(), log=log)
+
+        pairs = load(data.train_sources, distributed.log)
+        held_out = {prefix: load([source], distributed.log) for prefix, source in data.eval_sources.items()}
+        return kernel, tokenizer, pairs, held_out
+
+    return distributed.in_turn(work)
+
+
+def _source(section: SourceSection) -> Source:
+    values = section.model_dump()
+    return Source(**values | {"path": str(shipped(section.path))})
+
+
+def cache_folder() -> Path:
+    """Where token ids are kept between runs: $DSPREF_CACHE, or dspref/ in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspref"
+    return Path(os.environ.get("DSPREF_CACHE", default)) / "tokens"
+
+
+def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
+    """How packs are laid out over the ranks, and the steps of the run."""
+    data, world = config.data, distributed.world()
+    sharing = sharing_pays(pairs) if data.prefix_sharing == "auto" else data.prefix_sharing
+    layout = Layout(data.tokens_per_pack, sharing, world.rank, world.size)
+    weights = [source.weight for source in data.train_sources]
+    return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout)
+
+
+def open_run(run: RunFolder, config: Config) -> str:
+    """Make the run folder; the folder or hub id of the initial weights, which a random model gets here."""
+
+    def work() -> None:
+        run.open(config, engine.training_config(config))
+        if config.model.init == "random":
+            model.initialise(config.model, run.path / "init", config.train.seed)
+
+    distributed.on_main(work)
+    distributed.log_to(run.path / "logs")
+    run.event("start", world_size=distributed.world().size)
+    return str(run.path / "init") if config.model.init == "random" else config.model.name_or_path
+
+
+def introduce(
+    config: Config, pairs: PairStore, held_out: Mapping[str, PairStore], loader: StepLoader, steps: int, kernel: str
+) -> None:
+    """The banner: what is about to happen, in numbers."""
+    world, train = distributed.world(), config.train
+    lengths = pairs.lengths.mean(axis=0)
+    evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
+    keys = {k: v for k, v in config.objective.model_dump().items() if k not in ("name", "loss_type") and v is not None}
+    console.banner(
+        {
+            "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
+            "objective": f"{config.objective.name} / {config.objective.loss_type}  {', '.join(f'{k} {v}' for k, v in keys.items())}",
+            "reference": reference.describe(config),
+            "data": f"{len(pairs)} pairs, mean tokens {lengths[0]:.0f} prompt + {lengths[1]:.0f} | {lengths[2]:.0f}{evaluated}",
+            "packs": f"{loader.layout.tokens_per_pack} tokens, prefix sharing {'on' if loader.layout.prefix_sharing else 'off'}, "
+            f"attention {kernel}",
+            "steps": f"{steps} of {train.pairs_per_step} pairs ({loader.steps_per_epoch} per epoch), peak lr {train.learning_rate:g}",
+            "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
+            "run": config.output_dir,
+        }
+    )
+
+
+def load_policy(config: Config, weights: str, kernel: str) -> PackedCausalLM:
+    zero3 = engine.training_config(config) if config.zero_stage == 3 else None
+    policy = model.load(config.model, weights, kernel, config.model.dtype, zero3)
+    return model.prepare_for_training(policy, config.model.gradient_checkpointing)
+
+
+def check_first_loss(config: Config, means: dict[str, float]) -> None:
+    """Where policy and reference start equal, the first loss is known. Removes `expected/*` from `means`; raises
+    NumericFault for a miss."""
+    expected = {name.removeprefix("expected/"): means.pop(name) for name in list(means) if name.startswith("expected/")}
+    if not reference.equals_policy(config):
+        return
+    for component, value in expected.items():
+        got, tolerance = means[f"loss/{component}"], FIRST_LOSS_TOLERANCE[config.model.dtype]
+        if not math.isclose(got, value, abs_tol=tolerance, rel_tol=tolerance):
+            raise NumericFault(
+                f"step 1: loss/{component} is {got:.6f}, but policy = reference gives {value:.6f}; usual causes: dropout that is "
+                "still on, weights that are missing from the checkpoint, an attention kernel that leaks between sequences"
+            )
+
+
+def finish(
+    run: RunFolder,
+    config: Config,
+    policy: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: str,
+    held_out: Mapping[str, PairStore],
+    steps: int,
+    seconds: float,
+) -> None:
+    """Export and verify the model, record the summary, show it, answer sample prompts."""
+    summary = {"step": steps, "seconds": round(seconds, 1), "learned": learned(run.path / "metrics.jsonl")}
+    last = {name: values[1] for name, values in summary["learned"].items()}
+    export(run, policy, tokenizer, config, {"step": steps, "metrics": last})
+    run.event("finish", step=steps)
+
+    def close() -> None:
+        if config.log.samples and held_out:
+            write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
+        run.update(state="finished", summary=summary)
+
+    distributed.on_main(close)
+    show_summary(run)
+
+
+def learned(path: Path) -> dict[str, tuple[float | None, float]]:
+    """(first, last) of what matters in metrics.jsonl: training loss, reward accuracy and margin, then evaluations."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    training = list(metrics.training_lines(path))
+    names = ("loss", "nll_loss", "rewards/accuracies", "rewards/margins")
+    table = {name: (training[0][name], training[-1][name]) for name in names if name in training[-1]}
+    evaluations = [record for record in records if "loss" not in record]
+    for name in sorted({key for record in evaluations for key in record if key.endswith(names)}):
+        values = [record[name] for record in evaluations if name in record]
+        table[name] = (values[0] if len(values) > 1 else None, values[-1])
+    return table
+
+
+def show_summary(run: RunFolder) -> None:
+    if distributed.world().rank != 0:
+        return
+    samples = run.path / "samples.jsonl"
+    if samples.exists():
+        console.samples([json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()])
+    console.summary(
+        run.run["summary"],
+        {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
+        [f"transformers chat {run.final}", "the same command with more data, or train.max_steps=N to go on"],
+    )
+
+
+def write_samples(
+    run: RunFolder, config: Config, tokenizer: PreTrainedTokenizerBase, weights: str, store: PairStore
+) -> None:
+    """Answer the first held-out prompts with the initial and the final model, as plain transformers models (samples.jsonl)."""
+    pairs = [store[i] for i in range(min(config.log.samples, len(store)))]
+    prompts = [pair.prompt.tolist() for pair in pairs]
+    answers = [
+        model.generate(str(shipped(path)), prompts, SAMPLE_TOKENS, tokenizer.eos_token_id)
+        for path in (weights, str(run.final))
+    ]
+    rows = [
+        {
+            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+            "before": tokenizer.decode(before, skip_special_tokens=True),
+            "after": tokenizer.decode(after, skip_special_tokens=True),
+            "chosen": tokenizer.decode(pair.chosen, skip_special_tokens=True),
+        }
+        for prompt, pair, before, after in zip(prompts, pairs, *answers)
+    ]
+    (run.path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,122 @@
+"""YAML as people mean it: YAML 1.2 scalars, no duplicate keys, and the position of every key.
+
+PyYAML alone reads `5e-7` as text, `off` as False, `24:00:00` as 86400, and lets the last of two equal keys win.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dspref.errors import ConfigError
+
+MAX_BYTES = 1_000_000  # a config is a page; a megabyte of YAML is an accident or an attack
+
+
+class YamlError(ValueError):
+    """Not YAML; the message says why, without a place."""
+
+
+class Position(NamedTuple):
+    """Where a key stands. `file` alone is the file itself, or an override on the command line."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+for tag, pattern, first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), first)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse(path: Path) -> tuple[dict[str, Any], dict[tuple, Position]]:
+    """The document of a YAML file as plain values, and the position of each key by its path. Raises ConfigError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes; is this a config file?")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    positions: dict[tuple, Position] = {(): Position(str(path))}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:1:1: a config is a mapping of sections (model:, data:, ...)")
+        _walk(node, (), str(path), positions, set())
+        return loader.construct_document(node), positions
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: not valid YAML: {_reason(error)}") from None
+
+
+def parse_value(text: str) -> Any:
+    """One YAML value, as in `key=value` on the command line. Raises YamlError."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise YamlError(f"not valid YAML: {_reason(error)}") from None
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
+def _walk(node: yaml.Node, path: tuple, file: str, positions: dict[tuple, Position], above: set[int]) -> None:
+    """Record the position of every key, refusing duplicate keys, aliases and keys that are not text."""
+    if id(node) in above:
+        raise ConfigError(f"{_place(node, file)}: aliases (*name) are not allowed in a config")
+    above.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            positions[(*path, i)] = Position(file, item.start_mark.line + 1, item.start_mark.column + 1)
+            _walk(item, (*path, i), file, positions, above)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise ConfigError(f"{_place(key, file)}: a key must be text")
+            inner = (*path, key.value)
+            if inner in positions:
+                raise ConfigError(
+                    f"{_place(key, file)}: {'.'.join(map(str, inner))}: duplicate key; first at {positions[inner]}"
+                )
+            positions[inner] = Position(file, key.start_mark.line + 1, key.start_mark.column + 1)
+            _walk(value, inner, file, positions, above)
+
+
+def _place(node: yaml.Node, file: str) -> Position:
+    return Position(file, node.start_mark.line + 1, node.start_mark.column + 1)

@@ -1,0 +1,97 @@
+"""Tiny models with the same weights on every machine, for tests and for the golden fixtures.
+
+The weights do not come from torch's random numbers: each parameter is drawn by numpy from a seed made of its
+name and the model's seed. Two versions of torch or transformers, or two orders of initialisation, give
+the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
+
+
+def tiny_config(model_type: str = "qwen2", vocab_size: int = 256, **overrides: Any) -> PretrainedConfig:
+    """The config of a two-layer model without dropout.
+
+    `overrides` win and use the Llama-style names, for gpt2 too. Tried with qwen2, qwen3, llama, mistral,
+    gpt2 and qwen3_moe. No special token has an id unless overridden.
+    """
+    keys: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if model_type == "gpt2":
+        keys |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        keys |= {"num_key_value_heads": 2, "attention_dropout": 0.0}
+    if model_type == "mistral":
+        keys |= {"sliding_window": None}
+    keys |= overrides
+    if model_type == "gpt2":
+        keys = {GPT2_NAMES.get(key, key): value for key, value in keys.items()}
+    else:
+        keys.setdefault("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
+    if model_type == "qwen2":  # derives it, and has no such key
+        keys.pop("head_dim")
+    return AutoConfig.for_model(model_type, **keys)
+
+
+def tiny_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A float32 model on the CPU, in eval mode, filled by `seed`; torch's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    seen: set[int] = set()
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in seen:  # tied: the alphabetically first name decides
+            continue
+        seen.add(id(parameter))
+        value = torch.from_numpy(_values(name, tuple(parameter.shape), seed))
+        with torch.no_grad():
+            parameter.copy_(value)
+    return model.eval()
+
+
+def save_tiny(path: str | Path, config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """Write `tiny_model(config, seed)` to the folder `path` as safetensors, and return it."""
+    model = tiny_model(config, seed)
+    model.save_pretrained(path)
+    return model
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """sha256 over every parameter's name and float32 bytes: says whether two models have the same weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        digest.update(name.encode())
+        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """The float32 values of one parameter. A one-dimensional weight is a norm's and lies around 1."""
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4").tolist()
+    normal = np.random.default_rng([seed, *words]).standard_normal(shape)
+    is_norm = len(shape) == 1 and name.endswith("weight")
+    return (1.0 + 0.1 * normal if is_norm else 0.05 * normal).astype(np.float32)

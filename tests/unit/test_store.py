@@ -1,0 +1,223 @@
+"""The token store: what goes in comes out, once per content, whoever builds it and in whatever state."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from dspref.data import store as store_module
+from dspref.data.formats import to_preference
+from dspref.data.sources import Row, Source, read
+from dspref.data.store import PairStore, load_pairs
+from dspref.data.tokenize import Limits, TokenizedPair, encode, load_tokenizer
+from dspref.errors import DataError, EnvironmentFault
+
+SHARED = Path(__file__).parents[2] / ".." / "shared"
+ROWS = [{"prompt": f"p{i}", "chosen": " a" * (i + 1), "rejected": " b" * (5 - i)} for i in range(5)]
+
+
+def words() -> PreTrainedTokenizerFast:
+    names = ["</s>", "<unk>", "a", "b", "c", *(f"p{i}" for i in range(100))]
+    backend = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Source:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(str(path))
+
+
+def load(sources: list[Source], cache: Path, limits: Limits | None = None, **settings: Any) -> PairStore:
+    settings = {"on_bad_row": "error", "log": lambda line: None} | settings
+    return load_pairs(sources, words(), limits or Limits(), cache_dir=cache, **settings)
+
+
+def contents(store: PairStore) -> list[list[list[int]]]:
+    return [[ids.tolist() for ids in store[i]] for i in range(len(store))]
+
+
+def test_store_holds_what_encode_gives_in_the_order_of_the_sources(tmp_path: Path) -> None:
+    sources = [write(tmp_path / "a.jsonl", ROWS[:2]), write(tmp_path / "b.jsonl", ROWS[2:])]
+    store = load(sources, tmp_path / "cache")
+    expected = encode([to_preference(row) for row in ROWS], words(), Limits())
+    assert contents(store) == [[ids.tolist() for ids in pair] for pair in expected if isinstance(pair, TokenizedPair)]
+    assert store.source_rows == (2, 3)
+    assert store.where(3) == f"{tmp_path}/b.jsonl:2"
+    assert store.lengths.tolist() == [[len(ids) for ids in store[i]] for i in range(5)]
+    assert store[0].prompt.dtype == np.int32
+    assert store.report["rows"] == store.report["kept"] == 5
+
+
+def test_iteration_ends(tmp_path: Path) -> None:
+    store = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
+    with pytest.raises(IndexError):
+        store[5]
+
+
+def test_second_load_finds_the_first_even_after_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
+    monkeypatch.setattr(store_module, "tokenize", None)
+    (tmp_path / "b.jsonl").write_text("\n" + (tmp_path / "a.jsonl").read_text())
+    second = load([Source(str(tmp_path / "b.jsonl"))], tmp_path / "cache")
+    assert second.key == first.key
+    assert contents(second) == contents(first)
+    assert second.where(0) == f"{tmp_path}/b.jsonl:2"
+
+
+def test_key_follows_everything_that_decides_tokens(tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    path = source.path
+    stores = [
+        load([source], cache),
+        load([source], cache, Limits(max_length=3)),
+        load([source], cache, Limits(max_length=3, truncation_mode="keep_start")),
+        load([source], cache, on_bad_row="drop"),
+        load([Source(path, max_samples=4)], cache),
+        load([Source(path, columns={"chosen": "rejected", "rejected": "chosen"})], cache),
+        load([Source(path, template={"prompt": "c", "chosen": "{chosen}", "rejected": "{rejected}"})], cache),
+        load([source, source], cache),
+        load([write(tmp_path / "b.jsonl", [ROWS[0] | {"chosen": " c"}, *ROWS[1:]])], cache),
+    ]
+    assert len({store.key for store in stores}) == len(stores)
+    assert load([Source(path, weight=3.0)], cache).key == stores[0].key
+
+
+def test_truncation_and_equal_pairs_are_counted_and_logged(tmp_path: Path) -> None:
+    rows = [*ROWS, {"prompt": "p9", "chosen": " a a b", "rejected": " a a c"}]
+    lines: list[str] = []
+    source = write(tmp_path / "a.jsonl", rows)
+    for _ in range(2):
+        store = load([source], tmp_path / "cache", Limits(max_length=3), log=lines.append)
+    assert store.source_rows == (5,)
+    assert store.report["dropped"] == {"rejected: identical to chosen after truncation": 1}
+    assert store.report["truncated"] == {"prompt": 0, "chosen": 4, "rejected": 4}
+    left_out = "data: left out 1 of 6 rows: 1 x rejected: identical to chosen after truncation"
+    assert lines == [left_out, "data: truncated, of 5 pairs: 4 x chosen, 4 x rejected"] * 2
+
+
+def test_bad_rows_are_an_error_or_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, [ROWS[0], *[{"prompt": "p1", "chosen": "", "rejected": "b"}] * 25, ROWS[1]])
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(DataError) as caught:
+        load([Source(str(path))], tmp_path / "cache")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith(f"{path}:2: chosen: empty answer; fix: ")
+    assert lines[-1] == "... 6 more bad rows"
+    store = load([Source(str(path))], tmp_path / "cache", on_bad_row="drop")
+    assert len(store) == 2
+    assert store.where(1) == f"{path}:27"
+    assert sum(store.report["dropped"].values()) == 26
+
+
+def test_nothing_left_says_why(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p1", "chosen": " a a", "rejected": " a b"},
+        {"prompt": "p1", "chosen": "", "rejected": "b"},
+    ]
+    with pytest.raises(DataError) as caught:
+        load([write(tmp_path / "a.jsonl", rows)], tmp_path / "cache", Limits(max_length=2), on_bad_row="drop")
+    message = str(caught.value)
+    assert "none of 2 rows is left" in message
+    assert "identical to chosen after truncation" in message
+    assert "4 (min), 4 (median), 4 (max)" in message
+
+
+def _cut_tokens(folder: Path) -> None:
+    data = (folder / "tokens.npy").read_bytes()
+    (folder / "tokens.npy").write_bytes(data[:-4])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "report is gone": lambda folder: (folder / "report.json").unlink(),
+    "report is empty": lambda folder: (folder / "report.json").write_text(""),
+    "tokens are cut": _cut_tokens,
+    "offsets are of another store": lambda folder: np.save(folder / "offsets.npy", np.zeros(4, dtype=np.int64)),
+    "rows are text": lambda folder: (folder / "rows.npy").write_text("x"),
+    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_built_again(tmp_path: Path, damage: str) -> None:
+    source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    before = load([source], cache)
+    expected = contents(before)
+    DAMAGES[damage](cache / before.key)
+    assert contents(load([source], cache)) == expected
+    assert [path.name for path in cache.iterdir()] == [before.key]
+
+
+def test_an_unusable_cache_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(EnvironmentFault, match=r"^.*cache: cannot write the token cache: .*; fix: .*$"):
+        load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
+
+
+def _build(barrier: Any, results: Any, path: str, cache: Path) -> None:
+    barrier.wait()
+    store = load([Source(path)], cache)
+    results.put((store.key, contents(store)))
+
+
+def test_two_processes_build_the_same_store_at_once(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", ROWS * 100)
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    arguments = (barrier, results, source.path, tmp_path / "cache")
+    processes = [context.Process(target=_build, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    first, second = results.get(timeout=20), results.get(timeout=20)
+    for process in processes:
+        process.join()
+    assert first == second
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first[0]]
+
+
+def test_the_loser_of_a_race_uses_the_winners_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    winner = load([source], tmp_path / "elsewhere")
+    build = store_module._build
+
+    def overtaken(*arguments: Any) -> Any:
+        shutil.copytree(tmp_path / "elsewhere" / winner.key, cache / winner.key)
+        (cache / winner.key / "mark").write_text("the winner's")
+        return build(*arguments)
+
+    monkeypatch.setattr(store_module, "_build", overtaken)
+    assert contents(load([source], cache)) == contents(winner)
+    assert (cache / winner.key / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["alpacaeval_train.jsonl", "multiturn_train.jsonl"])
+def test_every_real_row_loads(tmp_path: Path, name: str) -> None:
+    path = SHARED / "data" / name
+    if not path.is_file():
+        pytest.skip("shared/data is not beside the repository")
+    tokenizer = load_tokenizer(str(SHARED / "tokenizer" / "gpt2-chatml"))
+    lines: list[str] = []
+    cache, limits = tmp_path / "cache", Limits(max_length=2048)
+    store = load_pairs([Source(str(path))], tokenizer, limits, on_bad_row="error", cache_dir=cache, log=lines.append)
+    rows = read(Source(str(path)))
+    assert len(store) == len(rows)
+    for i in range(0, len(rows), 97):
+        row = rows[i]
+        assert isinstance(row, Row)
+        if store.lengths[i].sum() < 2048:
+            assert str(tokenizer.decode(store[i].chosen)).startswith(row.values["chosen"][0]["content"])
+    assert (store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)).max() <= 2048
+    assert store.lengths.min() >= 1
