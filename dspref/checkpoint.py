@@ -76,12 +76,14 @@ class RunFolder:
         if self.path.exists() and any(self.path.iterdir()) and not self.run:
             raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
 
-    def open(self, config: Config, ds_config: Mapping[str, Any]) -> None:
+    def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any]) -> None:
         """Write config, versions and state (rank 0). A folder that is started anew keeps its old run in `previous-*`."""
         if config.checkpoint.resume == "never" and self.run:
             self._set_aside()
         for folder in (self.path, self.checkpoints, self.path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
+        if source:
+            write_atomically(self.path / "config.source.yaml", source.read_text(encoding="utf-8"))
         write_atomically(self.path / "config.resolved.yaml", configuration.dump(config))
         write_atomically(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")

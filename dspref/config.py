@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from dspref import strategy
 from dspref.errors import ConfigError
-from dspref.objectives import OBJECTIVES, Objective
+from dspref.objectives import OBJECTIVES, Family
 from dspref.yaml12 import Position, YamlError, parse, parse_value
 
 
@@ -239,13 +239,13 @@ class LogSection(Section):
 # The objective section comes from the table of losses: a loss's keyword-only arguments are its YAML keys
 
 
-def loss_keys(objective: Objective, loss_type: str) -> dict[str, inspect.Parameter]:
+def loss_keys(objective: Family, loss_type: str) -> dict[str, inspect.Parameter]:
     """Keyword-only arguments of one loss: the keys that apply to it, with annotation and default."""
     parameters = inspect.signature(objective.losses[loss_type]).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _objective_section(name: str, objective: Objective) -> type[Section]:
+def _objective_section(name: str, objective: Family) -> type[Section]:
     fields: dict[str, Any] = {
         "name": (Literal[name], name),  # type: ignore[valid-type]
         "loss_type": (Literal[tuple(objective.losses)], next(iter(objective.losses))),  # type: ignore[valid-type]
@@ -261,7 +261,7 @@ def _objective_section(name: str, objective: Objective) -> type[Section]:
 def _as_field(annotation: Any) -> Any:
     """`Annotated[float, {"gt": 0}]`, or its source text -> the same with a pydantic Field."""
     if isinstance(annotation, str):
-        annotation = vars(inspect.getmodule(Objective))[annotation]
+        annotation = vars(inspect.getmodule(Family))[annotation]
     kind, *ranges = get_args(annotation)
     return Annotated[kind, *(Field(**r) for r in ranges)]
 

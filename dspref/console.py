@@ -6,7 +6,6 @@ Text that comes from data is shown as text: no markup, no control characters.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,10 +61,8 @@ class ProgressView:
         if self._bar:
             self._bar.update(self._task, completed=step, description=figures)
         else:
-            clock = time.strftime("%Y-%m-%dT%H:%M:%S")
-            distributed.log(
-                f"{clock} step {step}/{self._total}  {figures}  {record.get('perf/tokens_per_second', 0):,.0f} tok/s"
-            )
+            throughput = f"{record.get('perf/tokens_per_second', 0):,.0f} tok/s"
+            distributed.log(f"step {step}/{self._total}  {figures}  {throughput}", stamp=True)
 
     def note(self, text: str) -> None:
         """A line between the steps: an evaluation, a checkpoint."""

@@ -248,12 +248,13 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed + _world.rank)
 
 
-def log(message: str) -> None:
-    """Say something once: rank 0 on standard output, the others in their log file."""
+def log(message: str, stamp: bool = False) -> None:
+    """Say something once: rank 0 on standard output (behind the time, with `stamp`), every rank in its log file."""
+    clock = time.strftime("%Y-%m-%dT%H:%M:%S")
     if _world.rank == 0:
-        print(message, flush=True)
+        print(f"{clock} {message}" if stamp else message, flush=True)
     if _log_file is not None:
-        _log_file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n")
+        _log_file.write(f"{clock} {message}\n")
 
 
 def log_to(folder: Path) -> None:

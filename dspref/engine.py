@@ -164,16 +164,6 @@ class Engine:
         """All weights of the inner model by name, on the CPU of rank 0; empty on the others."""
         return full_state(self.module.lm)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The accumulated gradient of the loss by parameter name, before `step`; on every rank, in fp32. For tests."""
-        from deepspeed.utils import safe_get_full_grad
-
-        parameters = self.module.lm.named_parameters()
-        grads = {
-            name: safe_get_full_grad(p) if self._engine.zero_optimization_stage() else p.grad for name, p in parameters
-        }
-        return {name: grad.detach().float().cpu().clone() for name, grad in grads.items() if grad is not None}
-
     def close(self) -> None:
         self._engine.destroy()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,13 +11,13 @@ from dspref.data.store import PairStore
 from dspref.engine import Engine
 from dspref.logps import pair_logps
 from dspref.metrics import Meter
-from dspref.objectives import PairLoss
+from dspref.objectives import Objective
 from dspref.reference import Reference
 
 
 def evaluate(
     policy: Engine,
-    objective: Callable[..., PairLoss],
+    objective: Objective,
     reference: Reference,
     sets: Mapping[str, PairStore],
     layout: Layout,

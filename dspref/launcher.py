@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from dspref import config as configuration
 from dspref.errors import ExitCode, UserError
@@ -21,10 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if first_rank(os.environ):
             print(error, file=sys.stderr, flush=True)
         return int(error.exit_code)
-    return run(config)
+    return run(config, configuration.shipped(options.config))
 
 
-def run(config: configuration.Config) -> int:
+def run(config: configuration.Config, source: Path | None = None) -> int:
     """Train with a checked config; a user's mistake is one line on the terminal and no traceback."""
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
     from dspref import distributed
@@ -32,7 +33,8 @@ def run(config: configuration.Config) -> int:
     try:
         from dspref.trainer import train
 
-        train(config)
+        train(config, source)
+        distributed.finish()
     except distributed.Relayed as error:
         return int(error.exit_code)
     except UserError as error:
@@ -55,5 +57,5 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def first_rank(env) -> bool:
+def first_rank(env: Mapping[str, str]) -> bool:
     return env.get("RANK", env.get("SLURM_PROCID", "0")) == "0"

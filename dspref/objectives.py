@@ -90,7 +90,7 @@ def sigmoid(
 
 
 @dataclass(frozen=True)
-class Objective:
+class Family:
     """A family of losses under one `objective.name`.
 
     `losses` maps each `loss_type` to its function; `nll_weight` names the YAML key that adds the chosen answer's
@@ -102,22 +102,24 @@ class Objective:
     nll_weight: str | None = None
 
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[str, Family] = {
     # rpo_alpha: loss + alpha x NLL of the chosen answer (Pang et al. 2024, arXiv:2404.19733, eq. 2; TRL's token mean)
-    "dpo": Objective({"sigmoid": sigmoid}, needs_reference=True, nll_weight="rpo_alpha"),
+    "dpo": Family({"sigmoid": sigmoid}, needs_reference=True, nll_weight="rpo_alpha"),
 }
 
 
-def build_objective(
-    name: str, loss_type: str, **keys: float | None
-) -> Callable[[PairLogps, PairLogps | None], PairLoss]:
+# (policy, reference) -> loss; the reference is None where the objective needs none
+Objective = Callable[["PairLogps", "PairLogps | None"], PairLoss]
+
+
+def build_objective(name: str, loss_type: str, **keys: float | None) -> Objective:
     """The objective `name`/`loss_type` with its keys bound: (policy, reference) -> PairLoss.
 
     Keys that are None are left at the loss's own default.
     """
-    objective = OBJECTIVES[name]
-    loss = objective.losses[loss_type]
-    nll_weight = keys.pop(objective.nll_weight, None) if objective.nll_weight else None
+    family = OBJECTIVES[name]
+    loss = family.losses[loss_type]
+    nll_weight = keys.pop(family.nll_weight, None) if family.nll_weight else None
     options = {key: value for key, value in keys.items() if value is not None}
 
     def evaluate(policy: PairLogps, reference: PairLogps | None) -> PairLoss:

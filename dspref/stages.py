@@ -75,8 +75,9 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
 
 
 def _source(section: SourceSection) -> Source:
-    values = section.model_dump()
-    return Source(**values | {"path": str(shipped(section.path))})
+    template = section.template.model_dump(exclude_none=True) if section.template else None
+    path, columns = str(shipped(section.path)), section.columns.model_dump()
+    return Source(path, section.split, section.max_samples, section.weight, columns, template)
 
 
 def cache_folder() -> Path:
@@ -94,11 +95,11 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout)
 
 
-def open_run(run: RunFolder, config: Config) -> str:
+def open_run(run: RunFolder, config: Config, source: Path | None) -> str:
     """Make the run folder; the folder or hub id of the initial weights, which a random model gets here."""
 
     def work() -> None:
-        run.open(config, engine.training_config(config))
+        run.open(config, source, engine.training_config(config))
         if config.model.init == "random":
             model.initialise(config.model, run.path / "init", config.train.seed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from pathlib import Path
 
 from dspref import checkpoint, console, distributed, engine, model, stages
 from dspref import reference as references
@@ -14,24 +14,28 @@ from dspref.engine import Engine
 from dspref.evaluate import evaluate
 from dspref.logps import pair_logps
 from dspref.metrics import Meter, Recorder
-from dspref.objectives import build_objective, total
+from dspref.objectives import Objective, build_objective, total
+from dspref.reference import Reference
 
 
-def train(config: Config) -> None:
-    """Train a policy on preference pairs, from a checked config to an exported model. Every rank runs this."""
+def train(config: Config, source: Path | None = None) -> None:
+    """Train a policy on preference pairs, from a checked config to an exported model. Every rank runs this.
+
+    `source` is the file that the config came from; the run folder keeps a copy.
+    """
     started = time.monotonic()
     distributed.init(config.train.seed)
     device = engine.bring_up()
     model.quiet()
     run = RunFolder(config.output_dir)
     if stages.already_finished(run, config):
-        return distributed.finish()
+        return
 
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
     kernel, tokenizer, pairs, held_out = stages.prepare(config, device.type)
     layout, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
-    weights = stages.open_run(run, config)
+    weights = stages.open_run(run, config, source)
     stages.introduce(config, pairs, held_out, loader, steps, kernel)
 
     objective = build_objective(**config.objective.model_dump())
@@ -46,17 +50,7 @@ def train(config: Config) -> None:
     for step in loader.steps(progress.step, steps):
         clock, last = time.monotonic(), step.number == steps
         logged = step.number == 1 or last or step.number % config.log.every == 0
-        for batch in step.packs:
-            batch = batch.to(device)
-            logps, mean_logits = policy.logps(batch)
-            policy_logps = pair_logps(logps, batch.span_index, batch.num_pairs)
-            reference_logps = reference("train", batch)
-            loss = objective(policy_logps, reference_logps)
-            policy.backward(total(loss, step.counts))
-            if logged:
-                meter.add_pairs(loss, policy_logps, mean_logits, batch)
-            if step.number == 1:
-                meter.add_expected(objective(reference_logps, reference_logps))
+        accumulate(step, policy, objective, reference, meter if logged else None)
         learning_rate, grad_norm = policy.learning_rate, policy.step()
 
         if logged:
@@ -81,7 +75,21 @@ def train(config: Config) -> None:
     recorder.close()
     stages.finish(run, config, policy, tokenizer, weights, held_out, steps, time.monotonic() - started)
     policy.close()
-    distributed.finish()
+
+
+def accumulate(step: Step, policy: Engine, objective: Objective, reference: Reference, meter: Meter | None) -> None:
+    """Add the gradient of the step's loss, pack by pack, and its metrics where `meter` asks for them."""
+    for batch in step.packs:
+        batch = batch.to(policy.device)
+        logps, mean_logits = policy.logps(batch)
+        policy_logps = pair_logps(logps, batch.span_index, batch.num_pairs)
+        reference_logps = reference("train", batch)
+        loss = objective(policy_logps, reference_logps)
+        policy.backward(total(loss, step.counts))
+        if meter:
+            meter.add_pairs(loss, policy_logps, mean_logits, batch)
+        if meter and step.number == 1 and reference_logps:
+            meter.add_expected(objective(reference_logps, reference_logps))
 
 
 def due(step: int, every: int | None) -> bool:
@@ -92,7 +100,7 @@ def header(step: Step) -> dict[str, float]:
     return {"step": step.number, "epoch": round(step.epoch, 6)}
 
 
-def performance(step: Step, seconds: float) -> Mapping[str, float]:
+def performance(step: Step, seconds: float) -> dict[str, float]:
     """Throughput of all ranks together: whole pairs, tokens of both sequences, scored tokens; and how full the packs were."""
     answers = step.counts["chosen_tokens"] + step.counts["rejected_tokens"]
     return {

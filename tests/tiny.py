@@ -95,3 +95,47 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     normal = np.random.default_rng([seed, *words]).standard_normal(shape)
     is_norm = len(shape) == 1 and name.endswith("weight")
     return (1.0 + 0.1 * normal if is_norm else 0.05 * normal).astype(np.float32)
+
+
+def save_tokenizer(path: str | Path) -> int:
+    """Save a byte-level tokenizer with a ChatML template to `path`; its vocabulary size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(path)
+    return len(tokenizer)
+
+
+def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Standard and conversational rows of unequal lengths, the same every time."""
+    draws = np.random.default_rng(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(
+            "".join(draws.choice(list("abcdefgh"), draws.integers(1, 6))) for _ in range(draws.integers(low, high))
+        )
+
+    rows: list[dict[str, Any]] = []
+    for k in range(count):
+        prompt, chosen, rejected = words(1, 9) + ":", words(1, 12), words(1, 12) + "!"
+        if k % 3 == 0:
+            rows.append({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected})
+        else:
+            turn = [[{"role": "user", "content": prompt}]]
+            turn += [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
+            rows.append(dict(zip(("prompt", "chosen", "rejected"), turn, strict=True)))
+    return rows

@@ -59,12 +59,13 @@ def pack(lengths: np.ndarray, tokens_per_pack: int, world_size: int) -> list[lis
     """Packs of one step, as `[rank][micro_step]` arrays of positions into `lengths`.
 
     `lengths` holds the computed tokens of each pair. Every rank gets the same number of packs (an empty array is a filler).
-    No pack exceeds `tokens_per_pack`, except one that holds a single longer pair. The packs are as few as the budget
-    allows, and balanced by cost: longest pair first, each into the cheapest pack that still has room.
+    No pack exceeds `tokens_per_pack`, except one that holds a single longer pair. The packs are few and balanced by cost: longest pair first, each into the cheapest pack that still has room.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     longest_first = np.argsort(-lengths, kind="stable")
-    micro_steps = max(1, ceil(int(lengths.sum()) / (tokens_per_pack * world_size)))
+    # A pair beyond the budget fills one pack, not several.
+    demand = int(np.minimum(lengths, tokens_per_pack).sum())
+    micro_steps = max(1, ceil(demand / (tokens_per_pack * world_size)))
     while (packs := _place(lengths, longest_first, tokens_per_pack, micro_steps * world_size)) is None:
         micro_steps += 1
     # Ranks wait for each other in every micro-step: put packs of like cost side by side, dearest first.

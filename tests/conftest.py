@@ -1,0 +1,47 @@
+"""Fixtures for all tests: private caches, shared ranks, the data beside the repository."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+# Before anything imports torch. A stale build lock in the user's own cache would hang DeepSpeed for ever, silently.
+_scratch = tempfile.mkdtemp(prefix="dspref-tests-")
+os.environ["TORCH_EXTENSIONS_DIR"] = f"{_scratch}/torch_extensions"
+os.environ["DSPREF_CACHE"] = f"{_scratch}/cache"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("WANDB_MODE", "offline")
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+
+from workers import Workers  # noqa: E402  (needs the path above)
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run in the root of the repository, wherever pytest was started."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real preference pairs and a real tokenizer, which lie beside the repository for its developers and in CI."""
+    if not SHARED.exists():
+        pytest.skip("the real data lies in ../shared, which only developers and CI have")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def all_workers() -> Iterator[dict[int, Workers]]:
+    workers = {size: Workers(size) for size in (1, 2)}
+    yield workers
+    for group in workers.values():
+        group.stop()

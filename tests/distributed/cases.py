@@ -1,0 +1,106 @@
+"""What tests run on every rank. Each function is a case for `Workers.run`; it returns plain values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dspref import config as configuration
+from dspref import distributed, engine, launcher, model, stages, trainer
+from dspref import reference as references
+from dspref.engine import Engine
+from dspref.errors import UserError
+from dspref.metrics import Meter
+from dspref.objectives import build_objective
+
+
+def first_steps(config_path: str, variants: list[list[str]]) -> list[dict[str, Any]]:
+    """Loss, metrics, gradient norm and gradients of step 1, for each list of overrides."""
+    return [_first_step(config_path, overrides) for overrides in variants]
+
+
+def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
+    config = configuration.load(config_path, overrides)
+    distributed.init(config.train.seed)
+    device = engine.bring_up()
+    model.quiet()
+    kernel, _, pairs, held_out = stages.prepare(config, device.type)
+    _, loader = stages.plan(config, pairs)
+    weights = config.model.name_or_path
+    policy = Engine.for_training(stages.load_policy(config, weights, kernel), config, 1)
+    sets = {"train": pairs, **held_out}
+    reference = references.build(config, policy, weights, kernel, sets, loader.layout, Path(config.output_dir))
+    meter = Meter(device)
+    objective = build_objective(**config.objective.model_dump())
+    step = next(loader.steps(0, 1))
+    trainer.accumulate(step, policy, objective, reference, meter)
+    grad_norm = policy.step()
+    result = {
+        **meter.reduce(), "grad_norm": grad_norm, "packs": step.num_packs, "gradients": _gradients(policy, config),
+        "full_sizes": sum(p.numel() for p in policy.module.parameters()),
+    }  # fmt: skip
+    policy.close()
+    return result
+
+
+def _gradients(policy: Engine, config: configuration.Config) -> dict[str, np.ndarray]:
+    """The step's gradients, read from AdamW's first moment: (1 - beta1) x gradient after one step without clipping."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    assert config.train.max_grad_norm == 0, "clipping would scale what is read here"
+    found = {}
+    for name, parameter in policy.module.lm.named_parameters():
+        if config.zero_stage:
+            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+        else:
+            moment = policy._engine.optimizer.state[parameter]["exp_avg"]
+        assert moment is not None
+        found[name] = (moment.float() / (1 - config.train.adam_beta1)).cpu().numpy().copy()
+    return found
+
+
+def run_training(config_path: str, overrides: list[str]) -> int:
+    """A whole run, as the launcher makes it, in these ranks; its exit code."""
+    try:
+        trainer.train(configuration.load(config_path, overrides), Path(config_path))
+    except UserError as error:
+        print(error)
+        return int(error.exit_code)
+    return 0
+
+
+def command_line(arguments: list[list[str]]) -> list[tuple[int, str]]:
+    """(exit code, what stood on standard error) of several command lines, in this process."""
+    import contextlib
+    import io
+
+    results = []
+    for line in arguments:
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            code = launcher.main(line)
+        results.append((code, errors.getvalue()))
+    return results
+
+
+def peak_anonymous_memory(config_path: str, overrides: list[str]) -> dict[str, float]:
+    """MB of private memory that loading the policy under ZeRO-3 costs this rank, and the size of the whole model."""
+    config = configuration.load(config_path, overrides)
+    distributed.init(config.train.seed)
+    device = engine.bring_up()
+    model.quiet()
+    kernel = stages.prepare(config, device.type)[0]
+    before = _anonymous_mb()
+    policy = stages.load_policy(config, config.model.name_or_path, kernel)
+    loaded = _anonymous_mb() - before
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters()) * 4 / 2**20
+    own = sum(p.ds_tensor.numel() for p in policy.parameters()) * 4 / 2**20  # type: ignore[attr-defined]
+    return {"loaded": loaded, "whole": whole, "own": own}
+
+
+def _anonymous_mb() -> float:
+    text = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("RssAnon"))

@@ -1,0 +1,120 @@
+"""A run that stops and goes on ends like one that never stopped: same weights to the bit, each step logged once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from tiny import preference_rows, save_tokenizer, tiny_config
+
+STEPS = 7
+ROWS = 18  # four per step: an epoch of five steps whose last is short, crossed by the run
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), attention_dropout=0.1).save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(ROWS, seed=5)))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(5, seed=6)))
+    values = {
+        "model": {
+            "name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random",
+            "dtype": "float32", "disable_dropout": False,  # so that the random generators matter
+        },
+        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "eval": {"path": f"{folder}/held_out.jsonl"}, "tokens_per_pack": 300},
+        "objective": {"name": "dpo", "rpo_alpha": 0.5},
+        "train": {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "eval_every": 3},
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        "checkpoint": {"save_every": 2, "keep_last": 9},
+        "output_dir": f"{folder}/run",
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+def train(workers, run_file: Path, *overrides: str) -> list[int]:
+    return workers.run("cases:run_training", config_path=str(run_file), overrides=list(overrides))
+
+
+def training_records(run: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records]
+
+
+def forget_everything_after(run: Path, step: int) -> None:
+    """Leave the folder as a kill just after this checkpoint would have left it: later lines are in metrics.jsonl."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(run / "final")
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in state.items() if k != "summary"} | {"state": "running"}))
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 2), (1, 3), (2, 2), (2, 3), (2, 1), (1, 0)])
+def test_resumed_run_ends_bit_identical(world, stage, run_file, all_workers, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    zero = f"deepspeed.zero_optimization.stage={stage}"
+    assert train(all_workers[world], run_file, zero, f"output_dir={whole}") == [0] * world
+    expected = load_file(whole / "final" / "model.safetensors")
+    records = training_records(whole)
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
+    assert records[0]["loss"] != records[-2]["loss"]
+    for step in (4, 2):
+        shutil.rmtree(resumed, ignore_errors=True)
+        shutil.copytree(whole, resumed)
+        forget_everything_after(resumed, step)
+        assert train(all_workers[world], run_file, zero, f"output_dir={resumed}") == [0] * world
+        assert training_records(resumed) == records
+        final = load_file(resumed / "final" / "model.safetensors")
+        assert final.keys() == expected.keys()
+        assert all((final[name] == expected[name]).all() for name in expected)
+        events = [json.loads(line)["event"] for line in (resumed / "events.jsonl").read_text().splitlines()]
+        assert "resume" in events
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_file, all_workers, tmp_path):
+    run = tmp_path / "run"
+    assert train(all_workers[1], run_file, f"output_dir={run}") == [0]
+    records = training_records(run)
+    forget_everything_after(run, 4)
+    shard = next((run / "checkpoints" / "step-000004" / "engine").glob("*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert train(all_workers[1], run_file, f"output_dir={run}") == [0]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [2]
+    assert training_records(run) == records
+
+
+def test_a_finished_run_is_not_trained_again(run_file, all_workers, tmp_path):
+    run = tmp_path / "run"
+    assert train(all_workers[2], run_file, f"output_dir={run}") == [0, 0]
+    before = (run / "final" / "model.safetensors").stat().st_mtime_ns
+    assert train(all_workers[2], run_file, f"output_dir={run}") == [0, 0]
+    assert (run / "final" / "model.safetensors").stat().st_mtime_ns == before
+    assert train(all_workers[2], run_file, f"output_dir={run}", "train.learning_rate=1e-5") == [2, 2], (
+        "another run's folder"
+    )
+    # More steps go on from the last checkpoint.
+    assert train(all_workers[2], run_file, f"output_dir={run}", f"train.max_steps={STEPS + 2}") == [0, 0]
+    steps = [record["step"] for record in training_records(run) if "loss" in record]
+    assert steps == list(range(1, STEPS + 3))
+    assert train(all_workers[2], run_file, f"output_dir={run}", "checkpoint.resume=never") == [0, 0]
+    assert len(list(run.glob("previous-*"))) == 1
+
+
+def test_another_world_size_is_refused(run_file, all_workers, tmp_path):
+    run = tmp_path / "run"
+    assert train(all_workers[2], run_file, f"output_dir={run}", "train.max_steps=2") == [0, 0]
+    shutil.rmtree(run / "final")
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(state | {"state": "running"}))
+    assert train(all_workers[1], run_file, f"output_dir={run}", "train.max_steps=2") == [4]

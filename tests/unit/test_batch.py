@@ -1,0 +1,166 @@
+"""The tensor contract: every token of a pack, read back one by one by the rules of `PackedBatch`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from dspref.data.batch import CHOSEN, REJECTED, PackedBatch, collate, computed_tokens
+from dspref.data.tokenize import TokenizedPair
+
+
+def random_pairs(count: int, seed: int, longest: int = 9) -> list[TokenizedPair]:
+    draws = np.random.default_rng(seed)
+    return [
+        TokenizedPair(*(draws.integers(0, 1000, draws.integers(1, longest + 1)).astype(np.int32) for _ in range(3)))
+        for _ in range(count)
+    ]
+
+
+def visible(batch: PackedBatch) -> list[list[int]]:
+    """For each token, the indices of the tokens that its attention sees, in order: the segments spelled out."""
+    sees: list[list[int]] = []
+    q, k = batch.cu_seqlens_q.tolist(), batch.cu_seqlens_k.tolist()
+    keys = list(range(len(batch.input_ids))) if batch.kv_index is None else batch.kv_index.tolist()
+    for i in range(len(q) - 1):
+        queries, own_keys = q[i + 1] - q[i], keys[k[i] : k[i + 1]]
+        for t in range(queries):  # aligned at the bottom right: the last query sees every key
+            sees.append(own_keys[: len(own_keys) - (queries - 1 - t)])
+    return sees
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_each_scored_token_is_predicted_from_its_own_prefix(seed: int, sharing: bool) -> None:
+    """Read back from the tensors alone: for each pair and side, the predictor of answer token j attends to exactly
+    prompt + answer[:j] at positions 0, 1, 2, ..., and every token that it attends to has seen the same prefix."""
+    pairs = random_pairs(1 + seed % 5, seed)
+    batch = collate(pairs, range(100, 100 + len(pairs)), prefix_sharing=sharing)
+    sees, ids, positions = visible(batch), batch.input_ids.tolist(), batch.position_ids.tolist()
+    assert len(sees) == len(ids) == len(positions)
+    for t, context in enumerate(sees):
+        assert context[-1] == t
+        assert [positions[s] for s in context] == list(range(len(context)))
+        for n, s in enumerate(context):
+            assert sees[s] == context[: n + 1]
+
+    scored = list(zip(batch.predictor_index.tolist(), batch.targets.tolist(), batch.span_index.tolist()))
+    for k, pair in enumerate(pairs):
+        for side, answer in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+            of_side = [(p, target) for p, target, span in scored if divmod(span, len(pairs)) == (side, k)]
+            assert [target for _, target in of_side] == answer.tolist()
+            for j, (predictor, _) in enumerate(of_side):
+                assert [ids[s] for s in sees[predictor]] == [*pair.prompt, *answer[:j]]
+    assert len(scored) == sum(len(p.chosen) + len(p.rejected) for p in pairs)
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_segments_cover_the_pack(sharing: bool) -> None:
+    pairs = random_pairs(4, seed=1)
+    batch = collate(pairs, range(4), prefix_sharing=sharing)
+    q, k = batch.cu_seqlens_q, batch.cu_seqlens_k
+    assert q[0] == k[0] == 0
+    assert q[-1] == len(batch.input_ids)
+    assert k[-1] == (len(batch.input_ids) if batch.kv_index is None else len(batch.kv_index))
+    assert len(q) == len(k) == 2 * 4 + 1
+    assert batch.max_seqlen_q == int(q.diff().max())
+    assert (
+        batch.max_seqlen_k
+        == int(k.diff().max())
+        == max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
+    )
+    assert (batch.kv_index is None) == (not sharing)
+
+
+def test_layouts_of_one_pair_written_out() -> None:
+    pair = TokenizedPair(*(np.array(ids, dtype=np.int32) for ids in ([7, 8], [1, 2, 3], [4, 5])))
+    apart, shared = (collate([pair], [42], prefix_sharing=sharing) for sharing in (False, True))
+    assert apart.input_ids.tolist() == [7, 8, 1, 2, 3, 7, 8, 4, 5]
+    assert apart.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert apart.cu_seqlens_q.tolist() == apart.cu_seqlens_k.tolist() == [0, 5, 9]
+    assert apart.predictor_index.tolist() == [1, 2, 3, 6, 7]
+    assert shared.input_ids.tolist() == [7, 8, 1, 2, 3, 4, 5]
+    assert shared.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3]
+    assert shared.cu_seqlens_q.tolist() == [0, 5, 7]
+    assert shared.cu_seqlens_k.tolist() == [0, 5, 9]
+    assert shared.kv_index is not None
+    assert shared.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6]
+    assert shared.predictor_index.tolist() == [1, 2, 3, 1, 5]  # token 1 predicts the first token of both answers
+    for batch in (apart, shared):
+        assert batch.targets.tolist() == [1, 2, 3, 4, 5]
+        assert batch.span_index.tolist() == [0, 0, 0, 1, 1]
+        assert batch.pair_ids.tolist() == [42]
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_index_add_by_span_sums_each_answer(sharing: bool) -> None:
+    pairs = random_pairs(6, seed=2)
+    batch = collate(pairs, range(6), prefix_sharing=sharing)
+    sums = torch.zeros(12, dtype=torch.int64).index_add(0, batch.span_index, batch.targets).view(2, 6)
+    assert sums[CHOSEN].tolist() == [int(p.chosen.sum()) for p in pairs]
+    assert sums[REJECTED].tolist() == [int(p.rejected.sum()) for p in pairs]
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_computed_tokens_is_what_the_model_gets(sharing: bool) -> None:
+    for seed in range(10):
+        pairs = random_pairs(1 + seed, seed)
+        lengths = np.array([[len(part) for part in pair] for pair in pairs])
+        of_each = [len(collate([pair], [0], prefix_sharing=sharing).input_ids) for pair in pairs]
+        assert computed_tokens(lengths, sharing).tolist() == of_each
+        assert len(collate(pairs, range(len(pairs)), prefix_sharing=sharing).input_ids) == sum(of_each)
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_no_pairs_give_a_filler_that_scores_nothing(sharing: bool) -> None:
+    batch = collate([], [], prefix_sharing=sharing)
+    assert batch.num_pairs == 0
+    assert len(batch.input_ids) == len(batch.position_ids) > 0
+    assert batch.cu_seqlens_q.tolist() == batch.cu_seqlens_k.tolist() == [0, len(batch.input_ids)]
+    assert batch.kv_index is None
+    assert [len(x) for x in (batch.predictor_index, batch.targets, batch.span_index, batch.pair_ids)] == [0] * 4
+    assert batch.max_seqlen_q == batch.max_seqlen_k == len(batch.input_ids)
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("count", [0, 3])
+def test_types_are_those_of_the_contract(count: int, sharing: bool) -> None:
+    """int64 to index with, int32 as the varlen kernels want it; an answer of one token included."""
+    batch = collate(random_pairs(count, seed=3, longest=1), range(count), prefix_sharing=sharing)
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == (torch.int32 if field.name.startswith("cu_seqlens") else torch.int64), field.name
+            assert value.dim() == 1
+        else:
+            assert value is None or type(value) is int, field.name
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_to_moves_every_tensor_and_nothing_else(sharing: bool) -> None:
+    batch = collate(random_pairs(2, seed=4), [5, 6], prefix_sharing=sharing)
+    moved = batch.to("meta")
+    for field in fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if isinstance(before, torch.Tensor):
+            assert after.device.type == "meta"
+            assert after.shape == before.shape
+        else:
+            assert after == before
+    assert batch.input_ids.device.type == "cpu"
+
+
+def test_pairs_of_a_pack_do_not_depend_on_each_other() -> None:
+    """What one pair contributes to a pack is the pack of that pair alone, moved along."""
+    pairs = random_pairs(3, seed=5)
+    for sharing in (False, True):
+        together = collate(pairs, range(3), prefix_sharing=sharing)
+        alone = [collate([pair], [k], prefix_sharing=sharing) for k, pair in enumerate(pairs)]
+        starts = np.cumsum([0] + [len(b.input_ids) for b in alone]).tolist()
+        assert together.input_ids.tolist() == [i for b in alone for i in b.input_ids.tolist()]
+        assert together.position_ids.tolist() == [i for b in alone for i in b.position_ids.tolist()]
+        moved = [i + start for b, start in zip(alone, starts) for i in b.predictor_index.tolist()]
+        assert together.predictor_index.tolist() == moved

@@ -1,0 +1,580 @@
+"""From a YAML file to a `Config`, or to one line that says where and why not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dspref import config, yaml12
+from dspref.config import FOREIGN_KEYS, Config
+from dspref.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MINIMAL = """\
+model: {name_or_path: m}
+data:
+  train: {path: p.jsonl}
+output_dir: out
+"""
+
+# The YAML block of the design's section 3, whole.
+EXAMPLE = """\
+model:
+  name_or_path: Qwen/Qwen2.5-7B-Instruct    # folder or hub id
+  revision: null
+  tokenizer_name_or_path: null              # default: the model's
+  chat_template: null                       # default: the tokenizer's; or a path
+  init: pretrained                          # pretrained | random (weights from the config alone)
+  dtype: bfloat16                           # bfloat16 | float32 | float16
+  attn_implementation: auto                 # auto | flash_attention_2 | flash_attention_3 | torch_varlen | sdpa
+  gradient_checkpointing: true
+  disable_dropout: true                     # true: base model only | all: LoRA dropout too | false
+  router_aux_loss_coef: null                # null: the model's own when it has a router; 0 turns it off
+  lora: null                                # {r, lora_alpha, lora_dropout, target_modules, ...}, as in peft
+  trust_remote_code: false
+reference:
+  mode: auto              # auto | stored | engine | adapter | none     (auto: what the objective needs, cheapest first)
+  name_or_path: null      # default: the policy's initial weights
+  offload: none           # none | cpu
+  store: null             # folder of the reference store; default inside the cache
+  sync_ref_model: false   # TR-DPO
+  ref_model_mixup_alpha: 0.6
+  ref_model_sync_steps: 512
+data:
+  train:                  # a list is a mixture
+    - path: data/pairs.jsonl          # file, glob, folder or hub id
+      split: train
+      max_samples: null
+      weight: 1.0
+      columns: {prompt: prompt, chosen: chosen, rejected: rejected}
+      template: null                  # {prompt: "Translate: {input}", chosen: "{good}", rejected: "{bad}", system: "..."}
+  eval: null              # one source, or {name: source}
+  max_length: 2048
+  max_prompt_length: null
+  max_completion_length: null
+  truncation_mode: keep_end           # which end of the prompt survives
+  tokens_per_pack: 16384
+  prefix_sharing: auto                # auto | true | false
+  shuffle: true
+  on_bad_row: error       # error | drop
+objective:
+  name: dpo               # dpo | cpo | simpo | orpo ; the other keys depend on it
+  loss_type: sigmoid      # or a list, with loss_weights
+  beta: 0.1
+train:
+  pairs_per_step: 128     # the global batch
+  num_train_epochs: 1
+  max_steps: null
+  learning_rate: 5.0e-7
+  lr_scheduler_type: linear
+  warmup_ratio: 0.1
+  weight_decay: 0.0
+  max_grad_norm: 1.0
+  optim: adamw            # adamw | adamw_8bit | cpu_adam ...
+  seed: 42
+  eval_every: null
+deepspeed: ds_configs/zero3.json      # or a mapping; batch size, precision, optimizer, clipping belong to this file's other sections
+checkpoint: {save_every: null, keep_last: 2, resume: auto}
+log: {every: 1, trackers: [], project: dspref, run_name: null}
+output_dir: runs/example
+"""  # noqa: E501
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Write a config file into an empty working directory; its path, as a user would type it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes, name: str = "x.yaml") -> Path:
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return Path(name)
+
+    return write
+
+
+def with_data(lines: str) -> str:
+    return MINIMAL.replace("output_dir", f"  {lines}\noutput_dir")
+
+
+def with_model(key: str) -> str:
+    return MINIMAL.replace("name_or_path: m", f"name_or_path: m, {key}")
+
+
+def with_train(source: str) -> str:
+    return MINIMAL.replace("{path: p.jsonl}", source)
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The message of a refused config, which is one line and exits with 2."""
+    with pytest.raises(ConfigError) as error:
+        config.load(path, overrides)
+    assert error.value.exit_code == 2
+    message = str(error.value)
+    assert len(message.splitlines()) == 1, message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------ good files
+
+
+def test_the_designs_example_loads(write) -> None:
+    loaded = config.load(write(EXAMPLE))
+    assert loaded.model.name_or_path == "Qwen/Qwen2.5-7B-Instruct"
+    assert loaded.train.learning_rate == 5e-7
+    assert loaded.train.num_train_epochs == 1.0
+    assert [source.path for source in loaded.data.train_sources] == ["data/pairs.jsonl"]
+    assert loaded.deepspeed == "ds_configs/zero3.json"
+    assert loaded.zero_stage == 3
+
+
+def test_the_example_spells_out_the_defaults(write) -> None:
+    """What a user leaves out is what the example says."""
+    short = "model: {name_or_path: Qwen/Qwen2.5-7B-Instruct}\ndata:\n  train: [{path: data/pairs.jsonl}]\noutput_dir: runs/example\n"
+    assert config.load(write(EXAMPLE)) == config.load(write(short, "short.yaml"))
+
+
+def test_sources_one_and_many(write) -> None:
+    one = config.load(write(with_data("eval: {path: q.jsonl}"))).data
+    assert [s.path for s in one.train_sources] == ["p.jsonl"]
+    assert {name: s.path for name, s in one.eval_sources.items()} == {"eval_": "q.jsonl"}
+    many = config.load(
+        write(
+            with_train("[{path: a, weight: 2.5}, {path: b}]").replace(
+                "output", "  eval: {x: {path: q}, y: {path: r}}\noutput"
+            )
+        )
+    ).data
+    assert [(s.path, s.weight) for s in many.train_sources] == [("a", 2.5), ("b", 1.0)]
+    assert {name: s.path for name, s in many.eval_sources.items()} == {"eval_x_": "q", "eval_y_": "r"}
+
+
+def test_a_config_is_frozen(write) -> None:
+    loaded = config.load(write(MINIMAL))
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.train.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.output_dir = "y"  # type: ignore[misc]
+
+
+RESOLVED = [
+    MINIMAL,
+    EXAMPLE,
+    MINIMAL + "train: {warmup_steps: 3}\n",
+    MINIMAL + "train: {warmup_ratio: 0.2, learning_rate: 1e-6, lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n",
+    MINIMAL + "objective: {rpo_alpha: 1.0, label_smoothing: 0.1}\n",
+    MINIMAL + "reference: {mode: stored}\nmodel2: 0\n".replace("model2: 0\n", ""),
+    MINIMAL + "deepspeed: {zero_optimization: {stage: 2}}\n",
+    with_train(
+        "[{path: 'a: #b', weight: 2.5}, {path: 24:00:00, template: {prompt: '{x}', chosen: é, rejected: 'off'}}]"
+    ),
+    with_data("eval: {x: {path: q}, y: {path: r}}") + "train: {eval_every: 5}\ncheckpoint: {keep_best: eval_x_loss}\n",
+]
+
+
+@pytest.mark.parametrize("text", RESOLVED)
+def test_the_resolved_config_is_a_config_and_the_same(text: str, write) -> None:
+    """It is what `config.resolved.yaml` holds, and what resuming loads again."""
+    first = config.load(write(text))
+    second = config.load(write(config.dump(first), "resolved.yaml"))
+    assert second.strategy == first.strategy
+    assert second.model_copy(update={"deepspeed": ""}) == first.model_copy(update={"deepspeed": ""})
+    assert config.dump(second) == config.dump(first)
+
+
+def test_the_resolved_config_has_every_key(write) -> None:
+    loaded = config.load(write(MINIMAL))
+    resolved = yaml.safe_load(config.dump(loaded))
+    assert resolved.keys() == Config.model_fields.keys()
+    for name in ("model", "reference", "data", "train", "checkpoint", "log", "objective"):
+        assert resolved[name].keys() == type(getattr(loaded, name)).model_fields.keys()
+
+
+def test_importing_the_config_loads_no_torch() -> None:
+    code = "import dspref.config, sys; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_loading_a_config_with_a_shipped_strategy_loads_no_torch(write) -> None:
+    path = write(MINIMAL).resolve()
+    code = (
+        f"import sys; from dspref import config; config.load({str(path)!r}).strategy; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ----------------------------------------------------------------------------------------------------- YAML 1.2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-7", 5e-7),
+        ("5.0e-7", 5e-7),
+        ("1E3", 1000.0),
+        ("+.5", 0.5),
+        ("1.", 1.0),
+        ("0x10", 16),
+        ("0o17", 15),
+        ("017", 17),
+        ("-3", -3),
+        ("1_000", "1_000"),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("NO", "NO"),
+        ("24:00:00", "24:00:00"),
+        ("2001-01-01", "2001-01-01"),
+        ("true", True),
+        ("FALSE", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'5'", "5"),
+        ("1e", "1e"),
+        ("0b1", "0b1"),
+        ("<<", "<<"),
+        ("[1, off, {a: 2.5}]", [1, "off", {"a": 2.5}]),
+    ],
+)
+def test_scalars_are_those_of_yaml_12(text: str, value: Any, write) -> None:
+    """On the command line and in a file alike; 5e-7 is text, off is false and 24:00:00 is 86400 in YAML 1.1."""
+    for parsed in (yaml12.parse_value(text), yaml12.parse(write(f"key: {text}\n"))[0]["key"]):
+        assert parsed == value
+        assert type(parsed) is type(value)
+
+
+def test_infinity_and_nan_are_numbers() -> None:
+    assert yaml12.parse_value("-.inf") == float("-inf")
+    assert yaml12.parse_value(".nan") != yaml12.parse_value(".nan")
+
+
+def test_every_key_knows_its_place(write) -> None:
+    _, positions = yaml12.parse(write("a: 1\nb:\n  - c: 2\n    d: {e: 3}\n  - 4\n"))
+    places = {path: (p.line, p.column) for path, p in positions.items() if path}
+    assert places == {
+        ("a",): (1, 1),
+        ("b",): (2, 1),
+        ("b", 0): (3, 5),
+        ("b", 0, "c"): (3, 5),
+        ("b", 0, "d"): (4, 5),
+        ("b", 0, "d", "e"): (4, 9),
+        ("b", 1): (5, 5),
+    }
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(write) -> None:
+    assert config.load(write(b"\xef\xbb\xbf" + MINIMAL.encode())).output_dir == "out"
+
+
+# ------------------------------------------------------------------------------------------------- bad files
+
+# (file, line:column, key, reason). Where the file as a whole is at fault the place is the file, or its first character.
+BAD: dict[str, tuple[str, str, str, str]] = {
+    # unknown keys, at every depth
+    "unknown section": (MINIMAL + "trian: {}\n", "5:1", "trian", "unknown key; did you mean 'train'"),
+    "unknown key": (MINIMAL + "train:\n  lerning_rate: 1\n", "6:3", "train.lerning_rate", "did you mean 'learning_rate'"),
+    "unknown key of a source": (with_train("[{path: a}, {path: b, wieght: 1}]"), "3:25", "data.train.1.wieght", "did you mean 'weight'"),
+    "unknown column": (with_train("{path: a, columns: {promt: x}}"), "3:23", "data.train.columns.promt", "did you mean 'prompt'"),
+    "unknown key of an eval set": (
+        with_data("eval: {val: {path: p, splitt: x}}"), "4:25", "data.eval.val.splitt", "did you mean 'split'",
+    ),
+    "eval set named as an objective": (with_data("eval: {dpo: {path: p, foo: 1}}"), "4:25", "data.eval.dpo.foo", "unknown key"),
+    "eval set named one": (with_data("eval: {one: {path: 3}}"), "4:16", "data.eval.one.path", "must be a string"),
+    "no key of a source": (with_train("{pth: a}"), "3:11", "data.train.pth", "unknown key; did you mean 'path'"),
+    # types: strict
+    "float for int": (MINIMAL + "train: {pairs_per_step: 1.5}\n", "5:9", "train.pairs_per_step", "integer, not 1.5"),
+    "whole float for int": (MINIMAL + "train: {pairs_per_step: 8.0}\n", "5:9", "train.pairs_per_step", "integer, not 8.0"),
+    "text for int": (MINIMAL + "train: {pairs_per_step: '8'}\n", "5:9", "train.pairs_per_step", "integer, not '8'"),
+    "text for float": (MINIMAL + "train: {learning_rate: fast}\n", "5:9", "train.learning_rate", "number, not 'fast'"),
+    "bool for float": (MINIMAL + "objective: {beta: true}\n", "5:13", "objective.beta", "number, not True"),
+    "off for bool": (with_data("shuffle: off"), "4:3", "data.shuffle", "boolean, not 'off'"),
+    "off for bool or auto": (with_data("prefix_sharing: off"), "4:3", "data.prefix_sharing", "auto.*not 'off'"),
+    "off for bool or all": (with_model("disable_dropout: off"), "1:26", "model.disable_dropout", "all.*not 'off'"),
+    "number for text": (MINIMAL.replace("out\n", "3\n"), "4:1", "output_dir", "string, not 3"),
+    "number for text or mapping": (MINIMAL + "deepspeed: 3\n", "5:1", "deepspeed", "not 3"),
+    "text for list": (MINIMAL + "log: {trackers: wandb}\n", "5:7", "log.trackers", "list, not 'wandb'"),
+    "number for section": (MINIMAL + "train: 3\n", "5:1", "train", "not 3"),
+    "nothing for section": (MINIMAL + "train:\n", "5:1", "train", "not None"),
+    "text for source": (with_train("p.jsonl"), "3:3", "data.train", "not 'p.jsonl'"),
+    "no sources": (with_train("[]"), "3:3", "data.train", "at least 1"),
+    # ranges
+    "zero": (MINIMAL + "train: {pairs_per_step: 0}\n", "5:9", "train.pairs_per_step", "greater than 0, not 0"),
+    "negative": (MINIMAL + "objective: {beta: -1}\n", "5:13", "objective.beta", "greater than 0, not -1"),
+    "half": (MINIMAL + "objective: {label_smoothing: 0.5}\n", "5:13", "objective.label_smoothing", "less than 0.5"),
+    "nan": (MINIMAL + "train: {learning_rate: .nan}\n", "5:9", "train.learning_rate", "finite number, not nan"),
+    "infinity": (MINIMAL + "train: {weight_decay: .inf}\n", "5:9", "train.weight_decay", "finite number, not inf"),
+    "max_length": (with_data("max_length: 1"), "4:3", "data.max_length", "greater than or equal to 2, not 1"),
+    "weight": (with_train("[{path: a, weight: 0}]"), "3:22", "data.train.0.weight", "greater than 0, not 0"),
+    # one of a few
+    "dtype": (with_model("dtype: bf16"), "1:26", "model.dtype", "'bfloat16'.*not 'bf16'; did you mean 'bfloat16'"),
+    "schedule": (MINIMAL + "train: {lr_scheduler_type: liner}\n", "5:9", "train.lr_scheduler_type", "did you mean 'linear'"),
+    "loss": (MINIMAL + "objective: {loss_type: sigmod}\n", "5:13", "objective.loss_type", "did you mean 'sigmoid'"),
+    "objective": (MINIMAL + "objective: {name: kto}\n", "5:13", "objective.name", "must be .*dpo.*, not 'kto'|must be one of dpo"),
+    "tracker": (MINIMAL + "log: {trackers: [wandb, mlflow]}\n", "5:25", "log.trackers.1", "'wandb' or 'tensorboard', not 'mlflow'"),
+    "yes for resume": (MINIMAL + "checkpoint: {resume: yes}\n", "5:14", "checkpoint.resume", "'auto'.*not 'yes'"),
+    # missing
+    "no model": ("data: {train: {path: a}}\noutput_dir: o\n", "", "model", "is missing"),
+    "no name": (MINIMAL.replace("name_or_path: m", ""), "1:1", "model.name_or_path", "is missing"),
+    "no path": (with_train("[{path: a}, {split: b}]"), "3:22", "data.train.1.path", "is missing"),
+    "half a template": (with_train("{path: a, template: {prompt: x, chosen: y}}"), "3:20", "data.train.template.rejected", "is missing"),
+    # options that do not go together
+    "both warm-ups": (MINIMAL + "train: {warmup_steps: 3, warmup_ratio: 0.1}\n", "5:9", "train.warmup_steps", "not both"),
+    "no eval set": (MINIMAL + "train: {eval_every: 3}\n", "5:9", "train.eval_every", "set data.eval"),
+    "no best": (MINIMAL + "checkpoint: {keep_best: eval_loss}\n", "5:14", "checkpoint.keep_best", "set data.eval"),
+    "no reference": (MINIMAL + "reference: {mode: none}\n", "5:13", "reference.mode", "dpo needs a reference"),
+    "offloaded copies": (MINIMAL + "reference: {offload: cpu, zero_stage: 0}\n", "5:13", "reference.offload", "zero_stage 3"),
+    "offloaded nothing": (MINIMAL + "reference: {mode: stored, offload: cpu}\n", "5:13", "reference.offload", "mode: engine"),
+    "no room for answers": (with_data("max_prompt_length: 2048"), "4:3", "data.max_prompt_length", "below max_length"),
+    "other objective's key": (MINIMAL + "objective: {simpo_gamma: 1}\n", "5:13", "objective.simpo_gamma", "unknown key|does not apply"),
+    # what TRL calls it
+    "TRL batch": (
+        MINIMAL + "per_device_train_batch_size: 4\n", "5:1", "per_device_train_batch_size", "train.pairs_per_step.*data.tokens_per_pack",
+    ),
+    "TRL batch in a section": (MINIMAL + "train: {per_device_train_batch_size: 4}\n", "5:9", "train.per_device_train_batch_size", "train.pairs_per_step"),
+    "TRL accumulation": (MINIMAL + "gradient_accumulation_steps: 4\n", "5:1", "gradient_accumulation_steps", "train.pairs_per_step"),
+    "TRL bf16": (MINIMAL + "bf16: true\n", "5:1", "bf16", "model.dtype: bfloat16"),
+    "TRL loss": (MINIMAL + "loss_type: sigmoid\n", "5:1", "loss_type", "objective.loss_type"),
+    "TRL rate": (MINIMAL + "learning_rate: 5e-7\n", "5:1", "learning_rate", "train.learning_rate"),
+    "TRL model": (MINIMAL + "model_name_or_path: m\n", "5:1", "model_name_or_path", "model.name_or_path"),
+    # DeepSpeed
+    "DeepSpeed typo": (
+        MINIMAL + "deepspeed:\n  zero_optimization: {stage: 3, overlap_com: true}\n", "6:33", "deepspeed.zero_optimization.overlap_com",
+        "did you mean 'overlap_comm'",
+    ),
+    "DeepSpeed top-level typo": (MINIMAL + "deepspeed: {zero_optimisation: {}}\n", "5:13", "deepspeed.zero_optimisation", "did you mean 'zero_optimization'"),
+    "auto": (MINIMAL + "deepspeed: {zero_optimization: {stage: auto}}\n", "5:33", "deepspeed.zero_optimization.stage", "auto"),
+    "stage 0 in bf16": (MINIMAL + "deepspeed: {zero_optimization: {stage: 0}}\n", "5:33", "deepspeed.zero_optimization.stage", "stage 0 in bfloat16.*use 1"),
+    "no stage in bf16": (MINIMAL + "deepspeed: {}\n", "5:1", "deepspeed.zero_optimization.stage", "stage 0 in bfloat16"),
+    "stage 4": (MINIMAL + "deepspeed: {zero_optimization: {stage: 4}}\n", "5:33", "deepspeed.zero_optimization.stage", "0, 1, 2 or 3, not 4"),
+    "owned batch": (MINIMAL + "deepspeed: {train_batch_size: 4}\n", "5:13", "deepspeed.train_batch_size", "train.pairs_per_step"),
+    "owned precision": (MINIMAL + "deepspeed: {bf16: {enabled: true}}\n", "5:13", "deepspeed.bf16", "model.dtype"),
+    "offload without stage 3": (
+        MINIMAL + "deepspeed: {zero_optimization: {stage: 2, offload_param: {device: cpu}}}\n", "5:43", "deepspeed.zero_optimization.offload_param", "needs stage 3, not 2",
+    ),
+    "no mapping": (MINIMAL + "deepspeed: {zero_optimization: 3}\n", "5:13", "deepspeed.zero_optimization", "must be a mapping"),
+    "no such JSON": (MINIMAL + "deepspeed: nope.json\n", "5:1", "deepspeed", "nope.json: no such file"),
+    # not what this version does
+    "lora": (with_model("lora: {r: 8}"), "1:26", "model.lora", "LoRA"),
+    "router": (with_model("router_aux_loss_coef: 0.1"), "1:26", "model.router_aux_loss_coef", "router loss"),
+}  # fmt: skip
+
+NOT_YAML: dict[str, tuple[str | bytes, str, str]] = {
+    "open bracket": (MINIMAL + "a: [1\n", "6:1", "not valid YAML: expected ',' or ']'"),
+    "tab": (MINIMAL + "a:\n\tb: 1\n", "6:1", "not valid YAML: .*'.t' that cannot start any token"),
+    "two colons": (MINIMAL + "a: b: c\n", "5:5", "not valid YAML: mapping values are not allowed here"),
+    "two documents": (MINIMAL + "---\n" + MINIMAL, "5:1", "not valid YAML: .*another document"),
+    "list": ("- a\n- b\n", "1:1", "a config is a mapping"),
+    "text": ("hello\n", "1:1", "a config is a mapping"),
+    "empty": ("", "1:1", "a config is a mapping"),
+    "comments": ("# nothing\n", "1:1", "a config is a mapping"),
+    "duplicate section": (MINIMAL + "train: {}\ntrain: {}\n", "6:1", "train: duplicate key; first at x.yaml:5:1"),
+    "duplicate key": (MINIMAL + "train: {seed: 1, seed: 2}\n", "5:18", "train.seed: duplicate key; first at x.yaml:5:9"),
+    "number as key": (MINIMAL + "1: 2\n", "5:1", "a key must be text"),
+    "list as key": (MINIMAL + "? [a]\n: 2\n", "5:3", "a key must be text"),
+    "two-line key": (MINIMAL + '"a\\nb": 1\n', "5:1", "unknown key"),
+    "Python object": (MINIMAL + "train: {seed: !!python/object/apply:os.getpid []}\n", "5:15", "not valid YAML: .*python/object"),
+    "own tag": (MINIMAL + "train: {seed: !env SEED}\n", "5:15", "not valid YAML: .*!env"),
+    "tagged integer": (MINIMAL + "train: {seed: !!int abc}\n", "5:15", "not valid YAML"),
+    "tagged boolean": (MINIMAL + "train: {seed: !!bool abc}\n", "5:15", "not valid YAML"),
+    "integer of 5,000 digits": (MINIMAL + f"train: {{seed: {'1' * 5000}}}\n", "5:15", "not valid YAML"),
+    "alias": (MINIMAL + "a: &x [1]\nb: *x\n", "5:4", "aliases .* are not allowed"),
+    "alias bomb": (
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)), "1:5", "aliases",
+    ),
+    "merge key": ("a: &x {b: 1}\nc: {<<: *x}\n", "1:4", "aliases"),
+    "deep nesting": (MINIMAL + "a: " + "[" * 20_000 + "\n", "", "not valid YAML|nested"),
+    "Latin 1": ("a: é\n".encode("latin1"), "", r"not UTF-8 text \(byte 3\)"),
+    "UTF-16": (MINIMAL.encode("utf-16"), "", r"not UTF-8 text \(byte 0\)"),
+    "null byte": (b"a: \x00\n", "", "not valid YAML: unacceptable character #x0000"),
+    "a megabyte": (b"#" * 1_000_001, "", "larger than 1000000 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_config_is_one_line_with_place_key_and_reason(case: str, write) -> None:
+    text, place, key, reason = BAD[case]
+    message = refusal(write(text))
+    assert message.startswith(f"x.yaml:{place}: {key}: " if place else f"x.yaml: {key}: ")
+    assert re.search(reason, message)
+
+
+@pytest.mark.parametrize("case", NOT_YAML)
+def test_a_bad_file_is_one_line_with_place_and_reason(case: str, write) -> None:
+    text, place, reason = NOT_YAML[case]
+    message = refusal(write(text))
+    assert message.startswith(f"x.yaml:{place}: " if place else "x.yaml")
+    assert re.search(reason, message)
+
+
+def test_no_such_file_and_not_a_file(write, tmp_path: Path) -> None:
+    assert "no such file" in refusal(Path("nope.yaml"))
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "reason"),
+    [
+        ('{"zero_optimization":\n {stage: 3}}', "s.json:2:3", "not valid JSON"),
+        ("[]", "s.json:1:1", "one JSON object"),
+        ("", "s.json:1:1", "not valid JSON"),
+        (b"\xff", "s.json", "cannot be read"),
+        ('{"zero_optimization": {"stage": "auto"}}', "x.yaml:5:1", "deepspeed.zero_optimization.stage: .*auto"),
+        ('{"optimizer": {"type": "AdamW"}}', "x.yaml:5:1", "deepspeed.optimizer: belongs to train.optim"),
+    ],
+)
+def test_a_bad_deepspeed_json_is_one_line(text: str | bytes, place: str, reason: str, write) -> None:
+    write(text, "s.json")
+    message = refusal(write(MINIMAL + "deepspeed: s.json\n"))
+    assert place in message
+    assert re.search(reason, message)
+
+
+# ------------------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("output_dir=x", ("output_dir",), "x"),
+        ("train.learning_rate=1e-6", ("train", "learning_rate"), 1e-6),
+        ("train.max_steps=", ("train", "max_steps"), None),
+        ("train.pairs_per_step= 4", ("train", "pairs_per_step"), 4),
+        ("model.name_or_path=a=b", ("model", "name_or_path"), "a=b"),
+        ("log.trackers=[wandb]", ("log", "trackers"), ["wandb"]),
+        ("checkpoint={save_every: 3}", ("checkpoint", "save_every"), 3),
+        ("data.train.1.path=q", ("data", "train", 1, "path"), "q"),
+        ("data.train.0.columns.prompt=q", ("data", "train", 0, "columns", "prompt"), "q"),
+        ("deepspeed.zero_optimization.stage=2", ("deepspeed", "zero_optimization", "stage"), 2),
+        ("reference.mode=stored", ("reference", "mode"), "stored"),
+    ],
+)
+def test_overrides_win(override: str, path: tuple[str | int, ...], value: Any, write) -> None:
+    node: Any = config.load(
+        write(with_train("[{path: a}, {path: b}]") + "train: {max_steps: 9, learning_rate: 1.0}\n"), [override]
+    )
+    for key in path:
+        node = getattr(node, key) if isinstance(key, str) and not isinstance(node, dict) else node[key]
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_the_last_override_wins_and_leaves_the_rest(write) -> None:
+    loaded = config.load(write(MINIMAL + "train: {seed: 1, max_steps: 2}\n"), ["train.seed=3", "train.seed=4"])
+    assert (loaded.train.seed, loaded.train.max_steps) == (4, 2)
+
+
+def test_an_override_fills_an_empty_section(write) -> None:
+    assert config.load(write(MINIMAL + "train:\n"), ["train.seed=3"]).train.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("foo", "not of the form section.key=value"),
+        ("=x", "not of the form section.key=value"),
+        ("train.max_steps=[", "not valid YAML"),
+        ("train.max_steps=a: b: c", "not valid YAML"),
+        ("train.max_steps=!!int abc", "not valid YAML"),
+        ("train.max_steps=*x", "not valid YAML"),
+        ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
+        ("trian.seed=1", "unknown key; did you mean 'train'"),
+        ("train.max_steps=1.5", "train.max_steps: must be an? integer, not 1.5"),
+        ("train.seed.x=1", "train.seed"),
+        ("output_dir.x=1", "output_dir"),
+        ("model=3", "model: "),
+        ("data.train.5.path=q", "data.train.5"),
+        ("data.train.0.weigth=2", "data.train.0.weigth: unknown key; did you mean 'weight'"),
+        ("data.train.path=q", "data.train"),
+        ("log.trackers.0=wandb", "log.trackers"),
+        ("train.eval_every=3", "train.eval_every: there is nothing to evaluate"),
+        ("per_device_train_batch_size=4", "train.pairs_per_step"),
+        ("deepspeed.zero_optimization.stage=0", "deepspeed.zero_optimization.stage: stage 0 in bfloat16"),
+        ("0=1", "0"),
+        (".=1", "not of the form|unknown key"),
+    ],
+)  # fmt: skip
+def test_a_bad_override_is_one_line_that_quotes_it(override: str, reason: str, write) -> None:
+    message = refusal(write(with_train("[{path: a}, {path: b}]") + "train: {seed: 1}\n"), override)
+    assert message.startswith(f"override '{override}': ")
+    assert re.search(reason, message)
+
+
+def test_an_overridden_section_is_blamed_and_not_the_file(write) -> None:
+    message = refusal(write(MINIMAL + "train:\n  pairs_per_step: 3\n"), "train={pairs_per_step: x}")
+    assert message.startswith("override 'train={pairs_per_step: x}': train.pairs_per_step: ")
+
+
+def test_an_index_into_one_source_says_that_there_is_no_list(write) -> None:
+    message = refusal(write(MINIMAL), "data.train.0.path=q")
+    assert message.startswith("override 'data.train.0.path=q': data.train")
+
+
+# ---------------------------------------------------------------------------------------------------------- shipped
+
+
+def shipped_configs() -> list[Path]:
+    return sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+
+
+def validator() -> jsonschema.Draft202012Validator:
+    schema = json.loads(config.schema())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_every_shipped_config_loads_and_fits_the_schema() -> None:
+    paths = shipped_configs()
+    assert paths, "launch/configs ships no YAML"
+    for path in paths:
+        config.load(path)
+        validator().validate(yaml12.parse(path)[0])
+
+
+@pytest.mark.parametrize("text", RESOLVED)
+def test_the_schema_takes_what_loads(text: str, write) -> None:
+    loaded = config.load(write(text))
+    validator().validate(yaml12.parse(Path("x.yaml"))[0])
+    validator().validate(yaml.safe_load(config.dump(loaded)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "unknown section", "unknown key", "unknown column", "unknown key of a source", "float for int", "text for float", "off for bool",
+        "off for bool or auto", "number for section", "zero", "half", "dtype", "loss", "no model", "no path", "no sources", "TRL batch",
+    ],
+)  # fmt: skip
+def test_the_schema_rejects_what_an_editor_can_see(case: str, write) -> None:
+    document, _ = yaml12.parse(write(BAD[case][0]))
+    assert not validator().is_valid(document)
+
+
+def test_the_schema_documents_every_key() -> None:
+    """An editor shows the text below each key."""
+    schema = json.loads(config.schema())
+    for section in (schema, *schema["$defs"].values()):
+        for key, field in section["properties"].items():
+            # The keys of an objective are documented at their loss.
+            if "ObjectiveSection" not in section["title"] and section["title"] not in ("DpoSection",):
+                assert field.get("description"), (section["title"], key)
+
+
+def test_foreign_keys_lead_to_keys_that_exist() -> None:
+    """Each hint that names `section.key` names one of ours, and no foreign key is a key of ours at the top level."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    named = 0
+    for foreign, hint in FOREIGN_KEYS.items():
+        assert foreign not in sections
+        for section, key in re.findall(r"\b(model|reference|data|objective|train|checkpoint|log)\.(\w+)", hint):
+            assert key in sections[section].model_fields, (foreign, hint)
+            named += 1
+    assert named >= 40
