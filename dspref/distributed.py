@@ -104,7 +104,7 @@ def _meet() -> dist.Store:
         return dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
         )
-    if _world.size == _world.local_size:
+    if _world.size == _world.local_size and "SLURM_STEP_NUM_TASKS" not in os.environ:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         return _meet_on_one_machine(timeout)

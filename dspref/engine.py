@@ -36,8 +36,15 @@ if TYPE_CHECKING:
 STALE_LOCK_SECONDS = 900
 
 
-def bring_up() -> torch.device:
-    """Make DeepSpeed use the process group that `distributed.init` made; this rank's device."""
+def bring_up(dtype: str) -> torch.device:
+    """Make DeepSpeed use the process group that `distributed.init` made; this rank's device.
+
+    Raises EnvironmentFault where the device cannot train in `dtype`.
+    """
+    accelerator = get_accelerator()
+    able = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported, "float32": lambda: True}
+    if not able[dtype]():
+        raise EnvironmentFault(f"model.dtype: {dtype} is not supported on this device ({accelerator.device_name()}); use float32")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if get_accelerator().device_name() == "cpu":
         # Serves tensor-parallel inference only, yet is compiled at every start: 30 s, or a hang on a stale lock.

@@ -111,6 +111,12 @@ def check(
         raise ConfigError(
             "model.router_aux_loss_coef: this model has a router loss, which this version does not train; set 0 to leave it out"
         )
+    folder = shipped(section.name_or_path)
+    if section.init == "pretrained" and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.name_or_path: {folder} holds no *.safetensors (pickled weights are not read); save the model again with "
+            "save_pretrained, or set model.init: random"
+        )
     kernel = _choose_kernel(section, device_type)
     if (layers := getattr(text, "layer_types", None)) and not set(layers) <= {"full_attention", "sliding_attention"}:
         kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention"}))

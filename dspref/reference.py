@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +25,9 @@ from dspref.logps import pair_logps
 from dspref.objectives import OBJECTIVES, PairLogps
 
 Reference = Callable[[str, PackedBatch], PairLogps | None]
+# A long pass before step 1 says how far it is.
+TELL_EVERY_SECONDS = 20
+
 Forward = Callable[[PackedBatch], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -148,11 +153,15 @@ def _score_all(
 def score(forward: Forward, store: PairStore, layout: Layout, device: torch.device) -> torch.Tensor:
     """Log-prob sums of every pair of a store: fp32 [n, 2] on the CPU of every rank."""
     sums = torch.zeros(len(store), 2, device=device)
-    ids = torch.arange(len(store)).numpy()
-    for batch in packs_of(store, ids, layout)[1]:
+    num_packs, packs, _ = packs_of(store, np.arange(len(store)), layout)
+    told = time.monotonic()
+    for k, batch in enumerate(packs):
         batch = batch.to(device)
         logps = pair_logps(forward(batch)[0], batch.span_index, batch.num_pairs)
         sums[batch.pair_ids] = torch.stack([logps.chosen, logps.rejected], dim=1)
+        if time.monotonic() - told > TELL_EVERY_SECONDS:
+            told = time.monotonic()
+            distributed.log(f"reference: scored {(k + 1) / num_packs:.0%} of {len(store)} pairs", stamp=True)
     return distributed.all_sum(sums).cpu()  # each pair was scored by one rank, and is zero on the others
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dspref import console, distributed, engine, metrics, model, reference
-from dspref.checkpoint import RunFolder
+from dspref.checkpoint import RunFolder, committed_folders
 from dspref.config import Config, SourceSection, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
-from dspref.errors import NumericFault
+from dspref.errors import ConfigError, NumericFault
 from dspref.export import export
 from dspref.model import PackedCausalLM
 
@@ -35,6 +35,8 @@ def already_finished(run: RunFolder, config: Config) -> bool:
 
     def look() -> None:
         run.refuse_foreign()
+        if config.checkpoint.resume == "required" and not committed_folders(run):
+            raise ConfigError(f"checkpoint.resume: required, but {run.path} holds no checkpoint; use auto to start anew")
         changes = [] if config.checkpoint.resume == "never" else run.refuse_changes(config)
         longer = any(line.startswith(("train.max_steps", "train.num_train_epochs")) for line in changes)
         verdict["done"] = run.run.get("state") == "finished" and config.checkpoint.resume != "never" and not longer

@@ -25,7 +25,7 @@ def train(config: Config, source: Path | None = None) -> None:
     """
     started = time.monotonic()
     distributed.init(config.train.seed)
-    device = engine.bring_up()
+    device = engine.bring_up(config.model.dtype)
     model.quiet()
     run = RunFolder(config.output_dir)
     if stages.already_finished(run, config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def first_steps(config_path: str, variants: list[list[str]]) -> list[dict[str, A
 def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     config = configuration.load(config_path, overrides)
     distributed.init(config.train.seed)
-    device = engine.bring_up()
+    device = engine.bring_up(config.model.dtype)
     model.quiet()
     kernel, _, pairs, held_out = stages.prepare(config, device.type)
     _, loader = stages.plan(config, pairs)
@@ -86,21 +87,30 @@ def command_line(arguments: list[list[str]]) -> list[tuple[int, str]]:
     return results
 
 
-def peak_anonymous_memory(config_path: str, overrides: list[str]) -> dict[str, float]:
-    """MB of private memory that loading the policy under ZeRO-3 costs this rank, and the size of the whole model."""
+def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float]:
+    """MB of private memory at the peak of loading the policy under ZeRO-3, of the whole model, and of this rank's shards."""
     config = configuration.load(config_path, overrides)
     distributed.init(config.train.seed)
-    device = engine.bring_up()
+    device = engine.bring_up(config.model.dtype)
     model.quiet()
     kernel = stages.prepare(config, device.type)[0]
-    before = _anonymous_mb()
+    before, peak, done = _private_mb(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], _private_mb() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     policy = stages.load_policy(config, config.model.name_or_path, kernel)
-    loaded = _anonymous_mb() - before
-    whole = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters()) * 4 / 2**20
+    done.set()
+    watcher.join()
+    whole = sum(p.ds_numel for p in policy.parameters()) * 4 / 2**20  # type: ignore[attr-defined]
     own = sum(p.ds_tensor.numel() for p in policy.parameters()) * 4 / 2**20  # type: ignore[attr-defined]
-    return {"loaded": loaded, "whole": whole, "own": own}
+    return {"peak": peak[0], "whole": whole, "own": own}
 
 
-def _anonymous_mb() -> float:
+def _private_mb() -> float:
+    """Memory that is this process's own; pages of mapped files are not, the system takes them back at will."""
     text = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("RssAnon"))

@@ -29,8 +29,9 @@ class Failed(AssertionError):
 
 
 class Workers:
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, **environment: str) -> None:
         self.size = size
+        self._environment = environment
         self._ranks: list[subprocess.Popen] = []
 
     def run(self, function: str, *, seconds: float = SECONDS_PER_CASE, **arguments: Any) -> list[Any]:
@@ -62,7 +63,7 @@ class Workers:
             environment = dict(
                 os.environ, RANK=str(rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(self.size),
                 DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TORCH_EXTENSIONS_DIR=f"{scratch}/ext",
-                TMPDIR=scratch, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
+                TMPDIR=scratch, HF_HUB_OFFLINE="1", **self._environment, PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
             )  # fmt: skip
             self._ranks.append(
                 subprocess.Popen(

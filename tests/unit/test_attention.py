@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from dspref.data.batch import PackedBatch, collate
 from dspref.data.tokenize import TokenizedPair
 from dspref.errors import ConfigError, EnvironmentFault, UserError
 from dspref.model import PackedCausalLM
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here: on a busy machine a second thread costs ten times what it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 # Each row is a way in which families differ: biases, learnt positions, q/k norms, windows, what happens to the logits.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -288,7 +299,7 @@ def test_check_refuses_in_one_line(
 
 
 def test_a_kernel_that_is_not_here_is_refused_with_those_that_are() -> None:
-    with pytest.raises(EnvironmentFault, match="torch_varlen is not available here \\(cpu\\).*sdpa"):
+    with pytest.raises(EnvironmentFault, match=r"torch_varlen is not available here \(cpu\).*sdpa"):
         check(tiny_config("qwen2"), attn_implementation="torch_varlen")
 
 

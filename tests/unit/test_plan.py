@@ -87,10 +87,10 @@ def test_order_depends_on_seed_and_epoch() -> None:
 def test_order_depends_on_nothing_else() -> None:
     """Not on the size of the steps, and not on numpy's global random state, which it leaves alone."""
     first = ids(order([30, 7], [1.5, 1.0], 5, 1, pairs_per_step=4))
-    np.random.seed(123)  # noqa: NPY002
-    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    np.random.seed(123)
+    before = np.random.get_state()[1].tolist()
     assert ids(order([30, 7], [1.5, 1.0], 5, 1, pairs_per_step=11)) == first
-    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before
 
 
 def test_shuffle_mixes_the_sources() -> None:
@@ -99,7 +99,7 @@ def test_shuffle_mixes_the_sources() -> None:
 
 
 def test_golden_order() -> None:
-    """A resumed run must meet the pairs that the interrupted one would have met, whatever version it was started with."""
+    """A resumed run must meet the pairs that the interrupted one would have met, whatever version started it."""
     steps = order([6, 4], [1.5, 1.0], seed=42, epoch=1, pairs_per_step=5)
     assert [step.tolist() for step in steps] == [[4, 3, 9, 3, 5], [8, 0, 2, 2, 1], [6, 7, 5]]
 

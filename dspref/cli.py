@@ -1,0 +1,49 @@
+"""The `dspref` command. It loads torch only where a command needs it, so that `check` answers at once on a login node."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspref import config as configuration
+from dspref.errors import UserError
+
+app = typer.Typer(help="Preference optimization with DeepSpeed, from one YAML file.", no_args_is_help=True, add_completion=False)
+
+File = Annotated[Path, typer.Argument(metavar="X.yaml", help="The run; see launch/configs.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")]
+
+
+@app.command()
+def check(file: File, overrides: Overrides = None, show: Annotated[bool, typer.Option(help="Print every key.")] = False) -> None:
+    """Check a run's YAML file without loading a model: keys, types, ranges, what goes together."""
+    try:
+        config = configuration.load(file, overrides or [])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(int(error.exit_code)) from None
+    if show:
+        print(configuration.dump(config), end="")
+    else:
+        print(f"{file}: good; {config.objective.name} / {config.objective.loss_type}, ZeRO-{config.zero_stage}, into {config.output_dir}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the YAML file, for editors."""
+    print(configuration.schema(), end="")
+
+
+@app.command()
+def train(file: File, overrides: Overrides = None) -> None:
+    """Train in this one process. For several: deepspeed launch/train.py --config X.yaml."""
+    from dspref import launcher
+
+    raise typer.Exit(launcher.main(["--config", str(file), *(overrides or [])]))
+
+
+if __name__ == "__main__":
+    app()
