@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,7 @@ class Segments:
     def bounds(self) -> list[tuple[slice, slice]]:
         """(queries, keys) of each segment as host slices: one device sync per forward, not per layer."""
         q, k = self.batch.cu_seqlens_q.tolist(), self.batch.cu_seqlens_k.tolist()
-        return [(slice(*a), slice(*b)) for a, b in zip(zip(q, q[1:]), zip(k, k[1:]))]
+        return [(slice(*a), slice(*b)) for a, b in zip(pairwise(q), pairwise(k))]
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,7 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 T H D"], None]:
     """Causal attention within each segment of a pack. Raises ValueError where the kernel cannot do what the layer asks."""
     if segments is None:
-        raise ValueError(
-            f"{type(module).__name__} does not pass keyword arguments on to its attention; packing needs that"
-        )
+        raise ValueError(f"{type(module).__name__} does not pass keyword arguments on to its attention; packing needs that")
     if attention_mask is not None:
         raise ValueError("packed attention takes no attention_mask: a pack has no padding")
     if s_aux is not None:
@@ -104,9 +103,7 @@ def refuse_unsupported(kernel: str, **asked: float | None) -> None:
     for name, value in asked.items():
         if value and name not in KERNELS[kernel].honours:
             able = [other for other, row in KERNELS.items() if name in row.honours]
-            raise ValueError(
-                f"attention kernel {kernel} cannot do {name} ({value}); kernels that can: {', '.join(able)}"
-            )
+            raise ValueError(f"attention kernel {kernel} cannot do {name} ({value}); kernels that can: {', '.join(able)}")
 
 
 def available(device_type: str) -> list[str]:
@@ -142,7 +139,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: 
     # Three signatures so far: is_causal (2.10), window_size (2.11), window_size with enable_gqa (2.12 on).
     takes = inspect.signature(varlen_attn).parameters
     left = -1 if options.window is None else options.window - 1
-    causal = {"window_size": (left, 0)} if "window_size" in takes else {"is_causal": True}
+    causal: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in takes else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in takes:
             causal["enable_gqa"] = True
@@ -152,7 +149,8 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: 
         causal["scale"] = options.scale
     elif options.scale != q.shape[-1] ** -0.5:
         q = q * (options.scale * q.shape[-1] ** 0.5)
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), *_lengths(segments), **causal)
+    compute: Any = varlen_attn
+    return compute(q.contiguous(), k.contiguous(), v.contiguous(), *_lengths(segments), **causal)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
@@ -206,9 +204,7 @@ KERNELS: dict[str, Kernel] = {  # fastest first
         "cuda",
         _has("flash_attn", "flash_attn_varlen_func"),
     ),
-    "torch_varlen": Kernel(
-        _torch_varlen, frozenset({"window"}), "cuda", _has("torch.nn.attention.varlen", "varlen_attn")
-    ),
+    "torch_varlen": Kernel(_torch_varlen, frozenset({"window"}), "cuda", _has("torch.nn.attention.varlen", "varlen_attn")),
     "sdpa": Kernel(_sdpa, frozenset({"window", "dropout"}), None, lambda: True),
 }
 

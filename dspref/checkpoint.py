@@ -136,9 +136,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}."""
     if not isinstance(values, dict) or not values:
         return {prefix: values}
-    return {
-        k: v for key, inner in values.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()
-    }
+    return {k: v for key, inner in values.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def environment() -> dict[str, Any]:
@@ -329,7 +327,7 @@ def _load_rng(path: Path) -> None:
     tensors = load_file(path)
     torch.set_rng_state(tensors["torch"])
     words = tensors["numpy"].numpy()
-    np.random.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1])))
+    np.random.set_state({"bit_generator": "MT19937", "state": {"key": words[:-1].astype(np.uint32), "pos": int(words[-1])}})
     gauss = tensors["python_gauss"].item() if "python_gauss" in tensors else None
     random.setstate((3, tuple(tensors["python"].tolist()), gauss))
     if "cuda" in tensors and torch.cuda.is_available():

@@ -11,14 +11,20 @@ import typer
 from dspref import config as configuration
 from dspref.errors import UserError
 
-app = typer.Typer(help="Preference optimization with DeepSpeed, from one YAML file.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Preference optimization with DeepSpeed, from one YAML file.", no_args_is_help=True, add_completion=False
+)
 
 File = Annotated[Path, typer.Argument(metavar="X.yaml", help="The run; see launch/configs.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
+]
 
 
 @app.command()
-def check(file: File, overrides: Overrides = None, show: Annotated[bool, typer.Option(help="Print every key.")] = False) -> None:
+def check(
+    file: File, overrides: Overrides = None, show: Annotated[bool, typer.Option(help="Print every key.")] = False
+) -> None:
     """Check a run's YAML file without loading a model: keys, types, ranges, what goes together."""
     try:
         config = configuration.load(file, overrides or [])
@@ -28,7 +34,9 @@ def check(file: File, overrides: Overrides = None, show: Annotated[bool, typer.O
     if show:
         print(configuration.dump(config), end="")
     else:
-        print(f"{file}: good; {config.objective.name} / {config.objective.loss_type}, ZeRO-{config.zero_stage}, into {config.output_dir}")
+        print(
+            f"{file}: good; {config.objective.name} / {config.objective.loss_type}, ZeRO-{config.zero_stage}, into {config.output_dir}"
+        )
 
 
 @app.command()

@@ -90,9 +90,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     if distributed.world().rank != 0:
         return
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    table = Table(
-        title=f"{run_summary['step']} steps in {run_summary['seconds']:.0f} s", title_justify="left", box=None
-    )
+    table = Table(title=f"{run_summary['step']} steps in {run_summary['seconds']:.0f} s", title_justify="left", box=None)
     table.add_column("")
     table.add_column("first", justify="right")
     table.add_column("last", justify="right")

@@ -7,6 +7,7 @@ would time out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from dspref.errors import EnvironmentFault, UserError
 
@@ -49,7 +51,7 @@ class Relayed(UserError):
 
 
 _world = World()
-_store: dist.Store | None = None
+_store: Store | None = None
 _turns = 0
 _log_file: Any = None
 
@@ -90,20 +92,18 @@ def init(seed: int) -> World:
         _store = _meet()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("group", _store), rank=_world.rank, world_size=_world.size,
+            backend, store=PrefixStore("group", _store), rank=_world.rank, world_size=_world.size,
             timeout=timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "30"))),
         )  # fmt: skip
     set_seed(seed)
     return _world
 
 
-def _meet() -> dist.Store:
+def _meet() -> Store:
     """The key-value store of the job. On one machine the system picks a free port, so a busy MASTER_PORT is no matter."""
     timeout = timedelta(minutes=MEETING_MINUTES)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
-        )
+        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     if _world.size == _world.local_size and "SLURM_STEP_NUM_TASKS" not in os.environ:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
@@ -111,23 +111,21 @@ def _meet() -> dist.Store:
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except KeyError as missing:
-        raise EnvironmentFault(
-            f"{missing.args[0]} is not set; export it in the job script, as launch/slurm does"
-        ) from None
+        raise EnvironmentFault(f"{missing.args[0]} is not set; export it in the job script, as launch/slurm does") from None
     try:
-        return dist.TCPStore(address, port, _world.size, _world.rank == 0, timeout=timeout)
+        return TCPStore(address, port, _world.size, _world.rank == 0, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise EnvironmentFault(f"ranks do not meet at {address}:{port}: {str(error).splitlines()[0]}") from None
 
 
-def _meet_on_one_machine(timeout: timedelta) -> dist.Store:
+def _meet_on_one_machine(timeout: timedelta) -> Store:
     if _world.size == 1:
-        return dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
+        return TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
     # All ranks are children of one launcher: its pid and start time name the file that tells the port.
     started = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
     notice = Path(tempfile.gettempdir()) / f"dspref-{os.getuid()}-{os.getppid()}-{started}"
     if _world.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, _world.size, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, _world.size, is_master=True, timeout=timeout, wait_for_workers=False)
         write_atomically(notice, str(store.port))
         store.wait([f"here/{rank}" for rank in range(1, _world.size)], timeout)
         notice.unlink()
@@ -137,7 +135,7 @@ def _meet_on_one_machine(timeout: timedelta) -> dist.Store:
         if time.monotonic() > deadline:
             raise EnvironmentFault(f"rank 0 did not open the meeting within {MEETING_MINUTES} minutes; see its output")
         time.sleep(0.02)
-    store = dist.TCPStore("127.0.0.1", int(notice.read_text()), _world.size, is_master=False, timeout=timeout)
+    store = TCPStore("127.0.0.1", int(notice.read_text()), _world.size, is_master=False, timeout=timeout)
     store.set(f"here/{_world.rank}", "1")
     return store
 
@@ -257,13 +255,24 @@ def log(message: str, stamp: bool = False) -> None:
         _log_file.write(f"{clock} {message}\n")
 
 
+def first_to_say(message: str) -> bool:
+    """True on exactly one of the ranks that ask about the same message: all leave alike, one speaks."""
+    if _store is None or _world.size == 1:
+        return True
+    try:
+        return _store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+    except dist.DistError:  # rank 0, which serves the store, is gone
+        return True
+
+
 def log_to(folder: Path) -> None:
     """Keep a log per rank; what libraries print on ranks other than 0 goes there too, instead of to the terminal."""
     global _log_file
     folder.mkdir(parents=True, exist_ok=True)
     _log_file = open(folder / f"rank-{_world.rank}.log", "a", buffering=1, encoding="utf-8")
     if _world.rank != 0:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout = sys.stderr = _log_file
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STALE_LOCK_SECONDS = 900
+ACCELERATOR: Any = get_accelerator()
 
 
 def bring_up(dtype: str) -> torch.device:
@@ -41,20 +42,23 @@ def bring_up(dtype: str) -> torch.device:
 
     Raises EnvironmentFault where the device cannot train in `dtype`.
     """
-    accelerator = get_accelerator()
-    able = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported, "float32": lambda: True}
+    able = {
+        "float16": ACCELERATOR.is_fp16_supported,
+        "bfloat16": ACCELERATOR.is_bf16_supported,
+        "float32": lambda: True,
+    }
     if not able[dtype]():
-        raise EnvironmentFault(f"model.dtype: {dtype} is not supported on this device ({accelerator.device_name()}); use float32")
+        raise EnvironmentFault(
+            f"model.dtype: {dtype} is not supported on this device ({ACCELERATOR.device_name()}); use float32"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if get_accelerator().device_name() == "cpu":
+    if ACCELERATOR.device_name() == "cpu":
         # Serves tensor-parallel inference only, yet is compiled at every start: 30 s, or a hang on a stale lock.
         # (`import deepspeed.comm.torch as m` would give the real torch: deepspeed.comm imports it under that name.)
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False
-        )
-    return torch.device(get_accelerator().current_device_name())
+        deepspeed.init_distributed(dist_backend=ACCELERATOR.communication_backend_name(), auto_mpi_discovery=False)
+    return torch.device(ACCELERATOR.current_device_name())
 
 
 def training_config(config: Config) -> dict[str, Any]:
@@ -97,11 +101,9 @@ def _complete(user_strategy: dict[str, Any], dtype: str) -> dict[str, Any]:
 class Engine:
     """The policy under DeepSpeed. Every rank must call each method the same number of times."""
 
-    def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float
-    ) -> None:
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self._engine = engine
-        self.device = torch.device(get_accelerator().current_device_name())
+        self.device = torch.device(ACCELERATOR.current_device_name())
         self._grad_norm: float | None = None
         if engine.zero_optimization_stage() == 0:
             # DeepSpeed gives no gradient norm at stage 0, so there we clip, after its reduction and before the update.
@@ -119,7 +121,7 @@ class Engine:
         warmup = train.warmup_steps if train.warmup_steps is not None else _ceil(train.warmup_ratio * total_steps)
         scheduler = model.schedule(optimizer, train.lr_scheduler_type, warmup, total_steps, train.lr_scheduler_kwargs)
         if resolved["zero_optimization"]["stage"] != 3:
-            policy.to(get_accelerator().current_device_name())
+            policy.to(ACCELERATOR.current_device_name())
         engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=resolved)
         return cls(engine, optimizer, train.max_grad_norm)
 
@@ -155,7 +157,7 @@ class Engine:
 
     @property
     def module(self) -> PackedCausalLM:
-        return self._engine.module
+        return self._engine.module  # type: ignore[return-value]
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights, optimizer and schedule below `folder`."""
@@ -183,7 +185,7 @@ class Engine:
 def reference_forward(reference: PackedCausalLM, config: Config, stage: int):
     """A frozen model as a function from packs to log-probs: sharded by its own ZeRO-3 engine, or whole on the device."""
     if stage != 3:
-        return reference.to(get_accelerator().current_device_name())
+        return reference.to(ACCELERATOR.current_device_name())
     _mark_leaves(reference)
     engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config))
     return engine
@@ -210,9 +212,7 @@ def full_state(lm: nn.Module) -> dict[str, Tensor]:
         partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
             if main:
-                buffers = {
-                    k: b for k, b in part.named_buffers(recurse=False) if k not in part._non_persistent_buffers_set
-                }
+                buffers = {k: b for k, b in part.named_buffers(recurse=False) if k not in part._non_persistent_buffers_set}
                 for name, tensor in {**own, **buffers}.items():
                     state[f"{prefix}.{name}".lstrip(".")] = tensor.detach().to("cpu", copy=True)
     if main:
@@ -231,9 +231,8 @@ def _optimizer(policy: PackedCausalLM, config: Config) -> torch.optim.Optimizer:
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if train.weight_decay == 0:
         groups = [{"params": trained, "weight_decay": 0.0}]
-    options: dict[str, Any] = dict(
-        lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon
-    )
+    betas = train.adam_beta1, train.adam_beta2
+    options: dict[str, Any] = {"lr": train.learning_rate, "betas": betas, "eps": train.adam_epsilon}
     groups = [g for g in groups if g["params"]]
     if train.optim == "cpu_adam":
         return _cpu_adam(groups, options)

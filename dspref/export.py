@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jinja2 import Template
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 import dspref
@@ -62,15 +61,6 @@ def verify(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         raise IOFault(
             f"{folder}: the exported {wrong[0]} does not read back as it was written; check the disk and export again"
         )
-
-
-def dtypes(folder: Path) -> set[str]:
-    """Types of the tensors in an exported folder."""
-    found = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {str(file.get_slice(key).get_dtype()) for key in file.keys()}
-    return found
 
 
 CARD = Template(

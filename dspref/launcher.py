@@ -38,8 +38,8 @@ def run(config: configuration.Config, source: Path | None = None) -> int:
     except distributed.Relayed as error:
         return int(error.exit_code)
     except UserError as error:
-        prefix = f"rank {distributed.world().rank}: " if distributed.world().rank else ""
-        print(f"{prefix}{error}", file=terminal, flush=True)
+        if distributed.first_to_say(str(error)):
+            print(error, file=terminal, flush=True)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 130
@@ -51,9 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="X.yaml", help="the run; see launch/configs")
     # The deepspeed launcher puts this before the user's own arguments; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file")
     return parser.parse_args(arguments)
 
 

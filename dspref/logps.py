@@ -23,7 +23,7 @@ LOGITS_PER_CPU_CHUNK = 2**22
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What a family does to its logits after the matrix product: multiply by `scale`, then cap to softcap x tanh(z / softcap)."""
+    """What a family does to its logits after the matrix product: multiply by `scale`, then softcap x tanh(z / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None

@@ -33,9 +33,7 @@ class Meter:
 
     def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Add `total` over `count` things to the mean called `name`."""
-        pair = torch.stack(
-            [torch.as_tensor(x, device=self._device, dtype=torch.float64) for x in (total.detach(), count)]
-        )
+        pair = torch.stack([torch.as_tensor(x, device=self._device, dtype=torch.float64) for x in (total.detach(), count)])
         self._totals[name] = self._totals[name] + pair if name in self._totals else pair
 
     def add_pairs(self, loss: PairLoss, policy: PairLogps, mean_logits: Float[Tensor, "C"], batch: PackedBatch) -> None:

@@ -51,7 +51,7 @@ class PackedCausalLM(nn.Module):
             segments=Segments(batch, self.kernel),
         ).last_hidden_state[0]
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
-        head = self.lm.get_output_embeddings()
+        head: Any = self.lm.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         return scored_logps(hidden[batch.predictor_index], weight, bias, batch.targets, self.transform)
 
@@ -82,21 +82,15 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     """The model's own config; raises ConfigError in one line where it cannot be had."""
     path = str(shipped(section.name_or_path))
     try:
-        config = AutoConfig.from_pretrained(
-            path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_first_line(error)}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
-        raise ConfigError(
-            f"model.name_or_path: {section.name_or_path}: {config.model_type} is not a causal language model"
-        )
+        raise ConfigError(f"model.name_or_path: {section.name_or_path}: {config.model_type} is not a causal language model")
     return config
 
 
-def check(
-    section: ModelSection, config: PretrainedConfig, max_length: int | None, vocabulary: int, device_type: str
-) -> str:
+def check(section: ModelSection, config: PretrainedConfig, max_length: int | None, vocabulary: int, device_type: str) -> str:
     """Refuse, before anything is built, what cannot run here; the name of the attention kernel if all is well."""
     text = config.get_text_config()
     if vocabulary > text.vocab_size:
@@ -109,7 +103,8 @@ def check(
         raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
     if getattr(text, "router_aux_loss_coef", None) and section.router_aux_loss_coef is None:
         raise ConfigError(
-            "model.router_aux_loss_coef: this model has a router loss, which this version does not train; set 0 to leave it out"
+            "model.router_aux_loss_coef: this model has a router loss, which this version does not train; "
+            "set 0 to leave it out"
         )
     folder = shipped(section.name_or_path)
     if section.init == "pretrained" and folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -143,15 +138,13 @@ def _choose_kernel(section: ModelSection, device_type: str) -> str:
         return able[0] if half else "sdpa"  # the varlen kernels know no fp32
     if section.attn_implementation not in able:
         raise EnvironmentFault(
-            f"model.attn_implementation: {section.attn_implementation} is not available here ({device_type}); use auto, or one "
-            f"of {', '.join(able)}"
+            f"model.attn_implementation: {section.attn_implementation} is not available here ({device_type}); "
+            f"use auto, or one of {', '.join(able)}"
         )
     return section.attn_implementation
 
 
-def load(
-    section: ModelSection, weights: str, kernel: str, dtype: str, zero3: Mapping[str, Any] | None
-) -> PackedCausalLM:
+def load(section: ModelSection, weights: str, kernel: str, dtype: str, zero3: Mapping[str, Any] | None) -> PackedCausalLM:
     """Build the model with its weights in `dtype`.
 
     `weights` is a folder or hub id. With `zero3` (a complete DeepSpeed config) parameters are partitioned as they are
@@ -163,7 +156,7 @@ def load(
         _zero_dropout(config)
     with _partitioned(zero3):
         try:
-            lm, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(shipped(weights)),
                 config=config,
                 revision=section.revision,
@@ -175,6 +168,7 @@ def load(
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.name_or_path: {weights}: {_first_line(error)}") from None
+    lm, report = loaded
     _refuse_missing(lm, report, weights)
     return PackedCausalLM(lm, kernel, published)
 
@@ -184,9 +178,7 @@ def initialise(section: ModelSection, folder: Path, seed: int) -> str:
     if not (folder / "model.safetensors").exists() and not (folder / "model.safetensors.index.json").exists():
         torch.manual_seed(seed)
         config = load_config(section)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=section.trust_remote_code)
         draft = folder.with_name(f".{folder.name}.draft")
         model.save_pretrained(draft)
         draft.rename(folder)
@@ -237,7 +229,7 @@ def _partitioned(zero3: Mapping[str, Any] | None):
         with nullcontext():
             yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     alive = HfDeepSpeedConfig(dict(zero3))
     yield
@@ -257,8 +249,8 @@ def _refuse_missing(lm: PreTrainedModel, report: Mapping[str, Any], weights: str
     missing = sorted(set(report["missing_keys"]) - tied)
     if missing:
         raise ConfigError(
-            f"model.name_or_path: {weights}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}), and "
-            "would be random; is it a base model without a language-model head?"
+            f"model.name_or_path: {weights}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}) "
+            "and would be random; is it a base model without a language-model head?"
         )
 
 
@@ -278,7 +270,7 @@ def load_plain(weights: str) -> PreTrainedModel:
 @torch.no_grad()
 def generate(weights: str, prompts: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
     """Greedy continuations of some prompts (token ids) by a plain transformers model."""
-    lm = load_plain(weights).eval()
+    lm: Any = load_plain(weights).eval()
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

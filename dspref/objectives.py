@@ -71,10 +71,8 @@ def logsigmoid(x: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
 # DPO family: `policy` and `reference` are the same pairs under two models
 
 
-def sigmoid(
-    policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
-) -> PairLoss:
-    """DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with `label_smoothing` e > 0 conservative DPO (Mitchell 2023, eq. 3).
+def sigmoid(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0) -> PairLoss:
+    """DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with `label_smoothing` e > 0 conservative DPO (Mitchell 2023).
 
     loss = -(1 - e) log sigma(beta d) - e log sigma(-beta d),  d = (S_w - R_w) - (S_l - R_l), sums over answer tokens.
     """

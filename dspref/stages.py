@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,9 +61,7 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
     def work():
         model_config = model.load_config(section)
         name = section.tokenizer_name_or_path or section.name_or_path
-        tokenizer = load_tokenizer(
-            str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code
-        )
+        tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
         kernel = model.check(section, model_config, data.max_length, len(tokenizer), device_type)
 
         def load(sources: list[SourceSection], log) -> PairStore:
@@ -115,23 +114,22 @@ def introduce(
     config: Config, pairs: PairStore, held_out: Mapping[str, PairStore], loader: StepLoader, steps: int, kernel: str
 ) -> None:
     """The banner: what is about to happen, in numbers."""
-    world, train = distributed.world(), config.train
-    lengths = pairs.lengths.mean(axis=0)
+    world, train, objective = distributed.world(), config.train, config.objective
+    prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
-    keys = {k: v for k, v in config.objective.model_dump().items() if k not in ("name", "loss_type") and v is not None}
-    console.banner(
-        {
-            "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
-            "objective": f"{config.objective.name} / {config.objective.loss_type}  {', '.join(f'{k} {v}' for k, v in keys.items())}",
-            "reference": reference.describe(config),
-            "data": f"{len(pairs)} pairs, mean tokens {lengths[0]:.0f} prompt + {lengths[1]:.0f} | {lengths[2]:.0f}{evaluated}",
-            "packs": f"{loader.layout.tokens_per_pack} tokens, prefix sharing {'on' if loader.layout.prefix_sharing else 'off'}, "
-            f"attention {kernel}",
-            "steps": f"{steps} of {train.pairs_per_step} pairs ({loader.steps_per_epoch} per epoch), peak lr {train.learning_rate:g}",
-            "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
-            "run": config.output_dir,
-        }
-    )
+    keys = {k: v for k, v in objective.model_dump().items() if k not in ("name", "loss_type") and v is not None}
+    sharing = "on" if loader.layout.prefix_sharing else "off"
+    rows = {
+        "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
+        "objective": f"{objective.name} / {objective.loss_type}  {', '.join(f'{k} {v}' for k, v in keys.items())}",
+        "reference": reference.describe(config),
+        "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
+        "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
+        "steps": f"{steps} of {train.pairs_per_step} pairs ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}",
+        "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
+        "run": config.output_dir,
+    }
+    console.banner(rows)
 
 
 def load_policy(config: Config, weights: str, kernel: str) -> PackedCausalLM:
@@ -150,8 +148,8 @@ def check_first_loss(config: Config, means: dict[str, float]) -> None:
         got, tolerance = means[f"loss/{component}"], FIRST_LOSS_TOLERANCE[config.model.dtype]
         if not math.isclose(got, value, abs_tol=tolerance, rel_tol=tolerance):
             raise NumericFault(
-                f"step 1: loss/{component} is {got:.6f}, but policy = reference gives {value:.6f}; usual causes: dropout that is "
-                "still on, weights that are missing from the checkpoint, an attention kernel that leaks between sequences"
+                f"step 1: loss/{component} is {got:.6f}, but policy = reference gives {value:.6f}; usual causes: dropout "
+                "that is still on, weights missing from the checkpoint, a kernel that leaks between sequences"
             )
 
 
@@ -212,10 +210,8 @@ def write_samples(
     """Answer the first held-out prompts with the initial and the final model, as plain transformers models (samples.jsonl)."""
     pairs = [store[i] for i in range(min(config.log.samples, len(store)))]
     prompts = [pair.prompt.tolist() for pair in pairs]
-    answers = [
-        model.generate(str(shipped(path)), prompts, SAMPLE_TOKENS, tokenizer.eos_token_id)
-        for path in (weights, str(run.final))
-    ]
+    stop = cast(int, tokenizer.eos_token_id)
+    answers = [model.generate(str(shipped(path)), prompts, SAMPLE_TOKENS, stop) for path in (weights, str(run.final))]
     rows = [
         {
             "prompt": tokenizer.decode(prompt, skip_special_tokens=True),

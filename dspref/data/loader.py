@@ -86,8 +86,7 @@ def packs_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[int, It
     members = pack(lengths, layout.tokens_per_pack, layout.world_size)[layout.rank]
     room = len(members) * layout.world_size * layout.tokens_per_pack
     packs = (
-        collate([store[i] for i in ids[m].tolist()], ids[m].tolist(), prefix_sharing=layout.prefix_sharing)
-        for m in members
+        collate([store[i] for i in ids[m].tolist()], ids[m].tolist(), prefix_sharing=layout.prefix_sharing) for m in members
     )
     return len(members), packs, float(lengths.sum()) / room
 

@@ -59,7 +59,8 @@ def pack(lengths: np.ndarray, tokens_per_pack: int, world_size: int) -> list[lis
     """Packs of one step, as `[rank][micro_step]` arrays of positions into `lengths`.
 
     `lengths` holds the computed tokens of each pair. Every rank gets the same number of packs (an empty array is a filler).
-    No pack exceeds `tokens_per_pack`, except one that holds a single longer pair. The packs are few and balanced by cost: longest pair first, each into the cheapest pack that still has room.
+    No pack exceeds `tokens_per_pack`, except one that holds a single longer pair. The packs are few and balanced by cost:
+    longest pair first, each into the cheapest pack that still has room.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     longest_first = np.argsort(-lengths, kind="stable")
@@ -71,9 +72,7 @@ def pack(lengths: np.ndarray, tokens_per_pack: int, world_size: int) -> list[lis
     # Ranks wait for each other in every micro-step: put packs of like cost side by side, dearest first.
     cost = lengths + lengths**2 / QUADRATIC_TOKENS
     packs.sort(key=lambda members: -cost[members].sum())
-    return [
-        [np.array(packs[m * world_size + r], dtype=np.int64) for m in range(micro_steps)] for r in range(world_size)
-    ]
+    return [[np.array(packs[m * world_size + r], dtype=np.int64) for m in range(micro_steps)] for r in range(world_size)]
 
 
 def _place(lengths: np.ndarray, longest_first: np.ndarray, budget: int, bins: int) -> list[list[int]] | None:

@@ -83,9 +83,7 @@ def encode(
     preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> list[TokenizedPair | RowError]:
     """Tokenize and truncate; result i is the pair of preference i, or why it cannot be one."""
-    return [
-        item if isinstance(item, RowError) else _truncated(item, limits) for item in tokenize(preferences, tokenizer)
-    ]
+    return [item if isinstance(item, RowError) else _truncated(item, limits) for item in tokenize(preferences, tokenizer)]
 
 
 def _truncated(pair: TokenizedPair, limits: Limits) -> TokenizedPair | RowError:
@@ -252,9 +250,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         content.pop("padding", None)
     else:
         content = sorted(tokenizer.get_vocab().items())
-    flags = {
-        name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "split_special_tokens")
-    }
+    flags = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "split_special_tokens")}
     parts = {
         "class": type(tokenizer).__name__,
         "content": content,

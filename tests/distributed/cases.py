@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dspref import config as configuration
 from dspref import distributed, engine, launcher, model, stages, trainer

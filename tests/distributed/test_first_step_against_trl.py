@@ -47,9 +47,7 @@ def test_first_step_equals_trl(world, run_file, all_workers):
     results = all_workers[world].run("cases:first_steps", config_path=str(run_file), variants=variants)[0]
     for variant, result in zip(FIXTURE["variants"].values(), results, strict=True):
         # TRL logs grad_norm as torch's fp32 norm of the whole head, which is off by 1e-4; the fixture holds its fp64 norm.
-        result["grad_norm"] = math.sqrt(
-            sum(float((g.astype(np.float64) ** 2).sum()) for g in result["gradients"].values())
-        )
+        result["grad_norm"] = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in result["gradients"].values()))
         compared = set(variant["metrics"]) & set(result)
         assert {
             "loss",

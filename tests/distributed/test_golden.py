@@ -1,6 +1,6 @@
 """The loss trace of a small run. A refactoring leaves it unchanged; a change of the maths explains itself and renews it:
 
-    python tests/distributed/test_golden.py
+python tests/distributed/test_golden.py
 """
 
 from __future__ import annotations
@@ -25,8 +25,15 @@ def run_small(workers, folder: Path) -> list[dict[str, float]]:
         text = "".join(json.dumps(row) + "\n" for row in preference_rows(rows, seed))
         (folder / f"{name}.jsonl").write_text(text)
     values = {
-        "model": {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "dtype": "float32"},
-        "data": {"train": {"path": f"{folder}/pairs.jsonl", "weight": 1.5}, "eval": {"path": f"{folder}/held_out.jsonl"}},
+        "model": {
+            "name_or_path": f"{folder}/model",
+            "tokenizer_name_or_path": f"{folder}/tokenizer",
+            "dtype": "float32",
+        },
+        "data": {
+            "train": {"path": f"{folder}/pairs.jsonl", "weight": 1.5},
+            "eval": {"path": f"{folder}/held_out.jsonl"},
+        },
         "objective": {"name": "dpo", "label_smoothing": 0.05, "rpo_alpha": 0.2},
         "train": {"pairs_per_step": 8, "num_train_epochs": 2, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"},
         "output_dir": f"{folder}/run",

@@ -126,9 +126,7 @@ def test_loss_and_gradients_are_those_of_the_oracle_in_every_layout(world, run_f
         for name in ("loss", "nll_loss", "rewards/accuracies"):
             assert math.isclose(result[name], oracle[name], rel_tol=1e-5), (overrides, name, result[name], oracle[name])
         assert_same_gradients(result["gradients"], oracle["gradients"], overrides)
-    assert min(packs) == 1 and max(packs) == -(-PAIRS // world) and len(packs) > 2, (
-        "the budgets should give different packs"
-    )
+    assert min(packs) == 1 and max(packs) == -(-PAIRS // world) and len(packs) > 2, "the budgets should give different packs"
     norms = [result["grad_norm"] for result in ranks[0]]
     assert np.allclose(norms, norms[0], rtol=1e-5)
     for other in ranks[1:]:
@@ -136,9 +134,7 @@ def test_loss_and_gradients_are_those_of_the_oracle_in_every_layout(world, run_f
 
 
 def test_zero3_partitions_every_parameter(run_files, all_workers):
-    for result in all_workers[2].run(
-        "cases:first_steps", config_path=str(run_files / "run.yaml"), variants=[[zero(3)]]
-    ):
+    for result in all_workers[2].run("cases:first_steps", config_path=str(run_files / "run.yaml"), variants=[[zero(3)]]):
         assert result[0]["full_sizes"] == 0, "between steps no rank holds a gathered parameter"
 
 

@@ -100,9 +100,7 @@ def test_a_finished_run_is_not_trained_again(run_file, all_workers, tmp_path):
     before = (run / "final" / "model.safetensors").stat().st_mtime_ns
     assert train(all_workers[2], run_file, f"output_dir={run}") == [0, 0]
     assert (run / "final" / "model.safetensors").stat().st_mtime_ns == before
-    assert train(all_workers[2], run_file, f"output_dir={run}", "train.learning_rate=1e-5") == [2, 2], (
-        "another run's folder"
-    )
+    assert train(all_workers[2], run_file, f"output_dir={run}", "train.learning_rate=1e-5") == [2, 2], "another run's folder"
     # More steps go on from the last checkpoint.
     assert train(all_workers[2], run_file, f"output_dir={run}", f"train.max_steps={STEPS + 2}") == [0, 0]
     steps = [record["step"] for record in training_records(run) if "loss" in record]

@@ -23,10 +23,24 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(folder / "model", tiny_config("llama", save_tokenizer(folder / "tokenizer")), seed=4)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(12, seed=7)))
     values = {
-        "model": {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "dtype": "float32"},
-        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "eval": {"path": f"{folder}/pairs.jsonl"}, "tokens_per_pack": 400},
+        "model": {
+            "name_or_path": f"{folder}/model",
+            "tokenizer_name_or_path": f"{folder}/tokenizer",
+            "dtype": "float32",
+        },
+        "data": {
+            "train": {"path": f"{folder}/pairs.jsonl"},
+            "eval": {"path": f"{folder}/pairs.jsonl"},
+            "tokens_per_pack": 400,
+        },
         "objective": {"name": "dpo", "beta": 0.5},
-        "train": {"pairs_per_step": 4, "max_steps": 3, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0},
+        "train": {
+            "pairs_per_step": 4,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "warmup_ratio": 0.0,
+        },
         "output_dir": f"{folder}/run",
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
@@ -92,7 +106,9 @@ def test_the_exported_model_gives_the_trained_models_log_probs(run_file, all_wor
 @pytest.mark.slow
 def test_deepspeeds_cpu_adam_learns_the_same(run_file, expected, all_workers, tmp_path):
     """Compiled on first use, for up to a minute."""
-    trace = train(all_workers[1], run_file, tmp_path / "run", "deepspeed=ds_configs/zero3_offload.json", "train.optim=cpu_adam")
+    trace = train(
+        all_workers[1], run_file, tmp_path / "run", "deepspeed=ds_configs/zero3_offload.json", "train.optim=cpu_adam"
+    )
     assert np.allclose(trace, expected[0], rtol=1e-4)
 
 

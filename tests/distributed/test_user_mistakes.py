@@ -25,7 +25,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(model: Path, data: Path, output: Path) -> dict:
     return {
-        "model": {"name_or_path": str(model), "tokenizer_name_or_path": f"{model}/tokenizer", "init": "random", "dtype": "float32"},
+        "model": {
+            "name_or_path": str(model),
+            "tokenizer_name_or_path": f"{model}/tokenizer",
+            "init": "random",
+            "dtype": "float32",
+        },
         "data": {"train": {"path": str(data)}},
         "train": {"pairs_per_step": 2, "max_steps": 1},
         "output_dir": str(output),

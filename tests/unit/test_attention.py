@@ -132,9 +132,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 def test_who_shares_a_pack_changes_nothing(tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
-    packed = model.load(
-        ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None
-    )
+    packed = model.load(ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None)
     pairs = some_pairs()
     with torch.no_grad():
         together, _ = packed(collate(pairs, range(3), prefix_sharing=True))
@@ -144,9 +142,7 @@ def test_who_shares_a_pack_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_filler_pack_gives_zero_gradients_to_every_parameter(tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
-    packed = model.load(
-        ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None
-    )
+    packed = model.load(ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None)
     logps, _ = packed(collate([], [], prefix_sharing=True))
     assert logps.shape == (0,)
     logps.sum().backward()
@@ -182,7 +178,7 @@ def test_causal_mask_entry_by_entry(queries: int, keys: int, window: int | None)
             assert mask[i, j].item() == (j <= position and (window is None or position - j < window))
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [None, 4, 25])  # 25: beyond any run of queries, within prompt + rejected
 @pytest.mark.parametrize("sharing", [False, True])
 def test_sdpa_kernel_against_softmax_query_by_query(sharing: bool, window: int | None) -> None:
     """With grouped heads (4 on 2) and a scale of its own."""
@@ -290,9 +286,7 @@ def test_a_model_that_fits_is_let_through() -> None:
         ),
     ],
 )
-def test_check_refuses_in_one_line(
-    family: str, overrides: dict[str, Any], arguments: dict[str, Any], named: str
-) -> None:
+def test_check_refuses_in_one_line(family: str, overrides: dict[str, Any], arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named) as refusal:
         check(tiny_config(family, **overrides), **arguments)
     assert "\n" not in str(refusal.value)

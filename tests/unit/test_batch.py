@@ -68,9 +68,7 @@ def test_segments_cover_the_pack(sharing: bool) -> None:
     assert len(q) == len(k) == 2 * 4 + 1
     assert batch.max_seqlen_q == int(q.diff().max())
     assert (
-        batch.max_seqlen_k
-        == int(k.diff().max())
-        == max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
+        batch.max_seqlen_k == int(k.diff().max()) == max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     )
     assert (batch.kv_index is None) == (not sharing)
 

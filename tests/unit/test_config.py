@@ -178,9 +178,7 @@ RESOLVED = [
     MINIMAL + "objective: {rpo_alpha: 1.0, label_smoothing: 0.1}\n",
     MINIMAL + "reference: {mode: stored}\n",
     MINIMAL + "deepspeed: {zero_optimization: {stage: 2}}\n",
-    with_train(
-        "[{path: 'a: #b', weight: 2.5}, {path: 24:00:00, template: {prompt: '{x}', chosen: é, rejected: 'off'}}]"
-    ),
+    with_train("[{path: 'a: #b', weight: 2.5}, {path: 24:00:00, template: {prompt: '{x}', chosen: é, rejected: 'off'}}]"),
     with_data("eval: {x: {path: q}, y: {path: r}}") + "train: {eval_every: 5}\ncheckpoint: {keep_best: eval_x_loss}\n",
 ]
 
@@ -210,9 +208,7 @@ def test_importing_the_config_loads_no_torch() -> None:
 
 def test_loading_a_config_with_a_shipped_strategy_loads_no_torch(write) -> None:
     path = write(MINIMAL).resolve()
-    code = (
-        f"import sys; from dspref import config; config.load({str(path)!r}).strategy; assert 'torch' not in sys.modules"
-    )
+    code = f"import sys; from dspref import config; config.load({str(path)!r}).strategy; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -155,9 +155,7 @@ def test_template_refuses_anything_but_columns(hostile: str) -> None:
         to_preference({"x": "a", "bad": "b"}, None, {"chosen": hostile, "rejected": "{bad}"})
 
 
-@pytest.mark.parametrize(
-    "template", [{"chosen": "a"}, {"choosen": "a"}, {"system": "s", "chosen": "a", "rejected": "b"}]
-)
+@pytest.mark.parametrize("template", [{"chosen": "a"}, {"choosen": "a"}, {"system": "s", "chosen": "a", "rejected": "b"}])
 def test_template_keys_are_checked(template: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"^data\.template\.\w+: .*; fix: "):
         to_preference({}, None, template)

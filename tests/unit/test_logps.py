@@ -55,9 +55,7 @@ def assert_close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_values_and_gradients_are_those_of_log_softmax(
-    transform: HeadTransform, bias: bool, small_chunks: None
-) -> None:
+def test_values_and_gradients_are_those_of_log_softmax(transform: HeadTransform, bias: bool, small_chunks: None) -> None:
     hidden, weight, offset, targets = head(bias=bias)
     assert len(module._chunks(hidden, weight)) == 5
     upstream = torch.linspace(-2.0, 3.0, C)  # what a loss sends back differs from token to token, zero included
@@ -116,9 +114,7 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen: set[str], sma
     hidden, weight, offset, targets = head()
     assert offset is not None
     named = {"hidden": hidden, "weight": weight, "offset": offset}
-    expected = torch.autograd.grad(
-        plain(hidden, weight, offset, targets, HeadTransform())[0].sum(), list(named.values())
-    )
+    expected = torch.autograd.grad(plain(hidden, weight, offset, targets, HeadTransform())[0].sum(), list(named.values()))
     for name in frozen:
         named[name].requires_grad_(False)
     scored_logps(hidden, weight, offset, targets)[0].sum().backward()
@@ -180,9 +176,7 @@ def test_pair_logps_sums_and_counts_each_answer() -> None:
             own = [value.item() for value, span in zip(values, spans.tolist()) if span == side * pairs + k]
             assert sums[k].item() == pytest.approx(sum(own), abs=1e-5)
             assert counts[k].item() == len(own)
-    (gradient,) = torch.autograd.grad(
-        (result.chosen * torch.arange(1.0, pairs + 1)).sum() - result.rejected.sum(), values
-    )
+    (gradient,) = torch.autograd.grad((result.chosen * torch.arange(1.0, pairs + 1)).sum() - result.rejected.sum(), values)
     assert gradient.tolist() == [span + 1.0 if span < pairs else -1.0 for span in spans.tolist()]
 
 

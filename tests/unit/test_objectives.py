@@ -185,9 +185,7 @@ def test_rpo_adds_the_token_mean_of_the_chosen_answers() -> None:
     counts = {"pairs": 8, "chosen_tokens": 100, "rejected_tokens": 7, "tokens": 9}  # of the whole step: more than these
     expected = (0.620957 + 0.744397 + 0.693147) / 8 + 2.0 * (12 + 30.5 + 7.25) / 100
     assert total(loss, counts).item() == pytest.approx(expected, abs=1e-6)
-    chosen, _ = gradients(
-        lambda p: total(build_objective("dpo", "sigmoid", rpo_alpha=2.0)(p, reference), counts), policy
-    )
+    chosen, _ = gradients(lambda p: total(build_objective("dpo", "sigmoid", rpo_alpha=2.0)(p, reference), counts), policy)
     plain, _ = gradients(lambda p: total(build_objective("dpo", "sigmoid")(p, reference), counts), policy)
     torch.testing.assert_close(chosen, plain - 2.0 / 100)
 

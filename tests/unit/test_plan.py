@@ -45,9 +45,7 @@ def test_the_number_of_steps_is_known_beforehand(seed: int) -> None:
     assert len(steps) == steps_per_epoch(rows, weights, pairs_per_step) == ceil(len(ids(steps)) / pairs_per_step)
 
 
-@pytest.mark.parametrize(
-    ("rows", "pairs_per_step", "steps"), [(128, 128, 1), (129, 128, 2), (127, 128, 1), (256, 128, 2)]
-)
+@pytest.mark.parametrize(("rows", "pairs_per_step", "steps"), [(128, 128, 1), (129, 128, 2), (127, 128, 1), (256, 128, 2)])
 def test_steps_per_epoch_rounds_up(rows: int, pairs_per_step: int, steps: int) -> None:
     assert steps_per_epoch([rows], [1.0], pairs_per_step) == steps
 
@@ -201,6 +199,14 @@ def test_eight_ranks_wait_little_for_each_other(pairs: int) -> None:
         lengths = lognormal(pairs, seed)
         costs = np.array([[cost(members, lengths) for members in rank] for rank in pack(lengths, 16384, 8)])
         assert 8 * costs.max(axis=0).sum() / costs.sum() <= 1.05
+
+
+def test_packs_of_like_cost_run_side_by_side() -> None:
+    """Packs of 80, 60, 50 and 50 on two ranks: waiting for the dearest costs 80 + 50, and 60 + 80 out of order."""
+    lengths = np.array([60, 50, 50, 40, 40])
+    packs = pack(lengths, tokens_per_pack=100, world_size=2)
+    loads = [[int(lengths[rank[m]].sum()) for rank in packs] for m in range(2)]
+    assert loads == [[80, 60], [50, 50]]
 
 
 def test_balance_counts_the_quadratic_cost() -> None:

@@ -205,9 +205,7 @@ def test_tools_and_template_kwargs_reach_the_template() -> None:
     answers = [message("assistant", "a")], [message("assistant", "b")]
     pair = one(Preference([message("user", "p")], *answers, tools, {"word": "w"}), tokenizer)
     assert texts(pair, tokenizer) == ("f w p", "a", "b")
-    (error,) = encode(
-        [Preference([message("user", "p")], *answers, tools, {"chat_template": "x"})], tokenizer, NO_LIMITS
-    )
+    (error,) = encode([Preference([message("user", "p")], *answers, tools, {"chat_template": "x"})], tokenizer, NO_LIMITS)
     assert isinstance(error, RowError)
     assert error.field == "chat_template_kwargs"
 

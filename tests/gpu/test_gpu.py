@@ -1,0 +1,93 @@
+"""What only a GPU can show: `pytest -m gpu`. Models and data are made here, nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_model
+
+from dspref import attention
+from dspref.data.batch import collate
+from dspref.data.tokenize import TokenizedPair
+from dspref.logps import scored_logps
+from dspref.model import PackedCausalLM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def random_pairs(count: int, vocabulary: int) -> list[TokenizedPair]:
+    draws = np.random.default_rng(0)
+    sizes = draws.integers(3, 200, size=(count, 3))
+    return [TokenizedPair(*(draws.integers(0, vocabulary, size=n).astype(np.int32) for n in row)) for row in sizes]
+
+
+def run_packed(model: torch.nn.Module, kernel: str, sharing: bool, pairs: list[TokenizedPair]) -> tuple[torch.Tensor, list]:
+    packed = PackedCausalLM(model, kernel)  # type: ignore[arg-type]
+    packed.zero_grad()
+    logps, _ = packed(collate(pairs, range(len(pairs)), prefix_sharing=sharing).to("cuda"))
+    logps.mean().backward()
+    return logps.detach(), [p.grad.float().clone() for p in packed.parameters()]
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("kernel", [name for name in attention.KERNELS if name != "sdpa"])
+def test_each_kernel_agrees_with_sdpa_in_bf16(kernel, sharing):
+    if kernel not in attention.available("cuda"):
+        pytest.skip(f"{kernel} is not installed here")
+    config = tiny_config("llama", 512, hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
+    model = tiny_model(config, seed=1).to("cuda", torch.bfloat16)
+    model.config._attn_implementation = attention.PACKED
+    pairs = random_pairs(6, 512)
+    expected, expected_grads = run_packed(model, "sdpa", sharing, pairs)
+    found, grads = run_packed(model, kernel, sharing, pairs)
+    assert (found - expected).abs().mean() < 0.02
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-4
+
+
+def test_log_probs_never_hold_all_logits():
+    hidden = torch.randn(8192, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(128_000, 256, device="cuda", dtype=torch.bfloat16) * 0.05).requires_grad_()
+    targets = torch.randint(0, 128_000, (8192,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logps, _ = scored_logps(hidden, weight, None, targets)
+    logps.sum().backward()
+    whole = 8192 * 128_000 * 4
+    assert torch.cuda.max_memory_allocated() - before < whole / 4
+    some = slice(0, 64)
+    plain = torch.log_softmax((hidden[some] @ weight.t()).float(), -1).gather(-1, targets[some, None])[:, 0]
+    assert torch.allclose(logps[some], plain, atol=2e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_run_on_one_gpu(stage, dtype, tmp_path: Path):
+    save_tiny(tmp_path / "model", tiny_config("qwen2", save_tokenizer(tmp_path / "tokenizer")), seed=1)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(24, seed=2)))
+    values = {
+        "model": {"name_or_path": f"{tmp_path}/model", "tokenizer_name_or_path": f"{tmp_path}/tokenizer", "dtype": dtype},
+        "data": {"train": {"path": f"{tmp_path}/pairs.jsonl"}, "eval": {"path": f"{tmp_path}/pairs.jsonl"}},
+        "train": {"pairs_per_step": 8, "max_steps": 4, "learning_rate": 1e-4},
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+        "checkpoint": {"save_every": 2},
+        "output_dir": f"{tmp_path}/run",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    command = [sys.executable, "launch/train.py", "--config", f"{tmp_path}/run.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert math.isclose(losses[0], math.log(2), abs_tol=1e-5 if dtype == "float32" else 2e-2)
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
