@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch
 from transformers import AttentionInterface
 
 from dspref.data.batch import PackedBatch
+from dspref.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,6 +36,8 @@ class Segments:
 
     batch: PackedBatch
     kernel: str
+    seen: list[str] = field(default_factory=list)
+    """Layers that were computed with this layout: none, and the model has attention of its own."""
 
     @cached_property
     def bounds(self) -> list[tuple[slice, slice]]:
@@ -79,31 +82,34 @@ def packed_attention(
     segments: Segments | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 T H D"], None]:
-    """Causal attention within each segment of a pack. Raises ValueError where the kernel cannot do what the layer asks."""
+    """Causal attention within each segment of a pack. Raises ConfigError where the kernel cannot do what the layer asks."""
     if segments is None:
-        raise ValueError(f"{type(module).__name__} does not pass keyword arguments on to its attention; packing needs that")
+        raise ConfigError(f"model.name_or_path: {type(module).__name__} does not pass a pack's layout on to its attention")
     if attention_mask is not None:
-        raise ValueError("packed attention takes no attention_mask: a pack has no padding")
+        raise ConfigError(f"model.name_or_path: {type(module).__name__} makes an attention_mask; a pack has no padding")
     if s_aux is not None:
-        raise ValueError("attention sinks are not supported by the packed kernels")
+        raise ConfigError(f"model.name_or_path: {type(module).__name__} has attention sinks (s_aux), unknown to the kernels")
+    segments.seen.append(type(module).__name__)
     batch = segments.batch
     if sliding_window is not None and sliding_window >= batch.max_seqlen_k:
         sliding_window = None  # no segment is long enough for the window to matter
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = Options(scale, dropout, sliding_window, softcap)
-    refuse_unsupported(segments.kernel, window=sliding_window, softcap=softcap, dropout=dropout)
+    if reason := cannot(segments.kernel, window=sliding_window, softcap=softcap, dropout=dropout):
+        raise ConfigError(f"model.attn_implementation: {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if batch.kv_index is not None:
         k, v = k.index_select(0, batch.kv_index), v.index_select(0, batch.kv_index)
     return KERNELS[segments.kernel].compute(q, k, v, segments, options)[None], None
 
 
-def refuse_unsupported(kernel: str, **asked: float | None) -> None:
-    """Raise ValueError, by name, for options that are set and that `kernel` does not honour."""
+def cannot(kernel: str, **asked: float | None) -> str | None:
+    """The first option that is set and that `kernel` does not honour, as a reason; None if it can do all."""
     for name, value in asked.items():
         if value and name not in KERNELS[kernel].honours:
             able = [other for other, row in KERNELS.items() if name in row.honours]
-            raise ValueError(f"attention kernel {kernel} cannot do {name} ({value}); kernels that can: {', '.join(able)}")
+            return f"attention kernel {kernel} cannot do {name} ({value}); kernels that can: {', '.join(able)}"
+    return None
 
 
 def available(device_type: str) -> list[str]:

@@ -166,7 +166,7 @@ def _now() -> str:
 
 
 def save(run: RunFolder, policy: Engine, progress: Progress, metrics: Mapping[str, float]) -> Path:
-    """Commit a checkpoint of all ranks and prune old ones. Returns its folder. `metrics`: those of this step's evaluation."""
+    """Commit a checkpoint of all ranks; its folder. `metrics`: those of this step's evaluation, for `keep_best`."""
     started = time.monotonic()
     committed = run.checkpoints / f"step-{progress.step:06d}"
     draft = run.checkpoints / f".saving-{committed.name}"
@@ -223,7 +223,7 @@ def to_delete(
     keep_every: int | None,
     lower_is_better: bool = False,
 ) -> set[int]:
-    """Steps to delete of `checkpoints` (step, score). The newest `keep_last` stay, multiples of `keep_every`, the best score."""
+    """Steps to delete of `checkpoints` (step, score); the newest, multiples of `keep_every` and the best score stay."""
     steps = sorted(step for step, _ in checkpoints)
     kept = set(steps[-keep_last:])
     if keep_every:

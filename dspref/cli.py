@@ -35,7 +35,8 @@ def check(
         print(configuration.dump(config), end="")
     else:
         print(
-            f"{file}: good; {config.objective.name} / {config.objective.loss_type}, ZeRO-{config.zero_stage}, into {config.output_dir}"
+            f"{file}: good; {config.objective.name} / {config.objective.loss_type}, "
+            f"ZeRO-{config.zero_stage}, into {config.output_dir}"
         )
 
 

@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
+# Families that use the common attention function but cannot be packed by it, and why.
+UNPACKABLE = {
+    "gpt_oss": "has attention sinks, which the packed kernels do not know",
+    "nemotron": "does not pass the layout of a pack on to its attention",
+    "doge": "makes an attention mask of its own",
+}
+
+
 class PackedCausalLM(nn.Module):
     """A causal LM whose forward maps a `PackedBatch` to the log-probs of its C scored tokens."""
 
@@ -44,12 +53,15 @@ class PackedCausalLM(nn.Module):
 
     def forward(self, batch: PackedBatch) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
         """log p of each scored token, and the mean over the vocabulary of its logits, both fp32."""
+        segments = Segments(batch, self.kernel)
         hidden = self.lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            use_cache=False,  # a cache object would switch the packed layout off, silently
-            segments=Segments(batch, self.kernel),
+            use_cache=False,
+            segments=segments,
         ).last_hidden_state[0]
+        if not segments.seen:
+            raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
         head: Any = self.lm.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
@@ -112,36 +124,48 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
             f"model.name_or_path: {folder} holds no *.safetensors (pickled weights are not read); save the model again with "
             "save_pretrained, or set model.init: random"
         )
-    kernel = _choose_kernel(section, device_type)
-    if (layers := getattr(text, "layer_types", None)) and not set(layers) <= {"full_attention", "sliding_attention"}:
-        kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention"}))
+    layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    if not set(layers) <= {"full_attention", "sliding_attention", "attention"}:
+        kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention", "attention"}))
         raise ConfigError(
             f"model.name_or_path: {text.model_type} has {kinds} layers, which would leak between packed sequences"
         )
+    family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if family is not None and not family._supports_attention_backend:
+        raise ConfigError(f"model.name_or_path: {text.model_type} {NOT_PACKED}")
+    if text.model_type in UNPACKABLE:
+        raise ConfigError(f"model.name_or_path: {text.model_type} {UNPACKABLE[text.model_type]}; use another model")
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    try:
-        attention.refuse_unsupported(
-            kernel,
-            window=window if window and (max_length is None or max_length > window) else None,
-            softcap=getattr(text, "attn_logit_softcapping", None),
-            dropout=0.0 if section.disable_dropout else getattr(text, "attention_dropout", 0.0),
-        )
-    except ValueError as error:
-        raise ConfigError(f"model.attn_implementation: {error}") from None
-    return kernel
+    return _choose_kernel(
+        section,
+        device_type,
+        window=window if window and (max_length is None or max_length > window) else None,
+        softcap=getattr(text, "attn_logit_softcapping", None),
+        dropout=0.0 if section.disable_dropout else _attention_dropout(text),
+    )
 
 
-def _choose_kernel(section: ModelSection, device_type: str) -> str:
+def _attention_dropout(text: PretrainedConfig) -> float:
+    return max(getattr(text, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+
+
+def _choose_kernel(section: ModelSection, device_type: str, **asked: float | None) -> str:
+    """The kernel that the config names, or for `auto` the fastest here that can do what the model asks."""
     able = attention.available(device_type)
-    if section.attn_implementation == "auto":
-        half = section.dtype in ("bfloat16", "float16")
-        return able[0] if half else "sdpa"  # the varlen kernels know no fp32
-    if section.attn_implementation not in able:
+    if section.attn_implementation not in ("auto", *able):
         raise EnvironmentFault(
             f"model.attn_implementation: {section.attn_implementation} is not available here ({device_type}); "
             f"use auto, or one of {', '.join(able)}"
         )
-    return section.attn_implementation
+    if section.attn_implementation != "auto":
+        candidates = [section.attn_implementation]
+    else:
+        candidates = able if section.dtype in ("bfloat16", "float16") else ["sdpa"]  # the varlen kernels know no fp32
+    reasons = {kernel: attention.cannot(kernel, **asked) for kernel in candidates}
+    for kernel, reason in reasons.items():
+        if reason is None:
+            return kernel
+    raise ConfigError(f"model.attn_implementation: {reasons[candidates[-1]]}")
 
 
 def load(section: ModelSection, weights: str, kernel: str, dtype: str, zero3: Mapping[str, Any] | None) -> PackedCausalLM:

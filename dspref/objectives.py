@@ -8,6 +8,7 @@ The module imports no torch (tensor methods suffice), so that a config is checke
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -104,6 +105,12 @@ OBJECTIVES: dict[str, Family] = {
     # rpo_alpha: loss + alpha x NLL of the chosen answer (Pang et al. 2024, arXiv:2404.19733, eq. 2; TRL's token mean)
     "dpo": Family({"sigmoid": sigmoid}, needs_reference=True, nll_weight="rpo_alpha"),
 }
+
+
+def loss_keys(family: Family, loss_type: str) -> dict[str, inspect.Parameter]:
+    """Keyword-only arguments of one loss: the keys that apply to it, with annotation and default."""
+    parameters = inspect.signature(family.losses[loss_type]).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 # (policy, reference) -> loss; the reference is None where the objective needs none

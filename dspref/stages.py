@@ -7,21 +7,23 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, cast
 
 from dspref import console, distributed, engine, metrics, model, reference
 from dspref.checkpoint import RunFolder, committed_folders
 from dspref.config import Config, SourceSection, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
+from dspref.data.plan import rows_per_epoch
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
-from dspref.errors import ConfigError, NumericFault
+from dspref.errors import ConfigError, DataError, NumericFault
 from dspref.export import export
 from dspref.model import PackedCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # How far the first loss may be from its analytic value: rounding of log-prob sums over some hundred tokens.
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
@@ -93,6 +95,8 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     sharing = sharing_pays(pairs) if data.prefix_sharing == "auto" else data.prefix_sharing
     layout = Layout(data.tokens_per_pack, sharing, world.rank, world.size)
     weights = [source.weight for source in data.train_sources]
+    if not rows_per_epoch(pairs.source_rows, weights):
+        raise DataError("data.train: the weights leave no pair per epoch; raise them")
     return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout)
 
 
@@ -207,7 +211,7 @@ def show_summary(run: RunFolder) -> None:
 def write_samples(
     run: RunFolder, config: Config, tokenizer: PreTrainedTokenizerBase, weights: str, store: PairStore
 ) -> None:
-    """Answer the first held-out prompts with the initial and the final model, as plain transformers models (samples.jsonl)."""
+    """Answer the first held-out prompts with the initial and the final model, by plain transformers (samples.jsonl)."""
     pairs = [store[i] for i in range(min(config.log.samples, len(store)))]
     prompts = [pair.prompt.tolist() for pair in pairs]
     stop = cast(int, tokenizer.eos_token_id)

@@ -51,21 +51,34 @@ OFFLOAD_OPTIMIZER = (
 )  # fmt: skip
 ZERO = (
     "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
-    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "offload_param",
+    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "offload_param",
     "offload_optimizer", "zenflow", "sub_group_size", "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
     "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
     "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters",
     "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "mics_shard_size",
-    "mics_hierarchical_params_gather", "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings",
-    "leaf_module",
+    "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear",
+    "override_module_apply", "log_trace_cache_warnings", "leaf_module",
+)  # fmt: skip
+LEAF_MODULE = ("classes", "names", "name_suffixes")
+ZENFLOW = (
+    "topk_ratio", "select_strategy", "select_interval", "update_interval", "overlap_step", "offload", "auto_ratio",
+    "full_warm_up_rounds", "pt_reserved_cores_perc", "steps_per_epoch",
+)  # fmt: skip
+# Of ZERO, what takes a mapping and what takes a whole number; the rest is true or false.
+SECTIONS = ("offload_param", "offload_optimizer", "zenflow", "leaf_module")
+NUMBERS = (
+    "stage", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "zero_hpz_partition_size",
 )  # fmt: skip
 KNOWN = {
     (): TOP_LEVEL,
     ("zero_optimization",): ZERO,
     ("zero_optimization", "offload_param"): OFFLOAD_PARAM,
     ("zero_optimization", "offload_optimizer"): OFFLOAD_OPTIMIZER,
+    ("zero_optimization", "leaf_module"): LEAF_MODULE,
+    ("zero_optimization", "zenflow"): ZENFLOW,
 }
 
 
@@ -128,6 +141,15 @@ def _combination(strategy: Mapping[str, Any], dtype: str) -> Problem | None:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         return Problem((*where, "stage"), f"must be 0, 1, 2 or 3, not {stage!r}")
+    for key, value in zero.items():
+        if not _fits(key, value):
+            kind = "a mapping" if key in SECTIONS else "a whole number" if key in NUMBERS else "true or false"
+            return Problem((*where, key), f"must be {kind}, not {value!r}")
+    for offload in ("offload_param", "offload_optimizer"):
+        if (device := _device(zero, offload)) not in ("none", "cpu", "nvme"):
+            return Problem((*where, offload, "device"), f"must be none, cpu or nvme, not {device!r}")
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0 and stage != 3:
+        return Problem((*where, "offload_optimizer", "ratio"), f"below 1 needs stage 3, not {stage}")
     if stage == 0 and dtype != "float32":
         return Problem(
             (*where, "stage"),
@@ -142,6 +164,14 @@ def _combination(strategy: Mapping[str, Any], dtype: str) -> Problem | None:
     if _device(zero, "offload_optimizer") != "none" and stage == 0:
         return Problem((*where, "offload_optimizer"), "needs stage 1, 2 or 3")
     return None
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key in SECTIONS:
+        return value is None or isinstance(value, Mapping)
+    if key in NUMBERS:
+        return isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    return isinstance(value, bool) or (key == "overlap_comm" and value is None)
 
 
 def _device(zero: Mapping[str, Any], offload: str) -> str:

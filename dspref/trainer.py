@@ -101,7 +101,7 @@ def header(step: Step) -> dict[str, float]:
 
 
 def performance(step: Step, seconds: float) -> dict[str, float]:
-    """Throughput of all ranks together: whole pairs, tokens of both sequences, scored tokens; and how full the packs were."""
+    """Throughput of all ranks together (pairs, tokens of both sequences, scored tokens), and how full the packs were."""
     answers = step.counts["chosen_tokens"] + step.counts["rejected_tokens"]
     return {
         "perf/pairs_per_second": step.counts["pairs"] / seconds,

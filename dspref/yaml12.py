@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -34,7 +34,14 @@ class Position(NamedTuple):
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2's core schema."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:  # text that its tag or its size does not allow
+            reason = f"cannot read this value ({error})"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
 
 
 for tag, pattern, first in (
@@ -78,6 +85,8 @@ def parse(path: Path) -> tuple[dict[str, Any], dict[tuple, Position]]:
             raise ConfigError(f"{path}:1:1: a config is a mapping of sections (model:, data:, ...)")
         _walk(node, (), str(path), positions, set())
         return loader.construct_document(node), positions
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -88,8 +97,43 @@ def parse_value(text: str) -> Any:
     """One YAML value, as in `key=value` on the command line. Raises YamlError."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except RecursionError:
+        raise YamlError("not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise YamlError(f"not valid YAML: {_reason(error)}") from None
+
+
+def apply_override(document: dict[str, Any], positions: dict[tuple, Position], override: str) -> None:
+    """Set `section.key=value` in the document; the value is YAML. Numbers in the path count list items from 0."""
+    path, equals, text = override.partition("=")
+    where = f"override '{override}'"
+    if not equals or not all(path.split(".")):
+        raise ConfigError(f"{where}: not of the form section.key=value")
+    try:
+        value = parse_value(text)
+    except YamlError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    keys = tuple(int(part) if part.isdigit() else part for part in path.split("."))
+    node: Any = document
+    for depth, key in enumerate(keys, start=1):
+        if not _can_hold(node, key):
+            raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: no such section or list item")
+        if depth == len(keys):
+            node[key] = value
+        elif isinstance(key, str) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+    # What the file said below this key is gone; sections that the file lacks come from here too.
+    for replaced in [known for known in positions if known[: len(keys)] == keys]:
+        del positions[replaced]
+    for depth in range(1, len(keys) + 1):
+        positions.setdefault(keys[:depth], Position(where))
+
+
+def _can_hold(node: Any, key: str | int) -> bool:
+    if isinstance(node, list):
+        return key in range(len(node))
+    return isinstance(node, dict) and isinstance(key, str)
 
 
 def _reason(error: yaml.YAMLError) -> str:
@@ -109,6 +153,8 @@ def _walk(node: yaml.Node, path: tuple, file: str, positions: dict[tuple, Positi
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 raise ConfigError(f"{_place(key, file)}: a key must be text")
+            if len(key.value.splitlines()) > 1:
+                raise ConfigError(f"{_place(key, file)}: a key must be one line")
             inner = (*path, key.value)
             if inner in positions:
                 raise ConfigError(

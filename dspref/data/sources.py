@@ -78,7 +78,7 @@ def _source_rows(source: Source) -> Iterator[Row | BadRow]:
             return _file_rows(path)
         if found:
             return _folder_rows(path, source.split)
-        if matches := sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207  may be absolute
+        if matches := sorted(glob.glob(str(path), recursive=True)):
             return chain.from_iterable(_file_rows(Path(match)) for match in matches if Path(match).is_file())
     except (OSError, ValueError) as error:
         raise _unusable(source.path, _reason(error), "check the path and its permissions") from None

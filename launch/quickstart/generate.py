@@ -87,7 +87,7 @@ def tokenizer() -> dict[str, Any]:
 
 def tokenizer_config() -> dict[str, Any]:
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "TokenizersBackend",
         "eos_token": "<|end|>",
         "pad_token": "<|pad|>",
         "unk_token": "<|unk|>",
@@ -98,10 +98,10 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def model_config() -> dict[str, Any]:
-    """A Qwen2 of a third of a million parameters."""
+    """A Llama of a third of a million parameters."""
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "vocab_size": len(TOKENS),
         "hidden_size": 128,
         "intermediate_size": 256,

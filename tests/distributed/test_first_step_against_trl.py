@@ -1,4 +1,7 @@
-"""The first step on real pairs equals TRL 1.16's, with a reference other than the policy (fixture: golden/make_trl_first_step.py)."""
+"""The first step on real pairs equals TRL 1.16's, with a reference other than the policy.
+
+The fixture comes from golden/make_trl_first_step.py.
+"""
 
 from __future__ import annotations
 

@@ -21,18 +21,21 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), attention_dropout=0.1).save_pretrained(folder / "model")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(ROWS, seed=5)))
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(5, seed=6)))
+    model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random"}
+    train = {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "eval_every": 3}
     values = {
-        "model": {
-            "name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random",
-            "dtype": "float32", "disable_dropout": False,  # so that the random generators matter
+        "model": {**model, "dtype": "float32", "disable_dropout": False},  # so that the random generators matter
+        "data": {
+            "train": {"path": f"{folder}/pairs.jsonl"},
+            "eval": {"path": f"{folder}/held_out.jsonl"},
+            "tokens_per_pack": 300,
         },
-        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "eval": {"path": f"{folder}/held_out.jsonl"}, "tokens_per_pack": 300},
         "objective": {"name": "dpo", "rpo_alpha": 0.5},
-        "train": {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "eval_every": 3},
+        "train": train,
         "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
         "checkpoint": {"save_every": 2, "keep_last": 9},
         "output_dir": f"{folder}/run",
-    }  # fmt: skip
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"
 

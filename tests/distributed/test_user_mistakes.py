@@ -1,4 +1,4 @@
-"""Malformed files through the real command line: one line, the right exit code, no traceback, nothing in the output folder."""
+"""Malformed files through the real command line: one line, its exit code, no traceback, nothing in the output folder."""
 
 from __future__ import annotations
 

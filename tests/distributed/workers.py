@@ -60,22 +60,18 @@ class Workers:
     def _start(self) -> None:
         scratch = tempfile.mkdtemp(prefix="dspref-ranks-")
         for rank in range(self.size):
-            environment = dict(
-                os.environ, RANK=str(rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(self.size),
-                DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TORCH_EXTENSIONS_DIR=f"{scratch}/ext",
-                TMPDIR=scratch, HF_HUB_OFFLINE="1", **self._environment, PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
-            )  # fmt: skip
-            self._ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-u", __file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env=environment,
-                    cwd=ROOT,
-                    start_new_session=True,
-                    bufsize=0,
-                )  # fmt: skip
-            )
+            environment = {
+                **os.environ,
+                **{"RANK": str(rank), "WORLD_SIZE": str(self.size)},
+                **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.size)},
+                **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                **{"TORCH_EXTENSIONS_DIR": f"{scratch}/extensions", "TMPDIR": scratch},
+                "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
+                **self._environment,
+            }
+            command = [sys.executable, "-u", __file__]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+            self._ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes))
 
     def _receive(self, rank: int, process: subprocess.Popen, deadline: float) -> tuple[bool, Any]:
         ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))

@@ -160,7 +160,7 @@ def run_plain(
     policy, reference = (model.to(dtype) for model in models(tokenizer))
     weights = dict(zip(variant["loss_type"], variant["loss_weights"], strict=True))
     chosen_tokens, rejected_tokens = (sum(len(pair[side]) for pair in tokens) for side in (1, 2))
-    loss, found = 0.0, {name: 0.0 for name in METRICS}
+    loss, found = 0.0, dict.fromkeys(METRICS, 0.0)
     for prompt, chosen, rejected in tokens:
         with torch.no_grad():
             reference_c, reference_r = (score(reference, prompt, answer)[0] for answer in (chosen, rejected))

@@ -15,8 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from dspref import config, yaml12
-from dspref.config import FOREIGN_KEYS, Config
+from dspref.config import Config
 from dspref.errors import ConfigError
+from dspref.explain import FOREIGN_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -317,7 +318,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "data.eval.dpo.foo",
         "unknown key",
     ),
-    "eval set named one": (with_data("eval: {one: {path: 3}}"), "4:16", "data.eval.one.path", "must be a string"),
+    "eval set named one": (with_data("eval: {one: {path: 3}}"), "4:16", "data.eval.one.path", "must be a valid string"),
     "no key of a source": (with_train("{pth: a}"), "3:11", "data.train.pth", "unknown key; did you mean 'path'"),
     # types: strict
     "float for int": (MINIMAL + "train: {pairs_per_step: 1.5}\n", "5:9", "train.pairs_per_step", "integer, not 1.5"),
@@ -624,7 +625,7 @@ def test_an_override_fills_an_empty_section(write) -> None:
         ("train.max_steps=*x", "not valid YAML"),
         ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
         ("trian.seed=1", "unknown key; did you mean 'train'"),
-        ("train.max_steps=1.5", "train.max_steps: must be an? integer, not 1.5"),
+        ("train.max_steps=1.5", "train.max_steps: must be a valid integer, not 1.5"),
         ("train.seed.x=1", "train.seed"),
         ("output_dir.x=1", "output_dir"),
         ("model=3", "model: "),

@@ -16,6 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),  # below everything
     ("data", "logps", "attention", "objectives", "router"),  # the pure layer
     ("yaml12", "strategy"),  # what config is made of
+    ("sections",),
+    ("explain", "checks"),
     ("config",),
     ("distributed",),
     ("model",),
@@ -34,9 +36,10 @@ PURE = {"data", "logps", "attention", "objectives", "router"}
 WITHIN_PURE = {"logps": {"objectives"}, "attention": {"data"}, "router": {"data"}, "objectives": set(), "data": set()}
 
 # The pure layer never sees a rank, a device string or a config object, and config stands apart from the rest.
-FORBIDDEN = {module: {"config", "strategy", "yaml12", "distributed"} for module in PURE} | {
-    **{name: {*PURE, "distributed"} - {"objectives"} for name in ("config", "strategy", "yaml12")},
-    "distributed": {*PURE, "config", "strategy", "yaml12"},
+CONFIG = ("config", "sections", "checks", "explain", "strategy", "yaml12")
+FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"} for module in PURE} | {
+    **{name: {*PURE, "distributed"} - {"objectives"} for name in CONFIG},
+    "distributed": {*PURE, "config", "sections", "strategy", "yaml12"},
 }
 
 # Packages that only some modules may import.
@@ -50,13 +53,13 @@ OWNERS: dict[str, set[str]] = {
     "tensorboard": {"metrics"},
     "typer": {"cli"},
     "rich": {"console", "cli"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "sections", "explain"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "model"},
 }
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep.
-NO_TORCH = {"config", "strategy", "yaml12", "errors", "objectives", "launcher", "cli"}
+NO_TORCH = {"config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "objectives", "launcher", "cli"}
 
 
 class Import(NamedTuple):

@@ -1,0 +1,315 @@
+"""The sections of a run's YAML file, each a strict, frozen pydantic model whose docstrings explain its keys.
+
+The config refuses; it never rewrites what the user wrote. `dspref.config` reads files into these.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
+
+from dspref import strategy
+from dspref.objectives import OBJECTIVES, Family, loss_keys
+
+
+class Section(BaseModel):
+    """A part of the config: strict types, no unknown keys, immutable, each key documented by the text below it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class ModelSection(Section):
+    name_or_path: str
+    """Folder or hub id of the model to train."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer, where it is not the model's own."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template; default: the tokenizer's."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random`: weights are drawn from the config alone, with `train.seed`."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Type of the weights in forward and backward; the optimizer keeps fp32 masters."""
+    attn_implementation: Literal["auto", "flash_attention_2", "flash_attention_3", "torch_varlen", "sdpa"] = "auto"
+    """Kernel of the packed attention; `auto`: the fastest that this machine has."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a quarter more compute."""
+    disable_dropout: bool | Literal["all"] = True
+    """true: no dropout in the base model; false: as the model's config says; all: adapters too."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the MoE load-balancing loss; 0 turns it off."""
+    lora: None = None
+    """LoRA settings."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+
+
+class ReferenceSection(Section):
+    mode: Literal["auto", "stored", "engine", "adapter", "none"] = "auto"
+    """Where reference log-probs come from. `stored`: computed once before training; `engine`: a second model, live."""
+    name_or_path: str | None = None
+    """The reference model; default: the policy's initial weights."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu`: a live reference keeps its weights in host memory."""
+    zero_stage: Literal[0, 3] | None = None
+    """Stage of a live reference: 3 shards it, 0 keeps a whole copy on each rank. Default: 3 if the policy is at 3."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """Type of the reference's weights; default: the policy's."""
+    store: str | None = None
+    """Folder of the stored log-probs; default: `reference/` in the run folder."""
+    sync_ref_model: Literal[False] = False
+    """TR-DPO: move the reference towards the policy."""
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """TR-DPO: share of the policy in the new reference."""
+    ref_model_sync_steps: Annotated[int, Field(gt=0)] = 512
+    """TR-DPO: optimizer steps between two syncs."""
+
+
+class Columns(Section):
+    prompt: str = "prompt"
+    """Column that holds the prompt."""
+    chosen: str = "chosen"
+    """Column that holds the better answer."""
+    rejected: str = "rejected"
+    """Column that holds the worse answer."""
+
+
+class Template(Section):
+    prompt: str
+    """Text of the prompt, with {column} fields."""
+    chosen: str
+    """Text of the better answer."""
+    rejected: str
+    """Text of the worse answer."""
+    system: str | None = None
+    """System message; with it the row becomes a conversation."""
+
+
+class SourceSection(Section):
+    path: str
+    """File, glob, folder or hub id."""
+    split: str = "train"
+    """Split of a hub data set, or of a folder that holds several."""
+    max_samples: Annotated[int, Field(gt=0)] | None = None
+    """Use only the first so many rows."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over this source per epoch; a fraction is sampled by the seed."""
+    columns: Columns = Columns()
+    """Names of the columns in this source."""
+    template: Template | None = None
+    """Texts made from columns, instead of columns taken as they are."""
+
+
+def _one_or_list(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+def _one_or_named(value: Any) -> str:
+    named = isinstance(value, Mapping) and all(isinstance(v, Mapping | SourceSection) for v in value.values())
+    return "many" if named else "one"
+
+
+OneOrList = Annotated[
+    Union[
+        Annotated[SourceSection, Tag("one")],
+        Annotated[Annotated[list[SourceSection], Field(min_length=1)], Tag("many")],
+    ],
+    Discriminator(_one_or_list),
+]
+OneOrNamed = Annotated[
+    Union[Annotated[SourceSection, Tag("one")], Annotated[dict[str, SourceSection], Tag("many")]],
+    Discriminator(_one_or_named),
+]
+
+
+class DataSection(Section):
+    train: OneOrList
+    """A source, or a list of sources: a mixture."""
+    eval: OneOrNamed | None = None
+    """Held-out pairs: one source, or `name: source` for several."""
+    max_length: Annotated[int, Field(ge=2)] | None = 2048
+    """Longest prompt + answer in tokens; longer ones are cut."""
+    max_prompt_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt in tokens."""
+    max_completion_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest answer in tokens; its head is kept."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of a long prompt survives."""
+    tokens_per_pack: Annotated[int, Field(ge=1)] = 16384
+    """Computed tokens per rank and micro-step. A longer pair gets a pack of its own."""
+    prefix_sharing: bool | Literal["auto"] = "auto"
+    """Compute the prompt once for both answers; `auto`: when it saves more than 3 % of the tokens."""
+    shuffle: bool = True
+    """Shuffle each epoch by the seed; false: the order of the files."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What to do with a row that cannot be used: stop and name it, or leave it out and count it."""
+
+    @property
+    def train_sources(self) -> list[SourceSection]:
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @property
+    def eval_sources(self) -> dict[str, SourceSection]:
+        """Held-out sets by the prefix of their metrics: `eval_`, or `eval_<name>_` where there are several."""
+        if self.eval is None:
+            return {}
+        if isinstance(self.eval, SourceSection):
+            return {"eval_": self.eval}
+        return {f"eval_{name}_": source for name, source in self.eval.items()}
+
+
+class TrainSection(Section):
+    pairs_per_step: Annotated[int, Field(gt=0)] = 128
+    """Pairs per optimizer step over all ranks: the global batch."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training data; a fraction ends within an epoch."""
+    max_steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-7
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "cosine_with_min_lr",
+    ] = "linear"  # fmt: skip
+    """Schedule after warm-up, by its name in transformers."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Further arguments of the schedule, such as min_lr_rate."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The same as a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 turns it off."""
+    optim: Literal["adamw", "cpu_adam"] = "adamw"
+    """`adamw`: torch's; `cpu_adam`: DeepSpeed's, for offloaded states (built with a C++ compiler on first use)."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of data order, sampling, dropout and random weights."""
+    eval_every: Annotated[int, Field(gt=0)] | None = None
+    """Evaluate every so many steps; null: at the end only."""
+
+
+class CheckpointSection(Section):
+    save_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between two checkpoints; null: none during training."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, Field(gt=0)] | None = None
+    """Keep every checkpoint whose step is a multiple of this."""
+    keep_best: str | None = None
+    """Also keep the best checkpoint by this metric of an evaluation at its step, such as eval_rewards/margins."""
+    resume: Literal["auto", "required", "never"] = "auto"
+    """`auto`: go on from the newest checkpoint if there is one; `required`: fail without one; `never`: start anew."""
+
+
+class LogSection(Section):
+    every: Annotated[int, Field(gt=0)] = 1
+    """Steps between two lines of metrics."""
+    trackers: list[Literal["wandb", "tensorboard"]] = []
+    """Where metrics go beside metrics.jsonl."""
+    project: str = "dspref"
+    """The tracker's project."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts to answer with the initial and the final model at the end, by plain transformers on rank 0."""
+    run_name: str | None = None
+    """The tracker's name for this run; default: the name of the run folder."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective section comes from the table of losses: a loss's keyword-only arguments are its YAML keys
+
+
+def _objective_section(name: str, objective: Family) -> type[Section]:
+    fields: dict[str, Any] = {
+        "name": (Literal[name], name),
+        "loss_type": (Literal[tuple(objective.losses)], next(iter(objective.losses))),
+    }
+    for loss_type in objective.losses:
+        for key, parameter in loss_keys(objective, loss_type).items():
+            fields.setdefault(key, (_as_field(parameter.annotation), parameter.default))
+    if objective.nll_weight:
+        fields[objective.nll_weight] = (Annotated[float | None, Field(ge=0)], None)
+    return create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
+
+
+def _as_field(annotation: Any) -> Any:
+    """`Annotated[float, {"gt": 0}]`, or its source text -> the same with a pydantic Field."""
+    if isinstance(annotation, str):
+        annotation = vars(inspect.getmodule(Family))[annotation]
+    kind, *ranges = get_args(annotation)
+    return Annotated[kind, *(Field(**r) for r in ranges)]
+
+
+OBJECTIVE_SECTIONS = {name: _objective_section(name, objective) for name, objective in OBJECTIVES.items()}
+# A union of one member is that member, which needs (and takes) no discriminator.
+ObjectiveSection = (
+    Annotated[Union[tuple(OBJECTIVE_SECTIONS.values())], Field(discriminator="name")]
+    if len(OBJECTIVE_SECTIONS) > 1
+    else next(iter(OBJECTIVE_SECTIONS.values()))
+)
+
+
+def shipped(path: str) -> Path:
+    """`ds_configs/...` and `launch/...` that are absent in the working directory are taken from dspref itself."""
+    if not Path(path).exists() and path.split("/")[0] in ("ds_configs", "launch"):
+        package = Path(__file__).parent
+        for root in (package.parent, package / "shipped"):
+            if (root / path).exists():
+                return root / path
+    return Path(path)
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelSection
+    """What is trained."""
+    reference: ReferenceSection = ReferenceSection()
+    """What it is compared with."""
+    data: DataSection
+    """The preference pairs."""
+    objective: ObjectiveSection = Field(default_factory=OBJECTIVE_SECTIONS["dpo"])  # type: ignore[valid-type]
+    """The loss."""
+    train: TrainSection = TrainSection()
+    """Steps, optimizer, schedule."""
+    deepspeed: str | dict[str, Any] = "ds_configs/zero3.json"
+    """Path of a DeepSpeed JSON, or the mapping itself: memory and communication strategy only."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Saving and resuming."""
+    log: LogSection = LogSection()
+    """Metrics and trackers."""
+    output_dir: str
+    """The run folder."""
+
+    @property
+    def has_strategy_file(self) -> bool:
+        """False where `deepspeed` is a path at which nothing lies."""
+        return not isinstance(self.deepspeed, str) or shipped(self.deepspeed).exists()
+
+    @property
+    def strategy(self) -> dict[str, Any]:
+        """The DeepSpeed strategy as a mapping, read from its file where `deepspeed` is a path."""
+        return strategy.load(shipped(self.deepspeed)) if isinstance(self.deepspeed, str) else self.deepspeed
+
+    @property
+    def zero_stage(self) -> int:
+        return self.strategy.get("zero_optimization", {}).get("stage", 0)
