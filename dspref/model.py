@@ -226,7 +226,7 @@ def weights_digest(weights: str, revision: str | None) -> str:
 def prepare_for_training(model: PackedCausalLM, gradient_checkpointing: bool) -> PackedCausalLM:
     model.train()
     if gradient_checkpointing:
-        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

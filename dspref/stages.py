@@ -201,10 +201,11 @@ def show_summary(run: RunFolder) -> None:
     samples = run.path / "samples.jsonl"
     if samples.exists():
         console.samples([json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()])
+    ask = f"pipeline('text-generation', '{run.final}')([{{'role': 'user', 'content': 'Hello'}}])"
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
-        [f"transformers chat {run.final}", "the same command with more data, or train.max_steps=N to go on"],
+        [f'python -c "from transformers import pipeline; print({ask})"'],
     )
 
 

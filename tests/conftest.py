@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ SHARED = ROOT.parent / "shared"
 
 # Before anything imports torch. A stale build lock in the user's own cache would hang DeepSpeed for ever, silently.
 _scratch = tempfile.mkdtemp(prefix="dspref-tests-")
+atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
 os.environ["TORCH_EXTENSIONS_DIR"] = f"{_scratch}/torch_extensions"
 os.environ["DSPREF_CACHE"] = f"{_scratch}/cache"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -10,6 +10,7 @@ import importlib
 import os
 import pickle
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -33,6 +34,7 @@ class Workers:
         self.size = size
         self._environment = environment
         self._ranks: list[subprocess.Popen] = []
+        self._scratch = ""
 
     def run(self, function: str, *, seconds: float = SECONDS_PER_CASE, **arguments: Any) -> list[Any]:
         if not self._ranks:
@@ -55,17 +57,18 @@ class Workers:
                 continue
         for process in self._ranks:
             process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         self._ranks = []
 
     def _start(self) -> None:
-        scratch = tempfile.mkdtemp(prefix="dspref-ranks-")
+        self._scratch = tempfile.mkdtemp(prefix="dspref-ranks-")
         for rank in range(self.size):
             environment = {
                 **os.environ,
                 **{"RANK": str(rank), "WORLD_SIZE": str(self.size)},
                 **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.size)},
                 **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                **{"TORCH_EXTENSIONS_DIR": f"{scratch}/extensions", "TMPDIR": scratch},
+                **{"TORCH_EXTENSIONS_DIR": f"{self._scratch}/extensions", "TMPDIR": self._scratch},
                 "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
                 **self._environment,
             }

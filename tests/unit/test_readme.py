@@ -1,0 +1,67 @@
+"""The README says what is so: its tree is the tree, its commands and its YAML are good."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dspref import config
+
+README = Path("README.md")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+
+
+def commands() -> list[str]:
+    indented = re.findall(r"^    (\S.*)$", README.read_text(encoding="utf-8"), flags=re.M)
+    return [part.split("  #")[0].strip() for line in indented for part in line.split("&&")]
+
+
+def test_every_module_is_in_the_tree():
+    tree = next(block for block in blocks("") if block.startswith("dspref/"))
+    for module in Path("dspref").glob("*.py"):
+        assert module.name == "__init__.py" or module.name in tree or module.stem in {"errors", "strategy", "yaml12"}, module
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    present = {path.name for path in [*Path("dspref").rglob("*.py"), *Path("launch").rglob("*.py")]}
+    assert named <= present, named - present
+    for folder in re.findall(r"^(\w+)/", tree, flags=re.M):
+        assert Path(folder).is_dir(), folder
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text(encoding="utf-8")):
+        assert Path(target).exists(), target
+
+
+def test_the_example_is_a_config(tmp_path):
+    (example,) = blocks("yaml")
+    (tmp_path / "run.yaml").write_text(example)
+    assert config.load(tmp_path / "run.yaml").objective.name == "dpo"
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if c.startswith(("deepspeed", "sbatch", "dspref", "pip", "torchrun"))]
+)
+def test_files_that_commands_name_exist(command):
+    for word in shlex.split(command)[1:]:
+        if word.endswith((".py", ".txt", ".sbatch")) or word.startswith("launch/configs"):
+            assert Path(word).exists(), word
+
+
+@pytest.mark.parametrize("script", sorted(Path("launch/slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_job_scripts_are_shell(script):
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
+
+
+def test_recipes_open_with_their_command():
+    recipes = sorted(Path("launch/configs").glob("*.yaml"))
+    assert len(recipes) >= 4
+    for recipe in recipes:
+        assert f"deepspeed launch/train.py --config launch/configs/{recipe.name}" in recipe.read_text(), recipe
+        config.load(recipe)
