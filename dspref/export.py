@@ -74,7 +74,7 @@ tags: [dspref, preference-optimization, {{ config.objective.name }}]
 # {{ name }}
 
 Trained from `{{ config.model.name_or_path }}` with {{ config.objective.name }} / {{ config.objective.loss_type }}
-(beta {{ config.objective.beta }}) by [dspref](https://pypi.org/project/dspref/) {{ version }}.
+(beta {{ config.objective.beta }}) by dspref {{ version }}.
 
 | | |
 |---|---|

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,15 @@ from dspref.logps import pair_logps
 from dspref.objectives import OBJECTIVES, PairLogps
 
 Reference = Callable[[str, PackedBatch], PairLogps | None]
+
+
+class Origin(NamedTuple):
+    """Where a run began: folder or hub id of the policy's initial weights, and the content of the reference's."""
+
+    weights: str
+    reference_digest: str
+
+
 # A long pass before step 1 says how far it is.
 TELL_EVERY_SECONDS = 20
 
@@ -56,23 +66,31 @@ def describe(config: Config) -> str:
     return f"{mode} ({how}): {config.reference.name_or_path or 'the initial policy'}"
 
 
+def digest(config: Config, weights: str) -> str:
+    """sha256 of the reference's weights, wherever they lie; empty where no reference is needed."""
+    if resolve_mode(config) == "none":
+        return ""
+    own = config.reference.name_or_path
+    return model.weights_digest(own or weights, None if own else config.model.revision)
+
+
 def build(
     config: Config,
     policy: Engine,
-    weights: str,
+    origin: Origin,
     kernel: str,
     sets: Mapping[str, PairStore],
     layout: Layout,
     run_folder: Path,
 ) -> Reference:
-    """The reference as the config wants it. Must be called while `policy` still has its initial weights (`weights`)."""
+    """The reference as the config wants it. Must be called while `policy` still has its initial weights."""
     match resolve_mode(config):
         case "none":
             return lambda name, batch: None
         case "engine":
-            return live(load_forward(config, weights, kernel), policy)
+            return live(load_forward(config, origin.weights, kernel), policy)
         case _:
-            return stored(config, policy, weights, kernel, sets, layout, run_folder)
+            return stored(config, policy, origin, kernel, sets, layout, run_folder)
 
 
 def live(forward: Forward, policy: Engine) -> Reference:
@@ -104,7 +122,7 @@ def load_forward(config: Config, weights: str, kernel: str) -> Forward:
 def stored(
     config: Config,
     policy: Engine,
-    weights: str,
+    origin: Origin,
     kernel: str,
     sets: Mapping[str, PairStore],
     layout: Layout,
@@ -113,10 +131,10 @@ def stored(
     """Score every data set once, before training, and answer from the table: no reference stays in memory."""
     folder = Path(config.reference.store) if config.reference.store else run_folder / "reference"
     tables: dict[str, torch.Tensor] = {}
-    paths = {name: folder / f"{key}.safetensors" for name, key in _keys(config, weights, sets).items()}
+    paths = {name: folder / f"{key}.safetensors" for name, key in _keys(config, origin, sets).items()}
     missing = distributed.broadcast_object([name for name, path in paths.items() if not path.exists()])
     if missing:
-        tables = _score_all(config, policy, weights, kernel, {name: sets[name] for name in missing}, layout)
+        tables = _score_all(config, policy, origin, kernel, {name: sets[name] for name in missing}, layout)
         if distributed.world().rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for name, table in tables.items():
@@ -137,13 +155,13 @@ def stored(
 
 
 def _score_all(
-    config: Config, policy: Engine, weights: str, kernel: str, sets: Mapping[str, PairStore], layout: Layout
+    config: Config, policy: Engine, origin: Origin, kernel: str, sets: Mapping[str, PairStore], layout: Layout
 ) -> dict[str, torch.Tensor]:
     """Sums [n, 2] (chosen, rejected) of each set. The policy itself serves while it still has the reference's weights."""
     if config.reference.name_or_path is None and config.reference.dtype in (None, config.model.dtype):
         with policy.evaluating():
             return {name: score(policy.logps, store, layout, policy.device) for name, store in sets.items()}
-    forward = load_forward(config, weights, kernel)
+    forward = load_forward(config, origin.weights, kernel)
     with torch.no_grad():
         tables = {name: score(forward, store, layout, policy.device) for name, store in sets.items()}
     engine.discard(forward)
@@ -165,19 +183,9 @@ def score(forward: Forward, store: PairStore, layout: Layout, device: torch.devi
     return distributed.all_sum(sums).cpu()  # each pair was scored by one rank, and is zero on the others
 
 
-def _keys(config: Config, weights: str, sets: Mapping[str, PairStore]) -> dict[str, str]:
+def _keys(config: Config, origin: Origin, sets: Mapping[str, PairStore]) -> dict[str, str]:
     """What decides the values: the tokens, the bytes of the weights, their type. Paths and layout do not."""
-    own = config.reference
-    digests: list[str] = []
-
-    def hash_weights() -> None:
-        digests.append(
-            model.weights_digest(own.name_or_path or weights, None if own.name_or_path else config.model.revision)
-        )
-
-    distributed.on_main(hash_weights)
-    digest = distributed.broadcast_object(digests[0] if digests else "")
-    identity = {"weights": digest, "dtype": own.dtype or config.model.dtype}
+    identity = {"weights": origin.reference_digest, "dtype": config.reference.dtype or config.model.dtype}
     return {
         name: hashlib.sha256(json.dumps(identity | {"pairs": store.key}, sort_keys=True).encode()).hexdigest()[:32]
         for name, store in sets.items()

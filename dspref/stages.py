@@ -21,6 +21,7 @@ from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, NumericFault
 from dspref.export import export
 from dspref.model import PackedCausalLM
+from dspref.reference import Origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,18 +101,35 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout)
 
 
-def open_run(run: RunFolder, config: Config, source: Path | None) -> str:
-    """Make the run folder; the folder or hub id of the initial weights, which a random model gets here."""
+def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore]) -> Origin:
+    """Make the run folder, and the weights of a random model; where the run begins.
+
+    Raises DataError where the folder holds a run that began with other pairs or another reference.
+    """
+    random = config.model.init == "random"
+    weights = str(run.path / "init") if random else config.model.name_or_path
 
     def work() -> None:
+        content = {name: store.key for name, store in sets.items()}
+        if not random or config.reference.name_or_path:
+            content["reference"] = reference.digest(config, weights)
+        began = {} if config.checkpoint.resume == "never" else run.run.get("content", {})
+        for name in content:
+            if began.get(name, content[name]) != content[name]:
+                what = "the weights of the reference" if name == "reference" else f"the pairs of {name.rstrip('_')}"
+                raise DataError(
+                    f"{run.path}: {what} have changed since this run began; restore them, or use another output_dir="
+                )
         run.open(config, source, engine.training_config(config))
-        if config.model.init == "random":
+        if random:
             model.initialise(config.model, run.path / "init", config.train.seed)
+            content.setdefault("reference", reference.digest(config, weights))
+        run.update(content=content)
 
     distributed.on_main(work)
     distributed.log_to(run.path / "logs")
     run.event("start", world_size=distributed.world().size)
-    return str(run.path / "init") if config.model.init == "random" else config.model.name_or_path
+    return Origin(weights, distributed.broadcast_object(run.run["content"]["reference"]))
 
 
 def introduce(

@@ -35,13 +35,14 @@ def train(config: Config, source: Path | None = None) -> None:
     kernel, tokenizer, pairs, held_out = stages.prepare(config, device.type)
     layout, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
-    weights = stages.open_run(run, config, source)
+    sets = {"train": pairs, **held_out}
+    origin = stages.open_run(run, config, source, sets)
     stages.introduce(config, pairs, held_out, loader, steps, kernel)
 
     objective = build_objective(**config.objective.model_dump())
-    policy = Engine.for_training(stages.load_policy(config, weights, kernel), config, steps)
+    policy = Engine.for_training(stages.load_policy(config, origin.weights, kernel), config, steps)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
-    reference = references.build(config, policy, weights, kernel, {"train": pairs, **held_out}, layout, run.path)
+    reference = references.build(config, policy, origin, kernel, sets, layout, run.path)
     progress = checkpoint.resume(run, policy, config.checkpoint.resume)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view = console.ProgressView(progress.step, steps)
@@ -73,7 +74,7 @@ def train(config: Config, source: Path | None = None) -> None:
             view.note(f"step {step.number}: checkpoint committed")
     view.close()
     recorder.close()
-    stages.finish(run, config, policy, tokenizer, weights, held_out, steps, time.monotonic() - started)
+    stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
     policy.close()
 
 

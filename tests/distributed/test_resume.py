@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.numpy import load_file
-from tiny import preference_rows, save_tokenizer, tiny_config
+from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
 
 STEPS = 7
 ROWS = 18  # four per step: an epoch of five steps whose last is short, crossed by the run
@@ -110,6 +110,26 @@ def test_a_finished_run_is_not_trained_again(run_file, all_workers, tmp_path):
     assert steps == list(range(1, STEPS + 3))
     assert train(all_workers[2], run_file, f"output_dir={run}", "checkpoint.resume=never") == [0, 0]
     assert len(list(run.glob("previous-*"))) == 1
+
+
+def test_changed_pairs_and_changed_weights_are_refused(run_file, all_workers, tmp_path):
+    run, pairs = tmp_path / "run", tmp_path / "pairs.jsonl"
+    rows = preference_rows(8, seed=5)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(run_file.parent / "tokenizer", tmp_path / "tokenizer")
+    config = tiny_config("qwen2", 260)
+    save_tiny(tmp_path / "model", config, seed=1)
+    overrides = [f"output_dir={run}", "train.max_steps=2", f"data.train.path={pairs}"]
+    overrides += [f"model.name_or_path={tmp_path}/model", "model.init=pretrained", "model.disable_dropout=true"]
+    assert train(all_workers[2], run_file, *overrides) == [0, 0]
+    forget_everything_after(run, 0)
+    save_tiny(tmp_path / "model", config, seed=2)
+    assert train(all_workers[2], run_file, *overrides) == [3, 3], "other weights in the same folder"
+    save_tiny(tmp_path / "model", config, seed=1)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    assert train(all_workers[2], run_file, *overrides) == [3, 3], "other pairs in the same file"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(all_workers[2], run_file, *overrides) == [0, 0]
 
 
 def test_another_world_size_is_refused(run_file, all_workers, tmp_path):

@@ -15,7 +15,8 @@ README = Path("README.md")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    fenced = README.read_text(encoding="utf-8").split("```")[1::2]
+    return [text.partition("\n")[2] for text in fenced if text.partition("\n")[0] == language]
 
 
 def commands() -> list[str]:
