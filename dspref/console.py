@@ -11,20 +11,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dspref import distributed
 
-# metric name -> its short form in progress lines and the summary
-SHOWN = {
-    "loss": "loss",
-    "rewards/accuracies": "acc",
-    "rewards/margins": "margin",
-    "nll_loss": "nll",
-    "grad_norm": "grad",
-    "learning_rate": "lr",
-}
+# metric name -> its short form. A terminal has room for three beside the bar.
+ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+IN_LINES = ON_TERMINAL | {"nll_loss": "nll", "grad_norm": "grad", "learning_rate": "lr"}
 
 
 def banner(rows: Mapping[str, str]) -> None:
@@ -40,13 +34,9 @@ class ProgressView:
         self._total = total
         self._bar: Progress | None = None
         if distributed.world().rank == 0 and sys.stdout.isatty():
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1))
+            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            columns = (TextColumn("step"), count, BarColumn(bar_width=16), TimeRemainingColumn(compact=True), figures)
             self._bar = Progress(*columns, console=Console())
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
@@ -57,7 +47,8 @@ class ProgressView:
 
     def show(self, step: int, record: Mapping[str, float]) -> None:
         """The figures of a logged step."""
-        figures = "  ".join(f"{short} {record[name]:.4g}" for name, short in SHOWN.items() if name in record)
+        names = ON_TERMINAL if self._bar else IN_LINES
+        figures = "  ".join(f"{short} {record[name]:.4g}" for name, short in names.items() if name in record)
         if self._bar:
             self._bar.update(self._task, completed=step, description=figures)
         else:
@@ -77,12 +68,12 @@ class ProgressView:
 
 
 def evaluation_line(step: int, record: Mapping[str, float], prefixes: Sequence[str]) -> str:
-    parts = [
-        f"{prefix}{name} {record[prefix + name]:.4g}"
-        for prefix in prefixes
-        for name in ("loss", "rewards/accuracies", "rewards/margins")
-    ]
-    return f"step {step}: {', '.join(parts)}"
+    """One evaluation, each held-out set behind its name."""
+    sets = []
+    for prefix in prefixes:
+        figures = "  ".join(f"{short} {record[prefix + name]:.4g}" for name, short in ON_TERMINAL.items())
+        sets.append(f"{prefix.rstrip('_')}  {figures}")
+    return f"step {step}: {'; '.join(sets)}"
 
 
 def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_commands: Sequence[str]) -> None:
@@ -92,14 +83,15 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     table = Table(title=f"{run_summary['step']} steps in {run_summary['seconds']:.0f} s", title_justify="left", box=None)
     table.add_column("")
-    table.add_column("first", justify="right")
+    table.add_column("first logged", justify="right")
     table.add_column("last", justify="right")
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(name, _figure(first), _figure(last))
     console.print(table)
     for name, text in where.items():
         console.print(Text(f"{name:<8}{text}"))
-    console.print(Text("next    " + "\n        ".join(next_commands)))
+    # One line each, however narrow the terminal: a command is there to be copied.
+    console.print(Text("next    " + "\n        ".join(next_commands)), soft_wrap=True)
 
 
 def samples(rows: Sequence[Mapping[str, str]]) -> None:
@@ -108,7 +100,7 @@ def samples(rows: Sequence[Mapping[str, str]]) -> None:
     for name in ("prompt", "before", "after", "chosen"):
         table.add_column(name, overflow="fold", max_width=44)
     for row in rows:
-        table.add_row(*(Text(printable(row[name])) for name in ("prompt", "before", "after", "chosen")))
+        table.add_row(*(Text(printable(row[name], limit=80)) for name in ("prompt", "before", "after", "chosen")))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Template
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dspref
 from dspref import checkpoint, distributed, model
@@ -60,6 +61,25 @@ def verify(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     if wrong:
         raise IOFault(
             f"{folder}: the exported {wrong[0]} does not read back as it was written; check the disk and export again"
+        )
+
+
+PROBE = "Hello  world's 12345 tests:\n\n  lamp_é 你好\tx"
+
+
+def warn_of_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Say so, before training, if AutoTokenizer will make another tokenizer of the exported folder.
+
+    transformers rebuilds the tokenizer by the model's type for some families, whatever the tokenizer's own files say.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        reloaded = AutoTokenizer.from_pretrained(folder)
+    if reloaded(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        distributed.log(
+            f"warning: beside a {config.model_type} model AutoTokenizer reads this tokenizer as {type(reloaded).__name__}, "
+            "which splits text otherwise; load it from final/ with PreTrainedTokenizerFast.from_pretrained"
         )
 
 

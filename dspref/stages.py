@@ -19,7 +19,7 @@ from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, NumericFault
-from dspref.export import export
+from dspref.export import export, warn_of_other_tokenizer
 from dspref.model import PackedCausalLM
 from dspref.reference import Origin
 
@@ -66,6 +66,8 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
         name = section.tokenizer_name_or_path or section.name_or_path
         tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
         kernel = model.check(section, model_config, data.max_length, len(tokenizer), device_type)
+        if section.tokenizer_name_or_path and distributed.world().rank == 0:
+            warn_of_other_tokenizer(tokenizer, model_config)
 
         def load(sources: list[SourceSection], log) -> PairStore:
             read = [_source(source) for source in sources]
@@ -216,10 +218,12 @@ def learned(path: Path) -> dict[str, tuple[float | None, float]]:
 def show_summary(run: RunFolder) -> None:
     if distributed.world().rank != 0:
         return
-    samples = run.path / "samples.jsonl"
-    if samples.exists():
-        console.samples([json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()])
-    ask = f"pipeline('text-generation', '{run.final}')([{{'role': 'user', 'content': 'Hello'}}])"
+    path = run.path / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if rows:
+        console.samples(rows)
+    prompt = console.printable(rows[0]["prompt"] if rows else "Hello", limit=60).replace("'", "").replace('"', "")
+    ask = f"pipeline('text-generation', '{run.final}')([{{'role': 'user', 'content': '{prompt}'}}])"
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},

@@ -62,6 +62,7 @@ def train(config: Config, source: Path | None = None) -> None:
             record |= means | performance(step, time.monotonic() - clock)
             recorder.write(record)
             view.show(step.number, record)
+        view.advance(step.number)
         evaluation: dict[str, float] = {}
         if held_out and (last or due(step.number, config.train.eval_every)):
             evaluation = evaluate(policy, objective, reference, held_out, layout)
