@@ -65,6 +65,8 @@ class Kernel:
     honours: frozenset[str]
     device: str | None
     installed: Callable[[], bool]
+    capability: tuple[int, int] = (0, 0)
+    """Lowest CUDA compute capability."""
 
 
 def packed_attention(
@@ -100,7 +102,9 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if batch.kv_index is not None:
         k, v = k.index_select(0, batch.kv_index), v.index_select(0, batch.kv_index)
-    return KERNELS[segments.kernel].compute(q, k, v, segments, options)[None], None
+    # Latent attention has values narrower than its keys; the varlen kernels want one size, and zeros change nothing.
+    v = torch.nn.functional.pad(v, (0, narrower)) if (narrower := q.shape[-1] - value.shape[-1]) > 0 else v
+    return KERNELS[segments.kernel].compute(q, k, v, segments, options)[None, ..., : value.shape[-1]], None
 
 
 def cannot(kernel: str, **asked: float | None) -> str | None:
@@ -114,7 +118,12 @@ def cannot(kernel: str, **asked: float | None) -> str | None:
 
 def available(device_type: str) -> list[str]:
     """Kernels that run on a device of this type here, fastest first."""
-    return [name for name, row in KERNELS.items() if row.device in (None, device_type) and row.installed()]
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
+    return [
+        name
+        for name, row in KERNELS.items()
+        if row.device in (None, device_type) and capability >= row.capability and row.installed()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,10 +142,11 @@ def _flash_attention_2(q: Tensor, k: Tensor, v: Tensor, segments: Segments, opti
 def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
     from flash_attn_interface import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(
+    output = flash_attn_varlen_func(
         q, k, v, *_lengths(segments), softmax_scale=options.scale, causal=True,
         window_size=_window(options), softcap=options.softcap or 0.0,
     )  # fmt: skip
+    return output[0] if isinstance(output, tuple) else output  # some builds add the normalizers
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
@@ -194,23 +204,36 @@ def _window(options: Options) -> tuple[int, int]:
 
 def _has(module: str, function: str) -> Callable[[], bool]:
     # Asks for the function too: PyPI holds an unrelated package under FlashAttention 3's module name.
-    return lambda: importlib.util.find_spec(module) is not None and hasattr(importlib.import_module(module), function)
+    def installed() -> bool:
+        if importlib.util.find_spec(module) is None:
+            return False
+        try:
+            return hasattr(importlib.import_module(module), function)
+        except Exception:  # built for another torch: its import raises whatever its loader raises
+            return False
+
+    return installed
 
 
+AMPERE, HOPPER = (8, 0), (9, 0)
 KERNELS: dict[str, Kernel] = {  # fastest first
     "flash_attention_3": Kernel(
         _flash_attention_3,
         frozenset({"window", "softcap"}),
         "cuda",
         _has("flash_attn_interface", "flash_attn_varlen_func"),
+        HOPPER,
     ),
     "flash_attention_2": Kernel(
         _flash_attention_2,
         frozenset({"window", "softcap", "dropout"}),
         "cuda",
         _has("flash_attn", "flash_attn_varlen_func"),
+        AMPERE,
     ),
-    "torch_varlen": Kernel(_torch_varlen, frozenset({"window"}), "cuda", _has("torch.nn.attention.varlen", "varlen_attn")),
+    "torch_varlen": Kernel(
+        _torch_varlen, frozenset({"window"}), "cuda", _has("torch.nn.attention.varlen", "varlen_attn"), AMPERE
+    ),
     "sdpa": Kernel(_sdpa, frozenset({"window", "dropout"}), None, lambda: True),
 }
 

@@ -34,8 +34,8 @@ from dspref.distributed import write_atomically
 from dspref.engine import Engine
 from dspref.errors import ConfigError, EnvironmentFault
 
-# Keys that may differ between a run and its continuation: they change speed, memory, length or reports, but neither the
-# pairs of a step nor what a step computes.
+# Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
+# with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them.
 MAY_CHANGE = (
     "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.gradient_checkpointing",
     "model.name_or_path", "train.max_steps", "train.num_train_epochs", "train.eval_every", "checkpoint", "log", "output_dir",
@@ -67,7 +67,14 @@ class RunFolder:
     def run(self) -> dict[str, Any]:
         """run.json: id, state (running, finished), versions, and the summary of a finished run; {} in a fresh folder."""
         path = self.path / "run.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); restore it, or use another output_dir=") from None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.run.get("state") == "finished" and "summary" in self.run and self.final.exists()
 
     def refuse_foreign(self) -> None:
         """Raise ConfigError where the folder holds something that dspref did not make."""
@@ -204,7 +211,8 @@ def prune(run: RunFolder, rules: CheckpointSection) -> None:
     """Delete checkpoints that the retention rules do not keep (rank 0)."""
     if distributed.world().rank != 0:
         return
-    manifests = {folder: json.loads((folder / "manifest.json").read_text()) for folder in committed_folders(run)}
+    read = {folder: _manifest(folder) for folder in committed_folders(run)}
+    manifests = {folder: manifest for folder, manifest in read.items() if manifest}
     scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
     steps = [(m["step"], scores[folder]) for folder, m in manifests.items()]
     gone = to_delete(steps, rules.keep_last, rules.keep_every, lower_is_better="loss" in (rules.keep_best or ""))
@@ -236,9 +244,11 @@ def to_delete(
 
 def _hash_together(folder: Path) -> dict[str, tuple[int, str]]:
     """{relative path: (size, sha256)} of all files; the ranks share the work."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    # Of all ranks: a network file system may not yet list another node's files.
+    names = sorted({name for part in distributed.gather_objects(listing) for name in part})
     rank, size = distributed.world().rank, distributed.world().size
-    mine = {str(path.relative_to(folder)): _hash(path) for path in files[rank::size]}
+    mine = {name: _hash(folder / name) for name in names[rank::size]}
     return dict(sorted({k: v for part in distributed.gather_objects(mine) for k, v in part.items()}.items()))
 
 
@@ -262,11 +272,13 @@ def _sync_folder(folder: Path) -> None:
 
 def resume(run: RunFolder, policy: Engine, mode: str) -> Progress:
     """Load the newest sound checkpoint into the engine, or start from step 0. `mode`: auto | required | never."""
-    for folder in [] if mode == "never" else reversed(distributed.broadcast_object(committed_folders(run))):
-        if damage := _damage_anywhere(folder):
+    found = [(folder, _manifest(folder)) for folder in committed_folders(run)] if mode != "never" else []
+    for folder, manifest in reversed(distributed.broadcast_object(found)):
+        damage = "its manifest.json cannot be read" if manifest is None else _damage_anywhere(folder, manifest)
+        if manifest is None or damage:
             distributed.log(f"warning: {folder.name} is damaged ({damage}); trying the one before")
             continue
-        _refuse_world_size(folder)
+        _refuse_world_size(folder, manifest)
         policy.load(folder)
         _load_rng(folder / f"rng-rank-{distributed.world().rank}.safetensors")
         progress = Progress(**json.loads((folder / "state.json").read_text()))
@@ -283,9 +295,18 @@ def committed_folders(run: RunFolder) -> list[Path]:
     return sorted(f for f in run.checkpoints.glob("step-*") if (f / "manifest.json").exists())
 
 
-def _damage_anywhere(folder: Path) -> str | None:
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None where that cannot be read."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if {"step", "world_size", "metrics", "files"} <= manifest.keys() else None
+
+
+def _damage_anywhere(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """What differs from the manifest, found by all ranks together; None if the checkpoint is sound."""
-    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files = manifest["files"]
     rank, size = distributed.world().rank, distributed.world().size
     mine = [name for name in sorted(files)[rank::size] if not _is_sound(folder / name, files[name])]
     found = [name for part in distributed.gather_objects(mine) for name in part]
@@ -299,8 +320,8 @@ def _is_sound(path: Path, expected: Sequence[Any]) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == expected[1]
 
 
-def _refuse_world_size(folder: Path) -> None:
-    saved = json.loads((folder / "manifest.json").read_text())["world_size"]
+def _refuse_world_size(folder: Path, manifest: Mapping[str, Any]) -> None:
+    saved = manifest["world_size"]
     if saved != distributed.world().size:
         raise EnvironmentFault(
             f"{folder.name} was saved by {saved} ranks and this run has {distributed.world().size}; start it with {saved}"

@@ -8,6 +8,17 @@ from dspref import strategy
 from dspref.objectives import OBJECTIVES, loss_keys
 from dspref.sections import Config
 
+# lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
+SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
+    "cosine": ({"num_cycles"}, set()),
+    "cosine_with_restarts": ({"num_cycles"}, set()),
+    "polynomial": ({"lr_end", "power"}, set()),
+    "inverse_sqrt": ({"timescale"}, set()),
+    "cosine_with_min_lr": ({"num_cycles", "min_lr", "min_lr_rate"}, {"min_lr", "min_lr_rate"}),
+}
+# Metrics of every evaluation, behind its prefix.
+EVALUATED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "nll_loss")
+
 Complaint = tuple[tuple[str | int, ...], str]
 
 
@@ -43,8 +54,33 @@ def _check_schedule(config: Config) -> Iterator[Complaint]:
         yield ("train", "warmup_steps"), "give warmup_steps or warmup_ratio, not both"
     if train.eval_every and not config.data.eval:
         yield ("train", "eval_every"), "there is nothing to evaluate; set data.eval"
-    if config.checkpoint.keep_best and not config.data.eval:
+    asked = train.warmup_steps or ("warmup_ratio" in train.model_fields_set and train.warmup_ratio)
+    if train.lr_scheduler_type == "constant" and asked:
+        yield ("train", "lr_scheduler_type"), "constant has no warm-up; use constant_with_warmup"
+    known, needed = SCHEDULE_OPTIONS.get(train.lr_scheduler_type, (set(), set()))
+    for key in sorted(set(train.lr_scheduler_kwargs) - known):
+        yield ("train", "lr_scheduler_kwargs"), f"{train.lr_scheduler_type} takes no {key}; it takes {_names(known)}"
+    if needed and not needed & set(train.lr_scheduler_kwargs):
+        yield ("train", "lr_scheduler_kwargs"), f"{train.lr_scheduler_type} needs {_names(needed)}"
+
+
+def _names(keys: set[str]) -> str:
+    return " or ".join(sorted(keys)) or "none"
+
+
+def _check_best(config: Config) -> Iterator[Complaint]:
+    best, sets = config.checkpoint.keep_best, config.data.eval_sources
+    if best is None:
+        return
+    if not sets:
         yield ("checkpoint", "keep_best"), "there is nothing to evaluate; set data.eval"
+    elif best not in {prefix + name for prefix in sets for name in EVALUATED}:
+        yield ("checkpoint", "keep_best"), f"no such metric; for example {next(iter(sets))}rewards/margins"
+    elif not config.train.eval_every or (config.checkpoint.save_every or 0) % config.train.eval_every:
+        yield (
+            ("checkpoint", "keep_best"),
+            "needs an evaluation at every checkpoint: save_every a multiple of train.eval_every",
+        )
 
 
 def _check_reference(config: Config) -> Iterator[Complaint]:
@@ -64,6 +100,16 @@ def _check_strategy(config: Config) -> Iterator[Complaint]:
     problem = strategy.problem(config.strategy, config.model.dtype)
     if problem:
         yield ("deepspeed", *problem.path), problem.reason
+    elif config.train.optim == "cpu_adam" and not strategy.offloads_optimizer(config.strategy):
+        yield ("train", "optim"), "cpu_adam is for states in host memory; set offload_optimizer, or use adamw"
 
 
-CHECKS = (_check_unsupported, _check_objective, _check_lengths, _check_schedule, _check_reference, _check_strategy)
+CHECKS = (
+    _check_unsupported,
+    _check_objective,
+    _check_lengths,
+    _check_schedule,
+    _check_best,
+    _check_reference,
+    _check_strategy,
+)

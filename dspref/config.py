@@ -54,8 +54,8 @@ def dump(config: Config) -> str:
     import yaml
 
     values = config.model_dump(mode="json") | {"deepspeed": config.strategy}
-    if config.train.warmup_steps is not None:
-        del values["train"]["warmup_ratio"]  # the two exclude each other
+    if config.train.warmup_steps is not None or config.train.lr_scheduler_type == "constant":
+        del values["train"]["warmup_ratio"]  # which these exclude
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from dspref.errors import EnvironmentFault, UserError
+from dspref.errors import EnvironmentFault, ExitCode, UserError
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
@@ -51,6 +52,7 @@ class Relayed(UserError):
 
 
 _world = World()
+_leader = 0  # the lowest rank of this machine
 _store: Store | None = None
 _turns = 0
 _log_file: Any = None
@@ -75,36 +77,53 @@ def world() -> World:
 
 def init(seed: int) -> World:
     """Meet the other ranks, choose this rank's device and seed it. Raises EnvironmentFault where ranks do not meet."""
-    global _world, _store
+    global _world, _store, _leader
     _world = read_environment(os.environ)
+    one_machine = _world.size == _world.local_size
+    by_tasks = "RANK" not in os.environ and _world.size > 1
+    device = _choose_device()
     # What DeepSpeed reads of the world; without LOCAL_SIZE it asks numactl in every reduction on CPU.
     os.environ.update(
         RANK=str(_world.rank),
         WORLD_SIZE=str(_world.size),
-        LOCAL_RANK=str(_world.local_rank),
+        LOCAL_RANK=str(device),
         LOCAL_SIZE=str(_world.local_size),
     )
     if torch.cuda.is_available():
-        torch.cuda.set_device(_world.local_rank)
-    elif _world.size == _world.local_size:
+        torch.cuda.set_device(device)
+    if one_machine:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no host name to resolve
     if not dist.is_initialized():
-        _store = _meet()
+        _store = _meet(by_tasks)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend, store=PrefixStore("group", _store), rank=_world.rank, world_size=_world.size,
             timeout=timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "30"))),
         )  # fmt: skip
+        hosts = gather_objects(socket.gethostname() if not one_machine else "")
+        _leader = hosts.index(hosts[_world.rank])
     set_seed(seed)
     return _world
 
 
-def _meet() -> Store:
+def _choose_device() -> int:
+    """The GPU of this rank. SLURM may show each task one GPU alone, which then is number 0 to it."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible == 1 and _world.local_size > 1 and "SLURM_PROCID" in os.environ:
+        return 0
+    if visible and _world.local_rank >= visible:
+        raise EnvironmentFault(f"{_world.local_size} ranks on a machine with {visible} visible GPUs; start one rank per GPU")
+    return _world.local_rank
+
+
+def _meet(by_tasks: bool) -> Store:
     """The key-value store of the job. On one machine the system picks a free port, so a busy MASTER_PORT is no matter."""
     timeout = timedelta(minutes=MEETING_MINUTES)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-    if _world.size == _world.local_size and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+        # The agent's store outlives a restart, and with it the keys of the attempt before.
+        return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if _world.size == _world.local_size and not by_tasks:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         return _meet_on_one_machine(timeout)
@@ -159,18 +178,21 @@ def in_turn(work: Callable[[], T]) -> T:
     """
     global _turns
     _turns += 1
-    turn = "rank0" if _world.rank == 0 else "leader" if _world.local_rank == 0 else "rest"
+    turn = "rank0" if _world.rank == 0 else "leader" if _world.rank == _leader else "rest"
     if turn != "rank0":
         _await(f"turn/{_turns}/0")
     if turn == "rest":
-        _await(f"turn/{_turns}/{_world.rank - _world.local_rank}")
+        _await(f"turn/{_turns}/{_leader}")
     try:
         result = work()
     except UserError as error:
         _announce(turn, {"exit_code": int(error.exit_code)})
         raise
+    except OSError as error:
+        _announce(turn, {"exit_code": int(ExitCode.IO if error.filename else ExitCode.BUG)})
+        raise
     except BaseException:
-        _announce(turn, {"exit_code": 1})
+        _announce(turn, {"exit_code": int(ExitCode.BUG)})
         raise
     _announce(turn, {})
     return result

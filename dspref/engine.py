@@ -195,8 +195,11 @@ def discard(forward: Any) -> None:
     """Free what `reference_forward` made."""
     if isinstance(forward, deepspeed.DeepSpeedEngine):
         forward.destroy()
+    parameter: Any
     for parameter in forward.parameters():
         parameter.data = parameter.data.new_empty(0)
+        if hasattr(parameter, "ds_tensor"):  # the shard, which the engine's own end leaves alive
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
 
 
 @torch.no_grad()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
-from dspref.data.loader import Layout, packs_of
+from dspref.data.loader import Layout, sweep
 from dspref.data.store import PairStore
 from dspref.engine import Engine
 from dspref.logps import pair_logps
@@ -27,7 +25,7 @@ def evaluate(
     for prefix, store in sets.items():
         meter = Meter(policy.device)
         with policy.evaluating():
-            for batch in packs_of(store, np.arange(len(store)), layout)[1]:
+            for _, batch in sweep(store, layout):
                 batch = batch.to(policy.device)
                 logps, mean_logits = policy.logps(batch)
                 pairs = pair_logps(logps, batch.span_index, batch.num_pairs)

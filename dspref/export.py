@@ -17,7 +17,7 @@ from dspref import checkpoint, distributed, model
 from dspref.checkpoint import RunFolder
 from dspref.config import Config
 from dspref.engine import Engine
-from dspref.errors import IOFault
+from dspref.errors import IOFault, NumericFault
 from dspref.model import PackedCausalLM
 
 MAX_SHARD = "5GB"
@@ -49,14 +49,16 @@ def _write(
         policy.lm.config = trained_config
     tokenizer.save_pretrained(draft)
     (draft / "README.md").write_text(model_card(config, summary), encoding="utf-8")
-    verify(draft, state)
+    verify(draft, state, config.model.trust_remote_code)
     shutil.rmtree(run.final, ignore_errors=True)
     draft.rename(run.final)
 
 
-def verify(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+def verify(folder: Path, state: Mapping[str, torch.Tensor], trust_remote_code: bool = False) -> None:
     """Load `folder` as a user would and compare every weight with `state`, bit by bit. Raises IOFault."""
-    reloaded = model.load_plain(str(folder)).state_dict()
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise NumericFault(f"{bad[0]}: the trained weights are not finite; lower train.learning_rate and start anew")
+    reloaded = model.load_plain(str(folder), trust_remote_code).state_dict()
     wrong = [name for name, tensor in state.items() if name not in reloaded or not torch.equal(reloaded[name], tensor)]
     if wrong:
         raise IOFault(
@@ -67,7 +69,7 @@ def verify(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
 PROBE = "Hello  world's 12345 tests:\n\n  lamp_é 你好\tx"
 
 
-def warn_of_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+def warn_of_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, trust_remote_code: bool) -> None:
     """Say so, before training, if AutoTokenizer will make another tokenizer of the exported folder.
 
     transformers rebuilds the tokenizer by the model's type for some families, whatever the tokenizer's own files say.
@@ -75,7 +77,7 @@ def warn_of_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Pretrain
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        reloaded = AutoTokenizer.from_pretrained(folder)
+        reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if reloaded(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         distributed.log(
             f"warning: beside a {config.model_type} model AutoTokenizer reads this tokenizer as {type(reloaded).__name__}, "
@@ -106,7 +108,7 @@ Trained from `{{ config.model.name_or_path }}` with {{ config.objective.name }} 
 {%- endfor %}
 {% for key, value in env.packages.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}.
 
-To reproduce: `deepspeed launch/train.py --config config.resolved.yaml` with the file of that name from the run folder.
+To reproduce: `deepspeed launch/train.py --config config.resolved.yaml output_dir=again`, with the run folder's file.
 """,
     autoescape=False,
 )

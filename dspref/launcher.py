@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dspref import config as configuration
-from dspref.errors import ExitCode, UserError
+from dspref.errors import ConfigError, ExitCode, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `train` on this rank and return the exit code."""
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         config = configuration.load(options.config, options.overrides)
     except UserError as error:
         # Every rank finds the same fault in the same file; one says so.
@@ -41,6 +41,13 @@ def run(config: configuration.Config, source: Path | None = None) -> int:
         if distributed.first_to_say(str(error)):
             print(error, file=terminal, flush=True)
         return int(error.exit_code)
+    except OSError as error:
+        if not error.filename:  # of a library's own making: a bug, shown as one
+            raise
+        fault = f"{error.filename}: {error.strerror}; free the space, mend the permissions, or use another output_dir="
+        if distributed.first_to_say(fault):
+            print(fault, file=terminal, flush=True)
+        return int(ExitCode.IO)
     except KeyboardInterrupt:
         return 130
     return int(ExitCode.DONE)
@@ -48,11 +55,16 @@ def run(config: configuration.Config, source: Path | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description="Preference optimization from one YAML file.")
-    parser.add_argument("--config", required=True, metavar="X.yaml", help="the run; see launch/configs")
+    parser.add_argument("--config", metavar="X.yaml", help="the run; see launch/configs")
     # The deepspeed launcher puts this before the user's own arguments; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file")
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such option; a value is changed by section.key=value, without dashes")
+    if not options.config:
+        raise ConfigError("--config: is missing; give the path of a YAML file, such as launch/configs/quickstart.yaml")
+    return options
 
 
 def first_rank(env: Mapping[str, str]) -> bool:

@@ -56,8 +56,14 @@ def scored_logps(
 def pair_logps(logps: Float[Tensor, "C"], span_index: Int[Tensor, "C"], num_pairs: int) -> PairLogps:
     """Sums and counts of the scored tokens of each answer. `span_index` = side x P + pair, sides chosen and rejected."""
     sums = logps.new_zeros(2 * num_pairs).index_add(0, span_index, logps).view(2, num_pairs)
-    counts = torch.bincount(span_index, minlength=2 * num_pairs).view(2, num_pairs)
-    return PairLogps(sums[0], sums[1], counts[0], counts[1])
+    return PairLogps(sums[0], sums[1], *scored_tokens(span_index, num_pairs))
+
+
+def scored_tokens(span_index: Int[Tensor, "C"], num_pairs: int) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"]]:
+    """Numbers of scored tokens of the chosen and of the rejected answers."""
+    # Not bincount, which would wait for the GPU.
+    counts = span_index.new_zeros(2 * num_pairs).index_add(0, span_index, torch.ones_like(span_index)).view(2, num_pairs)
+    return counts[0], counts[1]
 
 
 class _ScoredLogps(torch.autograd.Function):

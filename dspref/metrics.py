@@ -6,6 +6,7 @@ Every value is a mean over the whole global batch: sums and counts are added ove
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,7 +95,10 @@ class Recorder:
         if distributed.world().rank != 0:
             return
         self._file = open(self._path, "a", encoding="utf-8")
-        os.truncate(self._path, min(offset or 0, self._path.stat().st_size))
+        kept = min(offset or 0, self._path.stat().st_size)
+        if kept < (offset or 0):
+            distributed.log(f"warning: {self._path} is shorter than the checkpoint says; earlier steps are missing from it")
+        os.truncate(self._path, kept)
         for name in config.log.trackers:
             self._guarded(name, lambda name=name: TRACKERS[name](self, folder, config))
 
@@ -107,7 +111,8 @@ class Recorder:
         """Append one object, flushed at once; then tell the trackers."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record, allow_nan=True) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         for name, send in list(self._trackers.items()):
             self._guarded(name, lambda send=send: send(record))

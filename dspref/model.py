@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -45,6 +47,7 @@ class PackedCausalLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, kernel: str, published_config: PretrainedConfig | None = None) -> None:
         super().__init__()
+        refuse_layers_before_head(lm)
         self.lm = lm
         self.kernel = kernel
         self.transform = head_transform(lm.config)
@@ -66,6 +69,15 @@ class PackedCausalLM(nn.Module):
         head: Any = self.lm.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         return scored_logps(hidden[batch.predictor_index], weight, bias, batch.targets, self.transform)
+
+
+def refuse_layers_before_head(lm: PreTrainedModel) -> None:
+    """Raise ConfigError where more than a linear head follows the backbone: the forward here would leave it out."""
+    head = lm.get_output_embeddings()
+    between = [name for name, part in lm.named_children() if part is not head and name != lm.base_model_prefix]
+    if between or all(part is not head for part in lm.children()):
+        layers = ", ".join(between) or "no head of its own"
+        raise ConfigError(f"model.name_or_path: {lm.config.model_type} has {layers} after its backbone; use another model")
 
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:
@@ -95,7 +107,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     path = str(shipped(section.name_or_path))
     try:
         config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # missing, offline, broken, of a wrong type: each has its own exception
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_first_line(error)}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {config.model_type} is not a causal language model")
@@ -135,6 +147,10 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         raise ConfigError(f"model.name_or_path: {text.model_type} {NOT_PACKED}")
     if text.model_type in UNPACKABLE:
         raise ConfigError(f"model.name_or_path: {text.model_type} {UNPACKABLE[text.model_type]}; use another model")
+    if family is not None:
+        with torch.device("meta"):
+            refuse_layers_before_head(family(copy.deepcopy(config)))
+    _refuse_scaled_positions(text, max_length)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(
         section,
@@ -143,6 +159,20 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         softcap=getattr(text, "attn_logit_softcapping", None),
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
     )
+
+
+def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:
+    """Some rotary embeddings change with the longest sequence of a forward: a pair would depend on its neighbours."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("longrope", "dynamic"):
+        return
+    fixed_up_to = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    if max_length is None or max_length > fixed_up_to:
+        raise ConfigError(
+            f"data.max_length: {text.model_type}'s {kind} positions depend on the longest sequence beyond {fixed_up_to} "
+            f"tokens; set max_length to {fixed_up_to} or less"
+        )
 
 
 def _attention_dropout(text: PretrainedConfig) -> float:
@@ -190,7 +220,7 @@ def load(section: ModelSection, weights: str, kernel: str, dtype: str, zero3: Ma
                 trust_remote_code=section.trust_remote_code,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"model.name_or_path: {weights}: {_first_line(error)}") from None
     lm, report = loaded
     _refuse_missing(lm, report, weights)
@@ -209,15 +239,27 @@ def initialise(section: ModelSection, folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def weights_digest(weights: str, revision: str | None) -> str:
-    """sha256 over the content of the weight files: names and paths do not count, bytes do."""
-    folder = Path(shipped(weights))
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+def fetch(section: ModelSection) -> Path:
+    """The folder with the model's files, downloaded first where `name_or_path` is a hub id."""
+    folder = Path(shipped(section.name_or_path))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(weights, revision=revision, allow_patterns=["*.safetensors"]))
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    try:
+        patterns = ["*.json", "model*.safetensors"]
+        return Path(snapshot_download(section.name_or_path, revision=section.revision, allow_patterns=patterns))
+    except Exception as error:  # offline, gated, misspelt: each has its own exception
+        raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_first_line(error)}") from None
+
+
+def content_digest(section: ModelSection) -> str:
+    """sha256 over the bytes of the weight files and what the model's config says; names and paths do not count."""
+    described = load_config(section).to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        described.pop(name, None)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for path in sorted(fetch(section).glob("*.safetensors")):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -261,10 +303,10 @@ def _partitioned(zero3: Mapping[str, Any] | None):
 
 
 def _zero_dropout(config: PretrainedConfig) -> None:
-    """Set every dropout rate of the config to 0 before the model is built: some families read it only in forward."""
+    """Set every rate of dropout and of like noise to 0 before the model is built: some families read it only in forward."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter")):
                 setattr(part, name, 0.0)
 
 
@@ -286,15 +328,17 @@ def _first_line(error: BaseException) -> str:
 # Plain models, as a user loads them
 
 
-def load_plain(weights: str) -> PreTrainedModel:
+def load_plain(weights: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """`from_pretrained` and nothing else, on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(weights, dtype="auto")
+    return AutoModelForCausalLM.from_pretrained(weights, dtype="auto", trust_remote_code=trust_remote_code)
 
 
 @torch.no_grad()
-def generate(weights: str, prompts: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
+def generate(
+    weights: str, prompts: list[list[int]], max_new_tokens: int, stop: int | None, trust_remote_code: bool
+) -> list[list[int]]:
     """Greedy continuations of some prompts (token ids) by a plain transformers model."""
-    lm: Any = load_plain(weights).eval()
+    lm: Any = load_plain(weights, trust_remote_code).eval()
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

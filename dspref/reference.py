@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dspref import distributed, engine, model
-from dspref.config import Config
+from dspref.config import Config, ModelSection
 from dspref.data.batch import PackedBatch
-from dspref.data.loader import Layout, packs_of
+from dspref.data.loader import Layout, sweep
 from dspref.data.store import PairStore
 from dspref.engine import Engine
-from dspref.logps import pair_logps
+from dspref.logps import pair_logps, scored_tokens
 from dspref.objectives import OBJECTIVES, PairLogps
 
 Reference = Callable[[str, PackedBatch], PairLogps | None]
@@ -66,19 +66,27 @@ def describe(config: Config) -> str:
     return f"{mode} ({how}): {config.reference.name_or_path or 'the initial policy'}"
 
 
+def section(config: Config, weights: str) -> ModelSection:
+    """The reference as a model section: the policy's, with its own name and type where the config gives them."""
+    own = config.reference
+    changes: dict[str, str | None] = {"name_or_path": own.name_or_path or weights, "init": "pretrained"}
+    changes["dtype"] = own.dtype or config.model.dtype
+    if own.name_or_path:
+        changes["revision"] = None
+    if own.dtype not in (None, config.model.dtype):
+        changes["attn_implementation"] = "auto"  # the policy's kernel may not know the other type
+    return config.model.model_copy(update=changes)
+
+
 def digest(config: Config, weights: str) -> str:
-    """sha256 of the reference's weights, wherever they lie; empty where no reference is needed."""
-    if resolve_mode(config) == "none":
-        return ""
-    own = config.reference.name_or_path
-    return model.weights_digest(own or weights, None if own else config.model.revision)
+    """The content of the reference, wherever it lies; empty where none is needed."""
+    return "" if resolve_mode(config) == "none" else model.content_digest(section(config, weights))
 
 
 def build(
     config: Config,
     policy: Engine,
     origin: Origin,
-    kernel: str,
     sets: Mapping[str, PairStore],
     layout: Layout,
     run_folder: Path,
@@ -88,9 +96,9 @@ def build(
         case "none":
             return lambda name, batch: None
         case "engine":
-            return live(load_forward(config, origin.weights, kernel), policy)
+            return live(load_forward(config, origin.weights, policy.device.type), policy)
         case _:
-            return stored(config, policy, origin, kernel, sets, layout, run_folder)
+            return stored(config, policy, origin, sets, layout, run_folder)
 
 
 def live(forward: Forward, policy: Engine) -> Reference:
@@ -103,15 +111,15 @@ def live(forward: Forward, policy: Engine) -> Reference:
     return reference
 
 
-def load_forward(config: Config, weights: str, kernel: str) -> Forward:
+def load_forward(config: Config, weights: str, device_type: str) -> Forward:
     """Load the reference model, frozen: sharded by its own ZeRO-3 engine, or whole on each rank."""
     own = config.reference
     default = 3 if config.zero_stage == 3 or own.offload == "cpu" else 0
     stage = own.zero_stage if own.zero_stage is not None else default
-    dtype = own.dtype or config.model.dtype
+    described = section(config, weights)
+    kernel = model.check(described, model.load_config(described), config.data.max_length, 0, device_type)
     zero3 = engine.reference_config(config) if stage == 3 else None
-    section = config.model.model_copy(update={"revision": None}) if own.name_or_path else config.model
-    reference = model.load(section, own.name_or_path or weights, kernel, dtype, zero3)
+    reference = model.load(described, described.name_or_path, kernel, described.dtype, zero3)
     return engine.reference_forward(model.prepare_as_reference(reference), config, stage)
 
 
@@ -123,45 +131,53 @@ def stored(
     config: Config,
     policy: Engine,
     origin: Origin,
-    kernel: str,
     sets: Mapping[str, PairStore],
     layout: Layout,
     run_folder: Path,
 ) -> Reference:
     """Score every data set once, before training, and answer from the table: no reference stays in memory."""
     folder = Path(config.reference.store) if config.reference.store else run_folder / "reference"
-    tables: dict[str, torch.Tensor] = {}
     paths = {name: folder / f"{key}.safetensors" for name, key in _keys(config, origin, sets).items()}
-    missing = distributed.broadcast_object([name for name, path in paths.items() if not path.exists()])
+    found = {name: _read_table(paths[name], len(store)) for name, store in sets.items()}
+    # Rank 0 decides for all: a file system may show a new file to one node before another.
+    missing = distributed.broadcast_object([name for name, table in found.items() if table is None])
     if missing:
-        tables = _score_all(config, policy, origin, kernel, {name: sets[name] for name in missing}, layout)
-        if distributed.world().rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, table in tables.items():
-                draft = paths[name].with_suffix(".draft")
-                save_file({"sums": table}, draft)
-                draft.rename(paths[name])
-    for name in sets:
-        if name not in missing:
-            tables[name] = load_file(paths[name])["sums"]
-    tables = {name: table.to(policy.device) for name, table in tables.items()}
+        scored = _score_all(config, policy, origin, {name: sets[name] for name in missing}, layout)
+        distributed.on_main(lambda: _write_tables({paths[name]: table for name, table in scored.items()}))
+        found |= scored
+    tables = {name: table.to(policy.device) for name, table in found.items() if table is not None}
 
     def reference(name: str, batch: PackedBatch) -> PairLogps:
         sums = tables[name][batch.pair_ids]
-        counts = torch.bincount(batch.span_index, minlength=2 * batch.num_pairs).view(2, -1)
-        return PairLogps(sums[:, 0], sums[:, 1], counts[0], counts[1])
+        return PairLogps(sums[:, 0], sums[:, 1], *scored_tokens(batch.span_index, batch.num_pairs))
 
     return reference
 
 
+def _read_table(path: Path, rows: int) -> torch.Tensor | None:
+    """Sums [rows, 2] as they were stored; None where there are none, or what is there is damaged."""
+    try:
+        table = load_file(path)["sums"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return table if table.shape == (rows, 2) else None
+
+
+def _write_tables(tables: Mapping[Path, torch.Tensor]) -> None:
+    for path, table in tables.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"sums": table}, draft := path.with_suffix(".draft"))
+        draft.rename(path)
+
+
 def _score_all(
-    config: Config, policy: Engine, origin: Origin, kernel: str, sets: Mapping[str, PairStore], layout: Layout
+    config: Config, policy: Engine, origin: Origin, sets: Mapping[str, PairStore], layout: Layout
 ) -> dict[str, torch.Tensor]:
     """Sums [n, 2] (chosen, rejected) of each set. The policy itself serves while it still has the reference's weights."""
     if config.reference.name_or_path is None and config.reference.dtype in (None, config.model.dtype):
         with policy.evaluating():
             return {name: score(policy.logps, store, layout, policy.device) for name, store in sets.items()}
-    forward = load_forward(config, origin.weights, kernel)
+    forward = load_forward(config, origin.weights, policy.device.type)
     with torch.no_grad():
         tables = {name: score(forward, store, layout, policy.device) for name, store in sets.items()}
     engine.discard(forward)
@@ -171,15 +187,14 @@ def _score_all(
 def score(forward: Forward, store: PairStore, layout: Layout, device: torch.device) -> torch.Tensor:
     """Log-prob sums of every pair of a store: fp32 [n, 2] on the CPU of every rank."""
     sums = torch.zeros(len(store), 2, device=device)
-    num_packs, packs, _ = packs_of(store, np.arange(len(store)), layout)
     told = time.monotonic()
-    for k, batch in enumerate(packs):
+    for done, batch in sweep(store, layout):
         batch = batch.to(device)
         logps = pair_logps(forward(batch)[0], batch.span_index, batch.num_pairs)
         sums[batch.pair_ids] = torch.stack([logps.chosen, logps.rejected], dim=1)
         if time.monotonic() - told > TELL_EVERY_SECONDS:
             told = time.monotonic()
-            distributed.log(f"reference: scored {(k + 1) / num_packs:.0%} of {len(store)} pairs", stamp=True)
+            distributed.log(f"reference: scored {done:.0%} of {len(store)} pairs", stamp=True)
     return distributed.all_sum(sums).cpu()  # each pair was scored by one rank, and is zero on the others
 
 

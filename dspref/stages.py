@@ -18,7 +18,7 @@ from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
-from dspref.errors import ConfigError, DataError, NumericFault
+from dspref.errors import ConfigError, DataError, NumericFault, UserError
 from dspref.export import export, warn_of_other_tokenizer
 from dspref.model import PackedCausalLM
 from dspref.reference import Origin
@@ -42,8 +42,16 @@ def already_finished(run: RunFolder, config: Config) -> bool:
         if config.checkpoint.resume == "required" and not committed_folders(run):
             raise ConfigError(f"checkpoint.resume: required, but {run.path} holds no checkpoint; use auto to start anew")
         changes = [] if config.checkpoint.resume == "never" else run.refuse_changes(config)
-        longer = any(line.startswith(("train.max_steps", "train.num_train_epochs")) for line in changes)
-        verdict["done"] = run.run.get("state") == "finished" and config.checkpoint.resume != "never" and not longer
+        for change in changes:
+            distributed.log(f"changed since this run began: {change}")
+        finished = config.checkpoint.resume != "never" and run.is_finished
+        longer = any(change.startswith(("train.max_steps", "train.num_train_epochs")) for change in changes)
+        if finished and longer and not committed_folders(run):
+            raise ConfigError(
+                f"train.max_steps: the run in {run.path} left no checkpoint to go on from (checkpoint.save_every); "
+                "start anew with another output_dir= or checkpoint.resume=never"
+            )
+        verdict["done"] = finished and not longer
 
     distributed.on_main(look)
     done = distributed.broadcast_object(verdict.get("done", False))
@@ -63,11 +71,15 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
 
     def work():
         model_config = model.load_config(section)
+        if section.init == "pretrained":
+            model.fetch(section)
         name = section.tokenizer_name_or_path or section.name_or_path
         tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
         kernel = model.check(section, model_config, data.max_length, len(tokenizer), device_type)
+        if config.reference.name_or_path:
+            check_reference(config, len(tokenizer), device_type)
         if section.tokenizer_name_or_path and distributed.world().rank == 0:
-            warn_of_other_tokenizer(tokenizer, model_config)
+            warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
 
         def load(sources: list[SourceSection], log) -> PairStore:
             read = [_source(source) for source in sources]
@@ -78,6 +90,16 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
         return kernel, tokenizer, pairs, held_out
 
     return distributed.in_turn(work)
+
+
+def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
+    """The checks of the policy, for a reference that is another model."""
+    described = reference.section(config, "")
+    try:
+        model.check(described, model.load_config(described), config.data.max_length, vocabulary, device_type)
+        model.fetch(described)
+    except UserError as error:
+        raise type(error)(str(error).replace("model.name_or_path", "reference.name_or_path")) from None
 
 
 def _source(section: SourceSection) -> Source:
@@ -111,17 +133,16 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
     random = config.model.init == "random"
     weights = str(run.path / "init") if random else config.model.name_or_path
 
+    content = {name: store.key for name, store in sets.items()}
+
     def work() -> None:
-        content = {name: store.key for name, store in sets.items()}
         if not random or config.reference.name_or_path:
             content["reference"] = reference.digest(config, weights)
         began = {} if config.checkpoint.resume == "never" else run.run.get("content", {})
         for name in content:
             if began.get(name, content[name]) != content[name]:
-                what = "the weights of the reference" if name == "reference" else f"the pairs of {name.rstrip('_')}"
-                raise DataError(
-                    f"{run.path}: {what} have changed since this run began; restore them, or use another output_dir="
-                )
+                what = "the reference model has" if name == "reference" else f"the pairs of {name.rstrip('_')} have"
+                raise DataError(f"{run.path}: {what} changed since this run began; restore, or use another output_dir=")
         run.open(config, source, engine.training_config(config))
         if random:
             model.initialise(config.model, run.path / "init", config.train.seed)
@@ -131,7 +152,15 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
     distributed.on_main(work)
     distributed.log_to(run.path / "logs")
     run.event("start", world_size=distributed.world().size)
-    return Origin(weights, distributed.broadcast_object(run.run["content"]["reference"]))
+    return Origin(weights, distributed.broadcast_object(content.get("reference", "")))
+
+
+def refuse_fewer_steps(run: RunFolder, done: int, steps: int) -> None:
+    """Raise ConfigError where the checkpoint that was resumed is beyond the last step."""
+    if done > steps:
+        raise ConfigError(
+            f"train.max_steps: {steps}, but {run.path} is at step {done}; raise it, or use another output_dir="
+        )
 
 
 def introduce(
@@ -160,6 +189,13 @@ def load_policy(config: Config, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
     policy = model.load(config.model, weights, kernel, config.model.dtype, zero3)
     return model.prepare_for_training(policy, config.model.gradient_checkpointing)
+
+
+def check_finite(config: Config, step: int, loss: float, grad_norm: float) -> None:
+    """Raise NumericFault for a loss, or outside fp16 a gradient, that is not a number: DeepSpeed skips such updates, and
+    would go on so to the end. In fp16 an overflow lowers the loss scale, and belongs to the method."""
+    if not math.isfinite(loss) or (not math.isfinite(grad_norm) and config.model.dtype != "float16"):
+        raise NumericFault(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower train.learning_rate and start anew")
 
 
 def check_first_loss(config: Config, means: dict[str, float]) -> None:
@@ -238,7 +274,10 @@ def write_samples(
     pairs = [store[i] for i in range(min(config.log.samples, len(store)))]
     prompts = [pair.prompt.tolist() for pair in pairs]
     stop = cast(int, tokenizer.eos_token_id)
-    answers = [model.generate(str(shipped(path)), prompts, SAMPLE_TOKENS, stop) for path in (weights, str(run.final))]
+    answers = [
+        model.generate(str(shipped(path)), prompts, SAMPLE_TOKENS, stop, config.model.trust_remote_code)
+        for path in (weights, str(run.final))
+    ]
     rows = [
         {
             "prompt": tokenizer.decode(prompt, skip_special_tokens=True),

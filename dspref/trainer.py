@@ -42,8 +42,9 @@ def train(config: Config, source: Path | None = None) -> None:
     objective = build_objective(**config.objective.model_dump())
     policy = Engine.for_training(stages.load_policy(config, origin.weights, kernel), config, steps)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
-    reference = references.build(config, policy, origin, kernel, sets, layout, run.path)
+    reference = references.build(config, policy, origin, sets, layout, run.path)
     progress = checkpoint.resume(run, policy, config.checkpoint.resume)
+    stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view = console.ProgressView(progress.step, steps)
     meter = Meter(device)
@@ -56,6 +57,7 @@ def train(config: Config, source: Path | None = None) -> None:
 
         if logged:
             means = meter.reduce()
+            stages.check_finite(config, step.number, means["loss"], grad_norm)
             if step.number == 1:
                 stages.check_first_loss(config, means)
             record = header(step) | {"loss": means.pop("loss"), "grad_norm": grad_norm, "learning_rate": learning_rate}

@@ -47,11 +47,6 @@ class PackedBatch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, torch.Tensor)})
 
-    def pin_memory(self) -> PackedBatch:
-        """The same pack in page-locked host memory, for asynchronous copies to a GPU."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.pin_memory() for k, v in moved.items() if isinstance(v, torch.Tensor)})
-
 
 def computed_tokens(lengths: np.ndarray, prefix_sharing: bool) -> np.ndarray:
     """Tokens that the model computes for each pair; `lengths` [n, 3] are those of (prompt, chosen, rejected)."""

@@ -14,6 +14,8 @@ from dspref.data.store import PairStore
 
 # Sharing pays for its gather of keys and values when it saves more than this share of the tokens.
 SHARING_PAYS = 0.03
+# A whole data set is planned in parts: packing takes more than linear time.
+PAIRS_PER_SWEEP = 20_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,15 @@ def packs_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[int, It
         collate([store[i] for i in ids[m].tolist()], ids[m].tolist(), prefix_sharing=layout.prefix_sharing) for m in members
     )
     return len(members), packs, float(lengths.sum()) / room
+
+
+def sweep(store: PairStore, layout: Layout) -> Iterator[tuple[float, PackedBatch]]:
+    """This rank's packs over every pair of a store, once, each with the share of the store that is then done."""
+    for start in range(0, len(store), PAIRS_PER_SWEEP):
+        ids = np.arange(start, min(start + PAIRS_PER_SWEEP, len(store)))
+        num_packs, packs, _ = packs_of(store, ids, layout)
+        for k, batch in enumerate(packs, start=1):
+            yield (start + len(ids) * k / num_packs) / len(store), batch
 
 
 def sharing_pays(store: PairStore) -> bool:

@@ -118,6 +118,14 @@ def test_tasks_as_srun_starts_them(nodes, folder, tmp_path):
     assert_trained(done, tmp_path / "run", ranks=2)
 
 
+@pytest.mark.slow
+def test_one_task_in_an_interactive_job(folder, tmp_path):
+    """`srun --pty bash` sets SLURM's variables for one task, and no MASTER_ADDR."""
+    command = [str(BIN / "python"), "launch/train.py", "--config", f"{folder}/run.yaml"]
+    done = run(command, tmp_path / "run", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="1")
+    assert_trained(done, tmp_path / "run", ranks=1)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -82,15 +82,22 @@ def test_resumed_run_ends_bit_identical(world, stage, run_file, all_workers, tmp
         assert "resume" in events
 
 
-def test_a_damaged_checkpoint_is_passed_over(run_file, all_workers, tmp_path):
+@pytest.mark.parametrize("part", ["shard", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(part, run_file, all_workers, tmp_path):
     run = tmp_path / "run"
     assert train(all_workers[1], run_file, f"output_dir={run}") == [0]
     records = training_records(run)
     forget_everything_after(run, 4)
-    shard = next((run / "checkpoints" / "step-000004" / "engine").glob("*optim_states.pt"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    damaged = run / "checkpoints" / "step-000004"
+    if part == "shard":
+        shard = next((damaged / "engine").glob("*optim_states.pt"))
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    else:
+        (damaged / "manifest.json").write_text('{"step": 4')
+    for table in (run / "reference").glob("*"):
+        table.write_bytes(b"cut short")  # scored again, from the initial weights
     assert train(all_workers[1], run_file, f"output_dir={run}") == [0]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [2]
@@ -104,6 +111,7 @@ def test_a_finished_run_is_not_trained_again(run_file, all_workers, tmp_path):
     assert train(all_workers[2], run_file, f"output_dir={run}") == [0, 0]
     assert (run / "final" / "model.safetensors").stat().st_mtime_ns == before
     assert train(all_workers[2], run_file, f"output_dir={run}", "train.learning_rate=1e-5") == [2, 2], "another run's folder"
+    assert train(all_workers[2], run_file, f"output_dir={run}", f"train.max_steps={STEPS - 2}") == [2, 2], "already beyond"
     # More steps go on from the last checkpoint.
     assert train(all_workers[2], run_file, f"output_dir={run}", f"train.max_steps={STEPS + 2}") == [0, 0]
     steps = [record["step"] for record in training_records(run) if "loss" in record]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from test_bad_rows import CASES, GOOD
 from test_config import BAD, NOT_YAML
-from tiny import save_tokenizer, tiny_config
+from tiny import preference_rows, save_tokenizer, tiny_config
 
 # These need the tokenizer of their own test.
 NEEDS_ITS_TOKENIZER = {"identical in tokens", "template refuses"}
@@ -88,13 +89,29 @@ def test_mistakes_that_only_the_model_shows(model, all_workers, tmp_path):
         ([f"output_dir={tmp_path}/foreign"], 2, "holds no dspref run"),
         ([f"output_dir={tmp_path}/pairs.jsonl"], 2, "is a file"),
         (["checkpoint.resume=required"], 2, "required"),
+        (["reference.name_or_path=/no/such/folder"], 2, "reference.name_or_path: /no/such/folder"),
+        ([f"reference.name_or_path={tmp_path}/small", "reference.mode=engine"], 2, "reference.name_or_path"),
+        (["output_dir=/proc/no/run"], 7, "/proc/no"),
+        ([f"output_dir={tmp_path}/broken"], 2, "run.json"),
     ]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text('{"state": "runn')
     lines = [["--config", str(tmp_path / "run.yaml"), *overrides] for overrides, _, _ in cases]
     results = all_workers[1].run("cases:command_line", arguments=lines)[0]
     for (overrides, code, reason), (got, said) in zip(cases, results, strict=True):
         assert got == code and reason in said and said.count("\n") == 1, (overrides, got, said)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "irreplaceable"
+
+
+def test_numbers_that_go_wrong_end_the_run_with_exit_code_5(model, all_workers, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(8, seed=1)))
+    values = config_of(model, tmp_path / "pairs.jsonl", tmp_path / "out")
+    values["train"] |= {"max_steps": 4, "learning_rate": 1e30, "warmup_ratio": 0.0}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert all_workers[2].run("cases:run_training", config_path=f"{tmp_path}/run.yaml", overrides=[]) == [5, 5]
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line and json.loads(line)["loss"] is not None
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

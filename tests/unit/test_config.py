@@ -175,7 +175,8 @@ RESOLVED = [
     MINIMAL,
     EXAMPLE,
     MINIMAL + "train: {warmup_steps: 3}\n",
-    MINIMAL + "train: {warmup_ratio: 0.2, learning_rate: 1e-6, lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n",
+    MINIMAL
+    + "train: {warmup_ratio: 0.2, learning_rate: 1e-6, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n",
     MINIMAL + "objective: {rpo_alpha: 1.0, label_smoothing: 0.1}\n",
     MINIMAL + "reference: {mode: stored}\n",
     MINIMAL + "deepspeed: {zero_optimization: {stage: 2}}\n",
@@ -390,6 +391,37 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     ),
     "no eval set": (MINIMAL + "train: {eval_every: 3}\n", "5:9", "train.eval_every", "set data.eval"),
     "no best": (MINIMAL + "checkpoint: {keep_best: eval_loss}\n", "5:14", "checkpoint.keep_best", "set data.eval"),
+    "warm-up of a constant": (
+        MINIMAL + "train: {lr_scheduler_type: constant, warmup_steps: 3}\n",
+        "5:9",
+        "train.lr_scheduler_type",
+        "constant_with_warmup",
+    ),
+    "option of another schedule": (
+        MINIMAL + "train: {lr_scheduler_kwargs: {foo: 1}}\n",
+        "5:9",
+        "train.lr_scheduler_kwargs",
+        "linear takes no foo",
+    ),
+    "schedule without its option": (
+        MINIMAL + "train: {lr_scheduler_type: cosine_with_min_lr}\n",
+        "5:1",
+        "train.lr_scheduler_kwargs",
+        "needs min_lr",
+    ),
+    "best by no metric": (
+        with_data("eval: {path: p}") + "checkpoint: {keep_best: eval_acc}\n",
+        "6:14",
+        "checkpoint.keep_best",
+        "eval_rewards/margins",
+    ),
+    "best without evaluations": (
+        with_data("eval: {path: p}") + "checkpoint: {keep_best: eval_loss, save_every: 3}\n",
+        "6:14",
+        "checkpoint.keep_best",
+        "train.eval_every",
+    ),
+    "cpu_adam on the GPU": (MINIMAL + "train: {optim: cpu_adam}\n", "5:9", "train.optim", "offload_optimizer"),
     "no reference": (MINIMAL + "reference: {mode: none}\n", "5:13", "reference.mode", "dpo needs a reference"),
     "offloaded copies": (
         MINIMAL + "reference: {offload: cpu, zero_stage: 0}\n",
