@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -99,7 +100,8 @@ def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
         model.check(described, model.load_config(described), config.data.max_length, vocabulary, device_type)
         model.fetch(described)
     except UserError as error:
-        raise type(error)(str(error).replace("model.name_or_path", "reference.name_or_path")) from None
+        blamed = re.sub(r"^model\.(tokenizer_)?name_or_path", "reference.name_or_path", str(error))
+        raise type(error)(blamed) from None
 
 
 def _source(section: SourceSection) -> Source:

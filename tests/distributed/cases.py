@@ -32,15 +32,8 @@ def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     weights = config.model.name_or_path
     policy = Engine.for_training(stages.load_policy(config, weights, kernel), config, 1)
     sets = {"train": pairs, **held_out}
-    reference = references.build(
-        config,
-        policy,
-        references.Origin(weights, references.digest(config, weights)),
-        kernel,
-        sets,
-        loader.layout,
-        Path(config.output_dir),
-    )
+    origin = references.Origin(weights, references.digest(config, weights))
+    reference = references.build(config, policy, origin, sets, loader.layout, Path(config.output_dir))
     meter = Meter(device)
     objective = build_objective(**config.objective.model_dump())
     step = next(loader.steps(0, 1))

@@ -271,6 +271,12 @@ def test_a_model_that_fits_is_let_through() -> None:
         ("gpt2", {"max_position_embeddings": 32}, {"max_length": 33}, "data.max_length: 33 .*32 positions"),
         ("qwen3_moe", {"router_aux_loss_coef": 0.001}, {}, "model.router_aux_loss_coef: .*set 0"),
         ("qwen3_next", {}, {"router_aux_loss_coef": 0.0}, "model.name_or_path: qwen3_next has linear_attention layers"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 64},
+            {"max_length": None},
+            "data.max_length: llama's dynamic positions depend on the longest sequence beyond 64",
+        ),
         ("gemma2", {"attn_logit_softcapping": 50.0}, {}, "model.attn_implementation: .*sdpa cannot do softcap"),
         (
             "llama",
@@ -305,6 +311,12 @@ def test_check_refuses_families_whose_attention_does_not_take_the_packed_layout(
     (or the model dies on a missing mask); the last three drop its arguments, or need sinks."""
     with pytest.raises(ConfigError, match=model_type):
         check(AutoConfig.for_model(model_type), vocabulary=100, router_aux_loss_coef=0.0)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert-decoder", "roberta"])
+def test_check_refuses_families_with_layers_between_backbone_and_head(model_type: str) -> None:
+    with pytest.raises(ConfigError, match="after its backbone"):
+        check(AutoConfig.for_model(model_type), vocabulary=100)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "codegen"])

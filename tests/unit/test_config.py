@@ -175,8 +175,8 @@ RESOLVED = [
     MINIMAL,
     EXAMPLE,
     MINIMAL + "train: {warmup_steps: 3}\n",
-    MINIMAL
-    + "train: {warmup_ratio: 0.2, learning_rate: 1e-6, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n",
+    MINIMAL + "train: {warmup_ratio: 0.2, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n",
+    MINIMAL + "train: {lr_scheduler_type: constant}\n",
     MINIMAL + "objective: {rpo_alpha: 1.0, label_smoothing: 0.1}\n",
     MINIMAL + "reference: {mode: stored}\n",
     MINIMAL + "deepspeed: {zero_optimization: {stage: 2}}\n",
