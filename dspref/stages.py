@@ -134,7 +134,6 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
     """
     random = config.model.init == "random"
     weights = str(run.path / "init") if random else config.model.name_or_path
-
     content = {name: store.key for name, store in sets.items()}
 
     def work() -> None:
@@ -245,7 +244,7 @@ def learned(path: Path) -> dict[str, tuple[float | None, float]]:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     training = list(metrics.training_lines(path))
     names = ("loss", "nll_loss", "rewards/accuracies", "rewards/margins")
-    table = {name: (training[0][name], training[-1][name]) for name in names if name in training[-1]}
+    table = {name: (training[0][name], training[-1][name]) for name in names if training and name in training[-1]}
     evaluations = [record for record in records if "loss" not in record]
     for name in sorted({key for record in evaluations for key in record if key.endswith(names)}):
         values = [record[name] for record in evaluations if name in record]
