@@ -48,7 +48,7 @@ class Relayed(UserError):
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("reported by another rank")
-        self.exit_code = exit_code  # type: ignore[assignment]
+        self.exit_code = ExitCode(exit_code)
 
 
 _world = World()
