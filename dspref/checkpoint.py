@@ -17,7 +17,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dspref.config import CheckpointSection, Config
 from dspref.distributed import write_atomically
 from dspref.engine import Engine
 from dspref.errors import ConfigError, EnvironmentFault
+from dspref.objectives import RunningMean
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
 # with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them.
@@ -49,6 +50,13 @@ class Progress:
     step: int = 0
     metrics_offset: int = 0
     tracker_id: str | None = None
+    rewards: RunningMean = field(default_factory=RunningMean)
+    """BCO's delta."""
+
+    @classmethod
+    def read(cls, path: Path) -> Progress:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**state | {"rewards": RunningMean(**state.get("rewards", {}))})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,9 +126,7 @@ class RunFolder:
         path = self.path / "config.resolved.yaml"
         if not path.exists():
             return []
-        old, new = (
-            flatten(c.model_dump(mode="json") | {"deepspeed": c.strategy}) for c in (configuration.load(path), config)
-        )
+        old, new = (flatten(configuration.resolved(c)) for c in (configuration.load(path), config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
         if refused:
@@ -184,7 +190,7 @@ def save(run: RunFolder, policy: Engine, progress: Progress, metrics: Mapping[st
     policy.save(draft)
     _save_rng(draft / f"rng-rank-{distributed.world().rank}.safetensors")
     if distributed.world().rank == 0:
-        write_atomically(draft / "state.json", json.dumps(vars(progress), indent=2) + "\n")
+        write_atomically(draft / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
     distributed.barrier()
     hashes = _hash_together(draft)
     if distributed.world().rank == 0:
@@ -281,7 +287,7 @@ def resume(run: RunFolder, policy: Engine, mode: str) -> Progress:
         _refuse_world_size(folder, manifest)
         policy.load(folder)
         _load_rng(folder / f"rng-rank-{distributed.world().rank}.safetensors")
-        progress = Progress(**json.loads((folder / "state.json").read_text()))
+        progress = Progress.read(folder / "state.json")
         run.event("resume", step=progress.step)
         distributed.log(f"resumed from {folder.name}")
         return progress

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
-from dspref import strategy
-from dspref.objectives import OBJECTIVES, loss_keys
+from dspref import losses, strategy
+from dspref.explain import yaml_word
+from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, needs_reference
 from dspref.sections import Config
 
 # lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
@@ -19,12 +21,18 @@ SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
 # Metrics of every evaluation, behind its prefix.
 EVALUATED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "nll_loss")
 
+# Bounds of a key's range, in pydantic's words.
+BOUNDS = {
+    "gt": (operator.gt, "greater than"),
+    "ge": (operator.ge, "at least"),
+    "lt": (operator.lt, "less than"),
+    "le": (operator.le, "at most"),
+}
+
 Complaint = tuple[tuple[str | int, ...], str]
 
 
 def _check_unsupported(config: Config) -> Iterator[Complaint]:
-    if config.model.router_aux_loss_coef:
-        yield ("model", "router_aux_loss_coef"), "the router loss is not in this version; set 0 to train without it"
     if config.reference.mode == "adapter":
         yield (
             ("reference", "mode"),
@@ -32,14 +40,71 @@ def _check_unsupported(config: Config) -> Iterator[Complaint]:
         )
 
 
-def _check_objective(config: Config) -> Iterator[Complaint]:
+def _check_losses(config: Config) -> Iterator[Complaint]:
     section = config.objective
-    objective = OBJECTIVES[section.name]
-    applicable = {"name", "loss_type", objective.nll_weight, *loss_keys(objective, section.loss_type)}
-    for key in sorted(section.model_fields_set - applicable):
-        yield ("objective", key), f"does not apply to loss_type {section.loss_type}"
-    if objective.needs_reference and config.reference.mode == "none":
-        yield ("reference", "mode"), f"objective {section.name} needs a reference; use auto, stored or engine"
+    names, weights = as_list(section.loss_type), getattr(section, "loss_weights", None)
+    family = OBJECTIVES[section.name]
+    functions = [family.losses[name].function for name in names]
+    if repeated := next((name for i, name in enumerate(names) if functions[i] in functions[:i]), None):
+        yield ("objective", "loss_type"), f"{repeated} is there twice; give each loss once, with a loss_weight"
+    if "sft" in names and section.rpo_alpha is not None:
+        yield ("objective", "rpo_alpha"), "adds the loss sft once more; give its weight in loss_weights"
+    if weights is not None and not any(weights):
+        yield ("objective", "loss_weights"), "are all 0: nothing would be trained"
+    if weights is not None and len(weights) != len(names):
+        yield ("objective", "loss_weights"), f"{len(weights)} given, {len(names)} needed: one for each loss of loss_type"
+
+
+def _check_objective_keys(config: Config) -> Iterator[Complaint]:
+    section = config.objective
+    family, names = OBJECTIVES[section.name], as_list(section.loss_type)
+    given = {key: getattr(section, key) for key in section.model_fields_set if getattr(section, key) is not None}
+    applicable = {"name", "loss_type", "loss_weights", *defaults(section.name, names)}
+    for key in sorted(given.keys() - applicable):
+        takers = [name for name, loss in family.losses.items() if key in keys_of(loss.function)]
+        yield ("objective", key), f"does not apply to loss_type {', '.join(names)}; it is for {', '.join(takers)}"
+    for key, (suits, why) in ASKS.items():
+        neutral = keys_of(family.assemble)[key].default if key in keys_of(family.assemble) else None
+        unfit = next((name for name in names if not suits(family.losses[name])), None)
+        if key in given and given[key] != neutral and unfit:
+            yield ("objective", key), f"{yaml_word(given[key])} does not go with loss_type {unfit}, which {why}"
+    if names == ["sft"]:
+        for key in sorted(given.keys() & {"use_weighting", "ld_alpha", "f_divergence_type"}):
+            if given[key] != keys_of(family.assemble)[key].default:
+                yield ("objective", key), "has no effect on loss_type sft, which compares nothing"
+    for name in names:
+        for key, parameter in keys_of(family.losses[name].function).items():
+            if key in given and (bound := exceeded(given[key], parameter.annotation)):
+                yield ("objective", key), f"must be {bound} for loss_type {name}, not {given[key]}"
+    for key in sorted(given.keys() & MUTE.keys() & applicable):
+        if not MUTE[key][0](section.model_dump()):
+            yield ("objective", key), f"has no effect: {MUTE[key][1]}"
+
+
+def exceeded(value: float, annotation: str) -> str | None:
+    """The bound of a key's own range that `value` breaks, in words; None if it lies within."""
+    ranges = getattr(vars(losses).get(annotation), "__metadata__", ({},))[0]
+    return next(
+        (
+            f"{word} {ranges[key]:g}"
+            for key, (holds, word) in BOUNDS.items()
+            if key in ranges and not holds(value, ranges[key])
+        ),
+        None,
+    )
+
+
+def _check_reference_needed(config: Config) -> Iterator[Complaint]:
+    section, reference = config.objective, config.reference
+    needed = needs_reference(**section.model_dump())
+    name = f"{section.name} with reference_free" if getattr(section, "reference_free", False) else section.name
+    if needed and reference.mode == "none":
+        yield ("reference", "mode"), f"objective {name} needs a reference; use auto, stored or engine"
+    if not needed and reference.mode not in ("auto", "none"):
+        yield ("reference", "mode"), f"objective {name} uses no reference; drop the key, or set none"
+    for key, field in type(reference).model_fields.items():
+        if not needed and key != "mode" and getattr(reference, key) != field.default:
+            yield ("reference", key), f"objective {name} uses no reference; drop the key"
 
 
 def _check_lengths(config: Config) -> Iterator[Complaint]:
@@ -106,7 +171,9 @@ def _check_strategy(config: Config) -> Iterator[Complaint]:
 
 CHECKS = (
     _check_unsupported,
-    _check_objective,
+    _check_losses,
+    _check_objective_keys,
+    _check_reference_needed,
     _check_lengths,
     _check_schedule,
     _check_best,

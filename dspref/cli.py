@@ -10,6 +10,7 @@ import typer
 
 from dspref import config as configuration
 from dspref.errors import UserError
+from dspref.objectives import as_list
 
 app = typer.Typer(
     help="Preference optimization with DeepSpeed, from one YAML file.", no_args_is_help=True, add_completion=False
@@ -35,7 +36,7 @@ def check(
         print(configuration.dump(config), end="")
     else:
         print(
-            f"{file}: good; {config.objective.name} / {config.objective.loss_type}, "
+            f"{file}: good; {config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, "
             f"ZeRO-{config.zero_stage}, into {config.output_dir}"
         )
 

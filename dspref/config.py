@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from dspref import objectives
 from dspref.checks import CHECKS
 from dspref.errors import ConfigError
 from dspref.explain import explain, locate
 from dspref.sections import (
+    DEFAULT_OBJECTIVE,
     OBJECTIVE_SECTIONS,
     CheckpointSection,
     Columns,
@@ -27,7 +30,7 @@ from dspref.sections import (
 )
 from dspref.yaml12 import apply_override, parse
 
-__all__ = ["CheckpointSection", "Config", "ModelSection", "SourceSection", "dump", "load", "schema", "shipped"]
+__all__ = ["CheckpointSection", "Config", "ModelSection", "SourceSection", "dump", "load", "resolved", "schema", "shipped"]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -42,7 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(explain(error, document, positions, _fields_at)) from None
+        raise ConfigError(explain(error, document, positions, lambda path: _fields_at(path, document))) from None
     for check in CHECKS:
         for blamed, reason in check(config):
             raise ConfigError(f"{locate(positions, blamed)}: {'.'.join(map(str, blamed))}: {reason}")
@@ -50,13 +53,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML: every key, the strategy in place of its path; itself a valid config file."""
+    """The resolved config as YAML; itself a valid config file."""
     import yaml
 
+    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every key that applies, with its value, and the strategy in place of its path."""
     values = config.model_dump(mode="json") | {"deepspeed": config.strategy}
+    values["objective"] = objectives.resolved(**values["objective"])
     if config.train.warmup_steps is not None or config.train.lr_scheduler_type == "constant":
         del values["train"]["warmup_ratio"]  # which these exclude
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return values
 
 
 def schema() -> str:
@@ -64,13 +73,13 @@ def schema() -> str:
     return json.dumps(Config.model_json_schema() | {"title": "dspref run"}, indent=2) + "\n"
 
 
-def _fields_at(path: tuple) -> list[str]:
-    """Names of the keys that the section at `path` knows."""
+def _fields_at(path: tuple, document: Any) -> list[str]:
+    """Names of the keys that the section at `path` of a document knows."""
     match path:
         case ():
             section = Config
         case ("objective",):
-            return sorted({key for section in OBJECTIVE_SECTIONS.values() for key in section.model_fields})
+            section = OBJECTIVE_SECTIONS[document["objective"].get("name", DEFAULT_OBJECTIVE)]
         case ("data", _, *_, "columns"):
             section = Columns
         case ("data", _, *_, "template"):

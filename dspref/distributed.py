@@ -238,6 +238,23 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def sum_over_ranks(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Sums over all ranks of some tensors of one type, by one all-reduce, without gradient."""
+    flat = all_sum(torch.cat([value.detach().flatten() for value in values]))
+    return tuple(part.view_as(value) for part, value in zip(flat.split([v.numel() for v in values]), values))
+
+
+def gather_rows(table: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """The rows of all ranks' tables [n, k] behind one another, and which of them are this rank's."""
+    sizes = torch.zeros(_world.size, dtype=torch.int64, device=table.device)
+    sizes[_world.rank] = len(table)
+    counts = all_sum(sizes).tolist()
+    start = sum(counts[: _world.rank])
+    rows = table.new_zeros(sum(counts), table.shape[1])
+    rows[start : start + len(table)] = table
+    return all_sum(rows), slice(start, start + len(table))
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's value, by rank."""
     if not dist.is_initialized() or _world.size == 1:

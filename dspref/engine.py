@@ -27,7 +27,9 @@ from dspref import distributed, model, strategy
 from dspref.config import Config
 from dspref.data.batch import PackedBatch
 from dspref.errors import EnvironmentFault
+from dspref.logps import TokenLogps
 from dspref.model import PackedCausalLM
+from dspref.router import Routing
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -125,8 +127,8 @@ class Engine:
         engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=resolved)
         return cls(engine, optimizer, train.max_grad_norm)
 
-    def logps(self, batch: PackedBatch) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
-        """Log-prob and mean logit of each scored token."""
+    def forward(self, batch: PackedBatch) -> tuple[TokenLogps, Routing | None]:
+        """Log-probs of the scored tokens, and what the routers did, where their loss is trained."""
         return self._engine(batch)
 
     @contextlib.contextmanager
@@ -138,6 +140,14 @@ class Engine:
                 yield
         finally:
             self._engine.train()
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """No gradient inside, and afterwards the same random numbers again: a pass before the one that counts, with the
+        same dropout."""
+        devices = [torch.cuda.current_device()] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
 
     def backward(self, share: Float[Tensor, ""]) -> None:
         """Add the gradient of a share of the step's loss. Shares of all packs and ranks add up; nothing is averaged."""
@@ -260,11 +270,15 @@ def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.op
 
 
 def _mark_leaves(policy: nn.Module) -> None:
-    """Under ZeRO-3, gather modules that own 3-D expert weights whole: ranks route differently, so they would hook apart."""
+    """Under ZeRO-3, gather modules with experts whole: ranks route differently, so the experts' hooks would run apart.
+
+    Experts are 3-D weights of one module in transformers 5, or a list of modules called `experts`.
+    """
     experts = {
         type(part)
         for part in policy.modules()
         if any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in part.parameters(recurse=False))
+        or isinstance(getattr(part, "experts", None), nn.ModuleList)
     }
     if experts:
         deepspeed.utils.set_z3_leaf_modules(policy, list(experts))

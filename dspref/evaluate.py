@@ -4,31 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dspref import gradient
 from dspref.data.loader import Layout, sweep
 from dspref.data.store import PairStore
 from dspref.engine import Engine
+from dspref.gradient import StepLoss
 from dspref.logps import pair_logps
 from dspref.metrics import Meter
-from dspref.objectives import Objective
+from dspref.objectives import PairLogps, RunningMean
 from dspref.reference import Reference
 
 
 def evaluate(
     policy: Engine,
-    objective: Objective,
+    loss: StepLoss,
     reference: Reference,
+    rewards: RunningMean,
     sets: Mapping[str, PairStore],
     layout: Layout,
 ) -> dict[str, float]:
-    """Metrics of every held-out set over all its pairs, each name behind the set's prefix (`eval_`, `eval_<set>_`)."""
+    """Metrics of every held-out set over all its pairs, each name behind the set's prefix (`eval_`, `eval_<set>_`).
+
+    An objective that couples pairs sees the whole set at once; `rewards`, BCO's running mean, stays as training left it.
+    """
     record: dict[str, float] = {}
     for prefix, store in sets.items():
-        meter = Meter(policy.device)
+        meter = Meter(policy.device, loss.router_coef)
+        seen: list[tuple[PairLogps, PairLogps | None]] = []
         with policy.evaluating():
             for _, batch in sweep(store, layout):
                 batch = batch.to(policy.device)
-                logps, mean_logits = policy.logps(batch)
-                pairs = pair_logps(logps, batch.span_index, batch.num_pairs)
-                meter.add_pairs(objective(pairs, reference(prefix, batch)), pairs, mean_logits, batch)
+                tokens, routing = policy.forward(batch)
+                seen.append((pair_logps(tokens, batch), reference(prefix, batch)))
+                meter.add_logits(tokens, seen[-1][0], batch)
+                if routing:
+                    meter.add_load(routing)
+        pairs, base, own = gradient.gathered(seen)
+        value = loss.objective(pairs, base, rewards.value)
+        meter.add_pairs(gradient.rows_of(value, own), gradient.part_of(pairs, own))
         record |= {f"{prefix}{name}": value for name, value in meter.reduce().items()}
     return record

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from dspref.objectives import OBJECTIVES
+from dspref.objectives import OBJECTIVES, Family, defaults
 from dspref.yaml12 import Position
 
 # Keys of TRL and the Hugging Face Trainer that people will type, with what to write here.
@@ -22,16 +23,13 @@ FOREIGN_KEYS = {
     "model_name_or_path": "model.name_or_path",
     "ref_model": "reference.name_or_path",
     "precompute_ref_log_probs": "reference.mode: stored",
-    "reference_free": "an objective without a reference",
+    "router_aux_loss_coef": "model.router_aux_loss_coef",
     "dataset_name": "data.train: {path: ...}",
     "dataset": "data.train: {path: ...}",
     "datasets": "data.train: a list of sources",
     "padding_free": "nothing: every batch is packed",
     "packing": "nothing: every batch is packed",
     "loss_type": "objective.loss_type",
-    "beta": "objective.beta",
-    "rpo_alpha": "objective.rpo_alpha",
-    "label_smoothing": "objective.label_smoothing",
     "learning_rate": "train.learning_rate",
     "num_train_epochs": "train.num_train_epochs",
     "max_steps": "train.max_steps",
@@ -82,23 +80,35 @@ def explain(
     match problem["type"]:
         case _ if len(alternatives) > 1:
             expected = [p["msg"].removeprefix("Input should be ") for p in alternatives]
-            reason = f"must be {' or '.join(expected)}, not {problem['input']!r}"
+            reason = f"must be {' or '.join(expected)}, not {written(problem['input'])}"
         case "extra_forbidden":
             reason = "unknown key" + _suggest(str(key), fields_at(path[:-1]), path[:-1])
         case "missing":
             return f"{locate(positions, path[:-1])}: {'.'.join(map(str, path))}: is missing"
         case "union_tag_invalid" | "union_tag_not_found":
-            path, reason = (*path, "name"), f"must be one of {', '.join(OBJECTIVES)}"
+            name = problem["input"].get("name") if isinstance(problem["input"], Mapping) else problem["input"]
+            path, reason = (*path, "name"), f"must be one of {', '.join(OBJECTIVES)}, not {written(name)}"
+            reason += _did_you_mean(str(name).lower(), list(OBJECTIVES))
+        case "too_short":
+            reason = "is an empty list"
         case "literal_error":
-            reason = f"must be {problem['ctx']['expected']}, not {problem['input']!r}"
+            reason = f"must be {problem['ctx']['expected']}, not {written(problem['input'])}"
+            if path[:2] == ("objective", "loss_type") and (instead := _refused_loss(document, problem["input"])):
+                return f"{locate(positions, path)}: {'.'.join(map(str, path))}: {instead}"
             choices = [part.strip("'") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             reason += _did_you_mean(str(problem["input"]), choices)
         case "none_required":
             reason = "LoRA is not in this version; remove the key to train the whole model"
         case _:
             message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-            reason = f"{message}, not {problem['input']!r}"
+            reason = f"{message}, not {written(problem['input'])}"
     return f"{locate(positions, path)}: {'.'.join(map(str, path)) or 'config'}: {reason}"
+
+
+def _refused_loss(document: Any, loss_type: Any) -> str | None:
+    """What to write instead of a loss that other tools have."""
+    family = OBJECTIVES.get(document["objective"].get("name", "dpo"))
+    return family.refused.get(loss_type) if family and isinstance(loss_type, str) else None
 
 
 def _written(loc: tuple[str | int, ...], document: Any) -> tuple:
@@ -116,16 +126,33 @@ def _written(loc: tuple[str | int, ...], document: Any) -> tuple:
 
 
 def _suggest(key: str, siblings: Sequence[str], parent: tuple) -> str:
+    owners = [name for name, family in OBJECTIVES.items() if key in family_keys(name, family)]
+    if owners and parent == ("objective",):
+        return f"; it belongs to objective {' or '.join(owners)}"
     close = _did_you_mean(key, siblings)
-    foreign = FOREIGN_KEYS.get(key)
+    foreign = FOREIGN_KEYS.get(key) or (f"objective.{key}" if owners else None)
     if foreign and (not close or not parent):
         return f"; in dspref this is {foreign}"
     return close or f"; known here: {', '.join(siblings)}"
 
 
+def family_keys(name: str, family: Family) -> set[str]:
+    return {*defaults(name, family.losses), *(["loss_weights"] if family.mixes else [])}
+
+
 def _did_you_mean(word: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6) or [c for c in choices if word and c.startswith(word)]
+    return f"; did you mean '{close[0]}'?" if close and len(choices) > 1 else ""
+
+
+def written(value: Any) -> str:
+    """A value as the YAML has it, a text in quotes."""
+    return repr(value) if isinstance(value, str) else yaml_word(value)
+
+
+def yaml_word(value: Any) -> str:
+    """A value as the YAML has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def locate(positions: Mapping[tuple, Position], path: tuple) -> str:

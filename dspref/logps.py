@@ -6,11 +6,12 @@ C scored tokens, d hidden size, V vocabulary, P pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dspref.objectives import PairLogps
+from dspref.data.batch import PROMPT, PackedBatch
+from dspref.families import PairLogps
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -38,32 +39,67 @@ class HeadTransform:
         return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap) ** 2)
 
 
+class TokenLogps(NamedTuple):
+    """What a forward says of the C scored tokens of a pack, all fp32."""
+
+    logps: Float[Tensor, "C"]
+    """log p of each token."""
+    mean_logits: Float[Tensor, "C"]
+    """Mean over the vocabulary of the logits at its position, without gradient."""
+    collision: Float[Tensor, "C"] | None = None
+    """Collision entropy -log sum_v p(v)^2 at its position, without gradient, where it was asked for."""
+
+
 def scored_logps(
     hidden: Float[Tensor, "C d"],
     weight: Float[Tensor, "V d"],
     bias: Float[Tensor, "V"] | None,
     targets: Int[Tensor, "C"],
     transform: HeadTransform = HeadTransform(),
-) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
-    """log p(target) at each position, and the mean over the vocabulary of its logits (without gradient), both fp32.
+    with_collision: bool = False,
+) -> TokenLogps:
+    """log p(target) at each position, with what else is asked for.
 
     Logits are made chunk by chunk, and made again in the backward pass. `weight` and `bias` are read once: under ZeRO-3
     they must be the parameters themselves, read inside the forward of the module that the engine wraps.
     """
-    return _ScoredLogps.apply(hidden, weight, bias, targets, transform)  # type: ignore[return-value]
+    logps, mean_logits, collision = _ScoredLogps.apply(hidden, weight, bias, targets, transform, with_collision)  # type: ignore[misc]
+    return TokenLogps(logps, mean_logits, collision if with_collision else None)
 
 
-def pair_logps(logps: Float[Tensor, "C"], span_index: Int[Tensor, "C"], num_pairs: int) -> PairLogps:
-    """Sums and counts of the scored tokens of each answer. `span_index` = side x P + pair, sides chosen and rejected."""
-    sums = logps.new_zeros(2 * num_pairs).index_add(0, span_index, logps).view(2, num_pairs)
-    return PairLogps(sums[0], sums[1], *scored_tokens(span_index, num_pairs))
+def pair_logps(tokens: TokenLogps, batch: PackedBatch) -> PairLogps:
+    """Sums and counts of the scored tokens of each answer of a pack, and of its prompts where they are scored."""
+    pairs, span, counts = batch.num_pairs, batch.span_index, scored_tokens(batch)
+    common = torch.minimum(counts[0], counts[1])
+    # Each span in two: within the length that both answers of the pair have, and beyond.
+    beyond = batch.place_in_span >= common.repeat(3)[span]
+    sums = _by_span(tokens.logps, span + beyond * 3 * pairs, 6 * pairs).view(2, 3, pairs)
+    chosen, rejected, prompt = sums.sum(dim=0)
+    collision: list[Any] = [None, None]
+    if tokens.collision is not None:
+        collision = list(_by_span(tokens.collision, span, 3 * pairs).view(3, pairs)[:PROMPT])
+    return PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_tokens=counts[0],
+        rejected_tokens=counts[1],
+        chosen_common=sums[0, 0],
+        rejected_common=sums[0, 1],
+        prompt=prompt,
+        prompt_tokens=counts[2],
+        chosen_collision=collision[0],
+        rejected_collision=collision[1],
+    )
 
 
-def scored_tokens(span_index: Int[Tensor, "C"], num_pairs: int) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"]]:
-    """Numbers of scored tokens of the chosen and of the rejected answers."""
+def scored_tokens(batch: PackedBatch) -> Int[Tensor, "3 P"]:
+    """Numbers of scored tokens of the chosen answers, the rejected answers and the prompts."""
     # Not bincount, which would wait for the GPU.
-    counts = span_index.new_zeros(2 * num_pairs).index_add(0, span_index, torch.ones_like(span_index)).view(2, num_pairs)
-    return counts[0], counts[1]
+    return _by_span(torch.ones_like(batch.span_index), batch.span_index, 3 * batch.num_pairs).view(3, -1)
+
+
+def _by_span(values: Tensor, span: Int[Tensor, "C"], spans: int) -> Tensor:
+    return values.new_zeros(spans).index_add(0, span, values)
 
 
 class _ScoredLogps(torch.autograd.Function):
@@ -71,12 +107,19 @@ class _ScoredLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: HeadTransform
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: HeadTransform,
+        with_collision: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         count = hidden.shape[0]
         logps = hidden.new_empty(count, dtype=torch.float32)
         log_normalizer = torch.empty_like(logps)
         mean_logit = torch.empty_like(logps)
+        collision = torch.empty_like(logps) if with_collision else logps.new_empty(0)
         if transform.softcap is None:
             # The mean of h . w over the vocabulary is h . mean(w): one pass over the head instead of one over all logits.
             mean_bias = 0.0 if bias is None else bias.float().mean()
@@ -87,13 +130,15 @@ class _ScoredLogps(torch.autograd.Function):
             logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - log_normalizer[rows]
             if transform.softcap is not None:
                 mean_logit[rows] = logits.mean(dim=-1)
+            if with_collision:
+                collision[rows] = 2 * log_normalizer[rows] - torch.logsumexp(logits.mul_(2), dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
         ctx.transform = transform
-        ctx.mark_non_differentiable(mean_logit)
-        return logps, mean_logit
+        ctx.mark_non_differentiable(mean_logit, collision)
+        return logps, mean_logit, collision
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -116,6 +161,7 @@ class _ScoredLogps(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
         )

@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,66 +19,130 @@ import torch
 
 from dspref import distributed
 from dspref.config import Config
-from dspref.data.batch import PackedBatch
-from dspref.objectives import PairLogps, PairLoss
+from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
+from dspref.logps import TokenLogps
+from dspref.objectives import Objective, PairLogps, PairLoss
+from dspref.router import Routing, balance, load_metrics
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
 
 
 class Meter:
     """Sums and counts by name, on the device. All ranks must add the same names in the same order."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, router_coef: float = 0.0) -> None:
+        """`router_coef`: weight of `aux_loss` in the loss."""
         self._device = device
         self._totals: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
+        self._weights: dict[str, float] = {"aux_loss": router_coef} if router_coef else {}
+        self._routing: Routing | None = None
 
     def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Add `total` over `count` things to the mean called `name`."""
         pair = torch.stack([torch.as_tensor(x, device=self._device, dtype=torch.float64) for x in (total.detach(), count)])
         self._totals[name] = self._totals[name] + pair if name in self._totals else pair
 
-    def add_pairs(self, loss: PairLoss, policy: PairLogps, mean_logits: Float[Tensor, "C"], batch: PackedBatch) -> None:
-        """The metrics of one pack under their TRL names, and each term of the loss as `loss/<component>`."""
-        pairs = batch.num_pairs
-        counts = {"pairs": pairs, "chosen_tokens": policy.chosen_tokens.sum()}
+    def add_pairs(self, loss: PairLoss, pairs: PairLogps) -> None:
+        """The metrics of some pairs under their TRL names, and each term of the loss as `loss/<component>`."""
         for component, term in loss.terms.items():
-            self.add(f"loss/{component}", term.values.sum(), counts[term.per])
+            self.add(f"loss/{component}", term.values.sum(), pairs.count(term.per))
             self._weights[f"loss/{component}"] = term.weight
-        margins = loss.chosen_rewards - loss.rejected_rewards
-        self.add("rewards/chosen", loss.chosen_rewards.sum(), pairs)
-        self.add("rewards/rejected", loss.rejected_rewards.sum(), pairs)
-        self.add("rewards/accuracies", (margins > 0).sum(), pairs)
-        self.add("rewards/margins", margins.sum(), pairs)
-        self.add("logps/chosen", policy.chosen.sum(), pairs)
-        self.add("logps/rejected", policy.rejected.sum(), pairs)
-        chosen_side = batch.span_index < pairs
-        self.add("logits/chosen", (mean_logits * chosen_side).sum(), policy.chosen_tokens.sum())
-        self.add("logits/rejected", (mean_logits * ~chosen_side).sum(), policy.rejected_tokens.sum())
+        margins = loss.metrics["rewards/chosen"] - loss.metrics["rewards/rejected"]
+        values = {
+            **loss.metrics,
+            "rewards/accuracies": margins > 0,
+            "rewards/margins": margins,
+            "lengths/chosen": pairs.chosen_tokens,
+            "lengths/rejected": pairs.rejected_tokens,
+        }
+        for name, of_pairs in values.items():
+            self.add(name, of_pairs.sum(), pairs.count("pairs"))
 
-    def add_expected(self, loss: PairLoss) -> None:
-        """The pair terms of a loss that is known beforehand, as `expected/<component>`."""
-        for component, term in loss.terms.items():
+    def add_logits(self, tokens: TokenLogps, pairs: PairLogps, batch: PackedBatch) -> None:
+        """Mean logits of a pack's scored answer tokens."""
+        side = batch.span_index // max(batch.num_pairs, 1)
+        self.add("logits/chosen", (tokens.mean_logits * (side == CHOSEN)).sum(), pairs.count("chosen_tokens"))
+        self.add("logits/rejected", (tokens.mean_logits * (side == REJECTED)).sum(), pairs.count("rejected_tokens"))
+
+    def add_expected(
+        self,
+        objective: Objective,
+        pairs: PairLogps,
+        reference: PairLogps | None,
+        delta: float,
+        rows: slice = slice(None),
+    ) -> None:
+        """The pair terms that a loss has where the policy is the reference, as `expected/<component>`."""
+        if reference is None:
+            return
+        present = {name: value for name, value in vars(reference).items() if value is not None}
+        for component, term in objective(replace(pairs.detach(), **present), reference, delta).terms.items():
             if term.per == "pairs":
-                self.add(f"expected/{component}", term.values.sum(), len(term.values))
+                self.add(f"expected/{component}", term.values[rows].sum(), len(term.values[rows]))
+
+    def add_load(self, routing: Routing) -> None:
+        """What the routers did with a pack, for the load of each expert and the balance of all tokens together."""
+        kept = [x.detach().double() for x in (routing.probabilities, routing.load, routing.tokens)]
+        self._routing = Routing(*(a + b for a, b in zip(self._routing, kept)) if self._routing else kept)
 
     def reduce(self) -> dict[str, float]:
         """Means over all ranks since the last call, with `loss` first: one all-reduce, one device sync."""
         if not self._totals:
             return {}
-        table = distributed.all_sum(torch.stack(list(self._totals.values()))).cpu()
+        sums = [torch.stack(list(self._totals.values())), *(self._routing or ())]
+        table, *routing = (part.cpu() for part in distributed.sum_over_ranks(*sums))
         means = {name: _mean(*row) for name, row in zip(self._totals, table.tolist())}
+        if routing:
+            load = Routing(*routing)
+            # An evaluation asks for no share of a step: there the balance is that of all its tokens.
+            means.setdefault("aux_loss", balance(load.probabilities, load.load, load.tokens, load.tokens).item())
+            means |= load_metrics(load.load)
         self._totals.clear()
+        self._routing = None
         loss = sum(weight * means[name] for name, weight in self._weights.items())
-        if "loss/nll" in means:
-            means["nll_loss"] = means["loss/nll"]
+        for component in ("loss/nll", "loss/sft"):
+            if component in means:
+                means["nll_loss"] = means[component]
         return {"loss": loss, **means}
 
 
 def _mean(total: float, count: float) -> float:
     return total / count if count else float("nan")
+
+
+class Displacement:
+    """Watches for likelihood displacement: chosen answers grow less likely while the margin still grows."""
+
+    STEPS = 30
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque(maxlen=self.STEPS)
+        self._told = False
+
+    def watch(self, record: Mapping[str, float]) -> str | None:
+        """A warning, once, when the last 30 logged steps show it."""
+        self._seen.append((record["rewards/chosen"], record["rewards/margins"]))
+        chosen, margins = zip(*self._seen)
+        if self._told or len(chosen) < self.STEPS or not (falls(chosen) and falls([-m for m in margins])):
+            return None
+        self._told = True
+        return (
+            f"warning: chosen answers have grown less likely over {self.STEPS} logged steps (rewards/chosen "
+            f"{chosen[0]:.3g} to {chosen[-1]:.3g}) while the margin grew: likelihood displacement; a smaller learning rate, "
+            "a larger beta or an NLL term (rpo_alpha, cpo_alpha) holds them"
+        )
+
+
+def falls(values: Sequence[float]) -> bool:
+    """Whether the thirds of a series fall one below the other, by more than its noise."""
+    if not all(map(math.isfinite, values)):
+        return False
+    size = len(values) // 3
+    thirds = [values[:size], values[size : 2 * size], values[2 * size :]]
+    first, middle, last = map(statistics.fmean, thirds)
+    noise = math.sqrt(sum(statistics.variance(third) / len(third) for third in (thirds[0], thirds[2])))
+    return first > middle > last and first - last > 3 * noise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,16 +22,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dspref import attention
+from dspref import attention, router
 from dspref.attention import PACKED, Segments
 from dspref.config import ModelSection, shipped
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.logps import HeadTransform, scored_logps
+from dspref.logps import HeadTransform, TokenLogps, scored_logps
+from dspref.router import Routing
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+    pass
 
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
@@ -53,22 +54,39 @@ class PackedCausalLM(nn.Module):
         self.transform = head_transform(lm.config)
         # As the model's authors wrote it, before dropout was turned off: what an export writes.
         self.published_config = published_config or lm.config
+        # What costs more and only some runs ask for; see `prepare_for_training`.
+        self.with_collision = False
+        self.router_aux_loss_coef = 0.0
 
-    def forward(self, batch: PackedBatch) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
-        """log p of each scored token, and the mean over the vocabulary of its logits, both fp32."""
+    def forward(self, batch: PackedBatch) -> tuple[TokenLogps, Routing | None]:
+        """log p of each scored token, and what the routers did, where their loss is trained."""
         segments = Segments(batch, self.kernel)
-        hidden = self.lm.base_model(
+        outputs = self.lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
             segments=segments,
-        ).last_hidden_state[0]
+            **({"output_router_logits": True} if self.router_aux_loss_coef else {}),
+        )
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
         head: Any = self.lm.get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
-        return scored_logps(hidden[batch.predictor_index], weight, bias, batch.targets, self.transform)
+        scored = scored_logps(
+            outputs.last_hidden_state[0][batch.predictor_index],
+            head.weight,
+            getattr(head, "bias", None),
+            batch.targets,
+            self.transform,
+            self.with_collision,
+        )
+        return scored, self._routing(outputs, batch) if self.router_aux_loss_coef else None
+
+    def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
+        if not outputs.router_logits:
+            raise ConfigError("model.router_aux_loss_coef: no layer of this model has experts; set 0")
+        top_k: Any = self.lm.num_experts_per_tok
+        return router.routing(outputs.router_logits, top_k, router.multiplicity(batch))
 
 
 def refuse_layers_before_head(lm: PreTrainedModel) -> None:
@@ -78,6 +96,23 @@ def refuse_layers_before_head(lm: PreTrainedModel) -> None:
     if between or all(part is not head for part in lm.children()):
         layers = ", ".join(between) or "no head of its own"
         raise ConfigError(f"model.name_or_path: {lm.config.model_type} has {layers} after its backbone; use another model")
+
+
+def router_coefficient(section: ModelSection, lm: PreTrainedModel) -> float:
+    """Weight of the load-balancing loss: the YAML's, else the model's own. Raises ConfigError for a model without it."""
+    # transformers' own sign that a family has this loss: its modeling file holds the function, its head knows the top k.
+    trains = hasattr(sys.modules[type(lm).__module__], "load_balancing_loss_func") and hasattr(lm, "num_experts_per_tok")
+    asked = section.router_aux_loss_coef
+    if asked and not trains:
+        raise ConfigError(
+            f"model.router_aux_loss_coef: {lm.config.model_type} has no router with a load-balancing loss; remove the key"
+        )
+    # Read from the model, which names it alike for all families but JetMoE; configs hide it in several places.
+    own = getattr(lm, "router_aux_loss_coef", getattr(lm, "aux_loss_coef", None)) if trains else None
+    coefficient = float(own or 0.0) if asked is None else asked
+    if section.router_aux_scope == "step" and not coefficient:
+        raise ConfigError("model.router_aux_scope: step has no effect without a load-balancing loss; drop the key")
+    return coefficient
 
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:
@@ -125,11 +160,6 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     positions = getattr(text, "max_position_embeddings", None)
     if positions and max_length and max_length > positions:
         raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
-    if getattr(text, "router_aux_loss_coef", None) and section.router_aux_loss_coef is None:
-        raise ConfigError(
-            "model.router_aux_loss_coef: this model has a router loss, which this version does not train; "
-            "set 0 to leave it out"
-        )
     folder = shipped(section.name_or_path)
     if section.init == "pretrained" and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ConfigError(
@@ -149,7 +179,9 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         raise ConfigError(f"model.name_or_path: {text.model_type} {UNPACKABLE[text.model_type]}; use another model")
     if family is not None:
         with torch.device("meta"):
-            refuse_layers_before_head(family(copy.deepcopy(config)))
+            skeleton = family(copy.deepcopy(config))
+        refuse_layers_before_head(skeleton)
+        router_coefficient(section, skeleton)
     _refuse_scaled_positions(text, max_length)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(
@@ -265,9 +297,12 @@ def content_digest(section: ModelSection) -> str:
     return digest.hexdigest()
 
 
-def prepare_for_training(model: PackedCausalLM, gradient_checkpointing: bool) -> PackedCausalLM:
+def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
+    """Set the policy up; `with_collision`: its forward gives the collision entropy of every scored token too."""
     model.train()
-    if gradient_checkpointing:
+    model.with_collision = with_collision
+    model.router_aux_loss_coef = router_coefficient(section, model.lm)
+    if section.gradient_checkpointing:
         model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 

@@ -22,8 +22,9 @@ from dspref.data.batch import PackedBatch
 from dspref.data.loader import Layout, sweep
 from dspref.data.store import PairStore
 from dspref.engine import Engine
-from dspref.logps import pair_logps, scored_tokens
-from dspref.objectives import OBJECTIVES, PairLogps
+from dspref.logps import TokenLogps, pair_logps, scored_tokens
+from dspref.objectives import PairLogps, needs_reference
+from dspref.router import Routing
 
 Reference = Callable[[str, PackedBatch], PairLogps | None]
 
@@ -38,14 +39,16 @@ class Origin(NamedTuple):
 # A long pass before step 1 says how far it is.
 TELL_EVERY_SECONDS = 20
 
-Forward = Callable[[PackedBatch], tuple[torch.Tensor, torch.Tensor]]
+Forward = Callable[[PackedBatch], tuple[TokenLogps, Routing | None]]
+# Columns of a table of reference log-probs: what every objective needs of a pair.
+COLUMNS = ("chosen", "rejected", "chosen_common", "rejected_common")
 
 
 def resolve_mode(config: Config) -> str:
     """`auto` is the cheapest mode that is exact: none where the objective needs none, else stored."""
     if config.reference.mode != "auto":
         return config.reference.mode
-    if not OBJECTIVES[config.objective.name].needs_reference:
+    if not needs_reference(**config.objective.model_dump()):
         return "none"
     # Offloading is for a model that stays; asking for it asks for the live one.
     return "engine" if config.reference.offload == "cpu" else "stored"
@@ -106,7 +109,7 @@ def live(forward: Forward, policy: Engine) -> Reference:
 
     @torch.no_grad()
     def reference(name: str, batch: PackedBatch) -> PairLogps:
-        return pair_logps(forward(batch)[0], batch.span_index, batch.num_pairs)
+        return pair_logps(forward(batch)[0], batch)
 
     return reference
 
@@ -148,19 +151,20 @@ def stored(
     tables = {name: table.to(policy.device) for name, table in found.items() if table is not None}
 
     def reference(name: str, batch: PackedBatch) -> PairLogps:
-        sums = tables[name][batch.pair_ids]
-        return PairLogps(sums[:, 0], sums[:, 1], *scored_tokens(batch.span_index, batch.num_pairs))
+        sums = dict(zip(COLUMNS, tables[name][batch.pair_ids].unbind(dim=1)))
+        chosen_tokens, rejected_tokens, _ = scored_tokens(batch)
+        return PairLogps(**sums, chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
 
     return reference
 
 
 def _read_table(path: Path, rows: int) -> torch.Tensor | None:
-    """Sums [rows, 2] as they were stored; None where there are none, or what is there is damaged."""
+    """Sums [rows, columns] as they were stored; None where there are none, or what is there is damaged."""
     try:
         table = load_file(path)["sums"]
     except (OSError, SafetensorError, KeyError):
         return None
-    return table if table.shape == (rows, 2) else None
+    return table if table.shape == (rows, len(COLUMNS)) else None
 
 
 def _write_tables(tables: Mapping[Path, torch.Tensor]) -> None:
@@ -173,10 +177,10 @@ def _write_tables(tables: Mapping[Path, torch.Tensor]) -> None:
 def _score_all(
     config: Config, policy: Engine, origin: Origin, sets: Mapping[str, PairStore], layout: Layout
 ) -> dict[str, torch.Tensor]:
-    """Sums [n, 2] (chosen, rejected) of each set. The policy itself serves while it still has the reference's weights."""
+    """Sums [n, columns] of each set. The policy itself serves while it still has the reference's weights."""
     if config.reference.name_or_path is None and config.reference.dtype in (None, config.model.dtype):
         with policy.evaluating():
-            return {name: score(policy.logps, store, layout, policy.device) for name, store in sets.items()}
+            return {name: score(policy.forward, store, layout, policy.device) for name, store in sets.items()}
     forward = load_forward(config, origin.weights, policy.device.type)
     with torch.no_grad():
         tables = {name: score(forward, store, layout, policy.device) for name, store in sets.items()}
@@ -185,13 +189,13 @@ def _score_all(
 
 
 def score(forward: Forward, store: PairStore, layout: Layout, device: torch.device) -> torch.Tensor:
-    """Log-prob sums of every pair of a store: fp32 [n, 2] on the CPU of every rank."""
-    sums = torch.zeros(len(store), 2, device=device)
+    """Log-prob sums of every pair of a store: fp32 [n, columns] on the CPU of every rank."""
+    sums = torch.zeros(len(store), len(COLUMNS), device=device)
     told = time.monotonic()
     for done, batch in sweep(store, layout):
         batch = batch.to(device)
-        logps = pair_logps(forward(batch)[0], batch.span_index, batch.num_pairs)
-        sums[batch.pair_ids] = torch.stack([logps.chosen, logps.rejected], dim=1)
+        logps = pair_logps(forward(batch)[0], batch)
+        sums[batch.pair_ids] = torch.stack([getattr(logps, name) for name in COLUMNS], dim=1)
         if time.monotonic() - told > TELL_EVERY_SECONDS:
             told = time.monotonic()
             distributed.log(f"reference: scored {done:.0%} of {len(store)} pairs", stamp=True)

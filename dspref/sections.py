@@ -5,15 +5,15 @@ The config refuses; it never rewrites what the user wrote. `dspref.config` reads
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+import builtins
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 
-from dspref import strategy
-from dspref.objectives import OBJECTIVES, Family, loss_keys
+from dspref import losses, strategy
+from dspref.objectives import MEANINGS, OBJECTIVES, Family, defaults, keys_of
 
 
 class Section(BaseModel):
@@ -49,7 +49,10 @@ class ModelSection(Section):
     disable_dropout: bool | Literal["all"] = True
     """true: no dropout in the base model; false: as the model's config says; all: adapters too."""
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the MoE load-balancing loss; 0 turns it off."""
+    """Weight of the MoE load-balancing loss; default: the model's own; 0 turns it off."""
+    router_aux_scope: Literal["micro", "step"] = "micro"
+    """Tokens over which experts are balanced: `micro`, packs that run at the same time on all ranks; `step`, the whole step,
+    exact on every layout, for one more forward."""
     lora: None = None
     """LoRA settings."""
     trust_remote_code: bool = False
@@ -238,34 +241,60 @@ class LogSection(Section):
 # The objective section comes from the table of losses: a loss's keyword-only arguments are its YAML keys
 
 
-def _objective_section(name: str, objective: Family) -> type[Section]:
-    fields: dict[str, Any] = {
-        "name": (Literal[name], name),
-        "loss_type": (Literal[tuple(objective.losses)], next(iter(objective.losses))),
-    }
-    for loss_type in objective.losses:
-        for key, parameter in loss_keys(objective, loss_type).items():
-            fields.setdefault(key, (_as_field(parameter.annotation), parameter.default))
-    if objective.nll_weight:
-        fields[objective.nll_weight] = (Annotated[float | None, Field(ge=0)], None)
+DEFAULT_OBJECTIVE = "dpo"
+
+
+def _objective_section(name: str, family: Family) -> type[Section]:
+    loss_type: Any = Literal[tuple(family.losses)]
+    named = Annotated[Literal[name], Field(description="The family of objectives; the other keys depend on it.")]
+    fields: dict[str, Any] = {"name": (named, DEFAULT_OBJECTIVE if name == DEFAULT_OBJECTIVE else ...)}
+    first = next(iter(family.losses))
+    about = Field(description=MEANINGS["loss_type"])
+    fields["loss_type"] = (Annotated[_one_or_several(loss_type) if family.mixes else loss_type, about], first)
+    if family.mixes:
+        weights = list[Annotated[float, Field(ge=0)]] | None
+        fields["loss_weights"] = (Annotated[weights, Field(description=MEANINGS["loss_weights"])], None)
+    functions = (family.assemble, *(loss.function for loss in family.losses.values()))
+    for key, of in defaults(name, family.losses).items():
+        kinds = [_named(keys_of(function)[key].annotation) for function in functions if key in keys_of(function)]
+        # Where losses differ in their default, None stands for the loss's own.
+        default = of[0] if len(of) == 1 else None
+        fields[key] = (_as_field(kinds, key, optional=len(of) > 1), default)
     return create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
 
 
-def _as_field(annotation: Any) -> Any:
-    """`Annotated[float, {"gt": 0}]`, or its source text -> the same with a pydantic Field."""
-    if isinstance(annotation, str):
-        annotation = vars(inspect.getmodule(Family))[annotation]
-    kind, *ranges = get_args(annotation)
-    return Annotated[kind, *(Field(**r) for r in ranges)]
+def _objective_name(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return value.get("name", DEFAULT_OBJECTIVE)
+    return getattr(value, "name", None)
 
 
-OBJECTIVE_SECTIONS = {name: _objective_section(name, objective) for name, objective in OBJECTIVES.items()}
-# A union of one member is that member, which needs (and takes) no discriminator.
-ObjectiveSection = (
-    Annotated[Union[tuple(OBJECTIVE_SECTIONS.values())], Field(discriminator="name")]
-    if len(OBJECTIVE_SECTIONS) > 1
-    else next(iter(OBJECTIVE_SECTIONS.values()))
-)
+def _one_or_several(kind: Any) -> Any:
+    several = Annotated[list[kind], Field(min_length=1)]
+    return Annotated[Union[Annotated[kind, Tag("one")], Annotated[several, Tag("many")]], Discriminator(_one_or_list)]
+
+
+def _named(annotation: Any) -> Any:
+    """The type that an annotation's source text names: one of `dspref.losses`, or a built-in one."""
+    return annotation if not isinstance(annotation, str) else vars(losses).get(annotation) or vars(builtins)[annotation]
+
+
+def _as_field(kinds: Sequence[Any], key: str, optional: bool) -> Any:
+    """The pydantic type of a key that some losses take, with None as a value where `optional`.
+
+    Of ranges such as `Annotated[float, {"gt": 0}]` it has what all share; `checks` holds each loss to its own.
+    """
+    bounds = [kind.__metadata__[0] if get_origin(kind) is Annotated else {} for kind in kinds]
+    shared = {bound: limit for bound, limit in bounds[0].items() if all(other.get(bound) == limit for other in bounds)}
+    inner = kinds[0].__origin__ if get_origin(kinds[0]) is Annotated else kinds[0]
+    return Annotated[inner | None if optional else inner, Field(**shared, description=MEANINGS[key])]
+
+
+OBJECTIVE_SECTIONS = {name: _objective_section(name, family) for name, family in OBJECTIVES.items()}
+ObjectiveSection = Annotated[
+    Union[tuple(Annotated[section, Tag(name)] for name, section in OBJECTIVE_SECTIONS.items())],
+    Discriminator(_objective_name),
+]
 
 
 def shipped(path: str) -> Path:
@@ -287,7 +316,7 @@ class Config(Section):
     """What it is compared with."""
     data: DataSection
     """The preference pairs."""
-    objective: ObjectiveSection = Field(default_factory=OBJECTIVE_SECTIONS["dpo"])  # type: ignore[valid-type]
+    objective: ObjectiveSection = Field(default_factory=OBJECTIVE_SECTIONS[DEFAULT_OBJECTIVE])  # type: ignore[valid-type]
     """The loss."""
     train: TrainSection = TrainSection()
     """Steps, optimizer, schedule."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from dspref import console, distributed, engine, metrics, model, reference
+from dspref import console, distributed, engine, losses, metrics, model, reference
 from dspref.checkpoint import RunFolder, committed_folders
 from dspref.config import Config, SourceSection, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
@@ -22,6 +22,7 @@ from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, NumericFault, UserError
 from dspref.export import export, warn_of_other_tokenizer
 from dspref.model import PackedCausalLM
+from dspref.objectives import Objective, as_list, build_objective, resolved
 from dspref.reference import Origin
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run."""
     data, world = config.data, distributed.world()
     sharing = sharing_pays(pairs) if data.prefix_sharing == "auto" else data.prefix_sharing
-    layout = Layout(data.tokens_per_pack, sharing, world.rank, world.size)
+    prompts = build_objective(**config.objective.model_dump()).scores_prompt
+    layout = Layout(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt=prompts)
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
@@ -168,14 +170,13 @@ def introduce(
     config: Config, pairs: PairStore, held_out: Mapping[str, PairStore], loader: StepLoader, steps: int, kernel: str
 ) -> None:
     """The banner: what is about to happen, in numbers."""
-    world, train, objective = distributed.world(), config.train, config.objective
+    world, train = distributed.world(), config.train
     prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
-    keys = {k: v for k, v in objective.model_dump().items() if k not in ("name", "loss_type") and v is not None}
     sharing = "on" if loader.layout.prefix_sharing else "off"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
-        "objective": f"{objective.name} / {objective.loss_type}  {', '.join(f'{k} {v}' for k, v in keys.items())}",
+        "objective": describe_objective(config),
         "reference": reference.describe(config),
         "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
@@ -186,10 +187,24 @@ def introduce(
     console.banner(rows)
 
 
-def load_policy(config: Config, weights: str, kernel: str) -> PackedCausalLM:
+def describe_objective(config: Config) -> str:
+    """The losses and every key that is in force; under another divergence, what takes the place of log u."""
+    keys = resolved(**config.objective.model_dump())
+    title = f"{keys.pop('name')} / {' + '.join(as_list(keys.pop('loss_type')))}"
+    kind = keys.get("f_divergence_type", "reverse_kl")
+    instead = f"; f'(u) = {losses.DERIVATIVES[kind]} for log u" if kind != "reverse_kl" else ""
+    quiet = {key: value for key, value in keys.items() if value is not False and key != "f_divergence_type"}
+    return f"{title}  {', '.join(f'{key} {value}' for key, value in quiet.items())}{instead}"
+
+
+def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
     policy = model.load(config.model, weights, kernel, config.model.dtype, zero3)
-    return model.prepare_for_training(policy, config.model.gradient_checkpointing)
+    policy = model.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
+    if coefficient := policy.router_aux_loss_coef:
+        over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
+        distributed.log(f"experts: load-balancing loss x {coefficient:g}, over the tokens of {over} on all ranks")
+    return policy
 
 
 def check_finite(config: Config, step: int, loss: float, grad_norm: float) -> None:
@@ -243,7 +258,7 @@ def learned(path: Path) -> dict[str, tuple[float | None, float]]:
     """(first, last) of what matters in metrics.jsonl: training loss, reward accuracy and margin, then evaluations."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     training = list(metrics.training_lines(path))
-    names = ("loss", "nll_loss", "rewards/accuracies", "rewards/margins")
+    names = ("loss", "nll_loss", "aux_loss", "rewards/accuracies", "rewards/margins")
     table = {name: (training[0][name], training[-1][name]) for name in names if training and name in training[-1]}
     evaluations = [record for record in records if "loss" not in record]
     for name in sorted({key for record in evaluations for key in record if key.endswith(names)}):

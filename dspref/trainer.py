@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dspref import checkpoint, console, distributed, engine, model, stages
+from dspref import checkpoint, console, distributed, engine, gradient, model, stages
 from dspref import reference as references
 from dspref.checkpoint import Progress, RunFolder
 from dspref.config import Config
 from dspref.data.loader import Step
 from dspref.engine import Engine
 from dspref.evaluate import evaluate
-from dspref.logps import pair_logps
-from dspref.metrics import Meter, Recorder
-from dspref.objectives import Objective, build_objective, total
-from dspref.reference import Reference
+from dspref.gradient import StepLoss
+from dspref.metrics import Displacement, Meter, Recorder
+from dspref.objectives import build_objective
 
 
 def train(config: Config, source: Path | None = None) -> None:
@@ -40,19 +39,21 @@ def train(config: Config, source: Path | None = None) -> None:
     stages.introduce(config, pairs, held_out, loader, steps, kernel)
 
     objective = build_objective(**config.objective.model_dump())
-    policy = Engine.for_training(stages.load_policy(config, origin.weights, kernel), config, steps)
+    policy = Engine.for_training(stages.load_policy(config, objective, origin.weights, kernel), config, steps)
+    loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
     reference = references.build(config, policy, origin, sets, layout, run.path)
     progress = checkpoint.resume(run, policy, config.checkpoint.resume)
     stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view = console.ProgressView(progress.step, steps)
-    meter = Meter(device)
+    meter, displacement = Meter(device, loss.router_coef), Displacement()
+    rewards = progress.rewards
 
     for step in loader.steps(progress.step, steps):
         clock, last = time.monotonic(), step.number == steps
         logged = step.number == 1 or last or step.number % config.log.every == 0
-        accumulate(step, policy, objective, reference, meter if logged else None)
+        rewards = gradient.accumulate(step, policy, loss, reference, rewards, meter if logged else None)
         learning_rate, grad_norm = policy.learning_rate, policy.step()
 
         if logged:
@@ -64,14 +65,16 @@ def train(config: Config, source: Path | None = None) -> None:
             record |= means | performance(step, time.monotonic() - clock)
             recorder.write(record)
             view.show(step.number, record)
+            if warning := displacement.watch(record):
+                view.note(warning)
         view.advance(step.number)
         evaluation: dict[str, float] = {}
         if held_out and (last or due(step.number, config.train.eval_every)):
-            evaluation = evaluate(policy, objective, reference, held_out, layout)
+            evaluation = evaluate(policy, loss, reference, rewards, held_out, layout)
             recorder.write(header(step) | evaluation)
             view.note(console.evaluation_line(step.number, evaluation, list(held_out)))
         if due(step.number, config.checkpoint.save_every) or (last and config.checkpoint.save_every):
-            progress = Progress(step.number, recorder.offset, recorder.tracker_id)
+            progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards)
             checkpoint.save(run, policy, progress, evaluation)
             checkpoint.prune(run, config.checkpoint)
             view.note(f"step {step.number}: checkpoint committed")
@@ -79,21 +82,6 @@ def train(config: Config, source: Path | None = None) -> None:
     recorder.close()
     stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
     policy.close()
-
-
-def accumulate(step: Step, policy: Engine, objective: Objective, reference: Reference, meter: Meter | None) -> None:
-    """Add the gradient of the step's loss, pack by pack, and its metrics where `meter` asks for them."""
-    for batch in step.packs:
-        batch = batch.to(policy.device)
-        logps, mean_logits = policy.logps(batch)
-        policy_logps = pair_logps(logps, batch.span_index, batch.num_pairs)
-        reference_logps = reference("train", batch)
-        loss = objective(policy_logps, reference_logps)
-        policy.backward(total(loss, step.counts))
-        if meter:
-            meter.add_pairs(loss, policy_logps, mean_logits, batch)
-        if meter and step.number == 1 and reference_logps:
-            meter.add_expected(objective(reference_logps, reference_logps))
 
 
 def due(step: int, every: int | None) -> bool:

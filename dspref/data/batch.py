@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Span of a scored token = side x P + pair, so that one index_add gives all sums as [sides, P].
-CHOSEN, REJECTED = 0, 1
+CHOSEN, REJECTED, PROMPT = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class PackedBatch:
     predictor_index: Int[Tensor, "C"]
     targets: Int[Tensor, "C"]
     span_index: Int[Tensor, "C"]
+    place_in_span: Int[Tensor, "C"]
     pair_ids: Int[Tensor, "P"]
     max_seqlen_q: int
     max_seqlen_k: int
@@ -54,11 +55,15 @@ def computed_tokens(lengths: np.ndarray, prefix_sharing: bool) -> np.ndarray:
     return prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]
 
 
-def collate(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], *, prefix_sharing: bool) -> PackedBatch:
+def collate(
+    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], *, prefix_sharing: bool, score_prompt: bool = False
+) -> PackedBatch:
     """Lay pairs out in one row. With `prefix_sharing` a pair is `[prompt | chosen | rejected]` and the prompt is computed
-    once; without, `[prompt | chosen][prompt | rejected]`. Log-probs are the same either way. No pairs give a filler pack."""
+    once; without, `[prompt | chosen][prompt | rejected]`. Log-probs are the same either way. No pairs give a filler pack.
+
+    `score_prompt`: the prompt's tokens 2..n are scored too, once per pair, in the chosen sequence."""
     lay_out = _shared_segments if prefix_sharing else _separate_segments
-    segments = [segment for k, pair in enumerate(pairs) for segment in lay_out(pair, k, len(pairs))] or [_filler()]
+    segments = [s for k, pair in enumerate(pairs) for s in lay_out(pair, k, len(pairs), score_prompt)] or [_filler()]
     starts = np.cumsum([0] + [len(s.tokens) for s in segments])
     keys, predictors = [], []
     for start, segment in zip(starts, segments):
@@ -66,11 +71,11 @@ def collate(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], *, prefix_s
         # A segment with a shared prompt reads its keys right where the pair starts, `prompt_offset` tokens before it.
         prompt = np.arange(segment.prompt) + (start - segment.prompt_offset)
         keys.append(np.concatenate([prompt, own]) if segment.prompt else own)
-        first = prompt[-1:] if segment.prompt else own[:0]
-        predictors.append(
-            np.concatenate([first, own])[: -1 or None][-len(segment.scored) :] if len(segment.scored) else own[:0]
-        )
+        scored = segment.num_scored
+        # Token t is predicted at t - 1: the run of scored tokens, one earlier.
+        predictors.append(np.concatenate([prompt[-1:], own])[-scored - 1 : -1] if scored else own[:0])
     cu_k = np.cumsum([0] + [len(k) for k in keys])
+    runs = [run for segment in segments for run in segment.runs] or [(0, 0)]
     return PackedBatch(
         input_ids=_int64([s.tokens for s in segments]),
         position_ids=_int64([np.arange(s.prompt, s.prompt + len(s.tokens)) for s in segments]),
@@ -78,8 +83,9 @@ def collate(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], *, prefix_s
         cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32),
         kv_index=_int64(keys) if any(s.prompt for s in segments) else None,
         predictor_index=_int64(predictors),
-        targets=_int64([s.scored for s in segments]),
-        span_index=_int64([np.full(len(s.scored), s.span) for s in segments]),
+        targets=_int64([s.tokens[len(s.tokens) - s.num_scored :] for s in segments]),
+        span_index=_int64([np.full(length, span) for span, length in runs]),
+        place_in_span=_int64([np.arange(length) for _, length in runs]),
         pair_ids=torch.tensor(list(pair_ids), dtype=torch.int64),
         max_seqlen_q=int(np.diff(starts).max()),
         max_seqlen_k=int(np.diff(cu_k).max()),
@@ -89,34 +95,42 @@ def collate(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], *, prefix_s
 
 @dataclass(frozen=True)
 class _Segment:
-    """A run of tokens with its own attention: the last `len(scored)` tokens are scored for `span`; `prompt` tokens that
-    start `prompt_offset` before the run are keys too, and precede it in position."""
+    """A run of tokens with its own attention. Its last tokens are scored, in `runs` of (span, number of tokens); `prompt`
+    tokens that start `prompt_offset` before it are keys too, and precede it in position."""
 
     tokens: np.ndarray
-    scored: np.ndarray
-    span: int
+    runs: tuple[tuple[int, int], ...] = ()
     prompt: int = 0
     prompt_offset: int = 0
 
+    @property
+    def num_scored(self) -> int:
+        return sum(length for _, length in self.runs)
 
-def _separate_segments(pair: TokenizedPair, k: int, num_pairs: int) -> list[_Segment]:
+
+def _chosen_segment(pair: TokenizedPair, k: int, num_pairs: int, score_prompt: bool) -> _Segment:
+    prompt_run = ((PROMPT * num_pairs + k, len(pair.prompt) - 1),) if score_prompt else ()
+    tokens = np.concatenate([pair.prompt, pair.chosen])
+    return _Segment(tokens, (*prompt_run, (CHOSEN * num_pairs + k, len(pair.chosen))))
+
+
+def _separate_segments(pair: TokenizedPair, k: int, num_pairs: int, score_prompt: bool) -> list[_Segment]:
+    rejected = np.concatenate([pair.prompt, pair.rejected])
     return [
-        _Segment(np.concatenate([pair.prompt, answer]), answer, side * num_pairs + k)
-        for side, answer in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected))
+        _chosen_segment(pair, k, num_pairs, score_prompt),
+        _Segment(rejected, ((REJECTED * num_pairs + k, len(pair.rejected)),)),
     ]
 
 
-def _shared_segments(pair: TokenizedPair, k: int, num_pairs: int) -> list[_Segment]:
-    first = np.concatenate([pair.prompt, pair.chosen])
-    return [
-        _Segment(first, pair.chosen, CHOSEN * num_pairs + k),
-        _Segment(pair.rejected, pair.rejected, REJECTED * num_pairs + k, len(pair.prompt), len(first)),
-    ]
+def _shared_segments(pair: TokenizedPair, k: int, num_pairs: int, score_prompt: bool) -> list[_Segment]:
+    first = _chosen_segment(pair, k, num_pairs, score_prompt)
+    runs = ((REJECTED * num_pairs + k, len(pair.rejected)),)
+    return [first, _Segment(pair.rejected, runs, len(pair.prompt), len(first.tokens))]
 
 
 def _filler() -> _Segment:
     """Four tokens that score nothing: a real forward and a zero gradient, for a rank that has run out of pairs."""
-    return _Segment(np.zeros(4, dtype=np.int64), np.zeros(0, dtype=np.int64), 0)
+    return _Segment(np.zeros(4, dtype=np.int64))
 
 
 def _int64(parts: Sequence[np.ndarray]) -> Tensor:

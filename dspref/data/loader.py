@@ -26,6 +26,8 @@ class Layout:
     prefix_sharing: bool
     rank: int = 0
     world_size: int = 1
+    score_prompt: bool = False
+    """Not a matter of speed: ORPO asks for the log-probs of prompts too."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Step:
     num_packs: int
     packs: Iterator[PackedBatch]
     counts: dict[str, int]
-    """`pairs`, `chosen_tokens`, `rejected_tokens` (scored), `tokens` (of prompt + answer, both answers)."""
+    """`pairs`; `chosen_tokens`, `rejected_tokens` (scored), `chosen_and_prompt_tokens` (without a prompt's first);
+    `tokens` (of prompt + answer, both answers)."""
     fill: float
     """Computed tokens over the room in all packs of all ranks."""
 
@@ -78,8 +81,13 @@ class StepLoader:
 def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
     """Global counts of some pairs. Every rank knows all lengths, so no rank asks another."""
     prompt, chosen, rejected = store.lengths[ids].sum(axis=0).tolist()
-    tokens = 2 * prompt + chosen + rejected
-    return {"pairs": len(ids), "chosen_tokens": chosen, "rejected_tokens": rejected, "tokens": tokens}
+    return {
+        "pairs": len(ids),
+        "chosen_tokens": chosen,
+        "rejected_tokens": rejected,
+        "chosen_and_prompt_tokens": prompt - len(ids) + chosen,
+        "tokens": 2 * prompt + chosen + rejected,
+    }
 
 
 def packs_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[int, Iterator[PackedBatch], float]:
@@ -87,9 +95,8 @@ def packs_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[int, It
     lengths = computed_tokens(store.lengths[ids], layout.prefix_sharing)
     members = pack(lengths, layout.tokens_per_pack, layout.world_size)[layout.rank]
     room = len(members) * layout.world_size * layout.tokens_per_pack
-    packs = (
-        collate([store[i] for i in ids[m].tolist()], ids[m].tolist(), prefix_sharing=layout.prefix_sharing) for m in members
-    )
+    how = {"prefix_sharing": layout.prefix_sharing, "score_prompt": layout.score_prompt}
+    packs = (collate([store[i] for i in ids[m].tolist()], ids[m].tolist(), **how) for m in members)
     return len(members), packs, float(lengths.sum()) / room
 
 

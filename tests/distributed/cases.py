@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from dspref import config as configuration
-from dspref import distributed, engine, launcher, model, stages, trainer
+from dspref import distributed, engine, gradient, launcher, model, stages, trainer
 from dspref import reference as references
 from dspref.engine import Engine
 from dspref.errors import UserError
+from dspref.gradient import StepLoss
 from dspref.metrics import Meter
-from dspref.objectives import build_objective
+from dspref.objectives import RunningMean, build_objective
 
 
 def first_steps(config_path: str, variants: list[list[str]]) -> list[dict[str, Any]]:
@@ -30,14 +31,15 @@ def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     kernel, _, pairs, held_out = stages.prepare(config, device.type)
     _, loader = stages.plan(config, pairs)
     weights = config.model.name_or_path
-    policy = Engine.for_training(stages.load_policy(config, weights, kernel), config, 1)
+    objective = build_objective(**config.objective.model_dump())
+    policy = Engine.for_training(stages.load_policy(config, objective, weights, kernel), config, 1)
     sets = {"train": pairs, **held_out}
     origin = references.Origin(weights, references.digest(config, weights))
     reference = references.build(config, policy, origin, sets, loader.layout, Path(config.output_dir))
-    meter = Meter(device)
-    objective = build_objective(**config.objective.model_dump())
+    loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
+    meter = Meter(device, loss.router_coef)
     step = next(loader.steps(0, 1))
-    trainer.accumulate(step, policy, objective, reference, meter)
+    gradient.accumulate(step, policy, loss, reference, RunningMean(), meter)
     grad_norm = policy.step()
     result = {
         **meter.reduce(), "grad_norm": grad_norm, "packs": step.num_packs, "gradients": _gradients(policy, config),
@@ -94,6 +96,7 @@ def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float
     device = engine.bring_up(config.model.dtype)
     model.quiet()
     kernel = stages.prepare(config, device.type)[0]
+    objective = build_objective(**config.objective.model_dump())
     before, peak, done = _private_mb(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -102,7 +105,7 @@ def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    policy = stages.load_policy(config, config.model.name_or_path, kernel)
+    policy = stages.load_policy(config, objective, config.model.name_or_path, kernel)
     done.set()
     watcher.join()
     whole = sum(p.ds_numel for p in policy.parameters()) * 4 / 2**20  # type: ignore[attr-defined]

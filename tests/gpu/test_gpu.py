@@ -33,7 +33,7 @@ def random_pairs(count: int, vocabulary: int) -> list[TokenizedPair]:
 def run_packed(model: torch.nn.Module, kernel: str, sharing: bool, pairs: list[TokenizedPair]) -> tuple[torch.Tensor, list]:
     packed = PackedCausalLM(model, kernel)  # type: ignore[arg-type]
     packed.zero_grad()
-    logps, _ = packed(collate(pairs, range(len(pairs)), prefix_sharing=sharing).to("cuda"))
+    logps = packed(collate(pairs, range(len(pairs)), prefix_sharing=sharing).to("cuda"))[0].logps
     logps.mean().backward()
     return logps.detach(), [p.grad.float().clone() for p in packed.parameters()]
 
@@ -60,7 +60,7 @@ def test_log_probs_never_hold_all_logits():
     targets = torch.randint(0, 128_000, (8192,), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    logps, _ = scored_logps(hidden, weight, None, targets)
+    logps = scored_logps(hidden, weight, None, targets).logps
     logps.sum().backward()
     whole = 8192 * 128_000 * 4
     assert torch.cuda.max_memory_allocated() - before < whole / 4
@@ -72,11 +72,39 @@ def test_log_probs_never_hold_all_logits():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_run_on_one_gpu(stage, dtype, tmp_path: Path):
-    save_tiny(tmp_path / "model", tiny_config("qwen2", save_tokenizer(tmp_path / "tokenizer")), seed=1)
+    losses = run(tmp_path, stage, dtype, "qwen2", {"name": "dpo"})
+    assert math.isclose(losses[0], math.log(2), abs_tol=1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "dpo", "loss_type": ["aot", "bco_pair", "sft"], "use_weighting": False, "ld_alpha": 0.5},
+        {"name": "dpo", "use_weighting": True},
+        {"name": "simpo"},
+        {"name": "orpo"},
+    ],
+    ids=["two passes", "wpo", "simpo", "orpo"],
+)
+def test_objectives_on_one_gpu(objective, model_type, tmp_path: Path):
+    run(tmp_path, 3, "bfloat16", model_type, objective)
+
+
+def run(tmp_path: Path, stage: int, dtype: str, model_type: str, objective: dict) -> list[float]:
+    """Losses of four steps of a tiny model, in several packs, as a user starts them."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    config = tiny_config(model_type, save_tokenizer(tmp_path / "tokenizer"), **(experts if "moe" in model_type else {}))
+    save_tiny(tmp_path / "model", config, seed=1)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(24, seed=2)))
     values = {
         "model": {"name_or_path": f"{tmp_path}/model", "tokenizer_name_or_path": f"{tmp_path}/tokenizer", "dtype": dtype},
-        "data": {"train": {"path": f"{tmp_path}/pairs.jsonl"}, "eval": {"path": f"{tmp_path}/pairs.jsonl"}},
+        "data": {
+            "train": {"path": f"{tmp_path}/pairs.jsonl"},
+            "eval": {"path": f"{tmp_path}/pairs.jsonl"},
+            "tokens_per_pack": 512,
+        },
+        "objective": objective,
         "train": {"pairs_per_step": 8, "max_steps": 4, "learning_rate": 1e-4},
         "deepspeed": {"zero_optimization": {"stage": stage}},
         "checkpoint": {"save_every": 2},
@@ -89,5 +117,5 @@ def test_a_run_on_one_gpu(stage, dtype, tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
-    assert math.isclose(losses[0], math.log(2), abs_tol=1e-5 if dtype == "float32" else 2e-2)
     assert len(losses) == 4 and all(map(math.isfinite, losses))
+    return losses

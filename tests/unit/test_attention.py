@@ -98,10 +98,12 @@ def test_packed_forward_is_one_plain_forward_per_sequence(family: str, tmp_path:
     section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
     packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
     for sharing in (False, True):
-        ours, mean_logits = packed(collate(pairs, range(len(pairs)), prefix_sharing=sharing))
-        assert (ours - expected).abs().max() <= 2e-6
-        assert mean_logits.shape == ours.shape
-        our_gradients = gradients(packed.lm, ours)
+        ours, routing = packed(collate(pairs, range(len(pairs)), prefix_sharing=sharing))
+        assert routing is None, "the router loss is for a policy that was prepared for training"
+        assert (ours.logps - expected).abs().max() <= 2e-6
+        assert ours.mean_logits.shape == ours.logps.shape
+        assert ours.collision is None
+        our_gradients = gradients(packed.lm, ours.logps)
         assert our_gradients.keys() == expected_gradients.keys()
         for name, gradient in expected_gradients.items():
             # A key's bias moves no softmax: its gradient is noise around 0, and the floor is for it.
@@ -119,15 +121,33 @@ def test_sequences_are_long_enough_to_cross_the_windows() -> None:
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     """The layout of the pack reaches attention in the recomputation too."""
     save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
-    section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
     batch = collate(some_pairs(), range(3), prefix_sharing=True)
     results = []
     for checkpointing in (False, True):
+        section = ModelSection(name_or_path=str(tmp_path), dtype="float32", gradient_checkpointing=checkpointing)
         packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
-        packed = model.prepare_for_training(packed, gradient_checkpointing=checkpointing)
-        logps, _ = packed(batch)
+        packed = model.prepare_for_training(packed, section, with_collision=False)
+        assert packed.lm.is_activation_checkpointing == checkpointing
+        (logps, *_), _ = packed(batch)
         results.append((logps.detach(), gradients(packed.lm, logps)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
+
+
+def test_collision_entropies_come_with_the_policy_that_was_asked_for_them(tmp_path: Path) -> None:
+    """Those of its own distribution at each scored token; its log-probs stay what they were."""
+    lm = save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
+    section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
+    batch, given = collate(some_pairs(1), [0], prefix_sharing=False), {}
+    for asked in (False, True):
+        packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
+        given[asked], _ = model.prepare_for_training(packed, section, with_collision=asked)(batch)
+    assert given[False].collision is None
+    assert torch.equal(given[True].logps, given[False].logps)
+    pair = some_pairs(1)[0]
+    ids = torch.from_numpy(np.concatenate([pair.prompt, pair.chosen])).long()
+    with torch.no_grad():
+        chances = lm(input_ids=ids[None]).logits[0, len(pair.prompt) - 1 : -1].softmax(dim=-1)
+    torch.testing.assert_close(given[True].collision[: len(pair.chosen)], -chances.square().sum(dim=-1).log())
 
 
 def test_who_shares_a_pack_changes_nothing(tmp_path: Path) -> None:
@@ -136,14 +156,14 @@ def test_who_shares_a_pack_changes_nothing(tmp_path: Path) -> None:
     pairs = some_pairs()
     with torch.no_grad():
         together, _ = packed(collate(pairs, range(3), prefix_sharing=True))
-        alone = torch.cat([packed(collate([pair], [0], prefix_sharing=True))[0] for pair in pairs])
-    assert (together - alone).abs().max() <= 2e-6
+        alone = torch.cat([packed(collate([pair], [0], prefix_sharing=True))[0].logps for pair in pairs])
+    assert (together.logps - alone).abs().max() <= 2e-6
 
 
 def test_a_filler_pack_gives_zero_gradients_to_every_parameter(tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
     packed = model.load(ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None)
-    logps, _ = packed(collate([], [], prefix_sharing=True))
+    (logps, *_), _ = packed(collate([], [], prefix_sharing=True))
     assert logps.shape == (0,)
     logps.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in packed.lm.parameters())
@@ -159,7 +179,7 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
         packed = model.load(section, str(tmp_path), "sdpa", "float32", None).train()
         assert packed.published_config.attn_pdrop == 0.3
         with torch.no_grad():
-            spread[disable] = (packed(batch)[0] - packed(batch)[0]).abs().max().item()
+            spread[disable] = (packed(batch)[0].logps - packed(batch)[0].logps).abs().max().item()
     assert spread[True] == 0.0
     assert spread[False] > 0.01
 
@@ -257,8 +277,9 @@ def check(
 
 def test_a_model_that_fits_is_let_through() -> None:
     for family in FAMILIES:
-        router = {"router_aux_loss_coef": 0.0} if "moe" in family else {}
-        assert check(config_of(family), **router) == "sdpa"
+        assert check(config_of(family)) == "sdpa"
+        assert check(config_of(family), router_aux_loss_coef=0.0) == "sdpa"
+    assert check(config_of("qwen3_moe"), router_aux_loss_coef=0.1) == "sdpa"
     assert check(tiny_config("qwen2", max_position_embeddings=64), max_length=64, vocabulary=256) == "sdpa"
     assert check(tiny_config("qwen2"), max_length=None) == "sdpa"
 
@@ -269,7 +290,7 @@ def test_a_model_that_fits_is_let_through() -> None:
         ("qwen2", {}, {"vocabulary": 257}, "model.tokenizer_name_or_path: token id 256 .*vocabulary of 256"),
         ("qwen2", {"max_position_embeddings": 32}, {"max_length": 33}, "data.max_length: 33 .*32 positions"),
         ("gpt2", {"max_position_embeddings": 32}, {"max_length": 33}, "data.max_length: 33 .*32 positions"),
-        ("qwen3_moe", {"router_aux_loss_coef": 0.001}, {}, "model.router_aux_loss_coef: .*set 0"),
+        ("qwen2", {}, {"router_aux_loss_coef": 0.1}, "model.router_aux_loss_coef: qwen2 has no router.*remove the key"),
         ("qwen3_next", {}, {"router_aux_loss_coef": 0.0}, "model.name_or_path: qwen3_next has linear_attention layers"),
         (
             "llama",

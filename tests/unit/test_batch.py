@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspref.data.batch import CHOSEN, REJECTED, PackedBatch, collate, computed_tokens
+from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch, collate, computed_tokens
 from dspref.data.tokenize import TokenizedPair
 
 
@@ -32,13 +32,15 @@ def visible(batch: PackedBatch) -> list[list[int]]:
     return sees
 
 
+@pytest.mark.parametrize("score_prompt", [False, True])
 @pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("seed", range(25))
-def test_each_scored_token_is_predicted_from_its_own_prefix(seed: int, sharing: bool) -> None:
+def test_each_scored_token_is_predicted_from_its_own_prefix(seed: int, sharing: bool, score_prompt: bool) -> None:
     """Read back from the tensors alone: for each pair and side, the predictor of answer token j attends to exactly
-    prompt + answer[:j] at positions 0, 1, 2, ..., and every token that it attends to has seen the same prefix."""
+    prompt + answer[:j] at positions 0, 1, 2, ..., and every token that it attends to has seen the same prefix. So has the
+    predictor of prompt token j, where prompts are scored: tokens 2 to n, once per pair."""
     pairs = random_pairs(1 + seed % 5, seed)
-    batch = collate(pairs, range(100, 100 + len(pairs)), prefix_sharing=sharing)
+    batch = collate(pairs, range(100, 100 + len(pairs)), prefix_sharing=sharing, score_prompt=score_prompt)
     sees, ids, positions = visible(batch), batch.input_ids.tolist(), batch.position_ids.tolist()
     assert len(sees) == len(ids) == len(positions)
     for t, context in enumerate(sees):
@@ -47,14 +49,20 @@ def test_each_scored_token_is_predicted_from_its_own_prefix(seed: int, sharing: 
         for n, s in enumerate(context):
             assert sees[s] == context[: n + 1]
 
-    scored = list(zip(batch.predictor_index.tolist(), batch.targets.tolist(), batch.span_index.tolist()))
+    names = ("predictor_index", "targets", "span_index", "place_in_span")
+    scored = list(zip(*(getattr(batch, name).tolist() for name in names)))
     for k, pair in enumerate(pairs):
-        for side, answer in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
-            of_side = [(p, target) for p, target, span in scored if divmod(span, len(pairs)) == (side, k)]
-            assert [target for _, target in of_side] == answer.tolist()
-            for j, (predictor, _) in enumerate(of_side):
-                assert [ids[s] for s in sees[predictor]] == [*pair.prompt, *answer[:j]]
-    assert len(scored) == sum(len(p.chosen) + len(p.rejected) for p in pairs)
+        answers = [(CHOSEN, pair.prompt, pair.chosen), (REJECTED, pair.prompt, pair.rejected)]
+        if score_prompt:
+            answers.append((PROMPT, pair.prompt[:1], pair.prompt[1:]))
+        for side, before, tokens in answers:
+            of_side = [(p, target, place) for p, target, span, place in scored if divmod(span, len(pairs)) == (side, k)]
+            assert [target for _, target, _ in of_side] == tokens.tolist()
+            assert [place for *_, place in of_side] == list(range(len(tokens)))
+            for j, (predictor, _, _) in enumerate(of_side):
+                assert [ids[s] for s in sees[predictor]] == [*before, *tokens[:j]]
+    of_prompts = sum(len(p.prompt) - 1 for p in pairs) if score_prompt else 0
+    assert len(scored) == sum(len(p.chosen) + len(p.rejected) for p in pairs) + of_prompts
 
 
 @pytest.mark.parametrize("sharing", [False, True])
@@ -90,7 +98,42 @@ def test_layouts_of_one_pair_written_out() -> None:
     for batch in (apart, shared):
         assert batch.targets.tolist() == [1, 2, 3, 4, 5]
         assert batch.span_index.tolist() == [0, 0, 0, 1, 1]
+        assert batch.place_in_span.tolist() == [0, 1, 2, 0, 1]
         assert batch.pair_ids.tolist() == [42]
+
+
+def test_scored_prompts_of_one_pair_written_out() -> None:
+    """Token 7 of the prompt is not scored: nothing comes before it."""
+    pair = TokenizedPair(*(np.array(ids, dtype=np.int32) for ids in ([7, 8, 9], [1, 2], [4, 5, 6])))
+    for sharing, predictors in ((False, [0, 1, 2, 3, 7, 8, 9]), (True, [0, 1, 2, 3, 2, 5, 6])):
+        batch = collate([pair], [42], prefix_sharing=sharing, score_prompt=True)
+        assert batch.targets.tolist() == [8, 9, 1, 2, 4, 5, 6]
+        assert batch.predictor_index.tolist() == predictors
+        assert batch.span_index.tolist() == [PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED, REJECTED, REJECTED]
+        assert batch.place_in_span.tolist() == [0, 1, 0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_scoring_prompts_adds_scored_tokens_and_changes_nothing_else(sharing: bool) -> None:
+    """The model computes the same: the answers' log-probs cannot depend on whether an objective asks for prompts."""
+    pairs = random_pairs(5, seed=7)
+    plain, more = (collate(pairs, range(5), prefix_sharing=sharing, score_prompt=flag) for flag in (False, True))
+    kept = more.span_index // 5 != PROMPT
+    assert 0 < kept.sum() < len(kept)
+    for field in fields(plain):
+        left, right = getattr(plain, field.name), getattr(more, field.name)
+        if field.name in ("predictor_index", "targets", "span_index", "place_in_span"):
+            right = right[kept]
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_prompt_of_one_token_scores_nothing(sharing: bool) -> None:
+    pairs = random_pairs(3, seed=8, longest=1)
+    plain, more = (collate(pairs, range(3), prefix_sharing=sharing, score_prompt=flag) for flag in (False, True))
+    for field in fields(plain):
+        left, right = getattr(plain, field.name), getattr(more, field.name)
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
 
 
 @pytest.mark.parametrize("sharing", [False, True])
@@ -112,22 +155,26 @@ def test_computed_tokens_is_what_the_model_gets(sharing: bool) -> None:
         assert len(collate(pairs, range(len(pairs)), prefix_sharing=sharing).input_ids) == sum(of_each)
 
 
+@pytest.mark.parametrize("score_prompt", [False, True])
 @pytest.mark.parametrize("sharing", [False, True])
-def test_no_pairs_give_a_filler_that_scores_nothing(sharing: bool) -> None:
-    batch = collate([], [], prefix_sharing=sharing)
+def test_no_pairs_give_a_filler_that_scores_nothing(sharing: bool, score_prompt: bool) -> None:
+    batch = collate([], [], prefix_sharing=sharing, score_prompt=score_prompt)
     assert batch.num_pairs == 0
     assert len(batch.input_ids) == len(batch.position_ids) > 0
     assert batch.cu_seqlens_q.tolist() == batch.cu_seqlens_k.tolist() == [0, len(batch.input_ids)]
     assert batch.kv_index is None
-    assert [len(x) for x in (batch.predictor_index, batch.targets, batch.span_index, batch.pair_ids)] == [0] * 4
+    scored = (batch.predictor_index, batch.targets, batch.span_index, batch.place_in_span, batch.pair_ids)
+    assert [len(x) for x in scored] == [0] * 5
     assert batch.max_seqlen_q == batch.max_seqlen_k == len(batch.input_ids)
 
 
 @pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("count", [0, 3])
-def test_types_are_those_of_the_contract(count: int, sharing: bool) -> None:
+@pytest.mark.parametrize("score_prompt", [False, True])
+def test_types_are_those_of_the_contract(score_prompt: bool, count: int, sharing: bool) -> None:
     """int64 to index with, int32 as the varlen kernels want it; an answer of one token included."""
-    batch = collate(random_pairs(count, seed=3, longest=1), range(count), prefix_sharing=sharing)
+    pairs = random_pairs(count, seed=3, longest=1)
+    batch = collate(pairs, range(count), prefix_sharing=sharing, score_prompt=score_prompt)
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from dspref import config, yaml12
 from dspref.config import Config
 from dspref.errors import ConfigError
 from dspref.explain import FOREIGN_KEYS
+from dspref.objectives import OBJECTIVES, build_objective
+from dspref.sections import OBJECTIVE_SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,6 +118,10 @@ def with_train(source: str) -> str:
     return MINIMAL.replace("{path: p.jsonl}", source)
 
 
+def with_objective(section: str, more: str = "") -> str:
+    return MINIMAL + f"objective: {section}\n{more}"
+
+
 def refusal(path: Path, *overrides: str) -> str:
     """The message of a refused config, which is one line and exits with 2."""
     with pytest.raises(ConfigError) as error:
@@ -171,7 +178,44 @@ def test_a_config_is_frozen(write) -> None:
         loaded.output_dir = "y"  # type: ignore[misc]
 
 
+# Every loss of every objective, and what modifies them.
+OBJECTIVE_FILES = [
+    *(with_objective(f"{{name: {n}, loss_type: {loss}}}") for n, family in OBJECTIVES.items() for loss in family.losses),
+    *(
+        with_objective(section)
+        for section in (
+            "{beta: 0.2}",  # dpo, unless named
+            "{name: dpo, beta: 1, label_smoothing: 0.1, reference_free: true, ld_alpha: 0.5}",
+            "{f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 0.3, rpo_alpha: 0.005}",
+            "{f_divergence_type: alpha_divergence}",
+            "{f_divergence_type: js_divergence, loss_type: [sigmoid, sft]}",
+            "{f_divergence_type: reverse_kl, use_weighting: false, loss_type: aot}",  # said, and nothing but the defaults
+            "{loss_type: [sigmoid, bco_pair, sft], loss_weights: [0.8, 0.2, 1]}",
+            "{loss_type: [sigmoid], loss_weights: [0.5]}",
+            "{loss_type: hinge, loss_weights: [0.5]}",
+            "{loss_type: [sigmoid, exo_pair]}",  # each with its own label_smoothing
+            "{loss_type: [sigmoid, exo_pair, robust], label_smoothing: 0.1, use_weighting: true}",
+            "{loss_type: exo_pair, label_smoothing: 0.2}",
+            "{loss_type: ipo, ipo_length_normalize: false}",
+            "{loss_type: discopop, discopop_tau: 0.1}",
+            "{rpo_alpha: null, label_smoothing: null, loss_weights: null, ld_alpha: 0}",
+            "{name: cpo, cpo_alpha: 0, label_smoothing: 0.1}",
+            "{name: cpo, loss_type: simpo, beta: 10, simpo_gamma: 5.4, cpo_alpha: 0.05}",
+            "{name: cpo, loss_type: simpo, beta: null, gamma_beta_ratio: 0.25}",
+            "{name: cpo, loss_type: ipo, alpha: -0.5}",
+            "{name: simpo, simpo_gamma: 0, alpha: 0.25, label_smoothing: 0.1}",
+            "{name: simpo, gamma_beta_ratio: 0.8, simpo_gamma: null}",
+            "{name: orpo, beta: 0.05, nll_on_prompt: false}",
+        )
+    ),
+    with_objective("{name: simpo}", "reference: {mode: none}\n"),
+    with_objective("{reference_free: true}", "reference: {mode: none}\n"),
+    with_objective("{reference_free: true}", "reference: {mode: auto}\n"),
+    with_objective("{loss_type: ipo}", "reference: {mode: engine, name_or_path: r}\n"),
+]
+
 RESOLVED = [
+    *OBJECTIVE_FILES,
     MINIMAL,
     EXAMPLE,
     MINIMAL + "train: {warmup_steps: 3}\n",
@@ -191,16 +235,50 @@ def test_the_resolved_config_is_a_config_and_the_same(text: str, write) -> None:
     first = config.load(write(text))
     second = config.load(write(config.dump(first), "resolved.yaml"))
     assert second.strategy == first.strategy
-    assert second.model_copy(update={"deepspeed": ""}) == first.model_copy(update={"deepspeed": ""})
+    # A default of the objective that hangs on its loss is spelled out the second time, and the objective is the same.
+    changed = {"deepspeed": "", "objective": first.objective}
+    assert second.model_copy(update=changed) == first.model_copy(update=changed)
+    assert build_objective(**second.objective.model_dump()) == build_objective(**first.objective.model_dump())
+    assert config.resolved(second) == config.resolved(first)
     assert config.dump(second) == config.dump(first)
 
 
+def test_every_objective_loads_as_it_was_written(write) -> None:
+    """Each value arrives; what was left out is the loss's or the family's own default."""
+    for text in OBJECTIVE_FILES:
+        written = yaml.safe_load(text)["objective"]
+        section = config.load(write(text)).objective
+        assert section.name == written.get("name", "dpo")
+        for key, value in written.items():
+            assert getattr(section, key) == value, text
+        assert section.model_fields_set == written.keys()
+
+
 def test_the_resolved_config_has_every_key(write) -> None:
+    """Of the objective, those that apply and have a value."""
     loaded = config.load(write(MINIMAL))
     resolved = yaml.safe_load(config.dump(loaded))
     assert resolved.keys() == Config.model_fields.keys()
-    for name in ("model", "reference", "data", "train", "checkpoint", "log", "objective"):
+    for name in ("model", "reference", "data", "train", "checkpoint", "log"):
         assert resolved[name].keys() == type(getattr(loaded, name)).model_fields.keys()
+    assert resolved["objective"] == {
+        "name": "dpo",
+        "loss_type": "sigmoid",
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "reference_free": False,
+        "f_divergence_type": "reverse_kl",
+        "use_weighting": False,
+    }
+
+
+def test_a_loss_resolves_to_its_own_defaults(write) -> None:
+    """In one objective, too, losses have different ones: what a run folder keeps says which."""
+    cpo = [config.resolved(config.load(write(with_objective(f"{{name: cpo, loss_type: {x}}}")))) for x in ("ipo", "simpo")]
+    assert [r["objective"]["beta"] for r in cpo] == [0.1, 2.0]
+    assert ["gamma_beta_ratio" in r["objective"] for r in cpo] == [False, True]
+    dpo = [config.resolved(config.load(write(with_objective(f"{{loss_type: {x}}}")))) for x in ("robust", "exo_pair")]
+    assert [r["objective"]["label_smoothing"] for r in dpo] == [0.0, 1e-3]
 
 
 def test_importing_the_config_loads_no_torch() -> None:
@@ -331,7 +409,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     ),
     "text for int": (MINIMAL + "train: {pairs_per_step: '8'}\n", "5:9", "train.pairs_per_step", "integer, not '8'"),
     "text for float": (MINIMAL + "train: {learning_rate: fast}\n", "5:9", "train.learning_rate", "number, not 'fast'"),
-    "bool for float": (MINIMAL + "objective: {beta: true}\n", "5:13", "objective.beta", "number, not True"),
+    "bool for float": (MINIMAL + "objective: {beta: true}\n", "5:13", "objective.beta", "number, not true"),
     "off for bool": (with_data("shuffle: off"), "4:3", "data.shuffle", "boolean, not 'off'"),
     "off for bool or auto": (with_data("prefix_sharing: off"), "4:3", "data.prefix_sharing", "auto.*not 'off'"),
     "off for bool or all": (with_model("disable_dropout: off"), "1:26", "model.disable_dropout", "all.*not 'off'"),
@@ -339,13 +417,73 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "number for text or mapping": (MINIMAL + "deepspeed: 3\n", "5:1", "deepspeed", "not 3"),
     "text for list": (MINIMAL + "log: {trackers: wandb}\n", "5:7", "log.trackers", "list, not 'wandb'"),
     "number for section": (MINIMAL + "train: 3\n", "5:1", "train", "not 3"),
-    "nothing for section": (MINIMAL + "train:\n", "5:1", "train", "not None"),
+    "nothing for section": (MINIMAL + "train:\n", "5:1", "train", "not null"),
     "text for source": (with_train("p.jsonl"), "3:3", "data.train", "not 'p.jsonl'"),
-    "no sources": (with_train("[]"), "3:3", "data.train", "at least 1"),
+    "no sources": (with_train("[]"), "3:3", "data.train", "empty list"),
     # ranges
     "zero": (MINIMAL + "train: {pairs_per_step: 0}\n", "5:9", "train.pairs_per_step", "greater than 0, not 0"),
     "negative": (MINIMAL + "objective: {beta: -1}\n", "5:13", "objective.beta", "greater than 0, not -1"),
-    "half": (MINIMAL + "objective: {label_smoothing: 0.5}\n", "5:13", "objective.label_smoothing", "less than 0.5"),
+    "half": (with_objective("{label_smoothing: 0.5}"), "5:13", "objective.label_smoothing", "less than 0.5, not 0.5"),
+    "below no smoothing": (with_objective("{label_smoothing: -0.1}"), "5:13", "objective.label_smoothing", "not -0.1"),
+    "no smoothing for exo": (
+        with_objective("{loss_type: exo_pair, label_smoothing: 0}"),
+        "5:34",
+        "objective.label_smoothing",
+        "greater than 0 for loss_type exo_pair, not 0",
+    ),
+    "no smoothing for exo in a list": (
+        with_objective("{loss_type: [sigmoid, exo_pair], label_smoothing: 0.0}"),
+        "5:45",
+        "objective.label_smoothing",
+        "greater than 0 for loss_type exo_pair, not 0",
+    ),
+    "alpha 0 of a divergence": (
+        with_objective("{f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 0}"),
+        "5:50",
+        "objective.f_alpha_divergence_coef",
+        "greater than 0, not 0",
+    ),
+    "alpha 1 of a divergence": (
+        with_objective("{f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 1.0}"),
+        "5:50",
+        "objective.f_alpha_divergence_coef",
+        "less than 1, not 1",
+    ),
+    "alpha 1.5 of a divergence": (
+        with_objective("{f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 1.5}"),
+        "5:50",
+        "objective.f_alpha_divergence_coef",
+        "less than 1, not 1.5",
+    ),
+    "ld_alpha above 1": (
+        with_objective("{ld_alpha: 1.5}"),
+        "5:13",
+        "objective.ld_alpha",
+        "less than or equal to 1, not 1.5",
+    ),
+    "ld_alpha below 0": (with_objective("{ld_alpha: -0.5}"), "5:13", "objective.ld_alpha", "to 0, not -0.5"),
+    "negative rpo_alpha": (with_objective("{rpo_alpha: -1}"), "5:13", "objective.rpo_alpha", "to 0, not -1"),
+    "negative cpo_alpha": (with_objective("{name: cpo, cpo_alpha: -1}"), "5:24", "objective.cpo_alpha", "to 0, not -1"),
+    "negative gamma": (with_objective("{name: simpo, simpo_gamma: -1}"), "5:26", "objective.simpo_gamma", "to 0, not -1"),
+    "no tau": (
+        with_objective("{loss_type: discopop, discopop_tau: 0}"),
+        "5:34",
+        "objective.discopop_tau",
+        "greater than 0, not 0",
+    ),
+    "no beta of simpo": (with_objective("{name: simpo, beta: 0}"), "5:26", "objective.beta", "greater than 0, not 0"),
+    "negative weight of a loss": (
+        with_objective("{loss_type: [sigmoid, sft], loss_weights: [1.0, -1]}"),
+        "5:60",
+        "objective.loss_weights.1",
+        "to 0, not -1",
+    ),
+    "negative router_aux_loss_coef": (
+        with_model("router_aux_loss_coef: -0.1"),
+        "1:26",
+        "model.router_aux_loss_coef",
+        "to 0, not -0.1",
+    ),
     "nan": (MINIMAL + "train: {learning_rate: .nan}\n", "5:9", "train.learning_rate", "finite number, not nan"),
     "infinity": (MINIMAL + "train: {weight_decay: .inf}\n", "5:9", "train.weight_decay", "finite number, not inf"),
     "max_length": (with_data("max_length: 1"), "4:3", "data.max_length", "greater than or equal to 2, not 1"),
@@ -358,13 +496,69 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "train.lr_scheduler_type",
         "did you mean 'linear'",
     ),
-    "loss": (MINIMAL + "objective: {loss_type: sigmod}\n", "5:13", "objective.loss_type", "did you mean 'sigmoid'"),
-    "objective": (
-        MINIMAL + "objective: {name: kto}\n",
-        "5:13",
-        "objective.name",
-        "must be .*dpo.*, not 'kto'|must be one of dpo",
+    "loss": (with_objective("{loss_type: sigmod}"), "5:13", "objective.loss_type", "not 'sigmod'; did you mean 'sigmoid'"),
+    "loss in a list": (
+        with_objective("{loss_type: [ipo, sigmod]}"),
+        "5:30",
+        "objective.loss_type.1",
+        "not 'sigmod'; did you mean 'sigmoid'",
     ),
+    "loss of cpo": (
+        with_objective("{name: cpo, loss_type: bco_pair}"),
+        "5:24",
+        "objective.loss_type",
+        "'sigmoid', 'hinge', 'ipo' or 'simpo', not 'bco_pair'",
+    ),
+    "loss of orpo": (
+        with_objective("{name: orpo, loss_type: sigmoid}"),
+        "5:25",
+        "objective.loss_type",
+        "'orpo', not 'sigmoid'",
+    ),
+    "no losses": (with_objective("{loss_type: []}"), "5:13", "objective.loss_type", "empty list"),
+    "number for loss": (with_objective("{loss_type: 3}"), "5:13", "objective.loss_type", "'sigmoid'.*not 3"),
+    "list of losses of cpo": (
+        with_objective("{name: cpo, loss_type: [sigmoid, simpo]}"),
+        "5:24",
+        "objective.loss_type",
+        r"'sigmoid', 'hinge', 'ipo' or 'simpo', not \['sigmoid', 'simpo'\]",
+    ),
+    "list of losses of simpo": (
+        with_objective("{name: simpo, loss_type: [simpo]}"),
+        "5:26",
+        "objective.loss_type",
+        r"'simpo', not \['simpo'\]",
+    ),
+    "objective": (with_objective("{name: kto}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
+    "objective in capitals": (with_objective("{name: DPO}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
+    "list for objective": (with_objective("{name: [dpo]}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
+    "nothing for objective": (with_objective("{name: null}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
+    "divergence": (
+        with_objective("{f_divergence_type: js}"),
+        "5:13",
+        "objective.f_divergence_type",
+        "'reverse_kl', 'forward_kl', 'js_divergence' or 'alpha_divergence', not 'js'",
+    ),
+    "router scope": (
+        with_model("router_aux_scope: steps"),
+        "1:26",
+        "model.router_aux_scope",
+        "'micro' or 'step', not 'steps'; did you mean 'step'",
+    ),
+    # losses that other tools have
+    "kto_pair": (with_objective("{loss_type: kto_pair}"), "5:13", "objective.loss_type", "no pairs.*KTO.*bco_pair"),
+    "kto_pair of cpo": (with_objective("{name: cpo, loss_type: kto_pair}"), "5:24", "objective.loss_type", "no pairs.*KTO"),
+    "alphapo": (with_objective("{name: cpo, loss_type: alphapo}"), "5:24", "objective.loss_type", "simpo with alpha"),
+    "cdpo": (with_objective("{loss_type: cdpo}"), "5:13", "objective.loss_type", "sigmoid with label_smoothing"),
+    "cdpo in a list": (
+        with_objective("{loss_type: [ipo, cdpo]}"),
+        "5:30",
+        "objective.loss_type.1",
+        "sigmoid with label_smoothing",
+    ),
+    "rpo": (with_objective("{loss_type: rpo}"), "5:13", "objective.loss_type", "sigmoid with rpo_alpha"),
+    "simpo as a loss of dpo": (with_objective("{loss_type: simpo}"), "5:13", "objective.loss_type", "name: simpo"),
+    "orpo as a loss of dpo": (with_objective("{loss_type: orpo}"), "5:13", "objective.loss_type", "name: orpo"),
     "tracker": (
         MINIMAL + "log: {trackers: [wandb, mlflow]}\n",
         "5:25",
@@ -423,6 +617,158 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     ),
     "cpu_adam on the GPU": (MINIMAL + "train: {optim: cpu_adam}\n", "5:9", "train.optim", "offload_optimizer"),
     "no reference": (MINIMAL + "reference: {mode: none}\n", "5:13", "reference.mode", "dpo needs a reference"),
+    "no reference for sft": (
+        with_objective("{loss_type: sft}", "reference: {mode: none}\n"),
+        "6:13",
+        "reference.mode",
+        "dpo needs a reference",
+    ),
+    "live reference of simpo": (
+        with_objective("{name: simpo}", "reference: {mode: engine}\n"),
+        "6:13",
+        "reference.mode",
+        "simpo uses no reference",
+    ),
+    "stored reference of simpo": (
+        with_objective("{name: simpo}", "reference: {mode: stored}\n"),
+        "6:13",
+        "reference.mode",
+        "simpo uses no reference",
+    ),
+    "reference of orpo": (
+        with_objective("{name: orpo}", "reference: {name_or_path: r}\n"),
+        "6:13",
+        "reference.name_or_path",
+        "orpo uses no reference",
+    ),
+    "live reference of none": (
+        with_objective("{reference_free: true}", "reference: {mode: engine}\n"),
+        "6:13",
+        "reference.mode",
+        "reference_free uses no reference",
+    ),
+    "reference of none": (
+        with_objective("{reference_free: true}", "reference: {name_or_path: r}\n"),
+        "6:13",
+        "reference.name_or_path",
+        "reference_free uses no reference",
+    ),
+    "a loss twice": (
+        with_objective("{loss_type: [ipo, hinge, ipo]}"),
+        "5:13",
+        "objective.loss_type",
+        "ipo is there twice",
+    ),
+    "a loss twice by its other name": (
+        with_objective("{loss_type: [aot_pair, aot_unpaired]}"),
+        "5:13",
+        "objective.loss_type",
+        "aot_unpaired is there twice",
+    ),
+    "a loss twice by open-instruct's name": (
+        with_objective("{loss_type: [dpo_norm, sigmoid_norm]}"),
+        "5:13",
+        "objective.loss_type",
+        "sigmoid_norm is there twice",
+    ),
+    "too few weights": (
+        with_objective("{loss_type: [sigmoid, sft], loss_weights: [1.0]}"),
+        "5:40",
+        "objective.loss_weights",
+        "1 .*2 ",
+    ),
+    "too many weights": (with_objective("{loss_weights: [1.0, 2]}"), "5:13", "objective.loss_weights", "2 .*1 "),
+    "number for weights": (with_objective("{loss_weights: 2}"), "5:13", "objective.loss_weights", "list, not 2"),
+    "tau of sigmoid": (
+        with_objective("{discopop_tau: 0.05}"),
+        "5:13",
+        "objective.discopop_tau",
+        "does not apply to loss_type sigmoid.*discopop",
+    ),
+    "smoothing of hinge": (
+        with_objective("{loss_type: hinge, label_smoothing: 0.1}"),
+        "5:31",
+        "objective.label_smoothing",
+        "does not apply to loss_type hinge.*sigmoid.*robust.*aot",
+    ),
+    "smoothing of cpo hinge": (
+        with_objective("{name: cpo, loss_type: hinge, label_smoothing: 0.1}"),
+        "5:42",
+        "objective.label_smoothing",
+        "does not apply to loss_type hinge.*sigmoid, simpo",
+    ),
+    "length normalisation of sigmoid": (
+        with_objective("{ipo_length_normalize: false}"),
+        "5:13",
+        "objective.ipo_length_normalize",
+        "does not apply to loss_type sigmoid.*ipo",
+    ),
+    "divergence of nca": (
+        with_objective("{loss_type: nca_pair, f_divergence_type: js_divergence}"),
+        "5:34",
+        "objective.f_divergence_type",
+        "js_divergence .*nca_pair",
+    ),
+    "divergence of one in a list": (
+        with_objective("{loss_type: [sigmoid, bco_pair], f_divergence_type: forward_kl}"),
+        "5:45",
+        "objective.f_divergence_type",
+        "forward_kl .*bco_pair",
+    ),
+    "weighting of aot": (
+        with_objective("{loss_type: aot, use_weighting: true}"),
+        "5:29",
+        "objective.use_weighting",
+        "does not go with loss_type aot,",
+    ),
+    "weighting of one in a list": (
+        with_objective("{loss_type: [sigmoid, aot_unpaired], use_weighting: true}"),
+        "5:49",
+        "objective.use_weighting",
+        "does not go with loss_type aot_unpaired,",
+    ),
+    "alpha of sums": (
+        with_objective("{name: cpo, alpha: 0.25}"),
+        "5:24",
+        "objective.alpha",
+        "0.25 does not go with loss_type sigmoid.*simpo or ipo",
+    ),
+    "alpha of cpo hinge": (
+        with_objective("{name: cpo, loss_type: hinge, alpha: -0.25}"),
+        "5:42",
+        "objective.alpha",
+        "-0.25 does not go with loss_type hinge",
+    ),
+    "two margins": (
+        with_objective("{name: simpo, simpo_gamma: 1, gamma_beta_ratio: 0.5}"),
+        "5:42",
+        "objective.gamma_beta_ratio",
+        "simpo_gamma.*drop one",
+    ),
+    "two margins of cpo": (
+        with_objective("{name: cpo, loss_type: simpo, gamma_beta_ratio: 0.5, simpo_gamma: 1}"),
+        "5:42",
+        "objective.gamma_beta_ratio",
+        "simpo_gamma.*drop one",
+    ),
+    "margin of cpo sigmoid": (
+        with_objective("{name: cpo, simpo_gamma: 1}"),
+        "5:24",
+        "objective.simpo_gamma",
+        "does not apply to loss_type sigmoid.*simpo",
+    ),
+    "alpha of no divergence": (
+        with_objective("{f_alpha_divergence_coef: 0.5}"),
+        "5:13",
+        "objective.f_alpha_divergence_coef",
+        "f_divergence_type: alpha_divergence",
+    ),
+    "alpha of another divergence": (
+        with_objective("{f_divergence_type: js_divergence, f_alpha_divergence_coef: 0.5}"),
+        "5:47",
+        "objective.f_alpha_divergence_coef",
+        "f_divergence_type: alpha_divergence",
+    ),
     "offloaded copies": (
         MINIMAL + "reference: {offload: cpu, zero_stage: 0}\n",
         "5:13",
@@ -436,11 +782,11 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "mode: engine",
     ),
     "no room for answers": (with_data("max_prompt_length: 2048"), "4:3", "data.max_prompt_length", "below max_length"),
-    "other objective's key": (
-        MINIMAL + "objective: {simpo_gamma: 1}\n",
+    "misspelt key of an objective": (
+        with_objective("{lable_smoothing: 0.1}"),
         "5:13",
-        "objective.simpo_gamma",
-        "unknown key|does not apply",
+        "objective.lable_smoothing",
+        "unknown key; did you mean 'label_smoothing'",
     ),
     # what TRL calls it
     "TRL batch": (
@@ -465,6 +811,9 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "TRL loss": (MINIMAL + "loss_type: sigmoid\n", "5:1", "loss_type", "objective.loss_type"),
     "TRL rate": (MINIMAL + "learning_rate: 5e-7\n", "5:1", "learning_rate", "train.learning_rate"),
     "TRL model": (MINIMAL + "model_name_or_path: m\n", "5:1", "model_name_or_path", "model.name_or_path"),
+    "TRL reference_free": (MINIMAL + "reference_free: true\n", "5:1", "reference_free", "objective.reference_free"),
+    "TRL gamma": (MINIMAL + "simpo_gamma: 0.5\n", "5:1", "simpo_gamma", "objective.simpo_gamma"),
+    "TRL router": (MINIMAL + "router_aux_loss_coef: 0.1\n", "5:1", "router_aux_loss_coef", "model.router_aux_loss_coef"),
     # DeepSpeed
     "DeepSpeed typo": (
         MINIMAL + "deepspeed:\n  zero_optimization: {stage: 3, overlap_com: true}\n",
@@ -524,7 +873,6 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "no such JSON": (MINIMAL + "deepspeed: nope.json\n", "5:1", "deepspeed", "nope.json: no such file"),
     # not what this version does
     "lora": (with_model("lora: {r: 8}"), "1:26", "model.lora", "LoRA"),
-    "router": (with_model("router_aux_loss_coef: 0.1"), "1:26", "model.router_aux_loss_coef", "router loss"),
 }
 
 NOT_YAML: dict[str, tuple[str | bytes, str, str]] = {
@@ -575,6 +923,27 @@ def test_a_bad_config_is_one_line_with_place_key_and_reason(case: str, write) ->
     message = refusal(write(text))
     assert message.startswith(f"x.yaml:{place}: {key}: " if place else f"x.yaml: {key}: ")
     assert re.search(reason, message)
+
+
+KEYS = {name: section.model_fields.keys() for name, section in OBJECTIVE_SECTIONS.items()}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_of_another_objective_leads_to_that_objective(name: str, write) -> None:
+    """It is no typo: the line must not propose the very key that it refuses, but say whose key it is."""
+    for key in sorted({key for keys in KEYS.values() for key in keys} - KEYS[name]):
+        message = refusal(write(with_objective(f"{{name: {name}, {key}: 1}}")))
+        place, _, reason = message.partition(f" objective.{key}: ")
+        assert place == f"x.yaml:5:{13 + len(f'name: {name}, ')}:"
+        assert f"did you mean '{key}'" not in reason
+        assert any(re.search(rf"\b{other}\b", reason) for other in KEYS if key in KEYS[other]), message
+
+
+def test_the_keys_known_here_are_those_of_the_objective(write) -> None:
+    """A key that is close to none gets the list; keys of other objectives would be refused in turn."""
+    message = refusal(write(with_objective("{name: orpo, zzz: 0.1}")))
+    listed = set(re.split(r"[ ,;:]+", message.split("known here: ")[1]))
+    assert listed == set(KEYS["orpo"])
 
 
 @pytest.mark.parametrize("case", NOT_YAML)
@@ -695,6 +1064,7 @@ def shipped_configs() -> list[Path]:
     return sorted((ROOT / "launch" / "configs").glob("*.yaml"))
 
 
+@cache
 def validator() -> jsonschema.Draft202012Validator:
     schema = json.loads(config.schema())
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -732,6 +1102,15 @@ def test_the_schema_takes_what_loads(text: str, write) -> None:
         "half",
         "dtype",
         "loss",
+        "loss in a list",
+        "loss of cpo",
+        "list of losses of cpo",
+        "objective",
+        "ld_alpha above 1",
+        "negative weight of a loss",
+        "alpha 1 of a divergence",
+        "misspelt key of an objective",
+        "router scope",
         "no model",
         "no path",
         "no sources",
@@ -748,8 +1127,8 @@ def test_the_schema_documents_every_key() -> None:
     schema = json.loads(config.schema())
     for section in (schema, *schema["$defs"].values()):
         for key, field in section["properties"].items():
-            # The keys of an objective are documented at their loss.
-            if "ObjectiveSection" not in section["title"] and section["title"] not in ("DpoSection",):
+            # The keys of an objective are documented at their loss, in docs/objectives.md.
+            if section["title"] not in {section.__name__ for section in OBJECTIVE_SECTIONS.values()}:
                 assert field.get("description"), (section["title"], key)
 
 
@@ -760,6 +1139,7 @@ def test_foreign_keys_lead_to_keys_that_exist() -> None:
     for foreign, hint in FOREIGN_KEYS.items():
         assert foreign not in sections
         for section, key in re.findall(r"\b(model|reference|data|objective|train|checkpoint|log)\.(\w+)", hint):
-            assert key in sections[section].model_fields, (foreign, hint)
+            known = {k for keys in KEYS.values() for k in keys} if section == "objective" else sections[section].model_fields
+            assert key in known, (foreign, hint)
             named += 1
     assert named >= 40

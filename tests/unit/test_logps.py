@@ -1,13 +1,16 @@
-"""Chunked log-probs against log_softmax and gather, in values and in every gradient."""
+"""Chunked log-probs against log_softmax and gather, in values and in every gradient; their sums by pair and side."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dspref import logps as module
-from dspref.logps import HeadTransform, pair_logps, scored_logps
+from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch, collate
+from dspref.data.tokenize import TokenizedPair
+from dspref.logps import HeadTransform, TokenLogps, pair_logps, scored_logps, scored_tokens
 
 C, D, V = 23, 16, 50
 
@@ -36,15 +39,16 @@ def head(
 
 def plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: HeadTransform
-) -> tuple[Tensor, Tensor]:
-    """The formula, written for reading."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas, written for reading: log-probs, mean logits, collision entropies."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
     logits = logits * transform.scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
-    return logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0], logits.mean(dim=-1)
+    collision = -(logits.softmax(dim=-1) ** 2).sum(dim=-1).log()
+    return logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0], logits.mean(dim=-1), collision
 
 
 def assert_close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
@@ -53,20 +57,31 @@ def assert_close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
     assert (ours - theirs).abs().max() <= relative * theirs.abs().max()
 
 
+@pytest.mark.parametrize("with_collision", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_values_and_gradients_are_those_of_log_softmax(transform: HeadTransform, bias: bool, small_chunks: None) -> None:
+def test_values_and_gradients_are_those_of_log_softmax(
+    transform: HeadTransform, bias: bool, with_collision: bool, small_chunks: None
+) -> None:
+    """Asking for collision entropies, which carry no gradient, changes neither log-probs nor theirs."""
     hidden, weight, offset, targets = head(bias=bias)
     assert len(module._chunks(hidden, weight)) == 5
     upstream = torch.linspace(-2.0, 3.0, C)  # what a loss sends back differs from token to token, zero included
     inputs = [x for x in (hidden, weight, offset) if x is not None]
 
-    ours, our_means = scored_logps(hidden, weight, offset, targets, transform)
-    theirs, their_means = plain(hidden, weight, offset, targets, transform)
+    ours, our_means, our_collision = scored_logps(hidden, weight, offset, targets, transform, with_collision)
+    theirs, their_means, their_collision = plain(hidden, weight, offset, targets, transform)
     assert ours.dtype == our_means.dtype == torch.float32
     assert_close(ours, theirs)
     assert_close(our_means, their_means)
     assert not our_means.requires_grad
+    if with_collision:
+        assert our_collision is not None
+        assert our_collision.dtype == torch.float32
+        assert_close(our_collision, their_collision)
+        assert not our_collision.requires_grad
+    else:
+        assert our_collision is None
 
     our_grads = torch.autograd.grad(ours, inputs, upstream)
     for mine, reference in zip(our_grads, torch.autograd.grad(theirs, inputs, upstream)):
@@ -76,29 +91,30 @@ def test_values_and_gradients_are_those_of_log_softmax(transform: HeadTransform,
 @pytest.mark.parametrize("rows", [1, 4, 23, 1000])
 def test_chunk_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, offset, targets = head()
-    whole, _ = scored_logps(hidden, weight, offset, targets)
-    expected = torch.autograd.grad(whole.sum(), (hidden, weight, offset))
+    whole = scored_logps(hidden, weight, offset, targets, with_collision=True)
+    expected = torch.autograd.grad(whole.logps.sum(), (hidden, weight, offset))
     monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", rows * V)
-    chunked, _ = scored_logps(hidden, weight, offset, targets)
-    assert_close(chunked, whole)
-    for ours, theirs in zip(torch.autograd.grad(chunked.sum(), (hidden, weight, offset)), expected):
+    chunked = scored_logps(hidden, weight, offset, targets, with_collision=True)
+    for ours, theirs in zip(chunked, whole):
+        assert_close(ours, theirs)
+    for ours, theirs in zip(torch.autograd.grad(chunked.logps.sum(), (hidden, weight, offset)), expected):
         assert_close(ours, theirs)
 
 
 def test_a_vocabulary_larger_than_a_chunk_still_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 1)
     hidden, weight, offset, targets = head(count=3)
-    assert_close(
-        scored_logps(hidden, weight, offset, targets)[0], plain(hidden, weight, offset, targets, HeadTransform())[0]
-    )
+    ours, theirs = scored_logps(hidden, weight, offset, targets), plain(hidden, weight, offset, targets, HeadTransform())
+    assert_close(ours.logps, theirs[0])
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_no_scored_tokens_keep_the_graph_alive(transform: HeadTransform) -> None:
     """A filler pack must run its backward like any other: zero gradients, no missing ones."""
     hidden, weight, offset, targets = head(count=0)
-    ours, means = scored_logps(hidden, weight, offset, targets, transform)
-    assert ours.shape == means.shape == (0,)
+    ours, means, collision = scored_logps(hidden, weight, offset, targets, transform, with_collision=True)
+    assert collision is not None
+    assert ours.shape == means.shape == collision.shape == (0,)
     assert ours.requires_grad
     ours.sum().backward()
     for parameter in (hidden, weight, offset):
@@ -117,7 +133,7 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen: set[str], sma
     expected = torch.autograd.grad(plain(hidden, weight, offset, targets, HeadTransform())[0].sum(), list(named.values()))
     for name in frozen:
         named[name].requires_grad_(False)
-    scored_logps(hidden, weight, offset, targets)[0].sum().backward()
+    scored_logps(hidden, weight, offset, targets).logps.sum().backward()
     for (name, tensor), gradient in zip(named.items(), expected):
         if name in frozen:
             assert tensor.grad is None
@@ -129,11 +145,13 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen: set[str], sma
 def test_bf16_inputs_are_reduced_in_fp32(small_chunks: None) -> None:
     """Log-probs are fp32; gradients come back in the type of what they belong to, near those of the fp32 formula."""
     hidden, weight, offset, targets = head(dtype=torch.bfloat16)
-    ours, means = scored_logps(hidden, weight, offset, targets)
-    assert ours.dtype == means.dtype == torch.float32
+    ours, means, collision = scored_logps(hidden, weight, offset, targets, with_collision=True)
+    assert collision is not None
+    assert ours.dtype == means.dtype == collision.dtype == torch.float32
     exact = [x.detach().float().requires_grad_() for x in (hidden, weight, offset)]  # type: ignore[union-attr]
-    theirs, _ = plain(*exact, targets, HeadTransform())
+    theirs, _, their_collision = plain(*exact, targets, HeadTransform())
     assert_close(ours, theirs, 1e-2)
+    assert_close(collision, their_collision, 1e-2)
     for mine, reference in zip(
         torch.autograd.grad(ours.sum(), (hidden, weight, offset)), torch.autograd.grad(theirs.sum(), exact)
     ):
@@ -147,41 +165,111 @@ def test_gradients_accumulate_in_fp32_over_chunks(monkeypatch: pytest.MonkeyPatc
     count = 400
     hidden = torch.ones(count, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    scored_logps(hidden, weight, None, torch.zeros(count, dtype=torch.int64))[0].sum().backward()
+    scored_logps(hidden, weight, None, torch.zeros(count, dtype=torch.int64)).logps.sum().backward()
     assert weight.grad is not None
     assert weight.grad[:, 0].tolist() == [200.0, -200.0]
 
 
 def test_far_apart_logits_stay_finite() -> None:
-    """log p = -2000 of an impossible token, 0 of a certain one."""
+    """log p = -2000 of an impossible token, 0 of a certain one; nothing is left to collide with."""
     hidden = torch.tensor([[1.0], [1.0]], requires_grad=True)
     weight = torch.tensor([[1000.0], [-1000.0]])
-    ours, _ = scored_logps(hidden, weight, None, torch.tensor([0, 1]))
+    ours, _, collision = scored_logps(hidden, weight, None, torch.tensor([0, 1]), with_collision=True)
     assert ours.tolist() == [0.0, -2000.0]
+    assert collision is not None
+    assert collision.tolist() == [0.0, 0.0]
     ours.sum().backward()
     assert hidden.grad is not None
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_pair_logps_sums_and_counts_each_answer() -> None:
-    pairs, draws = 5, torch.Generator().manual_seed(1)
-    spans = torch.randint(0, 2 * pairs, (40,), generator=draws)
-    spans = spans[spans != 3]  # an answer without a scored token
-    values = torch.randn(len(spans), generator=draws, requires_grad=True)
-    result = pair_logps(values, spans, pairs)
-    for side, (sums, counts) in enumerate(
-        ((result.chosen, result.chosen_tokens), (result.rejected, result.rejected_tokens))
-    ):
-        for k in range(pairs):
-            own = [value.item() for value, span in zip(values, spans.tolist()) if span == side * pairs + k]
-            assert sums[k].item() == pytest.approx(sum(own), abs=1e-5)
-            assert counts[k].item() == len(own)
-    (gradient,) = torch.autograd.grad((result.chosen * torch.arange(1.0, pairs + 1)).sum() - result.rejected.sum(), values)
-    assert gradient.tolist() == [span + 1.0 if span < pairs else -1.0 for span in spans.tolist()]
+def test_the_collision_entropy_of_equal_chances_is_that_of_a_die(small_chunks: None) -> None:
+    """-log sum_v (1/V)^2 = log V, the most that it can be; WPO's weight of a pair is 1 there."""
+    tokens = scored_logps(torch.zeros(C, D), torch.randn(V, D), None, torch.zeros(C, dtype=torch.int64), with_collision=True)
+    assert tokens.collision is not None
+    torch.testing.assert_close(tokens.collision, torch.full((C,), float(np.log(V))))
 
 
-def test_pair_logps_of_a_filler() -> None:
-    nothing = torch.zeros(0, requires_grad=True)
-    result = pair_logps(nothing, torch.zeros(0, dtype=torch.int64), 0)
-    assert [len(x) for x in (result.chosen, result.rejected, result.chosen_tokens, result.rejected_tokens)] == [0] * 4
+# ---------------------------------------------------------------------------------------------------- sums by pair
+
+ZEROS = torch.zeros(0)
+
+
+def pack(count: int, seed: int, score_prompt: bool, longest: int = 9) -> tuple[list[TokenizedPair], PackedBatch]:
+    """Pairs whose answers and prompts have 1 to `longest` tokens."""
+    draws = np.random.default_rng(seed)
+    lengths = draws.integers(1, longest + 1, (count, 3)).tolist()
+    pairs = [TokenizedPair(*(draws.integers(0, 99, n).astype(np.int32) for n in of_pair)) for of_pair in lengths]
+    return pairs, collate(pairs, range(count), prefix_sharing=bool(seed % 2), score_prompt=score_prompt)
+
+
+def some_tokens(batch: PackedBatch, with_collision: bool = True) -> TokenLogps:
+    draws = torch.Generator().manual_seed(1)
+    logps, collision = (torch.randn(len(batch.targets), generator=draws) for _ in range(2))
+    return TokenLogps(logps.requires_grad_(), ZEROS, collision if with_collision else None)
+
+
+@pytest.mark.parametrize("score_prompt", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_pair_logps_against_a_slow_loop(seed: int, score_prompt: bool) -> None:
+    """Sums, counts, sums over the length that both answers have, sums over prompts and of collision entropies; and each
+    token's gradient is that of the sums it is in."""
+    pairs, batch = pack(5, seed, score_prompt)
+    tokens = some_tokens(batch)
+    result = pair_logps(tokens, batch)
+    spans, assigned = batch.span_index.tolist(), torch.zeros(len(batch.targets))
+    weights = {"chosen": 1.0, "rejected": -2.0, "chosen_common": 0.5, "rejected_common": 4.0, "prompt": 0.25}
+    for k, pair in enumerate(pairs):
+        shorter = min(len(pair.chosen), len(pair.rejected))
+        for name, side in (("chosen", CHOSEN), ("rejected", REJECTED), ("prompt", PROMPT)):
+            own = [t for t, span in enumerate(spans) if span == side * 5 + k]
+            # Every span is a run of its answer's tokens in order.
+            for field, members in ((name, own), (f"{name}_common", own[:shorter])):
+                if field in weights:
+                    assert getattr(result, field)[k].item() == pytest.approx(tokens.logps[members].sum().item(), abs=1e-5)
+                    assigned[members] += weights[field] * (k + 1)
+            assert getattr(result, f"{name}_tokens")[k].item() == len(own)
+            if name != "prompt":
+                collision = getattr(result, f"{name}_collision")
+                assert tokens.collision is not None
+                assert collision[k].item() == pytest.approx(tokens.collision[own].sum().item(), abs=1e-5)
+                assert not collision.requires_grad
+        assert result.chosen_tokens[k] == len(pair.chosen)
+        assert result.rejected_tokens[k] == len(pair.rejected)
+        assert result.prompt_tokens is not None
+        assert result.prompt_tokens[k] == (len(pair.prompt) - 1 if score_prompt else 0)
+    mixed = sum(weight * (getattr(result, name) * torch.arange(1.0, 6)).sum() for name, weight in weights.items())
+    (gradient,) = torch.autograd.grad(mixed, tokens.logps)
+    torch.testing.assert_close(gradient, assigned)
+
+
+def test_some_answers_are_longer_than_their_rivals() -> None:
+    """On either side, and some prompts have one token: the test above would say nothing otherwise."""
+    pairs = [pair for seed in range(6) for pair in pack(5, seed, True)[0]]
+    signs = {int(np.sign(len(pair.chosen) - len(pair.rejected))) for pair in pairs}
+    assert signs == {-1, 0, 1}
+    assert min(len(pair.prompt) for pair in pairs) == 1 < max(len(pair.prompt) for pair in pairs)
+
+
+def test_scored_tokens_are_the_counts_of_pair_logps() -> None:
+    _, batch = pack(5, seed=0, score_prompt=True)
+    result = pair_logps(some_tokens(batch), batch)
+    counts = [result.chosen_tokens, result.rejected_tokens, result.prompt_tokens]
+    assert scored_tokens(batch).tolist() == [c.tolist() for c in counts if c is not None]
+    assert scored_tokens(batch).dtype == torch.int64
+
+
+def test_collision_sums_are_none_where_they_were_not_asked_for() -> None:
+    _, batch = pack(3, seed=1, score_prompt=False)
+    result = pair_logps(some_tokens(batch, with_collision=False), batch)
+    assert result.chosen_collision is result.rejected_collision is None
+
+
+@pytest.mark.parametrize("with_collision", [False, True])
+def test_pair_logps_of_a_filler(with_collision: bool) -> None:
+    batch = collate([], [], prefix_sharing=False, score_prompt=True)
+    result = pair_logps(some_tokens(batch, with_collision), batch)
+    present = {name: value for name, value in vars(result).items() if value is not None}
+    assert ("chosen_collision" in present) == with_collision
+    assert all(len(value) == 0 for value in present.values())
     assert result.chosen.requires_grad

@@ -46,6 +46,13 @@ def test_the_example_is_a_config(tmp_path):
     assert config.load(tmp_path / "run.yaml").objective.name == "dpo"
 
 
+@pytest.mark.parametrize("line", [line for block in blocks("") for line in block.splitlines() if "objective: {" in line])
+def test_the_objectives_are_sections(line, tmp_path):
+    text = "model: {name_or_path: m}\ndata: {train: {path: p.jsonl}}\noutput_dir: out\n" + line
+    (tmp_path / "run.yaml").write_text(text)
+    config.load(tmp_path / "run.yaml")
+
+
 @pytest.mark.parametrize(
     "command", [c for c in commands() if c.startswith(("deepspeed", "sbatch", "dspref", "pip", "torchrun"))]
 )

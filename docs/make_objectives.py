@@ -1,0 +1,118 @@
+"""Writes objectives.md beside this file, from the table of losses; a test holds it current.
+
+python docs/make_objectives.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dspref import families, losses
+from dspref.families import Loss
+from dspref.objectives import ASKS, MEANINGS, OBJECTIVES, Family, keys_of
+
+INTRODUCTION = """\
+# Objectives
+
+<!-- Written by docs/make_objectives.py from dspref/{losses,families,objectives}.py. Edit those, and run it again. -->
+
+The keys of the YAML's `objective` section. w is the chosen answer, l the rejected one; S is the sum of an answer's log-probs
+under the policy, R under the reference, n its scored tokens, A = S / n; log u = S - R; sigma is the logistic function.
+
+**Normaliser.** *sum*: the loss sees sums of log-probs, and is averaged over the pairs of the step. *mean*: it sees means per
+token, and is averaged over the pairs of the step. *tokens*: it is a mean over tokens of the step. The step is the global
+batch, on however many ranks and packs.
+
+**Whole step.** Some losses are functions of the whole step, not sums over its pairs. They take a first pass over the step's
+packs without gradient, one forward more, and so give the same values on every layout. One pack on one rank needs none.
+
+**Rewards** (`rewards/*`): dpo beta (S - R); cpo beta S, or beta A for losses per token; simpo and orpo beta A. Metrics have
+TRL's names; each loss is logged as `loss/<loss_type>`, an NLL term also as `nll_loss`.
+
+**What goes together.** Every modifier of a family goes with every loss of it, except:
+"""
+MODIFIERS = (losses.divergence, families.desensitized, families.own_probability, losses.power_reward)
+
+
+def document() -> str:
+    parts = [INTRODUCTION, exceptions()]
+    for name, family in OBJECTIVES.items():
+        parts += [f"\n## `name: {name}`\n\n", section(family)]
+    return "".join(parts) + "\n## Modifiers\n\n" + "\n\n".join(map(prose, MODIFIERS)) + "\n"
+
+
+def exceptions() -> str:
+    """One line per key that not every loss can take."""
+    lines = []
+    for key, (suits, why) in ASKS.items():
+        unfit = [
+            f"`{loss_type}`"
+            for family in OBJECTIVES.values()
+            if key in keys_of(family.assemble)
+            for loss_type, loss in family.losses.items()
+            if not suits(loss)
+        ]
+        lines.append(f"- `{key}` not with {', '.join(unfit)}: it {why}.\n")
+    return "\n" + "".join(lines)
+
+
+def section(family: Family) -> str:
+    """The family's own words and keys, then its losses."""
+    reference = "yes, unless `reference_free`" if family.needs_reference else "no"
+    several = "; `loss_type` may be a list, added up with `loss_weights` (1 each by default)" if family.mixes else ""
+    text = f"{prose(family.assemble)}\n\nReference needed: {reference}{several}.\n"
+    if keys := keys_of(family.assemble):
+        text += "\n" + table(("key", "default", "values", "meaning"), [key_row(key, p) for key, p in keys.items()])
+    aliases = {}
+    for loss_type, loss in family.losses.items():
+        aliases.setdefault(loss, []).append(loss_type)
+    return text + "".join(entry(names, loss) for loss, names in aliases.items())
+
+
+def entry(names: list[str], loss: Loss) -> str:
+    """One loss: its names, source, formula and facts."""
+    title, _, formula = inspect.cleandoc(loss.function.__doc__ or "").partition("\n\n")
+    facts = [f"normaliser: {loss.normaliser}"]
+    facts += [f"`{key}` {written(p.default)} ({values(p.annotation)})" for key, p in keys_of(loss.function).items()]
+    facts += ["whole step"] if loss.couples else []
+    heading = ", ".join(f"`{name}`" for name in names)
+    return f"\n### {heading}\n\n{title}\n\n    {formula.replace(chr(10), chr(10) + '    ')}\n\n{'; '.join(facts)}.\n"
+
+
+def prose(function: Callable) -> str:
+    return inspect.cleandoc(function.__doc__ or "")
+
+
+def key_row(key: str, parameter: inspect.Parameter) -> tuple[str, ...]:
+    return f"`{key}`", written(parameter.default), values(parameter.annotation), MEANINGS[key]
+
+
+def written(default: Any) -> str:
+    """A default as YAML has it."""
+    return f"{default:g}" if isinstance(default, float) else json.dumps(default).strip('"')
+
+
+def values(annotation: str) -> str:
+    """The range of a key in words, from the type that its annotation names."""
+    kind = vars(losses).get(annotation)
+    if annotation == "bool":
+        return "true or false"
+    if kind is None:
+        return "any number"
+    if not hasattr(kind, "__metadata__"):
+        return ", ".join(kind.__args__)
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return ", ".join(f"{signs[bound]} {limit:g}" for bound, limit in kind.__metadata__[0].items())
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("objectives.md").write_text(document(), encoding="utf-8")

@@ -1,0 +1,192 @@
+"""The gradient of one optimizer step: the shares of its packs, added up.
+
+Where the loss is a sum over pairs, one pass over the packs does it. Where it is a function of the whole step (aot, BCO's
+delta, the router loss with scope `step`), a first pass without gradient sees all pairs of all ranks, the loss is evaluated
+once, and the second pass back-propagates its slope at every log-prob. Either way the result is that of the step, whatever
+the packs and the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from dspref import distributed, router
+from dspref.data.loader import Step
+from dspref.engine import Engine
+from dspref.logps import pair_logps
+from dspref.metrics import Meter
+from dspref.objectives import Objective, PairLogps, PairLoss, RunningMean, total
+from dspref.reference import Reference
+from dspref.router import Routing
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a step minimises: the objective of its pairs + `router_coef` x the load-balancing loss of the routers.
+
+    `router_scope`: `micro`, the load of the packs that run at the same time on all ranks; `step`, of all packs of the step.
+    """
+
+    objective: Objective
+    router_coef: float = 0.0
+    router_scope: str = "micro"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a pack's gradient depends on packs that come after it."""
+        return self.objective.couples or bool(self.router_coef and self.router_scope == "step")
+
+
+def accumulate(
+    step: Step, policy: Engine, loss: StepLoss, reference: Reference, rewards: RunningMean, meter: Meter | None
+) -> RunningMean:
+    """Add the gradient of the step's loss, and its metrics where `meter` asks for them.
+
+    Returns `rewards`, the running mean that BCO reads, with this step in it.
+    """
+    one_pack = step.num_packs == 1 and distributed.world().size == 1
+    passes = _two_passes if loss.looks_ahead and not one_pack else _one_pass
+    return passes(step, policy, loss, reference, rewards, meter)
+
+
+def _one_pass(
+    step: Step, policy: Engine, loss: StepLoss, reference: Reference, rewards: RunningMean, meter: Meter | None
+) -> RunningMean:
+    for batch in step.packs:
+        batch = batch.to(policy.device)
+        tokens, routing = policy.forward(batch)
+        pairs, base = pair_logps(tokens, batch), reference("train", batch)
+        rewards = _with_step(rewards, loss.objective, pairs, base)
+        value = loss.objective(pairs, base, rewards.value)
+        share = total(value, step.counts)
+        if routing:
+            share = share + loss.router_coef * _balance(routing, step, loss.router_scope, meter)
+        policy.backward(share)
+        if meter:
+            meter.add_pairs(value, pairs)
+            meter.add_logits(tokens, pairs, batch)
+            if step.number == 1:
+                meter.add_expected(loss.objective, pairs, base, rewards.value)
+    return rewards
+
+
+def _two_passes(
+    step: Step, policy: Engine, loss: StepLoss, reference: Reference, rewards: RunningMean, meter: Meter | None
+) -> RunningMean:
+    packs = [batch.to(policy.device) for batch in step.packs]
+    seen, routings = [], []
+    with policy.rehearsing():
+        for batch in packs:
+            tokens, routing = policy.forward(batch)
+            seen.append((pair_logps(tokens, batch), reference("train", batch)))
+            routings += [routing] if routing else []
+    load = _step_load(routings)
+    pairs, base, own = gathered(seen)
+    rewards = _with_step(rewards, loss.objective, pairs, base)
+    slopes = slopes_of(loss.objective, pairs, base, rewards.value, step)
+    if meter:
+        value = loss.objective(pairs, base, rewards.value)
+        meter.add_pairs(rows_of(value, own), part_of(pairs, own))
+        if step.number == 1:
+            meter.add_expected(loss.objective, pairs, base, rewards.value, own)
+    start = own.start
+    for batch in packs:
+        tokens, routing = policy.forward(batch)
+        logps = pair_logps(tokens, batch)
+        share = _surrogate(logps, part_of(slopes, slice(start, start + batch.num_pairs)))
+        start += batch.num_pairs
+        if routing:
+            share = share + loss.router_coef * _balance(routing, step, loss.router_scope, meter, load)
+        policy.backward(share)
+        if meter:
+            meter.add_logits(tokens, logps, batch)
+    return rewards
+
+
+def _with_step(rewards: RunningMean, objective: Objective, pairs: PairLogps, base: PairLogps | None) -> RunningMean:
+    """The running mean with the mean reward of these pairs, which are the whole step, where the objective reads it."""
+    if not objective.has_running_mean:
+        return rewards
+    metrics = objective(pairs.detach(), base).metrics
+    return rewards.updated(((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2).double().mean().item())
+
+
+def slopes_of(objective: Objective, pairs: PairLogps, base: PairLogps | None, delta: float, step: Step) -> PairLogps:
+    """d loss of the step / d log-prob, for every log-prob of every pair; token counts have slope 0."""
+    leaves = pairs.map(lambda x: x.detach().clone().requires_grad_() if x.is_floating_point() else x)
+    given = [leaf for leaf in _present(leaves) if leaf.requires_grad]
+    slopes = torch.autograd.grad(total(objective(leaves, base, delta), step.counts), given, allow_unused=True)
+    found = {id(leaf): torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(given, slopes)}
+    return leaves.map(lambda x: found.get(id(x), torch.zeros_like(x)))
+
+
+def _surrogate(logps: PairLogps, slopes: PairLogps) -> Float[Tensor, ""]:
+    """A number whose gradient is that of the loss: sum of slope x log-prob."""
+    terms = zip(_present(logps), _present(slopes))
+    return torch.stack([(slope * x).sum() for x, slope in terms if x.requires_grad]).sum().float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs of all packs and ranks
+
+
+def gathered(
+    seen: Sequence[tuple[PairLogps, PairLogps | None]],
+) -> tuple[PairLogps, PairLogps | None, slice]:
+    """(policy, reference) of packs -> those of all packs of all ranks, and which of the pairs are this rank's.
+
+    Float64, without gradient. The reference is None where the objective needs none.
+    """
+    policy, own = _all_rows([pairs for pairs, _ in seen])
+    bases = [base for _, base in seen if base]
+    return policy, _all_rows(bases)[0] if bases else None, own
+
+
+def _all_rows(parts: Sequence[PairLogps]) -> tuple[PairLogps, slice]:
+    columns = [torch.cat(column).detach().double() for column in zip(*(_present(part) for part in parts))]
+    table, own = distributed.gather_rows(torch.stack(columns, dim=1))
+    rows = iter(table.unbind(dim=1))
+    return parts[0].map(lambda x: next(rows) if x.is_floating_point() else next(rows).to(x.dtype)), own
+
+
+def _present(pairs: PairLogps) -> list[Tensor]:
+    return [value for value in vars(pairs).values() if value is not None]
+
+
+def part_of(pairs: PairLogps, rows: slice) -> PairLogps:
+    return pairs.map(lambda values: values[rows])
+
+
+def rows_of(loss: PairLoss, rows: slice) -> PairLoss:
+    terms = {name: replace(term, values=term.values[rows]) for name, term in loss.terms.items()}
+    return PairLoss(terms, {name: values[rows] for name, values in loss.metrics.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The router loss
+
+
+def _balance(
+    routing: Routing, step: Step, scope: str, meter: Meter | None, step_load: tuple[Tensor, Tensor] | None = None
+) -> Float[Tensor, ""]:
+    """This pack's share of the load-balancing loss, from the load of the packs in `scope`."""
+    load, tokens = step_load if scope == "step" and step_load else distributed.sum_over_ranks(routing.load, routing.tokens)
+    share = router.balance(routing.probabilities, load, tokens, step.counts["tokens"])
+    if meter:
+        meter.add("aux_loss", share * step.counts["tokens"], routing.tokens)
+        meter.add_load(routing)
+    return share
+
+
+def _step_load(routings: Sequence[Routing]) -> tuple[Tensor, Tensor] | None:
+    if not routings:
+        return None
+    return distributed.sum_over_ranks(sum(r.load for r in routings), sum(r.tokens for r in routings))  # type: ignore[arg-type]
