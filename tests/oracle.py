@@ -1,0 +1,393 @@
+"""Every objective by the book: float64, one pair after the other, one unpadded forward per sequence, no engine.
+
+Written from the papers' formulas alone and shares no code with `dspref`, so that the two can disagree. Slow on purpose:
+each number is a scalar tensor, and nothing happens to two pairs at once except where an objective says so (aot sorts,
+bco averages). `step` scores with models; `loss_of_scores` is the same from log-probs; `dpo_losses`, `cpo_losses` and
+`log_odds` are the formulas, from sums and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Objective = Mapping[str, Any]
+
+# ------------------------------------------------------------------------------------------------ rows -> token ids
+
+
+def render(row: Mapping[str, Any], tokenizer: Any) -> list[list[int]]:
+    """(prompt, chosen, rejected) token ids: whole texts, split where the three part."""
+    prompt, chosen, rejected = explicit(row)
+    if isinstance(prompt, str):
+        eos = tokenizer.eos_token
+        texts = [prompt, *(prompt + answer + ("" if answer.endswith(eos) else eos) for answer in (chosen, rejected))]
+    else:
+        texts = [
+            tokenizer.apply_chat_template(prompt + more, tokenize=False, add_generation_prompt=not more)
+            for more in ([], chosen, rejected)
+        ]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    split = min(common(ids[0], ids[1]), common(ids[0], ids[2]))
+    return [ids[0][:split], ids[1][split:], ids[2][split:]]
+
+
+def explicit(row: Mapping[str, Any]) -> list[Any]:
+    """[prompt, chosen, rejected]; where the row names no prompt, it is what the two sides begin with."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row:
+        return [row["prompt"], chosen, rejected]
+    split = common(chosen, rejected)
+    if isinstance(chosen, str) and chosen[:split].endswith(" "):
+        split -= 1  # the space belongs to the answers' first word
+    return [chosen[:split], chosen[split:], rejected[split:]]
+
+
+def common(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    size = 0
+    while size < min(len(left), len(right)) and left[size] == right[size]:
+        size += 1
+    return size
+
+
+# ----------------------------------------------------------------------------------------------- token ids -> scores
+
+
+@dataclass
+class Scores:
+    """One sequence under one model, token by token."""
+
+    answer: list[Tensor]  # log p of each answer token
+    collision: list[Tensor]  # log sum_v p(v)^2 of the distribution that each answer token was drawn from
+    prompt: list[Tensor]  # log p of prompt tokens 2..n
+
+
+def score(lm: torch.nn.Module, prompt: list[int], answer: list[int]) -> Scores:
+    logits = lm(input_ids=torch.tensor([prompt + answer])).logits[0].double()
+    logps = torch.log_softmax(logits[:-1], dim=-1)  # row t predicts token t + 1
+    tokens = list(logps.gather(-1, torch.tensor((prompt + answer)[1:])[:, None])[:, 0].unbind())
+    collisions = list(logps.exp().square().sum(-1).log().unbind())
+    first = len(prompt) - 1
+    return Scores(tokens[first:], collisions[first:], tokens[:first])
+
+
+def score_pairs(lm: torch.nn.Module, pairs: Sequence[Sequence[list[int]]]) -> list[tuple[Scores, Scores]]:
+    return [(score(lm, prompt, chosen), score(lm, prompt, rejected)) for prompt, chosen, rejected in pairs]
+
+
+# ------------------------------------------------------------------------------------------------------- one step
+
+
+def step(
+    policy: torch.nn.Module,
+    reference: torch.nn.Module | None,
+    pairs: Sequence[Sequence[list[int]]],
+    objective: Objective,
+    delta: float | None = None,
+) -> dict[str, Any]:
+    """Loss, with its graph, and metrics of one optimizer step over `pairs`, as `render` gives them."""
+    theirs = None
+    if reference is not None:
+        with torch.no_grad():
+            theirs = score_pairs(reference, pairs)
+    return loss_of_scores(score_pairs(policy, pairs), theirs, objective, delta)
+
+
+def loss_of_scores(
+    policy: Sequence[tuple[Scores, Scores]],
+    reference: Sequence[tuple[Scores, Scores]] | None,
+    objective: Objective,
+    delta: float | None = None,
+) -> dict[str, Any]:
+    """`delta` replaces bco's mean over this step."""
+    if objective["name"] == "dpo":
+        return dpo_step(policy, reference, objective, delta)
+    if objective["name"] == "orpo":
+        return orpo_step(policy, objective)
+    return cpo_step(policy, objective)
+
+
+def mean(values: Sequence[Any]) -> Tensor:
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).sum() / len(values)
+
+
+def total(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+def nll(scored: Sequence[tuple[Scores, Scores]], with_prompt: bool = False) -> Tensor:
+    """-log p per token of the chosen sequences: one mean over the tokens of all pairs, not a mean of means."""
+    tokens: list[Tensor] = []
+    for chosen, _ in scored:
+        if with_prompt:
+            tokens += chosen.prompt
+        tokens += chosen.answer
+    return -total(tokens) / len(tokens)
+
+
+def describe(rewards: Sequence[tuple[Any, Any]], logps: Sequence[tuple[Any, Any]]) -> dict[str, float]:
+    """The metrics that every objective has, from (chosen, rejected) of each pair. A tie is not a win."""
+    return {
+        "rewards/chosen": mean([won for won, _ in rewards]).item(),
+        "rewards/rejected": mean([lost for _, lost in rewards]).item(),
+        "rewards/accuracies": mean([won > lost for won, lost in rewards]).item(),
+        "rewards/margins": mean([won - lost for won, lost in rewards]).item(),
+        "logps/chosen": mean([won for won, _ in logps]).item(),
+        "logps/rejected": mean([lost for _, lost in logps]).item(),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- DPO
+
+
+@dataclass
+class Sums:
+    """One pair: summed log-probs S of the policy and R of the reference, counts n of scored tokens; w won, l lost."""
+
+    s_w: Any
+    s_l: Any
+    r_w: Any
+    r_l: Any
+    n_w: int
+    n_l: int
+
+    @property
+    def c(self) -> Any:
+        return self.s_w - self.r_w
+
+    @property
+    def j(self) -> Any:
+        return self.s_l - self.r_l
+
+
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "sigmoid_norm")
+DIVERGED = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
+ALIASES = {"aot_unpaired": "aot_pair", "dpo_norm": "sigmoid_norm"}
+
+
+def dpo_step(
+    policy: Sequence[tuple[Scores, Scores]],
+    reference: Sequence[tuple[Scores, Scores]] | None,
+    objective: Objective,
+    delta: float | None,
+) -> dict[str, Any]:
+    beta = objective.get("beta", 0.1)
+    if objective.get("reference_free", False):
+        reference = None
+    sums = []
+    for i, ours in enumerate(policy):
+        s_w, s_l = (total(side) for side in weighted(*ours, objective))
+        r_w = r_l = torch.tensor(0.0, dtype=torch.float64)
+        if reference is not None:
+            r_w, r_l = (total(side).detach() for side in weighted(*reference[i], objective))
+        sums.append(Sums(s_w, s_l, r_w, r_l, len(ours[0].answer), len(ours[1].answer)))
+
+    types = objective.get("loss_type", "sigmoid")
+    types = [types] if isinstance(types, str) else list(types)
+    result: dict[str, Any] = describe([(beta * s.c, beta * s.j) for s in sums], [(s.s_w, s.s_l) for s in sums])
+    result["kl/chosen"] = mean([s.c for s in sums]).item()
+    result["kl/rejected"] = mean([s.j for s in sums]).item()
+
+    loss = torch.tensor(0.0, dtype=torch.float64)
+    for kind, weight in zip(types, objective.get("loss_weights") or [1.0] * len(types), strict=True):
+        if kind == "sft":
+            loss = loss + weight * nll(policy)
+            continue
+        if kind == "bco_pair":
+            delta = bco_delta(sums, objective) if delta is None else delta
+            result["bco_delta"] = delta
+        losses = dpo_losses(kind, sums, objective, delta)
+        if objective.get("use_weighting", False):
+            losses = [wpo_weight(*ours) * value for ours, value in zip(policy, losses)]
+        loss = loss + weight * mean(losses)
+    if objective.get("rpo_alpha") is not None:
+        loss = loss + objective["rpo_alpha"] * nll(policy)
+    if "sft" in types or objective.get("rpo_alpha") is not None:
+        result["nll_loss"] = nll(policy).item()
+    return {"loss": loss, **result}
+
+
+def weighted(chosen: Scores, rejected: Scores, objective: Objective) -> tuple[list[Tensor], list[Tensor]]:
+    """LD-DPO: what the longer answer has beyond the length of the shorter one counts `ld_alpha` times."""
+    alpha = objective.get("ld_alpha")
+    if alpha is None:
+        return chosen.answer, rejected.answer
+    shorter = min(len(chosen.answer), len(rejected.answer))
+    won, lost = ([t if i < shorter else alpha * t for i, t in enumerate(side.answer)] for side in (chosen, rejected))
+    return won, lost
+
+
+def wpo_weight(chosen: Scores, rejected: Scores) -> Tensor:
+    """How likely the policy itself is to write this pair (WPO eq. 2), at most 1, without gradient."""
+    exponent = torch.tensor(0.0, dtype=torch.float64)
+    for side in (chosen, rejected):
+        exponent = exponent + mean([lp - collision for lp, collision in zip(side.answer, side.collision)])
+    return torch.clamp(torch.exp(exponent), max=1.0).detach()
+
+
+def bco_delta(sums: Sequence[Sums], objective: Objective) -> float:
+    """At step 1 the cumulative mean of rewards is the mean of this step's, over both sides of all pairs."""
+    beta = objective.get("beta", 0.1)
+    return mean([beta * s.c for s in sums] + [beta * s.j for s in sums]).item()
+
+
+def f_prime(log_u: Any, objective: Objective) -> Any:
+    """f'(u) of an f-divergence, at u = pi / pi_ref."""
+    kind = objective.get("f_divergence_type") or "reverse_kl"
+    if kind == "reverse_kl":
+        return log_u
+    u = torch.exp(log_u)
+    if kind == "forward_kl":
+        return 1 - 1 / u
+    if kind == "js_divergence":
+        return torch.log(2 * u / (1 + u))
+    if kind == "alpha_divergence":
+        alpha = objective.get("f_alpha_divergence_coef", 0.5)
+        return (1 - u**-alpha) / alpha
+    raise ValueError(kind)
+
+
+def dpo_losses(kind: str, sums: Sequence[Sums], objective: Objective, delta: float | None = None) -> list[Tensor]:
+    """The pair losses of one loss type. aot and aot_pair give theirs in sorted order."""
+    kind = ALIASES.get(kind, kind)
+    beta = objective.get("beta", 0.1)
+    smoothing = objective.get("label_smoothing")
+    if smoothing is None:
+        smoothing = 1e-3 if kind == "exo_pair" else 0.0
+    if kind not in SMOOTHED:
+        smoothing = 0.0
+    if kind not in DIVERGED and (objective.get("f_divergence_type") or "reverse_kl") != "reverse_kl":
+        raise ValueError(f"{kind} has no f-divergence form")
+
+    if kind in ("aot", "aot_pair"):
+        if kind == "aot":
+            left, right = sorted(s.s_w - s.s_l for s in sums), sorted(s.r_w - s.r_l for s in sums)
+        else:
+            left, right = sorted(s.c for s in sums), sorted(s.j for s in sums)
+        return [smoothed(beta * (x - y), smoothing) for x, y in zip(left, right)]
+    return [dpo_pair_loss(kind, s, beta, smoothing, objective, delta) for s in sums]
+
+
+def dpo_pair_loss(kind: str, s: Sums, beta: float, smoothing: float, objective: Objective, delta: float | None) -> Tensor:
+    f_w, f_l = f_prime(s.c, objective), f_prime(s.j, objective)
+    h = f_w - f_l
+    if kind == "sigmoid":
+        return smoothed(beta * h, smoothing)
+    if kind == "sigmoid_norm":
+        return smoothed(beta * (f_w / s.n_w - f_l / s.n_l), smoothing)
+    if kind == "robust":
+        noisy = -(1 - smoothing) * logsigmoid(beta * h) + smoothing * logsigmoid(-beta * h)
+        return noisy / (1 - 2 * smoothing)
+    if kind == "hinge":
+        return torch.clamp(1 - beta * h, min=0.0)
+    if kind == "ipo":
+        gap = f_w / s.n_w - f_l / s.n_l if objective.get("ipo_length_normalize", True) else h
+        return (gap - 1 / (2 * beta)) ** 2
+    if kind == "exo_pair":
+        epsilon = torch.tensor(smoothing, dtype=torch.float64)
+        won = torch.sigmoid(beta * h) * (logsigmoid(beta * h) - torch.log(1 - epsilon))
+        return won + torch.sigmoid(-beta * h) * (logsigmoid(-beta * h) - torch.log(epsilon))
+    if kind == "discopop":
+        rho = beta * h
+        modulation = torch.sigmoid(rho / objective.get("discopop_tau", 0.05))
+        return -logsigmoid(rho) * (1 - modulation) + torch.exp(-rho) * modulation
+    if kind == "nca_pair":
+        return -logsigmoid(beta * s.c) - 0.5 * logsigmoid(-beta * s.c) - 0.5 * logsigmoid(-beta * s.j)
+    if kind == "bco_pair":
+        return -logsigmoid(beta * s.c - delta) - logsigmoid(-(beta * s.j - delta))
+    if kind == "sppo_hard":
+        return (s.c - 1 / (2 * beta)) ** 2 + (s.j + 1 / (2 * beta)) ** 2
+    if kind == "apo_zero":
+        return 1 - torch.sigmoid(beta * s.c) + torch.sigmoid(beta * s.j)
+    if kind == "apo_down":
+        return torch.sigmoid(beta * s.c) + 1 - torch.sigmoid(beta * (s.c - s.j))
+    raise ValueError(kind)
+
+
+def smoothed(z: Tensor, smoothing: float) -> Tensor:
+    """-log sigmoid(z), where a label is wrong with probability `smoothing` (cDPO)."""
+    return -(1 - smoothing) * logsigmoid(z) - smoothing * logsigmoid(-z)
+
+
+# ----------------------------------------------------------------------------------------------------- CPO and SimPO
+
+
+def cpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective) -> dict[str, Any]:
+    sums = []
+    for won, lost in policy:
+        sums.append(Sums(total(won.answer), total(lost.answer), 0.0, 0.0, len(won.answer), len(lost.answer)))
+    losses, rewards = cpo_losses(sums, objective)
+    per_token = cpo_kind(objective) in ("ipo", "simpo")
+    logps = [(s.s_w / s.n_w, s.s_l / s.n_l) if per_token else (s.s_w, s.s_l) for s in sums]
+    result: dict[str, Any] = {"loss": mean(losses), **describe(rewards, logps)}
+    alpha = objective.get("cpo_alpha", 1.0) if objective["name"] == "cpo" else 0.0
+    if alpha:
+        result["loss"] = result["loss"] + alpha * nll(policy)
+        result["nll_loss"] = nll(policy).item()
+    return result
+
+
+def cpo_kind(objective: Objective) -> str:
+    return "simpo" if objective["name"] == "simpo" else objective.get("loss_type", "sigmoid")
+
+
+def cpo_losses(sums: Sequence[Sums], objective: Objective) -> tuple[list[Tensor], list[tuple[Any, Any]]]:
+    """(preference loss, (chosen, rejected) reward) of each pair."""
+    kind = cpo_kind(objective)
+    beta = objective.get("beta", 2.0 if kind == "simpo" else 0.1)
+    smoothing = objective.get("label_smoothing", 0.0)
+    losses, rewards = [], []
+    for s in sums:
+        if kind in ("sigmoid", "hinge"):
+            won, lost = s.s_w, s.s_l
+        else:
+            won, lost = (alpha_reward(value, objective.get("alpha", 0.0)) for value in (s.s_w / s.n_w, s.s_l / s.n_l))
+        rewards.append((beta * won, beta * lost))
+        if kind == "sigmoid":
+            losses.append(smoothed(beta * (won - lost), smoothing))
+        elif kind == "hinge":
+            losses.append(torch.clamp(1 - beta * (won - lost), min=0.0))
+        elif kind == "ipo":
+            losses.append((won - lost - 1 / (2 * beta)) ** 2)
+        elif kind == "simpo":
+            margin = objective.get("simpo_gamma")
+            if margin is None:
+                ratio = objective.get("gamma_beta_ratio")
+                margin = beta * (0.5 if ratio is None else ratio)
+            losses.append(smoothed(beta * (won - lost) - margin, smoothing))
+        else:
+            raise ValueError(kind)
+    return losses, rewards
+
+
+def alpha_reward(average: Tensor, alpha: float) -> Tensor:
+    """AlphaPO: (1 - p^-alpha) / alpha at p = exp(mean log-prob), whose limit at alpha 0 is the mean log-prob."""
+    return (1 - torch.exp(-alpha * average)) / alpha if alpha else average
+
+
+# ------------------------------------------------------------------------------------------------------------- ORPO
+
+
+def orpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective) -> dict[str, Any]:
+    beta = objective.get("beta", 0.1)
+    averages = [(mean(won.answer), mean(lost.answer)) for won, lost in policy]
+    ratios = [log_odds(won, lost) for won, lost in averages]
+    likelihood = nll(policy, with_prompt=objective.get("nll_on_prompt", True))
+    return {
+        "loss": likelihood - beta * mean([logsigmoid(ratio) for ratio in ratios]),
+        **describe([(beta * won, beta * lost) for won, lost in averages], averages),
+        "nll_loss": likelihood.item(),
+        "log_odds_chosen": mean(ratios).item(),
+        "log_odds_ratio": mean([logsigmoid(ratio) for ratio in ratios]).item(),
+    }
+
+
+def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """log of odds(chosen) / odds(rejected), where odds(p) = p / (1 - p) and p = exp(mean log-prob)."""
+    return (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
