@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,17 +272,22 @@ def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.op
 def _mark_leaves(policy: nn.Module) -> None:
     """Under ZeRO-3, gather modules with experts whole: ranks route differently, so the experts' hooks would run apart.
 
-    Experts are 3-D weights of one module in transformers 5, or a list of modules called `experts`.
+    Experts are, by family: 3-D weights of one module, or a child called `experts` without such weights.
     """
-    experts = {
-        type(part)
-        for part in policy.modules()
-        if any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in part.parameters(recurse=False))
-        or isinstance(getattr(part, "experts", None), nn.ModuleList)
-    }
-    if experts:
-        deepspeed.utils.set_z3_leaf_modules(policy, list(experts))
-        distributed.log(f"ZeRO-3 gathers whole: {', '.join(sorted(kind.__name__ for kind in experts))}")
+    found = {type(part) for part in policy.modules() if _has_experts(part)}
+    if found:
+        deepspeed.utils.set_z3_leaf_modules(policy, list(found))
+        distributed.log(f"ZeRO-3 gathers whole: {', '.join(sorted(kind.__name__ for kind in found))}")
+
+
+def _has_experts(part: nn.Module) -> bool:
+    child = getattr(part, "experts", None)
+    listed = isinstance(child, nn.Module) and not _three_dimensional(child.parameters())
+    return listed or _three_dimensional(part.parameters(recurse=False))
+
+
+def _three_dimensional(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in parameters)
 
 
 def _ceil(x: float) -> int:

@@ -35,11 +35,15 @@ if TYPE_CHECKING:
 
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
+SINKS = "has attention sinks, which the packed kernels do not know"
 # Families that use the common attention function but cannot be packed by it, and why.
 UNPACKABLE = {
-    "gpt_oss": "has attention sinks, which the packed kernels do not know",
+    "gpt_oss": SINKS,
     "nemotron": "does not pass the layout of a pack on to its attention",
+    "flint": SINKS,
+    "granitemoe_swa": SINKS,
     "doge": "makes an attention mask of its own",
+    "phimoe": "samples its experts in training, so that a step would not be a function of its pairs",
 }
 
 
@@ -101,7 +105,9 @@ def refuse_layers_before_head(lm: PreTrainedModel) -> None:
 def router_coefficient(section: ModelSection, lm: PreTrainedModel) -> float:
     """Weight of the load-balancing loss: the YAML's, else the model's own. Raises ConfigError for a model without it."""
     # transformers' own sign that a family has this loss: its modeling file holds the function, its head knows the top k.
-    trains = hasattr(sys.modules[type(lm).__module__], "load_balancing_loss_func") and hasattr(lm, "num_experts_per_tok")
+    # (Zero experts: a dense model of a family that has both.)
+    has_loss = hasattr(sys.modules[type(lm).__module__], "load_balancing_loss_func")
+    trains = has_loss and bool(getattr(lm, "num_experts_per_tok", 0))
     asked = section.router_aux_loss_coef
     if asked and not trains:
         raise ConfigError(
@@ -181,7 +187,11 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         with torch.device("meta"):
             skeleton = family(copy.deepcopy(config))
         refuse_layers_before_head(skeleton)
+        if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
+            raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
         router_coefficient(section, skeleton)
+        if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+            raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
     _refuse_scaled_positions(text, max_length)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(
@@ -300,11 +310,21 @@ def content_digest(section: ModelSection) -> str:
 def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
     """Set the policy up; `with_collision`: its forward gives the collision entropy of every scored token too."""
     model.train()
+    _freeze_again(model.lm)
     model.with_collision = with_collision
     model.router_aux_loss_coef = router_coefficient(section, model.lm)
     if section.gradient_checkpointing:
         model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _freeze_again(lm: PreTrainedModel) -> None:
+    """Some parameters are made frozen, such as the bias of a router's choice; transformers forgets that on loading."""
+    with torch.device("meta"):
+        skeleton = type(lm)(copy.deepcopy(lm.config))
+    for name, parameter in skeleton.named_parameters():
+        if not parameter.requires_grad:
+            lm.get_parameter(name).requires_grad_(False)
 
 
 def prepare_as_reference(model: PackedCausalLM) -> PackedCausalLM:
@@ -339,10 +359,11 @@ def _partitioned(zero3: Mapping[str, Any] | None):
 
 def _zero_dropout(config: PretrainedConfig) -> None:
     """Set every rate of dropout and of like noise to 0 before the model is built: some families read it only in forward."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter")):
-                setattr(part, name, 0.0)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):  # of the text model, or of a kind of layers
+            _zero_dropout(value)
+        elif isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter")):
+            setattr(config, name, 0.0)
 
 
 def _refuse_missing(lm: PreTrainedModel, report: Mapping[str, Any], weights: str) -> None:

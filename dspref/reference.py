@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -72,7 +72,9 @@ def describe(config: Config) -> str:
 def section(config: Config, weights: str) -> ModelSection:
     """The reference as a model section: the policy's, with its own name and type where the config gives them."""
     own = config.reference
-    changes: dict[str, str | None] = {"name_or_path": own.name_or_path or weights, "init": "pretrained"}
+    changes: dict[str, Any] = {"name_or_path": own.name_or_path or weights, "init": "pretrained"}
+    # What is trained of the policy is nothing to the reference, which may be of another family.
+    changes |= {"router_aux_loss_coef": None, "router_aux_scope": "micro", "gradient_checkpointing": False}
     changes["dtype"] = own.dtype or config.model.dtype
     if own.name_or_path:
         changes["revision"] = None

@@ -28,8 +28,8 @@ LEARNED = {"sft": "logps/chosen", "discopop": None}
 LEARNING = [
     "sigmoid", "cDPO", "hinge", "ipo", "ipo unnormalised", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_pair", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "mpo", "forward_kl sigmoid",
-    "js_divergence sigmoid", "alpha_divergence sigmoid", "rpo_alpha", "wpo", "ld_alpha", "reference_free", "cpo sigmoid", "cpo hinge", "cpo ipo",
-    "cpo simpo", "simpo", "simpo alpha", "orpo",
+    "js_divergence sigmoid", "alpha_divergence sigmoid", "rpo_alpha", "wpo", "ld_alpha", "reference_free", "cpo sigmoid",
+    "cpo hinge", "cpo ipo", "cpo simpo", "simpo", "simpo alpha", "orpo",
 ]  # fmt: skip
 
 

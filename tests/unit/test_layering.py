@@ -69,7 +69,8 @@ OWNERS: dict[str, set[str]] = {
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep.
 NO_TORCH = {
-    "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "objectives", "families", "losses", "launcher", "cli",
+    "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "objectives", "families", "losses",
+    "launcher", "cli",
 }  # fmt: skip
 
 
