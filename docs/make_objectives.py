@@ -30,8 +30,15 @@ batch, on however many ranks and packs.
 **Whole step.** Some losses are functions of the whole step, not sums over its pairs. They take a first pass over the step's
 packs without gradient, one forward more, and so give the same values on every layout. One pack on one rank needs none.
 
-**Rewards** (`rewards/*`): dpo beta (S - R); cpo beta S, or beta A for losses per token; simpo and orpo beta A. Metrics have
-TRL's names; each loss is logged as `loss/<loss_type>`, an NLL term also as `nll_loss`.
+**Rewards** (`rewards/*`): dpo beta (S - R), under every loss and divergence; cpo beta S, or beta A for losses per token;
+simpo and orpo beta A. With `ld_alpha`, S and R (and `logps/*`, `kl/*`) count by it; with `alpha`, (1 - e^(-alpha A)) / alpha
+stands for A. Metrics have TRL's names; each loss is logged as `loss/<loss_type>`, an NLL term also as `nll_loss`. Not
+logged: TRL's `entropy`, `mean_token_accuracy` and `num_tokens`.
+
+**Where TRL 1.16 is not followed.** It ignores `label_smoothing` in `sigmoid`; its BCO has no delta; its WPO weight is not
+clamped at 1; its `f_alpha_divergence_coef` is 1 - alpha; its NLL and AOT see a micro-batch, not the step; its length
+denominators count a first token that cannot be scored; SimPO's beta defaults to CPO's 0.1. `loss_type: alphapo` is written
+`name: simpo` with `alpha`. `ld_alpha` applies to policy and reference, as in TRL 1.16, not to the policy alone.
 
 **What goes together.** Every modifier of a family goes with every loss of it, except:
 """
@@ -57,6 +64,9 @@ def exceptions() -> str:
             if not suits(loss)
         ]
         lines.append(f"- `{key}` not with {', '.join(unfit)}: it {why}.\n")
+    lines.append(
+        "- with `sft` alone no preference modifier has an effect, and beside `rpo_alpha` it would count twice: refused.\n"
+    )
     return "\n" + "".join(lines)
 
 
@@ -75,7 +85,8 @@ def section(family: Family) -> str:
 
 def entry(names: list[str], loss: Loss) -> str:
     """One loss: its names, source, formula and facts."""
-    title, _, formula = inspect.cleandoc(loss.function.__doc__ or "").partition("\n\n")
+    *text, formula = prose(loss.function).split("\n\n")
+    title = "\n\n".join(text)
     facts = [f"normaliser: {loss.normaliser}"]
     facts += [f"`{key}` {written(p.default)} ({values(p.annotation)})" for key, p in keys_of(loss.function).items()]
     facts += ["whole step"] if loss.couples else []

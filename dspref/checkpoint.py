@@ -36,7 +36,8 @@ from dspref.errors import ConfigError, EnvironmentFault
 from dspref.objectives import RunningMean
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
-# with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them.
+# with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
+# loss with scope `micro` is the exception: other packs balance experts over other tokens.)
 MAY_CHANGE = (
     "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.gradient_checkpointing",
     "model.name_or_path", "train.max_steps", "train.num_train_epochs", "train.eval_every", "checkpoint", "log", "output_dir",

@@ -19,7 +19,7 @@ SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
     "cosine_with_min_lr": ({"num_cycles", "min_lr", "min_lr_rate"}, {"min_lr", "min_lr_rate"}),
 }
 # Metrics of every evaluation, behind its prefix.
-EVALUATED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "nll_loss")
+EVALUATED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
 # Bounds of a key's range, in pydantic's words.
 BOUNDS = {
@@ -49,7 +49,7 @@ def _check_losses(config: Config) -> Iterator[Complaint]:
         yield ("objective", "loss_type"), f"{repeated} is there twice; give each loss once, with a loss_weight"
     if "sft" in names and section.rpo_alpha is not None:
         yield ("objective", "rpo_alpha"), "adds the loss sft once more; give its weight in loss_weights"
-    if weights is not None and not any(weights):
+    if weights is not None and not any(weights) and section.rpo_alpha is None:
         yield ("objective", "loss_weights"), "are all 0: nothing would be trained"
     if weights is not None and len(weights) != len(names):
         yield ("objective", "loss_weights"), f"{len(weights)} given, {len(names)} needed: one for each loss of loss_type"
@@ -139,13 +139,20 @@ def _check_best(config: Config) -> Iterator[Complaint]:
         return
     if not sets:
         yield ("checkpoint", "keep_best"), "there is nothing to evaluate; set data.eval"
-    elif best not in {prefix + name for prefix in sets for name in EVALUATED}:
+    elif best not in {prefix + name for prefix in sets for name in _evaluated(config)}:
         yield ("checkpoint", "keep_best"), f"no such metric; for example {next(iter(sets))}rewards/margins"
     elif not config.train.eval_every or (config.checkpoint.save_every or 0) % config.train.eval_every:
         yield (
             ("checkpoint", "keep_best"),
             "needs an evaluation at every checkpoint: save_every a multiple of train.eval_every",
         )
+
+
+def _evaluated(config: Config) -> set[str]:
+    section = config.objective
+    names = as_list(section.loss_type)
+    has_nll = section.name != "dpo" or "sft" in names or section.rpo_alpha is not None
+    return {*EVALUATED, *(f"loss/{name}" for name in names), *(["nll_loss"] if has_nll else [])}
 
 
 def _check_reference(config: Config) -> Iterator[Complaint]:

@@ -131,6 +131,10 @@ class Engine:
         """Log-probs of the scored tokens, and what the routers did, where their loss is trained."""
         return self._engine(batch)
 
+    def score(self, batch: PackedBatch) -> tuple[TokenLogps, None]:
+        """Log-probs of the scored tokens and nothing else."""
+        return self._engine(batch, only_logps=True)
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """No dropout and no gradient inside."""

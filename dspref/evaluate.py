@@ -8,10 +8,11 @@ from dspref import gradient
 from dspref.data.loader import Layout, sweep
 from dspref.data.store import PairStore
 from dspref.engine import Engine
+from dspref.families import PairLogps
 from dspref.gradient import StepLoss
 from dspref.logps import pair_logps
 from dspref.metrics import Meter
-from dspref.objectives import PairLogps, RunningMean
+from dspref.objectives import RunningMean
 from dspref.reference import Reference
 
 

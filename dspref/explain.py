@@ -86,9 +86,12 @@ def explain(
         case "missing":
             return f"{locate(positions, path[:-1])}: {'.'.join(map(str, path))}: is missing"
         case "union_tag_invalid" | "union_tag_not_found":
-            name = problem["input"].get("name") if isinstance(problem["input"], Mapping) else problem["input"]
-            path, reason = (*path, "name"), f"must be one of {', '.join(OBJECTIVES)}, not {written(name)}"
-            reason += _did_you_mean(str(name).lower(), list(OBJECTIVES))
+            if isinstance(problem["input"], Mapping):
+                name = problem["input"].get("name")
+                path, reason = (*path, "name"), f"must be one of {', '.join(OBJECTIVES)}, not {written(name)}"
+                reason += _did_you_mean(str(name).lower(), list(OBJECTIVES))
+            else:
+                reason = f"must be a mapping, such as {{name: dpo}}, not {written(problem['input'])}"
         case "too_short":
             reason = "is an empty list"
         case "literal_error":

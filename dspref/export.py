@@ -13,12 +13,13 @@ from jinja2 import Template
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dspref
-from dspref import checkpoint, distributed, model
+from dspref import checkpoint, distributed, model, reference
 from dspref.checkpoint import RunFolder
 from dspref.config import Config
 from dspref.engine import Engine
 from dspref.errors import IOFault, NumericFault
 from dspref.model import PackedCausalLM
+from dspref.objectives import describe
 
 MAX_SHARD = "5GB"
 
@@ -95,11 +96,12 @@ tags: [dspref, preference-optimization, {{ config.objective.name }}]
 ---
 # {{ name }}
 
-Trained from `{{ config.model.name_or_path }}` with {{ config.objective.name }} / {{ config.objective.loss_type }}
-(beta {{ config.objective.beta }}) by dspref {{ version }}.
+Trained from `{{ config.model.name_or_path }}` by dspref {{ version }}.
 
 | | |
 |---|---|
+| objective | {{ objective }} |
+| reference | {{ reference }} |
 | data | {{ data }} |
 | steps | {{ summary.step }} of {{ config.train.pairs_per_step }} pairs, learning rate {{ config.train.learning_rate }} |
 | precision | {{ config.model.dtype }} |
@@ -120,6 +122,8 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         config=config,
         name=Path(config.output_dir).name,
         version=dspref.__version__,
+        objective=describe(**config.objective.model_dump()),
+        reference=reference.describe(config),
         data=", ".join(source.path for source in config.data.train_sources),
         base_is_hub=not Path(config.model.name_or_path).exists() and config.model.init == "pretrained",
         env=checkpoint.environment(),

@@ -17,9 +17,10 @@ import torch
 from dspref import distributed, router
 from dspref.data.loader import Step
 from dspref.engine import Engine
+from dspref.families import PairLogps, PairLoss, total
 from dspref.logps import pair_logps
 from dspref.metrics import Meter
-from dspref.objectives import Objective, PairLogps, PairLoss, RunningMean, total
+from dspref.objectives import Objective, RunningMean
 from dspref.reference import Reference
 from dspref.router import Routing
 
@@ -73,8 +74,8 @@ def _one_pass(
         if meter:
             meter.add_pairs(value, pairs)
             meter.add_logits(tokens, pairs, batch)
-            if step.number == 1:
-                meter.add_expected(loss.objective, pairs, base, rewards.value)
+            if step.number == 1 and base:
+                meter.add_gap(pairs, base)
     return rewards
 
 
@@ -95,8 +96,8 @@ def _two_passes(
     if meter:
         value = loss.objective(pairs, base, rewards.value)
         meter.add_pairs(rows_of(value, own), part_of(pairs, own))
-        if step.number == 1:
-            meter.add_expected(loss.objective, pairs, base, rewards.value, own)
+        if step.number == 1 and base:
+            meter.add_gap(part_of(pairs, own), part_of(base, own))
     start = own.start
     for batch in packs:
         tokens, routing = policy.forward(batch)

@@ -196,8 +196,9 @@ def apo_down(ratios: Ratios, *, beta: Positive = 0.1) -> Float[Tensor, "P"]:
 
 
 def discopop(ratios: Ratios, *, beta: Positive = 0.1, discopop_tau: Positive = 0.05) -> Float[Tensor, "P"]:
-    """DiscoPOP (Lu et al. 2024, arXiv:2406.08414, eq. 5): log-ratio modulated loss, found by a
-    language model. For small tau its slope at a margin of 0 is positive, and it has a second valley at negative margins.
+    """DiscoPOP (Lu et al. 2024, arXiv:2406.08414, eq. 5): a loss found by a language model.
+
+    Below tau = 0.102 its slope at a margin of 0 is positive: it has a second valley, at negative margins.
 
     -log sigma(x) (1 - m) + exp(-x) m,  m = sigma(x / tau),  x = beta (log u_w - log u_l)
     """

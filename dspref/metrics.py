@@ -11,7 +11,6 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,8 @@ import torch
 from dspref import distributed
 from dspref.config import Config
 from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
+from dspref.families import PairLogps, PairLoss
 from dspref.logps import TokenLogps
-from dspref.objectives import Objective, PairLogps, PairLoss
 from dspref.router import Routing, balance, load_metrics
 
 if TYPE_CHECKING:
@@ -65,21 +64,11 @@ class Meter:
         self.add("logits/chosen", (tokens.mean_logits * (side == CHOSEN)).sum(), pairs.count("chosen_tokens"))
         self.add("logits/rejected", (tokens.mean_logits * (side == REJECTED)).sum(), pairs.count("rejected_tokens"))
 
-    def add_expected(
-        self,
-        objective: Objective,
-        pairs: PairLogps,
-        reference: PairLogps | None,
-        delta: float,
-        rows: slice = slice(None),
-    ) -> None:
-        """The pair terms that a loss has where the policy is the reference, as `expected/<component>`."""
-        if reference is None:
-            return
-        present = {name: value for name, value in vars(reference).items() if value is not None}
-        for component, term in objective(replace(pairs.detach(), **present), reference, delta).terms.items():
-            if term.per == "pairs":
-                self.add(f"expected/{component}", term.values[rows].sum(), len(term.values[rows]))
+    def add_gap(self, pairs: PairLogps, reference: PairLogps) -> None:
+        """How far policy and reference are apart, as `gap`: the mean over answers of |log-ratio| per token."""
+        chosen = (pairs.chosen - reference.chosen).abs() / pairs.chosen_tokens
+        rejected = (pairs.rejected - reference.rejected).abs() / pairs.rejected_tokens
+        self.add("gap", (chosen + rejected).sum() / 2, pairs.count("pairs"))
 
     def add_load(self, routing: Routing) -> None:
         """What the routers did with a pack, for the load of each expert and the balance of all tokens together."""
@@ -130,7 +119,7 @@ class Displacement:
         return (
             f"warning: chosen answers have grown less likely over {self.STEPS} logged steps (rewards/chosen "
             f"{chosen[0]:.3g} to {chosen[-1]:.3g}) while the margin grew: likelihood displacement; a smaller learning rate, "
-            "a larger beta or an NLL term (rpo_alpha, cpo_alpha) holds them"
+            "a larger beta, or an NLL term where the objective has one, holds them"
         )
 
 

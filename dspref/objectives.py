@@ -12,21 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspref import losses
-from dspref.families import Loss, PairLogps, PairLoss, Part, Term, cpo, dpo, orpo, simpo, total
-
-__all__ = [
-    "ASKS",
-    "MUTE",
-    "OBJECTIVES",
-    "Objective",
-    "PairLogps",
-    "PairLoss",
-    "RunningMean",
-    "Term",
-    "build_objective",
-    "total",
-]
-
+from dspref.families import Loss, PairLogps, PairLoss, Part, cpo, dpo, orpo, simpo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
@@ -167,6 +153,16 @@ def resolved(name: str, loss_type: str | Sequence[str], **keys: Any) -> dict[str
     mute = {key for key in known if key in MUTE and not MUTE[key][0](section)}
     applicable = {"name", "loss_type", "loss_weights", *known} - mute
     return {key: value for key, value in section.items() if key in applicable and value is not None}
+
+
+def describe(name: str, loss_type: str | Sequence[str], **keys: Any) -> str:
+    """An objective in one line: its losses and every key that is in force, as the YAML has them."""
+    section = resolved(name, loss_type, **keys)
+    kind = section.get("f_divergence_type", "reverse_kl")
+    instead = f"; f'(u) = {losses.DERIVATIVES[kind]} for log u" if kind != "reverse_kl" else ""
+    shown = {key: value for key, value in section.items() if key not in ("name", "loss_type") and value is not False}
+    values = ", ".join(f"{key} {'true' if value is True else value}" for key, value in shown.items())
+    return f"{name} / {' + '.join(as_list(loss_type))}  {values}{instead}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

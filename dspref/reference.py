@@ -16,14 +16,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dspref import distributed, engine, model
+from dspref import admission, distributed, engine, model
 from dspref.config import Config, ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.data.loader import Layout, sweep
 from dspref.data.store import PairStore
 from dspref.engine import Engine
+from dspref.families import PairLogps
 from dspref.logps import TokenLogps, pair_logps, scored_tokens
-from dspref.objectives import PairLogps, needs_reference
+from dspref.objectives import needs_reference
 from dspref.router import Routing
 
 Reference = Callable[[str, PackedBatch], PairLogps | None]
@@ -122,7 +123,7 @@ def load_forward(config: Config, weights: str, device_type: str) -> Forward:
     default = 3 if config.zero_stage == 3 or own.offload == "cpu" else 0
     stage = own.zero_stage if own.zero_stage is not None else default
     described = section(config, weights)
-    kernel = model.check(described, model.load_config(described), config.data.max_length, 0, device_type)
+    kernel = admission.check(described, model.load_config(described), config.data.max_length, 0, device_type)
     zero3 = engine.reference_config(config) if stage == 3 else None
     reference = model.load(described, described.name_or_path, kernel, described.dtype, zero3)
     return engine.reference_forward(model.prepare_as_reference(reference), config, stage)
@@ -182,7 +183,7 @@ def _score_all(
     """Sums [n, columns] of each set. The policy itself serves while it still has the reference's weights."""
     if config.reference.name_or_path is None and config.reference.dtype in (None, config.model.dtype):
         with policy.evaluating():
-            return {name: score(policy.forward, store, layout, policy.device) for name, store in sets.items()}
+            return {name: score(policy.score, store, layout, policy.device) for name, store in sets.items()}
     forward = load_forward(config, origin.weights, policy.device.type)
     with torch.no_grad():
         tables = {name: score(forward, store, layout, policy.device) for name, store in sets.items()}

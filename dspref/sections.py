@@ -285,6 +285,8 @@ def _as_field(kinds: Sequence[Any], key: str, optional: bool) -> Any:
     Of ranges such as `Annotated[float, {"gt": 0}]` it has what all share; `checks` holds each loss to its own.
     """
     bounds = [kind.__metadata__[0] if get_origin(kind) is Annotated else {} for kind in kinds]
+    if any("ge" in bound for bound in bounds):  # the weaker of >= 0 and > 0
+        bounds = [{"ge" if name == "gt" else name: limit for name, limit in bound.items()} for bound in bounds]
     shared = {bound: limit for bound, limit in bounds[0].items() if all(other.get(bound) == limit for other in bounds)}
     inner = kinds[0].__origin__ if get_origin(kinds[0]) is Annotated else kinds[0]
     return Annotated[inner | None if optional else inner, Field(**shared, description=MEANINGS[key])]

@@ -60,7 +60,7 @@ def train(config: Config, source: Path | None = None) -> None:
             means = meter.reduce()
             stages.check_finite(config, step.number, means["loss"], grad_norm)
             if step.number == 1:
-                stages.check_first_loss(config, means)
+                stages.check_first_step(config, means)
             record = header(step) | {"loss": means.pop("loss"), "grad_norm": grad_norm, "learning_rate": learning_rate}
             record |= means | performance(step, time.monotonic() - clock)
             recorder.write(record)

@@ -21,6 +21,8 @@ atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
 os.environ["TORCH_EXTENSIONS_DIR"] = f"{_scratch}/torch_extensions"
 os.environ["DSPREF_CACHE"] = f"{_scratch}/cache"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models gain nothing from more, and threads that spin for a core that others hold make a minute of a second.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))

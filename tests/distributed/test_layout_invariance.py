@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import yaml
@@ -51,51 +52,18 @@ def run_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def oracle(run_files: Path) -> dict[str, Any]:
+def expected(run_files: Path) -> dict[str, Any]:
     """Loss and gradients by the book: one unpadded forward per sequence, no pack, no engine."""
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(run_files / name, dtype=torch.float64) for name in ("policy", "reference")
     )
     tokenizer = AutoTokenizer.from_pretrained(run_files / "tokenizer")
-    losses, nll, tokens, wins = [], [], 0, 0
-    for line in (run_files / "pairs.jsonl").read_text().splitlines():
-        prompt, *answers = render(json.loads(line), tokenizer)
-        sums = [[answer_logp(m, prompt, answer) for answer in answers] for m in (policy, reference)]
-        margin = BETA * ((sums[0][0] - sums[1][0].detach()) - (sums[0][1] - sums[1][1].detach()))
-        log_sigmoid = torch.nn.functional.logsigmoid
-        losses.append(-(1 - SMOOTHING) * log_sigmoid(margin) - SMOOTHING * log_sigmoid(-margin))
-        nll.append(-sums[0][0])
-        tokens += len(answers[0])
-        wins += int(margin > 0)
-    loss = sum(losses) / PAIRS + RPO * sum(nll) / tokens
-    loss.backward()
+    pairs = [oracle.render(json.loads(line), tokenizer) for line in (run_files / "pairs.jsonl").read_text().splitlines()]
+    objective = {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING, "rpo_alpha": RPO}
+    result = oracle.step(policy, reference, pairs, objective)
+    result["loss"].backward()
     gradients = {name: p.grad.numpy() for name, p in policy.named_parameters()}
-    return {
-        "loss": loss.item(),
-        "nll_loss": (sum(nll) / tokens).item(),
-        "rewards/accuracies": wins / PAIRS,
-        "gradients": gradients,
-    }
-
-
-def render(row: dict[str, Any], tokenizer: Any) -> list[list[int]]:
-    """(prompt, chosen, rejected) token ids: whole texts, split where the three part."""
-    if isinstance(row["prompt"], str):
-        texts = [row["prompt"], *(row["prompt"] + row[side] + tokenizer.eos_token for side in ("chosen", "rejected"))]
-    else:
-        texts = [
-            tokenizer.apply_chat_template(row["prompt"] + more, tokenize=False, add_generation_prompt=not more)
-            for more in ([], row["chosen"], row["rejected"])
-        ]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    split = min(next((i for i, (a, b) in enumerate(zip(ids[0], other)) if a != b), len(ids[0])) for other in ids[1:])
-    return [ids[0][:split], ids[1][split:], ids[2][split:]]
-
-
-def answer_logp(lm: torch.nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    logits = lm(input_ids=torch.tensor([prompt + answer])).logits[0].double()
-    logps = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
-    return logps.gather(-1, torch.tensor(answer)[:, None]).sum()
+    return result | {"loss": result["loss"].item(), "gradients": gradients}
 
 
 def zero(stage: int) -> str:
@@ -118,14 +86,14 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_loss_and_gradients_are_those_of_the_oracle_in_every_layout(world, run_files, oracle, all_workers):
+def test_loss_and_gradients_are_those_of_the_oracle_in_every_layout(world, run_files, expected, all_workers):
     ranks = all_workers[world].run("cases:first_steps", config_path=str(run_files / "run.yaml"), variants=VARIANTS)
     packs = set()
     for overrides, result in zip(VARIANTS, ranks[0], strict=True):
         packs.add(result["packs"])
         for name in ("loss", "nll_loss", "rewards/accuracies"):
-            assert math.isclose(result[name], oracle[name], rel_tol=1e-5), (overrides, name, result[name], oracle[name])
-        assert_same_gradients(result["gradients"], oracle["gradients"], overrides)
+            assert math.isclose(result[name], expected[name], rel_tol=1e-5), (overrides, name, result[name], expected[name])
+        assert_same_gradients(result["gradients"], expected["gradients"], overrides)
     assert min(packs) == 1 and max(packs) == -(-PAIRS // world) and len(packs) > 2, "the budgets should give different packs"
     norms = [result["grad_norm"] for result in ranks[0]]
     assert np.allclose(norms, norms[0], rtol=1e-5)
@@ -138,7 +106,7 @@ def test_zero3_partitions_every_parameter(run_files, all_workers):
         assert result[0]["full_sizes"] == 0, "between steps no rank holds a gathered parameter"
 
 
-def test_stored_reference_gives_the_loss_of_the_live_one(run_files, oracle, all_workers):
+def test_stored_reference_gives_the_loss_of_the_live_one(run_files, expected, all_workers):
     variants = [["reference.mode=stored", zero(stage)] for stage in (2, 3)] + [
         ["reference.offload=cpu"],
         ["reference.zero_stage=0"],
@@ -146,15 +114,15 @@ def test_stored_reference_gives_the_loss_of_the_live_one(run_files, oracle, all_
     for world in (1, 2):
         ranks = all_workers[world].run("cases:first_steps", config_path=str(run_files / "run.yaml"), variants=variants)
         for overrides, result in zip(variants, ranks[0], strict=True):
-            assert math.isclose(result["loss"], oracle["loss"], rel_tol=1e-5), overrides
-            assert_same_gradients(result["gradients"], oracle["gradients"], overrides)
+            assert math.isclose(result["loss"], expected["loss"], rel_tol=1e-5), overrides
+            assert_same_gradients(result["gradients"], expected["gradients"], overrides)
 
 
-def assert_same_gradients(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], context: object) -> None:
+def assert_same_gradients(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], context: object) -> None:
     """Each parameter's gradient to 1e-5 relative. The floor is for gradients that vanish by symmetry (a key's bias)."""
-    assert set(found) == set(expected)
-    whole = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in expected.values()))
-    for name, gradient in expected.items():
+    assert set(found) == set(wanted)
+    whole = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in wanted.values()))
+    for name, gradient in wanted.items():
         difference = float(np.linalg.norm(found[name].astype(np.float64).reshape(gradient.shape) - gradient))
         allowed = 1e-5 * float(np.linalg.norm(gradient)) + 1e-7 * whole
         assert difference <= allowed, (context, name, difference, allowed)

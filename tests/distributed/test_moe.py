@@ -277,13 +277,17 @@ LEFT, RIGHT = "abcd", "mnop"  # letters of the two kinds of pairs
 STEPS = 5
 
 
-def torn_model(vocabulary: int, tokenizer: Any) -> PreTrainedModel:
+# Of each family, the module that ZeRO-3 must gather whole.
+TORN = {"mixtral": "MixtralExperts", "qwen3_moe": "Qwen3MoeExperts"}
+
+
+def torn_model(family: str, vocabulary: int, tokenizer: Any) -> PreTrainedModel:
     """Routers that send LEFT letters to experts 0 and 1, the first RIGHT ones to 6 and 7 and the others to 4 and 5.
 
     Two hidden dimensions tell: they stay what the embedding says, as all else is small. Attention writes the first for the
     end of the text, which belongs to both kinds.
     """
-    lm: Any = tiny_model(tiny_config("olmoe", vocabulary, **NAMED), seed=1)
+    lm: Any = tiny_model(tiny_config(family, vocabulary, **FAMILIES[family]), seed=1)
     embedding, layers = lm.model.embed_tokens.weight, lm.model.layers
     with torch.no_grad():
         embedding[:, :2] = 0
@@ -298,12 +302,12 @@ def torn_model(vocabulary: int, tokenizer: Any) -> PreTrainedModel:
     return lm
 
 
-@pytest.fixture(scope="module")
-def torn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=TORN)
+def torn_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each step has a LEFT pair, which is longer and so runs on rank 0, and a RIGHT one, which uses more experts."""
     folder = tmp_path_factory.mktemp("torn")
     vocabulary = save_tokenizer(folder / "tokenizer")
-    lm = torn_model(vocabulary, AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    lm = torn_model(request.param, vocabulary, AutoTokenizer.from_pretrained(folder / "tokenizer"))
     lm.save_pretrained(folder / "policy")
     config = json.loads((folder / "policy" / "config.json").read_text())
     # Only these experts run one by one, and only those with tokens: their hooks would be a rank's own.
@@ -346,7 +350,8 @@ def test_ranks_that_use_disjoint_experts_train_on_and_resume(scope, torn_run, al
     for name in ("loss", "aux_loss"):
         assert steps[0][name] == pytest.approx(told[name], rel=1e-5), name
     assert load_of(steps[0]) == pytest.approx(book.load())
-    assert "ZeRO-3 gathers whole: OlmoeExperts" in (run / "logs" / "rank-0.log").read_text()
+    leaf = TORN[json.loads((torn_run.parent / "policy" / "config.json").read_text())["model_type"]]
+    assert f"ZeRO-3 gathers whole: {leaf}" in (run / "logs" / "rank-0.log").read_text()
     ended = load_file(run / "final" / "model.safetensors")
     still = Oracle(torn_run.parent, run / "final", "first.jsonl", reference="policy")
     assert experts_used(still) == [{0, 1}, {4, 5, 6, 7}], "training has mixed the kinds: its later steps show nothing"

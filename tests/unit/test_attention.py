@@ -13,7 +13,7 @@ from tiny import save_tiny, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dspref import attention, model
+from dspref import admission, attention, model
 from dspref.attention import PACKED, Options, Segments, causal_mask, packed_attention
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch, collate
@@ -272,7 +272,7 @@ def check(
     config: PretrainedConfig, max_length: int | None = 64, vocabulary: int = 256, device: str = "cpu", **keys: Any
 ) -> str:
     section = ModelSection(**{"name_or_path": "somewhere", "dtype": "float32"} | keys)
-    return model.check(section, config, max_length, vocabulary, device)
+    return admission.check(section, config, max_length, vocabulary, device)
 
 
 def test_a_model_that_fits_is_let_through() -> None:

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks",),
     ("config",),
     ("distributed",),
+    ("admission",),
     ("model",),
     ("engine",),
     ("reference",),
@@ -55,7 +56,7 @@ FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"}
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine"},
     "torch.distributed": {"distributed", "engine"},
-    "transformers": {"model", "attention", "data.tokenize", "checkpoint", "export"},
+    "transformers": {"admission", "model", "attention", "data.tokenize", "checkpoint", "export"},
     "peft": {"model"},
     "wandb": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

@@ -16,20 +16,10 @@ import torch
 from torch import Tensor
 
 from dspref.data.loader import Step
+from dspref.families import PairLogps, PairLoss, Term, total
 from dspref.gradient import slopes_of
 from dspref.losses import expm1, log1mexp, logsigmoid
-from dspref.objectives import (
-    OBJECTIVES,
-    Objective,
-    PairLogps,
-    PairLoss,
-    RunningMean,
-    Term,
-    build_objective,
-    needs_reference,
-    resolved,
-    total,
-)
+from dspref.objectives import OBJECTIVES, Objective, RunningMean, build_objective, describe, needs_reference, resolved
 
 LOSSES = [(name, loss) for name, family in OBJECTIVES.items() for loss in family.losses]
 ALIASES = {"dpo_norm": "sigmoid_norm", "aot_unpaired": "aot_pair"}
@@ -965,3 +955,14 @@ def test_a_resolved_section_is_the_same_objective(case: Case) -> None:
 def test_importing_the_objectives_loads_no_torch(module: str) -> None:
     code = f"import dspref.{module}, sys; assert 'torch' not in sys.modules, 'torch was loaded'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_objective_is_described_in_one_line() -> None:
+    """For the banner and the model card: every key in force, in the YAML's words."""
+    assert describe("cpo", "simpo", cpo_alpha=0.05, simpo_gamma=5.4, beta=10.0) == (
+        "cpo / simpo  beta 10.0, simpo_gamma 5.4, label_smoothing 0.0, cpo_alpha 0.05, alpha 0.0"
+    )
+    mixture = describe("dpo", ["sigmoid", "bco_pair"], loss_weights=[0.8, 0.2], use_weighting=True, rpo_alpha=None)
+    assert mixture.startswith("dpo / sigmoid + bco_pair  ")
+    assert "loss_weights [0.8, 0.2]" in mixture and "use_weighting true" in mixture and "None" not in mixture
+    assert describe("dpo", "ipo", f_divergence_type="forward_kl").endswith("; f'(u) = 1 - 1/u for log u")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from dspref import engine, model, router
+from dspref import admission, engine, model, router
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch, collate
 from dspref.data.tokenize import TokenizedPair
@@ -283,7 +283,7 @@ def test_a_pack_is_plain_forwards_and_their_routers_together(family: str, tmp_pa
     section = ModelSection(
         name_or_path=str(tmp_path), dtype="float32", gradient_checkpointing=lm.supports_gradient_checkpointing
     )
-    kernel = model.check(section, model.load_config(section), 64, 256, "cpu")
+    kernel = admission.check(section, model.load_config(section), 64, 256, "cpu")
     packed = model.load(section, str(tmp_path), kernel, "float32", zero3=None)
     model.prepare_for_training(packed, section, with_collision=False)
     assert packed.router_aux_loss_coef > 0
@@ -352,13 +352,13 @@ def test_a_family_without_checkpointing_of_activations_is_refused_with_it() -> N
 
 def check(config: PretrainedConfig, **keys: Any) -> str:
     section = ModelSection(**{"name_or_path": "somewhere", "dtype": "float32"} | keys)
-    return model.check(section, config, 64, 100, "cpu")
+    return admission.check(section, config, 64, 100, "cpu")
 
 
 def coefficient(config: PretrainedConfig, asked: float | None = None) -> float:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return model.router_coefficient(ModelSection(name_or_path="somewhere", router_aux_loss_coef=asked), lm)
+    return admission.router_coefficient(ModelSection(name_or_path="somewhere", router_aux_loss_coef=asked), lm)
 
 
 # The name under which a family's config has it, where that is not `router_aux_loss_coef`.

@@ -1,0 +1,139 @@
+"""Which models can be trained packed, and by which attention kernel; the others are refused before anything is built."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dspref import attention
+from dspref.config import ModelSection, shipped
+from dspref.errors import ConfigError, EnvironmentFault
+
+NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
+SINKS = "has attention sinks, which the packed kernels do not know"
+# Families that use the common attention function but cannot be packed by it, and why.
+UNPACKABLE = {
+    "gpt_oss": SINKS,
+    "nemotron": "does not pass the layout of a pack on to its attention",
+    "flint": SINKS,
+    "granitemoe_swa": SINKS,
+    "doge": "makes an attention mask of its own",
+    "phimoe": "samples its experts in training, so that a step would not be a function of its pairs",
+}
+
+
+def check(section: ModelSection, config: PretrainedConfig, max_length: int | None, vocabulary: int, device_type: str) -> str:
+    """Refuse, before anything is built, what cannot run here; the name of the attention kernel if all is well."""
+    text = config.get_text_config()
+    if vocabulary > text.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: token id {vocabulary - 1} does not fit the model's vocabulary of "
+            f"{text.vocab_size}; use the model's own tokenizer"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and max_length and max_length > positions:
+        raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
+    folder = shipped(section.name_or_path)
+    if section.init == "pretrained" and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.name_or_path: {folder} holds no *.safetensors (pickled weights are not read); save the model again with "
+            "save_pretrained, or set model.init: random"
+        )
+    layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    if not set(layers) <= {"full_attention", "sliding_attention", "attention"}:
+        kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention", "attention"}))
+        raise ConfigError(
+            f"model.name_or_path: {text.model_type} has {kinds} layers, which would leak between packed sequences"
+        )
+    family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if family is not None and not family._supports_attention_backend:
+        raise ConfigError(f"model.name_or_path: {text.model_type} {NOT_PACKED}")
+    if text.model_type in UNPACKABLE:
+        raise ConfigError(f"model.name_or_path: {text.model_type} {UNPACKABLE[text.model_type]}; use another model")
+    if family is not None:
+        with torch.device("meta"):
+            skeleton = family(copy.deepcopy(config))
+        refuse_layers_before_head(skeleton)
+        if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
+            raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
+        router_coefficient(section, skeleton)
+        if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+            raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
+    _refuse_scaled_positions(text, max_length)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    return _choose_kernel(
+        section,
+        device_type,
+        window=window if window and (max_length is None or max_length > window) else None,
+        softcap=getattr(text, "attn_logit_softcapping", None),
+        dropout=0.0 if section.disable_dropout else _attention_dropout(text),
+    )
+
+
+def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:
+    """Some rotary embeddings change with the longest sequence of a forward: a pair would depend on its neighbours."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("longrope", "dynamic"):
+        return
+    fixed_up_to = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    if max_length is None or max_length > fixed_up_to:
+        raise ConfigError(
+            f"data.max_length: {text.model_type}'s {kind} positions depend on the longest sequence beyond {fixed_up_to} "
+            f"tokens; set max_length to {fixed_up_to} or less"
+        )
+
+
+def _attention_dropout(text: PretrainedConfig) -> float:
+    return max(getattr(text, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+
+
+def _choose_kernel(section: ModelSection, device_type: str, **asked: float | None) -> str:
+    """The kernel that the config names, or for `auto` the fastest here that can do what the model asks."""
+    able = attention.available(device_type)
+    if section.attn_implementation not in ("auto", *able):
+        raise EnvironmentFault(
+            f"model.attn_implementation: {section.attn_implementation} is not available here ({device_type}); "
+            f"use auto, or one of {', '.join(able)}"
+        )
+    if section.attn_implementation != "auto":
+        candidates = [section.attn_implementation]
+    else:
+        candidates = able if section.dtype in ("bfloat16", "float16") else ["sdpa"]  # the varlen kernels know no fp32
+    reasons = {kernel: attention.cannot(kernel, **asked) for kernel in candidates}
+    for kernel, reason in reasons.items():
+        if reason is None:
+            return kernel
+    raise ConfigError(f"model.attn_implementation: {reasons[candidates[-1]]}")
+
+
+def refuse_layers_before_head(lm: PreTrainedModel) -> None:
+    """Raise ConfigError where more than a linear head follows the backbone: the forward here would leave it out."""
+    head = lm.get_output_embeddings()
+    between = [name for name, part in lm.named_children() if part is not head and name != lm.base_model_prefix]
+    if between or all(part is not head for part in lm.children()):
+        layers = ", ".join(between) or "no head of its own"
+        raise ConfigError(f"model.name_or_path: {lm.config.model_type} has {layers} after its backbone; use another model")
+
+
+def router_coefficient(section: ModelSection, lm: PreTrainedModel) -> float:
+    """Weight of the load-balancing loss: the YAML's, else the model's own. Raises ConfigError for a model without it."""
+    # transformers' own sign that a family has this loss: its modeling file holds the function, its head knows the top k.
+    # (Zero experts: a dense model of a family that has both.)
+    has_loss = hasattr(sys.modules[type(lm).__module__], "load_balancing_loss_func")
+    trains = has_loss and bool(getattr(lm, "num_experts_per_tok", 0))
+    asked = section.router_aux_loss_coef
+    if asked and not trains:
+        raise ConfigError(
+            f"model.router_aux_loss_coef: {lm.config.model_type} has no router with a load-balancing loss; remove the key"
+        )
+    # Read from the model, which names it alike for all families but JetMoE; configs hide it in several places.
+    own = getattr(lm, "router_aux_loss_coef", getattr(lm, "aux_loss_coef", None)) if trains else None
+    coefficient = float(own or 0.0) if asked is None else asked
+    if section.router_aux_scope == "step" and not coefficient:
+        raise ConfigError("model.router_aux_scope: step has no effect without a load-balancing loss; drop the key")
+    return coefficient
