@@ -21,7 +21,7 @@ STEPS, PAIRS = 30, 8
 
 # What must rise beside the fall of the loss, where it is not the margin. DiscoPOP's slope at a margin of 0 is positive (its
 # loss has a second valley at negative margins), so that there only the loss says what is optimised.
-LEARNED = {"sft": "logps/chosen", "discopop": None}
+LEARNED = {"sft": "logps/chosen", "discopop": None, "orpo": "log_odds_chosen"}
 
 
 # Each loss of each family once, and each modifier: the cases that the end-to-end oracle test has, one of a kind.
