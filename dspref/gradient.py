@@ -69,7 +69,7 @@ def _one_pass(
         value = loss.objective(pairs, base, rewards.value)
         share = total(value, step.counts)
         if routing:
-            share = share + loss.router_coef * _balance(routing, step, loss.router_scope, meter)
+            share = share + loss.router_coef * _balance(routing, step, None, meter)
         policy.backward(share)
         if meter:
             meter.add_pairs(value, pairs)
@@ -89,7 +89,7 @@ def _two_passes(
             tokens, routing = policy.forward(batch)
             seen.append((pair_logps(tokens, batch), reference("train", batch)))
             routings += [routing] if routing else []
-    load = _step_load(routings)
+    load = _step_load(routings) if routings and loss.router_scope == "step" else None
     pairs, base, own = gathered(seen)
     rewards = _with_step(rewards, loss.objective, pairs, base)
     slopes = slopes_of(loss.objective, pairs, base, rewards.value, step)
@@ -105,7 +105,7 @@ def _two_passes(
         share = _surrogate(logps, part_of(slopes, slice(start, start + batch.num_pairs)))
         start += batch.num_pairs
         if routing:
-            share = share + loss.router_coef * _balance(routing, step, loss.router_scope, meter, load)
+            share = share + loss.router_coef * _balance(routing, step, load, meter)
         policy.backward(share)
         if meter:
             meter.add_logits(tokens, logps, batch)
@@ -175,11 +175,9 @@ def rows_of(loss: PairLoss, rows: slice) -> PairLoss:
 # The router loss
 
 
-def _balance(
-    routing: Routing, step: Step, scope: str, meter: Meter | None, step_load: tuple[Tensor, Tensor] | None = None
-) -> Float[Tensor, ""]:
-    """This pack's share of the load-balancing loss, from the load of the packs in `scope`."""
-    load, tokens = step_load if scope == "step" and step_load else distributed.sum_over_ranks(routing.load, routing.tokens)
+def _balance(routing: Routing, step: Step, step_load: tuple[Tensor, ...] | None, meter: Meter | None) -> Float[Tensor, ""]:
+    """This pack's share of the load-balancing loss: against the load of the step, else of the packs that run now."""
+    load, tokens = step_load or distributed.sum_over_ranks(routing.load, routing.tokens)
     share = router.balance(routing.probabilities, load, tokens, step.counts["tokens"])
     if meter:
         meter.add("aux_loss", share * step.counts["tokens"], routing.tokens)
@@ -187,7 +185,7 @@ def _balance(
     return share
 
 
-def _step_load(routings: Sequence[Routing]) -> tuple[Tensor, Tensor] | None:
-    if not routings:
-        return None
-    return distributed.sum_over_ranks(sum(r.load for r in routings), sum(r.tokens for r in routings))  # type: ignore[arg-type]
+def _step_load(routings: Sequence[Routing]) -> tuple[Tensor, ...]:
+    """(load, tokens) of all packs of all ranks."""
+    sums = (torch.stack([getattr(routing, name) for routing in routings]).sum(0) for name in ("load", "tokens"))
+    return distributed.sum_over_ranks(*sums)

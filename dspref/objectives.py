@@ -160,7 +160,8 @@ def describe(name: str, loss_type: str | Sequence[str], **keys: Any) -> str:
     section = resolved(name, loss_type, **keys)
     kind = section.get("f_divergence_type", "reverse_kl")
     instead = f"; f'(u) = {losses.DERIVATIVES[kind]} for log u" if kind != "reverse_kl" else ""
-    shown = {key: value for key, value in section.items() if key not in ("name", "loss_type") and value is not False}
+    silent = {"name": name, "loss_type": loss_type, "f_divergence_type": "reverse_kl"}
+    shown = {key: value for key, value in section.items() if silent.get(key) != value and value is not False}
     values = ", ".join(f"{key} {'true' if value is True else value}" for key, value in shown.items())
     return f"{name} / {' + '.join(as_list(loss_type))}  {values}{instead}"
 

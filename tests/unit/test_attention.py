@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,6 @@ from dspref.data.batch import PackedBatch, collate
 from dspref.data.tokenize import TokenizedPair
 from dspref.errors import ConfigError, EnvironmentFault, UserError
 from dspref.model import PackedCausalLM
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny here: on a busy machine a second thread costs ten times what it gains."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # Each row is a way in which families differ: biases, learnt positions, q/k norms, windows, what happens to the logits.
 FAMILIES: dict[str, dict[str, Any]] = {
