@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 from typing import Any
 
@@ -28,6 +29,8 @@ UNPACKABLE = {
 
 def check(section: ModelSection, config: PretrainedConfig, max_length: int | None, vocabulary: int, device_type: str) -> str:
     """Refuse, before anything is built, what cannot run here; the name of the attention kernel if all is well."""
+    if section.load_in_4bit:
+        require_bitsandbytes("model.load_in_4bit", device_type)
     text = config.get_text_config()
     if vocabulary > text.vocab_size:
         raise ConfigError(
@@ -109,6 +112,14 @@ def _choose_kernel(section: ModelSection, device_type: str, **asked: float | Non
         if reason is None:
             return kernel
     raise ConfigError(f"model.attn_implementation: {reasons[candidates[-1]]}")
+
+
+def require_bitsandbytes(key: str, device_type: str) -> None:
+    """Raise EnvironmentFault where a key asks for what bitsandbytes does on CUDA alone."""
+    if device_type != "cuda":
+        raise EnvironmentFault(f"{key}: bitsandbytes trains on CUDA only, and this device is {device_type}; drop the key")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EnvironmentFault(f"{key}: bitsandbytes is not installed; pip install 'dspref[bitsandbytes]'")
 
 
 def refuse_layers_before_head(lm: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from dspref import config as configuration
 from dspref import distributed
 from dspref.config import CheckpointSection, Config
 from dspref.distributed import write_atomically
-from dspref.engine import Engine
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.objectives import RunningMean
 
@@ -40,7 +39,12 @@ from dspref.objectives import RunningMean
 # loss with scope `micro` is the exception: other packs balance experts over other tokens.)
 MAY_CHANGE = (
     "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.gradient_checkpointing",
-    "model.name_or_path", "train.max_steps", "train.num_train_epochs", "train.eval_every", "checkpoint", "log", "output_dir",
+    "model.name_or_path", "model.lora.path", "model.lora.merge_on_export", "reference.store",
+    "train.max_steps", "train.num_train_epochs", "train.eval_every", "checkpoint", "log", "output_dir",
+)  # fmt: skip
+# Whose versions a run folder and a model card name.
+PACKAGES = (
+    "torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "flash-attn", "peft", "bitsandbytes",
 )  # fmt: skip
 
 
@@ -156,7 +160,17 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Versions and hardware, for env.json and the model card."""
     packages = {}
-    for name in ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "flash-attn", "peft"):
+    for name in (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "numpy",
+        "safetensors",
+        "flash-attn",
+        "peft",
+        "bitsandbytes",
+    ):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -179,7 +193,15 @@ def _now() -> str:
 # Saving
 
 
-def save(run: RunFolder, policy: Engine, progress: Progress, metrics: Mapping[str, float]) -> Path:
+class Part(Protocol):
+    """What has a state of its own: the policy, a reference that moves. Every rank saves and loads."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+def save(run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Mapping[str, float]) -> Path:
     """Commit a checkpoint of all ranks; its folder. `metrics`: those of this step's evaluation, for `keep_best`."""
     started = time.monotonic()
     committed = run.checkpoints / f"step-{progress.step:06d}"
@@ -188,7 +210,8 @@ def save(run: RunFolder, policy: Engine, progress: Progress, metrics: Mapping[st
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     distributed.barrier()
-    policy.save(draft)
+    for part in parts:
+        part.save(draft)
     _save_rng(draft / f"rng-rank-{distributed.world().rank}.safetensors")
     if distributed.world().rank == 0:
         write_atomically(draft / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
@@ -277,8 +300,8 @@ def _sync_folder(folder: Path) -> None:
 # Resuming
 
 
-def resume(run: RunFolder, policy: Engine, mode: str) -> Progress:
-    """Load the newest sound checkpoint into the engine, or start from step 0. `mode`: auto | required | never."""
+def resume(run: RunFolder, parts: Sequence[Part], mode: str) -> Progress:
+    """Load the newest sound checkpoint into `parts`, or start from step 0. `mode`: auto | required | never."""
     found = [(folder, _manifest(folder)) for folder in committed_folders(run)] if mode != "never" else []
     for folder, manifest in reversed(distributed.broadcast_object(found)):
         damage = "its manifest.json cannot be read" if manifest is None else _damage_anywhere(folder, manifest)
@@ -286,7 +309,8 @@ def resume(run: RunFolder, policy: Engine, mode: str) -> Progress:
             distributed.log(f"warning: {folder.name} is damaged ({damage}); trying the one before")
             continue
         _refuse_world_size(folder, manifest)
-        policy.load(folder)
+        for part in parts:
+            part.load(folder)
         _load_rng(folder / f"rng-rank-{distributed.world().rank}.safetensors")
         progress = Progress.read(folder / "state.json")
         run.event("resume", step=progress.step)

@@ -32,11 +32,34 @@ BOUNDS = {
 Complaint = tuple[tuple[str | int, ...], str]
 
 
-def _check_unsupported(config: Config) -> Iterator[Complaint]:
-    if config.reference.mode == "adapter":
+# Of model.lora, what goes with a saved adapter, which brings the rest.
+BESIDE_PATH = {"path", "lora_dropout", "merge_on_export"}
+# Of reference, what is for some modes only.
+ONLY_FOR = {
+    "offload": ("engine",),
+    "zero_stage": ("engine", "stored"),
+    "dtype": ("engine", "stored"),
+    "store": ("stored",),
+    "sync_ref_model": ("engine",),
+}
+
+
+def _check_lora(config: Config) -> Iterator[Complaint]:
+    model, lora = config.model, config.model.lora
+    if lora is None:
+        if model.adapter_name != "default":
+            yield ("model", "adapter_name"), "there is no adapter to name; set model.lora"
+        if model.load_in_4bit:
+            yield ("model", "load_in_4bit"), "weights in 4 bits cannot be trained; set model.lora, which trains an adapter"
+        return
+    if lora.path is not None and (others := sorted(lora.model_fields_set - BESIDE_PATH)):
+        yield ("model", "lora", others[0]), "the adapter in model.lora.path brings its own; drop the key, or the path"
+    if model.disable_dropout == "all" and lora.lora_dropout:
+        yield ("model", "lora", "lora_dropout"), "has no effect with model.disable_dropout: all; drop one of them"
+    if model.load_in_4bit and config.zero_stage == 3:
         yield (
-            ("reference", "mode"),
-            "adapter needs a LoRA policy, which this version does not train; use stored or engine",
+            ("model", "load_in_4bit"),
+            "ZeRO-3 cannot shard weights in 4 bits, each rank would hold them all; use stage 2, or drop load_in_4bit",
         )
 
 
@@ -164,6 +187,35 @@ def _check_reference(config: Config) -> Iterator[Complaint]:
             ("reference", "offload"),
             "stored log-probs leave no reference in memory; drop offload or use mode: engine",
         )
+    if reference.mode == "stored" and reference.sync_ref_model:
+        yield ("reference", "sync_ref_model"), "moves the reference, and stored log-probs are those of one; use mode: engine"
+    if reference.mode == "adapter" and config.model.lora is None:
+        yield ("reference", "mode"), "adapter needs a policy with an adapter (model.lora); use stored or engine"
+    for key, modes in ONLY_FOR.items():
+        unset = type(reference).model_fields[key].default
+        if reference.mode not in ("auto", "none", *modes) and getattr(reference, key) != unset:
+            yield ("reference", key), f"has no effect with mode: {reference.mode}; it is for {' and '.join(modes)}"
+    if reference.adapter_name and reference.name_or_path is None:
+        if config.model.lora is None:
+            yield ("reference", "adapter_name"), "names no adapter without model.lora or reference.name_or_path"
+        elif config.model.lora.path is None and reference.adapter_name != "base":
+            yield ("reference", "adapter_name"), "needs the folder it lies in: reference.name_or_path or model.lora.path"
+
+
+def _check_sync(config: Config) -> Iterator[Complaint]:
+    reference = config.reference
+    if not reference.sync_ref_model:
+        for key in sorted(reference.model_fields_set & {"ref_model_mixup_alpha", "ref_model_sync_steps"}):
+            if getattr(reference, key) != type(reference).model_fields[key].default:
+                yield ("reference", key), "has no effect without sync_ref_model: true"
+        return
+    blamed = ("reference", "sync_ref_model")
+    if config.model.lora:
+        yield blamed, "mixes weights of policy and reference; the mean of two adapters is not the adapter of the mean"
+    if config.zero_stage == 3 and reference.zero_stage == 0:
+        yield blamed, "under ZeRO-3 the policy is in shards, and so must be what follows it; drop reference.zero_stage"
+    if strategy.device_of(config.strategy, "offload_param") == "nvme":
+        yield blamed, "reads the policy's shards, which offload_param puts on nvme; use device: cpu"
 
 
 def _check_strategy(config: Config) -> Iterator[Complaint]:
@@ -174,10 +226,12 @@ def _check_strategy(config: Config) -> Iterator[Complaint]:
         yield ("deepspeed", *problem.path), problem.reason
     elif config.train.optim == "cpu_adam" and not strategy.offloads_optimizer(config.strategy):
         yield ("train", "optim"), "cpu_adam is for states in host memory; set offload_optimizer, or use adamw"
+    elif config.train.optim == "adamw_8bit" and strategy.offloads_optimizer(config.strategy):
+        yield ("train", "optim"), "adamw_8bit keeps its states on the GPU; drop offload_optimizer, or use adamw"
 
 
 CHECKS = (
-    _check_unsupported,
+    _check_lora,
     _check_losses,
     _check_objective_keys,
     _check_reference_needed,
@@ -185,5 +239,6 @@ CHECKS = (
     _check_schedule,
     _check_best,
     _check_reference,
+    _check_sync,
     _check_strategy,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dspref import config as configuration
-from dspref.errors import UserError
+from dspref.errors import ConfigError, UserError
 from dspref.objectives import as_list
 
 app = typer.Typer(
@@ -53,6 +54,40 @@ def train(file: File, overrides: Overrides = None) -> None:
     from dspref import launcher
 
     raise typer.Exit(launcher.main(["--config", str(file), *(overrides or [])]))
+
+
+@app.command()
+def score(
+    file: File,
+    overrides: Overrides = None,
+    share: Annotated[str, typer.Option(metavar="K/N", help="Do the K-th of N parts, from 0: a job array.")] = "0/1",
+    verify: Annotated[int, typer.Option(min=0, help="Score so many pairs, drawn at random, again, and compare.")] = 0,
+) -> None:
+    """Fill the reference store ahead of the run. Several ranks: srun, or torchrun --no-python, before this command."""
+    from dspref import launcher
+
+    try:
+        part = parse_share(share)
+        config = configuration.load(file, overrides or [])
+    except UserError as error:
+        if launcher.first_rank(os.environ):
+            print(error, file=sys.stderr)
+        raise typer.Exit(int(error.exit_code)) from None
+
+    def job() -> None:
+        from dspref import scorer
+
+        scorer.score(config, part, verify)
+
+    raise typer.Exit(launcher.guarded(job))
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """'2/8' -> (2, 8)."""
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise ConfigError(f"--share: must be K/N with K from 0 to N - 1, such as 0/8, not {text!r}")
+    return int(k), int(n)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ apply is an error in one line that names file, line and column.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dspref import objectives
-from dspref.checks import CHECKS
+from dspref.checks import BESIDE_PATH, CHECKS
 from dspref.errors import ConfigError
 from dspref.explain import explain, locate
 from dspref.sections import (
@@ -23,6 +24,7 @@ from dspref.sections import (
     CheckpointSection,
     Columns,
     Config,
+    LoraSection,
     ModelSection,
     SourceSection,
     Template,
@@ -30,7 +32,10 @@ from dspref.sections import (
 )
 from dspref.yaml12 import apply_override, parse
 
-__all__ = ["CheckpointSection", "Config", "ModelSection", "SourceSection", "dump", "load", "resolved", "schema", "shipped"]
+__all__ = [
+    "CheckpointSection", "Config", "LoraSection", "ModelSection", "SourceSection",
+    "cache_folder", "dump", "load", "resolved", "schema", "shipped",
+]  # fmt: skip
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -63,6 +68,8 @@ def resolved(config: Config) -> dict[str, Any]:
     """Every key that applies, with its value, and the strategy in place of its path."""
     values = config.model_dump(mode="json") | {"deepspeed": config.strategy}
     values["objective"] = objectives.resolved(**values["objective"])
+    if config.model.lora and config.model.lora.path:
+        values["model"]["lora"] = {key: value for key, value in values["model"]["lora"].items() if key in BESIDE_PATH}
     if config.train.warmup_steps is not None or config.train.lr_scheduler_type == "constant":
         del values["train"]["warmup_ratio"]  # which these exclude
     return values
@@ -73,6 +80,12 @@ def schema() -> str:
     return json.dumps(Config.model_json_schema() | {"title": "dspref run"}, indent=2) + "\n"
 
 
+def cache_folder(kind: str) -> Path:
+    """Where runs keep what they share: a folder of $DSPREF_CACHE, or of dspref/ in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspref"
+    return Path(os.environ.get("DSPREF_CACHE", default)) / kind
+
+
 def _fields_at(path: tuple, document: Any) -> list[str]:
     """Names of the keys that the section at `path` of a document knows."""
     match path:
@@ -80,6 +93,8 @@ def _fields_at(path: tuple, document: Any) -> list[str]:
             section = Config
         case ("objective",):
             section = OBJECTIVE_SECTIONS[document["objective"].get("name", DEFAULT_OBJECTIVE)]
+        case ("model", "lora"):
+            section = LoraSection
         case ("data", _, *_, "columns"):
             section = Columns
         case ("data", _, *_, "template"):

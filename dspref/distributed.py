@@ -198,9 +198,9 @@ def in_turn(work: Callable[[], T]) -> T:
     return result
 
 
-def on_main(work: Callable[[], None]) -> None:
-    """Rank 0 does `work`, however long; the others wait for it, outside any collective."""
-    in_turn(lambda: work() if _world.rank == 0 else None)
+def on_main(work: Callable[[], T]) -> T | None:
+    """Rank 0 does `work`, however long; the others wait for it, outside any collective. Its result, on rank 0."""
+    return in_turn(lambda: work() if _world.rank == 0 else None)
 
 
 def _announce(turn: str, verdict: dict[str, int]) -> None:

@@ -65,7 +65,9 @@ def bring_up(dtype: str) -> torch.device:
 
 def training_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed config of the policy: the user's strategy, and what the YAML's other sections say."""
-    return _complete(config.strategy, config.model.dtype) | {"gradient_clipping": config.train.max_grad_norm}
+    return _complete(config.strategy, config.model.dtype, config.train.optim) | {
+        "gradient_clipping": config.train.max_grad_norm
+    }
 
 
 def reference_config(config: Config) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def reference_config(config: Config) -> dict[str, Any]:
     return _complete({"zero_optimization": zero}, config.reference.dtype or config.model.dtype)
 
 
-def _complete(user_strategy: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _complete(user_strategy: dict[str, Any], dtype: str, optim: str = "") -> dict[str, Any]:
     resolved = copy.deepcopy(user_strategy)
     zero = resolved.setdefault("zero_optimization", {"stage": 0})
     resolved |= {
@@ -94,6 +96,8 @@ def _complete(user_strategy: dict[str, Any], dtype: str) -> dict[str, Any]:
     if dtype in ("bfloat16", "float16"):
         resolved["bf16" if dtype == "bfloat16" else "fp16"] = {"enabled": True}
         resolved["data_types"] = {"grad_accum_dtype": "fp32"}
+    if optim == "adamw_8bit":
+        resolved["zero_allow_untested_optimizer"] = True  # DeepSpeed knows bitsandbytes' only by its 32-bit name
     if strategy.offloads_optimizer(resolved):
         # torch's AdamW works on offloaded states, without a compiler.
         resolved["zero_force_ds_cpu_optimizer"] = False
@@ -138,12 +142,20 @@ class Engine:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """No dropout and no gradient inside."""
+        training = self._engine.training
         self._engine.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._engine.train()
+            self._engine.train(training)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model is the reference that it holds: adapters off or exchanged, no dropout, no gradient."""
+        adapters = self.module.adapters
+        with self.evaluating(), adapters.as_reference() if adapters else contextlib.nullcontext():
+            yield
 
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -175,17 +187,20 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights, optimizer and schedule below `folder`."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        adapted = self.module.adapters is not None
+        # Beside an adapter the model is as it was: the checkpoint leaves it out.
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=adapted)
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, on the same number of ranks."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        whole = self.module.adapters is None
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=whole)
         if loaded is None:
             raise EnvironmentFault(f"{folder}: DeepSpeed found no checkpoint there")
 
-    def full_state(self) -> dict[str, Tensor]:
-        """All weights of the inner model by name, on the CPU of rank 0; empty on the others."""
-        return full_state(self.module.lm)
+    def full_state(self, trained_only: bool = False) -> dict[str, Tensor]:
+        """All weights of the inner model by name, or those that are trained, on the CPU of rank 0; empty on the others."""
+        return full_state(self.module.lm, trained_only)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -216,26 +231,34 @@ def discard(forward: Any) -> None:
             parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
 
 
-@torch.no_grad()
-def full_state(lm: nn.Module) -> dict[str, Tensor]:
-    """All parameters and persistent buffers of a possibly partitioned model on the CPU of rank 0; empty elsewhere.
+def weight_bytes(module: nn.Module) -> tuple[int, str]:
+    """Bytes of weights that this rank holds, between forwards, and the device they lie on."""
+    held = [getattr(p, "ds_tensor", p) for p in module.parameters()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held), held[0].device.type
 
-    One module is gathered at a time, so no device holds more than the largest of them.
+
+@torch.no_grad()
+def full_state(lm: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a possibly partitioned model on the CPU of rank 0; empty elsewhere.
+
+    `trained_only`: the parameters that have a gradient. One module is gathered at a time, so no device holds more than
+    the largest of them.
     """
     state: dict[str, Tensor] = {}
     main = distributed.world().rank == 0
     for prefix, part in lm.named_modules():
-        own = dict(part.named_parameters(recurse=False))
+        own = {k: p for k, p in part.named_parameters(recurse=False) if p.requires_grad or not trained_only}
         partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
             if main:
-                buffers = {k: b for k, b in part.named_buffers(recurse=False) if k not in part._non_persistent_buffers_set}
-                for name, tensor in {**own, **buffers}.items():
+                kept = {k: b for k, b in part.named_buffers(recurse=False) if k not in part._non_persistent_buffers_set}
+                for name, tensor in {**own, **({} if trained_only else kept)}.items():
                     state[f"{prefix}.{name}".lstrip(".")] = tensor.detach().to("cpu", copy=True)
     if main:
         # Tied weights were met once; give each name that the model's own state has its tensor.
-        by_parameter = {id(p): state[name] for name, p in lm.named_parameters()}
-        state |= {name: by_parameter[id(p)] for name, p in lm.named_parameters(remove_duplicate=False)}
+        by_parameter = {id(p): state[name] for name, p in lm.named_parameters() if name in state}
+        tied = lm.named_parameters(remove_duplicate=False)
+        state |= {name: by_parameter[id(p)] for name, p in tied if id(p) in by_parameter}
     return state
 
 
@@ -253,6 +276,10 @@ def _optimizer(policy: PackedCausalLM, config: Config) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     if train.optim == "cpu_adam":
         return _cpu_adam(groups, options)
+    if train.optim == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 

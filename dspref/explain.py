@@ -57,6 +57,19 @@ FOREIGN_KEYS = {
     "run_name": "log.run_name",
     "use_peft": "model.lora",
     "peft_config": "model.lora",
+    "lora_r": "model.lora.r",
+    "lora_alpha": "model.lora.lora_alpha",
+    "lora_dropout": "model.lora.lora_dropout",
+    "lora_target_modules": "model.lora.target_modules",
+    "lora_modules_to_save": "model.lora.modules_to_save",
+    "use_rslora": "model.lora.use_rslora",
+    "use_dora": "model.lora.use_dora",
+    "load_in_4bit": "model.load_in_4bit",
+    "model_adapter_name": "model.adapter_name",
+    "ref_adapter_name": "reference.adapter_name",
+    "sync_ref_model": "reference.sync_ref_model",
+    "ref_model_mixup_alpha": "reference.ref_model_mixup_alpha",
+    "ref_model_sync_steps": "reference.ref_model_sync_steps",
     "trust_remote_code": "model.trust_remote_code",
     "attn_implementation": "model.attn_implementation",
     "deepspeed_config": "deepspeed",
@@ -100,8 +113,6 @@ def explain(
                 return f"{locate(positions, path)}: {'.'.join(map(str, path))}: {instead}"
             choices = [part.strip("'") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             reason += _did_you_mean(str(problem["input"]), choices)
-        case "none_required":
-            reason = "LoRA is not in this version; remove the key to train the whole model"
         case _:
             message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
             reason = f"{message}, not {written(problem['input'])}"

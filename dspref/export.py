@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Template
+from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dspref
-from dspref import checkpoint, distributed, model, reference
+from dspref import adapters, checkpoint, distributed, model, reference
 from dspref.checkpoint import RunFolder
-from dspref.config import Config
+from dspref.config import Config, ModelSection, shipped
 from dspref.engine import Engine
 from dspref.errors import IOFault, NumericFault
 from dspref.model import PackedCausalLM
@@ -25,41 +27,91 @@ MAX_SHARD = "5GB"
 
 
 def export(
-    run: RunFolder, policy: Engine, tokenizer: PreTrainedTokenizerBase, config: Config, summary: Mapping[str, Any]
+    run: RunFolder,
+    policy: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    base: str,
+    summary: Mapping[str, Any],
 ) -> None:
-    """Write `final/`, and prove that plain `from_pretrained` reads back the very weights, before it bears that name."""
-    state = policy.full_state()  # every rank takes part in the gathering
-    distributed.on_main(lambda: _write(run, policy.module, state, tokenizer, config, summary))
+    """Write `final/`, and prove that it reads back as the very weights before it bears that name.
+
+    Of a policy with an adapter that is the adapter, or with `merge_on_export` the model with the adapter added to it, and
+    the adapter is in `adapter/`. `base`: where the model below the adapter lies.
+    """
+    lora = config.model.lora
+    state = policy.full_state(trained_only=lora is not None)  # every rank takes part in the gathering
+
+    def write() -> None:
+        refuse_not_finite(state)
+        if lora is None:
+            with _replacing(run.final) as draft:
+                _write_model(draft, policy.module, state, config.model.trust_remote_code)
+                _accompany(draft, tokenizer, config, summary)
+            return
+        adapter = run.path / "adapter" if lora.merge_on_export else run.final
+        with _replacing(adapter) as draft:
+            _write_adapter(draft, policy.module, state, base)
+            _accompany(draft, tokenizer, config, summary)
+        if lora.merge_on_export:
+            with _replacing(run.final) as draft:
+                _write_merged(draft, base, adapter, config.model)
+                _accompany(draft, tokenizer, config, summary)
+
+    distributed.on_main(write)
     run.event("export", path=str(run.final))
 
 
-def _write(
-    run: RunFolder,
-    policy: PackedCausalLM,
-    state: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    summary: Mapping[str, Any],
-) -> None:
-    draft = run.path / ".final"
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `folder` when it is done."""
+    draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
+    yield draft
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def _write_model(draft: Path, policy: PackedCausalLM, state: dict[str, Tensor], trust_remote_code: bool) -> None:
     trained_config, policy.lm.config = policy.lm.config, policy.published_config
     try:
         policy.lm.save_pretrained(draft, state_dict=state, max_shard_size=MAX_SHARD)
     finally:
         policy.lm.config = trained_config
+    verify(draft, state, trust_remote_code)
+
+
+def _write_adapter(draft: Path, policy: PackedCausalLM, state: Mapping[str, Tensor], base: str) -> None:
+    assert policy.adapters
+    written = adapters.save(policy.adapters, state, draft, str(shipped(base)))
+    _compare(draft, written, adapters.read(draft))
+
+
+def _write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) -> None:
+    """Added up in fp32 and rounded once, to the type of the run."""
+    remote = {"trust_remote_code": section.trust_remote_code}
+    plain = model.load_plain(str(shipped(base)), dtype="float32", revision=section.revision, **remote)
+    lm = adapters.merged(plain, adapter).to(getattr(torch, section.dtype))
+    lm.save_pretrained(draft, max_shard_size=MAX_SHARD)
+    verify(draft, lm.state_dict(), section.trust_remote_code)
+
+
+def _accompany(draft: Path, tokenizer: PreTrainedTokenizerBase, config: Config, summary: Mapping[str, Any]) -> None:
     tokenizer.save_pretrained(draft)
     (draft / "README.md").write_text(model_card(config, summary), encoding="utf-8")
-    verify(draft, state, config.model.trust_remote_code)
-    shutil.rmtree(run.final, ignore_errors=True)
-    draft.rename(run.final)
 
 
-def verify(folder: Path, state: Mapping[str, torch.Tensor], trust_remote_code: bool = False) -> None:
-    """Load `folder` as a user would and compare every weight with `state`, bit by bit. Raises IOFault."""
+def refuse_not_finite(state: Mapping[str, Tensor]) -> None:
     if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise NumericFault(f"{bad[0]}: the trained weights are not finite; lower train.learning_rate and start anew")
-    reloaded = model.load_plain(str(folder), trust_remote_code).state_dict()
+
+
+def verify(folder: Path, state: Mapping[str, Tensor], trust_remote_code: bool = False) -> None:
+    """Load `folder` as a user would and compare every weight with `state`, bit by bit. Raises IOFault."""
+    _compare(folder, state, model.load_plain(str(folder), trust_remote_code).state_dict())
+
+
+def _compare(folder: Path, state: Mapping[str, Tensor], reloaded: Mapping[str, Tensor]) -> None:
     wrong = [name for name, tensor in state.items() if name not in reloaded or not torch.equal(reloaded[name], tensor)]
     if wrong:
         raise IOFault(
@@ -88,7 +140,7 @@ def warn_of_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Pretrain
 
 CARD = Template(
     """---
-library_name: transformers
+library_name: {{ library }}
 {%- if base_is_hub %}
 base_model: {{ config.model.name_or_path }}
 {%- endif %}
@@ -102,6 +154,9 @@ Trained from `{{ config.model.name_or_path }}` by dspref {{ version }}.
 |---|---|
 | objective | {{ objective }} |
 | reference | {{ reference }} |
+{%- if adapter %}
+| adapter | {{ adapter }} |
+{%- endif %}
 | data | {{ data }} |
 | steps | {{ summary.step }} of {{ config.train.pairs_per_step }} pairs, learning rate {{ config.train.learning_rate }} |
 | precision | {{ config.model.dtype }} |
@@ -118,8 +173,11 @@ To reproduce: `deepspeed launch/train.py --config config.resolved.yaml output_di
 
 def model_card(config: Config, summary: Mapping[str, Any]) -> str:
     """README.md of the model, in the Hub's form: what it was made from, how, and what was measured."""
+    lora = config.model.lora
     return CARD.render(
         config=config,
+        library="peft" if lora and not lora.merge_on_export else "transformers",
+        adapter=adapter_in_words(config),
         name=Path(config.output_dir).name,
         version=dspref.__version__,
         objective=describe(**config.objective.model_dump()),
@@ -129,3 +187,16 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         env=checkpoint.environment(),
         summary=summary,
     )
+
+
+def adapter_in_words(config: Config) -> str:
+    """The adapter that is trained, in one line; empty where the whole model is."""
+    lora = config.model.lora
+    if lora is None:
+        return ""
+    if lora.path is not None:
+        return f"LoRA, continued from {lora.path}"
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    where = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    whole = f"; trained whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    return f"{kind}, r {lora.r}, alpha {lora.lora_alpha:g}, on {where}{whole}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dspref import config as configuration
@@ -22,18 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if first_rank(os.environ):
             print(error, file=sys.stderr, flush=True)
         return int(error.exit_code)
-    return run(config, configuration.shipped(options.config))
+    return guarded(lambda: train(config, configuration.shipped(options.config)))
 
 
-def run(config: configuration.Config, source: Path | None = None) -> int:
-    """Train with a checked config; a user's mistake is one line on the terminal and no traceback."""
+def train(config: configuration.Config, source: Path) -> None:
+    from dspref.trainer import train
+
+    train(config, source)
+
+
+def guarded(job: Callable[[], None]) -> int:
+    """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback."""
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
     from dspref import distributed
 
     try:
-        from dspref.trainer import train
-
-        train(config, source)
+        job()
         distributed.finish()
     except distributed.Relayed as error:
         return int(error.exit_code)

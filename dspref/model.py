@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dspref import router
+from dspref import filedigest, router
+from dspref.adapters import Adapters
 from dspref.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
 from dspref.attention import PACKED, Segments
 from dspref.config import ModelSection, shipped
@@ -34,11 +35,18 @@ from dspref.router import Routing
 class PackedCausalLM(nn.Module):
     """A causal LM whose forward maps a `PackedBatch` to the log-probs of its C scored tokens."""
 
-    def __init__(self, lm: PreTrainedModel, kernel: str, published_config: PretrainedConfig | None = None) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        kernel: str,
+        published_config: PretrainedConfig | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:
         super().__init__()
         refuse_layers_before_head(lm)
         self.lm = lm
         self.kernel = kernel
+        self.adapters = adapters
         self.transform = head_transform(lm.config)
         # As the model's authors wrote it, before dropout was turned off: what an export writes.
         self.published_config = published_config or lm.config
@@ -115,8 +123,15 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     return config
 
 
-def load(section: ModelSection, weights: str, kernel: str, dtype: str, zero3: Mapping[str, Any] | None) -> PackedCausalLM:
-    """Build the model with its weights in `dtype`.
+def load(
+    section: ModelSection,
+    weights: str,
+    kernel: str,
+    dtype: str,
+    zero3: Mapping[str, Any] | None,
+    attach: Callable[[PreTrainedModel], Adapters] | None = None,
+) -> PackedCausalLM:
+    """Build the model with its weights in `dtype`; `attach` puts adapters into it.
 
     `weights` is a folder or hub id. With `zero3` (a complete DeepSpeed config) parameters are partitioned as they are
     made, and filled one module at a time from memory-mapped files: no rank ever holds the whole model.
@@ -136,12 +151,25 @@ def load(section: ModelSection, weights: str, kernel: str, dtype: str, zero3: Ma
                 use_safetensors=True,
                 trust_remote_code=section.trust_remote_code,
                 output_loading_info=True,
+                **({"quantization_config": _in_4bit(dtype)} if section.load_in_4bit else {}),
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"model.name_or_path: {weights}: {_first_line(error)}") from None
-    lm, report = loaded
-    _refuse_missing(lm, report, weights)
-    return PackedCausalLM(lm, kernel, published)
+        lm, report = loaded
+        _refuse_missing(lm, report, weights)
+        # Still under zero.Init's config, by which peft knows that what it reads is in shards.
+        adapters = attach(lm) if attach else None
+    return PackedCausalLM(lm, kernel, published, adapters)
+
+
+def _in_4bit(dtype: str) -> transformers.BitsAndBytesConfig:
+    """As QLoRA has it (Dettmers et al. 2023, arXiv:2305.14314): normal float, scales quantized again."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def initialise(section: ModelSection, folder: Path, seed: int) -> str:
@@ -176,16 +204,17 @@ def content_digest(section: ModelSection) -> str:
     for name in ("_name_or_path", "transformers_version"):
         described.pop(name, None)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    for path in sorted(fetch(section).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    code = ["*.py"] if section.trust_remote_code else []
+    for path in sorted(file for kind in ["*.safetensors", *code] for file in fetch(section).glob(kind)):
+        digest.update(bytes.fromhex(filedigest.sha256(path)))
     return digest.hexdigest()
 
 
 def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
     """Set the policy up; `with_collision`: its forward gives the collision entropy of every scored token too."""
     model.train()
-    _freeze_again(model.lm)
+    if model.adapters is None:
+        _freeze_again(model.lm)
     model.with_collision = with_collision
     model.router_aux_loss_coef = router_coefficient(section, model.lm)
     if section.gradient_checkpointing:
@@ -259,9 +288,12 @@ def _first_line(error: BaseException) -> str:
 # Plain models, as a user loads them
 
 
-def load_plain(weights: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """`from_pretrained` and nothing else, on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(weights, dtype="auto", trust_remote_code=trust_remote_code)
+def load_plain(
+    weights: str, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None
+) -> PreTrainedModel:
+    """`from_pretrained` and nothing else, on the CPU; of an adapter's folder, the model with the adapter in it."""
+    own = {"revision": revision} if revision else {}
+    return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, trust_remote_code=trust_remote_code, **own)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where reference log-probs come from: nowhere, a second model, or a table computed before training.
+"""Where reference log-probs come from: nowhere, a second model, the policy's own model, or a store filled before training.
 
 A `Reference` maps (name of the data set, pack) to the pack's `PairLogps` under the reference, without gradient.
 """
@@ -6,28 +6,34 @@ A `Reference` maps (name of the data set, pack) to the pack's `PairLogps` under 
 from __future__ import annotations
 
 import hashlib
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from dspref import admission, distributed, engine, model
-from dspref.config import Config, ModelSection
+from dspref import adapters, admission, distributed, engine, filling, model
+from dspref.adapters import Saved
+from dspref.config import Config, ModelSection, cache_folder
 from dspref.data.batch import PackedBatch
-from dspref.data.loader import Layout, sweep
+from dspref.data.loader import Layout
 from dspref.data.store import PairStore
 from dspref.engine import Engine
 from dspref.families import PairLogps
+from dspref.filling import COLUMNS
 from dspref.logps import TokenLogps, pair_logps, scored_tokens
 from dspref.objectives import needs_reference
+from dspref.reference_store import ReferenceStore
 from dspref.router import Routing
+from dspref.trust_region import MovingReference
 
-Reference = Callable[[str, PackedBatch], PairLogps | None]
+# How far two passes of one model over a sequence may be apart, in nats per token: what other packs and kernels round.
+ROUNDING = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+Forward = Callable[[PackedBatch], tuple[TokenLogps, Routing | None]]
 
 
 class Origin(NamedTuple):
@@ -37,12 +43,33 @@ class Origin(NamedTuple):
     reference_digest: str
 
 
-# A long pass before step 1 says how far it is.
-TELL_EVERY_SECONDS = 20
+@dataclass(frozen=True)
+class Reference:
+    """Answers for packs of named data sets; with `moving`, a reference that is saved and resumed like the policy."""
 
-Forward = Callable[[PackedBatch], tuple[TokenLogps, Routing | None]]
-# Columns of a table of reference log-probs: what every objective needs of a pair.
-COLUMNS = ("chosen", "rejected", "chosen_common", "rejected_common")
+    logps: Callable[[str, PackedBatch], PairLogps | None]
+    moving: MovingReference | None = None
+    sync_steps: int = 0
+
+    def __call__(self, name: str, batch: PackedBatch) -> PairLogps | None:
+        return self.logps(name, batch)
+
+    def follow(self, step: int) -> None:
+        """TR-DPO: move to the policy, after the steps at which that is due."""
+        if self.moving and step % self.sync_steps == 0:
+            self.moving.sync()
+
+    def save(self, folder: Path) -> None:
+        if self.moving:
+            self.moving.save(folder)
+
+    def load(self, folder: Path) -> None:
+        if self.moving:
+            self.moving.load(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which reference
 
 
 def resolve_mode(config: Config) -> str:
@@ -51,82 +78,146 @@ def resolve_mode(config: Config) -> str:
         return config.reference.mode
     if not needs_reference(**config.objective.model_dump()):
         return "none"
-    # Offloading is for a model that stays; asking for it asks for the live one.
-    return "engine" if config.reference.offload == "cpu" else "stored"
+    # Offloading is for a model that stays, and what moves cannot be stored.
+    return "engine" if config.reference.offload == "cpu" or config.reference.sync_ref_model else "stored"
+
+
+def describe(config: Config) -> str:
+    """The mode, why, and the model, for the banner."""
+    own, mode = config.reference, resolve_mode(config)
+    if mode == "none":
+        return "none needed"
+    how = {"stored": "scored once, before training", "engine": "a live second model", "adapter": "the policy's model"}[mode]
+    if own.sync_ref_model:
+        how = f"TR-DPO, alpha {own.ref_model_mixup_alpha:g} every {own.ref_model_sync_steps} steps"
+    chosen = "auto: " if own.mode == "auto" else ""
+    return f"{mode} ({chosen}{how}): {_who(config)}"
+
+
+def _who(config: Config) -> str:
+    adapter = described(config, "").adapter
+    if config.reference.name_or_path and (adapter is None or adapter.path != config.reference.name_or_path):
+        return config.reference.name_or_path
+    if adapter is None:
+        return "the model without its adapter" if config.model.lora else "the initial policy"
+    return "the initial policy" if adapter == adapters.own(config.model) else f"adapter {adapter.name} of {adapter.path}"
+
+
+class Described(NamedTuple):
+    """A reference: a model, and the adapter on it, if any."""
+
+    section: ModelSection
+    adapter: Saved | None
+
+
+def described(config: Config, weights: str) -> Described:
+    """What the config calls the reference; `weights`: where the policy began."""
+    own, policy = config.reference, config.model
+    path, name = own.name_or_path, own.adapter_name or policy.adapter_name
+    # What is trained of the policy is nothing to the reference, which may be of another family.
+    changes: dict[str, Any] = {"router_aux_loss_coef": None, "router_aux_scope": "micro", "gradient_checkpointing": False}
+    changes |= {"init": "pretrained", "lora": None, "adapter_name": "default", "dtype": own.dtype or policy.dtype}
+    if own.dtype not in (None, policy.dtype):
+        changes["attn_implementation"] = "auto"  # the policy's kernel may not know the other type
+    if path and (own.mode == "adapter" or own.adapter_name or adapters.is_saved(path, name)):
+        adapter = Saved(path, name)
+    elif path:
+        changes |= {"revision": None, "load_in_4bit": False}
+        return Described(policy.model_copy(update=changes | {"name_or_path": path}), None)
+    elif own.adapter_name == "base" or policy.lora is None or policy.lora.path is None:
+        adapter = None
+    else:
+        adapter = Saved(policy.lora.path, name)
+    return Described(policy.model_copy(update=changes | {"name_or_path": weights or policy.name_or_path}), adapter)
 
 
 def equals_policy(config: Config) -> bool:
     """Whether the reference is the policy's initial weights, in the same type, so that the first loss is known."""
-    own = config.reference
-    return own.name_or_path is None and own.dtype in (None, config.model.dtype) and bool(config.model.disable_dropout)
+    lora, off = config.model.lora, config.model.disable_dropout
+    if not _policy_can_score(config) or described(config, "").adapter != adapters.own(config.model) or not off:
+        return False
+    # A fresh adapter adds nothing yet, whatever its dropout; a trained one does.
+    silent = lora is None or (lora.init_lora_weights if lora.path is None else off == "all" or lora.lora_dropout == 0)
+    return bool(silent)
 
 
-def describe(config: Config) -> str:
-    """The mode and the model, for the banner."""
-    mode = resolve_mode(config)
-    if mode == "none":
-        return "none needed"
-    how = {"stored": "scored once before training", "engine": "live"}[mode]
-    return f"{mode} ({how}): {config.reference.name_or_path or 'the initial policy'}"
-
-
-def section(config: Config, weights: str) -> ModelSection:
-    """The reference as a model section: the policy's, with its own name and type where the config gives them."""
-    own = config.reference
-    changes: dict[str, Any] = {"name_or_path": own.name_or_path or weights, "init": "pretrained"}
-    # What is trained of the policy is nothing to the reference, which may be of another family.
-    changes |= {"router_aux_loss_coef": None, "router_aux_scope": "micro", "gradient_checkpointing": False}
-    changes["dtype"] = own.dtype or config.model.dtype
-    if own.name_or_path:
-        changes["revision"] = None
-    if own.dtype not in (None, config.model.dtype):
-        changes["attn_implementation"] = "auto"  # the policy's kernel may not know the other type
-    return config.model.model_copy(update=changes)
+def _policy_can_score(config: Config) -> bool:
+    """Whether the policy, before its first step, can stand for the reference: as it is, or with its adapter off."""
+    reference = described(config, "")
+    same_model = config.reference.name_or_path is None or reference.adapter is not None
+    same_type = config.reference.dtype in (None, config.model.dtype)
+    return same_model and same_type and reference.adapter in (None, adapters.own(config.model))
 
 
 def digest(config: Config, weights: str) -> str:
     """The content of the reference, wherever it lies; empty where none is needed."""
-    return "" if resolve_mode(config) == "none" else model.content_digest(section(config, weights))
+    if resolve_mode(config) == "none":
+        return ""
+    section, adapter = described(config, weights)
+    found = model.content_digest(section)
+    return found if adapter is None else hashlib.sha256((found + adapters.digest(adapter)).encode()).hexdigest()
 
 
-def build(
-    config: Config,
-    policy: Engine,
-    origin: Origin,
-    sets: Mapping[str, PairStore],
-    layout: Layout,
-    run_folder: Path,
-) -> Reference:
+def attach(config: Config) -> Callable[[Any], adapters.Adapters] | None:
+    """What puts adapters into the policy's model: the one that is trained, and the reference's where that stays."""
+    if config.model.lora is None:
+        return None
+    live = resolve_mode(config) == "adapter"
+    adapter = described(config, "").adapter
+    return partial(adapters.for_training, section=config.model, seed=config.train.seed, reference=adapter, live=live)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Live references
+
+
+def build(config: Config, policy: Engine, origin: Origin, sets: Mapping[str, PairStore], layout: Layout) -> Reference:
     """The reference as the config wants it. Must be called while `policy` still has its initial weights."""
     match resolve_mode(config):
         case "none":
-            return lambda name, batch: None
+            return Reference(lambda name, batch: None)
+        case "adapter":
+            return Reference(partial(_ask_policy, policy))
         case "engine":
-            return live(load_forward(config, origin.weights, policy.device.type), policy)
+            forward = load_forward(config, origin.weights, policy.device.type)
+            moving = _moving(config, policy, forward)
+            return Reference(partial(_ask, forward), moving, config.reference.ref_model_sync_steps)
         case _:
-            return stored(config, policy, origin, sets, layout, run_folder)
+            return Reference(partial(_read, stored(config, policy, origin, sets, layout)))
 
 
-def live(forward: Forward, policy: Engine) -> Reference:
-    """A second model beside the policy, asked for every pack."""
-
-    @torch.no_grad()
-    def reference(name: str, batch: PackedBatch) -> PairLogps:
-        return pair_logps(forward(batch)[0], batch)
-
-    return reference
+@torch.no_grad()
+def _ask(forward: Forward, name: str, batch: PackedBatch) -> PairLogps:
+    return pair_logps(forward(batch)[0], batch)
 
 
-def load_forward(config: Config, weights: str, device_type: str) -> Forward:
+def _ask_policy(policy: Engine, name: str, batch: PackedBatch) -> PairLogps:
+    with policy.as_reference():
+        return pair_logps(policy.score(batch)[0], batch)
+
+
+def load_forward(config: Config, weights: str, device_type: str) -> Any:
     """Load the reference model, frozen: sharded by its own ZeRO-3 engine, or whole on each rank."""
     own = config.reference
     default = 3 if config.zero_stage == 3 or own.offload == "cpu" else 0
     stage = own.zero_stage if own.zero_stage is not None else default
-    described = section(config, weights)
-    kernel = admission.check(described, model.load_config(described), config.data.max_length, 0, device_type)
+    section, adapter = described(config, weights)
+    kernel = admission.check(section, model.load_config(section), config.data.max_length, 0, device_type)
     zero3 = engine.reference_config(config) if stage == 3 else None
-    reference = model.load(described, described.name_or_path, kernel, described.dtype, zero3)
-    return engine.reference_forward(model.prepare_as_reference(reference), config, stage)
+    with_adapter = partial(adapters.frozen, source=adapter) if adapter else None
+    reference = model.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)
+    forward = engine.reference_forward(model.prepare_as_reference(reference), config, stage)
+    size, where = engine.weight_bytes(forward)
+    how = "sharded by ZeRO-3" if stage == 3 else "whole on each rank"
+    distributed.log(f"reference: {how}, {size / 2**20:,.1f} MiB of weights per rank, on {where}")
+    return forward
+
+
+def _moving(config: Config, policy: Engine, forward: Any) -> MovingReference | None:
+    if not config.reference.sync_ref_model:
+        return None
+    reference = forward.module if hasattr(forward, "module") else forward  # of a DeepSpeed engine
+    return MovingReference(policy.module.lm, reference.lm, config.reference.ref_model_mixup_alpha)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,81 +225,50 @@ def load_forward(config: Config, weights: str, device_type: str) -> Forward:
 
 
 def stored(
-    config: Config,
-    policy: Engine,
-    origin: Origin,
-    sets: Mapping[str, PairStore],
-    layout: Layout,
-    run_folder: Path,
-) -> Reference:
-    """Score every data set once, before training, and answer from the table: no reference stays in memory."""
-    folder = Path(config.reference.store) if config.reference.store else run_folder / "reference"
-    paths = {name: folder / f"{key}.safetensors" for name, key in _keys(config, origin, sets).items()}
-    found = {name: _read_table(paths[name], len(store)) for name, store in sets.items()}
-    # Rank 0 decides for all: a file system may show a new file to one node before another.
-    missing = distributed.broadcast_object([name for name, table in found.items() if table is None])
-    if missing:
-        scored = _score_all(config, policy, origin, {name: sets[name] for name in missing}, layout)
-        distributed.on_main(lambda: _write_tables({paths[name]: table for name, table in scored.items()}))
-        found |= scored
-    tables = {name: table.to(policy.device) for name, table in found.items() if table is not None}
-
-    def reference(name: str, batch: PackedBatch) -> PairLogps:
-        sums = dict(zip(COLUMNS, tables[name][batch.pair_ids].unbind(dim=1)))
-        chosen_tokens, rejected_tokens, _ = scored_tokens(batch)
-        return PairLogps(**sums, chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
-
-    return reference
-
-
-def _read_table(path: Path, rows: int) -> torch.Tensor | None:
-    """Sums [rows, columns] as they were stored; None where there are none, or what is there is damaged."""
-    try:
-        table = load_file(path)["sums"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return table if table.shape == (rows, len(COLUMNS)) else None
-
-
-def _write_tables(tables: Mapping[Path, torch.Tensor]) -> None:
-    for path, table in tables.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"sums": table}, draft := path.with_suffix(".draft"))
-        draft.rename(path)
-
-
-def _score_all(
     config: Config, policy: Engine, origin: Origin, sets: Mapping[str, PairStore], layout: Layout
 ) -> dict[str, torch.Tensor]:
-    """Sums [n, columns] of each set. The policy itself serves while it still has the reference's weights."""
-    if config.reference.name_or_path is None and config.reference.dtype in (None, config.model.dtype):
-        with policy.evaluating():
-            return {name: score(policy.score, store, layout, policy.device) for name, store in sets.items()}
-    forward = load_forward(config, origin.weights, policy.device.type)
-    with torch.no_grad():
-        tables = {name: score(forward, store, layout, policy.device) for name, store in sets.items()}
-    engine.discard(forward)
-    return tables
+    """Tables [n, columns] of every data set, scored where the store has them not: no reference stays in memory."""
+    store = open_store(config, origin.reference_digest)
+    keys = filling.keys_of(store, sets)
+    ready = partial(scorer, config, policy, origin.weights, policy.device.type)
+    scored = filling.fill(store, keys, sets, ready, layout, policy.device)
+    distributed.log(filling.report(store, sets, scored))
+    return filling.tables(store, keys, sets, policy.device)
 
 
-def score(forward: Forward, store: PairStore, layout: Layout, device: torch.device) -> torch.Tensor:
-    """Log-prob sums of every pair of a store: fp32 [n, columns] on the CPU of every rank."""
-    sums = torch.zeros(len(store), len(COLUMNS), device=device)
-    told = time.monotonic()
-    for done, batch in sweep(store, layout):
-        batch = batch.to(device)
-        logps = pair_logps(forward(batch)[0], batch)
-        sums[batch.pair_ids] = torch.stack([getattr(logps, name) for name in COLUMNS], dim=1)
-        if time.monotonic() - told > TELL_EVERY_SECONDS:
-            told = time.monotonic()
-            distributed.log(f"reference: scored {done:.0%} of {len(store)} pairs", stamp=True)
-    return distributed.all_sum(sums).cpu()  # each pair was scored by one rank, and is zero on the others
+@contextmanager
+def scorer(config: Config, policy: Engine | None, weights: str, device_type: str) -> Iterator[Forward]:
+    """The reference as a forward, for as long as this is open: the policy itself where it can stand for it."""
+    if policy and _policy_can_score(config):
+        with policy.as_reference():
+            yield policy.score
+        return
+    forward = load_forward(config, weights, device_type)
+    try:
+        with torch.no_grad():
+            yield forward
+    finally:
+        engine.discard(forward)
 
 
-def _keys(config: Config, origin: Origin, sets: Mapping[str, PairStore]) -> dict[str, str]:
-    """What decides the values: the tokens, the bytes of the weights, their type. Paths and layout do not."""
-    identity = {"weights": origin.reference_digest, "dtype": config.reference.dtype or config.model.dtype}
-    return {
-        name: hashlib.sha256(json.dumps(identity | {"pairs": store.key}, sort_keys=True).encode()).hexdigest()[:32]
-        for name, store in sets.items()
-    }
+def _read(tables: Mapping[str, torch.Tensor], name: str, batch: PackedBatch) -> PairLogps:
+    sums = dict(zip(COLUMNS, tables[name][batch.pair_ids].unbind(dim=1)))
+    chosen_tokens, rejected_tokens, _ = scored_tokens(batch)
+    return PairLogps(**sums, chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
+
+
+def open_store(config: Config, digest: str) -> ReferenceStore | None:
+    """The store of this reference, on rank 0; None on the others, which leave its files alone.
+
+    Its identity is all that decides a value beside the tokens: content of the weights, their type. Paths, kernels, layout
+    and world size are not.
+    """
+    if distributed.world().rank != 0:
+        return None
+    section = described(config, "").section
+    identity = {"weights": digest, "dtype": section.dtype, "load_in_4bit": section.load_in_4bit}
+    root = Path(config.reference.store) if config.reference.store else cache_folder("reference")
+    store = ReferenceStore(root, identity)
+    for name in store.damaged:
+        distributed.log(f"warning: {store.folder / name} is damaged; what it held is scored again")
+    return store

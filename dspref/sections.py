@@ -29,6 +29,40 @@ class Section(BaseModel):
     )
 
 
+class LoraSection(Section):
+    """A LoRA adapter; names and meaning of the keys are peft's."""
+
+    path: str | None = None
+    """Folder or hub id of a saved adapter to go on training. It brings its own settings, and is the reference by default."""
+    r: Annotated[int, Field(gt=0)] = 16
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout on the adapter's input; default: none, or what a saved adapter says."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: names, a regular expression, or all-linear (every linear layer but the head)."""
+    exclude_modules: str | list[str] | None = None
+    """Modules that get none: names or a regular expression."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole, and saved with the adapter."""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the layers that get an adapter; default: all."""
+    rank_pattern: dict[str, int] = {}
+    """Module name or pattern -> its own r."""
+    alpha_pattern: dict[str, float] = {}
+    """Module name or pattern -> its own lora_alpha."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """How A is drawn: true, Kaiming-uniform; gaussian. B starts at 0, so the first policy is the base model; with false
+    B is random too."""
+    merge_on_export: bool = False
+    """Add the adapter to the weights of the exported model, which then needs no peft; the adapter goes to RUN/adapter."""
+
+
 class ModelSection(Section):
     name_or_path: str
     """Folder or hub id of the model to train."""
@@ -53,17 +87,24 @@ class ModelSection(Section):
     router_aux_scope: Literal["micro", "step"] = "micro"
     """Tokens over which experts are balanced: `micro`, packs that run at the same time on all ranks; `step`, the whole step,
     exact on every layout, for one more forward."""
-    lora: None = None
-    """LoRA settings."""
+    lora: LoraSection | None = None
+    """Train a LoRA adapter and leave the model as it is; default: train the whole model."""
+    adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "default"
+    """Name of the adapter that is trained."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the model in 4 bits (nf4, double quantization, bitsandbytes) below the adapter. Needs CUDA."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
 
 
 class ReferenceSection(Section):
     mode: Literal["auto", "stored", "engine", "adapter", "none"] = "auto"
-    """Where reference log-probs come from. `stored`: computed once before training; `engine`: a second model, live."""
+    """Where reference log-probs come from. `stored`: computed once before training; `engine`: a second model, live;
+    `adapter`: the policy's model with its adapter off, or with another adapter on."""
     name_or_path: str | None = None
-    """The reference model; default: the policy's initial weights."""
+    """The reference: a model, or a LoRA adapter of the policy's model; default: the policy's initial weights."""
+    adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
+    """Which saved adapter the reference has, of those in reference.name_or_path or model.lora.path; `base`: none."""
     offload: Literal["none", "cpu"] = "none"
     """`cpu`: a live reference keeps its weights in host memory."""
     zero_stage: Literal[0, 3] | None = None
@@ -71,9 +112,9 @@ class ReferenceSection(Section):
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Type of the reference's weights; default: the policy's."""
     store: str | None = None
-    """Folder of the stored log-probs; default: `reference/` in the run folder."""
-    sync_ref_model: Literal[False] = False
-    """TR-DPO: move the reference towards the policy."""
+    """Folder of the stored log-probs, which runs share; default: in the cache ($DSPREF_CACHE/reference)."""
+    sync_ref_model: bool = False
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every ref_model_sync_steps the reference moves to the policy."""
     ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     """TR-DPO: share of the policy in the new reference."""
     ref_model_sync_steps: Annotated[int, Field(gt=0)] = 512
@@ -203,8 +244,9 @@ class TrainSection(Section):
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns it off."""
-    optim: Literal["adamw", "cpu_adam"] = "adamw"
-    """`adamw`: torch's; `cpu_adam`: DeepSpeed's, for offloaded states (built with a C++ compiler on first use)."""
+    optim: Literal["adamw", "adamw_8bit", "cpu_adam"] = "adamw"
+    """`adamw`: torch's; `adamw_8bit`: bitsandbytes', states in 8 bits, needs CUDA; `cpu_adam`: DeepSpeed's, for offloaded
+    states (built with a C++ compiler on first use)."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of data order, sampling, dropout and random weights."""
     eval_every: Annotated[int, Field(gt=0)] | None = None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from dspref import admission, console, distributed, engine, metrics, model, reference
+from dspref import adapters, admission, console, distributed, engine, metrics, model, reference
 from dspref.checkpoint import RunFolder, committed_folders
-from dspref.config import Config, SourceSection, shipped
+from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
 from dspref.data.sources import Source
@@ -20,7 +19,7 @@ from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, NumericFault, UserError
-from dspref.export import export, warn_of_other_tokenizer
+from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
@@ -28,8 +27,6 @@ from dspref.reference import Origin
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How far policy and reference may be apart at step 1 where they are one model, in nats per token: what other packs round.
-FIRST_GAP_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # Tokens that a sample answer may have.
 SAMPLE_TOKENS = 64
 
@@ -78,14 +75,15 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
         name = section.tokenizer_name_or_path or section.name_or_path
         tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
         kernel = admission.check(section, model_config, data.max_length, len(tokenizer), device_type)
-        if config.reference.name_or_path:
+        check_adapters(config, device_type)
+        if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
             check_reference(config, len(tokenizer), device_type)
         if section.tokenizer_name_or_path and distributed.world().rank == 0:
             warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
 
         def load(sources: list[SourceSection], log) -> PairStore:
             read = [_source(source) for source in sources]
-            return load_pairs(read, tokenizer, limits, on_bad_row=data.on_bad_row, cache_dir=cache_folder(), log=log)
+            return load_pairs(read, tokenizer, limits, on_bad_row=data.on_bad_row, cache_dir=cache_folder("tokens"), log=log)
 
         pairs = load(data.train_sources, distributed.log)
         held_out = {prefix: load([source], distributed.log) for prefix, source in data.eval_sources.items()}
@@ -94,14 +92,25 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
     return distributed.in_turn(work)
 
 
+def check_adapters(config: Config, device_type: str) -> None:
+    """Refuse what an adapter or 8-bit states need and this machine, or the disk, has not."""
+    adapters.check(config.model)
+    if config.train.optim == "adamw_8bit":
+        admission.require_bitsandbytes("train.optim: adamw_8bit", device_type)
+
+
 def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
-    """The checks of the policy, for a reference that is another model."""
-    described = reference.section(config, "")
+    """The checks of the policy, for a reference that is another model or has an adapter of its own."""
+    section, adapter = reference.described(config, "")
     try:
-        admission.check(described, model.load_config(described), config.data.max_length, vocabulary, device_type)
-        model.fetch(described)
+        if adapter:
+            adapters.folder_of(adapter)
+        else:
+            admission.check(section, model.load_config(section), config.data.max_length, vocabulary, device_type)
+            model.fetch(section)
     except UserError as error:
-        blamed = re.sub(r"^model\.(tokenizer_)?name_or_path", "reference.name_or_path", str(error))
+        named = "reference.name_or_path" if config.reference.name_or_path else "reference.adapter_name"
+        blamed = re.sub(r"^(model\.(tokenizer_)?name_or_path: )?", f"{named}: ", str(error))
         raise type(error)(blamed) from None
 
 
@@ -109,12 +118,6 @@ def _source(section: SourceSection) -> Source:
     template = section.template.model_dump(exclude_none=True) if section.template else None
     path, columns = str(shipped(section.path)), section.columns.model_dump()
     return Source(path, section.split, section.max_samples, section.weight, columns, template)
-
-
-def cache_folder() -> Path:
-    """Where token ids are kept between runs: $DSPREF_CACHE, or dspref/ in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspref"
-    return Path(os.environ.get("DSPREF_CACHE", default)) / "tokens"
 
 
 def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
@@ -176,6 +179,7 @@ def introduce(
     sharing = "on" if loader.layout.prefix_sharing else "off"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
+        **({"adapter": adapter_in_words(config)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": reference.describe(config),
         "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
@@ -189,7 +193,7 @@ def introduce(
 
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
-    policy = model.load(config.model, weights, kernel, config.model.dtype, zero3)
+    policy = model.load(config.model, weights, kernel, config.model.dtype, zero3, reference.attach(config))
     policy = model.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
@@ -207,7 +211,7 @@ def check_finite(config: Config, step: int, loss: float, grad_norm: float) -> No
 def check_first_step(config: Config, means: dict[str, float]) -> None:
     """Where policy and reference start equal, they agree on every answer, and the first loss is the objective's value at
     log-ratios of 0. Removes `gap` from `means`; raises NumericFault for a miss."""
-    gap, tolerance = means.pop("gap", None), FIRST_GAP_TOLERANCE[config.model.dtype]
+    gap, tolerance = means.pop("gap", None), reference.ROUNDING[config.model.dtype]
     if gap is not None and reference.equals_policy(config) and not gap <= tolerance:
         raise NumericFault(
             f"step 1: policy and reference are one model, but differ by {gap:.2g} nats per token (allowed: {tolerance:g}); "
@@ -229,7 +233,7 @@ def finish(
     """Export and verify the model, record the summary, show it, answer sample prompts."""
     summary = {"step": steps, "seconds": round(seconds, 1), "learned": learned(run.path / "metrics.jsonl")}
     last = {name: values[1] for name, values in summary["learned"].items()}
-    export(run, policy, tokenizer, config, {"step": steps, "metrics": last})
+    export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": last})
     run.event("finish", step=steps)
 
     def close() -> None:
@@ -262,7 +266,9 @@ def show_summary(run: RunFolder) -> None:
     if rows:
         console.samples(rows)
     prompt = console.printable(rows[0]["prompt"] if rows else "Hello", limit=60).replace("'", "").replace('"', "")
-    ask = f"pipeline('text-generation', '{run.final}')([{{'role': 'user', 'content': '{prompt}'}}])"
+    # Of an adapter, pipeline would look for the tokenizer beside the model below it.
+    tokenizer = f", tokenizer='{run.final}'" if adapters.is_saved(str(run.final), "") else ""
+    ask = f"pipeline('text-generation', '{run.final}'{tokenizer})([{{'role': 'user', 'content': '{prompt}'}}])"
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},

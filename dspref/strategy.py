@@ -179,5 +179,10 @@ def _device(zero: Mapping[str, Any], offload: str) -> str:
     return section.get("device", "none") if isinstance(section, Mapping) else "none"
 
 
+def device_of(strategy: Mapping[str, Any], offload: str) -> str:
+    """none, cpu or nvme: where `offload` (offload_param, offload_optimizer) puts things."""
+    return _device(strategy.get("zero_optimization", {}), offload)
+
+
 def offloads_optimizer(strategy: Mapping[str, Any]) -> bool:
-    return _device(strategy.get("zero_optimization", {}), "offload_optimizer") != "none"
+    return device_of(strategy, "offload_optimizer") != "none"

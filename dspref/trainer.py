@@ -42,8 +42,8 @@ def train(config: Config, source: Path | None = None) -> None:
     policy = Engine.for_training(stages.load_policy(config, objective, origin.weights, kernel), config, steps)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
-    reference = references.build(config, policy, origin, sets, layout, run.path)
-    progress = checkpoint.resume(run, policy, config.checkpoint.resume)
+    reference = references.build(config, policy, origin, sets, layout)
+    progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume)
     stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view = console.ProgressView(progress.step, steps)
@@ -55,6 +55,7 @@ def train(config: Config, source: Path | None = None) -> None:
         logged = step.number == 1 or last or step.number % config.log.every == 0
         rewards = gradient.accumulate(step, policy, loss, reference, rewards, meter if logged else None)
         learning_rate, grad_norm = policy.learning_rate, policy.step()
+        reference.follow(step.number)
 
         if logged:
             means = meter.reduce()
@@ -75,7 +76,7 @@ def train(config: Config, source: Path | None = None) -> None:
             view.note(console.evaluation_line(step.number, evaluation, list(held_out)))
         if due(step.number, config.checkpoint.save_every) or (last and config.checkpoint.save_every):
             progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards)
-            checkpoint.save(run, policy, progress, evaluation)
+            checkpoint.save(run, (policy, reference), progress, evaluation)
             checkpoint.prune(run, config.checkpoint)
             view.note(f"step {step.number}: checkpoint committed")
     view.close()

@@ -67,6 +67,10 @@ class PairStore:
         prompt, answer = self._tokens[start:chosen], self._tokens[chosen:rejected]
         return TokenizedPair(prompt, answer, self._tokens[rejected:end])
 
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ids, int32 [N], and where each prompt, chosen and rejected begins in them, int64 [3n + 1]; read-only."""
+        return self._tokens, self._offsets
+
     def where(self, index: int) -> str:
         """The file and line of a pair, for messages."""
         return self._wheres[index]

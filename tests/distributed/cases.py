@@ -35,7 +35,7 @@ def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     policy = Engine.for_training(stages.load_policy(config, objective, weights, kernel), config, 1)
     sets = {"train": pairs, **held_out}
     origin = references.Origin(weights, references.digest(config, weights))
-    reference = references.build(config, policy, origin, sets, loader.layout, Path(config.output_dir))
+    reference = references.build(config, policy, origin, sets, loader.layout)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     meter = Meter(device, loss.router_coef)
     step = next(loader.steps(0, 1))

@@ -99,7 +99,7 @@ def test_resumed_run_ends_bit_identical(world, stage, objective, run_file, all_w
 @pytest.mark.parametrize("part", ["shard", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over(part, run_file, all_workers, tmp_path):
     run = tmp_path / "run"
-    assert train(all_workers[1], run_file, f"output_dir={run}") == [0]
+    assert train(all_workers[1], run_file, f"output_dir={run}", f"reference.store={tmp_path}/store") == [0]
     records = training_records(run)
     forget_everything_after(run, 4)
     damaged = run / "checkpoints" / "step-000004"
@@ -110,9 +110,11 @@ def test_a_damaged_checkpoint_is_passed_over(part, run_file, all_workers, tmp_pa
         shard.write_bytes(content)
     else:
         (damaged / "manifest.json").write_text('{"step": 4')
-    for table in (run / "reference").glob("*"):
-        table.write_bytes(b"cut short")  # scored again, from the initial weights
-    assert train(all_workers[1], run_file, f"output_dir={run}") == [0]
+    shards = list((tmp_path / "store").glob("*/*.safetensors"))
+    assert shards
+    for shard in shards:
+        shard.write_bytes(b"cut short")  # scored again, from the initial weights
+    assert train(all_workers[1], run_file, f"output_dir={run}", f"reference.store={tmp_path}/store") == [0]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [2]
     assert training_records(run) == records

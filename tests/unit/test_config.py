@@ -118,6 +118,10 @@ def with_train(source: str) -> str:
     return MINIMAL.replace("{path: p.jsonl}", source)
 
 
+def with_reference(section: str, model: str = "") -> str:
+    return (with_model(model) if model else MINIMAL) + f"reference: {section}\n"
+
+
 def with_objective(section: str, more: str = "") -> str:
     return MINIMAL + f"objective: {section}\n{more}"
 
@@ -223,6 +227,12 @@ RESOLVED = [
     MINIMAL + "train: {lr_scheduler_type: constant}\n",
     MINIMAL + "objective: {rpo_alpha: 1.0, label_smoothing: 0.1}\n",
     MINIMAL + "reference: {mode: stored}\n",
+    with_model("lora: {r: 8, lora_alpha: 16, target_modules: [q_proj], modules_to_save: [lm_head], use_dora: true}"),
+    with_model("lora: {path: a, lora_dropout: 0.1}, adapter_name: b, disable_dropout: false"),
+    with_reference("{mode: adapter, adapter_name: base}", "lora: {path: a}"),
+    with_reference("{mode: adapter, name_or_path: b, adapter_name: c}", "lora: {}"),
+    with_reference("{sync_ref_model: true, ref_model_mixup_alpha: 0.6, offload: cpu}"),
+    with_model("lora: {}, load_in_4bit: true") + "deepspeed: ds_configs/zero2.json\ntrain: {optim: adamw_8bit}\n",
     MINIMAL + "deepspeed: {zero_optimization: {stage: 2}}\n",
     with_train("[{path: 'a: #b', weight: 2.5}, {path: 24:00:00, template: {prompt: '{x}', chosen: é, rejected: 'off'}}]"),
     with_data("eval: {x: {path: q}, y: {path: r}}") + "train: {eval_every: 5}\ncheckpoint: {keep_best: eval_x_loss}\n",
@@ -871,8 +881,101 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "must be a mapping",
     ),
     "no such JSON": (MINIMAL + "deepspeed: nope.json\n", "5:1", "deepspeed", "nope.json: no such file"),
-    # not what this version does
-    "lora": (with_model("lora: {r: 8}"), "1:26", "model.lora", "LoRA"),
+    # adapters
+    "LoRA key": (with_model("lora: {rank: 8}"), "1:33", "model.lora.rank", "unknown key; did you mean 'rank_pattern'"),
+    "LoRA rank": (with_model("lora: {r: 0}"), "1:33", "model.lora.r", "greater than 0"),
+    "LoRA of TRL": (MINIMAL + "lora_r: 8\n", "5:1", "lora_r", "in dspref this is model.lora.r"),
+    "settings of a saved adapter": (
+        with_model("lora: {path: a, r: 8}"),
+        "1:42",
+        "model.lora.r",
+        "brings its own; drop the key, or the path",
+    ),
+    "dropout twice": (
+        with_model("disable_dropout: all, lora: {lora_dropout: 0.1}"),
+        "1:55",
+        "model.lora.lora_dropout",
+        "has no effect with model.disable_dropout: all",
+    ),
+    "name without adapter": (with_model("adapter_name: a"), "1:26", "model.adapter_name", "no adapter to name"),
+    "name with a dot": (with_model("lora: {}, adapter_name: a.b"), "1:36", "model.adapter_name", "match pattern"),
+    "4 bits without adapter": (with_model("load_in_4bit: true"), "1:26", "model.load_in_4bit", "cannot be trained"),
+    "4 bits in shards": (
+        with_model("load_in_4bit: true, lora: {}"),
+        "1:26",
+        "model.load_in_4bit",
+        "each rank would hold them all; use stage 2",
+    ),
+    "adapter without adapter": (
+        with_reference("{mode: adapter}"),
+        "5:13",
+        "reference.mode",
+        r"needs a policy with an adapter \(model.lora\)",
+    ),
+    "adapter in another type": (
+        with_reference("{mode: adapter, dtype: float32}", "lora: {}"),
+        "5:28",
+        "reference.dtype",
+        "has no effect with mode: adapter",
+    ),
+    "adapter by no name": (
+        with_reference("{adapter_name: a}", "lora: {}"),
+        "5:13",
+        "reference.adapter_name",
+        "needs the folder it lies in",
+    ),
+    "adapter of no model": (
+        with_reference("{adapter_name: base}"),
+        "5:13",
+        "reference.adapter_name",
+        "names no adapter without model.lora",
+    ),
+    "store of a live reference": (
+        with_reference("{mode: engine, store: s}"),
+        "5:27",
+        "reference.store",
+        "has no effect with mode: engine; it is for stored",
+    ),
+    # TR-DPO
+    "sync of what is stored": (
+        with_reference("{mode: stored, sync_ref_model: true}"),
+        "5:27",
+        "reference.sync_ref_model",
+        "use mode: engine",
+    ),
+    "sync of adapters": (
+        with_reference("{sync_ref_model: true}", "lora: {}"),
+        "5:13",
+        "reference.sync_ref_model",
+        "the mean of two adapters",
+    ),
+    "sync of shards and wholes": (
+        with_reference("{sync_ref_model: true, zero_stage: 0}"),
+        "5:13",
+        "reference.sync_ref_model",
+        "drop reference.zero_stage",
+    ),
+    "sync from nvme": (
+        with_reference("{sync_ref_model: true}")
+        + "deepspeed: {zero_optimization: {stage: 3, offload_param: {device: nvme, nvme_path: /x}}}\n",
+        "5:13",
+        "reference.sync_ref_model",
+        "use device: cpu",
+    ),
+    "share without sync": (
+        with_reference("{ref_model_mixup_alpha: 0.5}"),
+        "5:13",
+        "reference.ref_model_mixup_alpha",
+        "without sync_ref_model",
+    ),
+    # optimizers
+    "8 bits offloaded": (
+        MINIMAL + "train: {optim: adamw_8bit}\n"
+        "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}\n",
+        "5:9",
+        "train.optim",
+        "keeps its states on the GPU",
+    ),
 }
 
 NOT_YAML: dict[str, tuple[str | bytes, str, str]] = {

@@ -15,20 +15,21 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),  # below everything
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
+    ("reference_store",),
     ("yaml12", "strategy"),  # what config is made of
     ("sections",),
     ("explain",),
     ("checks",),
     ("config",),
     ("distributed",),
-    ("admission",),
+    ("admission", "filedigest", "adapters", "trust_region", "filling"),
     ("model",),
     ("engine",),
     ("reference",),
     ("checkpoint", "metrics", "console"),
     ("export", "gradient"),
     ("stages", "evaluate"),
-    ("trainer",),
+    ("trainer", "scorer"),
     ("launcher",),
     ("cli",),
 )
@@ -56,8 +57,9 @@ FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"}
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine"},
     "torch.distributed": {"distributed", "engine"},
-    "transformers": {"admission", "model", "attention", "data.tokenize", "checkpoint", "export"},
-    "peft": {"model"},
+    "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "checkpoint", "export"},
+    "peft": {"adapters"},
+    "bitsandbytes": {"engine"},
     "wandb": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
     "tensorboard": {"metrics"},
@@ -65,13 +67,13 @@ OWNERS: dict[str, set[str]] = {
     "rich": {"console", "cli"},
     "pydantic": {"config", "sections", "explain"},
     "datasets": {"data.sources"},
-    "huggingface_hub": {"data.sources", "model"},
+    "huggingface_hub": {"data.sources", "model", "adapters"},
 }
 
-# `check` and `submit` answer at once on a login node: none of these loads torch, however deep.
+# `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "objectives", "families", "losses",
-    "launcher", "cli",
+    "launcher", "cli", "reference_store",
 }  # fmt: skip
 
 

@@ -1,0 +1,93 @@
+"""TR-DPO: a reference that follows the policy (Gorbatovski et al. 2024, arXiv:2404.09656), softly, or with
+alpha = 1 at once.
+
+Every rank moves the part of the weights that it holds; nothing is gathered and no rank talks to another.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dspref import distributed
+from dspref.errors import ConfigError
+
+
+class MovingReference:
+    """reference <- alpha x policy + (1 - alpha) x reference, in fp32 whatever the two are computed in."""
+
+    def __init__(self, policy: nn.Module, reference: nn.Module, alpha: float) -> None:
+        """Raises ConfigError where the two are not of one architecture."""
+        self._alpha = alpha
+        theirs = dict(reference.named_parameters())
+        self._pairs = {name: (p, theirs.get(name)) for name, p in policy.named_parameters()}
+        for name, (p, r) in self._pairs.items():
+            if r is None or _whole_shape(p) != _whole_shape(r):
+                raise ConfigError(f"reference.sync_ref_model: the reference has no {name} of the policy's shape to mix with")
+        # In 16 bits small moves would be rounded away: the reference keeps masters, as the policy's optimizer does.
+        self._masters = {
+            name: _own_part(r).float() for name, (_, r) in self._pairs.items() if _own_part(r).dtype != torch.float32
+        }
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        for name, (p, r) in self._pairs.items():
+            master = self._master(name)
+            master.lerp_(_part_like(p, r).to(master.device, torch.float32), self._alpha)
+            self._publish(name)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part; where each holds the whole, rank 0 alone writes."""
+        if self._in_shards or distributed.world().rank == 0:
+            save_file({name: self._master(name).detach().contiguous() for name in self._pairs}, self._file(folder))
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, on the same number of ranks."""
+        for name, tensor in load_file(self._file(folder)).items():
+            self._master(name).copy_(tensor)
+            self._publish(name)
+
+    @property
+    def _in_shards(self) -> bool:
+        return any(hasattr(r, "ds_tensor") for _, r in self._pairs.values())
+
+    def _file(self, folder: Path) -> Path:
+        return folder / (
+            f"reference-rank-{distributed.world().rank}.safetensors" if self._in_shards else "reference.safetensors"
+        )
+
+    def _master(self, name: str) -> Tensor:
+        return self._masters[name] if name in self._masters else _own_part(self._pairs[name][1])
+
+    def _publish(self, name: str) -> None:
+        """Let the next forward see the new value."""
+        r: Any = self._pairs[name][1]
+        if name in self._masters:
+            _own_part(r).copy_(self._masters[name])
+        # ZeRO-3 keeps small parameters gathered between forwards: such a copy is of the old value.
+        if hasattr(r, "ds_tensor") and r.ds_status.name == "AVAILABLE":
+            r.partition()
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
+    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+def _part_like(p: Any, r: Any) -> Tensor:
+    """Of the policy's parameter `p`, what corresponds to this rank's part of `r`."""
+    if hasattr(p, "ds_tensor") or not hasattr(r, "ds_tensor"):
+        return _own_part(p)
+    # Shards are equal parts of the flattened parameter, the last one filled up.
+    size, start = r.ds_tensor.numel(), r.ds_tensor.numel() * distributed.world().rank
+    held = p.data.flatten()[start : start + size]
+    return torch.cat([held, held.new_zeros(size - held.numel())])
+
+
+def _whole_shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
