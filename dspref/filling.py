@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ TELL_EVERY_SECONDS = 20
 COLUMNS = ("chosen", "rejected", "chosen_common", "rejected_common")
 
 Keys = Mapping[str, np.ndarray]
+
+
+def opened(root: Path, identity: Mapping[str, Any]) -> ReferenceStore:
+    """The store below `root`. Raises EnvironmentFault where it cannot be read."""
+    try:
+        return ReferenceStore(root, identity)
+    except OSError as error:
+        raise EnvironmentFault(f"{root}: cannot read the reference store ({error.strerror}); set reference.store") from None
 
 
 def keys_of(store: ReferenceStore | None, sets: Mapping[str, PairStore]) -> Keys:
@@ -105,7 +114,8 @@ def tables(
     return found
 
 
-def report(store: ReferenceStore | None, sets: Mapping[str, PairStore], scored: int) -> str:
-    """What was there and what was scored, in one line, on rank 0."""
-    total = sum(len(pairs) for pairs in sets.values())
-    return f"reference: scored {scored} of {total} pairs, kept in {store.folder}" if store is not None else ""
+def report(store: ReferenceStore | None, sets: Mapping[str, PairStore], scored: int) -> None:
+    """Say what was scored, and where it is kept."""
+    if store is not None:
+        total = sum(len(pairs) for pairs in sets.values())
+        distributed.log(f"reference: scored {scored} of {total} pairs, kept in {store.folder}")

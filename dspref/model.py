@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dspref import filedigest, router
+from dspref import adapters, filedigest, router
 from dspref.adapters import Adapters
 from dspref.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
 from dspref.attention import PACKED, Segments
@@ -40,13 +40,13 @@ class PackedCausalLM(nn.Module):
         lm: PreTrainedModel,
         kernel: str,
         published_config: PretrainedConfig | None = None,
-        adapters: Adapters | None = None,
+        attached: Adapters | None = None,
     ) -> None:
         super().__init__()
         refuse_layers_before_head(lm)
         self.lm = lm
         self.kernel = kernel
-        self.adapters = adapters
+        self.adapters = attached
         self.transform = head_transform(lm.config)
         # As the model's authors wrote it, before dropout was turned off: what an export writes.
         self.published_config = published_config or lm.config
@@ -114,6 +114,10 @@ def quiet() -> None:
 def load_config(section: ModelSection) -> PretrainedConfig:
     """The model's own config; raises ConfigError in one line where it cannot be had."""
     path = str(shipped(section.name_or_path))
+    if adapters.is_saved(path, ""):
+        raise ConfigError(
+            f"model.name_or_path: {section.name_or_path} is a LoRA adapter; name its model here, and it in model.lora.path"
+        )
     try:
         config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # missing, offline, broken, of a wrong type: each has its own exception
@@ -158,8 +162,8 @@ def load(
         lm, report = loaded
         _refuse_missing(lm, report, weights)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
-        adapters = attach(lm) if attach else None
-    return PackedCausalLM(lm, kernel, published, adapters)
+        attached = attach(lm) if attach else None
+    return PackedCausalLM(lm, kernel, published, attached)
 
 
 def _in_4bit(dtype: str) -> transformers.BitsAndBytesConfig:

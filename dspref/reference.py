@@ -87,11 +87,16 @@ def describe(config: Config) -> str:
     own, mode = config.reference, resolve_mode(config)
     if mode == "none":
         return "none needed"
-    how = {"stored": "scored once, before training", "engine": "a live second model", "adapter": "the policy's model"}[mode]
+    how = {
+        "stored": "scored once, then no model in memory",
+        "engine": "a live second model",
+        "adapter": "the policy's model, live",
+    }[mode]
     if own.sync_ref_model:
-        how = f"TR-DPO, alpha {own.ref_model_mixup_alpha:g} every {own.ref_model_sync_steps} steps"
-    chosen = "auto: " if own.mode == "auto" else ""
-    return f"{mode} ({chosen}{how}): {_who(config)}"
+        how += f"; TR-DPO, alpha {own.ref_model_mixup_alpha:g} every {own.ref_model_sync_steps} steps"
+    elif own.mode == "auto":
+        how = "auto: " + (how if mode == "stored" else f"{how}, as reference.offload asks")
+    return f"{mode} ({how}): {_who(config)}"
 
 
 def _who(config: Config) -> str:
@@ -232,7 +237,7 @@ def stored(
     keys = filling.keys_of(store, sets)
     ready = partial(scorer, config, policy, origin.weights, policy.device.type)
     scored = filling.fill(store, keys, sets, ready, layout, policy.device)
-    distributed.log(filling.report(store, sets, scored))
+    filling.report(store, sets, scored)
     return filling.tables(store, keys, sets, policy.device)
 
 
@@ -261,14 +266,13 @@ def open_store(config: Config, digest: str) -> ReferenceStore | None:
     """The store of this reference, on rank 0; None on the others, which leave its files alone.
 
     Its identity is all that decides a value beside the tokens: content of the weights, their type. Paths, kernels, layout
-    and world size are not.
+    and world size are not. Raises EnvironmentFault where the folder cannot be read.
     """
-    if distributed.world().rank != 0:
-        return None
     section = described(config, "").section
     identity = {"weights": digest, "dtype": section.dtype, "load_in_4bit": section.load_in_4bit}
     root = Path(config.reference.store) if config.reference.store else cache_folder("reference")
-    store = ReferenceStore(root, identity)
-    for name in store.damaged:
-        distributed.log(f"warning: {store.folder / name} is damaged; what it held is scored again")
+    store = distributed.on_main(lambda: filling.opened(root, identity))
+    if store is not None:
+        for name in store.damaged:
+            distributed.log(f"warning: {store.folder / name} is damaged; what it held is scored again")
     return store

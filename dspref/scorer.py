@@ -36,7 +36,7 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     keys = filling.keys_of(store, sets)
     scorer = partial(reference.scorer, config, None, weights, device.type)
     scored = filling.fill(store, keys, sets, scorer, layout, device, share)
-    distributed.log(filling.report(store, sets, scored))
+    filling.report(store, sets, scored)
     if verify:
         with scorer() as forward:
             _verify(config, forward, store, keys, sets, verify, layout, device)

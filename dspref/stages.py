@@ -144,10 +144,13 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
     def work() -> None:
         if not random or config.reference.name_or_path:
             content["reference"] = reference.digest(config, weights)
+        if config.model.lora and not random:
+            content["model"] = model.content_digest(config.model)  # which no checkpoint holds
         began = {} if config.checkpoint.resume == "never" else run.run.get("content", {})
         for name in content:
             if began.get(name, content[name]) != content[name]:
-                what = "the reference model has" if name == "reference" else f"the pairs of {name.rstrip('_')} have"
+                models = {"reference": "the reference model has", "model": "the model below the adapter has"}
+                what = models.get(name, f"the pairs of {name.rstrip('_')} have")
                 raise DataError(f"{run.path}: {what} changed since this run began; restore, or use another output_dir=")
         run.open(config, source, engine.training_config(config))
         if random:

@@ -22,6 +22,7 @@ class MovingReference:
 
     def __init__(self, policy: nn.Module, reference: nn.Module, alpha: float) -> None:
         """Raises ConfigError where the two are not of one architecture."""
+        self.reference = reference
         self._alpha = alpha
         theirs = dict(reference.named_parameters())
         self._pairs = {name: (p, theirs.get(name)) for name, p in policy.named_parameters()}

@@ -11,6 +11,8 @@ import numpy as np
 from dspref import config as configuration
 from dspref import distributed, engine, gradient, launcher, model, stages, trainer
 from dspref import reference as references
+from dspref.data.loader import StepLoader
+from dspref.data.store import PairStore
 from dspref.engine import Engine
 from dspref.errors import UserError
 from dspref.gradient import StepLoss
@@ -25,19 +27,8 @@ def first_steps(config_path: str, variants: list[list[str]]) -> list[dict[str, A
 
 def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     config = configuration.load(config_path, overrides)
-    distributed.init(config.train.seed)
-    device = engine.bring_up(config.model.dtype)
-    model.quiet()
-    kernel, _, pairs, held_out = stages.prepare(config, device.type)
-    _, loader = stages.plan(config, pairs)
-    weights = config.model.name_or_path
-    objective = build_objective(**config.objective.model_dump())
-    policy = Engine.for_training(stages.load_policy(config, objective, weights, kernel), config, 1)
-    sets = {"train": pairs, **held_out}
-    origin = references.Origin(weights, references.digest(config, weights))
-    reference = references.build(config, policy, origin, sets, loader.layout)
-    loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
-    meter = Meter(device, loss.router_coef)
+    policy, reference, loader, loss = _start(config, 1)
+    meter = Meter(policy.device, loss.router_coef)
     step = next(loader.steps(0, 1))
     gradient.accumulate(step, policy, loss, reference, RunningMean(), meter)
     grad_norm = policy.step()
@@ -49,6 +40,36 @@ def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     return result
 
 
+def _start(config: configuration.Config, steps: int) -> tuple[Engine, references.Reference, StepLoader, StepLoss]:
+    """A run as `trainer.train` starts it, without a run folder."""
+    policy, pairs, held_out, loader, weights = _load_policy(config, steps)
+    reference = _build(config, policy, weights, {"train": pairs, **held_out}, loader)
+    objective = build_objective(**config.objective.model_dump())
+    loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
+    return policy, reference, loader, loss
+
+
+def _load_policy(
+    config: configuration.Config, steps: int
+) -> tuple[Engine, PairStore, dict[str, PairStore], StepLoader, str]:
+    distributed.init(config.train.seed)
+    device = engine.bring_up(config.model.dtype)
+    model.quiet()
+    kernel, _, pairs, held_out = stages.prepare(config, device.type)
+    _, loader = stages.plan(config, pairs)
+    weights = config.model.name_or_path
+    objective = build_objective(**config.objective.model_dump())
+    policy = Engine.for_training(stages.load_policy(config, objective, weights, kernel), config, steps)
+    return policy, pairs, held_out, loader, weights
+
+
+def _build(
+    config: configuration.Config, policy: Engine, weights: str, sets: dict[str, PairStore], loader: StepLoader
+) -> references.Reference:
+    origin = references.Origin(weights, references.digest(config, weights))
+    return references.build(config, policy, origin, sets, loader.layout)
+
+
 def _gradients(policy: Engine, config: configuration.Config) -> dict[str, np.ndarray]:
     """The step's gradients, read from AdamW's first moment: (1 - beta1) x gradient after one step without clipping."""
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -56,6 +77,8 @@ def _gradients(policy: Engine, config: configuration.Config) -> dict[str, np.nda
     assert config.train.max_grad_norm == 0, "clipping would scale what is read here"
     found = {}
     for name, parameter in policy.module.lm.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if config.zero_stage:
             moment = safe_get_full_optimizer_state(parameter, "exp_avg")
         else:
@@ -97,23 +120,118 @@ def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float
     model.quiet()
     kernel = stages.prepare(config, device.type)[0]
     objective = build_objective(**config.objective.model_dump())
-    before, peak, done = _private_mb(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], _private_mb() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    policy = stages.load_policy(config, objective, config.model.name_or_path, kernel)
-    done.set()
-    watcher.join()
+    before = _private_mb()
+    with _Peak() as peak:
+        policy = stages.load_policy(config, objective, config.model.name_or_path, kernel)
     whole = sum(p.ds_numel for p in policy.parameters()) * 4 / 2**20  # type: ignore[attr-defined]
     own = sum(p.ds_tensor.numel() for p in policy.parameters()) * 4 / 2**20  # type: ignore[attr-defined]
-    return {"peak": peak[0], "whole": whole, "own": own}
+    return {"peak": peak.mb - before, "whole": whole, "own": own}
 
 
 def _private_mb() -> float:
     """Memory that is this process's own; pages of mapped files are not, the system takes them back at will."""
     text = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("RssAnon"))
+
+
+def followed_reference(config_path: str, overrides: list[str], steps: int) -> list[dict[str, dict[str, np.ndarray]]]:
+    """All weights of policy and reference, as the forward reads them, after each step of a TR-DPO run; on rank 0."""
+    config = configuration.load(config_path, overrides)
+    policy, reference, loader, loss = _start(config, steps)
+    moving = reference.moving
+    assert moving is not None
+    states = []
+    for step in loader.steps(0, steps):
+        gradient.accumulate(step, policy, loss, reference, RunningMean(), None)
+        policy.step()
+        reference.follow(step.number)
+        shown = {"policy": policy.module.lm, "reference": moving.reference}
+        full = {name: engine.full_state(lm) for name, lm in shown.items()}
+        states.append({name: {k: v.float().numpy() for k, v in state.items()} for name, state in full.items()})
+    policy.close()
+    return states
+
+
+def memory_of_reference(config_path: str, overrides: list[str]) -> dict[str, float]:
+    """MB of private memory that the reference costs this rank while it is built, then, and while it is moved once; and of
+    one whole model."""
+    config = configuration.load(config_path, overrides)
+    policy, pairs, held_out, loader, weights = _load_policy(config, 1)
+    start = _private_mb()
+    with _Peak() as building:
+        reference = _build(config, policy, weights, {"train": pairs, **held_out}, loader)
+    steady = _private_mb()
+    with _Peak() as moving:
+        if reference.moving:
+            reference.moving.sync()
+    whole = sum(p.ds_numel for p in policy.module.parameters()) * 4 / 2**20  # type: ignore[attr-defined]
+    costs = {"building": building.mb - start, "kept": steady - start, "moving": moving.mb - steady}
+    policy.close()
+    return {**costs, "whole": whole, "steady": steady}
+
+
+class _Peak:
+    """The most private memory while it is open."""
+
+    def __enter__(self) -> _Peak:
+        self.mb, self._done = _private_mb(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.mb = max(self.mb, _private_mb())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def reference_values(config_path: str, variants: list[list[str]]) -> list[dict[str, np.ndarray]]:
+    """[n, 4] log-prob sums of all training pairs, for each list of overrides: `reference` and `policy`, each asked twice in
+    the middle of training, reference first."""
+    return [_reference_values(configuration.load(config_path, overrides)) for overrides in variants]
+
+
+def _reference_values(config: configuration.Config) -> dict[str, np.ndarray]:
+    import torch
+
+    from dspref.data.loader import packs_of
+    from dspref.filling import COLUMNS
+    from dspref.logps import pair_logps
+
+    policy, reference, loader, _ = _start(config, 1)
+    pairs, layout = loader.store, loader.layout
+    found: dict[str, list[np.ndarray]] = {"reference": [], "policy": []}
+    for name in ("reference", "policy") * 2:
+        sums = torch.zeros(len(pairs), len(COLUMNS))
+        for batch in packs_of(pairs, np.arange(len(pairs)), layout)[1]:
+            logps = reference("train", batch) if name == "reference" else pair_logps(policy.forward(batch)[0], batch)
+            assert logps is not None
+            sums[batch.pair_ids] = torch.stack([getattr(logps, column).detach() for column in COLUMNS], dim=1)
+        found[name].append(distributed.all_sum(sums).numpy().copy())
+    policy.close()
+    return {name: np.stack(tables) for name, tables in found.items()}
+
+
+def weights_after(config_path: str, overrides: list[str], steps: int) -> dict[str, np.ndarray]:
+    """All weights of the policy's inner model by name, after some steps; empty on ranks other than 0."""
+    config = configuration.load(config_path, overrides)
+    distributed.init(config.train.seed)
+    device = engine.bring_up(config.model.dtype)
+    model.quiet()
+    kernel, _, pairs, held_out = stages.prepare(config, device.type)
+    _, loader = stages.plan(config, pairs)
+    weights = config.model.name_or_path
+    objective = build_objective(**config.objective.model_dump())
+    policy = Engine.for_training(stages.load_policy(config, objective, weights, kernel), config, steps)
+    origin = references.Origin(weights, references.digest(config, weights))
+    reference = references.build(config, policy, origin, {"train": pairs, **held_out}, loader.layout)
+    loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
+    for step in loader.steps(0, steps):
+        gradient.accumulate(step, policy, loss, reference, RunningMean(), None)
+        policy.step()
+    state = {name: tensor.numpy() for name, tensor in policy.full_state().items()}
+    policy.close()
+    return state

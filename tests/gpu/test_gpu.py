@@ -7,7 +7,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -91,8 +93,44 @@ def test_objectives_on_one_gpu(objective, model_type, tmp_path: Path):
     run(tmp_path, 3, "bfloat16", model_type, objective)
 
 
-def run(tmp_path: Path, stage: int, dtype: str, model_type: str, objective: dict) -> list[float]:
-    """Losses of four steps of a tiny model, in several packs, as a user starts them."""
+LORA = {"lora": {"r": 8}}
+FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        (3, {"reference": {"mode": "engine", "offload": "cpu"}}),
+        (3, {"reference": {**FOLLOWING, "offload": "cpu"}}),
+        (2, {"reference": FOLLOWING}),
+        *[(stage, {"model": LORA, "reference": {"mode": "adapter"}}) for stage in (1, 2, 3)],
+        (3, {"model": {"lora": {"r": 8, "use_dora": True, "modules_to_save": ["lm_head"], "merge_on_export": True}}}),
+    ],
+)
+def test_references_and_adapters_on_one_gpu(stage, more, tmp_path: Path):
+    losses = run(tmp_path, stage, "bfloat16", "qwen2", {"name": "dpo"}, more)
+    assert math.isclose(losses[0], math.log(2), abs_tol=2e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("mode", ["adapter", "stored"])
+def test_4_bits_below_and_8_bits_in_the_optimizer(mode, stage, tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    more = {"model": {**LORA, "load_in_4bit": True}, "train": {"optim": "adamw_8bit"}, "reference": {"mode": mode}}
+    losses = run(tmp_path, stage, "bfloat16", "qwen2", {"name": "dpo"}, more)
+    assert math.isclose(losses[0], math.log(2), abs_tol=2e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_adamw_in_8_bits_trains_the_whole_model(stage, tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    run(tmp_path, stage, "bfloat16", "qwen2", {"name": "dpo"}, {"train": {"optim": "adamw_8bit"}})
+
+
+def run(
+    tmp_path: Path, stage: int, dtype: str, model_type: str, objective: dict, more: Mapping[str, dict] = MappingProxyType({})
+) -> list[float]:
+    """Losses of four steps of a tiny model, in several packs, as a user starts them; `more` goes into the sections."""
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
     config = tiny_config(model_type, save_tokenizer(tmp_path / "tokenizer"), **(experts if "moe" in model_type else {}))
     save_tiny(tmp_path / "model", config, seed=1)
@@ -110,8 +148,10 @@ def run(tmp_path: Path, stage: int, dtype: str, model_type: str, objective: dict
         "checkpoint": {"save_every": 2},
         "output_dir": f"{tmp_path}/run",
     }
+    for section, keys in more.items():
+        values[section] = {**values.get(section, {}), **keys}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"DSPREF_CACHE": f"{tmp_path}/cache"}
     command = [sys.executable, "launch/train.py", "--config", f"{tmp_path}/run.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
