@@ -10,6 +10,8 @@ import copy
 import hashlib
 import importlib.util
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,17 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter's config says beside how the adapter acts.
 INCIDENTAL = ("base_model_name_or_path", "inference_mode", "revision", "lora_dropout", "peft_version", "task_type")
+
+# Of a saved adapter's config, what may differ from peft's defaults. The rest changes the model below the adapter, so that it
+# would not be the reference when the adapter is off (a trained bias, PiSSA), or has not been tried here.
+UNDERSTOOD = {
+    *LoraSection.model_fields,
+    *INCIDENTAL,
+    "auto_mapping",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "target_parameters",
+}
 
 
 class Saved(NamedTuple):
@@ -78,9 +91,7 @@ def for_training(
     only while the trained one has not moved away from it.
     """
     name = section.adapter_name
-    with torch.random.fork_rng(devices=[]), _blamed("model.lora"):
-        # Alike on every rank and at every ZeRO stage, whatever was drawn while the model was loaded.
-        torch.manual_seed(seed)
+    with _drawn_from(seed), _blamed("model.lora"):
         peft_model = _continued(lm, section) if own(section) else _fresh(lm, section)
     _refuse_loose_ends(lm)
     if reference is None:
@@ -88,8 +99,10 @@ def for_training(
     if not live:
         return Adapters(peft_model, name, name if reference == own(section) else None)
     second = f"{name}_reference"
-    with _blamed("reference.adapter_name"):
-        peft_model.load_adapter(str(folder_of(reference)), adapter_name=second, is_trainable=False)
+    folder = folder_of(reference)
+    with _drawn_from(seed), _blamed("reference.adapter_name"):
+        peft_model.load_adapter(str(folder), adapter_name=second, is_trainable=False, autocast_adapter_dtype=False)
+        _refuse_misfit(peft_model, second, folder)
     return Adapters(peft_model, name, second)
 
 
@@ -97,9 +110,20 @@ def frozen(lm: PreTrainedModel, source: Saved) -> Adapters:
     """Put a saved adapter into a model that is not trained."""
     from peft import PeftModel
 
-    with _blamed("reference.adapter_name"):
-        peft_model = PeftModel.from_pretrained(lm, str(folder_of(source)), adapter_name=source.name)
+    folder = folder_of(source)
+    with _drawn_from(0), _blamed("reference.adapter_name"):
+        peft_model = PeftModel.from_pretrained(lm, str(folder), source.name, autocast_adapter_dtype=False)
+        _refuse_misfit(peft_model, source.name, folder)
     return Adapters(peft_model, source.name, source.name)
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Adapters are drawn alike on every rank and at every ZeRO stage, and what is drawn later does not depend on them; peft
+    draws saved ones too, before it reads them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def own(section: ModelSection) -> Saved | None:
@@ -112,17 +136,23 @@ def _fresh(lm: PreTrainedModel, section: ModelSection) -> PeftModel:
 
     given = _lora(section).model_dump(exclude={"path", "merge_on_export"}) | {"lora_dropout": _dropout(section) or 0.0}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    return get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **settings), section.adapter_name)
+    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    # In the type of the model, as modules_to_save are: DeepSpeed wants one type, and keeps fp32 masters.
+    return get_peft_model(lm, config, section.adapter_name, autocast_adapter_dtype=False)
 
 
 def _continued(lm: PreTrainedModel, section: ModelSection) -> PeftModel:
     from peft import PeftConfig, PeftModel
 
-    folder = str(folder_of(Saved(str(_lora(section).path), section.adapter_name)))
-    config: Any = PeftConfig.from_pretrained(folder)
+    name = section.adapter_name
+    folder = folder_of(Saved(str(_lora(section).path), name))
+    config: Any = PeftConfig.from_pretrained(str(folder))
     if (dropout := _dropout(section)) is not None:
         config.lora_dropout = dropout
-    return PeftModel.from_pretrained(lm, folder, adapter_name=section.adapter_name, is_trainable=True, config=config)
+    options = {"is_trainable": True, "config": config, "autocast_adapter_dtype": False}
+    peft_model = PeftModel.from_pretrained(lm, str(folder), name, **options)
+    _refuse_misfit(peft_model, name, folder)
+    return peft_model
 
 
 def _dropout(section: ModelSection) -> float | None:
@@ -152,12 +182,23 @@ def _refuse_loose_ends(lm: PreTrainedModel) -> None:
                 raise ConfigError(f"model.lora: {lm.config.model_type} ties head and embedding here; leave the {name} out")
 
 
+def _refuse_misfit(peft_model: PeftModel, name: str, folder: Path) -> None:
+    """Raise ConfigError where tensors of a saved adapter found no place, or places no tensor: peft only warns."""
+    from peft import get_peft_model_state_dict
+
+    expected = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
+    if different := sorted(expected ^ set(read(folder))):
+        raise ConfigError(f"{folder}: is no adapter of this model: {len(different)} tensors differ, first {different[0]}")
+
+
 @contextmanager
 def _blamed(key: str) -> Iterator[None]:
     """peft's complaints about settings that do not suit the model, in one line."""
     try:
-        yield
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is refused, here or below
+            yield
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, re.error) as error:
         raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
 
 
@@ -173,8 +214,23 @@ def check(section: ModelSection) -> None:
         raise EnvironmentFault("model.lora: peft is not installed; pip install 'dspref[peft]'")
     if hasattr(nn.ModuleDict(), section.adapter_name):  # where peft keeps adapters by name
         raise ConfigError(f"model.adapter_name: {section.adapter_name} is a word of torch's own; choose another name")
-    if source := own(section):
-        folder_of(source)
+    try:
+        if source := own(section):
+            folder_of(source)
+    except ConfigError as error:
+        raise ConfigError(f"model.lora.path: {error}") from None
+
+
+def try_on(lm: PreTrainedModel, section: ModelSection) -> None:
+    """Put a fresh adapter into a model without weights, to find settings that do not suit it. Raises ConfigError."""
+    if section.lora and not section.lora.path:
+        names = [name for name, _ in lm.named_modules()]
+        for whole in section.lora.modules_to_save or ():
+            if not any(name == whole or name.endswith(f".{whole}") for name in names):
+                raise ConfigError(f"model.lora.modules_to_save: {whole}: {lm.config.model_type} has no such module")
+        with _blamed("model.lora"):
+            _fresh(lm, section)
+        _refuse_loose_ends(lm)
 
 
 def is_saved(path: str, name: str) -> bool:
@@ -195,10 +251,29 @@ def folder_of(source: Saved) -> Path:
             root = Path(snapshot_download(source.path, allow_patterns=[f"**{CONFIG}", f"**{WEIGHTS}"]))
         except Exception as error:  # offline, gated, misspelt: each has its own exception
             raise ConfigError(f"{source.path}: no LoRA adapter there: {str(error).strip().splitlines()[0]}") from None
-    for folder in (root / source.name, root):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    raise ConfigError(f"{source.path}: holds no adapter {source.name!r} ({CONFIG} beside {WEIGHTS})")
+    named = [path.parent.name for path in sorted(root.glob(f"*/{CONFIG}"))]
+    # An adapter that lies alone may be called anything; of several, only `default` is the one at the root.
+    folder = root / source.name if source.name in named else root
+    if (folder == root and named and source.name != "default") or not all((folder / f).is_file() for f in (CONFIG, WEIGHTS)):
+        there = f"; it has {', '.join(named)}" if named else ""
+        raise ConfigError(f"{source.path}: holds no adapter {source.name!r} ({CONFIG} beside {WEIGHTS}){there}")
+    _refuse_kind(folder)
+    return folder
+
+
+def _refuse_kind(folder: Path) -> None:
+    """Raise ConfigError for an adapter that is not LoRA as it is understood here."""
+    from peft import LoraConfig
+
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(f"{folder}: is {settings.get('peft_type')}, and only LoRA is trained here")
+    plain = LoraConfig().to_dict()
+    odd = {key: value for key, value in settings.items() if key not in UNDERSTOOD and value and value != plain.get(key)}
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        odd["init_lora_weights"] = settings["init_lora_weights"]
+    for key, value in odd.items():
+        raise ConfigError(f"{folder / CONFIG}: {key}: {value!r} is not supported; merge that adapter into its model first")
 
 
 def digest(source: Saved) -> str:
@@ -233,8 +308,18 @@ def read(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The plain model with a saved adapter added to its weights, in the type of `base`."""
+def base_of(folder: str) -> str:
+    """Folder or hub id of the model that a saved adapter is for."""
+    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def plain(base: PreTrainedModel, folder: str) -> Any:
+    """A model with a saved adapter on it, by peft: transformers 5.23 leaves DoRA's magnitudes out."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)  # type: ignore[return-value]
+    return PeftModel.from_pretrained(base, folder)
+
+
+def merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The plain model with a saved adapter added to its weights, in the type of `base`."""
+    return plain(base, folder).merge_and_unload(safe_merge=True)

@@ -160,17 +160,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Versions and hardware, for env.json and the model card."""
     packages = {}
-    for name in (
-        "torch",
-        "deepspeed",
-        "transformers",
-        "datasets",
-        "numpy",
-        "safetensors",
-        "flash-attn",
-        "peft",
-        "bitsandbytes",
-    ):
+    for name in PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -61,6 +61,10 @@ def _check_lora(config: Config) -> Iterator[Complaint]:
             ("model", "load_in_4bit"),
             "ZeRO-3 cannot shard weights in 4 bits, each rank would hold them all; use stage 2, or drop load_in_4bit",
         )
+    if model.load_in_4bit and config.reference.name_or_path is None:
+        for key, value in (("zero_stage", 3), ("offload", "cpu")):
+            if getattr(config.reference, key) == value:
+                yield ("reference", key), "needs ZeRO-3, which cannot shard weights in 4 bits; use mode: adapter"
 
 
 def _check_losses(config: Config) -> Iterator[Complaint]:
@@ -195,6 +199,8 @@ def _check_reference(config: Config) -> Iterator[Complaint]:
         unset = type(reference).model_fields[key].default
         if reference.mode not in ("auto", "none", *modes) and getattr(reference, key) != unset:
             yield ("reference", key), f"has no effect with mode: {reference.mode}; it is for {' and '.join(modes)}"
+    if reference.adapter_name == "base" and reference.name_or_path:
+        yield ("reference", "adapter_name"), "base is the policy's own model; drop it, or reference.name_or_path"
     if reference.adapter_name and reference.name_or_path is None:
         if config.model.lora is None:
             yield ("reference", "adapter_name"), "names no adapter without model.lora or reference.name_or_path"

@@ -129,6 +129,7 @@ class Engine:
         if resolved["zero_optimization"]["stage"] != 3:
             policy.to(ACCELERATOR.current_device_name())
         engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=resolved)
+        _announce_dora(policy)
         return cls(engine, optimizer, train.max_grad_norm)
 
     def forward(self, batch: PackedBatch) -> tuple[TokenLogps, Routing | None]:
@@ -142,7 +143,7 @@ class Engine:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """No dropout and no gradient inside."""
-        training = self._engine.training
+        training = self.module.training  # the engine's own flag never changes
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -217,6 +218,7 @@ def reference_forward(reference: PackedCausalLM, config: Config, stage: int):
         return reference.to(ACCELERATOR.current_device_name())
     _mark_leaves(reference)
     engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config))
+    _announce_dora(reference)
     return engine
 
 
@@ -315,6 +317,17 @@ def _has_experts(part: nn.Module) -> bool:
     child = getattr(part, "experts", None)
     listed = isinstance(child, nn.Module) and not _three_dimensional(child.parameters())
     return listed or _three_dimensional(part.parameters(recurse=False))
+
+
+def _announce_dora(model: nn.Module) -> None:
+    """Tell ZeRO-3 that DoRA's magnitudes read the weights beside them, which their hooks would not gather: a forward that is
+    recomputed after a resume would find them empty."""
+    part: Any
+    for part in model.modules():
+        for name, magnitude in getattr(part, "lora_magnitude_vector", {}).items():
+            for read in (part.lora_A[name].weight, part.lora_B[name].weight, part.get_base_layer().weight):
+                if hasattr(read, "ds_id"):
+                    deepspeed.zero.register_external_parameter(magnitude, read)
 
 
 def _three_dimensional(parameters: Iterable[nn.Parameter]) -> bool:

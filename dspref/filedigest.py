@@ -35,7 +35,8 @@ def _read(memory: Path) -> dict[str, list]:
         known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {path: entry for path, entry in entries if isinstance(entry, list) and len(entry) == 5}
 
 
 def _remember(memory: Path, entries: dict[str, list]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -59,6 +60,8 @@ def fill(
     todo = [(name, rows) for name, rows in blocks[share[0] :: share[1]] if len(rows)]
     total, done, told = sum(len(rows) for _, rows in todo), 0, time.monotonic()
     with ExitStack() as stack:
+        if todo:
+            distributed.on_main(partial(_refuse_unwritable, store))
         forward = stack.enter_context(scorer()) if todo else None
         for name, rows in todo:
             table = score(forward, sets[name], rows, layout, device)
@@ -75,6 +78,17 @@ def _blocks(store: ReferenceStore | None, keys: Keys) -> list[tuple[str, np.ndar
         return []
     blocks = blocks_to_score(list(keys.values()), lambda wanted: store.look_up(wanted)[1])
     return [(name, rows) for name, of_set in zip(keys, blocks) for rows in of_set]
+
+
+def _refuse_unwritable(store: Any) -> None:
+    """Raise EnvironmentFault before hours of scoring, not after."""
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(store.folder, os.W_OK) else "permission denied"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise EnvironmentFault(f"{store.folder}: cannot write the reference store ({reason}); set reference.store")
 
 
 def _commit(store: Any, keys: Keys, name: str, rows: np.ndarray, table: torch.Tensor, lengths: np.ndarray) -> None:

@@ -204,14 +204,25 @@ def fetch(section: ModelSection) -> Path:
 
 def content_digest(section: ModelSection) -> str:
     """sha256 over the bytes of the weight files and what the model's config says; names and paths do not count."""
-    described = load_config(section).to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        described.pop(name, None)
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(config_digest(section).encode())
     code = ["*.py"] if section.trust_remote_code else []
     for path in sorted(file for kind in ["*.safetensors", *code] for file in fetch(section).glob(kind)):
         digest.update(bytes.fromhex(filedigest.sha256(path)))
     return digest.hexdigest()
+
+
+def config_digest(section: ModelSection) -> str:
+    """sha256 over what the model's config says."""
+    described = load_config(section).to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        described.pop(name, None)
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def skeleton(section: ModelSection) -> PreTrainedModel:
+    """The model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(section), trust_remote_code=section.trust_remote_code)
 
 
 def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
@@ -292,10 +303,10 @@ def _first_line(error: BaseException) -> str:
 # Plain models, as a user loads them
 
 
-def load_plain(
-    weights: str, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None
-) -> PreTrainedModel:
-    """`from_pretrained` and nothing else, on the CPU; of an adapter's folder, the model with the adapter in it."""
+def load_plain(weights: str, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None) -> Any:
+    """`from_pretrained` and nothing else, on the CPU; of an adapter's folder, the model with the adapter on it."""
+    if adapters.is_saved(weights, ""):
+        return adapters.plain(load_plain(adapters.base_of(weights), trust_remote_code, dtype), weights)
     own = {"revision": revision} if revision else {}
     return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, trust_remote_code=trust_remote_code, **own)
 

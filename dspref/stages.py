@@ -95,6 +95,8 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
 def check_adapters(config: Config, device_type: str) -> None:
     """Refuse what an adapter or 8-bit states need and this machine, or the disk, has not."""
     adapters.check(config.model)
+    if config.model.lora:
+        adapters.try_on(model.skeleton(config.model), config.model)
     if config.train.optim == "adamw_8bit":
         admission.require_bitsandbytes("train.optim: adamw_8bit", device_type)
 
@@ -142,15 +144,16 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
     content = {name: store.key for name, store in sets.items()}
 
     def work() -> None:
-        if not random or config.reference.name_or_path:
+        # An adapter of a random model is complete only when that is drawn.
+        of_random = random and reference.described(config, "").section.name_or_path == config.model.name_or_path
+        if not of_random:
             content["reference"] = reference.digest(config, weights)
-        if config.model.lora and not random:
-            content["model"] = model.content_digest(config.model)  # which no checkpoint holds
+        content.update(beginnings(config))
         began = {} if config.checkpoint.resume == "never" else run.run.get("content", {})
         for name in content:
             if began.get(name, content[name]) != content[name]:
-                models = {"reference": "the reference model has", "model": "the model below the adapter has"}
-                what = models.get(name, f"the pairs of {name.rstrip('_')} have")
+                models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
+                what = f"{models[name]} has" if name in models else f"the pairs of {name.rstrip('_')} have"
                 raise DataError(f"{run.path}: {what} changed since this run began; restore, or use another output_dir=")
         run.open(config, source, engine.training_config(config))
         if random:
@@ -162,6 +165,15 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
     distributed.log_to(run.path / "logs")
     run.event("start", world_size=distributed.world().size)
     return Origin(weights, distributed.broadcast_object(content.get("reference", "")))
+
+
+def beginnings(config: Config) -> dict[str, str]:
+    """Digests of what no checkpoint holds: the model's config, the weights below an adapter, a saved adapter's settings."""
+    section = config.model
+    whole = section.lora is not None and section.init == "pretrained"
+    found = {"model": model.content_digest(section) if whole else model.config_digest(section)}
+    adapter = adapters.own(section)
+    return found | ({"adapter": adapters.digest(adapter)} if adapter else {})
 
 
 def refuse_fewer_steps(run: RunFolder, done: int, steps: int) -> None:
@@ -269,13 +281,16 @@ def show_summary(run: RunFolder) -> None:
     if rows:
         console.samples(rows)
     prompt = console.printable(rows[0]["prompt"] if rows else "Hello", limit=60).replace("'", "").replace('"', "")
-    # Of an adapter, pipeline would look for the tokenizer beside the model below it.
-    tokenizer = f", tokenizer='{run.final}'" if adapters.is_saved(str(run.final), "") else ""
-    ask = f"pipeline('text-generation', '{run.final}'{tokenizer})([{{'role': 'user', 'content': '{prompt}'}}])"
+    more, loaded = "", f"'{run.final}'"
+    if adapters.is_saved(str(run.final), ""):
+        # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
+        more = "from peft import AutoPeftModelForCausalLM as LM; "
+        loaded = f"LM.from_pretrained('{run.final}'), tokenizer='{run.final}'"
+    ask = f"pipeline('text-generation', {loaded})([{{'role': 'user', 'content': '{prompt}'}}])"
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
-        [f'python -c "from transformers import pipeline; print({ask})"'],
+        [f'python -c "{more}from transformers import pipeline; print({ask})"'],
     )
 
 

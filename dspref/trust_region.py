@@ -24,11 +24,13 @@ class MovingReference:
         """Raises ConfigError where the two are not of one architecture."""
         self.reference = reference
         self._alpha = alpha
-        theirs = dict(reference.named_parameters())
-        self._pairs = {name: (p, theirs.get(name)) for name, p in policy.named_parameters()}
-        for name, (p, r) in self._pairs.items():
-            if r is None or _whole_shape(p) != _whole_shape(r):
-                raise ConfigError(f"reference.sync_ref_model: the reference has no {name} of the policy's shape to mix with")
+        ours, theirs = dict(policy.named_parameters()), dict(reference.named_parameters())
+        shapes, others = ({name: _whole_shape(p) for name, p in own.items()} for own in (ours, theirs))
+        if different := sorted({*shapes.items()} ^ {*others.items()}):
+            raise ConfigError(
+                f"reference.sync_ref_model: {different[0][0]} is not alike in policy and reference, which cannot be mixed"
+            )
+        self._pairs = {name: (p, theirs[name]) for name, p in ours.items()}
         # In 16 bits small moves would be rounded away: the reference keeps masters, as the policy's optimizer does.
         self._masters = {
             name: _own_part(r).float() for name, (_, r) in self._pairs.items() if _own_part(r).dtype != torch.float32

@@ -235,3 +235,22 @@ def weights_after(config_path: str, overrides: list[str], steps: int) -> dict[st
     state = {name: tensor.numpy() for name, tensor in policy.full_state().items()}
     policy.close()
     return state
+
+
+def score_reference(
+    config_path: str, overrides: list[str], share: tuple[int, int] = (0, 1), verify: int = 0
+) -> tuple[int, str]:
+    """What `dspref score` does in these ranks; its exit code, and what this rank printed."""
+    import contextlib
+    import io
+
+    from dspref import scorer
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            scorer.score(configuration.load(config_path, overrides), share, verify)
+        except UserError as error:
+            print(error)
+            return int(error.exit_code), said.getvalue()
+    return 0, said.getvalue()

@@ -906,6 +906,12 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "model.load_in_4bit",
         "each rank would hold them all; use stage 2",
     ),
+    "4 bits offloaded": (
+        with_reference("{offload: cpu}", "load_in_4bit: true, lora: {}") + "deepspeed: ds_configs/zero2.json\n",
+        "5:13",
+        "reference.offload",
+        "cannot shard weights in 4 bits; use mode: adapter",
+    ),
     "adapter without adapter": (
         with_reference("{mode: adapter}"),
         "5:13",
