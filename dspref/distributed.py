@@ -218,8 +218,10 @@ def _announce(turn: str, verdict: dict[str, int]) -> None:
 def _await(key: str) -> None:
     if _store is None:
         return
+    pause = POLL_SECONDS / 64  # most work is short; of hours of work the end may be seen a little late
     while not _store.check([key]):
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
     verdict = json.loads(_store.get(key))
     if verdict:
         if key.endswith("/0"):

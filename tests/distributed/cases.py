@@ -217,18 +217,7 @@ def _reference_values(config: configuration.Config) -> dict[str, np.ndarray]:
 
 def weights_after(config_path: str, overrides: list[str], steps: int) -> dict[str, np.ndarray]:
     """All weights of the policy's inner model by name, after some steps; empty on ranks other than 0."""
-    config = configuration.load(config_path, overrides)
-    distributed.init(config.train.seed)
-    device = engine.bring_up(config.model.dtype)
-    model.quiet()
-    kernel, _, pairs, held_out = stages.prepare(config, device.type)
-    _, loader = stages.plan(config, pairs)
-    weights = config.model.name_or_path
-    objective = build_objective(**config.objective.model_dump())
-    policy = Engine.for_training(stages.load_policy(config, objective, weights, kernel), config, steps)
-    origin = references.Origin(weights, references.digest(config, weights))
-    reference = references.build(config, policy, origin, {"train": pairs, **held_out}, loader.layout)
-    loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
+    policy, reference, loader, loss = _start(configuration.load(config_path, overrides), steps)
     for step in loader.steps(0, steps):
         gradient.accumulate(step, policy, loss, reference, RunningMean(), None)
         policy.step()

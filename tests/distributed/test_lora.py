@@ -220,6 +220,7 @@ def expected_run(folder, all_workers, tmp_path_factory) -> tuple[list[float], di
     return trace, final
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)])
 def test_losses_and_adapters_are_the_same_in_every_layout(world, stage, folder, expected_run, all_workers, tmp_path):
     """Fresh adapters are drawn alike everywhere, and trained alike."""
@@ -332,6 +333,7 @@ def test_loss_and_gradients_are_those_of_plain_peft_in_every_layout(kind, world,
     assert_by_the_book(all_workers[world], folder, kind, layouts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [{"name": "orpo"}, {"name": "dpo", "loss_type": "aot", "beta": 0.4}], ids=["orpo", "aot"]
 )
@@ -371,6 +373,7 @@ def test_two_adapters_of_one_folder(folder, all_workers, tmp_path):
     assert abs(base - LN2) > 1e-3 and abs(base - live) > 1e-3 and abs(live - LN2) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stage"), [("much at once", 2), *[pytest.param(kind, 3, marks=pytest.mark.slow) for kind in BEGINNINGS]]
 )
@@ -484,6 +487,7 @@ def test_the_exported_adapter_and_the_merged_model_are_the_trained_one(kind, wor
         assert math.isclose(last[f"eval_logps/{name}"], mean, abs_tol=2e-4), "as the run itself saw its last weights"
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_name_lies_at_the_root_of_its_folder_too(folder, all_workers, tmp_path):
     renamed = train(all_workers[1], folder, tmp_path / "named", "model.adapter_name=other", "train.max_steps=2")
     default = train(all_workers[1], folder, tmp_path / "default", "train.max_steps=2")
@@ -540,6 +544,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_to_the_bit(world, stag
     assert [event["step"] for event in events if event["event"] == "resume"] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_adapter_that_goes_on_resumes_to_the_bit(stage, folder, all_workers, tmp_path):
     """Two adapters in the model, the head trained whole: of what is loaded again only the trained one moves."""
@@ -554,6 +559,32 @@ def test_an_adapter_that_goes_on_resumes_to_the_bit(stage, folder, all_workers, 
     train(all_workers[2], folder, resumed, *change)
     assert training_records(resumed) == training_records(whole)
     same_adapters(adapter_of(resumed), adapter_of(whole))
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_dora_resumes_under_zero3(recompute, folder, all_workers, tmp_path):
+    """DoRA reads weights of its parts, which ZeRO-3 has to be told: recomputed after a resume they would be empty."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    change = [lora("dora"), zero(3), f"model.gradient_checkpointing={recompute}", "train.max_steps=3"]
+    change += ["checkpoint.save_every=2", "checkpoint.keep_last=9"]
+    train(all_workers[1], folder, whole, *change)
+    shutil.copytree(whole, resumed)
+    forget_everything_after(resumed, 2)
+    train(all_workers[1], folder, resumed, *change)
+    assert training_records(resumed) == training_records(whole)
+
+
+def test_a_resume_refuses_other_settings_of_the_adapter_that_goes_on(folder, all_workers, tmp_path):
+    """They are read from its folder at every start, and no checkpoint holds them."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(a_saved_adapter(folder, "lora", 1), adapter)
+    change = [going_on(adapter), zero(2), "objective={name: orpo}", "train.max_steps=2", "checkpoint.save_every=1"]
+    train(all_workers[1], folder, tmp_path / "run", *change)
+    forget_everything_after(tmp_path / "run", 1)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 64}))
+    arguments = {"config_path": f"{folder}/run.yaml", "overrides": [*change, f"output_dir={tmp_path}/run"]}
+    assert all_workers[1].run("cases:run_training", **arguments) == [3]
 
 
 # ---------------------------------------------------------------------------------------------------------- going on
@@ -583,6 +614,7 @@ def test_training_goes_on_from_a_saved_adapter(kind, world, stage, folder, all_w
     assert "continued from" in (tmp_path / "run" / "final" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_final_adapter_of_another(folder, all_workers, tmp_path):
     """Its own export is what it reads: merged, the second run's base is the first run's model with nothing lost."""
     train(all_workers[1], folder, tmp_path / "first", lora("head"))
@@ -637,6 +669,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EXPERTS = ["model.router_aux_loss_coef=0.05", "train.max_steps=3"]
 
 
+@pytest.mark.slow
 def test_experts_and_routers_get_adapters_under_zero3(moe, all_workers, tmp_path):
     """Ranks route differently, and neither hangs; the losses are those of ZeRO-2."""
     sharded = train(all_workers[2], moe, tmp_path / "sharded", zero(3), *EXPERTS)

@@ -211,6 +211,7 @@ def test_an_adapters_training_is_the_same_in_every_mode(world, stage, folder, gr
     assert_is_the_oracles(traces["adapter"], folder, final, ("model", None), ("model", None))
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_a_head_that_is_trained_whole(folder, groups, tmp_path):
     """The reference's head is the model's, the policy's is the one that is trained and saved with the adapter."""
     lora = "model.lora={r: 4, lora_alpha: 16, modules_to_save: [lm_head]}"
@@ -269,6 +270,7 @@ def other_cases() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "world", "stage"), other_cases())
 def test_another_reference_is_the_same_in_every_mode(name, world, stage, folder, first, groups, tmp_path):
     overrides, modes, policy, reference = OTHERS[name]
@@ -286,6 +288,7 @@ def test_another_reference_is_the_same_in_every_mode(name, world, stage, folder,
 # The policy's own model as the reference, where that is most intricate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "world", "stage"),
     [
@@ -302,6 +305,7 @@ def test_objectives_of_two_passes_are_the_same_in_every_mode(objective, world, s
     assert traces["adapter"][0]["perf/packs"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["true", "false"])
 def test_experts_are_the_same_in_every_mode(recompute, folder, groups, tmp_path):
     """ZeRO-3 gathers experts whole, and routers whose loss is trained are asked for it by the policy's own passes alone.

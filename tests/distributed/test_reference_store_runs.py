@@ -427,6 +427,7 @@ def command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProces
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_jobs_that_share_the_work_fill_the_store_that_one_job_fills(folder, filled, all_workers, tmp_path):
     """Several ranks, then one, then the command itself."""
     held, path = f"reference.store={tmp_path}/store", f"{folder}/run.yaml"

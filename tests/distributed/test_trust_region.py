@@ -164,14 +164,14 @@ def test_a_resume_across_a_sync_ends_bit_identical(world, zero, more, run_file, 
     assert files == expected
 
 
-def test_a_reference_of_another_architecture_cannot_follow(run_file, all_workers, tmp_path):
+def test_a_reference_that_is_made_otherwise_cannot_follow(run_file, all_workers, tmp_path):
+    """Another family; the same one with a head of its own, of which only a part would follow."""
     vocabulary = json.loads((run_file.parent / "model/config.json").read_text())["vocab_size"]
-    save_tiny(tmp_path / "other", tiny_config("llama", vocabulary), seed=1)
-    arguments = {
-        "config_path": str(run_file),
-        "overrides": [f"reference.name_or_path={tmp_path}/other", f"output_dir={tmp_path}/run"],
-    }
-    assert all_workers[1].run("cases:run_training", **arguments) == [2]
+    save_tiny(tmp_path / "llama", tiny_config("llama", vocabulary), seed=1)
+    save_tiny(tmp_path / "untied", tiny_config("qwen2", vocabulary, tie_word_embeddings=False), seed=1)
+    for name in ("llama", "untied"):
+        overrides = [f"reference.name_or_path={tmp_path}/{name}", f"output_dir={tmp_path}/run"]
+        assert all_workers[1].run("cases:run_training", config_path=str(run_file), overrides=overrides) == [2], name
 
 
 # glibc would keep freed blocks; told to give them back, the figures are what is really held.

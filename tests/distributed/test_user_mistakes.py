@@ -114,7 +114,7 @@ def test_numbers_that_go_wrong_end_the_run_with_exit_code_5(model, all_workers, 
         assert "NaN" not in line and json.loads(line)["loss"] is not None
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_launcher_passes_the_exit_code_on(ranks, model, tmp_path):
     """Every rank leaves with the verdict of rank 0, and only one speaks."""
     (tmp_path / "bad.jsonl").write_bytes(GOOD + b"[1]\n")

@@ -305,3 +305,68 @@ def test_words_of_torch_are_refused_as_names(base: Path) -> None:
     for name in ("default", "left", "train_2"):
         adapters.check(section(base, adapter_name=name))
     adapters.check(ModelSection(name_or_path=str(base)))
+
+
+# ---------------------------------------------------------------------------------------------- what is not understood
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"bias": "all"}, "bias: 'all' is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is not supported"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"peft_type": "PROMPT_TUNING"}, "is PROMPT_TUNING, and only LoRA"),
+    ],
+)
+def test_an_adapter_that_changes_the_model_below_it_is_refused(settings, reason, base: Path, tmp_path: Path) -> None:
+    """Off, it would not be the reference: its values would stand in the store under the name of the plain model."""
+    adapter = saved(base, tmp_path / "adapter", seed=1)
+    changed_settings(**settings)(adapter)
+    for use in (
+        lambda: adapters.check(section(base, lora={"path": str(adapter)})),
+        lambda: adapters.digest(own_of(adapter)),
+    ):
+        with pytest.raises(ConfigError, match=reason) as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def own_of(adapter: Path) -> Saved:
+    return Saved(str(adapter), "default")
+
+
+@pytest.mark.parametrize("change", ["missing", "foreign"])
+def test_an_adapter_that_does_not_fit_the_model_is_refused(change: str, base: Path, tmp_path: Path) -> None:
+    """peft would warn, and go on with fresh weights in the place of those that it did not find."""
+    adapter = saved(base, tmp_path / "adapter", seed=1)
+    tensors = load_file(adapter / adapters.WEIGHTS)
+    name = next(iter(tensors))
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name.replace("layers.0", "layers.7")] = tensors.pop(name)
+    save_file(tensors, adapter / adapters.WEIGHTS, {"format": "pt"})
+    for put in (
+        lambda: adapters.frozen(model_of(base), own_of(adapter)),
+        lambda: adapters.for_training(model_of(base), section(base, lora={"path": str(adapter)}), seed=1),
+        lambda: adapters.for_training(model_of(base), section(base), seed=1, reference=own_of(adapter), live=True),
+    ):
+        with pytest.raises(ConfigError, match="is no adapter of this model"):
+            put()
+
+
+def test_a_misspelt_name_is_not_the_adapter_at_the_root(base: Path, tmp_path: Path) -> None:
+    root = saved(base, tmp_path, seed=1)
+    assert adapters.folder_of(Saved(str(root), "any")) == root, "an adapter that lies alone may be called anything"
+    saved(base, tmp_path, seed=2, name="left")
+    with pytest.raises(ConfigError, match=r"holds no adapter 'lift' .*; it has left"):
+        adapters.folder_of(Saved(str(root), "lift"))
+
+
+def test_reading_an_adapter_leaves_the_random_generator(base: Path, tmp_path: Path) -> None:
+    adapter = own_of(saved(base, tmp_path / "adapter", seed=1))
+    before = torch.get_rng_state()
+    adapters.frozen(model_of(base), adapter)
+    adapters.for_training(model_of(base), section(base), seed=1, reference=adapter, live=True)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -930,6 +930,12 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "reference.adapter_name",
         "needs the folder it lies in",
     ),
+    "base of another": (
+        with_reference("{adapter_name: base, name_or_path: r}", "lora: {}"),
+        "5:13",
+        "reference.adapter_name",
+        "base is the policy's own model",
+    ),
     "adapter of no model": (
         with_reference("{adapter_name: base}"),
         "5:13",
