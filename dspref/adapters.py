@@ -12,7 +12,7 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +37,8 @@ INCIDENTAL = ("base_model_name_or_path", "inference_mode", "revision", "lora_dro
 # Of a saved adapter's config, what may differ from peft's defaults. The rest changes the model below the adapter, so that it
 # would not be the reference when the adapter is off (a trained bias, PiSSA), or has not been tried here.
 UNDERSTOOD = {
-    *LoraSection.model_fields,
-    *INCIDENTAL,
-    "auto_mapping",
-    "fan_in_fan_out",
-    "layers_pattern",
-    "target_parameters",
-}
+    *LoraSection.model_fields, *INCIDENTAL, "auto_mapping", "fan_in_fan_out", "layers_pattern", "target_parameters",
+}  # fmt: skip
 
 
 class Saved(NamedTuple):
@@ -225,12 +220,31 @@ def try_on(lm: PreTrainedModel, section: ModelSection) -> None:
     """Put a fresh adapter into a model without weights, to find settings that do not suit it. Raises ConfigError."""
     if section.lora and not section.lora.path:
         names = [name for name, _ in lm.named_modules()]
-        for whole in section.lora.modules_to_save or ():
-            if not any(name == whole or name.endswith(f".{whole}") for name in names):
-                raise ConfigError(f"model.lora.modules_to_save: {whole}: {lm.config.model_type} has no such module")
+        _refuse_unknown(lm, "modules_to_save", section.lora.modules_to_save or (), names)
         with _blamed("model.lora"):
             _fresh(lm, section)
         _refuse_loose_ends(lm)
+        _refuse_idle_names(lm, section.lora, names)
+
+
+def _refuse_idle_names(lm: PreTrainedModel, section: LoraSection, names: list[str]) -> None:
+    """Raise ConfigError for a name or pattern that fits no module: peft would only warn, and go on without it."""
+    adapted = [name for name, part in lm.named_modules() if hasattr(part, "lora_A")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(section, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                raise ConfigError(f"model.lora.{key}: {pattern}: no module that has an adapter is called so")
+    excluded = section.exclude_modules
+    if isinstance(excluded, list):
+        _refuse_unknown(lm, "exclude_modules", excluded, names)
+    elif excluded is not None and not any(re.fullmatch(excluded, name) for name in names):
+        raise ConfigError(f"model.lora.exclude_modules: {excluded}: {lm.config.model_type} has no such module")
+
+
+def _refuse_unknown(lm: PreTrainedModel, key: str, wanted: Iterable[str], names: list[str]) -> None:
+    for whole in wanted:
+        if not any(name == whole or name.endswith(f".{whole}") for name in names):
+            raise ConfigError(f"model.lora.{key}: {whole}: {lm.config.model_type} has no such module")
 
 
 def is_saved(path: str, name: str) -> bool:

@@ -30,8 +30,8 @@ import dspref
 from dspref import config as configuration
 from dspref import distributed
 from dspref.config import CheckpointSection, Config
-from dspref.distributed import write_atomically
 from dspref.errors import ConfigError, EnvironmentFault
+from dspref.files import sync_folder, write_atomically
 from dspref.objectives import RunningMean
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
@@ -216,11 +216,10 @@ def save(run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Map
             "files": hashes,
         }
         write_atomically(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-        _sync_folder(draft)
         if committed.exists():  # left by a run that was resumed from an earlier step
             committed.rename(draft.with_name(f".trash-{committed.name}"))
         os.rename(draft, committed)
-        _sync_folder(run.checkpoints)
+        sync_folder(run.checkpoints)
         seconds = round(time.monotonic() - started, 2)
         run.event("commit", step=progress.step, bytes=sum(size for size, _ in hashes.values()), seconds=seconds)
     distributed.barrier()
@@ -276,14 +275,6 @@ def _hash(path: Path) -> tuple[int, str]:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

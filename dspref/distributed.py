@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from dspref.errors import EnvironmentFault, ExitCode, UserError
+from dspref.files import write_atomically
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
@@ -277,7 +278,7 @@ def barrier() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Seeds, words, files
+# Seeds, words
 
 
 def set_seed(seed: int) -> None:
@@ -315,13 +316,3 @@ def log_to(folder: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout = sys.stderr = _log_file
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from dspref.config import cache_folder
-from dspref.distributed import write_atomically
+from dspref.files import write_atomically
 
 # A file that was written so shortly before it was read may change again within one tick of the file system's clock.
 SETTLED_SECONDS = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,11 @@ def fill(
     # Rank 0 decides for all: a file system may show a new file to one node before another.
     blocks = distributed.broadcast_object(_blocks(store, keys))
     todo = [(name, rows) for name, rows in blocks[share[0] :: share[1]] if len(rows)]
+    if not todo:
+        return 0
+    distributed.on_main(partial(_refuse_unwritable, store))
     total, done, told = sum(len(rows) for _, rows in todo), 0, time.monotonic()
-    with ExitStack() as stack:
-        if todo:
-            distributed.on_main(partial(_refuse_unwritable, store))
-        forward = stack.enter_context(scorer()) if todo else None
+    with scorer() as forward:
         for name, rows in todo:
             table = score(forward, sets[name], rows, layout, device)
             distributed.on_main(partial(_commit, store, keys, name, rows, table, sets[name].lengths[rows]))

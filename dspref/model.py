@@ -206,7 +206,10 @@ def content_digest(section: ModelSection) -> str:
     """sha256 over the bytes of the weight files and what the model's config says; names and paths do not count."""
     digest = hashlib.sha256(config_digest(section).encode())
     code = ["*.py"] if section.trust_remote_code else []
-    for path in sorted(file for kind in ["*.safetensors", *code] for file in fetch(section).glob(kind)):
+    folder = fetch(section)
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.name_or_path: {section.name_or_path}: no *.safetensors file there to tell the weights by")
+    for path in sorted(file for kind in ["*.safetensors", *code] for file in folder.glob(kind)):
         digest.update(bytes.fromhex(filedigest.sha256(path)))
     return digest.hexdigest()
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from dspref.errors import NumericFault
+from dspref.files import DRAFT, write_atomically
 
 if TYPE_CHECKING:
     from dspref.data.store import PairStore
@@ -107,7 +107,7 @@ class ReferenceStore:
         self.damaged = []
         self._described = dict(described)
         names = self._list()
-        _remove_stale(self.folder / name for name in names if name.startswith(".draft-"))
+        _remove_stale(self.folder / name for name in names if name.startswith(DRAFT))
         shards = [self._read(name) for name in names if name.endswith(SUFFIX) and not name.startswith("damaged-")]
         shards = [shard for shard in shards if shard is not None]
         nothing = {"keys": np.empty((0, KEY_BYTES), np.uint8), "values": np.empty((0, len(VALUES)), np.float32)}
@@ -183,9 +183,9 @@ class ReferenceStore:
         about = self.folder / "identity.json"  # for people: nothing reads it
         if not about.exists():
             text = json.dumps({"format_version": FORMAT_VERSION, "described": self._described}, indent=1, sort_keys=True)
-            _write_durably(about, text.encode())
+            write_atomically(about, text)
         path = self.folder / _name_of(data)
-        _write_durably(path, data)
+        write_atomically(path, data)
         return path
 
 
@@ -219,29 +219,3 @@ def _remove_stale(drafts: Iterable[Path]) -> None:
         with suppress(OSError):
             if time.time() - draft.stat().st_mtime > STALE_SECONDS:
                 draft.unlink()
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """Write a file that is there as a whole or not at all, even after a power cut."""
-    draft = path.with_name(f".draft-{os.getpid()}-{uuid.uuid4().hex}")
-    try:
-        with open(draft, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        error.filename = str(path)  # a full disk comes without a name, and the draft's would tell nobody anything
-        raise
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -102,7 +102,8 @@ class ReferenceSection(Section):
     """Where reference log-probs come from. `stored`: computed once before training; `engine`: a second model, live;
     `adapter`: the policy's model with its adapter off, or with another adapter on."""
     name_or_path: str | None = None
-    """The reference: a model, or a LoRA adapter of the policy's model; default: the policy's initial weights."""
+    """The reference: a model, or a LoRA adapter of the policy's model (one on the hub needs adapter_name or
+    `mode: adapter` to be taken as such); default: the policy's initial weights."""
     adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     """Which saved adapter the reference has, of those in reference.name_or_path or model.lora.path; `base`: none."""
     offload: Literal["none", "cpu"] = "none"

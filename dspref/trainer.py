@@ -51,7 +51,7 @@ def train(config: Config, source: Path | None = None) -> None:
     rewards = progress.rewards
 
     for step in loader.steps(progress.step, steps):
-        clock, last = time.monotonic(), step.number == steps
+        clock, cpu, last = time.monotonic(), time.process_time(), step.number == steps
         logged = step.number == 1 or last or step.number % config.log.every == 0
         rewards = gradient.accumulate(step, policy, loss, reference, rewards, meter if logged else None)
         learning_rate, grad_norm = policy.learning_rate, policy.step()
@@ -64,6 +64,7 @@ def train(config: Config, source: Path | None = None) -> None:
                 stages.check_first_step(config, means)
             record = header(step) | {"loss": means.pop("loss"), "grad_norm": grad_norm, "learning_rate": learning_rate}
             record |= means | performance(step, time.monotonic() - clock)
+            record["perf/cpu_seconds"] = time.process_time() - cpu
             recorder.write(record)
             view.show(step.number, record)
             if warning := displacement.watch(record):

@@ -21,6 +21,7 @@ from dspref import adapters
 from dspref.adapters import Adapters, Saved
 from dspref.config import ModelSection
 from dspref.errors import ConfigError
+from dspref.model import content_digest
 
 IDS = torch.arange(5, 25)[None]
 
@@ -370,3 +371,28 @@ def test_reading_an_adapter_leaves_the_random_generator(base: Path, tmp_path: Pa
     adapters.frozen(model_of(base), adapter)
     adapters.for_training(model_of(base), section(base), seed=1, reference=adapter, live=True)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "key, idle, fitting",
+    [
+        ("rank_pattern", {"v_proj": 4}, {"q_proj": 4}),
+        ("alpha_pattern", {"layers.7.self_attn.q_proj": 8.0}, {r"layers\.0\.self_attn\.q_proj": 8.0}),
+        ("exclude_modules", ["w_proj"], ["layers.0.self_attn.q_proj"]),
+        ("exclude_modules", r".*\.w_proj", r".*layers\.0\..*"),
+        ("modules_to_save", ["hed"], ["lm_head"]),
+    ],
+)
+def test_a_name_that_fits_no_module_is_refused(base, key, idle, fitting):
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    adapters.try_on(model_of(base), section(base, lora=lora | {key: fitting}))
+    with pytest.raises(ConfigError, match=rf"^model\.lora\.{key}: "):
+        adapters.try_on(model_of(base), section(base, lora=lora | {key: idle}))
+
+
+def test_weights_of_another_kind_of_file_cannot_be_told_apart(base, tmp_path):
+    shutil.copytree(base, tmp_path / "copy")
+    assert content_digest(section(tmp_path / "copy")) == content_digest(section(base))
+    (tmp_path / "copy" / "model.safetensors").rename(tmp_path / "copy" / "model.bin")
+    with pytest.raises(ConfigError, match="safetensors"):
+        content_digest(section(tmp_path / "copy"))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest first. A module may import what lies in a lower row; modules of one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),  # below everything
+    ("errors", "files"),  # below everything
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
     ("yaml12", "strategy"),  # what config is made of
@@ -72,7 +72,7 @@ OWNERS: dict[str, set[str]] = {
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
-    "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "objectives", "families", "losses",
+    "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
     "launcher", "cli", "reference_store",
 }  # fmt: skip
 
