@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +39,9 @@ class Segments:
     """Layers that were computed with this layout: none, and the model has attention of its own."""
 
     @cached_property
-    def bounds(self) -> list[tuple[slice, slice]]:
-        """(queries, keys) of each segment as host slices: one device sync per forward, not per layer."""
-        q, k = self.batch.cu_seqlens_q.tolist(), self.batch.cu_seqlens_k.tolist()
-        return [(slice(*a), slice(*b)) for a, b in zip(pairwise(q), pairwise(k))]
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Numbers of queries and of keys of each segment, on the host: one device sync per forward, not per layer."""
+        return self.batch.cu_seqlens_q.diff().tolist(), self.batch.cu_seqlens_k.diff().tolist()
 
 
 @dataclass(frozen=True)
@@ -171,20 +169,22 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
     """torch's scaled_dot_product_attention, one sequence at a time: linear in the length of the pack, on any device."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    if not q.is_cpu:
+        # On CUDA only the kernel that holds all scores takes a mask together with fewer key-value heads.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    queries, keys = segments.lengths
     outputs = []
-    for queries, keys in segments.bounds:
-        lengths = queries.stop - queries.start, keys.stop - keys.start
-        plain = lengths[0] == lengths[1] and options.window is None
-        mask = None if plain else causal_mask(*lengths, options.window, q.device)
-        outputs.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=mask, is_causal=plain,
-                dropout_p=options.dropout, scale=options.scale,
-            )
+    # split, not slices: the backward of a slice fills and adds a gradient as long as the pack.
+    for own, seen, values in zip(q.split(queries), k.split(keys), v.split(keys)):
+        plain = len(own) == len(seen) and options.window is None
+        mask = None if plain else causal_mask(len(own), len(seen), options.window, q.device)
+        own, seen, values = (x.transpose(0, 1)[None] for x in (own, seen, values))
+        output = torch.nn.functional.scaled_dot_product_attention(
+            own, seen, values, attn_mask=mask, is_causal=plain, dropout_p=options.dropout, scale=options.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1).contiguous()
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """Hidden states and LM head -> log-probs of the scored tokens, in fp32, without a (tokens x vocabulary) matrix.
 
-C scored tokens, d hidden size, V vocabulary, P pairs.
+C scored tokens, N of them counted for each pair that has them, d hidden size, V vocabulary, P pairs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ if TYPE_CHECKING:
 # fp32 logits alive at once, whatever the batch and the vocabulary: 128 MB feed a GPU, 16 MB stay near a CPU's caches.
 LOGITS_PER_CHUNK = 2**25
 LOGITS_PER_CPU_CHUNK = 2**22
+# fp32 probabilities that may stay until the backward pass, which then needs no second look at the head: 512 and 256 MB.
+KEPT, KEPT_ON_CPU = 2**27, 2**26
 
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What a family does to its logits after the matrix product: multiply by `scale`, then softcap x tanh(z / softcap)."""
+    """What a family does to its logits after the matrix product: multiply by `scale`, in place, then softcap x
+    tanh(z / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def __call__(self, logits: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits = logits.mul_(self.scale)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def derivative(self, transformed: Float[Tensor, "c V"]) -> Float[Tensor, "c V"] | float:
@@ -40,13 +43,13 @@ class HeadTransform:
 
 
 class TokenLogps(NamedTuple):
-    """What a forward says of the C scored tokens of a pack, all fp32."""
+    """What a forward says of the scored tokens of a pack, all fp32; a token that several pairs share is there for each."""
 
-    logps: Float[Tensor, "C"]
+    logps: Float[Tensor, "N"]
     """log p of each token."""
-    mean_logits: Float[Tensor, "C"]
+    mean_logits: Float[Tensor, "N"]
     """Mean over the vocabulary of the logits at its position, without gradient."""
-    collision: Float[Tensor, "C"] | None = None
+    collision: Float[Tensor, "N"] | None = None
     """Collision entropy -log sum_v p(v)^2 at its position, without gradient, where it was asked for."""
 
 
@@ -60,11 +63,20 @@ def scored_logps(
 ) -> TokenLogps:
     """log p(target) at each position, with what else is asked for.
 
-    Logits are made chunk by chunk, and made again in the backward pass. `weight` and `bias` are read once: under ZeRO-3
-    they must be the parameters themselves, read inside the forward of the module that the engine wraps.
+    Logits are made chunk by chunk, and made again in the backward pass unless few enough to keep. `weight` and `bias` are
+    read once: under ZeRO-3 they must be the parameters themselves, read inside the forward of the module that the engine
+    wraps.
     """
     logps, mean_logits, collision = _ScoredLogps.apply(hidden, weight, bias, targets, transform, with_collision)  # type: ignore[misc]
     return TokenLogps(logps, mean_logits, collision if with_collision else None)
+
+
+def counted(tokens: TokenLogps, batch: PackedBatch) -> TokenLogps:
+    """Computed tokens [C] -> tokens of every answer of every pair [N]: gradients of all that share a token add up."""
+    if batch.scored_index is None:
+        return tokens
+    logps, mean_logits, collision = (x if x is None else x[batch.scored_index] for x in tokens)
+    return TokenLogps(logps, mean_logits, collision)  # type: ignore[arg-type]
 
 
 def pair_logps(tokens: TokenLogps, batch: PackedBatch) -> PairLogps:
@@ -98,12 +110,13 @@ def scored_tokens(batch: PackedBatch) -> Int[Tensor, "3 P"]:
     return _by_span(torch.ones_like(batch.span_index), batch.span_index, 3 * batch.num_pairs).view(3, -1)
 
 
-def _by_span(values: Tensor, span: Int[Tensor, "C"], spans: int) -> Tensor:
+def _by_span(values: Tensor, span: Int[Tensor, "N"], spans: int) -> Tensor:
     return values.new_zeros(spans).index_add(0, span, values)
 
 
 class _ScoredLogps(torch.autograd.Function):
-    """log softmax at the targets with recomputation: d logp / d logit_v = [v = target] - p_v."""
+    """log softmax at the targets: d logp / d logit_v = [v = target] - p_v. Probabilities are kept for the backward pass
+    where all of them fit, and else made again, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -124,16 +137,22 @@ class _ScoredLogps(torch.autograd.Function):
             # The mean of h . w over the vocabulary is h . mean(w): one pass over the head instead of one over all logits.
             mean_bias = 0.0 if bias is None else bias.float().mean()
             mean_logit = transform.scale * (hidden.float() @ weight.mean(dim=0, dtype=torch.float32) + mean_bias)
+        kept = _room_for_all(hidden, weight) if any(ctx.needs_input_grad) and transform.softcap is None else None
         for rows in _chunks(hidden, weight):
-            logits = transform(_raw_logits(hidden[rows], weight, bias))
-            log_normalizer[rows] = torch.logsumexp(logits, dim=-1)
-            logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - log_normalizer[rows]
+            logits = transform(_raw_logits(hidden[rows], weight, bias, None if kept is None else kept[rows]))
             if transform.softcap is not None:
                 mean_logit[rows] = logits.mean(dim=-1)
+            largest, of_target = logits.amax(dim=-1), logits.gather(-1, targets[rows, None])[:, 0]
+            powers = logits.sub_(largest[:, None]).exp_()
+            log_normalizer[rows] = largest + powers.sum(dim=-1).log()
+            logps[rows] = of_target - log_normalizer[rows]
             if with_collision:
-                collision[rows] = 2 * log_normalizer[rows] - torch.logsumexp(logits.mul_(2), dim=-1)
+                square = torch.linalg.vector_norm(powers, dim=-1).log() + largest
+                collision[rows] = 2 * (log_normalizer[rows] - square)
+            if kept is not None:
+                powers.mul_((largest - log_normalizer[rows]).exp_()[:, None])  # in `kept`
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
-        ctx.transform = transform
+        ctx.transform, ctx.probabilities = transform, kept
         ctx.mark_non_differentiable(mean_logit, collision)
         return logps, mean_logit, collision
 
@@ -145,16 +164,25 @@ class _ScoredLogps(torch.autograd.Function):
         # Chunks add up in fp32: in bf16 a sum over many chunks would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        for rows in _chunks(hidden, weight):
-            logits = ctx.transform(_raw_logits(hidden[rows], weight, bias))
-            outer = ctx.transform.derivative(logits) * grad_logps[rows, None]
-            grad = logits.sub_(log_normalizer[rows, None]).exp_().neg_()
-            grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
-            grad = grad.mul_(outer).to(hidden.dtype)
+        # Used up: a second backward pass makes them again.
+        kept, ctx.probabilities = ctx.probabilities, None
+        for rows in _chunks(hidden, weight) if kept is None else [slice(None)]:
+            slope = grad_logps[rows, None]
+            if kept is None:
+                logits = ctx.transform(_raw_logits(hidden[rows], weight, bias))
+                slope = slope * ctx.transform.derivative(logits)
+                grad = logits.sub_(log_normalizer[rows, None]).exp_()
+            else:
+                grad, slope = kept, slope * ctx.transform.scale
+            grad = grad.mul_(slope.neg())
+            grad.scatter_add_(
+                -1, targets[rows, None], slope if slope.shape[1] == 1 else slope.gather(-1, targets[rows, None])
+            )
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[rows]
+                _add_product(grad_weight, grad.t(), hidden[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0, dtype=torch.float32)
         return (
@@ -167,8 +195,26 @@ class _ScoredLogps(torch.autograd.Function):
         )
 
 
-def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias).float()
+def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """fp32 logits, in `out` where that is given."""
+    if out is None:
+        return torch.nn.functional.linear(hidden, weight, bias).float()
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight.t(), out=out)
+        return out if bias is None else out.add_(bias)
+    return out.copy_(torch.nn.functional.linear(hidden, weight, bias))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right, in fp32."""
+    return total.addmm_(left, right) if left.dtype == torch.float32 else total.add_(left @ right)
+
+
+def _room_for_all(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """A place for the probabilities of every scored token, where they are few enough to keep."""
+    elements = hidden.shape[0] * weight.shape[0]
+    limit = KEPT_ON_CPU if hidden.is_cpu else KEPT
+    return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32) if elements <= limit else None
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

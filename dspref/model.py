@@ -28,7 +28,7 @@ from dspref.attention import PACKED, Segments
 from dspref.config import ModelSection, shipped
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
-from dspref.logps import HeadTransform, TokenLogps, scored_logps
+from dspref.logps import HeadTransform, TokenLogps, counted, scored_logps
 from dspref.router import Routing
 
 
@@ -80,13 +80,13 @@ class PackedCausalLM(nn.Module):
             self.transform,
             self.with_collision and not only_logps,
         )
-        return scored, self._routing(outputs, batch) if routed else None
+        return counted(scored, batch), self._routing(outputs, batch) if routed else None
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:
             raise ConfigError("model.router_aux_loss_coef: no layer of this model has experts; set 0")
         top_k: Any = self.lm.num_experts_per_tok
-        return router.routing(outputs.router_logits, top_k, router.multiplicity(batch))
+        return router.routing(outputs.router_logits, top_k, batch.multiplicity.float())
 
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from dspref.data.batch import PackedBatch
-
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -30,19 +28,9 @@ class Routing(NamedTuple):
     """Tokens of the pack, each as often as it counts."""
 
 
-def multiplicity(batch: PackedBatch) -> Float[Tensor, "T"]:
-    """How often each token counts: as often as it would be computed without sharing, and not at all in a filler."""
-    ones = torch.ones_like(batch.input_ids, dtype=torch.float32)
-    if batch.num_pairs == 0:
-        return 0 * ones
-    if batch.kv_index is None:
-        return ones
-    # A shared prompt is a key of both answers' segments, every other token of one.
-    return torch.zeros_like(ones).index_add(0, batch.kv_index, torch.ones_like(batch.kv_index, dtype=torch.float32))
-
-
 def routing(logits: Sequence[Float[Tensor, "T E"]], top_k: int, weight: Float[Tensor, "T"]) -> Routing:
-    """Sum up what the routers of all layers said of a pack, each token weighed by its `multiplicity`."""
+    """Sum up what the routers of all layers said of a pack, each token weighed by how often it would be computed without
+    sharing (`PackedBatch.multiplicity`): not at all in a filler."""
     probabilities, load = [], []
     for layer in logits:
         chances = layer.float().softmax(dim=-1)

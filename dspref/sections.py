@@ -129,6 +129,10 @@ class Columns(Section):
     """Column that holds the better answer."""
     rejected: str = "rejected"
     """Column that holds the worse answer."""
+    completions: str = "completions"
+    """Column that holds a list of answers, in rows without chosen and rejected; `column.key`: a key of each item."""
+    scores: str = "scores"
+    """Column that holds their scores, higher is better; `column.key`: a key of each item."""
 
 
 class Template(Section):
@@ -155,6 +159,8 @@ class SourceSection(Section):
     """Names of the columns in this source."""
     template: Template | None = None
     """Texts made from columns, instead of columns taken as they are."""
+    pairs: Literal["all", "best_against_rest", "best_against_worst"] = "all"
+    """Of a row with several scored answers, which two make a pair; equal scores make none."""
 
 
 def _one_or_list(value: Any) -> str:
@@ -198,6 +204,9 @@ class DataSection(Section):
     """Compute the prompt once for both answers; `auto`: when it saves more than 3 % of the tokens."""
     shuffle: bool = True
     """Shuffle each epoch by the seed; false: the order of the files."""
+    keep_together: Literal["row", "prompt", "none"] = "row"
+    """Pairs that stay side by side when shuffled, so that what they share is computed once: those of one row, those of one
+    prompt, or none."""
     on_bad_row: Literal["error", "drop"] = "error"
     """What to do with a row that cannot be used: stop and name it, or leave it out and count it."""
 

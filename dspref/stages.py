@@ -119,7 +119,7 @@ def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
 def _source(section: SourceSection) -> Source:
     template = section.template.model_dump(exclude_none=True) if section.template else None
     path, columns = str(shipped(section.path)), section.columns.model_dump()
-    return Source(path, section.split, section.max_samples, section.weight, columns, template)
+    return Source(path, section.split, section.max_samples, section.weight, columns, template, section.pairs)
 
 
 def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
@@ -131,7 +131,8 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
-    return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout)
+    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
+    return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout, together)
 
 
 def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore]) -> Origin:

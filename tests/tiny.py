@@ -139,3 +139,12 @@ def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
             turn += [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
             rows.append(dict(zip(("prompt", "chosen", "rejected"), turn, strict=True)))
     return rows
+
+
+def rows_that_share(count: int, seed: int) -> list[dict[str, Any]]:
+    """`preference_rows`, of which rows 1, 2 and 5 have one prompt and three answers between them."""
+    rows = preference_rows(count, seed)
+    one, two, five = rows[1], rows[2], rows[5]
+    two |= {"prompt": one["prompt"], "chosen": one["chosen"]}
+    five |= {"prompt": one["prompt"], "chosen": two["rejected"], "rejected": one["rejected"]}
+    return rows

@@ -1,7 +1,8 @@
 """The tensor contract: token ids of pairs -> one `PackedBatch`.
 
-T packed tokens, P pairs, C scored tokens, S attention segments, K gathered keys. A padded batch does not exist: sequences
-lie one behind the other, and the shift by one ("token t is predicted at t - 1") happens here, once, as an index.
+T packed tokens, P pairs, C scored tokens, N of them counted once for each answer of each pair, S attention segments, K
+gathered keys. A padded batch does not exist: sequences lie one behind the other, and the shift by one ("token t is predicted
+at t - 1") happens here, once, as an index.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ CHOSEN, REJECTED, PROMPT = 0, 1, 2
 class PackedBatch:
     """One pack on its way through the model. Segment i attends from queries `cu_seqlens_q[i:i+2]` to keys
     `kv_index[cu_seqlens_k[i]:cu_seqlens_k[i+1]]` (all keys in place where `kv_index` is None), causal and aligned at the
-    bottom right: the last query sees every key."""
+    bottom right: the last query sees every key.
+
+    An answer that several pairs have is computed and scored once; `scored_index` counts its tokens for each of them (None:
+    every scored token counts once, in order). `multiplicity`: how often a token would be computed without any sharing."""
 
     input_ids: Int[Tensor, "T"]
     position_ids: Int[Tensor, "T"]
@@ -36,8 +40,10 @@ class PackedBatch:
     kv_index: Int[Tensor, "K"] | None
     predictor_index: Int[Tensor, "C"]
     targets: Int[Tensor, "C"]
-    span_index: Int[Tensor, "C"]
-    place_in_span: Int[Tensor, "C"]
+    scored_index: Int[Tensor, "N"] | None
+    span_index: Int[Tensor, "N"]
+    place_in_span: Int[Tensor, "N"]
+    multiplicity: Int[Tensor, "T"]
     pair_ids: Int[Tensor, "P"]
     max_seqlen_q: int
     max_seqlen_k: int
@@ -58,24 +64,25 @@ def computed_tokens(lengths: np.ndarray, prefix_sharing: bool) -> np.ndarray:
 def collate(
     pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], *, prefix_sharing: bool, score_prompt: bool = False
 ) -> PackedBatch:
-    """Lay pairs out in one row. With `prefix_sharing` a pair is `[prompt | chosen | rejected]` and the prompt is computed
-    once; without, `[prompt | chosen][prompt | rejected]`. Log-probs are the same either way. No pairs give a filler pack.
+    """Lay pairs out in one row. With `prefix_sharing`, pairs of one prompt are `[prompt | answer | answer | ...]`: the
+    prompt and each distinct answer are computed once; without, a pair is `[prompt | chosen][prompt | rejected]`. Log-probs
+    are the same either way. No pairs give a filler pack.
 
-    `score_prompt`: the prompt's tokens 2..n are scored too, once per pair, in the chosen sequence."""
-    lay_out = _shared_segments if prefix_sharing else _separate_segments
-    segments = [s for k, pair in enumerate(pairs) for s in lay_out(pair, k, len(pairs), score_prompt)] or [_filler()]
+    `score_prompt`: the prompt's tokens 2..n are scored too, for every pair."""
+    groups = _shared_groups(pairs, score_prompt) if prefix_sharing else _separate_groups(pairs, score_prompt)
+    segments = [segment for group in groups for segment in _segments(group)] or [_filler()]
     starts = np.cumsum([0] + [len(s.tokens) for s in segments])
     keys, predictors = [], []
     for start, segment in zip(starts, segments):
         own = np.arange(start, start + len(segment.tokens))
-        # A segment with a shared prompt reads its keys right where the pair starts, `prompt_offset` tokens before it.
+        # A segment with a shared prompt reads its keys right where the group starts, `prompt_offset` tokens before it.
         prompt = np.arange(segment.prompt) + (start - segment.prompt_offset)
         keys.append(np.concatenate([prompt, own]) if segment.prompt else own)
-        scored = segment.num_scored
+        scored = segment.scored
         # Token t is predicted at t - 1: the run of scored tokens, one earlier.
         predictors.append(np.concatenate([prompt[-1:], own])[-scored - 1 : -1] if scored else own[:0])
     cu_k = np.cumsum([0] + [len(k) for k in keys])
-    runs = [run for segment in segments for run in segment.runs] or [(0, 0)]
+    spans, runs = _runs(segments)
     return PackedBatch(
         input_ids=_int64([s.tokens for s in segments]),
         position_ids=_int64([np.arange(s.prompt, s.prompt + len(s.tokens)) for s in segments]),
@@ -83,9 +90,11 @@ def collate(
         cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32),
         kv_index=_int64(keys) if any(s.prompt for s in segments) else None,
         predictor_index=_int64(predictors),
-        targets=_int64([s.tokens[len(s.tokens) - s.num_scored :] for s in segments]),
-        span_index=_int64([np.full(length, span) for span, length in runs]),
-        place_in_span=_int64([np.arange(length) for _, length in runs]),
+        targets=_int64([s.tokens[len(s.tokens) - s.scored :] for s in segments]),
+        scored_index=_int64(runs) if sum(map(len, runs)) > sum(s.scored for s in segments) else None,
+        span_index=_int64([np.full(len(run), span) for span, run in zip(spans, runs)]),
+        place_in_span=_int64([np.arange(len(run)) for run in runs]),
+        multiplicity=_int64([np.repeat(s.uses, s.lengths) for s in segments]),
         pair_ids=torch.tensor(list(pair_ids), dtype=torch.int64),
         max_seqlen_q=int(np.diff(starts).max()),
         max_seqlen_k=int(np.diff(cu_k).max()),
@@ -93,44 +102,93 @@ def collate(
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs -> groups -> segments
+
+
+@dataclass
+class _Group:
+    """A prompt and answers to it. An answer has the spans, one for each pair, that its tokens are counted in; so has the
+    prompt where it is scored."""
+
+    prompt: np.ndarray
+    prompt_spans: list[int]
+    answers: list[tuple[np.ndarray, list[int]]]
+
+
+def _separate_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[_Group]:
+    groups, count = [], len(pairs)
+    for k, pair in enumerate(pairs):
+        groups.append(
+            _Group(pair.prompt, [PROMPT * count + k] if score_prompt else [], [(pair.chosen, [CHOSEN * count + k])])
+        )
+        groups.append(_Group(pair.prompt, [], [(pair.rejected, [REJECTED * count + k])]))
+    return groups
+
+
+def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[_Group]:
+    """Groups of equal prompts, with their distinct answers, each in the order of first sight."""
+    groups: dict[bytes, _Group] = {}
+    answers: dict[tuple[bytes, bytes], list[int]] = {}
+    for k, pair in enumerate(pairs):
+        key = pair.prompt.tobytes()
+        group = groups.setdefault(key, _Group(pair.prompt, [], []))
+        if score_prompt:
+            group.prompt_spans.append(PROMPT * len(pairs) + k)
+        for side, answer in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+            spans = answers.setdefault((key, answer.tobytes()), [])
+            if not spans:
+                group.answers.append((answer, spans))
+            spans.append(side * len(pairs) + k)
+    return list(groups.values())
+
+
 @dataclass(frozen=True)
 class _Segment:
-    """A run of tokens with its own attention. Its last tokens are scored, in `runs` of (span, number of tokens); `prompt`
-    tokens that start `prompt_offset` before it are keys too, and precede it in position."""
+    """Tokens with their own attention, in parts of `lengths` that would be computed `uses` times without sharing. The last
+    `scored` tokens are scored, in runs of (number of tokens, spans). `prompt` tokens that start `prompt_offset` before it
+    are keys too, and precede it in position."""
 
     tokens: np.ndarray
-    runs: tuple[tuple[int, int], ...] = ()
+    lengths: tuple[int, ...]
+    uses: tuple[int, ...]
+    runs: tuple[tuple[int, list[int]], ...] = ()
     prompt: int = 0
     prompt_offset: int = 0
 
     @property
-    def num_scored(self) -> int:
-        return sum(length for _, length in self.runs)
+    def scored(self) -> int:
+        return sum(length for length, _ in self.runs)
 
 
-def _chosen_segment(pair: TokenizedPair, k: int, num_pairs: int, score_prompt: bool) -> _Segment:
-    prompt_run = ((PROMPT * num_pairs + k, len(pair.prompt) - 1),) if score_prompt else ()
-    tokens = np.concatenate([pair.prompt, pair.chosen])
-    return _Segment(tokens, (*prompt_run, (CHOSEN * num_pairs + k, len(pair.chosen))))
-
-
-def _separate_segments(pair: TokenizedPair, k: int, num_pairs: int, score_prompt: bool) -> list[_Segment]:
-    rejected = np.concatenate([pair.prompt, pair.rejected])
-    return [
-        _chosen_segment(pair, k, num_pairs, score_prompt),
-        _Segment(rejected, ((REJECTED * num_pairs + k, len(pair.rejected)),)),
-    ]
-
-
-def _shared_segments(pair: TokenizedPair, k: int, num_pairs: int, score_prompt: bool) -> list[_Segment]:
-    first = _chosen_segment(pair, k, num_pairs, score_prompt)
-    runs = ((REJECTED * num_pairs + k, len(pair.rejected)),)
-    return [first, _Segment(pair.rejected, runs, len(pair.prompt), len(first.tokens))]
+def _segments(group: _Group) -> list[_Segment]:
+    """The prompt with its first answer, then each other answer."""
+    (first, spans), *others = group.answers
+    size, offset = len(group.prompt), len(group.prompt) + len(first)
+    uses = sum(len(of_answer) for _, of_answer in group.answers)
+    prompt_run = ((size - 1, group.prompt_spans),) if group.prompt_spans else ()
+    tokens = np.concatenate([group.prompt, first])
+    segments = [_Segment(tokens, (size, len(first)), (uses, len(spans)), (*prompt_run, (len(first), spans)))]
+    for answer, spans in others:
+        run = (len(answer), spans)
+        segments.append(_Segment(answer, (len(answer),), (len(spans),), (run,), size, offset))
+        offset += len(answer)
+    return segments
 
 
 def _filler() -> _Segment:
     """Four tokens that score nothing: a real forward and a zero gradient, for a rank that has run out of pairs."""
-    return _Segment(np.zeros(4, dtype=np.int64))
+    return _Segment(np.zeros(4, dtype=np.int64), (4,), (0,))
+
+
+def _runs(segments: Sequence[_Segment]) -> tuple[list[int], list[np.ndarray]]:
+    """(span, the scored tokens counted in it) of every answer of every pair, and of every prompt that is scored."""
+    spans, runs, start = [0], [np.arange(0)], 0
+    for length, of_run in (run for segment in segments for run in segment.runs):
+        spans += of_run
+        runs += [np.arange(start, start + length)] * len(of_run)
+        start += length
+    return spans, runs
 
 
 def _int64(parts: Sequence[np.ndarray]) -> Tensor:

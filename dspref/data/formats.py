@@ -12,6 +12,8 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
+from math import isfinite
 from typing import Any
 
 from dspref.errors import ConfigError
@@ -22,6 +24,7 @@ Values = Mapping[str, Any]
 Columns = Mapping[str, str]
 
 FIELDS = ("prompt", "chosen", "rejected")
+RANKED_FIELDS = ("completions", "scores")
 OPTIONAL_FIELDS = ("tools", "chat_template_kwargs")
 TEMPLATE_KEYS = ("system", *FIELDS)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -60,6 +63,14 @@ class Preference:
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+# Which of n answers, best first, make a pair. All pairs: InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
+    "all": lambda n: list(combinations(range(n), 2)),
+    "best_against_rest": lambda n: [(0, j) for j in range(1, n)],
+    "best_against_worst": lambda n: [(0, n - 1)] if n > 1 else [],
+}
+
+
 @dataclass(frozen=True)
 class Format:
     """A layout: does it recognise a row (columns already renamed), and the preference in such a row."""
@@ -91,6 +102,59 @@ def to_preference(
             _check(preference)
             return replace(preference, tools=_tools(row), chat_template_kwargs=_template_kwargs(row))
     raise _why_unrecognised(row, values, columns)
+
+
+def to_preferences(
+    values: Values,
+    columns: Columns | None = None,
+    template: Mapping[str, str] | None = None,
+    pairs: str = "all",
+) -> list[Preference]:
+    """Convert one raw row, which may hold several scored answers instead of two ranked ones: `pairs` says which of them
+    make a pair (all | best_against_rest | best_against_worst). Raises as `to_preference` does."""
+    names = {field: (columns or {}).get(field, field) for field in (*FIELDS, *RANKED_FIELDS)}
+    if template or names["chosen"] in values or not _is_ranked(values, names):
+        return [to_preference(values, columns, template)]
+    answers = ranked(values, names)
+    candidates = [(*answers[i], *answers[j]) for i, j in PAIRINGS[pairs](len(answers))]
+    # An answer that was sampled twice may have two scores; it is not better than itself.
+    kept = [(best, worst) for high, best, low, worst in candidates if high > low and best != worst]
+    if not kept:
+        raise RowError(names["scores"], "no answer is better than another", droppable=True)
+    return [to_preference({**values, names["chosen"]: a, names["rejected"]: b}, columns) for a, b in kept]
+
+
+def _is_ranked(values: Values, names: Mapping[str, str]) -> bool:
+    given = any(names[field] != field for field in RANKED_FIELDS)
+    return given or names["completions"] in values
+
+
+def ranked(values: Values, names: Mapping[str, str]) -> list[tuple[float, Text]]:
+    """(score, answer) of a row's answers, best first, equal scores in the order of the row; those without score left out."""
+    completions, scores = (_items(values, names[field], field) for field in RANKED_FIELDS)
+    if len(completions) != len(scores):
+        raise RowError(names["scores"], f"{len(scores)} scores for {len(completions)} completions")
+    for score in scores:
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not isfinite(score)):
+            raise RowError(names["scores"], f"{score!r} is not a finite number")
+    answers = [[x] if isinstance(x, dict) else x for x in completions]
+    known = [(float(score), answer) for score, answer in zip(scores, answers) if score is not None]
+    return sorted(known, key=lambda scored: -scored[0])
+
+
+def _items(values: Values, name: str, field: str) -> list[Any]:
+    """The items of a column that holds a list; of `column.key`, that key of each item."""
+    column, _, key = name.partition(".") if name not in values else (name, "", "")
+    if column not in values:
+        close = _close(column, values)
+        fix = f"did you mean {close!r}? " if close else ""
+        raise RowError(field, f"no column {column!r} among {sorted(values)}", f"{fix}set data.columns.{field}")
+    items = values[column]
+    if not isinstance(items, list) or not items:
+        raise RowError(column, "an empty list" if items == [] else f"{type(items).__name__}, not a list")
+    if key and not all(isinstance(item, dict) and key in item for item in items):
+        raise RowError(column, f"an item without {key!r}", f"set data.columns.{field}")
+    return [item[key] for item in items] if key else items
 
 
 def _renamed(values: Values, columns: Columns, fields: Sequence[str]) -> dict[str, Any]:

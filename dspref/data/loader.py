@@ -9,7 +9,7 @@ from math import ceil
 import numpy as np
 
 from dspref.data.batch import PackedBatch, collate, computed_tokens
-from dspref.data.plan import order, pack, steps_per_epoch
+from dspref.data.plan import group, order, pack, steps_per_epoch
 from dspref.data.store import PairStore
 
 # Sharing pays for its gather of keys and values when it saves more than this share of the tokens.
@@ -57,6 +57,8 @@ class StepLoader:
     seed: int
     shuffle: bool
     layout: Layout
+    together: np.ndarray | None = None
+    """Pairs with the same number lie side by side in a shuffled epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,7 +73,9 @@ class StepLoader:
         for number in range(done + 1, total + 1):
             epoch, k = divmod(number - 1, self.steps_per_epoch)
             if epoch != planned_epoch:
-                plan = order(self.store.source_rows, self.weights, self.seed, epoch, self.pairs_per_step, self.shuffle)
+                plan = order(
+                    self.store.source_rows, self.weights, self.seed, epoch, self.pairs_per_step, self.shuffle, self.together
+                )
                 planned_epoch = epoch
             num_packs, packs, fill = packs_of(self.store, plan[k], self.layout)
             progress = epoch + (k + 1) / self.steps_per_epoch
@@ -92,12 +96,21 @@ def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
 
 def packs_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[int, Iterator[PackedBatch], float]:
     """(number of packs per rank, this rank's packs over some pairs, fill of all packs)."""
-    lengths = computed_tokens(store.lengths[ids], layout.prefix_sharing)
-    members = pack(lengths, layout.tokens_per_pack, layout.world_size)[layout.rank]
+    groups, tokens = groups_of(store, ids, layout)
+    by_group = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups, minlength=len(tokens)))[:-1])
+    packs = pack(tokens, layout.tokens_per_pack, layout.world_size)[layout.rank]
+    members = [np.concatenate([ids[:0], *(ids[by_group[g]] for g in pack_groups)]) for pack_groups in packs]
     room = len(members) * layout.world_size * layout.tokens_per_pack
     how = {"prefix_sharing": layout.prefix_sharing, "score_prompt": layout.score_prompt}
-    packs = (collate([store[i] for i in ids[m].tolist()], ids[m].tolist(), **how) for m in members)
-    return len(members), packs, float(lengths.sum()) / room
+    batches = (collate([store[i] for i in m.tolist()], m.tolist(), **how) for m in members)
+    return len(members), batches, float(tokens.sum()) / room
+
+
+def groups_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """(group of each pair, computed tokens of each group): pairs that share a prompt, where sharing is on."""
+    if layout.prefix_sharing:
+        return group(store.same[ids], store.lengths[ids], layout.tokens_per_pack)
+    return np.arange(len(ids)), computed_tokens(store.lengths[ids], False)
 
 
 def sweep(store: PairStore, layout: Layout) -> Iterator[tuple[float, PackedBatch]]:

@@ -57,6 +57,7 @@ class Source:
     weight: float = 1.0
     columns: Mapping[str, str] | None = None
     template: Mapping[str, str] | None = None
+    pairs: str = "all"
 
 
 def read(source: Source) -> list[Row | BadRow]:

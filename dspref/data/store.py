@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspref.data.formats import Preference, RowError, check_template, to_preference
+from dspref.data.formats import Preference, RowError, check_template, to_preferences
 from dspref.data.sources import BadRow, Row, Source, read
 from dspref.data.tokenize import CHUNK_ROWS, Limits, TokenizedPair, tokenize, tokenizer_digest, truncate
 from dspref.errors import DataError, EnvironmentFault
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_ERROR_LINES = 20
 MAX_REASONS = 20
 PROGRESS_ROWS = 20_000
@@ -48,8 +48,12 @@ class PairStore:
         # A plain array over the same memory: a slice of a memmap is a memmap, which is slow to make.
         self._tokens: np.ndarray = np.asarray(tokens)
         self._offsets: np.ndarray = np.load(folder / "offsets.npy", allow_pickle=False)
-        rows: np.ndarray = np.load(folder / "rows.npy", allow_pickle=False)
-        if not len(self._offsets) == 3 * len(rows) + 1 == 3 * self.report["kept"] + 1:
+        self.rows: np.ndarray = np.load(folder / "rows.npy", allow_pickle=False)
+        """The row that each pair comes from, counted through all sources."""
+        self.same: np.ndarray = np.load(folder / "same.npy", allow_pickle=False)
+        """Numbers [n, 3] for the content of (prompt, prompt + chosen, prompt + rejected): equal where that is equal."""
+        rows = self.rows
+        if not len(self._offsets) == 3 * len(rows) + 1 == 3 * self.report["kept"] + 1 or self.same.shape != (len(rows), 3):
             raise ValueError("the parts do not belong together")
         if self._offsets[-1] != len(self._tokens) or sum(self.source_rows) != len(rows):
             raise ValueError("the parts do not belong together")
@@ -118,7 +122,8 @@ def _key(
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source, of_source in zip(sources, rows, strict=True):
         columns, template = dict(source.columns or {}), dict(source.template or {})
-        digest.update(json.dumps([columns, template, source.max_samples, len(of_source)], sort_keys=True).encode())
+        how = [columns, template, source.pairs, source.max_samples, len(of_source)]
+        digest.update(json.dumps(how, sort_keys=True).encode())
         for row in of_source:
             # Keys stay in the row's own order: a template prints tools in the order they are written.
             value = row.values if isinstance(row, Row) else str(row.error)
@@ -137,6 +142,8 @@ class _Build:
     tokens: list[np.ndarray] = field(default_factory=list)
     lengths: list[tuple[int, int, int]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    same: list[list[int]] = field(default_factory=list)
+    numbers: dict[bytes, int] = field(default_factory=dict)
     source_rows: list[int] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -144,9 +151,9 @@ class _Build:
     too_long: list[int] = field(default_factory=list)
     seen: int = 0
 
-    def add(self, where: str, item: TokenizedPair | RowError, limits: Limits) -> None:
-        """Truncate and keep the next row, or note why it is left out."""
-        row, self.seen = self.seen, self.seen + 1
+    def add(self, row: int, where: str, item: TokenizedPair | RowError, limits: Limits) -> None:
+        """Truncate and keep the next pair, or note why it is left out."""
+        self.seen += 1
         if isinstance(item, RowError):
             return self._leave_out(where, item)
         try:
@@ -159,6 +166,15 @@ class _Build:
         self.tokens.append(np.concatenate(pair))
         self.lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
         self.rows.append(row)
+        sequences = (pair.prompt,), (pair.prompt, pair.chosen), (pair.prompt, pair.rejected)
+        self.same.append([self._number(*parts) for parts in sequences])
+
+    def _number(self, *parts: np.ndarray) -> int:
+        """The same number for the same content."""
+        digest = hashlib.blake2b(len(parts[0]).to_bytes(4, "little"), digest_size=16)
+        for part in parts:
+            digest.update(part.tobytes())
+        return self.numbers.setdefault(digest.digest(), len(self.numbers))
 
     def _leave_out(self, where: str, error: RowError) -> None:
         self.dropped[f"{error.field}: {error.reason}"] += 1
@@ -183,15 +199,16 @@ def _build(
     log: Log,
 ) -> _Build:
     """Convert and tokenize all rows. Raises DataError for bad rows unless dropped, and when none is left."""
-    built, total = _Build(), sum(map(len, rows))
+    built, total, done = _Build(), sum(map(len, rows)), 0
     for source, of_source in zip(sources, rows, strict=True):
         before = len(built.rows)
         for start in range(0, len(of_source), CHUNK_ROWS):
             chunk = of_source[start : start + CHUNK_ROWS]
-            for row, item in zip(chunk, _tokenize_rows(chunk, source, tokenizer), strict=True):
-                built.add(row.where, item, limits)
-            if built.seen // PROGRESS_ROWS > (built.seen - len(chunk)) // PROGRESS_ROWS:
-                log(f"data: tokenized {built.seen} of {total} rows")
+            for row, item in _tokenize_rows(chunk, source, tokenizer):
+                built.add(done + row, chunk[row].where, item, limits)
+            done += len(chunk)
+            if done // PROGRESS_ROWS > (done - len(chunk)) // PROGRESS_ROWS:
+                log(f"data: tokenized {done} of {total} rows")
         built.source_rows.append(len(built.rows) - before)
     if built.bad and on_bad_row == "error":
         raise DataError(_bad_row_lines(built.bad))
@@ -202,19 +219,20 @@ def _build(
 
 def _tokenize_rows(
     rows: Sequence[Row | BadRow], source: Source, tokenizer: PreTrainedTokenizerBase
-) -> list[TokenizedPair | RowError]:
-    converted = [_convert(row, source) for row in rows]
-    tokenized = iter(tokenize([item for item in converted if isinstance(item, Preference)], tokenizer))
-    return [next(tokenized) if isinstance(item, Preference) else item for item in converted]
+) -> Iterator[tuple[int, TokenizedPair | RowError]]:
+    """(number of the row, pair) for every pair of some rows, in order; a bad row gives its error."""
+    converted = [(k, item) for k, row in enumerate(rows) for item in _convert(row, source)]
+    tokenized = iter(tokenize([item for _, item in converted if isinstance(item, Preference)], tokenizer))
+    return ((k, next(tokenized) if isinstance(item, Preference) else item) for k, item in converted)
 
 
-def _convert(row: Row | BadRow, source: Source) -> Preference | RowError:
+def _convert(row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:
     if isinstance(row, BadRow):
-        return row.error
+        return [row.error]
     try:
-        return to_preference(row.values, source.columns, source.template)
+        return to_preferences(row.values, source.columns, source.template, source.pairs)
     except RowError as error:
-        return error
+        return [error]
 
 
 def _bad_row_lines(bad: Sequence[BadRow]) -> str:
@@ -288,6 +306,7 @@ def _write(built: _Build, folder: Path) -> None:
     ends = np.cumsum(np.asarray(built.lengths, dtype=np.int64).reshape(-1))
     np.save(folder / "offsets.npy", np.concatenate([np.zeros(1, dtype=np.int64), ends]))
     np.save(folder / "rows.npy", np.asarray(built.rows, dtype=np.int64))
+    np.save(folder / "same.npy", np.asarray(built.same, dtype=np.int64))
     tokens = np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.int32, shape=(int(ends[-1]),))
     _fill(tokens, built.tokens)
     tokens.flush()

@@ -154,10 +154,13 @@ def _batch_ids(
     texts = [text for item in chosen for text in item.texts]
     if not texts:
         return iter(())
-    ids = _ids(tokenizer, texts, special)
+    # Rows of one prompt repeat it, and pairs made of several answers repeat those.
+    distinct = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+    ids = _ids(tokenizer, list(distinct), special)
     if special:
         ids = _without_doubles(ids, tokenizer)
-    return zip(ids[0::3], ids[1::3], ids[2::3], strict=True)
+    of_texts = [ids[distinct[text]] for text in texts]
+    return zip(of_texts[0::3], of_texts[1::3], of_texts[2::3], strict=True)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:

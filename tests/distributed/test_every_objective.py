@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from test_layout_invariance import assert_same_gradients
-from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
+from tiny import rows_that_share, save_tiny, save_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import Workers
 
@@ -135,7 +135,7 @@ def run_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "gradient_checkpointing": False,
         },
         "reference": {"mode": "stored", "name_or_path": f"{folder}/reference"},
-        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "shuffle": False, "tokens_per_pack": 300},
+        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "shuffle": False, "tokens_per_pack": 200},
         "train": {"pairs_per_step": len(rows()), "max_steps": 1, "max_grad_norm": 0},
         "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
         "output_dir": f"{folder}/run",
@@ -164,7 +164,7 @@ def rows() -> list[dict[str, Any]]:
     likely = {"prompt": "a cab?", "chosen": " iviviviaivia", "rejected": " privivivivia"}
     # The answer is the end of the text, and nothing else.
     single = {"prompt": "abc def:", "chosen": "<|im_end|>", "rejected": " gag gab cafe"}
-    drawn = preference_rows(6, seed=3)
+    drawn = rows_that_share(6, seed=3)
     return [*drawn[:3], implicit[0], single, *drawn[3:5], *implicit[1:], likely, *drawn[5:]]
 
 

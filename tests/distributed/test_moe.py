@@ -20,14 +20,14 @@ import yaml
 from safetensors.torch import load_file
 from test_layout_invariance import assert_same_gradients
 from test_resume import forget_everything_after, training_records
-from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_model
+from tiny import preference_rows, rows_that_share, save_tiny, save_tokenizer, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from workers import Workers
 
 from dspref.data.batch import computed_tokens
-from dspref.data.plan import pack
+from dspref.data.plan import group, pack
 
 PAIRS, HELD_OUT = 11, 7  # on two ranks, one pair per pack: one rank ends with a filler
 COEFFICIENT = 0.7  # so large that a wrong gradient of the routers' loss shows in every parameter
@@ -93,7 +93,7 @@ def run_file(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = save_tokenizer(folder / "tokenizer")
     for name, seed in (("policy", 1), ("reference", 2)):
         leaning_model(family, vocabulary, seed).save_pretrained(folder / name)
-    write_rows(folder / "pairs.jsonl", preference_rows(PAIRS, seed=3))
+    write_rows(folder / "pairs.jsonl", rows_that_share(PAIRS, seed=5))
     write_rows(folder / "held_out.jsonl", preference_rows(HELD_OUT, seed=4))
     return write_run(folder)
 
@@ -141,6 +141,8 @@ class Oracle:
         lines = (folder / rows).read_text().splitlines()
         self.pairs = [oracle.render(json.loads(line), tokenizer) for line in lines]
         self.lengths = np.array([[len(part) for part in pair] for pair in self.pairs])
+        contents = [[str(prompt), str(prompt + chosen), str(prompt + rejected)] for prompt, chosen, rejected in self.pairs]
+        self.same = np.unique(contents, return_inverse=True)[1].reshape(-1, 3)
         self.parameters = dict(lm.named_parameters())
         ears = Listener(lm)
         self.ours = oracle.score_pairs(ears, self.pairs)  # type: ignore[arg-type]
@@ -168,8 +170,13 @@ class Oracle:
         return self.step(json.dumps(objective), (tuple(range(len(self.pairs))),))
 
     def of_micro_steps(self, objective: dict[str, Any], budget: int, sharing: bool, world: int) -> dict[str, Any]:
-        by_rank = pack(computed_tokens(self.lengths, sharing), budget, world)
-        together = tuple(tuple(sorted(np.concatenate(members).tolist())) for members in zip(*by_rank))
+        groups, tokens = np.arange(len(self.pairs)), computed_tokens(self.lengths, sharing)
+        if sharing:
+            groups, tokens = group(self.same, self.lengths, budget)
+        by_rank = pack(tokens, budget, world)
+        together = tuple(
+            tuple(np.flatnonzero(np.isin(groups, np.concatenate(members))).tolist()) for members in zip(*by_rank)
+        )
         return self.step(json.dumps(objective), together)
 
     def load(self) -> dict[str, float]:

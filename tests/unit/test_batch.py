@@ -209,3 +209,60 @@ def test_pairs_of_a_pack_do_not_depend_on_each_other() -> None:
         assert together.position_ids.tolist() == [i for b in alone for i in b.position_ids.tolist()]
         moved = [i + start for b, start in zip(alone, starts) for i in b.predictor_index.tolist()]
         assert together.predictor_index.tolist() == moved
+
+
+def grouped_pairs(seed: int) -> list[TokenizedPair]:
+    """Pairs of few prompts, whose answers are drawn from few: many share a prompt, an answer, or both."""
+    draws = np.random.default_rng(seed)
+    prompts = [draws.integers(0, 1000, draws.integers(1, 9)).astype(np.int32) for _ in range(2)]
+    answers = [draws.integers(0, 1000, draws.integers(1, 9)).astype(np.int32) for _ in range(4)]
+    chosen = (draws.choice(4, 2, replace=False) for _ in range(1 + seed % 9))
+    return [TokenizedPair(prompts[draws.integers(2)], answers[i], answers[j]) for i, j in chosen]
+
+
+@pytest.mark.parametrize("score_prompt", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_pairs_of_one_prompt_share_it_and_their_answers(seed: int, score_prompt: bool) -> None:
+    """Read back from the tensors alone: of each pair and side, every token that is counted is predicted from exactly what
+    precedes it; prompt and answers are computed once each; and a token's multiplicity is how often it would be without."""
+    pairs = grouped_pairs(seed)
+    batch = collate(pairs, range(len(pairs)), prefix_sharing=True, score_prompt=score_prompt)
+    sees, ids = visible(batch), batch.input_ids.tolist()
+    counted = torch.arange(len(batch.targets)) if batch.scored_index is None else batch.scored_index
+    predictors, targets = batch.predictor_index[counted].tolist(), batch.targets[counted].tolist()
+    scored = list(zip(predictors, targets, batch.span_index.tolist(), batch.place_in_span.tolist(), strict=True))
+    for k, pair in enumerate(pairs):
+        answers = [(CHOSEN, pair.prompt, pair.chosen), (REJECTED, pair.prompt, pair.rejected)]
+        for side, before, tokens in [*answers, (PROMPT, pair.prompt[:1], pair.prompt[1:] if score_prompt else [])]:
+            of_side = [(p, target, place) for p, target, span, place in scored if divmod(span, len(pairs)) == (side, k)]
+            assert [(target, place) for _, target, place in of_side] == [(int(t), n) for n, t in enumerate(tokens)]
+            for j, (predictor, _, _) in enumerate(of_side):
+                assert [ids[s] for s in sees[predictor]] == [*before, *tokens[:j]]
+
+    sequences = {(p.prompt.tobytes(), answer.tobytes()): answer for p in pairs for answer in (p.chosen, p.rejected)}
+    prompts = {p.prompt.tobytes(): p.prompt for p in pairs}
+    assert len(ids) == sum(map(len, prompts.values())) + sum(map(len, sequences.values()))
+    apart = collate(pairs, range(len(pairs)), prefix_sharing=False)
+    assert (apart.multiplicity == 1).all()
+    weighed = torch.bincount(batch.input_ids, batch.multiplicity, minlength=1000)
+    assert torch.equal(weighed, torch.bincount(apart.input_ids, minlength=1000).double())
+    assert (batch.scored_index is None) == (
+        len(sequences) == 2 * len(pairs) and not (score_prompt and len(prompts) < len(pairs))
+    )
+
+
+def test_a_group_written_out() -> None:
+    """Two pairs of one prompt with one answer in common: [prompt | best | worse | worst]."""
+    prompt, best, worse, worst = (np.array(x, dtype=np.int32) for x in ([7, 8], [1, 2], [3], [4, 5]))
+    pairs = [TokenizedPair(prompt, best, worse), TokenizedPair(prompt, best, worst)]
+    batch = collate(pairs, [42, 43], prefix_sharing=True)
+    assert batch.input_ids.tolist() == [7, 8, 1, 2, 3, 4, 5]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 2, 3]
+    assert batch.cu_seqlens_q.tolist() == [0, 4, 5, 7]
+    assert batch.kv_index is not None and batch.scored_index is not None
+    assert batch.kv_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 0, 1, 5, 6]
+    assert batch.predictor_index.tolist() == [1, 2, 1, 1, 5]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 5]
+    assert batch.scored_index.tolist() == [0, 1, 0, 1, 2, 3, 4]
+    assert batch.span_index.tolist() == [0, 0, 1, 1, 2, 3, 3]
+    assert batch.multiplicity.tolist() == [4, 4, 2, 2, 1, 1, 1]

@@ -205,7 +205,7 @@ def pack(count: int, seed: int, score_prompt: bool, longest: int = 9) -> tuple[l
 
 def some_tokens(batch: PackedBatch, with_collision: bool = True) -> TokenLogps:
     draws = torch.Generator().manual_seed(1)
-    logps, collision = (torch.randn(len(batch.targets), generator=draws) for _ in range(2))
+    logps, collision = (torch.randn(len(batch.span_index), generator=draws) for _ in range(2))
     return TokenLogps(logps.requires_grad_(), ZEROS, collision if with_collision else None)
 
 
@@ -217,7 +217,7 @@ def test_pair_logps_against_a_slow_loop(seed: int, score_prompt: bool) -> None:
     pairs, batch = pack(5, seed, score_prompt)
     tokens = some_tokens(batch)
     result = pair_logps(tokens, batch)
-    spans, assigned = batch.span_index.tolist(), torch.zeros(len(batch.targets))
+    spans, assigned = batch.span_index.tolist(), torch.zeros(len(batch.span_index))
     weights = {"chosen": 1.0, "rejected": -2.0, "chosen_common": 0.5, "rejected_common": 4.0, "prompt": 0.25}
     for k, pair in enumerate(pairs):
         shorter = min(len(pair.chosen), len(pair.rejected))

@@ -35,7 +35,7 @@ def packs(sizes: list[int], score_prompt: bool = True) -> list[Pack]:
         lengths = draws.integers(1, 10, (size, 3)).tolist()
         pairs = [TokenizedPair(*(np.zeros(n, dtype=np.int32) for n in of_pair)) for of_pair in lengths]
         batch = collate(pairs, range(size), prefix_sharing=True, score_prompt=score_prompt)
-        logps, mean_logits, other = (torch.as_tensor(draws.normal(-2, 1, len(batch.targets))) for _ in range(3))
+        logps, mean_logits, other = (torch.as_tensor(draws.normal(-2, 1, len(batch.span_index))) for _ in range(3))
         tokens = TokenLogps(logps, mean_logits, torch.full_like(logps, 1.5))
         found.append((batch, tokens, pair_logps(tokens, batch), pair_logps(TokenLogps(other, mean_logits), batch)))
     return found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
 import pytest
 
-from dspref.data.plan import QUADRATIC_TOKENS, order, pack, rows_per_epoch, steps_per_epoch
+from dspref.data.plan import QUADRATIC_TOKENS, group, order, pack, rows_per_epoch, steps_per_epoch
 
 # ------------------------------------------------------------------------------------------------------------ order
 
@@ -100,6 +101,66 @@ def test_golden_order() -> None:
     """A resumed run must meet the pairs that the interrupted one would have met, whatever version started it."""
     steps = order([6, 4], [1.5, 1.0], seed=42, epoch=1, pairs_per_step=5)
     assert [step.tolist() for step in steps] == [[4, 3, 9, 3, 5], [8, 0, 2, 2, 1], [6, 7, 5]]
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+@pytest.mark.parametrize("seed", range(10))
+def test_what_belongs_together_lies_side_by_side(seed: int, weight: float) -> None:
+    """Each pass over a group is one run of the epoch, in the order of the file; nothing is lost, and the seed decides."""
+    draws = np.random.default_rng(seed)
+    together = draws.integers(0, 8, 30)
+    drawn = ids(order([30], [weight], seed, 0, 7, together=together))
+    assert Counter(drawn).keys() == set(range(30)) and len(drawn) == rows_per_epoch([30], [weight])
+    for number in range(8):
+        places = [place for place, pair in enumerate(drawn) if together[pair] == number]
+        runs = 1 + sum(b != a + 1 for a, b in pairwise(places))
+        assert runs <= ceil(weight)
+    if weight == 1.0:
+        assert drawn == [i for n in dict.fromkeys(together[drawn].tolist()) for i in np.flatnonzero(together == n).tolist()]
+    assert drawn != ids(order([30], [weight], seed + 1, 0, 7, together=together))
+
+
+def test_pairs_that_belong_to_nobody_are_shuffled_as_ever() -> None:
+    alone = order([50, 20], [1.5, 1.0], seed=3, epoch=1, pairs_per_step=8)
+    numbered = order([50, 20], [1.5, 1.0], seed=3, epoch=1, pairs_per_step=8, together=np.arange(70))
+    assert ids(alone) == ids(numbered)
+
+
+# ------------------------------------------------------------------------------------------------------------ group
+
+
+def some_groups(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(same, lengths) of pairs of few prompts with four answers each."""
+    draws = np.random.default_rng(seed)
+    count = int(draws.integers(1, 30))
+    prompts, answers = draws.integers(0, 5, count), np.array([draws.choice(4, 2, replace=False) for _ in range(count)])
+    same = np.concatenate([100 + prompts[:, None], 10 * prompts[:, None] + answers], axis=1)
+    sizes = draws.integers(1, 50, 200)
+    return same, sizes[same]
+
+
+@pytest.mark.parametrize("budget", [60, 150, 10**6])
+@pytest.mark.parametrize("seed", range(30))
+def test_a_group_computes_its_prompt_and_each_answer_once(seed: int, budget: int) -> None:
+    """Against a slow count; and no group exceeds the budget but a single pair, nor mixes prompts."""
+    same, lengths = some_groups(seed)
+    groups, tokens = group(same, lengths, budget)
+    assert sorted(set(groups.tolist())) == list(range(len(tokens)))
+    for number, counted in enumerate(tokens.tolist()):
+        members = np.flatnonzero(groups == number)
+        distinct = {int(s): int(n) for i in members for s, n in zip(same[i], lengths[i])}
+        assert counted == sum(distinct.values())
+        assert len(set(same[members, 0].tolist())) == 1
+        assert counted <= budget or len(members) == 1
+    if budget == 10**6:
+        assert len(tokens) == len(set(same[:, 0].tolist()))
+
+
+def test_pairs_without_common_prompts_stay_as_they_are() -> None:
+    same, lengths = np.arange(30).reshape(10, 3), np.full((10, 3), 5)
+    groups, tokens = group(same[::-1], lengths, 100)
+    assert groups.tolist() == list(range(10)) and tokens.tolist() == [15] * 10
+    assert [len(x) for x in group(same[:0], lengths[:0], 100)] == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------- pack

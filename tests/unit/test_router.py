@@ -145,16 +145,16 @@ def some_pairs() -> list[TokenizedPair]:
 
 def test_every_token_counts_as_often_as_it_is_computed_without_sharing() -> None:
     shared, separate = (collate(some_pairs(), range(3), prefix_sharing=sharing) for sharing in (True, False))
-    assert router.multiplicity(separate).tolist() == [1.0] * len(separate.input_ids)
-    counted = [torch.bincount(b.input_ids, router.multiplicity(b), minlength=256) for b in (shared, separate)]
+    assert separate.multiplicity.tolist() == [1] * len(separate.input_ids)
+    counted = [torch.bincount(b.input_ids, b.multiplicity, minlength=256) for b in (shared, separate)]
     assert torch.equal(*counted)
-    assert router.multiplicity(shared)[:13].tolist() == [2.0] * 13, "the first prompt"
-    assert router.multiplicity(shared)[13:39].tolist() == [1.0] * 26, "its answers"
+    assert shared.multiplicity[:13].tolist() == [2] * 13, "the first prompt"
+    assert shared.multiplicity[13:39].tolist() == [1] * 26, "its answers"
 
 
 @pytest.mark.parametrize("sharing", [True, False])
 def test_no_token_of_a_filler_counts(sharing: bool) -> None:
-    assert not router.multiplicity(collate([], [], prefix_sharing=sharing)).any()
+    assert not collate([], [], prefix_sharing=sharing).multiplicity.any()
 
 
 def test_load_is_told_relative_to_an_even_one() -> None:
@@ -254,7 +254,8 @@ def one_sequence(ids: np.ndarray) -> PackedBatch:
     """A pack of a single sequence; `collate` would always make two of a pair."""
     pack = collate([TokenizedPair(ids[:1], ids[1:], ids[:0])], [0], prefix_sharing=True)
     bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
-    return replace(pack, cu_seqlens_q=bounds, cu_seqlens_k=bounds, kv_index=None)
+    once = torch.ones_like(pack.multiplicity)
+    return replace(pack, cu_seqlens_q=bounds, cu_seqlens_k=bounds, kv_index=None, multiplicity=once)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
