@@ -40,6 +40,7 @@ ONLY_FOR = {
     "zero_stage": ("engine", "stored"),
     "dtype": ("engine", "stored"),
     "store": ("stored",),
+    "tokens_per_pack": ("stored",),
     "sync_ref_model": ("engine",),
 }
 

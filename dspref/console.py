@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dspref import distributed
+from dspref.performance import PHASES
 
 # metric name -> its short form. A terminal has room for three beside the bar.
 ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
@@ -88,10 +89,26 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(name, _figure(first), _figure(last))
     console.print(table)
+    if run_summary.get("speed"):
+        where = {**speed_in_words(run_summary["speed"]), **where}
     for name, text in where.items():
-        console.print(Text(f"{name:<8}{text}"))
+        console.print(Text(f"{name:<8}{text}"), soft_wrap=True)
     # One line each, however narrow the terminal: a command is there to be copied.
     console.print(Text("next    " + "\n        ".join(next_commands)), soft_wrap=True)
+
+
+def speed_in_words(speed: Mapping[str, float]) -> dict[str, str]:
+    """Medians of the `perf/*` metrics -> what a person wants to know of them."""
+    rates = (("tokens", "real"), ("response_tokens", "scored"), ("computed_tokens", "computed"))
+    figures = [", ".join(f"{speed[f'{name}_per_second']:,.0f} {word}" for name, word in rates) + " tokens/s"]
+    figures.append(f"{speed['tflops_per_rank']:.3g} TFLOP/s per rank")
+    if "mfu" in speed:
+        figures.append(f"MFU {speed['mfu']:.1%} ({speed['hfu']:.1%} with recomputation and reference)")
+    figures += [f"packs {speed['pack_fill']:.0%} full", f"peak memory {speed['memory_gib']:.1f} GiB"]
+    phases = {name: speed.get(f"{name}_seconds", 0) for name in PHASES}
+    total = sum(phases.values()) or 1
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in phases.items())
+    return {"speed": "; ".join(figures), "time": f"{speed['seconds']:.3g} s a step: {shares}"}
 
 
 def samples(rows: Sequence[Mapping[str, str]]) -> None:

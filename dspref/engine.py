@@ -239,6 +239,20 @@ def weight_bytes(module: nn.Module) -> tuple[int, str]:
     return sum(tensor.numel() * tensor.element_size() for tensor in held), held[0].device.type
 
 
+def count_weights(module: nn.Module) -> int:
+    """All weights of a module, those of other ranks too."""
+    return sum(torch.Size(getattr(p, "ds_shape", p.shape)).numel() for p in module.parameters())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or that this rank may have of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines() if Path("/proc/meminfo").exists() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    return free // distributed.world().local_size
+
+
 @torch.no_grad()
 def full_state(lm: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a possibly partitioned model on the CPU of rank 0; empty elsewhere.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dspref import distributed
-from dspref.data.loader import Layout, packs_of
+from dspref.data.loader import Layout, place
 from dspref.data.store import PairStore
 from dspref.errors import EnvironmentFault
 from dspref.logps import pair_logps
@@ -106,7 +106,7 @@ def score(forward: Any, store: PairStore, rows: np.ndarray, layout: Layout, devi
     """Log-prob sums of some pairs (ascending `rows`) of a data set: fp32 [n, columns] on the CPU of every rank."""
     sums = torch.zeros(len(rows), len(COLUMNS), device=device)
     places = torch.from_numpy(rows).to(device)
-    for batch in packs_of(store, rows, layout)[1]:
+    for batch in place(store, rows, layout).packs(store, layout):
         batch = batch.to(device)
         logps = pair_logps(forward(batch)[0], batch)
         at = torch.searchsorted(places, batch.pair_ids)

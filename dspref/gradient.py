@@ -21,6 +21,7 @@ from dspref.families import PairLogps, PairLoss, total
 from dspref.logps import pair_logps
 from dspref.metrics import Meter
 from dspref.objectives import Objective, RunningMean
+from dspref.performance import Clock
 from dspref.reference import Reference
 from dspref.router import Routing
 
@@ -47,48 +48,75 @@ class StepLoss:
 
 
 def accumulate(
-    step: Step, policy: Engine, loss: StepLoss, reference: Reference, rewards: RunningMean, meter: Meter | None
+    step: Step,
+    policy: Engine,
+    loss: StepLoss,
+    reference: Reference,
+    rewards: RunningMean,
+    meter: Meter | None,
+    clock: Clock | None = None,
 ) -> RunningMean:
-    """Add the gradient of the step's loss, and its metrics where `meter` asks for them.
+    """Add the gradient of the step's loss, its metrics where `meter` asks for them, and to `clock` where the time went.
 
     Returns `rewards`, the running mean that BCO reads, with this step in it.
     """
     one_pack = step.num_packs == 1 and distributed.world().size == 1
     passes = _two_passes if loss.looks_ahead and not one_pack else _one_pass
-    return passes(step, policy, loss, reference, rewards, meter)
+    return passes(step, policy, loss, reference, rewards, meter, clock or Clock(policy.device))
 
 
 def _one_pass(
-    step: Step, policy: Engine, loss: StepLoss, reference: Reference, rewards: RunningMean, meter: Meter | None
+    step: Step,
+    policy: Engine,
+    loss: StepLoss,
+    reference: Reference,
+    rewards: RunningMean,
+    meter: Meter | None,
+    clock: Clock,
 ) -> RunningMean:
     for batch in step.packs:
         batch = batch.to(policy.device)
+        clock.lap("data")
+        base = reference("train", batch)
+        clock.lap("reference")
         tokens, routing = policy.forward(batch)
-        pairs, base = pair_logps(tokens, batch), reference("train", batch)
+        pairs = pair_logps(tokens, batch)
         rewards = _with_step(rewards, loss.objective, pairs, base)
         value = loss.objective(pairs, base, rewards.value)
         share = total(value, step.counts)
         if routing:
             share = share + loss.router_coef * _balance(routing, step, None, meter)
-        policy.backward(share)
         if meter:
             meter.add_pairs(value, pairs)
             meter.add_logits(tokens, pairs, batch)
             if step.number == 1 and base:
                 meter.add_gap(pairs, base)
+        clock.lap("forward")
+        policy.backward(share)
+        clock.lap("backward")
     return rewards
 
 
 def _two_passes(
-    step: Step, policy: Engine, loss: StepLoss, reference: Reference, rewards: RunningMean, meter: Meter | None
+    step: Step,
+    policy: Engine,
+    loss: StepLoss,
+    reference: Reference,
+    rewards: RunningMean,
+    meter: Meter | None,
+    clock: Clock,
 ) -> RunningMean:
     packs = [batch.to(policy.device) for batch in step.packs]
+    clock.lap("data")
     seen, routings = [], []
     with policy.rehearsing():
         for batch in packs:
+            base = reference("train", batch)
+            clock.lap("reference")
             tokens, routing = policy.forward(batch)
-            seen.append((pair_logps(tokens, batch), reference("train", batch)))
+            seen.append((pair_logps(tokens, batch), base))
             routings += [routing] if routing else []
+            clock.lap("forward")
     load = _step_load(routings) if routings and loss.router_scope == "step" else None
     pairs, base, own = gathered(seen)
     rewards = _with_step(rewards, loss.objective, pairs, base)
@@ -106,9 +134,11 @@ def _two_passes(
         start += batch.num_pairs
         if routing:
             share = share + loss.router_coef * _balance(routing, step, load, meter)
-        policy.backward(share)
         if meter:
             meter.add_logits(tokens, logps, batch)
+        clock.lap("forward")
+        policy.backward(share)
+        clock.lap("backward")
     return rewards
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,11 +45,13 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """Answers for packs of named data sets; with `moving`, a reference that is saved and resumed like the policy."""
+    """Answers for packs of named data sets; with `moving`, a reference that is saved and resumed like the policy. `module`:
+    the model that is asked; None where none is."""
 
     logps: Callable[[str, PackedBatch], PairLogps | None]
     moving: MovingReference | None = None
     sync_steps: int = 0
+    module: Any = None
 
     def __call__(self, name: str, batch: PackedBatch) -> PairLogps | None:
         return self.logps(name, batch)
@@ -182,11 +184,12 @@ def build(config: Config, policy: Engine, origin: Origin, sets: Mapping[str, Pai
         case "none":
             return Reference(lambda name, batch: None)
         case "adapter":
-            return Reference(partial(_ask_policy, policy))
+            return Reference(partial(_ask_policy, policy), module=policy.module)
         case "engine":
             forward = load_forward(config, origin.weights, policy.device.type)
             moving = _moving(config, policy, forward)
-            return Reference(partial(_ask, forward), moving, config.reference.ref_model_sync_steps)
+            module = getattr(forward, "module", forward)  # of a DeepSpeed engine
+            return Reference(partial(_ask, forward), moving, config.reference.ref_model_sync_steps, module)
         case _:
             return Reference(partial(_read, stored(config, policy, origin, sets, layout)))
 
@@ -229,6 +232,11 @@ def _moving(config: Config, policy: Engine, forward: Any) -> MovingReference | N
 # Stored log-probs
 
 
+def scoring_layout(config: Config, layout: Layout) -> Layout:
+    """The packs of a pass that keeps nothing for a backward one."""
+    return replace(layout, tokens_per_pack=config.reference.tokens_per_pack or 2 * layout.tokens_per_pack)
+
+
 def stored(
     config: Config, policy: Engine, origin: Origin, sets: Mapping[str, PairStore], layout: Layout
 ) -> dict[str, torch.Tensor]:
@@ -236,7 +244,7 @@ def stored(
     store = open_store(config, origin.reference_digest)
     keys = filling.keys_of(store, sets)
     ready = partial(scorer, config, policy, origin.weights, policy.device.type)
-    scored = filling.fill(store, keys, sets, ready, layout, policy.device)
+    scored = filling.fill(store, keys, sets, ready, scoring_layout(config, layout), policy.device)
     filling.report(store, sets, scored)
     return filling.tables(store, keys, sets, policy.device)
 

@@ -28,7 +28,7 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     device = engine.bring_up(config.model.dtype)
     model.quiet()
     _, _, pairs, held_out = stages.prepare(config, device.type)
-    layout, _ = stages.plan(config, pairs)
+    layout = reference.scoring_layout(config, stages.plan(config, pairs)[0])
     sets = {"train": pairs, **held_out}
     weights = config.model.name_or_path
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from dspref import adapters, admission, console, distributed, engine, metrics, model, reference
+from dspref import adapters, admission, console, distributed, engine, metrics, model, performance, reference
 from dspref.checkpoint import RunFolder, committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
@@ -247,7 +247,8 @@ def finish(
     seconds: float,
 ) -> None:
     """Export and verify the model, record the summary, show it, answer sample prompts."""
-    summary = {"step": steps, "seconds": round(seconds, 1), "learned": learned(run.path / "metrics.jsonl")}
+    speed = performance.medians(metrics.training_lines(run.path / "metrics.jsonl"))
+    summary = {"step": steps, "seconds": round(seconds, 1), "learned": learned(run.path / "metrics.jsonl"), "speed": speed}
     last = {name: values[1] for name, values in summary["learned"].items()}
     export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": last})
     run.event("finish", step=steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dspref import checkpoint, console, distributed, engine, gradient, model, stages
+from dspref import advice, checkpoint, console, distributed, engine, gradient, model, stages
 from dspref import reference as references
 from dspref.checkpoint import Progress, RunFolder
 from dspref.config import Config
@@ -15,6 +15,7 @@ from dspref.evaluate import evaluate
 from dspref.gradient import StepLoss
 from dspref.metrics import Displacement, Meter, Recorder
 from dspref.objectives import build_objective
+from dspref.performance import Account, Clock
 
 
 def train(config: Config, source: Path | None = None) -> None:
@@ -43,19 +44,23 @@ def train(config: Config, source: Path | None = None) -> None:
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
     reference = references.build(config, policy, origin, sets, layout)
+    for line in advice.of_run(config, policy, loader, kernel):
+        distributed.log(f"advice: {line}")
     progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume)
     stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view = console.ProgressView(progress.step, steps)
-    meter, displacement = Meter(device, loss.router_coef), Displacement()
+    meter, displacement, clock = Meter(device, loss.router_coef), Displacement(), Clock(device)
+    account = Account.of(config, policy, reference)
     rewards = progress.rewards
 
     for step in loader.steps(progress.step, steps):
-        clock, cpu, last = time.monotonic(), time.process_time(), step.number == steps
+        last = step.number == steps
         logged = step.number == 1 or last or step.number % config.log.every == 0
-        rewards = gradient.accumulate(step, policy, loss, reference, rewards, meter if logged else None)
+        rewards = gradient.accumulate(step, policy, loss, reference, rewards, meter if logged else None, clock)
         learning_rate, grad_norm = policy.learning_rate, policy.step()
         reference.follow(step.number)
+        clock.lap("update")
 
         if logged:
             means = meter.reduce()
@@ -63,8 +68,7 @@ def train(config: Config, source: Path | None = None) -> None:
             if step.number == 1:
                 stages.check_first_step(config, means)
             record = header(step) | {"loss": means.pop("loss"), "grad_norm": grad_norm, "learning_rate": learning_rate}
-            record |= means | performance(step, time.monotonic() - clock)
-            record["perf/cpu_seconds"] = time.process_time() - cpu
+            record |= means | account.record(step, clock.read())
             recorder.write(record)
             view.show(step.number, record)
             if warning := displacement.watch(record):
@@ -80,6 +84,7 @@ def train(config: Config, source: Path | None = None) -> None:
             checkpoint.save(run, (policy, reference), progress, evaluation)
             checkpoint.prune(run, config.checkpoint)
             view.note(f"step {step.number}: checkpoint committed")
+        clock.start()
     view.close()
     recorder.close()
     stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
@@ -92,16 +97,3 @@ def due(step: int, every: int | None) -> bool:
 
 def header(step: Step) -> dict[str, float]:
     return {"step": step.number, "epoch": round(step.epoch, 6)}
-
-
-def performance(step: Step, seconds: float) -> dict[str, float]:
-    """Throughput of all ranks together (pairs, tokens of both sequences, scored tokens), and how full the packs were."""
-    answers = step.counts["chosen_tokens"] + step.counts["rejected_tokens"]
-    return {
-        "perf/pairs_per_second": step.counts["pairs"] / seconds,
-        "perf/tokens_per_second": step.counts["tokens"] / seconds,
-        "perf/response_tokens_per_second": answers / seconds,
-        "perf/pack_fill": step.fill,
-        "perf/packs": step.num_packs,
-        "perf/seconds": seconds,
-    }

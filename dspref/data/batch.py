@@ -7,7 +7,7 @@ at t - 1") happens here, once, as an index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -51,8 +51,15 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; asynchronous from pinned memory."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, torch.Tensor)})
+        return self._with_tensors(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> PackedBatch:
+        """The same pack where a GPU can fetch it by itself; as it is where there is none."""
+        return self._with_tensors(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(x) for name, x in own.items() if isinstance(x, torch.Tensor)})
 
 
 def computed_tokens(lengths: np.ndarray, prefix_sharing: bool) -> np.ndarray:

@@ -138,6 +138,9 @@ def ranked(values: Values, names: Mapping[str, str]) -> list[tuple[float, Text]]
         if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not isfinite(score)):
             raise RowError(names["scores"], f"{score!r} is not a finite number")
     answers = [[x] if isinstance(x, dict) else x for x in completions]
+    for number, answer in enumerate(answers):
+        if _kind(answer) == "other":
+            raise RowError(f"{names['completions']}[{number}]", f"{type(answer).__name__}, not text or a message list")
     known = [(float(score), answer) for score, answer in zip(scores, answers) if score is not None]
     return sorted(known, key=lambda scored: -scored[0])
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 
+from dspref.data.ahead import ahead
 from dspref.data.batch import PackedBatch, collate, computed_tokens
-from dspref.data.plan import group, order, pack, steps_per_epoch
+from dspref.data.plan import alone, group, order, pack, steps_per_epoch
 from dspref.data.store import PairStore
 
 # Sharing pays for its gather of keys and values when it saves more than this share of the tokens.
@@ -39,12 +40,16 @@ class Step:
     epoch: float
     """Passes over the data when the step is done."""
     num_packs: int
-    packs: Iterator[PackedBatch]
+    packs: Iterable[PackedBatch]
     counts: dict[str, int]
     """`pairs`; `chosen_tokens`, `rejected_tokens` (scored), `chosen_and_prompt_tokens` (without a prompt's first);
     `tokens` (of prompt + answer, both answers)."""
     fill: float
     """Computed tokens over the room in all packs of all ranks."""
+    computed_tokens: int = 0
+    """Of all ranks; tokens that pairs share count once."""
+    attention_pairs: int = 0
+    """(query, key) pairs of causal attention, of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +73,24 @@ class StepLoader:
         return max_steps or ceil(num_train_epochs * self.steps_per_epoch)
 
     def steps(self, done: int, total: int) -> Iterator[Step]:
-        """Steps `done` + 1 to `total`: resuming is an integer."""
+        """Steps `done` + 1 to `total`, made while the one before is in use: resuming is an integer."""
+        return ahead(self._steps(done, total))
+
+    def _steps(self, done: int, total: int) -> Iterator[Step]:
         planned_epoch, plan = -1, []
         for number in range(done + 1, total + 1):
             epoch, k = divmod(number - 1, self.steps_per_epoch)
             if epoch != planned_epoch:
-                plan = order(
-                    self.store.source_rows, self.weights, self.seed, epoch, self.pairs_per_step, self.shuffle, self.together
-                )
-                planned_epoch = epoch
-            num_packs, packs, fill = packs_of(self.store, plan[k], self.layout)
-            progress = epoch + (k + 1) / self.steps_per_epoch
-            yield Step(number, progress, num_packs, packs, count(self.store, plan[k]), fill)
+                plan, planned_epoch = self.epoch(epoch), epoch
+            placed = place(self.store, plan[k], self.layout)
+            packs = [batch.pinned() for batch in placed.packs(self.store, self.layout)]
+            progress, counts = epoch + (k + 1) / self.steps_per_epoch, count(self.store, plan[k])
+            yield Step(number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention)
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """The pairs of every step of an epoch."""
+        rows = self.store.source_rows
+        return order(rows, self.weights, self.seed, epoch, self.pairs_per_step, self.shuffle, self.together)
 
 
 def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
@@ -94,32 +105,49 @@ def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
     }
 
 
-def packs_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[int, Iterator[PackedBatch], float]:
-    """(number of packs per rank, this rank's packs over some pairs, fill of all packs)."""
-    groups, tokens = groups_of(store, ids, layout)
-    by_group = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups, minlength=len(tokens)))[:-1])
-    packs = pack(tokens, layout.tokens_per_pack, layout.world_size)[layout.rank]
-    members = [np.concatenate([ids[:0], *(ids[by_group[g]] for g in pack_groups)]) for pack_groups in packs]
-    room = len(members) * layout.world_size * layout.tokens_per_pack
-    how = {"prefix_sharing": layout.prefix_sharing, "score_prompt": layout.score_prompt}
-    batches = (collate([store[i] for i in m.tolist()], m.tolist(), **how) for m in members)
-    return len(members), batches, float(tokens.sum()) / room
+@dataclass(frozen=True)
+class Placement:
+    """Where some pairs run: `ids[rank][micro_step]`, and what all ranks compute together."""
+
+    ids: list[list[np.ndarray]]
+    tokens: int
+    attention: int
+    fill: float
+    """Computed tokens over the room in all packs."""
+    waiting: float
+    """Share of the time in which ranks wait for the slowest, were cost all."""
+
+    def packs(self, store: PairStore, layout: Layout) -> Iterator[PackedBatch]:
+        """The packs of the layout's rank."""
+        how = {"prefix_sharing": layout.prefix_sharing, "score_prompt": layout.score_prompt}
+        return (collate([store[i] for i in ids.tolist()], ids.tolist(), **how) for ids in self.ids[layout.rank])
 
 
-def groups_of(store: PairStore, ids: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """(group of each pair, computed tokens of each group): pairs that share a prompt, where sharing is on."""
-    if layout.prefix_sharing:
-        return group(store.same[ids], store.lengths[ids], layout.tokens_per_pack)
-    return np.arange(len(ids)), computed_tokens(store.lengths[ids], False)
+def place(store: PairStore, ids: np.ndarray, layout: Layout) -> Placement:
+    """Pairs -> packs on all ranks; pairs of one prompt as a group, where sharing is on."""
+    lengths, budget, world = store.lengths[ids], layout.tokens_per_pack, layout.world_size
+    groups = group(store.same[ids], lengths, budget) if layout.prefix_sharing else alone(lengths)
+    packs = pack(groups.tokens, budget, world, groups.cost)
+    in_order = np.argsort(groups.of_pair, kind="stable")
+    members = np.split(ids[in_order], np.cumsum(np.bincount(groups.of_pair))[:-1])
+    load = np.array([[groups.cost[chosen].sum() for chosen in rank] for rank in packs])
+    tokens, room = int(groups.tokens.sum()), load.size * budget
+    return Placement(
+        [[np.concatenate([ids[:0], *(members[g] for g in chosen)]) for chosen in rank] for rank in packs],
+        tokens,
+        int(groups.attention.sum()),
+        tokens / room,
+        1 - float(load.sum() / max(world * load.max(axis=0).sum(), 1)),
+    )
 
 
 def sweep(store: PairStore, layout: Layout) -> Iterator[tuple[float, PackedBatch]]:
     """This rank's packs over every pair of a store, once, each with the share of the store that is then done."""
     for start in range(0, len(store), PAIRS_PER_SWEEP):
         ids = np.arange(start, min(start + PAIRS_PER_SWEEP, len(store)))
-        num_packs, packs, _ = packs_of(store, ids, layout)
-        for k, batch in enumerate(packs, start=1):
-            yield (start + len(ids) * k / num_packs) / len(store), batch
+        placed = place(store, ids, layout)
+        for k, batch in enumerate(placed.packs(store, layout), start=1):
+            yield (start + len(ids) * k / len(placed.ids[0])) / len(store), batch
 
 
 def sharing_pays(store: PairStore) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from math import ceil, floor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,21 +64,37 @@ def order(
     return [pairs[i : i + pairs_per_step] for i in range(0, len(pairs), pairs_per_step)]
 
 
-def group(same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of one prompt run together, so that it and each of their answers are computed once: (number of its group for
-    each pair [n], computed tokens of each group).
+class Groups(NamedTuple):
+    """Pairs that run together: the number of its group for each pair [n]; and of each group, the tokens that are computed
+    and the (query, key) pairs of causal attention, int64 each."""
+
+    of_pair: np.ndarray
+    tokens: np.ndarray
+    attention: np.ndarray
+
+    @property
+    def cost(self) -> np.ndarray:
+        """What a group costs, in tokens of linear layers."""
+        return self.tokens + 2 * self.attention / QUADRATIC_TOKENS
+
+
+def alone(lengths: np.ndarray) -> Groups:
+    """Each pair by itself, its prompt computed twice; `lengths` [n, 3] are the tokens of prompt, chosen, rejected."""
+    sequences = lengths[:, :1] + lengths[:, 1:]
+    return Groups(np.arange(len(lengths)), sequences.sum(axis=1), (sequences * (sequences + 1) // 2).sum(axis=1))
+
+
+def group(same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int) -> Groups:
+    """Pairs of one prompt together, so that it and each of their answers are computed once.
 
     `same` [n, 3] names the content of each (prompt, prompt + chosen, prompt + rejected), `lengths` [n, 3] are the tokens of
     prompt, chosen, rejected. A group beyond `tokens_per_pack` is cut between two pairs.
     """
-    groups = _numbered(same[:, 0])
-    if len(groups) == 0 or groups[-1] + 1 == len(groups) == groups.max() + 1:
-        return groups, lengths.sum(axis=1)  # no prompt comes twice
-    tokens = _group_tokens(groups, same, lengths)
-    if (tokens > tokens_per_pack).any():
-        groups = _cut(groups, tokens > tokens_per_pack, same, lengths, tokens_per_pack)
-        tokens = _group_tokens(groups, same, lengths)
-    return groups, tokens
+    groups = _measured(_numbered(same[:, 0]), same, lengths)
+    large = groups.tokens > tokens_per_pack
+    if len(groups.tokens) < len(same) and large.any():
+        return _measured(_cut(groups.of_pair, large, same, lengths, tokens_per_pack), same, lengths)
+    return groups
 
 
 def _numbered(labels: np.ndarray) -> np.ndarray:
@@ -86,16 +103,21 @@ def _numbered(labels: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _group_tokens(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A prompt, and each distinct answer of the group's pairs."""
-    count = int(groups.max()) + 1
+def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray) -> Groups:
+    """A group computes its prompt, and each distinct answer of its pairs behind it."""
+    count = int(groups.max(initial=-1)) + 1
     prompts = np.zeros(count, dtype=np.int64)
     prompts[groups] = lengths[:, 0]
-    # Distinct (group, answer): one answer may be needed in two parts of a group that was cut.
-    answers = np.concatenate([same[:, 1], same[:, 2]]) * count + np.tile(groups, 2)
-    kept = np.unique(answers, return_index=True)[1]
-    sizes = np.concatenate([lengths[:, 1], lengths[:, 2]])[kept]
-    return prompts + np.bincount(np.tile(groups, 2)[kept], sizes, count).astype(np.int64)
+    twice, answers = np.tile(groups, 2), np.concatenate([lengths[:, 1], lengths[:, 2]])
+    if count < len(groups):
+        # Distinct (group, answer): one answer may be needed in two parts of a group that was cut.
+        named = np.concatenate([same[:, 1], same[:, 2]]) * count + twice
+        kept = np.unique(named, return_index=True)[1]
+        twice, answers = twice[kept], answers[kept]
+    # The first answer runs behind the prompt, the others against its keys: (p + a)^2 / 2 less what is not computed twice.
+    scores = answers * prompts[twice] + answers * (answers + 1) // 2
+    tokens, attention = (np.bincount(twice, x, count).astype(np.int64) for x in (answers, scores))
+    return Groups(groups, prompts + tokens, prompts * (prompts + 1) // 2 + attention)
 
 
 def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.ndarray, budget: int) -> np.ndarray:
@@ -115,43 +137,49 @@ def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.nd
     return _numbered(groups)
 
 
-def pack(lengths: np.ndarray, tokens_per_pack: int, world_size: int) -> list[list[np.ndarray]]:
+def pack(
+    lengths: np.ndarray, tokens_per_pack: int, world_size: int, cost: np.ndarray | None = None
+) -> list[list[np.ndarray]]:
     """Packs of one step, as `[rank][micro_step]` arrays of positions into `lengths`.
 
     `lengths` holds the computed tokens of each pair, or of each group of pairs. Every rank gets the same number of packs (an
     empty array is a filler). No pack exceeds `tokens_per_pack`, except one that holds a single longer pair. The packs are
-    few and balanced by cost: longest pair first, each into the cheapest pack that still has room.
+    few and balanced by `cost` (default: that of one sequence of such length): longest pair first, each into the cheapest
+    pack that still has room.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
+    cost = lengths + lengths**2 / QUADRATIC_TOKENS if cost is None else cost
     longest_first = np.argsort(-lengths, kind="stable")
     # A pair beyond the budget fills one pack, not several.
     demand = int(np.minimum(lengths, tokens_per_pack).sum())
     micro_steps = max(1, ceil(demand / (tokens_per_pack * world_size)))
-    while (packs := _place(lengths, longest_first, tokens_per_pack, micro_steps * world_size)) is None:
+    while (packs := _place(lengths, cost, longest_first, tokens_per_pack, micro_steps * world_size)) is None:
         micro_steps += 1
     # Ranks wait for each other in every micro-step: put packs of like cost side by side, dearest first.
-    cost = lengths + lengths**2 / QUADRATIC_TOKENS
     packs.sort(key=lambda members: -cost[members].sum())
     return [[np.array(packs[m * world_size + r], dtype=np.int64) for m in range(micro_steps)] for r in range(world_size)]
 
 
-def _place(lengths: np.ndarray, longest_first: np.ndarray, budget: int, bins: int) -> list[list[int]] | None:
+def _place(
+    lengths: np.ndarray, cost: np.ndarray, longest_first: np.ndarray, budget: int, bins: int
+) -> list[list[int]] | None:
     """Greedy balanced placement into `bins` packs, or None where a pair finds no room."""
+    sizes, costs = lengths.tolist(), cost.tolist()
     packs: list[list[int]] = [[] for _ in range(bins)]
     fill = [0] * bins
     cheapest = [(0.0, k) for k in range(bins)]
     for i in longest_first.tolist():
-        length = int(lengths[i])
+        length = sizes[i]
         # The cheapest pack is nearly always the emptiest, so this looks at one or two packs.
         passed: list[tuple[float, int]] = []
         while cheapest and packs[cheapest[0][1]] and fill[cheapest[0][1]] + length > budget:
             passed.append(heapq.heappop(cheapest))
         if not cheapest:
             return None
-        cost, k = cheapest[0]
+        load, k = cheapest[0]
         packs[k].append(i)
         fill[k] += length
-        heapq.heapreplace(cheapest, (cost + length + length**2 / QUADRATIC_TOKENS, k))
+        heapq.heapreplace(cheapest, (load + costs[i], k))
         for entry in passed:
             heapq.heappush(cheapest, entry)
     return packs

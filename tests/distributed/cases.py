@@ -197,7 +197,7 @@ def reference_values(config_path: str, variants: list[list[str]]) -> list[dict[s
 def _reference_values(config: configuration.Config) -> dict[str, np.ndarray]:
     import torch
 
-    from dspref.data.loader import packs_of
+    from dspref.data.loader import place
     from dspref.filling import COLUMNS
     from dspref.logps import pair_logps
 
@@ -206,7 +206,7 @@ def _reference_values(config: configuration.Config) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {"reference": [], "policy": []}
     for name in ("reference", "policy") * 2:
         sums = torch.zeros(len(pairs), len(COLUMNS))
-        for batch in packs_of(pairs, np.arange(len(pairs)), layout)[1]:
+        for batch in place(pairs, np.arange(len(pairs)), layout).packs(pairs, layout):
             logps = reference("train", batch) if name == "reference" else pair_logps(policy.forward(batch)[0], batch)
             assert logps is not None
             sums[batch.pair_ids] = torch.stack([getattr(logps, column).detach() for column in COLUMNS], dim=1)

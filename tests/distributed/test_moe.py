@@ -27,7 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from workers import Workers
 
 from dspref.data.batch import computed_tokens
-from dspref.data.plan import group, pack
+from dspref.data.plan import alone, group, pack
 
 PAIRS, HELD_OUT = 11, 7  # on two ranks, one pair per pack: one rank ends with a filler
 COEFFICIENT = 0.7  # so large that a wrong gradient of the routers' loss shows in every parameter
@@ -93,7 +93,7 @@ def run_file(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = save_tokenizer(folder / "tokenizer")
     for name, seed in (("policy", 1), ("reference", 2)):
         leaning_model(family, vocabulary, seed).save_pretrained(folder / name)
-    write_rows(folder / "pairs.jsonl", rows_that_share(PAIRS, seed=5))
+    write_rows(folder / "pairs.jsonl", rows_that_share(PAIRS, seed=6))
     write_rows(folder / "held_out.jsonl", preference_rows(HELD_OUT, seed=4))
     return write_run(folder)
 
@@ -170,12 +170,10 @@ class Oracle:
         return self.step(json.dumps(objective), (tuple(range(len(self.pairs))),))
 
     def of_micro_steps(self, objective: dict[str, Any], budget: int, sharing: bool, world: int) -> dict[str, Any]:
-        groups, tokens = np.arange(len(self.pairs)), computed_tokens(self.lengths, sharing)
-        if sharing:
-            groups, tokens = group(self.same, self.lengths, budget)
-        by_rank = pack(tokens, budget, world)
+        groups = group(self.same, self.lengths, budget) if sharing else alone(self.lengths)
+        by_rank = pack(groups.tokens, budget, world, groups.cost)
         together = tuple(
-            tuple(np.flatnonzero(np.isin(groups, np.concatenate(members))).tolist()) for members in zip(*by_rank)
+            tuple(np.flatnonzero(np.isin(groups.of_pair, np.concatenate(members))).tolist()) for members in zip(*by_rank)
         )
         return self.step(json.dumps(objective), together)
 

@@ -9,7 +9,7 @@ from math import ceil
 import numpy as np
 import pytest
 
-from dspref.data.plan import QUADRATIC_TOKENS, group, order, pack, rows_per_epoch, steps_per_epoch
+from dspref.data.plan import QUADRATIC_TOKENS, alone, group, order, pack, rows_per_epoch, steps_per_epoch
 
 # ------------------------------------------------------------------------------------------------------------ order
 
@@ -144,12 +144,14 @@ def some_groups(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_a_group_computes_its_prompt_and_each_answer_once(seed: int, budget: int) -> None:
     """Against a slow count; and no group exceeds the budget but a single pair, nor mixes prompts."""
     same, lengths = some_groups(seed)
-    groups, tokens = group(same, lengths, budget)
+    groups, tokens, attention = group(same, lengths, budget)
     assert sorted(set(groups.tolist())) == list(range(len(tokens)))
     for number, counted in enumerate(tokens.tolist()):
         members = np.flatnonzero(groups == number)
         distinct = {int(s): int(n) for i in members for s, n in zip(same[i], lengths[i])}
         assert counted == sum(distinct.values())
+        p, *answers = (size for _, size in sorted(distinct.items(), reverse=True))  # prompts have the largest numbers
+        assert attention[number] == p * (p + 1) // 2 + sum(a * p + a * (a + 1) // 2 for a in answers)
         assert len(set(same[members, 0].tolist())) == 1
         assert counted <= budget or len(members) == 1
     if budget == 10**6:
@@ -158,9 +160,16 @@ def test_a_group_computes_its_prompt_and_each_answer_once(seed: int, budget: int
 
 def test_pairs_without_common_prompts_stay_as_they_are() -> None:
     same, lengths = np.arange(30).reshape(10, 3), np.full((10, 3), 5)
-    groups, tokens = group(same[::-1], lengths, 100)
+    groups, tokens, _ = group(same[::-1], lengths, 100)
     assert groups.tolist() == list(range(10)) and tokens.tolist() == [15] * 10
-    assert [len(x) for x in group(same[:0], lengths[:0], 100)] == [0, 0]
+    assert [len(x) for x in group(same[:0], lengths[:0], 100)] == [0, 0, 0]
+
+
+def test_a_pair_by_itself_computes_its_prompt_twice() -> None:
+    groups = alone(np.array([[3, 2, 4], [1, 1, 1]]))
+    assert groups.of_pair.tolist() == [0, 1]
+    assert groups.tokens.tolist() == [5 + 7, 4]
+    assert groups.attention.tolist() == [15 + 28, 3 + 3]
 
 
 # ------------------------------------------------------------------------------------------------------------- pack

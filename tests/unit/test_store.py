@@ -221,3 +221,20 @@ def test_every_real_row_loads(tmp_path: Path, name: str) -> None:
             assert str(tokenizer.decode(store[i].chosen)).startswith(row.values["chosen"][0]["content"])
     assert (store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)).max() <= 2048
     assert store.lengths.min() >= 1
+
+
+def test_rows_of_scored_answers_keep_their_place_and_share_their_tokens(tmp_path: Path) -> None:
+    """Pairs know the row that they come from, and which prompts and answers are the same, across rows and sources."""
+    scored = {"prompt": "p1", "completions": [" a", " b", " c"], "scores": [3, 2, 1]}
+    plain = {"prompt": "p1", "chosen": " a", "rejected": " a b"}
+    source = write(tmp_path / "a.jsonl", [plain, scored, {"prompt": "p2", "chosen": " a", "rejected": " b"}])
+    store = load([source], tmp_path / "cache")
+    assert store.source_rows == (5,) and store.rows.tolist() == [0, 1, 1, 1, 2]
+    assert [store.where(i) for i in (0, 1, 3, 4)] == [f"{source.path}:{line}" for line in (1, 2, 2, 3)]
+    assert contents(store)[1:4] == [[[6], [2, 0], [3, 0]], [[6], [2, 0], [4, 0]], [[6], [3, 0], [4, 0]]]
+    same = store.same
+    assert len(set(same[:4, 0])) == 1 != len(set(same[:, 0]))
+    assert same[0, 1] == same[1, 1] == same[2, 1] != same[4, 1], "an answer to another prompt is another sequence"
+    assert same[1, 2] == same[3, 1] and same[2, 2] == same[3, 2]
+    best = load([Source(source.path, pairs="best_against_worst")], tmp_path / "cache")
+    assert best.source_rows == (3,) and best.key != store.key
