@@ -1,4 +1,4 @@
-"""The `dspref` command. It loads torch only where a command needs it, so that `check` answers at once on a login node."""
+"""The `dspref` command. Each command loads what it needs and no more: `--help` no config, `check` no torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dspref import config as configuration
 from dspref.errors import ConfigError, UserError
-from dspref.objectives import as_list
 
 app = typer.Typer(
     help="Preference optimization with DeepSpeed, from one YAML file.", no_args_is_help=True, add_completion=False
@@ -28,6 +26,9 @@ def check(
     file: File, overrides: Overrides = None, show: Annotated[bool, typer.Option(help="Print every key.")] = False
 ) -> None:
     """Check a run's YAML file without loading a model: keys, types, ranges, what goes together."""
+    from dspref import config as configuration
+    from dspref.objectives import as_list
+
     try:
         config = configuration.load(file, overrides or [])
     except UserError as error:
@@ -45,6 +46,8 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML file, for editors."""
+    from dspref import config as configuration
+
     print(configuration.schema(), end="")
 
 
@@ -64,6 +67,7 @@ def score(
     verify: Annotated[int, typer.Option(min=0, help="Score so many pairs, drawn at random, again, and compare.")] = 0,
 ) -> None:
     """Fill the reference store ahead of the run. Several ranks: srun, or torchrun --no-python, before this command."""
+    from dspref import config as configuration
     from dspref import launcher
 
     try:
