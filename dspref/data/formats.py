@@ -164,9 +164,10 @@ def _renamed(values: Values, columns: Columns, fields: Sequence[str]) -> dict[st
     """These fields under their own names. Raises RowError when `columns` names a column that is not there."""
     names = {field: columns.get(field, field) for field in fields}
     for field, name in names.items():
+        if name in values:
+            continue
         # A misspelt prompt column would silently turn the row into one with an implicit prompt.
-        misspelt = field == "prompt" and _close(name, values, cutoff=0.85) is not None
-        if name not in values and (name != field or misspelt):
+        if name != field or (field == "prompt" and _close(name, values, cutoff=0.85) is not None):
             raise _missing(field, values, name)
     return {field: values[name] for field, name in names.items() if name in values}
 

@@ -18,6 +18,9 @@ import numpy as np
 # 8k tokens, as an 8B model spends; only the balance of packs depends on it.
 QUADRATIC_TOKENS = 55_000
 
+# Greedy placement is even enough where packs hold more pairs, or where the dearest is this little above the mean.
+FEW_PAIRS, EVEN_ENOUGH = 16, 0.015
+
 
 def rows_per_epoch(rows: Sequence[int], weights: Sequence[float]) -> int:
     """Pairs in one epoch of a mixture: each source counts `weight` passes over its rows, a fraction rounded."""
@@ -182,4 +185,30 @@ def _place(
         heapq.heapreplace(cheapest, (load + costs[i], k))
         for entry in passed:
             heapq.heappush(cheapest, entry)
+    _exchange(packs, fill, sizes, costs, budget)
     return packs
+
+
+def _exchange(packs: list[list[int]], fill: list[int], sizes: list[int], costs: list[float], budget: int) -> None:
+    """Even out what greedy placement leaves where a pack holds few pairs: the dearest pack and the cheapest swap the two
+    pairs that bring them closest together, as long as that helps."""
+    loads = [sum(costs[i] for i in members) for members in packs]
+    even = (1 + EVEN_ENOUGH) * sum(loads) / len(packs)
+    for _ in range(len(packs)):
+        high, low = loads.index(max(loads)), loads.index(min(loads))
+        apart = loads[high] - loads[low]
+        if loads[high] <= even or len(packs[high]) > FEW_PAIRS:
+            return
+        swaps = [
+            (abs(apart - 2 * (costs[i] - costs[j])), i, j)
+            for i in packs[high]
+            for j in packs[low]
+            if fill[low] + sizes[i] - sizes[j] <= budget
+        ]
+        closest, i, j = min(swaps, default=(apart, -1, -1))
+        if closest >= apart:
+            return
+        for own, comes, goes in ((high, j, i), (low, i, j)):
+            packs[own][packs[own].index(goes)] = comes
+            fill[own] += sizes[comes] - sizes[goes]
+            loads[own] += costs[comes] - costs[goes]

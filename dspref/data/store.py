@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dspref.data.ahead import ahead
 from dspref.data.formats import Preference, RowError, check_template, to_preferences
 from dspref.data.sources import BadRow, Row, Source, read
-from dspref.data.tokenize import CHUNK_ROWS, Limits, TokenizedPair, tokenize, tokenizer_digest, truncate
+from dspref.data.tokenize import CHUNK_ROWS, Limits, Rendering, TokenizedPair, render, split, tokenizer_digest, truncate
 from dspref.errors import DataError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -202,10 +203,11 @@ def _build(
     built, total, done = _Build(), sum(map(len, rows)), 0
     for source, of_source in zip(sources, rows, strict=True):
         before = len(built.rows)
-        for start in range(0, len(of_source), CHUNK_ROWS):
-            chunk = of_source[start : start + CHUNK_ROWS]
-            for row, item in _tokenize_rows(chunk, source, tokenizer):
-                built.add(done + row, chunk[row].where, item, limits)
+        # The tokenizer leaves Python free to render the next rows meanwhile.
+        for chunk, rendered in ahead(_rendered(of_source, source, tokenizer)):
+            pairs = split([item for _, item in rendered], tokenizer)
+            for (row, _), pair in zip(rendered, pairs, strict=True):
+                built.add(done + row, chunk[row].where, pair, limits)
             done += len(chunk)
             if done // PROGRESS_ROWS > (done - len(chunk)) // PROGRESS_ROWS:
                 log(f"data: tokenized {done} of {total} rows")
@@ -217,13 +219,13 @@ def _build(
     return built
 
 
-def _tokenize_rows(
+def _rendered(
     rows: Sequence[Row | BadRow], source: Source, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, TokenizedPair | RowError]]:
-    """(number of the row, pair) for every pair of some rows, in order; a bad row gives its error."""
-    converted = [(k, item) for k, row in enumerate(rows) for item in _convert(row, source)]
-    tokenized = iter(tokenize([item for _, item in converted if isinstance(item, Preference)], tokenizer))
-    return ((k, next(tokenized) if isinstance(item, Preference) else item) for k, item in converted)
+) -> Iterator[tuple[Sequence[Row | BadRow], list[tuple[int, Rendering | RowError]]]]:
+    """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error."""
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[start : start + CHUNK_ROWS]
+        yield chunk, [(k, render(item, tokenizer)) for k, row in enumerate(chunk) for item in _convert(row, source)]
 
 
 def _convert(row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:

@@ -21,7 +21,7 @@ from dspref.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 500
 # Keys of a row's chat_template_kwargs that would change what is rendered instead of how.
 RESERVED_KWARGS = frozenset(
     {
@@ -96,7 +96,7 @@ def _truncated(pair: TokenizedPair, limits: Limits) -> TokenizedPair | RowError:
 # ---------------------------------------------------------------------------------------- render and tokenize
 
 
-class _Rendering(NamedTuple):
+class Rendering(NamedTuple):
     """The three texts of one pair. `special` tells whether the tokenizer adds its own special tokens."""
 
     texts: tuple[str, str, str]
@@ -105,21 +105,26 @@ class _Rendering(NamedTuple):
 
 def tokenize(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RowError]:
     """Tokenize without limits. Raises DataError when chat rows meet a tokenizer without a chat template."""
-    results: list[TokenizedPair | RowError] = []
-    for start in range(0, len(preferences), CHUNK_ROWS):
-        renderings = [_render(preference, tokenizer) for preference in preferences[start : start + CHUNK_ROWS]]
-        ids = {special: _batch_ids(renderings, tokenizer, special) for special in (False, True)}
-        for item in renderings:
-            results.append(item if isinstance(item, RowError) else _split(*next(ids[item.special])))
-    return results
+    return split([_render(preference, tokenizer) for preference in preferences], tokenizer)
 
 
-def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> _Rendering | RowError:
+def render(preference: Preference | RowError, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
+    """The texts of a pair, or why there are none. Raises as `tokenize` does."""
+    return _render(preference, tokenizer) if isinstance(preference, Preference) else preference
+
+
+def split(renderings: Sequence[Rendering | RowError], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RowError]:
+    """Token ids of rendered pairs, by one call of the tokenizer for each kind of them."""
+    ids = {special: _batch_ids(renderings, tokenizer, special) for special in (False, True)}
+    return [item if isinstance(item, RowError) else _split(*next(ids[item.special])) for item in renderings]
+
+
+def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
     if isinstance(preference.prompt, str):
         eos = cast("str | None", tokenizer.eos_token) or ""
         answers = (cast(str, preference.chosen), cast(str, preference.rejected))
         chosen, rejected = (preference.prompt + (text if text.endswith(eos) else text + eos) for text in answers)
-        return _Rendering((preference.prompt, chosen, rejected), special=True)
+        return Rendering((preference.prompt, chosen, rejected), special=True)
     if tokenizer.chat_template is None:
         reason = "the rows are conversations and the tokenizer has no chat template"
         raise DataError(f"model.chat_template: {reason}; fix: set model.chat_template to a Jinja file")
@@ -129,7 +134,7 @@ def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> _Rend
         return error if isinstance(error, RowError) else RowError("chat_template", f"{type(error).__name__}: {error}")
 
 
-def _render_chat(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> _Rendering:
+def _render_chat(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering:
     prompt, chosen, rejected = (
         cast("list[dict[str, Any]]", part) for part in (preference.prompt, preference.chosen, preference.rejected)
     )
@@ -143,14 +148,14 @@ def _render_chat(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> 
 
     unfinished = prompt[-1]["role"] == "assistant"
     opening = render(prompt, continue_final_message=True) if unfinished else render(prompt, add_generation_prompt=True)
-    return _Rendering((opening, render(prompt + chosen), render(prompt + rejected)), special=False)
+    return Rendering((opening, render(prompt + chosen), render(prompt + rejected)), special=False)
 
 
 def _batch_ids(
-    renderings: Sequence[_Rendering | RowError], tokenizer: PreTrainedTokenizerBase, special: bool
+    renderings: Sequence[Rendering | RowError], tokenizer: PreTrainedTokenizerBase, special: bool
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of the three texts of every rendering of one kind, from one call of the tokenizer."""
-    chosen = (item for item in renderings if isinstance(item, _Rendering) and item.special == special)
+    chosen = (item for item in renderings if isinstance(item, Rendering) and item.special == special)
     texts = [text for item in chosen for text in item.texts]
     if not texts:
         return iter(())
@@ -163,15 +168,26 @@ def _batch_ids(
     return zip(of_texts[0::3], of_texts[1::3], of_texts[2::3], strict=True)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
+def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     encoded = tokenizer(
-        texts,
+        texts[: 1 if _is_plain(tokenizer) else None],
         add_special_tokens=special,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
-    return cast("list[list[int]]", encoded["input_ids"])
+    if not _is_plain(tokenizer):
+        return encoded["input_ids"]
+    # The call above has set the backend up; asked directly, it leaves out where each token lies in the text.
+    return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer does nothing beside what its Rust backend does."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = getattr(type(tokenizer), "_encode_plus", None)
+    return own is not None and own is getattr(PreTrainedTokenizerFast, "_encode_plus", None)
 
 
 def _without_doubles(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -247,10 +263,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over everything that turns text into tokens; the folder it came from does not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        content = json.loads(backend.to_str())
-        # Every padded or truncated call leaves its settings in here.
-        content.pop("truncation", None)
-        content.pop("padding", None)
+        # Every padded or truncated call leaves its settings in there, and sets them anew.
+        backend.no_truncation()
+        backend.no_padding()
+        content = hashlib.sha256(backend.to_str().encode()).hexdigest()
     else:
         content = sorted(tokenizer.get_vocab().items())
     flags = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "split_special_tokens")}

@@ -68,7 +68,7 @@ def test_iteration_ends(tmp_path: Path) -> None:
 
 def test_second_load_finds_the_first_even_after_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
-    monkeypatch.setattr(store_module, "tokenize", None)
+    monkeypatch.setattr(store_module, "split", None)
     (tmp_path / "b.jsonl").write_text("\n" + (tmp_path / "a.jsonl").read_text())
     second = load([Source(str(tmp_path / "b.jsonl"))], tmp_path / "cache")
     assert second.key == first.key
