@@ -300,9 +300,11 @@ def digest(source: Saved) -> str:
     return found.hexdigest()
 
 
-def save(adapters: Adapters, state: Mapping[str, Tensor], folder: Path, base: str) -> dict[str, Tensor]:
+def save(
+    adapters: Adapters, state: Mapping[str, Tensor], folder: Path, base: str, revision: str | None = None
+) -> dict[str, Tensor]:
     """Write the trained adapter as peft does; its tensors by their names in the file. `state`: the same by their names in
-    the model; `base`: the model that it is for."""
+    the model; `base`, `revision`: the model that it is for."""
     from peft import get_peft_model_state_dict
 
     named = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
@@ -312,6 +314,7 @@ def save(adapters: Adapters, state: Mapping[str, Tensor], folder: Path, base: st
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     config = copy.copy(adapters.peft.peft_config[adapters.trained])
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.revision = revision
     config.inference_mode = True
     config.save_pretrained(str(folder))
     return tensors
@@ -322,9 +325,10 @@ def read(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def base_of(folder: str) -> str:
-    """Folder or hub id of the model that a saved adapter is for."""
-    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+def base_of(folder: str) -> tuple[str, str | None]:
+    """(folder or hub id, revision) of the model that a saved adapter is for."""
+    settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    return settings["base_model_name_or_path"], settings.get("revision")
 
 
 def plain(base: PreTrainedModel, folder: str) -> Any:

@@ -51,7 +51,7 @@ def export(
             return
         adapter = run.path / "adapter" if lora.merge_on_export else run.final
         with _replacing(adapter) as draft:
-            _write_adapter(draft, policy.module, state, base)
+            _write_adapter(draft, policy.module, state, base, config.model)
             _accompany(draft, tokenizer, config, summary)
         if lora.merge_on_export:
             with _replacing(run.final) as draft:
@@ -81,9 +81,12 @@ def _write_model(draft: Path, policy: PackedCausalLM, state: dict[str, Tensor], 
     verify(draft, state, trust_remote_code)
 
 
-def _write_adapter(draft: Path, policy: PackedCausalLM, state: Mapping[str, Tensor], base: str) -> None:
+def _write_adapter(
+    draft: Path, policy: PackedCausalLM, state: Mapping[str, Tensor], base: str, section: ModelSection
+) -> None:
     assert policy.adapters
-    written = adapters.save(policy.adapters, state, draft, str(shipped(base)))
+    revision = section.revision if base == section.name_or_path else None  # not of weights that were drawn here
+    written = adapters.save(policy.adapters, state, draft, str(shipped(base)), revision)
     _compare(draft, written, adapters.read(draft))
 
 

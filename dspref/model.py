@@ -309,17 +309,24 @@ def _first_line(error: BaseException) -> str:
 def load_plain(weights: str, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None) -> Any:
     """`from_pretrained` and nothing else, on the CPU; of an adapter's folder, the model with the adapter on it."""
     if adapters.is_saved(weights, ""):
-        return adapters.plain(load_plain(adapters.base_of(weights), trust_remote_code, dtype), weights)
+        base, of_base = adapters.base_of(weights)
+        return adapters.plain(load_plain(base, trust_remote_code, dtype, of_base), weights)
     own = {"revision": revision} if revision else {}
     return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, trust_remote_code=trust_remote_code, **own)
 
 
+def load_beginning(section: ModelSection, weights: str) -> Any:
+    """What a policy began as, plain: its `weights`, and the saved adapter that it goes on from."""
+    revision = section.revision if weights == section.name_or_path else None
+    lm = load_plain(str(shipped(weights)), section.trust_remote_code, revision=revision)
+    adapter = adapters.own(section)
+    return adapters.plain(lm, str(adapters.folder_of(adapter))) if adapter else lm
+
+
 @torch.no_grad()
-def generate(
-    weights: str, prompts: list[list[int]], max_new_tokens: int, stop: int | None, trust_remote_code: bool
-) -> list[list[int]]:
+def generate(lm: Any, prompts: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
     """Greedy continuations of some prompts (token ids) by a plain transformers model."""
-    lm: Any = load_plain(weights, trust_remote_code).eval()
+    lm.eval()
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

@@ -304,8 +304,11 @@ def write_samples(
     prompts = [pair.prompt.tolist() for pair in pairs]
     stop = cast(int, tokenizer.eos_token_id)
     answers = [
-        model.generate(str(shipped(path)), prompts, SAMPLE_TOKENS, stop, config.model.trust_remote_code)
-        for path in (weights, str(run.final))
+        model.generate(load(), prompts, SAMPLE_TOKENS, stop)
+        for load in (
+            lambda: model.load_beginning(config.model, weights),
+            lambda: model.load_plain(str(run.final), config.model.trust_remote_code),
+        )
     ]
     rows = [
         {

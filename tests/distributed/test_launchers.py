@@ -88,6 +88,7 @@ def test_plain_python_with_trackers(folder, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_does_not_stop_the_run(folder, tmp_path):
     command = [str(BIN / "dspref"), "train", f"{folder}/run.yaml", "log.trackers=[wandb]"]
     done = run(command, tmp_path / "run", WANDB_MODE="nonsense")

@@ -21,7 +21,7 @@ from dspref import adapters
 from dspref.adapters import Adapters, Saved
 from dspref.config import ModelSection
 from dspref.errors import ConfigError
-from dspref.model import content_digest
+from dspref.model import content_digest, load_beginning
 
 IDS = torch.arange(5, 25)[None]
 
@@ -396,3 +396,23 @@ def test_weights_of_another_kind_of_file_cannot_be_told_apart(base, tmp_path):
     (tmp_path / "copy" / "model.safetensors").rename(tmp_path / "copy" / "model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
         content_digest(section(tmp_path / "copy"))
+
+
+def test_a_run_that_goes_on_begins_with_its_adapter(base, tmp_path):
+    """What answers the sample prompts "before": the model with the saved adapter, not the model alone."""
+    folder = saved(base, tmp_path / "adapter", seed=3)
+    fresh = load_beginning(section(base), str(base))
+    going_on = load_beginning(section(base, lora={"path": str(folder)}), str(base))
+    assert torch.equal(logits(fresh), logits(model_of(base)))
+    assert torch.equal(logits(going_on), logits(PeftModel.from_pretrained(model_of(base), str(folder))))
+    assert not torch.allclose(logits(going_on), logits(fresh), atol=1e-3)
+
+
+def test_a_saved_adapter_names_the_revision_of_its_model(base, tmp_path):
+    lm = model_of(base)
+    own = adapters.for_training(lm, section(base), seed=1)
+    state = {name: p.detach() for name, p in lm.named_parameters() if p.requires_grad}
+    adapters.save(own, state, tmp_path / "saved", "some/model", "v2")
+    assert adapters.base_of(str(tmp_path / "saved")) == ("some/model", "v2")
+    adapters.save(own, state, tmp_path / "other", str(base))
+    assert adapters.base_of(str(tmp_path / "other")) == (str(base), None)
