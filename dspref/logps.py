@@ -160,39 +160,36 @@ class _ScoredLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # Chunks add up in fp32: in bf16 a sum over many chunks would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(bias) if needs_bias else None
         # Used up: a second backward pass makes them again.
         kept, ctx.probabilities = ctx.probabilities, None
-        for rows in _chunks(hidden, weight) if kept is None else [slice(None)]:
-            slope = grad_logps[rows, None]
+        # By parts of the vocabulary: each row of the head gets its whole gradient at once, and no sum of the head's size in
+        # fp32 is needed beside it.
+        for words in _parts(hidden, weight) if kept is None else [slice(0, weight.shape[0])]:
+            slope = grad_logps[:, None]
             if kept is None:
-                logits = ctx.transform(_raw_logits(hidden[rows], weight, bias))
+                logits = ctx.transform(_raw_logits(hidden, weight[words], None if bias is None else bias[words]))
                 slope = slope * ctx.transform.derivative(logits)
-                grad = logits.sub_(log_normalizer[rows, None]).exp_()
+                grad = logits.sub_(log_normalizer[:, None]).exp_()
             else:
-                grad, slope = kept, slope * ctx.transform.scale
-            grad = grad.mul_(slope.neg())
-            grad.scatter_add_(
-                -1, targets[rows, None], slope if slope.shape[1] == 1 else slope.gather(-1, targets[rows, None])
-            )
-            grad = grad.to(hidden.dtype)
+                slope, grad = slope * ctx.transform.scale, kept
+            grad = _with_target(grad.mul_(-slope), slope, targets - words.start).to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight
+                grad_hidden += grad @ weight[words]
             if grad_weight is not None:
-                _add_product(grad_weight, grad.t(), hidden[rows])
+                torch.mm(grad.t(), hidden, out=grad_weight[words])
             if grad_bias is not None:
-                grad_bias += grad.sum(dim=0, dtype=torch.float32)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+                grad_bias[words] = grad.sum(dim=0, dtype=torch.float32)
+        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None)
+
+
+def _with_target(grad: Float[Tensor, "C v"], slope: Tensor, place: Int[Tensor, "C"]) -> Float[Tensor, "C v"]:
+    """Add each row's slope at its target, where the target's `place` lies in this part of the vocabulary."""
+    inside, column = (place >= 0) & (place < grad.shape[1]), place.clamp(0, grad.shape[1] - 1)[:, None]
+    own = slope if slope.shape[1] == 1 else slope.gather(-1, column)
+    return grad.scatter_add_(-1, column, own * inside[:, None])
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -205,11 +202,6 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     return out.copy_(torch.nn.functional.linear(hidden, weight, bias))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left @ right, in fp32."""
-    return total.addmm_(left, right) if left.dtype == torch.float32 else total.add_(left @ right)
-
-
 def _room_for_all(hidden: Tensor, weight: Tensor) -> Tensor | None:
     """A place for the probabilities of every scored token, where they are few enough to keep."""
     elements = hidden.shape[0] * weight.shape[0]
@@ -220,4 +212,11 @@ def _room_for_all(hidden: Tensor, weight: Tensor) -> Tensor | None:
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     count = hidden.shape[0]
     size = max(1, (LOGITS_PER_CPU_CHUNK if hidden.is_cpu else LOGITS_PER_CHUNK) // weight.shape[0])
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """The vocabulary in parts, for all scored tokens at once."""
+    count = weight.shape[0]
+    size = max(1, (LOGITS_PER_CPU_CHUNK if hidden.is_cpu else LOGITS_PER_CHUNK) // max(hidden.shape[0], 1))
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from math import inf, log
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface
 
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import child, flex, models, parts, races
+from benchmarks.gpu import child, flex, models, parts, races, train
 from benchmarks.gpu.clock import repeat
 from benchmarks.gpu.figures import Figure, Sizes, ratio, tiny_sizes
 from benchmarks.processes import Failed
@@ -36,7 +37,8 @@ LENGTHS = [[9, 5, 3], [4, 2, 7]]
 
 def random_pairs(lengths: list[list[int]]) -> list[TokenizedPair]:
     draws = np.random.default_rng(1)
-    return [TokenizedPair(*(draws.integers(0, 99, size=n).astype(np.int32) for n in row)) for row in lengths]
+    rows = [[draws.integers(0, 99, size=n).astype(np.int32) for n in row] for row in lengths]
+    return [TokenizedPair(prompt, chosen, rejected) for prompt, chosen, rejected in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,13 +94,14 @@ def tokens_of(pairs: list[TokenizedPair]) -> list[Tokens]:
     return [Tokens(*(part.tolist() for part in (pair.prompt, pair.chosen, pair.rejected))) for pair in pairs]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_sees_what_dsprefs_kernel_sees():
     pairs = random_pairs(LENGTHS)
     batch = collate(pairs, range(2), prefix_sharing=True)
     count, length = len(batch.input_ids), flex.rounded(len(batch.input_ids))
     q, k, v = (torch.randn(length, heads, 8) for heads in (4, 2, 2))
-    owner, part, _ = flex.places(tokens_of(pairs), length)
-    found = flex.attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), flex.prefix_mask(owner, part))[0].transpose(0, 1)
+    mask = flex.prefix_mask(*flex.places(tokens_of(pairs), length)[:2])
+    found = flex.attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask=mask)[0].transpose(0, 1)
     keys, values = (x[:count][batch.kv_index] for x in (k, v))
     expected = KERNELS["sdpa"].compute(q[:count], keys, values, Segments(batch, "sdpa"), Options(8**-0.5, 0.0, None, None))
     assert torch.allclose(found[:count], expected, atol=1e-5)
@@ -115,6 +118,7 @@ def test_flex_scores_the_same_tokens_at_the_same_places():
     assert torch.equal(packed.owners, batch.span_index)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("heads", [4, 6])
 def test_flex_gives_a_model_the_log_probs_of_dspref(heads):
     sizes = {"num_attention_heads": heads, "hidden_size": 8 * heads, "num_key_value_heads": 2}
@@ -157,7 +161,7 @@ def test_attention_that_differs_is_refused():
     q = torch.randn(8, 2, 4, requires_grad=True)
     expected = [torch.ones(8, 2, 4)]
     with pytest.raises(ValueError, match="away"):
-        parts.attention_kernel(lambda: lambda q: 2 * q, [q], expected, "cpu", 1, 1)
+        parts.attention_kernel(lambda: lambda q, *_: 2 * q, [q], expected, "cpu", 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +238,7 @@ def test_figures_of_a_race():
     found = {"dspref": RESULT, "TRL": RESULT | {"seconds": [9.0, 3.0], "peak_bytes": 200}}
     assert races.claimed(races.Claim("TRL", at_least(2.0)), found, 1).value == 3.0
     assert races.claimed(races.Claim("TRL", at_most(0.6), "memory"), found, 1).value == 0.5
+    assert "TRL all in bf16" not in races.variants_of(races.RACES["G1"], tiny_sizes(Path()))
     found["TRL"] = {"reason": "out of luck"}
     assert races.claimed(races.Claim("TRL", None), found, 1).reason == "TRL: out of luck"
 
@@ -250,8 +255,10 @@ def test_utilization_counts_what_is_useful_and_what_is_executed():
     [
         ("memory", "memory", 2.0, None),
         ("time", "memory", 2.0, None),
-        ("memory", "time", None, "all the time"),
-        ("steps", "steps", None, "all the lengths"),
+        ("failure", "memory", 2.0, None),
+        ("memory", "time", None, "until its time ended"),
+        ("memory", "failure", None, "until it failed"),
+        ("steps", "steps", None, "the longest tried"),
     ],
 )
 def test_the_longest_pair_is_compared_where_the_peers_memory_ends(ours, peer, value, why):
@@ -260,7 +267,21 @@ def test_the_longest_pair_is_compared_where_the_peers_memory_ends(ours, peer, va
     assert figure.value == value
     assert why is None or why in str(figure.reason)
     assert [figure.value for figure in each] == [32, 16]
-    assert ("at least" in figure.what) == (ours == "time" and peer == "memory")
+    assert ("at least" in figure.what) == (ours != "memory" and peer == "memory")
+
+
+def test_what_ends_for_lack_of_memory_is_told_from_what_fails():
+    def raises(error: Exception) -> Callable[[], None]:
+        def job() -> None:
+            raise error
+
+        return job
+
+    assert train.until_memory_ends(lambda: None) == "steps"
+    assert train.until_memory_ends(raises(torch.OutOfMemoryError("CUDA out of memory"))) == "memory"
+    assert train.until_memory_ends(raises(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))) == "memory"
+    with pytest.raises(RuntimeError, match="illegal"):
+        train.until_memory_ends(raises(RuntimeError("illegal memory access")))
 
 
 def test_no_step_at_all_is_no_length():

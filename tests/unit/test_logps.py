@@ -22,10 +22,13 @@ TRANSFORMS = [
 ]
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five rows at a time: 23 scored tokens make four whole chunks and a rest."""
+@pytest.fixture(params=["kept", "made again"])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows at a time: 23 scored tokens make four whole chunks and a rest; with probabilities that stay until the
+    backward pass, and with ones that are made again, ten words of the vocabulary at a time."""
     monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 5 * V + 1)
+    if request.param == "made again":
+        monkeypatch.setattr(module, "KEPT_ON_CPU", 0)
 
 
 def head(
@@ -94,6 +97,7 @@ def test_chunk_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) 
     whole = scored_logps(hidden, weight, offset, targets, with_collision=True)
     expected = torch.autograd.grad(whole.logps.sum(), (hidden, weight, offset))
     monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", rows * V)
+    monkeypatch.setattr(module, "KEPT_ON_CPU", 0)
     chunked = scored_logps(hidden, weight, offset, targets, with_collision=True)
     for ours, theirs in zip(chunked, whole):
         assert_close(ours, theirs)
@@ -159,15 +163,34 @@ def test_bf16_inputs_are_reduced_in_fp32(small_chunks: None) -> None:
         assert_close(mine.float(), reference, 2e-2)
 
 
-def test_gradients_accumulate_in_fp32_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, 128 + 0.5 is 128: hundreds of equal chunks would stop adding up."""
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_gradients_accumulate_in_fp32(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, 128 + 0.5 is 128: hundreds of equal shares, of tokens or of parts of the vocabulary, would stop adding up."""
     monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 1)
+    monkeypatch.setattr(module, "KEPT_ON_CPU", kept)
     count = 400
     hidden = torch.ones(count, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     scored_logps(hidden, weight, None, torch.zeros(count, dtype=torch.int64)).logps.sum().backward()
     assert weight.grad is not None
     assert weight.grad[:, 0].tolist() == [200.0, -200.0]
+
+    one = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    words = torch.full((512, 1), 0.5 * 512, dtype=torch.bfloat16)
+    words[0] = 0  # the target: the gradient is minus the mean of all the others
+    scored_logps(one, words, None, torch.zeros(1, dtype=torch.int64)).logps.sum().backward()
+    assert one.grad is not None
+    assert one.grad.item() == pytest.approx(-0.5 * 511, rel=2**-8)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_second_backward_pass_is_like_the_first(transform: HeadTransform) -> None:
+    """Kept probabilities become the gradient in place; whoever keeps the graph gets them made again."""
+    hidden, weight, offset, targets = head()
+    ours = scored_logps(hidden, weight, offset, targets, transform).logps
+    first, second = (torch.autograd.grad(ours.sum(), (hidden, weight, offset), retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second):
+        assert_close(one, other)
 
 
 def test_far_apart_logits_stay_finite() -> None:

@@ -1,0 +1,1 @@
+"""Side-by-side runs of dspref and its peers; see README.md."""

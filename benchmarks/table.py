@@ -1,0 +1,62 @@
+"""The table of a results file: on the terminal, and in README.md between two markers (`python -m benchmarks.table FILE`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+HEADER = ("benchmark", "what", "measured", "target", "")
+
+
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row of cells per figure; what is void says why in place of its figures."""
+    for race in result["races"]:
+        if race["void"]:
+            yield (" ".join(race["benchmarks"]), race["race"], f"VOID: {race['void']}", "", "")
+            continue
+        for claim in race["claims"]:
+            verdict = {True: "met", False: "missed", None: ""}[claim["met"]]
+            yield (claim["benchmark"], claim["what"], measured(claim), claim["target"] or "", verdict)
+
+
+def measured(claim: dict[str, Any]) -> str:
+    """`4.12x TRL`: so many times as fast as TRL, or for memory so many times as much."""
+    number = f"{claim['value']:,.0f}" if claim["value"] >= 1000 else f"{claim['value']:.3g}"
+    return f"{number}{claim.get('unit', 'x')} {claim['peer']}".rstrip()
+
+
+def ordered(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    return sorted(rows(result), key=lambda row: int(row[0].split()[0].removeprefix("B")))
+
+
+def as_text(result: dict[str, Any]) -> str:
+    table = [HEADER, *ordered(result)]
+    widths = [max(len(row[k]) for row in table) for k in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    table = [HEADER, ("---",) * len(HEADER), *ordered(result)]
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    dates = sorted({race["date"][:10] for race in result["races"]})
+    rounds = min(race["rounds"] for race in result["races"])
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    lines += ["", f"{when}, {result['hardware']['processor']}; least of {rounds} rounds or more; {versions}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n\n{as_markdown(result)}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
