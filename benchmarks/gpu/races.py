@@ -109,6 +109,7 @@ def spec_of(sizes: Sizes, race: Race, lengths: Any, made: dict[str, Any], **valu
     common = {
         "steps": sizes.warmups + sizes.steps, "pairs_per_step": race.pairs, "max_length": longest, "device": sizes.device,
         "dtype": sizes.dtype, "learning_rate": sizes.learning_rate, "first_loss": race.first_loss,
+        "zero_stage": 0 if sizes.dtype == "float32" else 1,  # which keeps fp32 masters, as TRL does
     }  # fmt: skip
     where = {"model": made["model"], "data": made["data"], "work": str(sizes.work)}
     return Spec(**where, **common | dict(race.values) | values)
