@@ -228,8 +228,9 @@ def fault(variants: Variants, found: Found) -> str | None:
             if len(result["losses"]) != len(expected["losses"]):
                 return f"{name} did {len(result['losses'])} steps, {first} {len(expected['losses'])}"
             gaps = [abs(a - b) for a, b in zip(result["losses"], expected["losses"])]
-            if not max(gaps) <= LOSS_TOLERANCE:
-                return f"losses of {name} and {first} differ by {max(gaps):.2g} in step {gaps.index(max(gaps)) + 1}"
+            for step, gap in enumerate(gaps, start=1):
+                if not gap <= LOSS_TOLERANCE:
+                    return f"losses of {name} and {first} differ by {gap:.2g} in step {step}"
     analytic = variants[first][1].first_loss
     if analytic is not None and not abs(expected["losses"][0] - analytic) <= FIRST_LOSS_TOLERANCE:
         return f"the first loss is {expected['losses'][0]:.6f}, not {analytic:.6f}"
