@@ -179,10 +179,8 @@ SHARE = "share of saved tokens"
 CLAIMS = [
     Claim("B1", "live A", "DPO, large vocabulary, live reference", "dspref", "TRL", at_least(4.0)),
     Claim("B1", "live A", "the same", "dspref", "TRL default", None),
-    Claim("B1", "lengths A", "the same, lengths like UltraFeedback's", "dspref", "TRL", None),
     Claim("B2", "live B", "DPO, heavy body, live reference", "dspref", "TRL", at_least(2.7)),
     Claim("B2", "live B", "the same", "dspref", "TRL default", None),
-    Claim("B2", "lengths B", "the same, lengths like UltraFeedback's", "dspref", "TRL", None),
     Claim("B3", "stored A", "DPO, large vocabulary, stored reference", "dspref", "TRL", at_least(4.5)),
     Claim("B3", "stored B", "DPO, heavy body, stored reference", "dspref", "TRL", at_least(3.0)),
     Claim("B3", "stored A", "the same on A", "dspref", "padded", None),
@@ -191,8 +189,6 @@ CLAIMS = [
     Claim("B4", "live A", "the same", "dspref", "dense mask", None),
     Claim("B4", "live B", "DPO, heavy body, live reference", "dspref", "padded", at_least(2.0)),
     Claim("B4", "live B", "the same", "dspref", "dense mask", None),
-    Claim("B4", "lengths A", "large vocabulary, lengths like UltraFeedback's", "dspref", "padded", None),
-    Claim("B4", "lengths B", "heavy body, lengths like UltraFeedback's", "dspref", "padded", None),
     Claim("B5", "prompt-heavy", "sharing prompts, over its saving of tokens", "shared", "separate", at_least(0.93), SHARE),
     Claim("B5", "prompt-heavy", "sharing prompts, multi-turn DPO", "shared", "separate", None),
     Claim("B5", "prompt-heavy", "multi-turn DPO, stored reference", "shared", "TRL", None),
@@ -206,6 +202,10 @@ CLAIMS = [
     Claim("B12", "stored B", "reference pass, heavy body", "dspref", "TRL", at_least(4.0), "reference pass"),
     Claim("B16", "stages", "step on one rank, heavy body, stored reference", "ZeRO-3", "ZeRO-1", at_most(1.10), "time"),
     Claim("B18", "experts", "mixture of experts with its balancing loss", "dspref", "TRL", at_least(2.5)),
+    Claim("B19", "lengths A", "lengths like UltraFeedback's, large vocabulary", "dspref", "TRL", None),
+    Claim("B19", "lengths A", "the same", "dspref", "padded", None),
+    Claim("B19", "lengths B", "lengths like UltraFeedback's, heavy body", "dspref", "TRL", None),
+    Claim("B19", "lengths B", "the same", "dspref", "padded", None),
 ]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
-from dspref import distributed, engine, performance
+from dspref import attention, engine, performance
 from dspref.config import Config
 from dspref.data.loader import StepLoader, place
 from dspref.engine import Engine
@@ -20,6 +20,8 @@ TOKENS_PER_GATHER = 1_100
 HIDDEN_KEPT, MLP_KEPT = 6, 4
 # Steps of the first epoch that are planned to see how packs come out: it takes milliseconds.
 STEPS_LOOKED_AT = 20
+# Of a budget over the tokens that it is for, as pairs cannot be cut.
+ROOM = 1.05
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,20 @@ class Facts:
     """What is known of a run before its first step: means over steps, of one rank where ranks differ."""
 
     device: str
-    kernel: str
     zero_stage: int
     world_size: int
+    pairs_per_step: int
     packs_per_step: float
     fill: float
     waiting: float
-    tokens_per_pack: int
-    """The budget."""
     tokens_per_rank: int
     """Computed in a step."""
-    pairs_per_step: int
+    largest_pack: int
+    """Tokens."""
+    fewer_packs: tuple[int, float] | None
+    """A budget of tokens that was tried, and the packs per step that it gives, where those are fewer."""
+    faster_kernel: str | None
+    """How to get one, in place of attention sequence by sequence on a GPU."""
     sparsity: float
     """All weights over those that a token meets: 1 for a dense model."""
     checkpointing: bool
@@ -48,56 +53,71 @@ class Facts:
 
 def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> list[str]:
     """Advice for a run whose models are in memory."""
-    placed = [place(loader.store, ids, loader.layout) for ids in loader.epoch(0)[:STEPS_LOOKED_AT]]
-    lm, world = policy.module.lm, distributed.world().size
+    steps, layout = loader.epoch(0)[:STEPS_LOOKED_AT], loader.layout
+    placed = [place(loader.store, ids, layout) for ids in steps]
+    lm, world = policy.module.lm, layout.world_size
     text, size = lm.config.get_text_config(), performance.size_of(policy.module)
     mlp = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    value = 4 if config.model.dtype == "float32" else 2
+    packs, per_rank = fmean(len(p.ids[0]) for p in placed), fmean(p.tokens for p in placed) / world
+    budget = -int(-per_rank * ROOM // max(int(per_rank / layout.tokens_per_pack), 1) // 256) * 256
+    larger = replace(layout, tokens_per_pack=budget)
+    then = fmean(len(place(loader.store, ids, larger).ids[0]) for ids in steps)
+    # Gradients are not there yet: fp32 ones, and before they are reduced those of the run's type.
+    coming = 6 * engine.count_weights(lm) // (world if config.zero_stage >= 2 else 1)
     facts = Facts(
         device=policy.device.type,
-        kernel=kernel,
         zero_stage=config.zero_stage,
         world_size=world,
-        packs_per_step=fmean(len(p.ids[0]) for p in placed),
+        pairs_per_step=config.train.pairs_per_step,
+        packs_per_step=packs,
         fill=fmean(p.fill for p in placed),
         waiting=fmean(p.waiting for p in placed),
-        tokens_per_pack=config.data.tokens_per_pack,
-        tokens_per_rank=round(fmean(p.tokens for p in placed) / world),
-        pairs_per_step=config.train.pairs_per_step,
+        tokens_per_rank=round(per_rank),
+        largest_pack=max(p.largest for p in placed),
+        fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
+        faster_kernel=_faster_kernel(config, policy.device.type, kernel),
         sparsity=engine.count_weights(lm) / max(size.body + size.head, 1),
         checkpointing=config.model.gradient_checkpointing,
-        kept_bytes=kept_per_token(text.hidden_size, mlp, text.num_hidden_layers, value),
-        free_bytes=engine.free_memory(policy.device),
+        kept_bytes=kept_per_token(
+            text.hidden_size, mlp, text.num_hidden_layers, 4 if config.model.dtype == "float32" else 2
+        ),
+        free_bytes=engine.free_memory(policy.device) - coming,
     )
     return list(lines(facts))
 
 
+def _faster_kernel(config: Config, device_type: str, kernel: str) -> str | None:
+    others = [name for name in attention.available(device_type) if name != "sdpa"]
+    if kernel != "sdpa" or not others:
+        return None
+    if config.model.dtype == "float32":
+        return f"model.dtype: bfloat16 allows {others[0]}"
+    return f"model.attn_implementation: auto may take {others[0]}" if config.model.attn_implementation == "sdpa" else None
+
+
 def lines(facts: Facts) -> Iterator[str]:
     """Advice for what the facts show, the dearest first."""
-    if facts.device == "cuda" and facts.kernel == "sdpa":
-        yield (
-            "attention runs sequence by sequence (sdpa): pip install flash-attn, or set model.dtype: bfloat16, for which "
-            "torch has a packed kernel"
-        )
+    if facts.faster_kernel:
+        yield f"attention runs sequence by sequence (sdpa): {facts.faster_kernel}"
     if facts.waiting > WORTH_SAYING:
         yield (
             f"ranks wait for the slowest {facts.waiting:.0%} of the time: {facts.pairs_per_step} pairs are too few to "
-            f"balance over {facts.world_size} ranks; raise train.pairs_per_step"
+            f"balance over {facts.world_size} ranks; use fewer, or raise train.pairs_per_step (which changes the batch)"
         )
-    if facts.packs_per_step > 1 and facts.fill < 1 - WORTH_SAYING:
-        budget = _rounded(facts.tokens_per_rank / max(int(facts.packs_per_step * facts.fill), 1) * 1.05)
+    if facts.fill < 1 - WORTH_SAYING and facts.fewer_packs:
+        budget, packs = facts.fewer_packs
         yield (
-            f"packs are {facts.fill:.0%} full, {facts.packs_per_step:.3g} a step: data.tokens_per_pack={budget} would need "
-            "fewer"
+            f"packs are {facts.fill:.0%} full: data.tokens_per_pack={budget} needs {packs:.3g} a step in place of "
+            f"{facts.packs_per_step:.3g}, if memory allows it"
         )
     needed = TOKENS_PER_GATHER * facts.sparsity
     per_gather = facts.tokens_per_rank / max(facts.packs_per_step, 1)
     if facts.device == "cuda" and facts.zero_stage == 3 and facts.world_size > 1 and per_gather < needed:
         yield (
             f"each gather of the weights serves {per_gather:,.0f} tokens, and compute hides it from about {needed:,.0f} on: "
-            "raise train.pairs_per_step and data.tokens_per_pack, or use stage 2 where the weights fit"
+            "raise data.tokens_per_pack, use fewer ranks, or stage 2 where the weights fit"
         )
-    kept = facts.kept_bytes * min(facts.tokens_per_pack, facts.tokens_per_rank)
+    kept = facts.kept_bytes * facts.largest_pack
     if facts.checkpointing and kept < facts.free_bytes / 2:
         yield (
             f"activations would take about {_size(kept)} of {_size(facts.free_bytes)} free memory: "
@@ -109,11 +129,6 @@ def kept_per_token(hidden: int, mlp: int, layers: int, bytes_per_value: int) -> 
     """Bytes of activations for each token (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2, without the scores of attention
     that fused kernels do not keep, and for gated MLPs)."""
     return layers * bytes_per_value * (HIDDEN_KEPT * hidden + MLP_KEPT * mlp)
-
-
-def _rounded(tokens: float) -> int:
-    """Up to the next multiple of 256."""
-    return -int(-tokens // 256) * 256
 
 
 def _size(count: float) -> str:

@@ -141,6 +141,20 @@ def _check_lengths(config: Config) -> Iterator[Complaint]:
         yield ("data", "max_prompt_length"), f"must be below max_length ({data.max_length}), or no answer token fits"
 
 
+def _check_sources(config: Config) -> Iterator[Complaint]:
+    data = config.data
+    if not data.shuffle and data.keep_together != "row":
+        yield ("data", "keep_together"), "has no effect with shuffle: false, which keeps the order of the files"
+    several = isinstance(data.train, list)
+    for number, source in enumerate(data.train_sources):
+        own = ("data", "train", number) if several else ("data", "train")
+        ranked = [key for key in ("completions", "scores") if getattr(source.columns, key) != key]
+        if source.template and source.pairs != "all":
+            yield (*own, "pairs"), "is for rows of completions; a template makes one pair of a row"
+        elif source.template and ranked:
+            yield (*own, "columns", ranked[0]), "is for rows of completions; a template makes one pair of a row"
+
+
 def _check_schedule(config: Config) -> Iterator[Complaint]:
     train = config.train
     if {"warmup_ratio", "warmup_steps"} <= train.model_fields_set and train.warmup_steps is not None:
@@ -196,10 +210,12 @@ def _check_reference(config: Config) -> Iterator[Complaint]:
         yield ("reference", "sync_ref_model"), "moves the reference, and stored log-probs are those of one; use mode: engine"
     if reference.mode == "adapter" and config.model.lora is None:
         yield ("reference", "mode"), "adapter needs a policy with an adapter (model.lora); use stored or engine"
+    live = reference.offload == "cpu" or reference.sync_ref_model  # what makes `auto` an engine
+    mode = reference.mode if reference.mode != "auto" else "engine" if live else "stored"
     for key, modes in ONLY_FOR.items():
         unset = type(reference).model_fields[key].default
-        if reference.mode not in ("auto", "none", *modes) and getattr(reference, key) != unset:
-            yield ("reference", key), f"has no effect with mode: {reference.mode}; it is for {' and '.join(modes)}"
+        if mode not in ("none", *modes) and getattr(reference, key) != unset:
+            yield ("reference", key), f"has no effect with mode: {mode}; it is for {' and '.join(modes)}"
     if reference.adapter_name == "base" and reference.name_or_path:
         yield ("reference", "adapter_name"), "base is the policy's own model; drop it, or reference.name_or_path"
     if reference.adapter_name and reference.name_or_path is None:
@@ -243,6 +259,7 @@ CHECKS = (
     _check_objective_keys,
     _check_reference_needed,
     _check_lengths,
+    _check_sources,
     _check_schedule,
     _check_best,
     _check_reference,

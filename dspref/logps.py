@@ -67,7 +67,9 @@ def scored_logps(
     read once: under ZeRO-3 they must be the parameters themselves, read inside the forward of the module that the engine
     wraps.
     """
-    logps, mean_logits, collision = _ScoredLogps.apply(hidden, weight, bias, targets, transform, with_collision)  # type: ignore[misc]
+    logps, mean_logits, collision = _ScoredLogps.apply(  # type: ignore[misc]
+        hidden, weight, bias, targets, transform, with_collision, torch.is_grad_enabled()
+    )
     return TokenLogps(logps, mean_logits, collision if with_collision else None)
 
 
@@ -127,6 +129,7 @@ class _ScoredLogps(torch.autograd.Function):
         targets: Tensor,
         transform: HeadTransform,
         with_collision: bool,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = hidden.shape[0]
         logps = hidden.new_empty(count, dtype=torch.float32)
@@ -137,7 +140,8 @@ class _ScoredLogps(torch.autograd.Function):
             # The mean of h . w over the vocabulary is h . mean(w): one pass over the head instead of one over all logits.
             mean_bias = 0.0 if bias is None else bias.float().mean()
             mean_logit = transform.scale * (hidden.float() @ weight.mean(dim=0, dtype=torch.float32) + mean_bias)
-        kept = _room_for_all(hidden, weight) if any(ctx.needs_input_grad) and transform.softcap is None else None
+        trained = with_gradient and any(ctx.needs_input_grad)  # which are asked for under no_grad too
+        kept = _room_for_all(hidden, weight) if trained and transform.softcap is None else None
         for rows in _chunks(hidden, weight):
             logits = transform(_raw_logits(hidden[rows], weight, bias, None if kept is None else kept[rows]))
             if transform.softcap is not None:
@@ -182,7 +186,15 @@ class _ScoredLogps(torch.autograd.Function):
                 torch.mm(grad.t(), hidden, out=grad_weight[words])
             if grad_bias is not None:
                 grad_bias[words] = grad.sum(dim=0, dtype=torch.float32)
-        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None)
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            grad_weight,
+            grad_bias,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _with_target(grad: Float[Tensor, "C v"], slope: Tensor, place: Int[Tensor, "C"]) -> Float[Tensor, "C v"]:
@@ -204,9 +216,13 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 def _room_for_all(hidden: Tensor, weight: Tensor) -> Tensor | None:
     """A place for the probabilities of every scored token, where they are few enough to keep."""
-    elements = hidden.shape[0] * weight.shape[0]
-    limit = KEPT_ON_CPU if hidden.is_cpu else KEPT
-    return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32) if elements <= limit else None
+    shape = hidden.shape[0], weight.shape[0]
+    return hidden.new_empty(shape, dtype=torch.float32) if fits(*shape, hidden.device.type) else None
+
+
+def fits(scored: int, vocabulary: int, device_type: str) -> bool:
+    """Whether the probabilities of so many tokens are kept for the backward pass."""
+    return scored * vocabulary <= (KEPT_ON_CPU if device_type == "cpu" else KEPT)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -6,6 +6,7 @@ the backward pass costs the same again for activations, and again for weights th
 
 from __future__ import annotations
 
+import re
 import resource
 import statistics
 import time
@@ -20,16 +21,17 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.data.loader import Step
 from dspref.engine import Engine
+from dspref.logps import fits
 from dspref.model import PackedCausalLM
 from dspref.reference import Reference
 
 PHASES = ("data", "forward", "reference", "backward", "update")
 
-# Dense bf16 matrix products, TFLOP/s, by a part of the device's name, from data sheets. The first match counts.
+# Dense bf16 matrix products, TFLOP/s, by words of the device's name, from data sheets. The first match counts.
 PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "H800": 989, "H20": 148,
-    "A100": 312, "A800": 312, "A40": 150, "A10G": 70, "A10": 125, "RTX A6000": 155, "L40S": 362, "L40": 181, "L4": 121,
-    "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307, "MI250": 383,
+    "B200": 2250, "GB200": 2500, "H200": 989, "GH200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989,
+    "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A10G": 70, "A10": 125, "RTX A6000": 155, "L40S": 362, "L40": 181,
+    "L4": 121, "MI300X": 1307, "MI250X": 383,
 }  # fmt: skip
 
 
@@ -134,16 +136,22 @@ class Account:
     recomputes: bool
     device: torch.device
     dtype: str
+    vocabulary: int = 0
+    looks_ahead: bool = False
+    """Whether a step of several packs is computed once without gradient first."""
 
     @classmethod
-    def of(cls, config: Config, policy: Engine, reference: Reference) -> Account:
+    def of(cls, config: Config, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
         live = size_of(reference.module) if reference.module else None
-        own, device = size_of(policy.module), policy.device
-        return cls(own, live, config.model.gradient_checkpointing, device, config.model.dtype)
+        vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
+        own, recomputes, dtype = size_of(policy.module), config.model.gradient_checkpointing, config.model.dtype
+        return cls(own, live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
 
     def record(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:
         """Of all ranks together: pairs, real tokens (prompt + answer, of both answers), scored ones and computed ones per
-        second. `mfu`: model FLOPs of the policy, `hfu`: with recomputation and a live reference, over the devices' peak."""
+        second, between the steps' own beginnings and ends: evaluation, checkpoints and reports are not in them. `mfu`: model
+        FLOPs of the policy, `hfu`: all that are executed, with recomputation and a live reference, over the devices' peak.
+        Sliding windows are counted as full causal attention."""
         counts, total = step.counts, max(seconds["total"], 1e-9)
         answers = counts["chosen_tokens"] + counts["rejected_tokens"]
         useful, executed = self.flops(step)
@@ -167,12 +175,15 @@ class Account:
 
     def flops(self, step: Step) -> tuple[float, float]:
         """(of the policy's forward and backward, of all that is executed) in a step, on all ranks."""
-        answers = step.counts["chosen_tokens"] + step.counts["rejected_tokens"]
-        # Answers that pairs share are scored once; where there are some, this counts the head a little too high.
-        work = Work(step.computed_tokens, min(answers, step.computed_tokens), step.attention_pairs)
+        work = Work(step.computed_tokens, step.scored_tokens, step.attention_pairs)
         useful = executed = self.policy.forward(work) + self.policy.backward(work)
+        packs = step.num_packs * distributed.world().size
         if self.recomputes:
             executed += self.policy.recomputed(work)
+        if not fits(step.scored_tokens // packs, self.vocabulary, self.device.type):
+            executed += 2 * self.policy.head * work.scored  # the head is met again in the backward pass
+        if self.looks_ahead and packs > 1:
+            executed += self.policy.forward(work)
         if self.reference:
             executed += self.reference.forward(work)
         return useful, executed
@@ -182,8 +193,12 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Dense FLOP/s of the device in 16 bits; None where it is not known, as of CPUs, or where fp32 is asked for."""
     if device.type != "cuda" or dtype == "float32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s of a device of this name: whole words, as an RTX A1000 is no A100."""
+    return next((1e12 * tflops for words, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> int:

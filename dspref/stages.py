@@ -125,13 +125,13 @@ def _source(section: SourceSection) -> Source:
 def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run."""
     data, world = config.data, distributed.world()
-    sharing = sharing_pays(pairs) if data.prefix_sharing == "auto" else data.prefix_sharing
+    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
+    sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
     prompts = build_objective(**config.objective.model_dump()).scores_prompt
     layout = Layout(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt=prompts)
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
-    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
     return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout, together)
 
 

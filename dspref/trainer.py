@@ -51,7 +51,7 @@ def train(config: Config, source: Path | None = None) -> None:
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view = console.ProgressView(progress.step, steps)
     meter, displacement, clock = Meter(device, loss.router_coef), Displacement(), Clock(device)
-    account = Account.of(config, policy, reference)
+    account = Account.of(config, policy, reference, loss.looks_ahead)
     rewards = progress.rewards
 
     for step in loader.steps(progress.step, steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from queue import Full, Queue
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -13,8 +13,8 @@ _END = object()
 
 
 def ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
-    """The same items in the same order, up to `depth` of them waiting; an error in their making is raised where its item
-    would have come."""
+    """The same items in the same order, up to `depth` of them waiting and one in the making; an error in their making is
+    raised where its item would have come."""
     waiting: Queue[Any] = Queue(depth)
     left = Event()
 
@@ -44,4 +44,5 @@ def ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
             raise made[1]
     finally:  # reached too when the caller goes away in the middle
         left.set()
-        maker.join()
+        if current_thread() is not maker:  # whose garbage collection may be what ends a forgotten generator
+            maker.join()

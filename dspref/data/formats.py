@@ -109,19 +109,21 @@ def to_preferences(
     columns: Columns | None = None,
     template: Mapping[str, str] | None = None,
     pairs: str = "all",
-) -> list[Preference]:
+) -> list[Preference | RowError]:
     """Convert one raw row, which may hold several scored answers instead of two ranked ones: `pairs` says which of them
-    make a pair (all | best_against_rest | best_against_worst). Raises as `to_preference` does."""
+    make a pair (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and
+    the others make pairs. Raises as `to_preference` does."""
     names = {field: (columns or {}).get(field, field) for field in (*FIELDS, *RANKED_FIELDS)}
     if template or names["chosen"] in values or not _is_ranked(values, names):
         return [to_preference(values, columns, template)]
-    answers = ranked(values, names)
+    answers, errors = ranked(values, names)
     candidates = [(*answers[i], *answers[j]) for i, j in PAIRINGS[pairs](len(answers))]
     # An answer that was sampled twice may have two scores; it is not better than itself.
-    kept = [(best, worst) for high, best, low, worst in candidates if high > low and best != worst]
-    if not kept:
+    kept = [(best, worst) for high, best, low, worst in candidates if high > low and _stripped(best) != _stripped(worst)]
+    if not kept and not errors:
         raise RowError(names["scores"], "no answer is better than another", droppable=True)
-    return [to_preference({**values, names["chosen"]: a, names["rejected"]: b}, columns) for a, b in kept]
+    made = [to_preference({**values, names["chosen"]: a, names["rejected"]: b}, columns) for a, b in kept]
+    return [*errors, *made]
 
 
 def _is_ranked(values: Values, names: Mapping[str, str]) -> bool:
@@ -129,20 +131,42 @@ def _is_ranked(values: Values, names: Mapping[str, str]) -> bool:
     return given or names["completions"] in values
 
 
-def ranked(values: Values, names: Mapping[str, str]) -> list[tuple[float, Text]]:
-    """(score, answer) of a row's answers, best first, equal scores in the order of the row; those without score left out."""
+def ranked(values: Values, names: Mapping[str, str]) -> tuple[list[tuple[float, Text]], list[RowError]]:
+    """(score, answer) of a row's answers, best first, equal scores in the order of the row, and errors for those that cannot
+    be used; what has no score is left out."""
     completions, scores = (_items(values, names[field], field) for field in RANKED_FIELDS)
     if len(completions) != len(scores):
         raise RowError(names["scores"], f"{len(scores)} scores for {len(completions)} completions")
-    for score in scores:
-        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not isfinite(score)):
-            raise RowError(names["scores"], f"{score!r} is not a finite number")
-    answers = [[x] if isinstance(x, dict) else x for x in completions]
-    for number, answer in enumerate(answers):
-        if _kind(answer) == "other":
-            raise RowError(f"{names['completions']}[{number}]", f"{type(answer).__name__}, not text or a message list")
-    known = [(float(score), answer) for score, answer in zip(scores, answers) if score is not None]
-    return sorted(known, key=lambda scored: -scored[0])
+    known, errors = [], []
+    for number, (score, completion) in enumerate(zip(scores, completions)):
+        if score is None:
+            continue
+        try:
+            place = f"{names['scores']}[{number}]"
+            known.append((_score(score, place), _answer(completion, f"{names['completions']}[{number}]")))
+        except RowError as error:
+            errors.append(error)
+    return sorted(known, key=lambda scored: -scored[0]), errors
+
+
+def _score(value: Any, place: str) -> float:
+    try:
+        if not isinstance(value, bool) and isfinite(value):
+            return float(value)
+    except (TypeError, OverflowError):
+        pass
+    raise RowError(place, f"not a finite number: {value!r}")
+
+
+def _answer(value: Any, place: str) -> Text:
+    """One of several answers: a text, a message list, or a single message."""
+    answer = [value] if isinstance(value, dict) else value
+    if _kind(answer) == "other":
+        raise RowError(place, f"{type(answer).__name__}, not text or a message list")
+    answer = answer if isinstance(answer, str) else _messages(answer, place)
+    if _blank(answer):
+        raise RowError(place, "empty answer")
+    return answer
 
 
 def _items(values: Values, name: str, field: str) -> list[Any]:

@@ -9,7 +9,7 @@ from math import ceil
 import numpy as np
 
 from dspref.data.ahead import ahead
-from dspref.data.batch import PackedBatch, collate, computed_tokens
+from dspref.data.batch import PackedBatch, collate
 from dspref.data.plan import alone, group, order, pack, steps_per_epoch
 from dspref.data.store import PairStore
 
@@ -50,6 +50,8 @@ class Step:
     """Of all ranks; tokens that pairs share count once."""
     attention_pairs: int = 0
     """(query, key) pairs of causal attention, of all ranks."""
+    scored_tokens: int = 0
+    """Tokens that meet the head, of all ranks; those that pairs share count once."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class StepLoader:
             placed = place(self.store, plan[k], self.layout)
             packs = [batch.pinned() for batch in placed.packs(self.store, self.layout)]
             progress, counts = epoch + (k + 1) / self.steps_per_epoch, count(self.store, plan[k])
-            yield Step(number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention)
+            yield Step(
+                number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention, placed.scored
+            )
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The pairs of every step of an epoch."""
@@ -112,6 +116,9 @@ class Placement:
     ids: list[list[np.ndarray]]
     tokens: int
     attention: int
+    scored: int
+    largest: int
+    """Computed tokens of the largest pack."""
     fill: float
     """Computed tokens over the room in all packs."""
     waiting: float
@@ -131,11 +138,16 @@ def place(store: PairStore, ids: np.ndarray, layout: Layout) -> Placement:
     in_order = np.argsort(groups.of_pair, kind="stable")
     members = np.split(ids[in_order], np.cumsum(np.bincount(groups.of_pair))[:-1])
     load = np.array([[groups.cost[chosen].sum() for chosen in rank] for rank in packs])
+    largest = max(int(groups.tokens[chosen].sum()) for rank in packs for chosen in rank)
     tokens, room = int(groups.tokens.sum()), load.size * budget
+    answers = int(groups.answers.sum())
+    prompts = (tokens - answers) // (1 if layout.prefix_sharing else 2) - len(groups.tokens)
     return Placement(
         [[np.concatenate([ids[:0], *(members[g] for g in chosen)]) for chosen in rank] for rank in packs],
         tokens,
         int(groups.attention.sum()),
+        answers + prompts * layout.score_prompt,
+        largest,
         tokens / room,
         1 - float(load.sum() / max(world * load.max(axis=0).sum(), 1)),
     )
@@ -150,7 +162,11 @@ def sweep(store: PairStore, layout: Layout) -> Iterator[tuple[float, PackedBatch
             yield (start + len(ids) * k / len(placed.ids[0])) / len(store), batch
 
 
-def sharing_pays(store: PairStore) -> bool:
-    """Whether computing each prompt once saves enough tokens to be worth it."""
-    separate = computed_tokens(store.lengths, prefix_sharing=False).sum()
-    return bool(computed_tokens(store.lengths, prefix_sharing=True).sum() < (1 - SHARING_PAYS) * separate)
+def sharing_pays(store: PairStore, together: np.ndarray | None) -> bool:
+    """Whether computing prompts once saves enough tokens to be worth it, and with `together`, pairs that surely meet, the
+    answers that these share."""
+    company = np.arange(len(store)) if together is None else together
+    same = store.same.copy()
+    same[:, 0] += company * (int(same.max(initial=0)) + 1)
+    shared, separate = group(same, store.lengths, tokens_per_pack=2**62), alone(store.lengths)
+    return bool(shared.tokens.sum() < (1 - SHARING_PAYS) * separate.tokens.sum())

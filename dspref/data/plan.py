@@ -48,32 +48,42 @@ def order(
     the same number stay side by side, in the order of the files; None: each is shuffled alone.
     """
     draws = np.random.default_rng([seed, epoch])
-    ids, start = [], 0
+    if together is not None and len(np.unique(together)) == len(together):
+        together = None  # nothing has company
+    ids, passes, start = [], [], 0
     for n, weight in zip(rows, weights, strict=True):
         source = np.arange(start, start + n)
-        ids += [source] * floor(weight)
-        extra = round((weight - floor(weight)) * n)
-        ids.append(np.sort(draws.choice(source, extra, replace=False)) if extra else source[:0])
+        parts = [source] * floor(weight) + [_sample(source, round((weight - floor(weight)) * n), draws, together)]
+        ids += parts
+        passes += [np.full(len(part), number) for number, part in enumerate(parts)]
         start += n
     pairs = np.concatenate(ids) if ids else np.arange(0)
     if shuffle and together is None:
         draws.shuffle(pairs)
     elif shuffle and together is not None:
-        # Of a source that comes twice, each pass has groups of its own.
-        passes = np.repeat(np.arange(len(ids)), [len(part) for part in ids])
-        groups = _numbered(passes * (int(together.max(initial=0)) + 1) + together[pairs])
+        # Of what comes twice in an epoch, each time is a group of its own.
+        groups = _numbered(np.concatenate(passes) * (int(together.max()) + 1) + together[pairs])
         place = np.argsort(draws.permutation(int(groups.max(initial=-1)) + 1))
         pairs = pairs[np.argsort(place[groups], kind="stable")]
     return [pairs[i : i + pairs_per_step] for i in range(0, len(pairs), pairs_per_step)]
 
 
+def _sample(source: np.ndarray, count: int, draws: np.random.Generator, together: np.ndarray | None) -> np.ndarray:
+    """`count` pairs of a source, in order; whole groups, but for the last."""
+    if together is None or not count:
+        return np.sort(draws.choice(source, count, replace=False)) if count else source[:0]
+    groups = _numbered(together[source])
+    return np.sort(source[np.argsort(draws.permutation(int(groups.max()) + 1)[groups], kind="stable")[:count]])
+
+
 class Groups(NamedTuple):
-    """Pairs that run together: the number of its group for each pair [n]; and of each group, the tokens that are computed
-    and the (query, key) pairs of causal attention, int64 each."""
+    """Pairs that run together: the number of its group for each pair [n]; and of each group, the tokens that are computed,
+    the (query, key) pairs of causal attention, and those tokens that are answers', int64 each."""
 
     of_pair: np.ndarray
     tokens: np.ndarray
     attention: np.ndarray
+    answers: np.ndarray
 
     @property
     def cost(self) -> np.ndarray:
@@ -84,7 +94,8 @@ class Groups(NamedTuple):
 def alone(lengths: np.ndarray) -> Groups:
     """Each pair by itself, its prompt computed twice; `lengths` [n, 3] are the tokens of prompt, chosen, rejected."""
     sequences = lengths[:, :1] + lengths[:, 1:]
-    return Groups(np.arange(len(lengths)), sequences.sum(axis=1), (sequences * (sequences + 1) // 2).sum(axis=1))
+    attention = (sequences * (sequences + 1) // 2).sum(axis=1)
+    return Groups(np.arange(len(lengths)), sequences.sum(axis=1), attention, lengths[:, 1:].sum(axis=1))
 
 
 def group(same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int) -> Groups:
@@ -120,7 +131,7 @@ def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray) -> Grou
     # The first answer runs behind the prompt, the others against its keys: (p + a)^2 / 2 less what is not computed twice.
     scores = answers * prompts[twice] + answers * (answers + 1) // 2
     tokens, attention = (np.bincount(twice, x, count).astype(np.int64) for x in (answers, scores))
-    return Groups(groups, prompts + tokens, prompts * (prompts + 1) // 2 + attention)
+    return Groups(groups, prompts + tokens, prompts * (prompts + 1) // 2 + attention, tokens)
 
 
 def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.ndarray, budget: int) -> np.ndarray:
@@ -203,7 +214,7 @@ def _exchange(packs: list[list[int]], fill: list[int], sizes: list[int], costs: 
             (abs(apart - 2 * (costs[i] - costs[j])), i, j)
             for i in packs[high]
             for j in packs[low]
-            if fill[low] + sizes[i] - sizes[j] <= budget
+            if fill[low] + sizes[i] - sizes[j] <= budget and fill[high] - sizes[i] + sizes[j] <= budget
         ]
         closest, i, j = min(swaps, default=(apart, -1, -1))
         if closest >= apart:

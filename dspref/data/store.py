@@ -151,6 +151,7 @@ class _Build:
     truncated: Counter[str] = field(default_factory=Counter)
     too_long: list[int] = field(default_factory=list)
     seen: int = 0
+    read: int = 0
 
     def add(self, row: int, where: str, item: TokenizedPair | RowError, limits: Limits) -> None:
         """Truncate and keep the next pair, or note why it is left out."""
@@ -187,7 +188,7 @@ class _Build:
         if other := self.dropped.total() - sum(common.values()):
             common["other reasons"] = other
         truncated = {name: self.truncated[name] for name in TokenizedPair._fields}
-        counts = {"rows": self.seen, "kept": len(self.rows), "source_rows": self.source_rows}
+        counts = {"rows": self.read, "pairs": self.seen, "kept": len(self.rows), "source_rows": self.source_rows}
         return {**counts, "dropped": common, "truncated": truncated}
 
 
@@ -209,6 +210,7 @@ def _build(
             for (row, _), pair in zip(rendered, pairs, strict=True):
                 built.add(done + row, chunk[row].where, pair, limits)
             done += len(chunk)
+            built.read = done
             if done // PROGRESS_ROWS > (done - len(chunk)) // PROGRESS_ROWS:
                 log(f"data: tokenized {done} of {total} rows")
         built.source_rows.append(len(built.rows) - before)
@@ -259,8 +261,8 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 def _log_report(report: Mapping[str, Any], log: Log) -> None:
     if report["dropped"]:
-        left_out = report["rows"] - report["kept"]
-        log(f"data: left out {left_out} of {report['rows']} rows: {_counts(report['dropped'])}")
+        left_out, unit = report["pairs"] - report["kept"], "rows" if report["pairs"] == report["rows"] else "pairs"
+        log(f"data: left out {left_out} of {report['pairs']} {unit}: {_counts(report['dropped'])}")
     if any(report["truncated"].values()):
         truncated = {name: count for name, count in report["truncated"].items() if count}
         log(f"data: truncated, of {report['kept']} pairs: {_counts(truncated)}")

@@ -102,4 +102,4 @@ def test_the_table_in_the_readme_is_that_of_the_results() -> None:
     assert shown == table.as_markdown(result)
     assert {race["void"] for race in result["races"]} == {None}
     shown_benchmarks = {row.split("|")[1].strip() for row in shown.splitlines() if row.startswith("| B")}
-    assert shown_benchmarks == {claim.benchmark for claim in CLAIMS} | PARTS.keys()
+    assert shown_benchmarks >= {claim.benchmark for claim in CLAIMS if claim.target} | PARTS.keys()

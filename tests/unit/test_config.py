@@ -948,6 +948,32 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "reference.store",
         "has no effect with mode: engine; it is for stored",
     ),
+    "pairs of a template": (
+        with_train("{path: a, pairs: all, template: {prompt: x, chosen: y, rejected: z}}").replace(
+            "all", "best_against_rest"
+        ),
+        "3:20",
+        "data.train.pairs",
+        "a template makes one pair of a row",
+    ),
+    "completions beside a template": (
+        with_train("{path: a, template: {prompt: x, chosen: y, rejected: z}, columns: {scores: s}}"),
+        "3:77",
+        "data.train.columns.scores",
+        "a template makes one pair of a row",
+    ),
+    "company in the order of the files": (
+        with_data("shuffle: false\n  keep_together: prompt"),
+        "5:3",
+        "data.keep_together",
+        "has no effect with shuffle: false",
+    ),
+    "packs of a score that is not stored": (
+        with_reference("{sync_ref_model: true, tokens_per_pack: 9}"),
+        "5:35",
+        "reference.tokens_per_pack",
+        "has no effect with mode: engine; it is for stored",
+    ),
     # TR-DPO
     "sync of what is stored": (
         with_reference("{mode: stored, sync_ref_model: true}"),

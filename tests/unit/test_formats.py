@@ -244,7 +244,8 @@ SCORED = {"prompt": "q", "completions": [" a", " b", " c", " d"], "scores": [1, 
 
 
 def pairs_of(row: dict[str, Any], pairs: str = "all", columns: dict[str, str] | None = None) -> list[tuple[Any, Any]]:
-    return [(p.chosen, p.rejected) for p in to_preferences(row, columns, None, pairs)]
+    made = to_preferences(row, columns, None, pairs)
+    return [(p.chosen, p.rejected) for p in made if isinstance(p, Preference)]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def pairs_of(row: dict[str, Any], pairs: str = "all", columns: dict[str, str] | 
 )
 def test_scored_answers_become_pairs(pairs: str, expected: list[str]) -> None:
     assert pairs_of(SCORED, pairs) == [(f" {one}", f" {other}") for one, other in expected]
-    assert all(p.prompt == "q" for p in to_preferences(SCORED, None, None, pairs))
+    assert all(isinstance(p, Preference) and p.prompt == "q" for p in to_preferences(SCORED, None, None, pairs))
 
 
 def test_equal_scores_and_equal_answers_make_no_pair() -> None:
@@ -299,17 +300,37 @@ def test_rows_with_two_answers_are_as_they_were() -> None:
     "change, columns, said",
     [
         ({"scores": [1, 2]}, {}, "2 scores for 4 completions"),
-        ({"scores": [1, 2, "3", 4]}, {}, "'3' is not a finite number"),
-        ({"scores": [1, 2, float("nan"), 4]}, {}, "not a finite number"),
-        ({"scores": [1, 2, True, 4]}, {}, "True is not a finite number"),
         ({"scores": "1 2 3 4"}, {}, "str, not a list"),
         ({"completions": []}, {}, "empty list"),
         ({}, {"scores": "rating"}, "no column 'rating'"),
         ({}, {"scores": "completions.rating"}, "an item without 'rating'"),
-        ({"completions": [" a", 3, " c", " d"]}, {}, r"completions\[1\]: int"),
     ],
 )
 def test_bad_scored_answers_are_one_line(change: dict[str, Any], columns: dict[str, str], said: str) -> None:
     with pytest.raises(RowError, match=said) as refusal:
         to_preferences(SCORED | change, columns)
     assert not refusal.value.droppable
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"scores": [1, 2, "3", 4]}, "scores[2]: not a finite number: '3'"),
+        ({"scores": [1, 2, float("nan"), 4]}, "scores[2]: not a finite number: nan"),
+        ({"scores": [1, 2, 10**400, 4]}, "not a finite number: 1000"),
+        ({"scores": [1, 2, True, 4]}, "scores[2]: not a finite number: True"),
+        ({"completions": [" a", " b", 3, " d"]}, "completions[2]: int, not text"),
+        ({"completions": [" a", " b", " \n", " d"]}, "completions[2]: empty answer"),
+        ({"completions": [" a", " b", ["c"], " d"]}, "completions[2][0]: str, not a message"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_named_and_the_others_make_pairs(change: dict[str, Any], said: str) -> None:
+    made = to_preferences(SCORED | {"scores": [1, 2, 3, 4]} | change)
+    (error,) = [item for item in made if isinstance(item, RowError)]
+    assert said in str(error) and not error.droppable
+    assert [(p.chosen, p.rejected) for p in made if isinstance(p, Preference)] == [(" d", " b"), (" d", " a"), (" b", " a")]
+
+
+def test_answers_that_differ_in_white_space_only_make_no_pair() -> None:
+    row = {"prompt": "q", "completions": ["Yes", "Yes ", "No"], "scores": [3, 2, 1]}
+    assert pairs_of(row) == [("Yes", "No"), ("Yes ", "No")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from dspref.data.batch import collate
 from dspref.data.loader import Step
 from dspref.data.plan import group
 from dspref.model import PackedCausalLM
-from dspref.performance import Account, Clock, ModelSize, Work, medians, peak_flops, size_of
+from dspref.performance import Account, Clock, ModelSize, Work, medians, peak_flops, peak_of, size_of
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def test_attention_is_counted_causally() -> None:
 
 def step() -> Step:
     counts = {"pairs": 4, "chosen_tokens": 300, "rejected_tokens": 100, "chosen_and_prompt_tokens": 350, "tokens": 600}
-    return Step(2, 0.5, 1, (), counts, 0.5, computed_tokens=500, attention_pairs=1000)
+    return Step(2, 0.5, 1, (), counts, 0.5, computed_tokens=500, attention_pairs=1000, scored_tokens=400)
 
 
 def test_what_is_executed_adds_recomputation_and_reference() -> None:
@@ -99,6 +99,10 @@ def test_what_is_executed_adds_recomputation_and_reference() -> None:
     forward = 2 * (1000 * 500 + 10 * 400) + 4 * 7 * 1000
     assert plain.flops(step()) == (3 * forward, 3 * forward)
     assert all_of_it.flops(step()) == (3 * forward, 3 * forward + (forward - 2 * 10 * 400) + forward)
+    # 400 tokens of a vocabulary of a million are not kept; a first pass is for steps of several packs.
+    large = replace(plain, vocabulary=10**6, looks_ahead=True)
+    assert large.flops(step()) == (3 * forward, 3 * forward + 2 * 10 * 400)
+    assert large.flops(replace(step(), num_packs=2))[1] == 3 * forward + 2 * 10 * 400 + forward
 
 
 def test_rates_are_of_the_whole_step() -> None:
@@ -128,5 +132,16 @@ def test_medians_leave_the_first_step_out() -> None:
     assert medians(lines[:1]) == {"seconds": 100.0} and medians([]) == {}
 
 
-def test_no_peak_is_made_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GH200 480GB", 989), ("NVIDIA GB200", 2500), ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121), ("NVIDIA A10G", 70), ("AMD Instinct MI300X", 1307), ("NVIDIA RTX A6000", 155),
+        ("NVIDIA RTX A1000", None), ("NVIDIA RTX A4000", None), ("NVIDIA GeForce RTX 4090", None),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)  # fmt: skip
+def test_a_peak_is_that_of_the_device_or_unknown(name: str, tflops: int | None) -> None:
+    assert peak_of(name) == (tflops and tflops * 1e12)
     assert peak_flops(CPU, "bfloat16") is None

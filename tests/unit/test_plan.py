@@ -120,6 +120,14 @@ def test_what_belongs_together_lies_side_by_side(seed: int, weight: float) -> No
     assert drawn != ids(order([30], [weight], seed + 1, 0, 7, together=together))
 
 
+def test_prompts_stay_together_over_sources_and_in_samples() -> None:
+    for seed in range(10):
+        drawn = ids(order([3, 3], [1.0, 1.0], seed, 0, 6, together=np.array([0, 1, 2, 0, 1, 2])))
+        assert [drawn[i] % 3 for i in (0, 2, 4)] == [drawn[i] % 3 for i in (1, 3, 5)]
+        half = ids(order([600], [0.5], seed, 0, 600, together=np.arange(600) // 6))
+        assert len(half) == 300 and len({pair // 6 for pair in half}) == 50
+
+
 def test_pairs_that_belong_to_nobody_are_shuffled_as_ever() -> None:
     alone = order([50, 20], [1.5, 1.0], seed=3, epoch=1, pairs_per_step=8)
     numbered = order([50, 20], [1.5, 1.0], seed=3, epoch=1, pairs_per_step=8, together=np.arange(70))
@@ -144,14 +152,15 @@ def some_groups(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_a_group_computes_its_prompt_and_each_answer_once(seed: int, budget: int) -> None:
     """Against a slow count; and no group exceeds the budget but a single pair, nor mixes prompts."""
     same, lengths = some_groups(seed)
-    groups, tokens, attention = group(same, lengths, budget)
+    groups, tokens, attention, answers = group(same, lengths, budget)
     assert sorted(set(groups.tolist())) == list(range(len(tokens)))
     for number, counted in enumerate(tokens.tolist()):
         members = np.flatnonzero(groups == number)
         distinct = {int(s): int(n) for i in members for s, n in zip(same[i], lengths[i])}
         assert counted == sum(distinct.values())
-        p, *answers = (size for _, size in sorted(distinct.items(), reverse=True))  # prompts have the largest numbers
-        assert attention[number] == p * (p + 1) // 2 + sum(a * p + a * (a + 1) // 2 for a in answers)
+        p, *sizes = (size for _, size in sorted(distinct.items(), reverse=True))  # prompts have the largest numbers
+        assert attention[number] == p * (p + 1) // 2 + sum(a * p + a * (a + 1) // 2 for a in sizes)
+        assert answers[number] == sum(sizes)
         assert len(set(same[members, 0].tolist())) == 1
         assert counted <= budget or len(members) == 1
     if budget == 10**6:
@@ -160,9 +169,9 @@ def test_a_group_computes_its_prompt_and_each_answer_once(seed: int, budget: int
 
 def test_pairs_without_common_prompts_stay_as_they_are() -> None:
     same, lengths = np.arange(30).reshape(10, 3), np.full((10, 3), 5)
-    groups, tokens, _ = group(same[::-1], lengths, 100)
+    groups, tokens, *_ = group(same[::-1], lengths, 100)
     assert groups.tolist() == list(range(10)) and tokens.tolist() == [15] * 10
-    assert [len(x) for x in group(same[:0], lengths[:0], 100)] == [0, 0, 0]
+    assert [len(x) for x in group(same[:0], lengths[:0], 100)] == [0, 0, 0, 0]
 
 
 def test_a_pair_by_itself_computes_its_prompt_twice() -> None:
@@ -170,6 +179,7 @@ def test_a_pair_by_itself_computes_its_prompt_twice() -> None:
     assert groups.of_pair.tolist() == [0, 1]
     assert groups.tokens.tolist() == [5 + 7, 4]
     assert groups.attention.tolist() == [15 + 28, 3 + 3]
+    assert groups.answers.tolist() == [6, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------- pack
@@ -202,6 +212,16 @@ def test_pack_holds_what_it_promises(seed: int) -> None:
     for members in flat(packs):
         assert members.dtype == np.int64
         assert lengths[members].sum() <= budget or len(members) == 1
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_costs_of_any_kind_break_no_budget(seed: int) -> None:
+    """What is dear may be short: groups of many short answers beside one long pair."""
+    draws = np.random.default_rng(seed)
+    lengths, budget = draws.integers(1, 90, draws.integers(2, 12)), 100
+    packs = flat(pack(lengths, budget, int(draws.integers(1, 4)), draws.integers(1, 90, len(lengths))))
+    assert sorted(np.concatenate(packs).tolist()) == list(range(len(lengths)))
+    assert all(lengths[members].sum() <= budget for members in packs)
 
 
 def test_a_pair_beyond_the_budget_is_alone_in_its_pack() -> None:
