@@ -40,10 +40,10 @@ def race(variants: Variants, setup: Setup) -> Found:
     return found
 
 
-def run_races(wanted: set[str], setup: Setup) -> Iterator[dict[str, Any]]:
-    """The races that the wanted benchmarks need, each with only the variants that they need; one record per race."""
+def run_races(wanted: set[str], races: set[str], setup: Setup) -> Iterator[dict[str, Any]]:
+    """Of `races`, those that the wanted benchmarks need, each with only the variants that they need; one record per race."""
     for title, of_race in RACES.items():
-        claims = [claim for claim in CLAIMS if claim.race == title and claim.benchmark in wanted]
+        claims = [claim for claim in CLAIMS if claim.race == title in races and claim.benchmark in wanted]
         needed = {name for claim in claims for name in (claim.ours, claim.peer)}
         benchmarks = list(dict.fromkeys(claim.benchmark for claim in claims))
         if claims:
@@ -132,6 +132,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Side-by-side runs of dspref and peers.")
     known = sorted({claim.benchmark for claim in CLAIMS} | PARTS.keys(), key=number)
     parser.add_argument("benchmarks", nargs="*", metavar="B1", help=f"which ones; default: all ({' '.join(known)})")
+    parser.add_argument("--races", nargs="+", metavar="RACE", choices=RACES, default=list(RACES), help="only these of them")
     parser.add_argument("--rounds", type=int, default=3, help="times that each variant runs; the least counts")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a run; the first is not counted")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the preference pairs")
@@ -152,7 +153,7 @@ def main() -> None:
     setup = Setup(options.work.resolve(), options.data.resolve(), options.rounds, options.steps)
     out = options.out or options.work / "results.json"
     result: dict[str, Any] = {}
-    for record in chain(run_races(options.benchmarks, setup), run_parts(options.benchmarks, setup)):
+    for record in chain(run_races(options.benchmarks, set(options.races), setup), run_parts(options.benchmarks, setup)):
         result = save(out, record)
     print(as_text(result), f"\nraw numbers: {out}")
 
