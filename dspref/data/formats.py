@@ -12,8 +12,6 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
-from math import isfinite
 from typing import Any
 
 from dspref.errors import ConfigError
@@ -24,7 +22,6 @@ Values = Mapping[str, Any]
 Columns = Mapping[str, str]
 
 FIELDS = ("prompt", "chosen", "rejected")
-RANKED_FIELDS = ("completions", "scores")
 OPTIONAL_FIELDS = ("tools", "chat_template_kwargs")
 TEMPLATE_KEYS = ("system", *FIELDS)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -63,14 +60,6 @@ class Preference:
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-# Which of n answers, best first, make a pair. All pairs: InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
-PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
-    "all": lambda n: list(combinations(range(n), 2)),
-    "best_against_rest": lambda n: [(0, j) for j in range(1, n)],
-    "best_against_worst": lambda n: [(0, n - 1)] if n > 1 else [],
-}
-
-
 @dataclass(frozen=True)
 class Format:
     """A layout: does it recognise a row (columns already renamed), and the preference in such a row."""
@@ -104,86 +93,6 @@ def to_preference(
     raise _why_unrecognised(row, values, columns)
 
 
-def to_preferences(
-    values: Values,
-    columns: Columns | None = None,
-    template: Mapping[str, str] | None = None,
-    pairs: str = "all",
-) -> list[Preference | RowError]:
-    """Convert one raw row, which may hold several scored answers instead of two ranked ones: `pairs` says which of them
-    make a pair (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and
-    the others make pairs. Raises as `to_preference` does."""
-    names = {field: (columns or {}).get(field, field) for field in (*FIELDS, *RANKED_FIELDS)}
-    if template or names["chosen"] in values or not _is_ranked(values, names):
-        return [to_preference(values, columns, template)]
-    answers, errors = ranked(values, names)
-    candidates = [(*answers[i], *answers[j]) for i, j in PAIRINGS[pairs](len(answers))]
-    # An answer that was sampled twice may have two scores; it is not better than itself.
-    kept = [(best, worst) for high, best, low, worst in candidates if high > low and _stripped(best) != _stripped(worst)]
-    if not kept and not errors:
-        raise RowError(names["scores"], "no answer is better than another", droppable=True)
-    made = [to_preference({**values, names["chosen"]: a, names["rejected"]: b}, columns) for a, b in kept]
-    return [*errors, *made]
-
-
-def _is_ranked(values: Values, names: Mapping[str, str]) -> bool:
-    given = any(names[field] != field for field in RANKED_FIELDS)
-    return given or names["completions"] in values
-
-
-def ranked(values: Values, names: Mapping[str, str]) -> tuple[list[tuple[float, Text]], list[RowError]]:
-    """(score, answer) of a row's answers, best first, equal scores in the order of the row, and errors for those that cannot
-    be used; what has no score is left out."""
-    completions, scores = (_items(values, names[field], field) for field in RANKED_FIELDS)
-    if len(completions) != len(scores):
-        raise RowError(names["scores"], f"{len(scores)} scores for {len(completions)} completions")
-    known, errors = [], []
-    for number, (score, completion) in enumerate(zip(scores, completions)):
-        if score is None:
-            continue
-        try:
-            place = f"{names['scores']}[{number}]"
-            known.append((_score(score, place), _answer(completion, f"{names['completions']}[{number}]")))
-        except RowError as error:
-            errors.append(error)
-    return sorted(known, key=lambda scored: -scored[0]), errors
-
-
-def _score(value: Any, place: str) -> float:
-    try:
-        if not isinstance(value, bool) and isfinite(value):
-            return float(value)
-    except (TypeError, OverflowError):
-        pass
-    raise RowError(place, f"not a finite number: {value!r}")
-
-
-def _answer(value: Any, place: str) -> Text:
-    """One of several answers: a text, a message list, or a single message."""
-    answer = [value] if isinstance(value, dict) else value
-    if _kind(answer) == "other":
-        raise RowError(place, f"{type(answer).__name__}, not text or a message list")
-    answer = answer if isinstance(answer, str) else _messages(answer, place)
-    if _blank(answer):
-        raise RowError(place, "empty answer")
-    return answer
-
-
-def _items(values: Values, name: str, field: str) -> list[Any]:
-    """The items of a column that holds a list; of `column.key`, that key of each item."""
-    column, _, key = name.partition(".") if name not in values else (name, "", "")
-    if column not in values:
-        close = _close(column, values)
-        fix = f"did you mean {close!r}? " if close else ""
-        raise RowError(field, f"no column {column!r} among {sorted(values)}", f"{fix}set data.columns.{field}")
-    items = values[column]
-    if not isinstance(items, list) or not items:
-        raise RowError(column, "an empty list" if items == [] else f"{type(items).__name__}, not a list")
-    if key and not all(isinstance(item, dict) and key in item for item in items):
-        raise RowError(column, f"an item without {key!r}", f"set data.columns.{field}")
-    return [item[key] for item in items] if key else items
-
-
 def _renamed(values: Values, columns: Columns, fields: Sequence[str]) -> dict[str, Any]:
     """These fields under their own names. Raises RowError when `columns` names a column that is not there."""
     names = {field: columns.get(field, field) for field in fields}
@@ -191,19 +100,19 @@ def _renamed(values: Values, columns: Columns, fields: Sequence[str]) -> dict[st
         if name in values:
             continue
         # A misspelt prompt column would silently turn the row into one with an implicit prompt.
-        if name != field or (field == "prompt" and _close(name, values, cutoff=0.85) is not None):
+        if name != field or (field == "prompt" and close_name(name, values, cutoff=0.85) is not None):
             raise _missing(field, values, name)
     return {field: values[name] for field, name in names.items() if name in values}
 
 
-def _close(name: str, values: Values, cutoff: float = 0.6) -> str | None:
+def close_name(name: str, values: Values, cutoff: float = 0.6) -> str | None:
     by_folded = {column.casefold(): column for column in values if column not in FIELDS}
     close = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=cutoff)
     return by_folded[close[0]] if close else None
 
 
 def _missing(field: str, values: Values, name: str) -> RowError:
-    close, key = _close(name, values), f"set data.columns.{field}"
+    close, key = close_name(name, values), f"set data.columns.{field}"
     fix = f"did you mean {close!r}? {key}: {close}" if close else key
     return RowError(field, f"no column {name!r} among {sorted(values)}", fix)
 
@@ -214,14 +123,14 @@ def _why_unrecognised(row: Values, values: Values, columns: Columns) -> RowError
         if field not in row and field != "prompt":
             return _missing(field, values, columns.get(field, field))
         value = row.get(field, "")
-        if _kind(value) == "other":
+        if kind_of(value) == "other":
             reason = "null" if value is None else f"{type(value).__name__}, not text or a message list"
             return RowError(field, reason)
-    kinds = ", ".join(f"{field} is {_kind(row[field])}" for field in FIELDS if field in row)
+    kinds = ", ".join(f"{field} is {kind_of(row[field])}" for field in FIELDS if field in row)
     return RowError("row", f"mixes text and chat: {kinds}", "make prompt, chosen and rejected the same kind")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return "text" if isinstance(value, str) else "chat" if isinstance(value, list) else "other"
 
 
@@ -231,7 +140,7 @@ def _kind(value: Any) -> str:
 def _shaped(prompt: str | None, answers: str) -> Callable[[Values], bool]:
     """Recognise rows whose prompt (None: no such column) and both answers have these kinds."""
     expected = (prompt, answers, answers)
-    return lambda row: tuple(_kind(row[field]) if field in row else None for field in FIELDS) == expected
+    return lambda row: tuple(kind_of(row[field]) if field in row else None for field in FIELDS) == expected
 
 
 def text(row: Values) -> Preference:
@@ -253,7 +162,7 @@ def implicit_text(row: Values) -> Preference:
 
 def chat(row: Values) -> Preference:
     """Three message lists; answers that repeat the whole prompt lose it."""
-    prompt, chosen, rejected = (_messages(row[field], field) for field in FIELDS)
+    prompt, chosen, rejected = (messages_of(row[field], field) for field in FIELDS)
     size = len(prompt)
     if chosen[:size] == prompt == rejected[:size]:
         chosen, rejected = chosen[size:], rejected[size:]
@@ -262,7 +171,7 @@ def chat(row: Values) -> Preference:
 
 def implicit_chat(row: Values) -> Preference:
     """Two message lists: the messages that they share at the start are the prompt."""
-    chosen, rejected = (_messages(row[field], field) for field in ("chosen", "rejected"))
+    chosen, rejected = (messages_of(row[field], field) for field in ("chosen", "rejected"))
     _refuse_empty(chosen, rejected)
     shared = _shared(chosen, rejected)
     if not shared:
@@ -272,7 +181,7 @@ def implicit_chat(row: Values) -> Preference:
 
 def chat_with_text_prompt(row: Values) -> Preference:
     """UltraFeedback: a string, and message lists that are the whole conversation or the answer alone."""
-    chosen, rejected = (_messages(row[field], field) for field in ("chosen", "rejected"))
+    chosen, rejected = (messages_of(row[field], field) for field in ("chosen", "rejected"))
     _refuse_empty(chosen, rejected)
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         return implicit_chat(row)
@@ -299,7 +208,7 @@ def _shared(left: str | list[Message], right: str | list[Message]) -> int:
 # -------------------------------------------------------------------------------------------- checks of a row
 
 
-def _messages(value: list[Any], field: str) -> list[Message]:
+def messages_of(value: list[Any], field: str) -> list[Message]:
     """The messages of one field, without keys that are null, which Arrow adds. Raises RowError."""
     if not value:
         raise RowError(field, "empty message list")
@@ -345,21 +254,21 @@ def _check_conversation(prompt: list[Message], answer: list[Message], field: str
 
 def _refuse_empty(chosen: Text, rejected: Text) -> None:
     for field, answer in (("chosen", chosen), ("rejected", rejected)):
-        if _blank(answer):
+        if is_blank(answer):
             raise RowError(field, "empty answer (nothing but white space)" if answer else "empty answer")
     if chosen == rejected:
         raise RowError("rejected", "identical to chosen")
-    if _stripped(chosen) == _stripped(rejected):
+    if stripped(chosen) == stripped(rejected):
         raise RowError("rejected", "identical to chosen but for white space at the ends")
 
 
-def _blank(answer: Text) -> bool:
+def is_blank(answer: Text) -> bool:
     if isinstance(answer, str):
         return not answer.strip()
     return not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answer)
 
 
-def _stripped(answer: Text) -> Text:
+def stripped(answer: Text) -> Text:
     if isinstance(answer, str):
         return answer.strip()
     return [message | {"content": (message.get("content") or "").strip()} for message in answer]

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspref.data.ahead import ahead
-from dspref.data.formats import Preference, RowError, check_template, to_preferences
+from dspref.data.completions import to_preferences
+from dspref.data.formats import Preference, RowError, check_template
 from dspref.data.sources import BadRow, Row, Source, read
 from dspref.data.tokenize import CHUNK_ROWS, Limits, Rendering, TokenizedPair, render, split, tokenizer_digest, truncate
 from dspref.errors import DataError, EnvironmentFault

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dspref.data.formats import FORMATS, PAIRINGS, Preference, RowError, to_preference, to_preferences
+from dspref.data.formats import FORMATS, Preference, RowError, to_preference
 from dspref.errors import ConfigError
 
 
@@ -236,101 +236,3 @@ def test_messages_do_not_depend_on_the_hash_seed() -> None:
     }
     assert len(outputs) == 1
     assert "did you mean 'choosen'?" in outputs.pop()
-
-
-# ---------------------------------------------------------------------------------------------- scored completions
-
-SCORED = {"prompt": "q", "completions": [" a", " b", " c", " d"], "scores": [1, 4.5, 3, 2]}
-
-
-def pairs_of(row: dict[str, Any], pairs: str = "all", columns: dict[str, str] | None = None) -> list[tuple[Any, Any]]:
-    made = to_preferences(row, columns, None, pairs)
-    return [(p.chosen, p.rejected) for p in made if isinstance(p, Preference)]
-
-
-@pytest.mark.parametrize(
-    "pairs, expected",
-    [
-        ("all", ["bc", "bd", "ba", "cd", "ca", "da"]),
-        ("best_against_rest", ["bc", "bd", "ba"]),
-        ("best_against_worst", ["ba"]),
-    ],
-)
-def test_scored_answers_become_pairs(pairs: str, expected: list[str]) -> None:
-    assert pairs_of(SCORED, pairs) == [(f" {one}", f" {other}") for one, other in expected]
-    assert all(isinstance(p, Preference) and p.prompt == "q" for p in to_preferences(SCORED, None, None, pairs))
-
-
-def test_equal_scores_and_equal_answers_make_no_pair() -> None:
-    assert pairs_of(SCORED | {"scores": [1, 1, 2, None]}) == [(" c", " a"), (" c", " b")]
-    assert pairs_of(SCORED | {"completions": [" a", " a", " b", " b"]}) == [
-        (" a", " b"),
-        (" a", " b"),
-        (" b", " a"),
-        (" b", " a"),
-    ]
-    for row in (SCORED | {"scores": [2, 2, 2, 2]}, SCORED | {"completions": [" a"], "scores": [1]}):
-        for pairs in PAIRINGS:
-            with pytest.raises(RowError, match="no answer is better") as refusal:
-                to_preferences(row, None, None, pairs)
-            assert refusal.value.droppable
-
-
-def test_scored_answers_in_other_shapes() -> None:
-    """Message lists, single messages, and the columns of UltraFeedback as it was published."""
-    turns = [[assistant("a")], [assistant("b")]]
-    conversation = {"prompt": [user("q")], "completions": turns, "scores": [0, 1]}
-    assert pairs_of(conversation) == [([assistant("b")], [assistant("a")])]
-    assert pairs_of(conversation | {"completions": [assistant("a"), assistant("b")]}) == pairs_of(conversation)
-    published = {
-        "instruction": "q",
-        "completions": [{"response": "a", "overall_score": 2.0}, {"response": "b", "overall_score": 7.5}],
-    }
-    columns = {"prompt": "instruction", "completions": "completions.response", "scores": "completions.overall_score"}
-    assert pairs_of(published, columns=columns) == [("b", "a")]
-
-
-def test_rows_with_two_answers_are_as_they_were() -> None:
-    for row, expected in FIXTURES.values():
-        assert to_preferences(row) == [to_preference(row)] == [expected]
-    assert to_preferences(TEMPLATED, None, TEMPLATE) == [to_preference(TEMPLATED, None, TEMPLATE)]
-
-
-@pytest.mark.parametrize(
-    "change, columns, said",
-    [
-        ({"scores": [1, 2]}, {}, "2 scores for 4 completions"),
-        ({"scores": "1 2 3 4"}, {}, "str, not a list"),
-        ({"completions": []}, {}, "empty list"),
-        ({}, {"scores": "rating"}, "no column 'rating'"),
-        ({}, {"scores": "completions.rating"}, "an item without 'rating'"),
-    ],
-)
-def test_bad_scored_answers_are_one_line(change: dict[str, Any], columns: dict[str, str], said: str) -> None:
-    with pytest.raises(RowError, match=said) as refusal:
-        to_preferences(SCORED | change, columns)
-    assert not refusal.value.droppable
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"scores": [1, 2, "3", 4]}, "scores[2]: not a finite number: '3'"),
-        ({"scores": [1, 2, float("nan"), 4]}, "scores[2]: not a finite number: nan"),
-        ({"scores": [1, 2, 10**400, 4]}, "not a finite number: 1000"),
-        ({"scores": [1, 2, True, 4]}, "scores[2]: not a finite number: True"),
-        ({"completions": [" a", " b", 3, " d"]}, "completions[2]: int, not text"),
-        ({"completions": [" a", " b", " \n", " d"]}, "completions[2]: empty answer"),
-        ({"completions": [" a", " b", ["c"], " d"]}, "completions[2][0]: str, not a message"),
-    ],
-)
-def test_an_answer_that_cannot_be_used_is_named_and_the_others_make_pairs(change: dict[str, Any], said: str) -> None:
-    made = to_preferences(SCORED | {"scores": [1, 2, 3, 4]} | change)
-    (error,) = [item for item in made if isinstance(item, RowError)]
-    assert said in str(error) and not error.droppable
-    assert [(p.chosen, p.rejected) for p in made if isinstance(p, Preference)] == [(" d", " b"), (" d", " a"), (" b", " a")]
-
-
-def test_answers_that_differ_in_white_space_only_make_no_pair() -> None:
-    row = {"prompt": "q", "completions": ["Yes", "Yes ", "No"], "scores": [3, 2, 1]}
-    assert pairs_of(row) == [("Yes", "No"), ("Yes ", "No")]
