@@ -260,7 +260,7 @@ def test_every_objective_is_that_of_the_oracle(run_files, expected, all_workers)
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_layouts_do_not_change_what_couples_pairs(world, run_files, expected, all_workers):
     """One pair per pack, a few packs, one pack, and what else must not matter; both halves of the table at either world."""
     plan = [(case, layout) for i, case in enumerate(LAYOUT_CASES) for layout in LAYOUTS[(i + world) % 2]]
