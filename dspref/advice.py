@@ -57,7 +57,12 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
     placed = [place(loader.store, ids, layout) for ids in steps]
     lm, world = policy.module.lm, layout.world_size
     text, size = lm.config.get_text_config(), performance.size_of(policy.module)
-    mlp = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    hidden = performance.number_in(text, "hidden_size", default=0)
+    mlp, layers = (
+        performance.number_in(text, name, default=otherwise)
+        for name, otherwise in (("intermediate_size", 4 * hidden), ("num_hidden_layers", 0))
+    )
+    value = 4 if config.model.dtype == "float32" else 2
     packs, per_rank = fmean(len(p.ids[0]) for p in placed), fmean(p.tokens for p in placed) / world
     budget = -int(-per_rank * ROOM // max(int(per_rank / layout.tokens_per_pack), 1) // 256) * 256
     larger = replace(layout, tokens_per_pack=budget)
@@ -78,9 +83,7 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
         faster_kernel=_faster_kernel(config, policy.device.type, kernel),
         sparsity=engine.count_weights(lm) / max(size.body + size.head, 1),
         checkpointing=config.model.gradient_checkpointing,
-        kept_bytes=kept_per_token(
-            text.hidden_size, mlp, text.num_hidden_layers, 4 if config.model.dtype == "float32" else 2
-        ),
+        kept_bytes=round(kept_per_token(hidden, mlp, layers, value)),
         free_bytes=engine.free_memory(policy.device) - coming,
     )
     return list(lines(facts))
@@ -118,14 +121,14 @@ def lines(facts: Facts) -> Iterator[str]:
             "raise data.tokens_per_pack, use fewer ranks, or stage 2 where the weights fit"
         )
     kept = facts.kept_bytes * facts.largest_pack
-    if facts.checkpointing and kept < facts.free_bytes / 2:
+    if facts.checkpointing and 0 < kept < facts.free_bytes / 2:
         yield (
             f"activations would take about {_size(kept)} of {_size(facts.free_bytes)} free memory: "
             "model.gradient_checkpointing=false saves about a quarter of the compute"
         )
 
 
-def kept_per_token(hidden: int, mlp: int, layers: int, bytes_per_value: int) -> int:
+def kept_per_token(hidden: float, mlp: float, layers: float, bytes_per_value: int) -> float:
     """Bytes of activations for each token (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2, without the scores of attention
     that fused kernels do not keep, and for gated MLPs)."""
     return layers * bytes_per_value * (HIDDEN_KEPT * hidden + MLP_KEPT * mlp)

@@ -35,6 +35,10 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
+# How families call the number of experts in a layer.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
 class Clock:
     """Where the time of a step goes. On CUDA the device keeps the time, and nothing waits for it before `read`."""
 
@@ -85,7 +89,7 @@ class ModelSize:
     head: float
     trained_body: float
     trained_head: float
-    channels: int
+    channels: float
 
     def forward(self, work: Work) -> float:
         """FLOPs of a forward pass."""
@@ -106,8 +110,8 @@ def size_of(model: PackedCausalLM) -> ModelSize:
     lm, text = model.lm, model.lm.config.get_text_config()
     head: Any = lm.get_output_embeddings()
     inputs: Any = lm.get_input_embeddings()
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
-    per_token = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    experts = number_in(text, *EXPERTS, default=1)
+    per_token = number_in(text, "num_experts_per_tok", "moe_k", default=experts) / experts
     body = trained = 0.0
     for name, parameter in lm.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -117,9 +121,22 @@ def size_of(model: PackedCausalLM) -> ModelSize:
         body += weights
         trained += weights * parameter.requires_grad
     size = _elements(head.weight, tuple(getattr(head.weight, "ds_shape", head.weight.shape)))
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    channels = text.num_hidden_layers * text.num_attention_heads * width
+    heads, hidden = number_in(text, "num_attention_heads", default=1), number_in(text, "hidden_size", default=0)
+    width = number_in(text, "head_dim", default=hidden / heads)
+    channels = number_in(text, "num_hidden_layers", default=0) * heads * width
     return ModelSize(body, size, trained, size * head.weight.requires_grad, channels)
+
+
+def number_in(text: Any, *names: str, default: float) -> float:
+    """The first of these that a model's config has; of a value for each layer, the mean. A figure in a report is no reason
+    to refuse a family that names things otherwise."""
+    for name in names:
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple) and value and all(isinstance(x, int | float) for x in value):
+            return statistics.fmean(value)
+        if isinstance(value, int | float) and value > 0:
+            return value
+    return default
 
 
 def _elements(parameter: Any, shape: tuple[int, ...]) -> int:

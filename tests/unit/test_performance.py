@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from dspref.data.batch import collate
 from dspref.data.loader import Step
 from dspref.data.plan import group
 from dspref.model import PackedCausalLM
-from dspref.performance import Account, Clock, ModelSize, Work, medians, peak_flops, peak_of, size_of
+from dspref.performance import Account, Clock, ModelSize, Work, medians, number_in, peak_flops, peak_of, size_of
 
 CPU = torch.device("cpu")
 
@@ -67,6 +68,13 @@ def test_a_token_meets_only_its_experts() -> None:
     )
     router = 2 * 64 * 4  # two layers, four more outputs
     assert many.body - few.body == router
+
+
+def test_a_config_may_name_things_otherwise() -> None:
+    text = SimpleNamespace(n_routed_experts=8, intermediate_size=[10, 30], head_dim=None, hidden_size=64)
+    assert number_in(text, "num_experts", "n_routed_experts", default=1) == 8
+    assert number_in(text, "intermediate_size", default=1) == 20
+    assert number_in(text, "head_dim", default=16) == number_in(text, "absent", default=16) == 16
 
 
 def test_attention_is_counted_causally() -> None:
