@@ -39,10 +39,14 @@ class Workers:
     def run(self, function: str, *, seconds: float = SECONDS_PER_CASE, **arguments: Any) -> list[Any]:
         if not self._ranks:
             self._start()
-        for rank in self._ranks:
-            send(rank.stdin, (function, arguments))  # type: ignore[arg-type]
         deadline = time.monotonic() + seconds
-        answers = [self._receive(rank, process, deadline) for rank, process in enumerate(self._ranks)]
+        try:
+            for rank in self._ranks:
+                send(rank.stdin, (function, arguments))  # type: ignore[arg-type]
+            answers = [self._receive(rank, process, deadline) for rank, process in enumerate(self._ranks)]
+        except BaseException:
+            self.stop()  # a test's own time limit too: the next case would be given this one's answer
+            raise
         broken = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
         if broken:
             self.stop()  # ranks that failed apart would meet the next case apart
@@ -79,12 +83,10 @@ class Workers:
     def _receive(self, rank: int, process: subprocess.Popen, deadline: float) -> tuple[bool, Any]:
         ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            self.stop()
             raise Failed(f"rank {rank} did not answer in time; the whole group was ended")
         try:
             return receive(process.stdout)  # type: ignore[arg-type]
         except EOFError:
-            self.stop()
             raise Failed(f"rank {rank} died; its output is above") from None
 
 
