@@ -1,4 +1,4 @@
-"""The run folder, checkpoints that are committed or absent, resume.
+"""Checkpoints that are committed or absent, and resume.
 
 A save writes `checkpoints/.saving-step-N`; every rank adds its part; the files are hashed; rank 0 writes the manifest and
 renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` file is neither written nor read.
@@ -6,19 +6,14 @@ renames the folder to `step-N`. What bears that name is complete. DeepSpeed's ow
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
-import socket
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,25 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dspref
-from dspref import config as configuration
 from dspref import distributed
-from dspref.config import CheckpointSection, Config
+from dspref.config import CheckpointSection
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import sync_folder, write_atomically
 from dspref.objectives import RunningMean
-
-# Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
-# with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
-# loss with scope `micro` is the exception: other packs balance experts over other tokens.)
-MAY_CHANGE = (
-    "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.gradient_checkpointing",
-    "model.name_or_path", "model.lora.path", "model.lora.merge_on_export", "reference.store",
-    "train.max_steps", "train.num_train_epochs", "train.eval_every", "checkpoint", "log", "output_dir",
-)  # fmt: skip
-# Whose versions a run folder and a model card name.
-PACKAGES = (
-    "torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "flash-attn", "peft", "bitsandbytes",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,121 +43,6 @@ class Progress:
     def read(cls, path: Path) -> Progress:
         state = json.loads(path.read_text(encoding="utf-8"))
         return cls(**state | {"rewards": RunningMean(**state.get("rewards", {}))})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder
-
-
-class RunFolder:
-    """Everything that a run leaves behind. Made on rank 0, only after config and data have been found good."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
-        self.final = self.path / "final"
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """run.json: id, state (running, finished), versions, and the summary of a finished run; {} in a fresh folder."""
-        path = self.path / "run.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); restore it, or use another output_dir=") from None
-
-    @property
-    def is_finished(self) -> bool:
-        return self.run.get("state") == "finished" and "summary" in self.run and self.final.exists()
-
-    def refuse_foreign(self) -> None:
-        """Raise ConfigError where the folder holds something that dspref did not make."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir: {self.path} is a file; choose another folder")
-        if self.path.exists() and any(self.path.iterdir()) and not self.run:
-            raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
-
-    def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any]) -> None:
-        """Write config, versions and state (rank 0). A folder that is started anew keeps its old run in `previous-*`."""
-        if config.checkpoint.resume == "never" and self.run:
-            self._set_aside()
-        for folder in (self.path, self.checkpoints, self.path / "logs"):
-            folder.mkdir(parents=True, exist_ok=True)
-        if source:
-            write_atomically(self.path / "config.source.yaml", source.read_text(encoding="utf-8"))
-        write_atomically(self.path / "config.resolved.yaml", configuration.dump(config))
-        write_atomically(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-        write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
-        self.update(
-            {"run_id": uuid.uuid4().hex[:12], "started": _now()} | self.run,
-            state="running",
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            world_size=distributed.world().size,
-        )
-
-    def update(self, known: Mapping[str, Any] | None = None, **changes: Any) -> None:
-        """Change run.json."""
-        write_atomically(self.path / "run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
-
-    def event(self, kind: str, **details: Any) -> None:
-        """Append to events.jsonl (rank 0)."""
-        if distributed.world().rank == 0:
-            with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": _now(), "event": kind, **details}) + "\n")
-
-    def refuse_changes(self, config: Config) -> list[str]:
-        """What differs from the config of the run in this folder, as lines to show. Raises ConfigError for a key that
-        decides what a step computes."""
-        path = self.path / "config.resolved.yaml"
-        if not path.exists():
-            return []
-        old, new = (flatten(configuration.resolved(c)) for c in (configuration.load(path), config))
-        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
-        if refused:
-            key = refused[0]
-            raise ConfigError(
-                f"{key}: {new.get(key)!r}, but the run in {self.path} has {old.get(key)!r}; restore it, or start anew with "
-                "another output_dir= or checkpoint.resume=never"
-            )
-        return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
-
-    def _set_aside(self) -> None:
-        aside = self.path / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        entries = [entry for entry in self.path.iterdir() if not entry.name.startswith("previous-")]
-        aside.mkdir()
-        for entry in entries:
-            entry.rename(aside / entry.name)
-
-
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    return {k: v for key, inner in values.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for env.json and the model card."""
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "dspref": dspref.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": packages,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "world_size": distributed.world().size,
-    }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

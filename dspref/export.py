@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dspref
-from dspref import adapters, checkpoint, distributed, model, reference
-from dspref.checkpoint import RunFolder
+from dspref import adapters, distributed, model, reference, run_folder
 from dspref.config import Config, ModelSection, shipped
 from dspref.engine import Engine
 from dspref.errors import IOFault, NumericFault
 from dspref.model import PackedCausalLM
 from dspref.objectives import describe
+from dspref.run_folder import RunFolder
 
 MAX_SHARD = "5GB"
 
@@ -187,7 +187,7 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         reference=reference.describe(config),
         data=", ".join(source.path for source in config.data.train_sources),
         base_is_hub=not Path(config.model.name_or_path).exists() and config.model.init == "pretrained",
-        env=checkpoint.environment(),
+        env=run_folder.environment(),
         summary=summary,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dspref import adapters, admission, console, distributed, engine, metrics, model, performance, reference
-from dspref.checkpoint import RunFolder, committed_folders
+from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
@@ -23,6 +23,7 @@ from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
+from dspref.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

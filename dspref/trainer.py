@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dspref import advice, checkpoint, console, distributed, engine, gradient, model, stages
 from dspref import reference as references
-from dspref.checkpoint import Progress, RunFolder
+from dspref.checkpoint import Progress
 from dspref.config import Config
 from dspref.data.loader import Step
 from dspref.engine import Engine
@@ -16,6 +16,7 @@ from dspref.gradient import StepLoss
 from dspref.metrics import Displacement, Meter, Recorder
 from dspref.objectives import build_objective
 from dspref.performance import Account, Clock
+from dspref.run_folder import RunFolder
 
 
 def train(config: Config, source: Path | None = None) -> None:

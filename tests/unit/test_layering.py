@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("reference",),
     ("performance",),
+    ("run_folder",),
     ("checkpoint", "metrics", "console"),
     ("export", "gradient", "advice"),
     ("stages", "evaluate"),
