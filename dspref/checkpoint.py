@@ -27,6 +27,7 @@ from dspref.config import CheckpointSection
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import sync_folder, write_atomically
 from dspref.objectives import RunningMean
+from dspref.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
