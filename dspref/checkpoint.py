@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dspref
+from dspref import config as configuration
 from dspref import distributed
-from dspref.config import CheckpointSection
-from dspref.errors import ConfigError, EnvironmentFault
+from dspref.config import CheckpointSection, Config
+from dspref.errors import ConfigError, EnvironmentFault, IOFault
 from dspref.files import sync_folder, write_atomically
 from dspref.objectives import RunningMean
-from dspref.run_folder import RunFolder
+from dspref.run_folder import RunFolder, environment
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,28 @@ class Progress:
     tracker_id: str | None = None
     rewards: RunningMean = field(default_factory=RunningMean)
     """BCO's delta."""
+    owes_evaluation: bool = False
+    """Whether the run was stopped within the evaluation of this step."""
 
     @classmethod
     def read(cls, path: Path) -> Progress:
         state = json.loads(path.read_text(encoding="utf-8"))
         return cls(**state | {"rewards": RunningMean(**state.get("rewards", {}))})
+
+
+def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
+    """What the manifests of a run say of it, beside the step; on rank 0."""
+    if distributed.world().rank != 0:
+        return {}
+    known = run.run
+    return {
+        "run_id": known.get("run_id"),
+        "content": known.get("content", {}),
+        "config": hashlib.sha256(configuration.dump(config).encode()).hexdigest(),
+        "zero_stage": config.zero_stage,
+        "dtype": config.model.dtype,
+        "packages": environment()["packages"],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,39 +76,83 @@ class Part(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def save(run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Mapping[str, float]) -> Path:
-    """Commit a checkpoint of all ranks; its folder. `metrics`: those of this step's evaluation, for `keep_best`."""
+def save(run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Mapping[str, float], facts: Mapping) -> Path:
+    """Commit a checkpoint of all ranks; its folder.
+
+    `metrics`: those of this step's evaluation, for `keep_best`; `facts`: what the manifest says of the run. What goes
+    wrong on any rank ends the attempt on all. There are two; then IOFault, and earlier checkpoints stay.
+    """
+    for _ in range(2):
+        complaint = _try_to_save(run, parts, progress, metrics, facts)
+        if complaint is None:
+            return _folder_of(run, progress.step)
+        distributed.log(f"warning: step {progress.step}: checkpoint not written ({complaint})", stamp=True)
+    kept = committed_folders(run)
+    last = f"{kept[-1].name} is kept" if kept else "there is no earlier one"
+    raise IOFault(f"{run.checkpoints}: the checkpoint of step {progress.step} cannot be written ({complaint}); {last}")
+
+
+def _try_to_save(
+    run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Mapping[str, float], facts: Mapping
+) -> str | None:
+    """One attempt; what went wrong, on whichever rank. Phases end together, so that no rank waits for one that gave up."""
     started = time.monotonic()
-    committed = run.checkpoints / f"step-{progress.step:06d}"
-    draft = run.checkpoints / f".saving-{committed.name}"
-    if distributed.world().rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    distributed.barrier()
-    for part in parts:
-        part.save(draft)
-    _save_rng(draft / f"rng-rank-{distributed.world().rank}.safetensors")
-    if distributed.world().rank == 0:
-        write_atomically(draft / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
-    distributed.barrier()
-    hashes = _hash_together(draft)
-    if distributed.world().rank == 0:
-        manifest = {
-            "step": progress.step,
-            "world_size": distributed.world().size,
-            "dspref": dspref.__version__,
-            "metrics": dict(metrics),
-            "files": hashes,
-        }
-        write_atomically(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    committed = _folder_of(run, progress.step)
+    draft = committed.with_name(f".saving-{committed.name}")
+    hashes: dict[str, tuple[int, str]] = {}
+    main = distributed.world().rank == 0
+
+    def begin() -> None:
+        if main:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+
+    def write() -> None:
+        _save_rng(draft / f"rng-rank-{distributed.world().rank}.safetensors")
+        if main:
+            write_atomically(draft / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
+
+    def commit() -> None:
+        if not main:
+            return
+        manifest = {**facts, "step": progress.step, "world_size": distributed.world().size, "dspref": dspref.__version__}
+        manifest |= {"metrics": dict(metrics), "files": hashes}
+        write_atomically(draft / "manifest.json", json.dumps(_signed(manifest), indent=1) + "\n")
         if committed.exists():  # left by a run that was resumed from an earlier step
             committed.rename(draft.with_name(f".trash-{committed.name}"))
         os.rename(draft, committed)
         sync_folder(run.checkpoints)
         seconds = round(time.monotonic() - started, 2)
         run.event("commit", step=progress.step, bytes=sum(size for size, _ in hashes.values()), seconds=seconds)
-    distributed.barrier()
-    return committed
+
+    saving = [lambda part=part: part.save(draft) for part in parts]
+    hashing = lambda: hashes.update(_hash_together(draft))  # noqa: E731
+    for phase in (begin, *saving, write, hashing, commit):
+        if complaint := _together(phase):
+            if main:
+                shutil.rmtree(draft, ignore_errors=True)
+            return complaint
+    return None
+
+
+def _together(work: Callable[[], None]) -> str | None:
+    """What the first rank that failed says of it; None where all did their work."""
+    complaint = None
+    try:
+        work()
+    except OSError as error:
+        complaint = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return next((said for said in distributed.gather_objects(complaint) if said), None)
+
+
+def _folder_of(run: RunFolder, step: int) -> Path:
+    return run.checkpoints / f"step-{step:06d}"
+
+
+def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, with the sha256 of all else that it says."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
 def prune(run: RunFolder, rules: CheckpointSection) -> None:
@@ -170,17 +232,22 @@ def resume(run: RunFolder, parts: Sequence[Part], mode: str) -> Progress:
 
 
 def committed_folders(run: RunFolder) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return sorted(f for f in run.checkpoints.glob("step-*") if (f / "manifest.json").exists())
+    """Folders that bear the name of a committed checkpoint, oldest first."""
+    return sorted(f for f in run.checkpoints.glob("step-*") if f.is_dir())
+
+
+def _folder_step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself; None where that cannot be read."""
+    """What a checkpoint says of itself; None where that cannot be read, or was changed."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        whole = _signed(manifest)["sha256"] == manifest["sha256"] and _folder_step(folder) == manifest["step"]
+        return manifest if whole else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return manifest if {"step", "world_size", "metrics", "files"} <= manifest.keys() else None
 
 
 def _damage_anywhere(folder: Path, manifest: Mapping[str, Any]) -> str | None:

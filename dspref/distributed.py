@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from dspref.errors import EnvironmentFault, ExitCode, UserError
+from dspref.errors import EnvironmentFault, ExitCode, UserError, exit_code_of
 from dspref.files import write_atomically
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Relayed(UserError):
 _world = World()
 _leader = 0  # the lowest rank of this machine
 _store: Store | None = None
-_turns = 0
+_turns = _purposes = 0
 _log_file: Any = None
 
 
@@ -160,6 +160,16 @@ def _meet_on_one_machine(timeout: timedelta) -> Store:
     return store
 
 
+def own_store(purpose: str) -> Store | None:
+    """A connection of its own to the job's key-value store, for a thread; the keys of each call stand apart. Called on all
+    ranks alike. None on a single rank."""
+    global _purposes
+    _purposes += 1
+    if _store is None or _world.size == 1:
+        return None
+    return PrefixStore(f"{purpose}/{_purposes}", _store.clone())  # type: ignore[attr-defined]
+
+
 def finish() -> None:
     """Leave the group together."""
     if dist.is_initialized():
@@ -186,14 +196,8 @@ def in_turn(work: Callable[[], T]) -> T:
         _await(f"turn/{_turns}/{_leader}")
     try:
         result = work()
-    except UserError as error:
-        _announce(turn, {"exit_code": int(error.exit_code)})
-        raise
-    except OSError as error:
-        _announce(turn, {"exit_code": int(ExitCode.IO if error.filename else ExitCode.BUG)})
-        raise
-    except BaseException:
-        _announce(turn, {"exit_code": int(ExitCode.BUG)})
+    except BaseException as error:
+        _announce(turn, {"exit_code": int(exit_code_of(error))})
         raise
     _announce(turn, {})
     return result
@@ -239,6 +243,15 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and _world.size > 1:
         dist.all_reduce(values)
     return values
+
+
+def largest(value: int) -> int:
+    """The largest of all ranks' values."""
+    if not dist.is_initialized() or _world.size == 1:
+        return value
+    found = torch.tensor([value])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found.item())
 
 
 def sum_over_ranks(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import os
 import sys
 import time
@@ -113,7 +114,7 @@ class Engine:
         self._grad_norm: float | None = None
         if engine.zero_optimization_stage() == 0:
             # DeepSpeed gives no gradient norm at stage 0, so there we clip, after its reduction and before the update.
-            optimizer.register_step_pre_hook(lambda *_: self._clip_stage0(max_grad_norm))
+            optimizer.register_step_pre_hook(lambda *_: self._clip_stage0(optimizer, max_grad_norm))
 
     @classmethod
     def for_training(cls, policy: PackedCausalLM, config: Config, total_steps: int) -> Engine:
@@ -172,10 +173,16 @@ class Engine:
         self._engine.backward(share * distributed.world().size, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip, update, advance the schedule. Returns the L2 norm of the loss's gradient before clipping."""
+        """Clip, update, advance the schedule. Returns the L2 norm of the loss's gradient before clipping; where that is not
+        finite nothing is updated or advanced, on any rank, and `applied` is False."""
         self._engine.step()
         norm = self._grad_norm if self._engine.zero_optimization_stage() == 0 else self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last `step` changed the weights."""
+        return self._engine.was_step_applied()
 
     @property
     def learning_rate(self) -> float:
@@ -206,10 +213,15 @@ class Engine:
     def close(self) -> None:
         self._engine.destroy()
 
-    def _clip_stage0(self, max_grad_norm: float) -> None:
+    def _clip_stage0(self, optimizer: Any, max_grad_norm: float) -> None:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
         self._grad_norm = norm.item()
+        # DeepSpeed would update in fp32 whatever the gradient is. It reads this flag, and what has no gradient stays.
+        optimizer.overflow = not math.isfinite(self._grad_norm)
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None
 
 
 def reference_forward(reference: PackedCausalLM, config: Config, stage: int):

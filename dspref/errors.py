@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     HANG = 6
     IO = 7
     INTERRUPTED = 75
+    CTRL_C = 130
 
 
 class UserError(Exception):
@@ -57,3 +58,20 @@ class IOFault(UserError):
     """Reading or writing failed during the run."""
 
     exit_code = ExitCode.IO
+
+
+class Interrupted(UserError):
+    """Somebody asked the run to stop, and what it had is committed: started again, it goes on."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """What a process that ends by this error returns."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, OSError) and error.filename:
+        return ExitCode.IO  # one without a name is of a library's own making
+    return ExitCode.CTRL_C if isinstance(error, KeyboardInterrupt) else ExitCode.BUG

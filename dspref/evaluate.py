@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from dspref import gradient
 from dspref.data.loader import Layout, sweep
@@ -23,10 +23,12 @@ def evaluate(
     rewards: RunningMean,
     sets: Mapping[str, PairStore],
     layout: Layout,
-) -> dict[str, float]:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Metrics of every held-out set over all its pairs, each name behind the set's prefix (`eval_`, `eval_<set>_`).
 
-    An objective that couples pairs sees the whole set at once; `rewards`, BCO's running mean, stays as training left it.
+    None where `must_stop`, which all ranks ask before each pack, said so. An objective that couples pairs sees the
+    whole set at once; `rewards`, BCO's running mean, stays as training left it.
     """
     record: dict[str, float] = {}
     for prefix, store in sets.items():
@@ -34,6 +36,8 @@ def evaluate(
         seen: list[tuple[PairLogps, PairLogps | None]] = []
         with policy.evaluating():
             for _, batch in sweep(store, layout):
+                if must_stop():
+                    return None
                 batch = batch.to(policy.device)
                 tokens, routing = policy.forward(batch)
                 seen.append((pair_logps(tokens, batch), reference(prefix, batch)))

@@ -8,7 +8,7 @@ the packs and the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from dspref.engine import Engine
 from dspref.families import PairLogps, PairLoss, total
 from dspref.logps import pair_logps
 from dspref.metrics import Meter
+from dspref.numbers import Suspects
 from dspref.objectives import Objective, RunningMean
 from dspref.performance import Clock
 from dspref.reference import Reference
@@ -47,22 +48,42 @@ class StepLoss:
         return self.objective.couples or bool(self.router_coef and self.router_scope == "step")
 
 
+@dataclass(frozen=True)
+class Instruments:
+    """What looks on while a gradient is computed, each where there is one."""
+
+    meter: Meter | None = None
+    clock: Clock | None = None
+    suspects: Suspects | None = None
+    beat: Callable[[str], None] | None = None
+
+    def lap(self, phase: str) -> None:
+        """A phase of PHASES has ended."""
+        if self.clock:
+            self.clock.lap(phase)
+        if self.beat:
+            self.beat(phase)
+
+    def at_loss(self, pair_ids: Tensor, loss: PairLoss) -> None:
+        if self.suspects:
+            self.suspects.add(pair_ids, loss)
+
+
 def accumulate(
     step: Step,
     policy: Engine,
     loss: StepLoss,
     reference: Reference,
     rewards: RunningMean,
-    meter: Meter | None,
-    clock: Clock | None = None,
+    looking: Instruments,
 ) -> RunningMean:
-    """Add the gradient of the step's loss, its metrics where `meter` asks for them, and to `clock` where the time went.
+    """Add the gradient of the step's loss, while `looking` on.
 
     Returns `rewards`, the running mean that BCO reads, with this step in it.
     """
     one_pack = step.num_packs == 1 and distributed.world().size == 1
     passes = _two_passes if loss.looks_ahead and not one_pack else _one_pass
-    return passes(step, policy, loss, reference, rewards, meter, clock or Clock(policy.device))
+    return passes(step, policy, loss, reference, rewards, looking)
 
 
 def _one_pass(
@@ -71,29 +92,29 @@ def _one_pass(
     loss: StepLoss,
     reference: Reference,
     rewards: RunningMean,
-    meter: Meter | None,
-    clock: Clock,
+    looking: Instruments,
 ) -> RunningMean:
     for batch in step.packs:
         batch = batch.to(policy.device)
-        clock.lap("data")
+        looking.lap("data")
         base = reference("train", batch)
-        clock.lap("reference")
+        looking.lap("reference")
         tokens, routing = policy.forward(batch)
         pairs = pair_logps(tokens, batch)
         rewards = _with_step(rewards, loss.objective, pairs, base)
         value = loss.objective(pairs, base, rewards.value)
         share = total(value, step.counts)
         if routing:
-            share = share + loss.router_coef * _balance(routing, step, None, meter)
-        if meter:
+            share = share + loss.router_coef * _balance(routing, step, None, looking.meter)
+        looking.at_loss(batch.pair_ids, value)
+        if meter := looking.meter:
             meter.add_pairs(value, pairs)
             meter.add_logits(tokens, pairs, batch)
             if step.number == 1 and base:
                 meter.add_gap(pairs, base)
-        clock.lap("forward")
+        looking.lap("forward")
         policy.backward(share)
-        clock.lap("backward")
+        looking.lap("backward")
     return rewards
 
 
@@ -103,27 +124,27 @@ def _two_passes(
     loss: StepLoss,
     reference: Reference,
     rewards: RunningMean,
-    meter: Meter | None,
-    clock: Clock,
+    looking: Instruments,
 ) -> RunningMean:
     packs = [batch.to(policy.device) for batch in step.packs]
-    clock.lap("data")
+    looking.lap("data")
     seen, routings = [], []
     with policy.rehearsing():
         for batch in packs:
             base = reference("train", batch)
-            clock.lap("reference")
+            looking.lap("reference")
             tokens, routing = policy.forward(batch)
             seen.append((pair_logps(tokens, batch), base))
             routings += [routing] if routing else []
-            clock.lap("forward")
+            looking.lap("forward")
     load = _step_load(routings) if routings and loss.router_scope == "step" else None
     pairs, base, own = gathered(seen)
     rewards = _with_step(rewards, loss.objective, pairs, base)
     slopes = slopes_of(loss.objective, pairs, base, rewards.value, step)
-    if meter:
-        value = loss.objective(pairs, base, rewards.value)
-        meter.add_pairs(rows_of(value, own), part_of(pairs, own))
+    value = rows_of(loss.objective(pairs, base, rewards.value), own)
+    looking.at_loss(torch.cat([batch.pair_ids for batch in packs]), value)
+    if meter := looking.meter:
+        meter.add_pairs(value, part_of(pairs, own))
         if step.number == 1 and base:
             meter.add_gap(part_of(pairs, own), part_of(base, own))
     start = own.start
@@ -133,12 +154,12 @@ def _two_passes(
         share = _surrogate(logps, part_of(slopes, slice(start, start + batch.num_pairs)))
         start += batch.num_pairs
         if routing:
-            share = share + loss.router_coef * _balance(routing, step, load, meter)
+            share = share + loss.router_coef * _balance(routing, step, load, looking.meter)
         if meter:
             meter.add_logits(tokens, logps, batch)
-        clock.lap("forward")
+        looking.lap("forward")
         policy.backward(share)
-        clock.lap("backward")
+        looking.lap("backward")
     return rewards
 
 

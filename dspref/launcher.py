@@ -53,7 +53,7 @@ def guarded(job: Callable[[], None]) -> int:
             print(fault, file=terminal, flush=True)
         return int(ExitCode.IO)
     except KeyboardInterrupt:
-        return 130
+        return int(ExitCode.CTRL_C)
     return int(ExitCode.DONE)
 
 

@@ -17,9 +17,9 @@ import torch
 
 import dspref
 from dspref import config as configuration
-from dspref import distributed
+from dspref import distributed, lock
 from dspref.config import Config
-from dspref.errors import ConfigError
+from dspref.errors import ConfigError, ExitCode
 from dspref.files import write_atomically
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
@@ -28,7 +28,8 @@ from dspref.files import write_atomically
 MAY_CHANGE = (
     "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.gradient_checkpointing",
     "model.name_or_path", "model.lora.path", "model.lora.merge_on_export", "reference.store",
-    "train.max_steps", "train.num_train_epochs", "train.eval_every", "checkpoint", "log", "output_dir",
+    "train.max_steps", "train.num_train_epochs", "train.eval_every", "train.max_skipped_steps", "train.hang_timeout",
+    "checkpoint", "log", "output_dir",
 )  # fmt: skip
 # Whose versions a run folder and a model card name.
 PACKAGES = (
@@ -64,8 +65,9 @@ class RunFolder:
         if self.path.exists() and any(self.path.iterdir()) and not self.run:
             raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
 
-    def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any]) -> None:
+    def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any], steps: int) -> None:
         """Write config, versions and state (rank 0). A folder that is started anew keeps its old run in `previous-*`."""
+        lock.claim(self.path)
         if config.checkpoint.resume == "never" and self.run:
             self._set_aside()
         for folder in (self.path, self.checkpoints, self.path / "logs"):
@@ -75,9 +77,12 @@ class RunFolder:
         write_atomically(self.path / "config.resolved.yaml", configuration.dump(config))
         write_atomically(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+        known = {key: value for key, value in self.run.items() if key not in ("error", "exit_code")}
         self.update(
-            {"run_id": uuid.uuid4().hex[:12], "started": _now()} | self.run,
+            {"run_id": uuid.uuid4().hex[:12], "started": _now()} | known,
             state="running",
+            steps=steps,
+            job=os.environ.get("SLURM_JOB_ID"),
             host=socket.gethostname(),
             pid=os.getpid(),
             world_size=distributed.world().size,
@@ -86,6 +91,13 @@ class RunFolder:
     def update(self, known: Mapping[str, Any] | None = None, **changes: Any) -> None:
         """Change run.json."""
         write_atomically(self.path / "run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
+
+    def left(self, exit_code: int, message: str) -> None:
+        """The run ends before its end (rank 0)."""
+        if self.run.get("state") == "running" and self.run.get("pid") == os.getpid():
+            state = "interrupted" if exit_code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C) else "failed"
+            self.update(state=state, error=message, exit_code=exit_code)
+            self.event("stop", cause=message, exit_code=exit_code)
 
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl (rank 0)."""
@@ -112,7 +124,9 @@ class RunFolder:
 
     def _set_aside(self) -> None:
         aside = self.path / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        entries = [entry for entry in self.path.iterdir() if not entry.name.startswith("previous-")]
+        entries = [
+            entry for entry in self.path.iterdir() if not entry.name.startswith("previous-") and entry.name != lock.NAME
+        ]
         aside.mkdir()
         for entry in entries:
             entry.rename(aside / entry.name)

@@ -264,6 +264,10 @@ class TrainSection(Section):
     """Seed of data order, sampling, dropout and random weights."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Evaluate every so many steps; null: at the end only."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    """A step whose loss or gradient is not finite changes nothing; so many in a row, and the next ends the run."""
+    hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds without progress within a step or an evaluation after which the run is taken for hung; 0: never."""
 
 
 class CheckpointSection(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
-from dspref.errors import ConfigError, DataError, NumericFault, UserError
+from dspref.errors import ConfigError, DataError, UserError
 from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
@@ -136,7 +135,7 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout, together)
 
 
-def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore]) -> Origin:
+def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore], steps: int) -> Origin:
     """Make the run folder, and the weights of a random model; where the run begins.
 
     Raises DataError where the folder holds a run that began with other pairs or another reference.
@@ -157,7 +156,7 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
                 models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
                 what = f"{models[name]} has" if name in models else f"the pairs of {name.rstrip('_')} have"
                 raise DataError(f"{run.path}: {what} changed since this run began; restore, or use another output_dir=")
-        run.open(config, source, engine.training_config(config))
+        run.open(config, source, engine.training_config(config), steps)
         if random:
             model.initialise(config.model, run.path / "init", config.train.seed)
             content.setdefault("reference", reference.digest(config, weights))
@@ -216,25 +215,6 @@ def load_policy(config: Config, objective: Objective, weights: str, kernel: str)
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
         distributed.log(f"experts: load-balancing loss x {coefficient:g}, over the tokens of {over} on all ranks")
     return policy
-
-
-def check_finite(config: Config, step: int, loss: float, grad_norm: float) -> None:
-    """Raise NumericFault for a loss, or outside fp16 a gradient, that is not a number: DeepSpeed skips such updates, and
-    would go on so to the end. In fp16 an overflow lowers the loss scale, and belongs to the method."""
-    if not math.isfinite(loss) or (not math.isfinite(grad_norm) and config.model.dtype != "float16"):
-        raise NumericFault(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower train.learning_rate and start anew")
-
-
-def check_first_step(config: Config, means: dict[str, float]) -> None:
-    """Where policy and reference start equal, they agree on every answer, and the first loss is the objective's value at
-    log-ratios of 0. Removes `gap` from `means`; raises NumericFault for a miss."""
-    gap, tolerance = means.pop("gap", None), reference.ROUNDING[config.model.dtype]
-    if gap is not None and reference.equals_policy(config) and not gap <= tolerance:
-        raise NumericFault(
-            f"step 1: policy and reference are one model, but differ by {gap:.2g} nats per token (allowed: {tolerance:g}); "
-            "usual causes: dropout that is still on, weights missing from the checkpoint, a kernel that leaks between "
-            "sequences"
-        )
 
 
 def finish(

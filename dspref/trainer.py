@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dspref import advice, checkpoint, console, distributed, engine, gradient, model, stages
 from dspref import reference as references
 from dspref.checkpoint import Progress
 from dspref.config import Config
-from dspref.data.loader import Step
+from dspref.data.loader import Layout, StepLoader
+from dspref.data.store import PairStore
 from dspref.engine import Engine
 from dspref.evaluate import evaluate
-from dspref.gradient import StepLoss
+from dspref.gradient import Instruments, StepLoss
 from dspref.metrics import Displacement, Meter, Recorder
+from dspref.numbers import Skips, Suspects, check_first_step, check_loss
 from dspref.objectives import build_objective
 from dspref.performance import Account, Clock
+from dspref.reference import Reference
 from dspref.run_folder import RunFolder
+from dspref.watch import Ask, Watch, watching
 
 
 def train(config: Config, source: Path | None = None) -> None:
@@ -24,20 +31,23 @@ def train(config: Config, source: Path | None = None) -> None:
 
     `source` is the file that the config came from; the run folder keeps a copy.
     """
-    started = time.monotonic()
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     model.quiet()
     run = RunFolder(config.output_dir)
-    if stages.already_finished(run, config):
-        return
+    if not stages.already_finished(run, config):
+        with watching(run.path, run.left) as watch:
+            _train(config, source, device.type, run, watch)
 
+
+def _train(config: Config, source: Path | None, device_type: str, run: RunFolder, watch: Watch) -> None:
+    started = time.monotonic()
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
-    kernel, tokenizer, pairs, held_out = stages.prepare(config, device.type)
+    kernel, tokenizer, pairs, held_out = stages.prepare(config, device_type)
     layout, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
-    origin = stages.open_run(run, config, source, sets)
+    origin = stages.open_run(run, config, source, sets, steps)
     stages.introduce(config, pairs, held_out, loader, steps, kernel)
 
     objective = build_objective(**config.objective.model_dump())
@@ -50,51 +60,116 @@ def train(config: Config, source: Path | None = None) -> None:
     progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume)
     stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
-    view = console.ProgressView(progress.step, steps)
-    meter, displacement, clock = Meter(device, loss.router_coef), Displacement(), Clock(device)
-    account = Account.of(config, policy, reference, loss.looks_ahead)
-    rewards = progress.rewards
+    view, facts = console.ProgressView(progress.step, steps), checkpoint.facts_of(run, config)
 
-    for step in loader.steps(progress.step, steps):
-        last = step.number == steps
-        logged = step.number == 1 or last or step.number % config.log.every == 0
-        rewards = gradient.accumulate(step, policy, loss, reference, rewards, meter if logged else None, clock)
-        learning_rate, grad_norm = policy.learning_rate, policy.step()
-        reference.follow(step.number)
-        clock.lap("update")
-
-        if logged:
-            means = meter.reduce()
-            stages.check_finite(config, step.number, means["loss"], grad_norm)
-            if step.number == 1:
-                stages.check_first_step(config, means)
-            record = header(step) | {"loss": means.pop("loss"), "grad_norm": grad_norm, "learning_rate": learning_rate}
-            record |= means | account.record(step, clock.read())
-            recorder.write(record)
-            view.show(step.number, record)
-            if warning := displacement.watch(record):
-                view.note(warning)
-        view.advance(step.number)
-        evaluation: dict[str, float] = {}
-        if held_out and (last or due(step.number, config.train.eval_every)):
-            evaluation = evaluate(policy, loss, reference, rewards, held_out, layout)
-            recorder.write(header(step) | evaluation)
-            view.note(console.evaluation_line(step.number, evaluation, list(held_out)))
-        if due(step.number, config.checkpoint.save_every) or (last and config.checkpoint.save_every):
-            progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards)
-            checkpoint.save(run, (policy, reference), progress, evaluation)
-            checkpoint.prune(run, config.checkpoint)
-            view.note(f"step {step.number}: checkpoint committed")
-        clock.start()
+    session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, facts)
+    watch.steps_begin(config.train.hang_timeout)
+    run_steps(session, loader, progress, steps)
+    watch.steps_end()
     view.close()
     recorder.close()
     stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
     policy.close()
 
 
+@dataclass(frozen=True)
+class Session:
+    """What the steps of a run work with, made once."""
+
+    config: Config
+    run: RunFolder
+    policy: Engine
+    reference: Reference
+    loss: StepLoss
+    pairs: PairStore
+    held_out: Mapping[str, PairStore]
+    layout: Layout
+    recorder: Recorder
+    view: console.ProgressView
+    watch: Watch
+    facts: Mapping[str, Any]
+
+
+def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> None:
+    """Steps `progress.step` + 1 to `steps`, with what is due between them.
+
+    Raises Interrupted, with a checkpoint committed, where the run was asked to stop, and NumericFault.
+    """
+    config, policy, recorder, watch = session.config, session.policy, session.recorder, session.watch
+    meter, displacement, clock = Meter(policy.device, session.loss.router_coef), Displacement(), Clock(policy.device)
+    account = Account.of(config, policy, session.reference, session.loss.looks_ahead)
+    suspects, skips, sound = Suspects(), Skips(config.train.max_skipped_steps, config.model.dtype == "float16"), progress
+    if progress.owes_evaluation:
+        progress = settle(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
+
+    for step in loader.steps(progress.step, steps):
+        last = step.number == steps
+        logged = step.number == 1 or last or step.number % config.log.every == 0
+        watch.beat("batches", step.number)
+        suspects.clear()
+        looking = Instruments(meter if logged else None, clock, suspects, watch.beat)
+        rewards = gradient.accumulate(step, policy, session.loss, session.reference, progress.rewards, looking)
+        learning_rate, grad_norm = policy.learning_rate, policy.step()
+        session.reference.follow(step.number)
+        looking.lap("update")
+        if logged:
+            means = meter.reduce()
+            check_loss(step.number, means["loss"], policy.applied)
+            if step.number == 1:
+                check_first_step(config, means, policy.applied)
+            record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
+            record |= {"learning_rate": learning_rate, **means, **account.record(step, clock.read())}
+            recorder.write(record)
+            session.view.show(step.number, record)
+            if warning := displacement.watch(record):
+                session.view.note(warning)
+        session.view.advance(step.number)
+
+        if skips.judge(step.number, policy.applied, suspects, session.pairs, session.run):
+            save(session, sound, {})
+            raise skips.fault(step.number, sound.step)
+        rewards = rewards if policy.applied else progress.rewards
+        evaluates = bool(session.held_out) and (last or due(step.number, config.train.eval_every))
+        progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards, evaluates)
+        progress = settle(session, progress, step.epoch, last)
+        sound = progress if policy.applied else sound
+        clock.start()
+
+
+def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
+    """What is due after a step: an evaluation, a checkpoint, and the end where somebody asks for it."""
+    watch, ask = session.watch, session.watch.agreed()
+    found: dict[str, float] | None = {}
+    if progress.owes_evaluation and ask is not Ask.STOP:
+        found = evaluate(
+            session.policy, session.loss, session.reference, progress.rewards, session.held_out, session.layout,
+            must_stop=lambda: watch.agreed() is Ask.STOP,
+        )  # fmt: skip
+        if found is None:
+            ask = Ask.STOP
+        else:
+            session.recorder.write(header(progress.step, epoch) | found)
+            session.view.note(console.evaluation_line(progress.step, found, list(session.held_out)))
+            progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset)
+    every = session.config.checkpoint.save_every
+    if ask or due(progress.step, every) or (last and every):
+        save(session, progress, found or {})
+        watch.granted()
+    if ask is Ask.STOP:
+        raise watch.interruption(f"after step {progress.step}")
+    return progress
+
+
+def save(session: Session, progress: Progress, evaluation: Mapping[str, float]) -> None:
+    session.watch.beat("checkpoint")
+    checkpoint.save(session.run, (session.policy, session.reference), progress, evaluation, session.facts)
+    checkpoint.prune(session.run, session.config.checkpoint)
+    session.view.note(f"step {progress.step}: checkpoint committed")
+
+
 def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def header(step: Step) -> dict[str, float]:
-    return {"step": step.number, "epoch": round(step.epoch, 6)}
+def header(step: int, epoch: float) -> dict[str, float]:
+    return {"step": step, "epoch": round(epoch, 6)}

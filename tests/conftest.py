@@ -27,7 +27,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
-from workers import Workers  # noqa: E402  (needs the path above)
+from forked import Forked  # noqa: E402  (needs the path above)
+from workers import Workers  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +51,11 @@ def all_workers() -> Iterator[dict[int, Workers]]:
     yield workers
     for group in workers.values():
         group.stop()
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """Ranks that may die."""
+    server = Forked()
+    yield server
+    server.stop()

@@ -8,11 +8,13 @@ the same model.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 GPT2_NAMES = {
@@ -148,3 +150,27 @@ def rows_that_share(count: int, seed: int) -> list[dict[str, Any]]:
     two |= {"prompt": one["prompt"], "chosen": one["chosen"]}
     five |= {"prompt": one["prompt"], "chosen": two["rejected"], "rejected": one["rejected"]}
     return rows
+
+
+def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A run's YAML file beside its model, tokenizer and pairs: four steps of four pairs, ZeRO-3, a checkpoint every two."""
+    config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), attention_dropout=0.1)
+    save_tiny(folder / "model", config, seed=3)
+    for name, count in (("pairs", 11), ("held_out", 5)):
+        rows = preference_rows(count, seed=count)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {
+        "model": {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "dtype": "float32"}
+        | {"disable_dropout": False, "gradient_checkpointing": False},  # the random generators matter
+        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "eval": {"path": f"{folder}/held_out.jsonl"}}
+        | {"tokens_per_pack": 200},
+        "objective": {"name": "dpo", "rpo_alpha": 0.5},
+        "train": {"pairs_per_step": 4, "max_steps": 4, "learning_rate": 3e-3, "eval_every": 2},
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        "checkpoint": {"save_every": 2, "keep_last": 9},
+        "output_dir": f"{folder}/run",
+    }
+    for name, section in sections.items():
+        values[name] = {**values[name], **section} if name in values else section
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"

@@ -15,7 +15,7 @@ from dspref.data.loader import StepLoader
 from dspref.data.store import PairStore
 from dspref.engine import Engine
 from dspref.errors import UserError
-from dspref.gradient import StepLoss
+from dspref.gradient import Instruments, StepLoss
 from dspref.metrics import Meter
 from dspref.objectives import RunningMean, build_objective
 
@@ -30,7 +30,7 @@ def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     policy, reference, loader, loss = _start(config, 1)
     meter = Meter(policy.device, loss.router_coef)
     step = next(loader.steps(0, 1))
-    gradient.accumulate(step, policy, loss, reference, RunningMean(), meter)
+    gradient.accumulate(step, policy, loss, reference, RunningMean(), Instruments(meter))
     grad_norm = policy.step()
     result = {
         **meter.reduce(), "grad_norm": grad_norm, "packs": step.num_packs, "gradients": _gradients(policy, config),
@@ -142,7 +142,7 @@ def followed_reference(config_path: str, overrides: list[str], steps: int) -> li
     assert moving is not None
     states = []
     for step in loader.steps(0, steps):
-        gradient.accumulate(step, policy, loss, reference, RunningMean(), None)
+        gradient.accumulate(step, policy, loss, reference, RunningMean(), Instruments())
         policy.step()
         reference.follow(step.number)
         shown = {"policy": policy.module.lm, "reference": moving.reference}
@@ -219,7 +219,7 @@ def weights_after(config_path: str, overrides: list[str], steps: int) -> dict[st
     """All weights of the policy's inner model by name, after some steps; empty on ranks other than 0."""
     policy, reference, loader, loss = _start(configuration.load(config_path, overrides), steps)
     for step in loader.steps(0, steps):
-        gradient.accumulate(step, policy, loss, reference, RunningMean(), None)
+        gradient.accumulate(step, policy, loss, reference, RunningMean(), Instruments())
         policy.step()
     state = {name: tensor.numpy() for name, tensor in policy.full_state().items()}
     policy.close()

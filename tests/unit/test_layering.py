@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest first. A module may import what lies in a lower row; modules of one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files"),  # below everything
+    ("errors", "files", "processes"),  # below everything
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
     ("yaml12", "strategy"),  # what config is made of
@@ -21,14 +21,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("explain",),
     ("checks",),
     ("config",),
-    ("distributed",),
+    ("distributed", "lock"),
+    ("watch",),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
     ("model",),
     ("engine",),
     ("reference",),
     ("performance",),
     ("run_folder",),
-    ("checkpoint", "metrics", "console"),
+    ("checkpoint", "metrics", "console", "numbers"),
     ("export", "gradient", "advice"),
     ("stages", "evaluate"),
     ("trainer", "scorer"),

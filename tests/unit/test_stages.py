@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_store import load, write
 
-from dspref import config, stages
+from dspref import config, numbers, stages
 from dspref.data.loader import sharing_pays
 from dspref.errors import NumericFault
 
@@ -16,18 +16,18 @@ QUICKSTART = "launch/configs/quickstart.yaml"
 def test_policy_and_reference_must_agree_at_the_first_step_where_they_are_one(dtype, allowed):
     run = config.load(QUICKSTART, [f"model.dtype={dtype}"])
     means = {"gap": allowed, "loss": 0.6931}
-    stages.check_first_step(run, means)
+    numbers.check_first_step(run, means)
     assert means == {"loss": 0.6931}, "the gap is no metric"
     for gap in (10 * allowed, float("nan")):
         with pytest.raises(NumericFault, match=r"step 1: policy and reference .* nats per token"):
-            stages.check_first_step(run, {"gap": gap})
+            numbers.check_first_step(run, {"gap": gap})
 
 
 @pytest.mark.parametrize(
     "other", ["reference.name_or_path=elsewhere", "reference.dtype=bfloat16", "model.disable_dropout=false"]
 )
 def test_a_reference_that_is_another_model_may_differ(other):
-    stages.check_first_step(config.load(QUICKSTART, ["model.dtype=float32", other]), {"gap": 3.0})
+    numbers.check_first_step(config.load(QUICKSTART, ["model.dtype=float32", other]), {"gap": 3.0})
 
 
 ROWS = [

@@ -1,0 +1,92 @@
+"""When the numbers go wrong: the first step's check, steps that are skipped, and the end of a run that skips too many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dspref import distributed, reference
+from dspref.config import Config
+from dspref.data.store import PairStore
+from dspref.errors import NumericFault
+from dspref.families import PairLoss
+from dspref.run_folder import RunFolder
+
+# Pairs that a message names.
+NAMED = 3
+
+
+@dataclass
+class Suspects:
+    """Which pairs of a step have a loss that is not finite. Nothing waits for the device before `rows`."""
+
+    _seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """A new step begins."""
+        self._seen.clear()
+
+    def add(self, pair_ids: Tensor, loss: PairLoss) -> None:
+        """`pair_ids` [P]: the rows of the data set whose loss this is."""
+        finite = torch.stack([term.values.detach().isfinite() for term in loss.terms.values()]).all(dim=0)
+        self._seen.append((pair_ids, ~finite))
+
+    def rows(self) -> list[int]:
+        """Of all ranks, in order."""
+        own = [row for ids, bad in self._seen for row in ids[bad].tolist()]
+        return sorted({row for rows in distributed.gather_objects(own) for row in rows})
+
+
+@dataclass
+class Skips:
+    """Counts the steps in a row that changed nothing because their numbers were wrong."""
+
+    limit: int
+    scales_loss: bool
+    """In fp16 an overflow lowers the loss scale, and belongs to the method."""
+    in_a_row: int = 0
+
+    def judge(self, step: int, applied: bool, suspects: Suspects, pairs: PairStore, run: RunFolder) -> bool:
+        """True where the run must end: more than `limit` steps in a row were skipped. Called alike on all ranks."""
+        if applied:
+            self.in_a_row = 0
+            return False
+        rows = suspects.rows()
+        if not rows and self.scales_loss:
+            return False
+        self.in_a_row += 1
+        where = [pairs.where(row) for row in rows[:NAMED]]
+        run.event("skip", step=step, rows=rows, where=where)
+        named = ", ".join(where) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+        cause = f"the loss of {named}" if rows else "the gradient"
+        distributed.log(f"warning: step {step} skipped, {cause} is not finite ({self.in_a_row} in a row)", stamp=True)
+        return self.in_a_row > self.limit
+
+    def fault(self, step: int, sound: int) -> NumericFault:
+        """The end of the run; `sound`: the step whose weights are kept."""
+        return NumericFault(
+            f"step {step}: {self.in_a_row} steps in a row were skipped, for a loss or gradient that is not finite "
+            f"(train.max_skipped_steps: {self.limit}); step {sound} is kept; lower train.learning_rate, or mend the pairs "
+            "that events.jsonl names"
+        )
+
+
+def check_loss(step: int, loss: float, applied: bool) -> None:
+    """Raise NumericFault for a loss that is not a number though its gradient is: nothing of it can be believed."""
+    if applied and not math.isfinite(loss):
+        raise NumericFault(f"step {step}: loss {loss} with a finite gradient; lower train.learning_rate and start anew")
+
+
+def check_first_step(config: Config, means: dict[str, float], applied: bool = True) -> None:
+    """Where policy and reference start equal, they agree on every answer, and the first loss is the objective's value at
+    log-ratios of 0. Removes `gap` from `means`; raises NumericFault for a miss."""
+    gap, tolerance = means.pop("gap", None), reference.ROUNDING[config.model.dtype]
+    if gap is not None and applied and reference.equals_policy(config) and not gap <= tolerance:
+        raise NumericFault(
+            f"step 1: policy and reference are one model, but differ by {gap:.2g} nats per token (allowed: {tolerance:g}); "
+            "usual causes: dropout that is still on, weights missing from the checkpoint, a kernel that leaks between "
+            "sequences"
+        )

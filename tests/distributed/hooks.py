@@ -1,0 +1,181 @@
+"""What goes wrong in a rank of `Forked`, on purpose. Python's audit events see every file that Python code touches, so no
+line of dspref knows of it. Each function is called on every rank before the run."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
+
+
+def _file_operations(below: str, act: Any) -> None:
+    """Call act(n, event, path) before the n-th operation, from 1, that changes something below a folder of that name."""
+    counter = itertools.count(1)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = (
+                any(letter in mode for letter in "wxa+") if mode else bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            )
+        elif event in CHANGES:
+            path, writes = arguments[0], True
+        else:
+            return
+        if writes and isinstance(path, (str, os.PathLike)) and below in str(path):
+            act(next(counter), event, str(path))
+
+    sys.addaudithook(hook)
+
+
+def count_operations(rank: int, below: str, into: str) -> None:
+    """One line per file operation in `into`/RANK."""
+    file = open(f"{into}/{rank}", "w", buffering=1)
+    _file_operations(below, lambda n, event, path: file.write(f"{n} {event} {path}\n"))
+
+
+def at_operation(rank: int, below: str, victim: int, point: int, what: str, times: int = 1) -> None:
+    """At its `point`-th file operation the victim is killed, meets a full disk `times` times, or sleeps for 3 s."""
+    if rank != victim:
+        return
+
+    def act(n: int, event: str, path: str) -> None:
+        if what == "full" and point <= n < point + times and event in ("open", "os.mkdir", "os.rename"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        if n == point and what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if n == point and what == "slow":
+            time.sleep(3)
+
+    _file_operations(below, act)
+
+
+def _after_step(step: int, act: Any) -> None:
+    """Call `act` when the optimizer has made so many steps."""
+    from dspref.engine import Engine
+
+    counter, plain = itertools.count(1), Engine.step
+
+    def counted(self: Engine) -> float:
+        norm = plain(self)
+        if next(counter) == step:
+            act()
+        return norm
+
+    Engine.step = counted  # type: ignore[method-assign]
+
+
+def die(rank: int, victim: int, step: int, how: str) -> None:
+    if rank == victim:
+        _after_step(step, DEATHS[how])
+
+
+def _run_out_of_memory() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
+    bytearray(2**30)
+
+
+def _segfault() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _raise() -> None:
+    raise ValueError("the deliberate fault of this test")
+
+
+DEATHS = {
+    "exit": lambda: os._exit(1),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segfault": _segfault,
+    "memory": _run_out_of_memory,
+    "error": _raise,
+}
+
+
+def hang(rank: int, victim: int, step: int, how: str) -> None:
+    if rank == victim:
+        _after_step(step, HANGS[how])
+
+
+def _hold_the_gil() -> None:
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(600)
+
+
+HANGS = {
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "asleep": lambda: time.sleep(600),
+    "gil": _hold_the_gil,
+}
+
+
+def poison(rank: int, victim: int, steps: list[int], what: str) -> None:
+    """A loss, a gradient or one logit that is not a number, on one rank in some steps (from 1)."""
+    import torch
+
+    from dspref import gradient
+
+    plain, counter = gradient.accumulate, itertools.count(1)
+
+    def accumulate(step: Any, policy: Any, *rest: Any) -> Any:
+        number = next(counter)
+        if rank != victim or number not in steps:
+            return plain(step, policy, *rest)
+        forward = policy.forward
+
+        def poisoned(batch: Any) -> Any:
+            tokens, routing = forward(batch)
+            values = tokens.logps
+            if what == "gradient":
+                values.register_hook(lambda slope: slope * float("nan"))
+                return tokens, routing
+            at = torch.zeros_like(values)
+            at[0] = float("nan") if what == "loss" else float("inf")
+            return tokens._replace(logps=values + at), routing
+
+        policy.forward = poisoned
+        try:
+            return plain(step, policy, *rest)
+        finally:
+            del policy.forward
+
+    gradient.accumulate = accumulate
+
+
+def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> None:
+    """Write a file `into`/PHASE-RANK when a phase begins, and stay in the phase `slow` a little."""
+    from dspref import checkpoint, evaluate, filling, stages
+    from dspref.engine import Engine
+
+    def mark(name: str) -> None:
+        Path(into, f"{name}-{rank}").touch()
+        if name == slow:
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def wrap(owner: Any, attribute: str, name: str) -> None:
+        plain = getattr(owner, attribute)
+
+        def marked(*arguments: Any, **more: Any) -> Any:
+            mark(name)
+            return plain(*arguments, **more)
+
+        setattr(owner, attribute, marked)
+
+    wrap(Engine, "step", "step")
+    wrap(evaluate, "sweep", "evaluation")
+    wrap(filling, "score", "scoring")
+    wrap(checkpoint, "_save_rng", "save")
+    wrap(stages, "load_pairs", "data")
+    wrap(stages, "export", "export")

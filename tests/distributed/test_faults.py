@@ -1,0 +1,110 @@
+"""A rank that dies, a rank that hangs: all leave soon, with the right exit code, and one line says why."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_preemption import FAR, _alive, _tree, arguments, committed
+from tiny import write_run
+from workers import ROOT
+
+SECONDS_TO_DIE = 15
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(
+    ("how", "victim"),
+    [
+        ("kill", 1),
+        ("error", 0),
+        *[pytest.param(how, victim, marks=SLOW) for how in ("exit", "segfault", "memory") for victim in (0, 1)],
+        *[pytest.param("kill", 0, marks=SLOW), pytest.param("error", 1, marks=SLOW)],
+    ],
+)
+def test_one_rank_dies_and_all_are_gone(how, victim, run_file, forked, tmp_path):
+    run = tmp_path / "run"
+    ranks = forked.start(2, arguments(run_file, run, *FAR), "hooks:die", victim=victim, step=3, how=how)
+    codes: dict[int, float] = {}
+    deadline = time.monotonic() + 120
+    while len(codes) < 2 and time.monotonic() < deadline:
+        for rank, pid in enumerate(ranks.pids):
+            if rank not in codes and not _alive(pid):
+                codes[rank] = time.monotonic()
+        time.sleep(0.02)
+    assert len(codes) == 2, ranks.said()
+    assert abs(codes[0] - codes[1]) < SECONDS_TO_DIE
+    assert all(forked.wait(ranks)), "none ends as if it were done"
+    other = ranks.said(1 - victim)
+    if how in ("error", "memory"):
+        assert "Traceback" in ranks.said(victim) and "Traceback" not in other
+    else:
+        assert other.strip().splitlines()[-1].startswith(f"rank {victim} died without a word, in or after step 3")
+        assert "Traceback" not in other
+    assert committed(run) == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("how", ["kill", "error"])
+def test_under_a_launcher_nothing_is_left(launcher, how, run_file, tmp_path):
+    run = tmp_path / "run"
+    start = {
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "0", "tests/distributed/faulty.py"],
+        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "tests/distributed/faulty.py"],
+    }
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    environment |= {"FAULT": f"die:1:3:{how}", "PYTHONPATH": f"{ROOT}/tests:{ROOT}/tests/distributed"}
+    command = [*start[launcher], *arguments(run_file, run, *FAR)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    tree: dict[int, str] = {}
+    while process.poll() is None:
+        tree |= _tree(process.pid)
+        time.sleep(0.5)
+    assert process.returncode
+    assert not [pid for pid in tree if _alive(pid)]
+    said = process.stdout.read() if process.stdout else ""
+    blame = "rank 1 died without a word" if how == "kill" else "ValueError: the deliberate fault of this test"
+    assert said.count(blame) == (1 if how == "kill" or launcher == "deepspeed" else said.count(blame)) and blame in said
+
+
+@pytest.mark.parametrize(
+    ("how", "victim"),
+    [("stopped", 1), *[pytest.param(how, victim, marks=SLOW) for how in ("asleep", "gil") for victim in (0, 1)]],
+)
+def test_a_hang_is_named_and_ended(how, victim, run_file, forked, tmp_path):
+    run = tmp_path / "run"
+    limit = "train.hang_timeout=6"
+    ranks = forked.start(2, arguments(run_file, run, *FAR, limit), "hooks:hang", victim=victim, step=3, how=how)
+    codes = forked.wait(ranks, seconds=150)
+    assert codes[1 - victim] == 6, ranks.said()
+    assert codes[victim] in (6, 1, -signal.SIGKILL)
+    (line,) = [line for line in ranks.said().splitlines() if "hung" in line]
+    assert re.match(r"step 3: hung, rank \d (is behind|does not answer|waits) after '\w+'", line), line
+    if how != "asleep":
+        assert f"rank {victim} does not answer" in line
+    stacks = (run / "logs" / f"rank-{1 - victim}.stacks.txt").read_text()
+    assert "MainThread" in stacks or "Thread 0x" in stacks
+    if how == "asleep":
+        assert "hooks.py" in (run / "logs" / f"rank-{victim}.stacks.txt").read_text()
+    assert "Traceback" not in ranks.said()
+
+
+def test_a_clean_run_is_not_taken_for_hung(run_file, forked, tmp_path):
+    """The limit is for standing still, not for the whole: a run of many steps takes longer."""
+    ranks = forked.start(1, arguments(run_file, tmp_path / "run", "train.max_steps=60", "train.hang_timeout=5"))
+    assert forked.wait(ranks) == [0]
+    assert not list((tmp_path / "run/logs").glob("*.stacks.txt")), "empty files are not left"
