@@ -21,6 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("explain",),
     ("checks",),
     ("config",),
+    ("status",),
+    ("slurm",),
     ("distributed",),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
     ("model",),
@@ -66,6 +68,7 @@ OWNERS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"metrics"},
     "tensorboard": {"metrics"},
     "typer": {"cli"},
+    "jinja2": {"slurm"},
     "rich": {"console", "cli"},
     "pydantic": {"config", "sections", "explain"},
     "datasets": {"data.sources"},
@@ -75,7 +78,7 @@ OWNERS: dict[str, set[str]] = {
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
-    "launcher", "cli", "reference_store",
+    "launcher", "cli", "reference_store", "slurm", "status",
 }  # fmt: skip
 
 
