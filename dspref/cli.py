@@ -109,9 +109,7 @@ def submit(
     max_requeue: Annotated[int, typer.Option(min=0, help="Go on so often, each time only if a step was committed.")] = 20,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the ranks; repeatable.")] = None,
     setup: Annotated[Path | None, typer.Option(metavar="FILE", help="A shell file to source first: modules.")] = None,
-    sweep: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A job array: each line, the overrides of a run.")
-    ] = None,
+    sweep: Annotated[Path | None, typer.Option(metavar="FILE", help="A job array: overrides, a line per run.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and show the job script, and stop there.")] = False,
 ) -> None:
     """Submit a run to SLURM: check it, write a job script into its folder, show that, and hand it to sbatch.

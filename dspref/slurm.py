@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dspref import config as configuration
 from dspref.config import Config
@@ -71,6 +72,8 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
 
     path = write(folder, runs, configs, script)
     print(script)
+    if any(config.checkpoint.save_every is None for config in configs):
+        print("advice: checkpoint.save_every is null, so the loss of a node would cost all steps since the job's last start")
     if dry_run:
         print(f"nothing was submitted; the script is {path}")
         return
@@ -167,7 +170,7 @@ def headers(job: Job, folder: Path, tasks: int) -> list[str]:
     """The options of the #SBATCH lines."""
     if "%" in str(folder):
         raise ConfigError(f"output_dir: {str(folder)!r}: SLURM replaces what follows a %; choose another folder")
-    name = job.job_name or re.sub(r"[^\w.-]", "-", f"dspref-{folder.name}")
+    name = re.sub(r"[^\w.-]", "-", f"dspref-{folder.name}") if job.job_name is None else job.job_name
     asked = {
         "--job-name": name, "--nodes": job.nodes, "--ntasks-per-node": job.gpus_per_node,
         "--gpus-per-node": job.gpus_per_node, "--cpus-per-task": job.cpus_per_task, "--mem": job.mem, "--time": job.time,
@@ -206,12 +209,10 @@ def quote(text: object) -> str:
 
 def lint(script: str) -> None:
     """Raise where the script is not sound shell."""
-    checks = [["bash", "-n"], ["shellcheck", "--shell=bash", "--severity=warning", "-"]]
-    for command in checks:
+    # Of shellcheck's opinion, which every version has more of, only what it calls an error.
+    for command in (["bash", "-n"], ["shellcheck", "--shell=bash", "--severity=error", "-"]):
         if shutil.which(command[0]) and (found := answer(command, script)).returncode:
-            raise EnvironmentFault(
-                f"the job script is not sound ({command[0]}: {said(found)}); report this, or mend the template"
-            )
+            raise EnvironmentFault(f"the job script is not sound: {command[0]}: {said(found)}; please report this")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def sbatch(script: Path) -> str:
 def record(number: str, folder: Path, runs: Sequence[Path], is_array: bool) -> None:
     """job.json beside the script, and for an array beside the config of each run."""
     log = str(log_file(folder, number, is_array))
-    about = {"job": number, "submitted": datetime.now(UTC).isoformat(timespec="seconds"), "log": log}
+    about: dict[str, Any] = {"job": number, "submitted": datetime.now(UTC).isoformat(timespec="seconds"), "log": log}
     for index, run in enumerate(runs if is_array else []):
         own = about | {"job": f"{number}_{index}", "log": str(log_file(folder, f"{number}_{index}", is_array=False))}
         write_atomically(run / "submit" / "job.json", json.dumps(own, indent=2) + "\n")

@@ -75,8 +75,11 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
 
 
 def state_of(run: Mapping[str, Any], job: Mapping[str, Any], events: list[dict[str, Any]]) -> str:
-    """run.json's word, but `stopped` where its process is gone, and `submitted` where a job waits to begin or to go on."""
+    """run.json's word, but `stopped` where its process is gone, `submitted` where a job waits to begin or to go on, and
+    `prepared` where a job script was only written."""
     submitted, last = moment(job.get("submitted")), moment(events[-1]["time"]) if events else None
+    if not run and not job:
+        return "prepared"
     if not run or (submitted and last and submitted > last and run.get("state") != "finished"):
         return "submitted"
     state = run.get("state", "unknown")

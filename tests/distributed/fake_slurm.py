@@ -31,7 +31,7 @@ class Cluster:
         (folder / "bin").mkdir(parents=True)
         for command in COMMANDS:
             script = folder / "bin" / command
-            script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" {command} "{folder}" "$@"\n')
+            script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" {command} "{folder}" "$@"\n')
             script.chmod(0o755)
         self.environment = {**os.environ, "PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}"}
 
