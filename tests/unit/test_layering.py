@@ -68,7 +68,6 @@ OWNERS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"metrics"},
     "tensorboard": {"metrics"},
     "typer": {"cli"},
-    "jinja2": {"slurm"},
     "rich": {"console", "cli"},
     "pydantic": {"config", "sections", "explain"},
     "datasets": {"data.sources"},
