@@ -28,7 +28,7 @@ KILL_WAIT = 10.0  # seconds from SIGTERM to SIGKILL
 class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "bin").mkdir(parents=True)
+        (folder / "bin").mkdir(parents=True, exist_ok=True)
         for command in COMMANDS:
             script = folder / "bin" / command
             script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" {command} "{folder}" "$@"\n')

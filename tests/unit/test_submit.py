@@ -187,14 +187,8 @@ def test_of_a_sweep_all_runs_are_good_or_none_is_written(here, capsys):
 def played(here: Path, *faults: dict, words: tuple[str, ...] = ()) -> tuple[int, int, str]:
     """(exit code, starts, log) of a job whose ranks end as told."""
     assert submit(*words) == 0
-    code, starts = Cluster.run(cluster_at(here), "1000", list(faults))
+    code, starts = Cluster(here / "cluster").run("1000", list(faults))
     return code, starts, (here / "runs/a/logs/slurm-1000.out").read_text()
-
-
-def cluster_at(here: Path) -> Cluster:
-    cluster = object.__new__(Cluster)
-    cluster.folder, cluster.environment = here / "cluster", dict(os.environ)
-    return cluster
 
 
 def test_an_interrupted_job_is_requeued_while_it_moves_on(here):
@@ -223,6 +217,11 @@ def test_the_signal_of_a_rank_that_was_still_leaving_hides_no_interruption(here)
     assert played(here, {"act": [143, 4, "stop"]}, {"act": [0]})[:2] == (0, 2)
 
 
+def test_a_crash_after_a_restart_is_no_interruption(here):
+    """The last event is still the stop of the slice before."""
+    assert played(here, {"act": [75, 4, "stop"]}, {"act": [139]})[:2] == (139, 2)
+
+
 def test_a_job_that_was_cancelled_stays_away(here):
     code, starts, log = played(here, {"act": [75, 4], "state": "CANCELLED"})
     assert (code, starts) == (75, 1) and "SLURM says CANCELLED" in log
@@ -231,7 +230,7 @@ def test_a_job_that_was_cancelled_stays_away(here):
 def test_a_task_of_an_array_requeues_itself_alone(here):
     (here / "sweep.txt").write_text("train.seed=1\ntrain.seed=2\n")
     assert submit("--sweep", "sweep.txt") == 0
-    cluster = cluster_at(here)
+    cluster = Cluster(here / "cluster")
     assert cluster.run("1000", [{"act": [75, 4]}, {"act": [0]}], task=1) == (0, 2)
     assert [command[-1] for command in cluster.steps() if "--config" in command] == [
         f"{here}/runs/a/1/submit/config.yaml"
