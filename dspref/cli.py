@@ -120,8 +120,10 @@ def submit(
 
     with faults_in_one_line():
         job = slurm.Job(
-            nodes, gpus_per_node, cpus_per_task, time, partition, account, qos, constraint, reservation, job_name, mem,
-            exclusive, signal_seconds, max_requeue, tuple(env or ()), setup.resolve() if setup else None,
+            nodes=nodes, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, time=time, partition=partition,
+            account=account, qos=qos, constraint=constraint, reservation=reservation, job_name=job_name, mem=mem,
+            exclusive=exclusive, signal_seconds=signal_seconds, max_requeue=max_requeue, env=tuple(env or ()),
+            setup=setup.resolve() if setup else None,
         )  # fmt: skip
         slurm.submit(file, overrides or [], job, sweep, dry_run)
 
@@ -138,7 +140,7 @@ def status(
 
     with faults_in_one_line():
         about = status.read(run)
-        runs = [status.read(Path(one)) for one in about["runs"] or []]
+        runs = [status.read(Path(one)) for one in about["runs"] or [] if Path(one).exists()]
         if as_json:
             print(json.dumps(about | {"runs": runs} if runs else about, indent=2))
         else:

@@ -64,7 +64,7 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
     """
     config = load(file, overrides)
     configs = load_sweep(file, [*overrides], sweep, config.output_dir) if sweep else [config]
-    folder, runs = absolute(config.output_dir), [absolute(config.output_dir) for config in configs]
+    folder, runs = absolute(config.output_dir), [absolute(one.output_dir) for one in configs]
     for run in {folder, *runs}:
         refuse_occupied(run)
     script = render(job, folder, runs, is_array=sweep is not None)
@@ -72,7 +72,7 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
 
     path = write(folder, runs, configs, script)
     print(script)
-    if any(config.checkpoint.save_every is None for config in configs):
+    if any(one.checkpoint.save_every is None for one in configs):
         print("advice: checkpoint.save_every is null, so the loss of a node would cost all steps since the job's last start")
     if dry_run:
         print(f"nothing was submitted; the script is {path}")
@@ -106,15 +106,15 @@ def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{sweep}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     configs: list[Config] = []
-    owners: dict[Path, int] = {}
+    taken = {absolute(root)}
     faults = []
     for number, line in enumerate(lines, start=1):
         try:
             if words := shlex.split(line, comments=True):
                 configs.append(load(file, [*overrides, f"output_dir={json.dumps(f'{root}/{len(configs)}')}", *words]))
-                first = owners.setdefault(absolute(configs[-1].output_dir), number)
-                if first != number:
-                    raise ConfigError(f"output_dir: the same as in line {first}; give each run its own")
+                if (folder := absolute(configs[-1].output_dir)) in taken:
+                    raise ConfigError(f"output_dir: {folder} is taken by the sweep or a line before; give each run its own")
+                taken.add(folder)
         except (ConfigError, ValueError) as error:  # ValueError: a quote that nobody closes
             faults.append(f"{sweep}:{number}: {error}")
     if faults or not configs:

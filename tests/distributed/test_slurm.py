@@ -16,41 +16,43 @@ from tiny import preference_rows, save_tokenizer, tiny_config
 
 from dspref import slurm, status
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 24
 # Two nodes of one rank each.
 JOB = slurm.Job(nodes=2, gpus_per_node=1, cpus_per_task=1, time="10", env=("DS_ACCELERATOR=cpu", "DEEPSPEED_TIMEOUT=2"))
 
 
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    tiny_config("qwen2", save_tokenizer(tmp_path / "tokenizer")).save_pretrained(tmp_path / "model")
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(18, seed=5)))
-    model = {"name_or_path": f"{tmp_path}/model", "tokenizer_name_or_path": f"{tmp_path}/tokenizer", "init": "random"}
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm")
+    tiny_config("qwen2", save_tokenizer(folder / "tokenizer")).save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(18, seed=5)))
+    model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random"}
     values = {
         "model": {**model, "dtype": "float32"},
-        "data": {"train": {"path": f"{tmp_path}/pairs.jsonl"}, "tokens_per_pack": 300},
+        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "tokens_per_pack": 300},
         "train": {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3},
         "deepspeed": {"zero_optimization": {"stage": 2}},
         "checkpoint": {"save_every": 5},
         "output_dir": "unset",
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    return tmp_path / "run.yaml"
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    cluster = Cluster(tmp_path / "cluster")
-    monkeypatch.setenv("PATH", cluster.environment["PATH"])
-    return cluster
+@pytest.fixture(scope="module")
+def whole(run_file: Path) -> str:
+    """The weights of a run that nothing interrupts."""
+    run, starts = trained(run_file, "whole")
+    assert starts == 1
+    return weights(run)
 
 
-def trained(cluster: Cluster, run_file: Path, name: str, *faults: dict[str, Any]) -> tuple[Path, int]:
+def trained(run_file: Path, name: str, *faults: dict[str, Any]) -> tuple[Path, int]:
     """(run folder, times the job was started) of a run that ended well."""
-    run = run_file.parent / name
-    cluster.environment["FAKE_SLURM_JOB"] = job = free_number()
+    run, cluster, job = run_file.parent / name, Cluster(run_file.parent / "cluster"), free_number()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", cluster.environment["PATH"])
         patch.setenv("FAKE_SLURM_JOB", job)
         slurm.submit(run_file, [f"output_dir={run}"], JOB)
     code, starts = cluster.run(job, list(faults))
@@ -80,26 +82,22 @@ def weights(run: Path) -> str:
     return hashlib.sha256((run / "final/model.safetensors").read_bytes()).hexdigest()
 
 
-def test_a_lost_node_costs_steps_and_changes_nothing(cluster, run_file):
-    whole, starts = trained(cluster, run_file, "whole")
-    assert starts == 1
-    cut, starts = trained(cluster, run_file, "cut", {"lose_node": 1, "at": 12})
+def test_a_lost_node_costs_steps_and_changes_nothing(whole, run_file):
+    cut, starts = trained(run_file, "cut", {"lose_node": 1, "at": 12})
     assert starts == 2
-    assert weights(cut) == weights(whole)
+    assert weights(cut) == whole
     events = [json.loads(line) for line in (cut / "events.jsonl").read_text().splitlines()]
     (resumed,) = [event["step"] for event in events if event["event"] == "resume"]
     assert resumed >= 10 and resumed % 5 == 0  # the newest checkpoint before the loss
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.skip(reason="needs preemption: USR1 on any rank -> checkpoint at the next step boundary -> exit code 75")
-def test_slices_end_like_an_uninterrupted_run(cluster, run_file):
+def test_slices_end_like_an_uninterrupted_run(whole, run_file):
     """Preempted twice, by a signal to rank 0 and then to rank 1, and once a node is lost."""
-    whole, _ = trained(cluster, run_file, "whole")
     faults = {"signal_at": 4, "rank": 0}, {"signal_at": 9, "rank": 1}, {"lose_node": 1, "at": 17}
-    cut, starts = trained(cluster, run_file, "cut", *faults)
+    cut, starts = trained(run_file, "slices", *faults)
     assert starts == 4
-    assert weights(cut) == weights(whole)
+    assert weights(cut) == whole
     events = [json.loads(line) for line in (cut / "events.jsonl").read_text().splitlines()]
     stops = [event["step"] for event in events if event["event"] == "stop"]
     resumes = [event["step"] for event in events if event["event"] == "resume"]

@@ -172,10 +172,10 @@ def test_a_sweep_is_an_array_of_runs(here, capsys):
 
 
 def test_of_a_sweep_all_runs_are_good_or_none_is_written(here, capsys):
-    (here / "sweep.txt").write_text("train.seed=1\ntrain.sed=2\ntrain.seed='3\noutput_dir=runs/a/0\n")
+    (here / "sweep.txt").write_text("train.seed=1\ntrain.sed=2\ntrain.seed='3\noutput_dir=runs/a/0\noutput_dir=runs/a\n")
     lines = refused(capsys, "--sweep", "sweep.txt").splitlines()
-    assert [line.split(":")[1] for line in lines] == ["2", "3", "4"]
-    assert "seed" in lines[0] and "No closing quotation" in lines[1] and "the same as in line 1" in lines[2]
+    assert [line.split(":")[1] for line in lines] == ["2", "3", "4", "5"]
+    assert "seed" in lines[0] and "No closing quotation" in lines[1] and "runs/a/0 is taken" in lines[2]
     (here / "sweep.txt").write_text("# nothing\n")
     assert "holds no run" in refused(capsys, "--sweep", "sweep.txt")
 
