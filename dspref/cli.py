@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dspref.errors import ConfigError, UserError
+from dspref.errors import ConfigError, ExitCode, UserError
 
 app = typer.Typer(
     help="Preference optimization with DeepSpeed, from one YAML file.", no_args_is_help=True, add_completion=False
@@ -19,6 +21,7 @@ File = Annotated[Path, typer.Argument(metavar="X.yaml", help="The run; see launc
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
 ]
+Asked = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 
 
 @app.command()
@@ -84,6 +87,79 @@ def score(
         scorer.score(config, part, verify)
 
     raise typer.Exit(launcher.guarded(job))
+
+
+@app.command()
+def submit(
+    file: File,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="As many ranks run on each node.")] = 8,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="For each rank.")] = 8,
+    time: Annotated[str, typer.Option(help="Longest duration of one start.")] = "24:00:00",
+    partition: Asked = None,
+    account: Asked = None,
+    qos: Asked = None,
+    constraint: Asked = None,
+    reservation: Asked = None,
+    job_name: Annotated[str | None, typer.Option(help="Default: dspref- and the run folder's name.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of each node.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Share the nodes with nobody.")] = False,
+    signal_seconds: Annotated[int, typer.Option(min=1, help="Commit a checkpoint so long before the end.")] = 300,
+    max_requeue: Annotated[int, typer.Option(min=0, help="Go on so often, each time only if a step was committed.")] = 20,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the ranks; repeatable.")] = None,
+    setup: Annotated[Path | None, typer.Option(metavar="FILE", help="A shell file to source first: modules.")] = None,
+    sweep: Annotated[Path | None, typer.Option(metavar="FILE", help="A job array: overrides, a line per run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and show the job script, and stop there.")] = False,
+) -> None:
+    """Submit a run to SLURM: check it, write a job script into its folder, show that, and hand it to sbatch.
+
+    One task per GPU under srun. Before its time ends the job commits a checkpoint, queues again and goes on.
+    """
+    from dspref import slurm
+
+    with faults_in_one_line():
+        job = slurm.Job(
+            nodes=nodes, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, time=time, partition=partition,
+            account=account, qos=qos, constraint=constraint, reservation=reservation, job_name=job_name, mem=mem,
+            exclusive=exclusive, signal_seconds=signal_seconds, max_requeue=max_requeue, env=tuple(env or ()),
+            setup=setup.resolve() if setup else None,
+        )  # fmt: skip
+        slurm.submit(file, overrides or [], job, sweep, dry_run)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or of a sweep.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, for programs.")] = False,
+) -> None:
+    """Show how far a run is: state, step, time left, last checkpoint, goodput, restarts. Reads its files and no more."""
+    import json
+
+    from dspref import status
+
+    with faults_in_one_line():
+        about = status.read(run)
+        runs = [status.read(Path(one)) for one in about["runs"] or [] if Path(one).exists()]
+        if as_json:
+            print(json.dumps(about | {"runs": runs} if runs else about, indent=2))
+        else:
+            print(status.show_sweep(runs) if runs else status.show(about))
+
+
+@contextmanager
+def faults_in_one_line() -> Iterator[None]:
+    """A user's mistake, or a disk's, becomes one line and its exit code."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(int(error.exit_code)) from None
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"{error.filename}: {error.strerror}; mend the permissions, or use another folder", file=sys.stderr)
+        raise typer.Exit(int(ExitCode.IO)) from None
 
 
 def parse_share(text: str) -> tuple[int, int]:

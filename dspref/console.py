@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dspref import distributed
 from dspref.performance import PHASES
+from dspref.status import printable
 
 # metric name -> its short form. A terminal has room for three beside the bar.
 ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
@@ -119,12 +120,6 @@ def samples(rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*(Text(printable(row[name], limit=80)) for name in ("prompt", "before", "after", "chosen")))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """One line of text without control characters."""
-    line = "".join(c if c.isprintable() else " " for c in text).strip()
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _figure(value: float | None) -> str:

@@ -21,6 +21,7 @@ from dspref import distributed, lock
 from dspref.config import Config
 from dspref.errors import ConfigError, ExitCode
 from dspref.files import write_atomically
+from dspref.status import is_foreign
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
 # with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
@@ -62,7 +63,7 @@ class RunFolder:
         """Raise ConfigError where the folder holds something that dspref did not make."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir: {self.path} is a file; choose another folder")
-        if self.path.exists() and any(self.path.iterdir()) and not self.run:
+        if is_foreign(self.path):
             raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
 
     def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any], steps: int) -> None:

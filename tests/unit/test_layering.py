@@ -21,6 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("explain",),
     ("checks",),
     ("config",),
+    ("status",),
+    ("slurm",),
     ("distributed", "lock"),
     ("watch",),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
@@ -76,7 +78,7 @@ OWNERS: dict[str, set[str]] = {
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
-    "launcher", "cli", "reference_store",
+    "launcher", "cli", "reference_store", "slurm", "status",
 }  # fmt: skip
 
 

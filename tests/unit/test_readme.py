@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,11 +61,6 @@ def test_files_that_commands_name_exist(command):
     for word in shlex.split(command)[1:]:
         if word.endswith((".py", ".txt", ".sbatch")) or word.startswith("launch/configs"):
             assert Path(word).exists(), word
-
-
-@pytest.mark.parametrize("script", sorted(Path("launch/slurm").glob("*.sbatch")), ids=lambda path: path.name)
-def test_job_scripts_are_shell(script):
-    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
 
 
 def test_recipes_open_with_their_command():

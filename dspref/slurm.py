@@ -1,0 +1,263 @@
+"""Submit a run, or a sweep of runs, to SLURM: a checked config and a readable job script in the run folder, then `sbatch`.
+
+What comes from the user is quoted in the script, or refused; commands are lists of arguments, never text for a shell.
+Loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dspref import config as configuration
+from dspref.config import Config
+from dspref.errors import ConfigError, EnvironmentFault
+from dspref.files import write_atomically
+from dspref.status import is_foreign
+
+# What a value in an #SBATCH line may be made of: SLURM's own words, and nothing that ends or splits the line.
+MARKS = "_.,:@/=+-[]&|*()!"
+PLAIN = re.compile(rf"[\w{re.escape(MARKS)}]+")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# HF_TOKEN, but not TOKENIZERS_PARALLELISM.
+SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(?![A-Z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of SLURM, in sbatch's own words; None leaves it to the cluster."""
+
+    nodes: int
+    gpus_per_node: int
+    cpus_per_task: int
+    time: str
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    job_name: str | None = None
+    mem: str | None = None
+    exclusive: bool = False
+    signal_seconds: int = 300
+    max_requeue: int = 20
+    env: tuple[str, ...] = ()
+    """NAME=VALUE, for the ranks."""
+    setup: Path | None = None
+    """A shell file that the job sources first."""
+
+
+def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = None, dry_run: bool = False) -> None:
+    """Check, write and show the job of a run, or of each line of a sweep, and hand it to SLURM.
+
+    Raises ConfigError before anything is written, EnvironmentFault where SLURM refuses, OSError.
+    """
+    config = load(file, overrides)
+    configs = load_sweep(file, [*overrides], sweep, config.output_dir) if sweep else [config]
+    folder, runs = absolute(config.output_dir), [absolute(one.output_dir) for one in configs]
+    for run in {folder, *runs}:
+        refuse_occupied(run)
+    script = render(job, folder, runs, is_array=sweep is not None)
+    lint(script)
+
+    path = write(folder, runs, configs, script)
+    print(script)
+    if any(one.checkpoint.save_every is None for one in configs):
+        print("advice: checkpoint.save_every is null, so the loss of a node would cost all steps since the job's last start")
+    if dry_run:
+        print(f"nothing was submitted; the script is {path}")
+        return
+    number = sbatch(path)
+    record(number, folder, runs, is_array=sweep is not None)
+    print(f"job     {number}, {job.nodes} x {job.gpus_per_node} GPUs for {job.time}" + f", {len(runs)} runs" * bool(sweep))
+    print(f"script  {path}")
+    print(f"log     {log_file(folder, number, is_array=sweep is not None)}")
+    print(f"next    dspref status {shlex.quote(config.output_dir)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs
+
+
+def load(file: Path, overrides: Sequence[str]) -> Config:
+    """A config that can be submitted."""
+    config = configuration.load(file, overrides)
+    if not config.output_dir or not config.output_dir.isprintable():
+        raise ConfigError(f"output_dir: {config.output_dir!r}: is empty or does not print; choose another folder")
+    if config.checkpoint.resume == "never":
+        raise ConfigError("checkpoint.resume: never would begin again at every requeue; use auto and another output_dir=")
+    return config
+
+
+def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list[Config]:
+    """One config per line of `sweep`, whose words are overrides; each has an output_dir of its own. All faults at once."""
+    try:
+        lines = sweep.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{sweep}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    configs: list[Config] = []
+    taken = {absolute(root)}
+    faults = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if words := shlex.split(line, comments=True):
+                configs.append(load(file, [*overrides, f"output_dir={json.dumps(f'{root}/{len(configs)}')}", *words]))
+                if (folder := absolute(configs[-1].output_dir)) in taken:
+                    raise ConfigError(f"output_dir: {folder} is taken by the sweep or a line before; give each run its own")
+                taken.add(folder)
+        except (ConfigError, ValueError) as error:  # ValueError: a quote that nobody closes
+            faults.append(f"{sweep}:{number}: {error}")
+    if faults or not configs:
+        raise ConfigError("\n".join(faults) or f"{sweep}: holds no run; write the overrides of one run on each line")
+    return configs
+
+
+def absolute(folder: str) -> Path:
+    return Path(os.path.abspath(folder))
+
+
+def refuse_occupied(run: Path) -> None:
+    """Raise ConfigError for a folder of somebody else, and for a run whose job has not ended: two would write one run."""
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"output_dir: {run} is a file; choose another folder")
+    if is_foreign(run):
+        raise ConfigError(f"output_dir: {run} is not empty and holds no dspref run; choose another folder")
+    try:
+        job = json.loads((run / "submit" / "job.json").read_text(encoding="utf-8"))["job"]
+    except (OSError, ValueError, KeyError):
+        return
+    if shutil.which("squeue") and (state := answer(["squeue", "--noheader", "--format=%T", f"--jobs={job}"]).stdout.split()):
+        raise ConfigError(f"output_dir: {run} belongs to job {job} ({state[0]}); scancel {job} first, or use another folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def render(job: Job, folder: Path, runs: Sequence[Path], is_array: bool) -> str:
+    """The job script. Raises ConfigError for a value that cannot stand in it."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    if job.setup and not job.setup.is_file():
+        raise ConfigError(f"--setup: {job.setup}: no such file; give a shell file that the job is to source")
+    template = configuration.shipped("launch/slurm/run.sbatch.j2").read_text(encoding="utf-8")
+    jinja = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    jinja.filters["quote"] = quote
+    return jinja.from_string(template).render(
+        job=job,
+        options=headers(job, folder, len(runs) if is_array else 0),
+        folder=os.getcwd(),
+        environment=[named(text) for text in job.env],
+        array=is_array,
+        runs=runs,
+        python=sys.executable,
+        train=configuration.shipped("launch/train.py").resolve(),
+    )
+
+
+def headers(job: Job, folder: Path, tasks: int) -> list[str]:
+    """The options of the #SBATCH lines."""
+    if "%" in str(folder):
+        raise ConfigError(f"output_dir: {str(folder)!r}: SLURM replaces what follows a %; choose another folder")
+    name = re.sub(r"[^\w.-]", "-", f"dspref-{folder.name}") if job.job_name is None else job.job_name
+    asked = {
+        "--job-name": name, "--nodes": job.nodes, "--ntasks-per-node": job.gpus_per_node,
+        "--gpus-per-node": job.gpus_per_node, "--cpus-per-task": job.cpus_per_task, "--mem": job.mem, "--time": job.time,
+        "--partition": job.partition, "--account": job.account, "--qos": job.qos, "--constraint": job.constraint,
+        "--reservation": job.reservation,
+    }  # fmt: skip
+    given = {option: str(value) for option, value in asked.items() if value is not None}
+    for option, value in [*given.items(), ("output_dir", str(folder))]:
+        if not PLAIN.fullmatch(value):
+            raise ConfigError(f"{option}: {value!r}: an #SBATCH line holds letters, digits and {MARKS} only; choose another")
+    options = [f"{option}={value}" for option, value in given.items()]
+    options += ["--exclusive"] * job.exclusive + [f"--array=0-{tasks - 1}"] * bool(tasks)
+    return [*options, f"--output={log_file(folder, '%A_%a' if tasks else '%j', is_array=False)}"]
+
+
+def log_file(folder: Path, job: str, is_array: bool) -> Path:
+    return folder / "logs" / f"slurm-{job}{'_*' if is_array else ''}.out"
+
+
+def named(text: str) -> tuple[str, str]:
+    """'NAME=VALUE' -> (NAME, VALUE)."""
+    name, equals, value = text.partition("=")
+    if not equals or not NAME.fullmatch(name):
+        raise ConfigError(f"--env: {text!r}: not of the form NAME=VALUE")
+    if SECRET.search(name):
+        raise ConfigError(f"--env: {name}: would stand in a file; export it before submitting, SLURM hands it to the job")
+    return name, value
+
+
+def quote(text: object) -> str:
+    """One word for the shell, on one line."""
+    if not str(text).isprintable():
+        raise ConfigError(f"{str(text)!r}: has characters that do not print, and cannot stand in a job script")
+    return shlex.quote(str(text))
+
+
+def lint(script: str) -> None:
+    """Raise where the script is not sound shell."""
+    # Of shellcheck's opinion, which every version has more of, only what it calls an error.
+    for command in (["bash", "-n"], ["shellcheck", "--shell=bash", "--severity=error", "-"]):
+        if shutil.which(command[0]) and (found := answer(command, script)).returncode:
+            raise EnvironmentFault(f"the job script is not sound: {command[0]}: {said(found)}; please report this")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and SLURM
+
+
+def write(folder: Path, runs: Sequence[Path], configs: Sequence[Config], script: str) -> Path:
+    """The configs into the folders of their runs, and the script into that of the job; its path."""
+    path = folder / "submit" / "job.sbatch"
+    for run, config in zip(runs, configs):
+        (run / "submit").mkdir(parents=True, exist_ok=True)
+        write_atomically(run / "submit" / "config.yaml", configuration.dump(config))
+    for place in (path.parent, folder / "logs"):  # SLURM drops a job whose log has no folder
+        place.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, script)
+    return path
+
+
+def sbatch(script: Path) -> str:
+    """The number of the new job."""
+    if not shutil.which("sbatch"):
+        raise EnvironmentFault(f"sbatch: no such command; submit from a login node of the cluster: sbatch {script}")
+    answered = answer(["sbatch", "--parsable", str(script)])
+    number = answered.stdout.strip().partition(";")[0]  # of a federation: job;cluster
+    if answered.returncode or not number.isdecimal():
+        raise EnvironmentFault(f"sbatch: {said(answered)}; mend the options, and submit again")
+    return number
+
+
+def record(number: str, folder: Path, runs: Sequence[Path], is_array: bool) -> None:
+    """job.json beside the script, and for an array beside the config of each run."""
+    log = str(log_file(folder, number, is_array))
+    about: dict[str, Any] = {"job": number, "submitted": datetime.now(UTC).isoformat(timespec="seconds"), "log": log}
+    for index, run in enumerate(runs if is_array else []):
+        own = about | {"job": f"{number}_{index}", "log": str(log_file(folder, f"{number}_{index}", is_array=False))}
+        write_atomically(run / "submit" / "job.json", json.dumps(own, indent=2) + "\n")
+    if is_array:
+        about["runs"] = [str(run) for run in runs]
+    write_atomically(folder / "submit" / "job.json", json.dumps(about, indent=2) + "\n")
+
+
+def answer(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=text, capture_output=True, text=True, errors="replace")
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command had to say, on one line."""
+    return " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"

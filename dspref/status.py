@@ -1,0 +1,240 @@
+"""What a run folder says of its run, read from its files alone: on a login node, without torch, while the run goes on.
+
+Any file may be missing, and the last line of a log half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import statistics
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dspref import yaml12
+from dspref.errors import ConfigError
+
+# What `dspref submit` and SLURM put into a folder before its run begins.
+BEFORE_A_RUN = {"submit", "logs"}
+# Step times that the estimate of the end is made of.
+RECENT = 50
+# A run that says nothing for so long may have lost its node.
+SILENT_SECONDS = 600
+
+
+def is_foreign(folder: Path) -> bool:
+    """True for a folder that holds something which dspref did not make."""
+    if not folder.is_dir():
+        return False
+    if any((folder / name).exists() for name in ("run.json", "submit/config.yaml", "submit/job.sbatch")):
+        return False
+    return any(entry.name not in BEFORE_A_RUN for entry in folder.iterdir())
+
+
+def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
+    """Everything that is known of a run; None for what is not. Raises ConfigError where there is no run."""
+    now = now or datetime.now(UTC)
+    run, job = mapping(folder / "run.json"), mapping(folder / "submit" / "job.json")
+    if not run and not job and not (folder / "submit" / "config.yaml").exists():
+        raise ConfigError(f"{folder}: holds no dspref run; give the output_dir of one")
+    events = [event for event in lines(folder / "events.jsonl") if moment(event.get("time"))]
+    step, effective, recent = training(folder / "metrics.jsonl")
+    commit_step, commit_time = newest_commit(folder, events)
+    state = state_of(run, job, events)
+    begin = moment(run.get("started")) or (moment(events[0]["time"]) if events else None)
+    sign = last_sign(folder, events)
+    end = now if state == "running" else sign
+    wall = (end - begin).total_seconds() if begin and end else 0
+    step, planned = max(step, commit_step or 0), run.get("steps")
+    steps = planned if isinstance(planned, int) else max_steps(folder)
+    return {
+        "run": str(folder),
+        "state": state,
+        "host": run.get("host"),
+        "pid": run.get("pid"),
+        "world_size": run.get("world_size"),
+        "job": job.get("job") or run.get("job"),
+        "step": step,
+        "steps": steps,
+        "seconds_per_step": recent,
+        "eta_seconds": recent * (steps - step) if state == "running" and steps and recent else None,
+        "commit_step": commit_step,
+        "commit_age_seconds": (now - commit_time).total_seconds() if commit_time else None,
+        "silent_seconds": (now - sign).total_seconds() if sign else None,
+        "wall_seconds": wall or None,
+        "goodput": min(effective / wall, 1.0) if wall > 0 else None,
+        "restarts": max(sum(event.get("event") == "start" for event in events) - 1, 0),
+        "error": run.get("error"),
+        "log": job.get("log"),
+        "runs": job.get("runs"),
+    }
+
+
+def state_of(run: Mapping[str, Any], job: Mapping[str, Any], events: list[dict[str, Any]]) -> str:
+    """run.json's word, but `stopped` where its process is gone, `submitted` where a job waits to begin or to go on, and
+    `prepared` where a job script was only written."""
+    submitted, last = moment(job.get("submitted")), moment(events[-1]["time"]) if events else None
+    if not run and not job:
+        return "prepared"
+    if not run or (submitted and last and submitted > last and run.get("state") != "finished"):
+        return "submitted"
+    state = run.get("state", "unknown")
+    return "stopped" if state == "running" and is_gone(run) else state
+
+
+def is_gone(run: Mapping[str, Any]) -> bool:
+    """True where the process would be on this host, and is not."""
+    if run.get("host") != socket.gethostname() or not isinstance(run.get("pid"), int):
+        return False
+    try:
+        os.kill(run["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's, and alive
+        pass
+    return False
+
+
+def training(path: Path) -> tuple[int, float, float | None]:
+    """(last step, seconds of all steps, median seconds of the recent ones), from the steps that metrics.jsonl keeps."""
+    step, effective, recent = 0, 0.0, []
+    for record in lines(path):
+        number, seconds = record.get("step"), record.get("perf/seconds")
+        if "loss" not in record or not isinstance(number, int):
+            continue
+        if isinstance(seconds, int | float):
+            effective += seconds * (number - step)  # steps without a line of their own took as long
+            recent = [*recent[1 - RECENT :], seconds]
+        step = number
+    return step, effective, statistics.median(recent) if recent else None
+
+
+def newest_commit(folder: Path, events: list[dict[str, Any]]) -> tuple[int | None, datetime | None]:
+    """(step, time) of the newest committed checkpoint that is there."""
+    found = {}
+    for manifest in folder.glob("checkpoints/step-*/manifest.json"):
+        if number := re.fullmatch(r"step-(\d+)", manifest.parent.name):
+            found[int(number[1])] = manifest
+    if not found:
+        return None, None
+    step = max(found)
+    times = [event["time"] for event in events if event.get("event") == "commit" and event.get("step") == step]
+    return step, moment(times[-1]) if times else datetime.fromtimestamp(found[step].stat().st_mtime, UTC)
+
+
+def last_sign(folder: Path, events: list[dict[str, Any]]) -> datetime | None:
+    """When the run last left a trace."""
+    signs = [moment(events[-1]["time"])] if events else []
+    if (metrics := folder / "metrics.jsonl").exists():
+        signs.append(datetime.fromtimestamp(metrics.stat().st_mtime, UTC))
+    return max((sign for sign in signs if sign), default=None)
+
+
+def max_steps(folder: Path) -> int | None:
+    """The steps that the config names, if it does: of a run that has not planned them yet."""
+    for path in (folder / "config.resolved.yaml", folder / "submit" / "config.yaml"):
+        try:
+            train = yaml12.parse(path)[0].get("train")
+        except ConfigError:
+            continue
+        return train.get("max_steps") if isinstance(train, dict) else None
+    return None
+
+
+def mapping(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file that can be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    value = json.loads(line)
+                except ValueError:  # half-written
+                    continue
+                if isinstance(value, dict):
+                    yield value
+    except OSError:
+        return
+
+
+def moment(text: Any) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def show(status: Mapping[str, Any]) -> str:
+    """One screen, aligned."""
+    where = [f"on {status['host']}"] if status["host"] and status["state"] in ("running", "stopped") else []
+    where += [f"{status['world_size']} ranks"] if status["world_size"] else []
+    where += [f"job {status['job']}"] if status["job"] else []
+    if status["state"] == "running" and (status["silent_seconds"] or 0) > SILENT_SECONDS:
+        where.append(f"no sign of life for {duration(status['silent_seconds'])}")
+    left = f", about {duration(status['eta_seconds'])} left" if status["eta_seconds"] is not None else ""
+    rows = {
+        "run": status["run"],
+        "state": ", ".join([status["state"], *where]),
+        "step": steps_in_words(status) + left,
+        "commit": "none yet",
+        "goodput": "unknown",
+        "restarts": str(status["restarts"]),
+    }
+    if status["commit_step"] is not None:
+        rows["commit"] = f"step {status['commit_step']:,}, {duration(status['commit_age_seconds'])} ago"
+    if status["goodput"] is not None:
+        rows["goodput"] = f"{status['goodput']:.0%} of {duration(status['wall_seconds'])} went into steps that were kept"
+    rows |= {name: str(status[name]) for name in ("error", "log") if status[name]}
+    if status["state"] in ("interrupted", "stopped"):
+        rows["next"] = "the same command again goes on from the newest checkpoint"
+    return "\n".join(f"{name:<8}  {printable(text, limit=500)}" for name, text in rows.items())
+
+
+def show_sweep(statuses: list[dict[str, Any]]) -> str:
+    """A line per run."""
+    width = max(len(status["run"]) for status in statuses)
+    return "\n".join(
+        printable(f"{status['run']:<{width}}  {status['state']:<11}  step {steps_in_words(status)}", limit=width + 60)
+        for status in statuses
+    )
+
+
+def steps_in_words(status: Mapping[str, Any]) -> str:
+    step, steps = status["step"], status["steps"]
+    return f"{step:,} of {steps:,} ({step / steps:.0%})" if steps else f"{step:,}"
+
+
+def duration(seconds: float) -> str:
+    """90 -> '1 min 30 s': the two largest units."""
+    parts = []
+    rest = max(round(seconds), 0)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2]) or "0 s"
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """One line of text without control characters."""
+    line = "".join(c if c.isprintable() else " " for c in text).strip()
+    return line if len(line) <= limit else line[: limit - 1] + "…"

