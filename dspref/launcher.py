@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from dspref import config as configuration
 from dspref.errors import ConfigError, ExitCode, UserError
+from dspref.secrets import redact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +37,7 @@ def train(config: configuration.Config, source: Path) -> None:
 def guarded(job: Callable[[], None]) -> int:
     """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback."""
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
+    sys.excepthook = report_bug
     from dspref import distributed
 
     try:
@@ -48,13 +52,19 @@ def guarded(job: Callable[[], None]) -> int:
     except OSError as error:
         if not error.filename:  # of a library's own making: a bug, shown as one
             raise
-        fault = f"{error.filename}: {error.strerror}; free the space, mend the permissions, or use another output_dir="
+        remedy = "free the space, mend the permissions, or use another output_dir="
+        fault = redact(f"{error.filename}: {error.strerror}; {remedy}")
         if distributed.first_to_say(fault):
             print(fault, file=terminal, flush=True)
         return int(ExitCode.IO)
     except KeyboardInterrupt:
         return 130
     return int(ExitCode.DONE)
+
+
+def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an exception that nobody caught, without the secrets that its message may hold."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.errors import ConfigError
 from dspref.files import write_atomically
+from dspref.secrets import redact
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
 # with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
@@ -71,10 +72,10 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         if source:
-            write_atomically(self.path / "config.source.yaml", source.read_text(encoding="utf-8"))
-        write_atomically(self.path / "config.resolved.yaml", configuration.dump(config))
-        write_atomically(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-        write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+            self._write("config.source.yaml", source.read_text(encoding="utf-8"))
+        self._write("config.resolved.yaml", configuration.dump(config))
+        self._write("ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        self._write("env.json", json.dumps(environment(), indent=2) + "\n")
         self.update(
             {"run_id": uuid.uuid4().hex[:12], "started": _now()} | self.run,
             state="running",
@@ -85,13 +86,16 @@ class RunFolder:
 
     def update(self, known: Mapping[str, Any] | None = None, **changes: Any) -> None:
         """Change run.json."""
-        write_atomically(self.path / "run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
+        self._write("run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
 
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl (rank 0)."""
         if distributed.world().rank == 0:
             with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": _now(), "event": kind, **details}) + "\n")
+                file.write(redact(json.dumps({"time": _now(), "event": kind, **details})) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, redact(text))  # a config's comments may hold what its values may not
 
     def refuse_changes(self, config: Config) -> list[str]:
         """What differs from the config of the run in this folder, as lines to show. Raises ConfigError for a key that

@@ -31,6 +31,7 @@ def train(config: Config, source: Path | None = None) -> None:
     run = RunFolder(config.output_dir)
     if stages.already_finished(run, config):
         return
+    stages.check_environment(config, device.type)
 
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
     kernel, tokenizer, pairs, held_out = stages.prepare(config, device.type)

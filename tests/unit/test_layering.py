@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest first. A module may import what lies in a lower row; modules of one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files"),  # below everything
+    ("secrets",),  # below everything
+    ("errors", "files"),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
     ("yaml12", "strategy"),  # what config is made of
@@ -21,6 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("explain",),
     ("checks",),
     ("config",),
+    ("machine", "footprint"),  # of `dspref doctor` and the start of a run
+    ("preflight", "agreement"),
+    ("doctor",),
     ("distributed",),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
     ("model",),
@@ -75,7 +79,8 @@ OWNERS: dict[str, set[str]] = {
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
-    "launcher", "cli", "reference_store",
+    "launcher", "cli", "reference_store", "secrets",
+    "machine", "footprint", "preflight", "agreement", "doctor",
 }  # fmt: skip
 
 
