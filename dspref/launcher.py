@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from dspref import config as configuration
 from dspref.errors import ConfigError, ExitCode, UserError
@@ -37,7 +36,6 @@ def train(config: configuration.Config, source: Path) -> None:
 def guarded(job: Callable[[], None]) -> int:
     """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback."""
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
-    sys.excepthook = report_bug
     from dspref import distributed
 
     try:
@@ -51,7 +49,7 @@ def guarded(job: Callable[[], None]) -> int:
         return int(error.exit_code)
     except OSError as error:
         if not error.filename:  # of a library's own making: a bug, shown as one
-            raise
+            return report_bug()
         remedy = "free the space, mend the permissions, or use another output_dir="
         fault = redact(f"{error.filename}: {error.strerror}; {remedy}")
         if distributed.first_to_say(fault):
@@ -59,12 +57,15 @@ def guarded(job: Callable[[], None]) -> int:
         return int(ExitCode.IO)
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        return report_bug()
     return int(ExitCode.DONE)
 
 
-def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python prints of an exception that nobody caught, without the secrets that its message may hold."""
-    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+def report_bug() -> int:
+    """Show the exception that is being handled, without the secrets that its message may hold; the exit code of a bug."""
+    print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+    return int(ExitCode.BUG)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ HIDDEN = "***"
 SHORTEST = 8
 
 WORD = r"(?<![A-Za-z0-9])"
-ASSIGNED = r"(?i:password|passwd|secret|api[_-]?key)"
+ASSIGNED = r"(?i:password|passwd|secret(?:_access_key)?|api[_-]?key)"
 # (what it is, what stands before it and stays, its shape)
 SHAPES = [
     (what, re.compile(rf"(?P<before>{before}){shape}"))
