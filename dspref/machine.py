@@ -34,6 +34,7 @@ VERSIONS = {
     "safetensors": ("0.5", "0.8.0"),
     "numpy": ("2", "2.4.6"),
 }
+CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
 OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "wandb")
 # A build takes a minute or two. The engine removes locks of cpu_adam that are older.
 STALE_LOCK_SECONDS = 900
@@ -93,7 +94,7 @@ def judge_versions(found: Mapping[str, str]) -> Verdict:
         if name not in found:
             return Verdict(FAIL, f"{name} is not installed; {remedy}")
         if _numbers(found[name]) < _numbers(lowest):
-            flaw = " (before 2.6 loading a checkpoint may run its code: CVE-2025-32434)" if name == "torch" else ""
+            flaw = CVE if name == "torch" and _numbers(found[name]) < (2, 6) else ""
             return Verdict(FAIL, f"{name} {found[name]} is older than {lowest}{flaw}; {remedy}")
     newer = [f"{n} {found[n]} ({tested})" for n, (_, tested) in VERSIONS.items() if _minor(found[n]) > _minor(tested)]
     if newer:

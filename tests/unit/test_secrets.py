@@ -58,7 +58,8 @@ def test_ordinary_text_is_left_alone(text):
 def test_values_of_telling_variables_are_hidden():
     env = {
         **{"DB_PASSWORD": 'pa"ss\\wo rd', "MY_API_KEY": "abcdefgh", "LONGER_TOKEN": "abcdefgh-and-more"},
-        **{"TOKENIZERS_PARALLELISM": "disabled", "HF_TOKEN_PATH": "/home/me/token", "PIN_TOKEN": "1234567", "KEYBOARD": "qwertyuiop"},
+        **{"TOKENIZERS_PARALLELISM": "disabled", "HF_TOKEN_PATH": "/home/me/token"},
+        **{"PIN_TOKEN": "1234567", "KEYBOARD": "qwertyuiop"},
     }  # fmt: skip
     text = 'pa"ss\\wo rd, abcdefgh-and-more, abcdefgh, disabled /home/me/token 1234567 qwertyuiop'
     assert secrets.redact(text, env) == "***, ***, ***, disabled /home/me/token 1234567 qwertyuiop"
