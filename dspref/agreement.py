@@ -22,7 +22,9 @@ def identity(config: Config) -> dict[str, str]:
         code.update(path.name.encode() + path.read_bytes())
     settings = hashlib.sha256(configuration.dump(config).encode()).hexdigest()
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python, **installed(), "dspref's code": code.hexdigest()[:12], "the config": settings[:12]}
+    packages = installed()
+    packages.pop("wandb", None)  # which rank 0 alone needs
+    return {"python": python, **packages, "dspref's code": code.hexdigest()[:12], "the config": settings[:12]}
 
 
 def difference(identities: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str | None:

@@ -77,22 +77,26 @@ def count_weights(section: ModelSection) -> int | None:
     files = sorted(folder.glob("*.safetensors")) if section.init == "pretrained" else []
     try:
         return sum(map(_in_file, files)) if files else _by_config(read_config(section))
-    except (OSError, ValueError, KeyError, TypeError):  # broken files are reported where they are read
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # broken files are reported where they are read
         return None
 
 
 def _in_file(path: Path) -> int:
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, path.stat().st_size)))
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def read_config(section: ModelSection) -> dict[str, Any]:
-    """A model's config.json, of several parts that of the text; {} where there is none."""
+    """A model's config.json, of several parts that of the text; {} where there is none that can be read."""
     folder = model_folder(section)
-    path = folder / "config.json" if folder else None
-    content = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-    return content.get("text_config") or content
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    content = content.get("text_config") or content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _by_config(text: dict[str, Any]) -> int | None:
@@ -115,5 +119,5 @@ def _by_config(text: dict[str, Any]) -> int | None:
 
 
 def _number(text: dict[str, Any], *names: str, default: int = 0) -> int:
-    found = (text[name] for name in names if isinstance(text.get(name), int))
+    found = (text[name] for name in names if isinstance(text.get(name), int) and text[name] > 0)
     return next(found, default)

@@ -24,13 +24,13 @@ SHAPES = [
         ("a Hugging Face token", WORD, r"(?:hf_|api_org_)[A-Za-z0-9]{20,}"),
         ("a GitHub token", WORD, r"(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})"),
         ("a GitLab token", WORD, r"glpat-[\w-]{20,}"),
-        ("an API key", WORD, r"(?:sk-(?=[\w-]*\d)[\w-]{20,}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|wandb_v\d_\w{20,})"),
+        ("an API key", WORD, r"(?:sk-(?=[\w-]{,99}\d)[\w-]{20,}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|wandb_v\d_\w{20,})"),
         ("an AWS key", WORD, r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"),
         # 40 hex digits alone may be a commit, such as model.revision.
         ("an API key", r"(?i:key|token|secret|password|wandb)\W{1,4}", r"[0-9a-f]{40}(?![0-9a-fA-F])"),
         ("a web token", WORD, r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
-        ("a private key", "", r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END[A-Z ]*-----|\Z)"),
-        ("a password in a URL", r"[A-Za-z][A-Za-z0-9+.-]*://", r"[^/\s:@\"']*:[^/\s@\"']+(?=@)"),
+        ("a private key", "", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^\"']*?(?:-----END[A-Z ]*-----|(?=[\"'])|\Z)"),
+        ("a password in a URL", r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://", r"[^/\s:@\"']*:[^/\s@\"']+(?=@)"),
         ("a password", rf"{ASSIGNED}[\"']?\s*[=:]\s*[\"']?", r"[^\s\"',;&*{<$]{8,}"),
         # Two words of a command line, as `redact_words` joins them.
         ("a password", rf"(?:{ASSIGNED}|(?i:token))\0", r"[^\0]{8,}"),

@@ -146,6 +146,17 @@ def test_weights_are_counted_without_loading_them(tmp_path):
         assert by_config and abs(by_config / real - 1) < 0.05, (family, by_config, real)
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"text_config": 3}', b'{"num_attention_heads": 0}', b"\xff"])
+def test_broken_models_are_left_to_those_who_read_them(content, tmp_path):
+    (tmp_path / "m").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "m" / name).write_bytes(content)
+    for overrides in ([], ["model.init=random"], ["model.lora={r: 8}"]):
+        broken = run_of(tmp_path, f"model.name_or_path={tmp_path}/m", "checkpoint.save_every=1", *overrides)
+        assert footprint.of_run(broken) is None
+        assert CHECKS["disk"](Scene(broken)).level == CHECKS["memory"](Scene(broken)).level == OK
+
+
 def test_a_disk_that_is_too_small_is_found_before_the_run(tmp_path):
     model = model_of(tmp_path / "m", **HUGE)
     huge = run_of(tmp_path, f"model.name_or_path={model}", "checkpoint.save_every=10")
