@@ -81,7 +81,7 @@ def check_environment(config: Config, device_type: str) -> None:
     world, own = distributed.world(), agreement.identity(config)
     scene = Scene(config, ranks=world.local_size, on_gpu=device_type == "cuda")
     looked = preflight.examine(scene, preflight.AT_START) if world.local_rank == 0 else {}
-    distributed.barrier()  # all read their clocks at one moment
+    distributed.gather_objects(None)  # all read their clocks at one moment; no barrier, as NCCL may lack what is checked
     gathered = distributed.gather_objects((socket.gethostname(), time.time(), own, looked))
     hosts, clocks, identities, verdicts = zip(*gathered)
     if different := agreement.difference(identities, hosts):
