@@ -36,7 +36,9 @@ VERSIONS = {
 }
 CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
 OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "wandb")
-# A build takes a minute or two. The engine removes locks of cpu_adam that are older.
+# A build takes a minute or two, perhaps in another container of this machine, whose processes are not seen here.
+BUILD_SECONDS = 300
+# The engine removes locks of cpu_adam that are older.
 STALE_LOCK_SECONDS = 900
 # Their locks may be held by other machines.
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs", "afs", "wekafs")
@@ -225,7 +227,7 @@ def check_locks(scene: Scene) -> Verdict:
             continue
         elsewhere = file_system(lock, scene.proc) in NETWORK
         who = "no process of this machine" if elsewhere else "no process"
-        level = FAIL if built and not elsewhere else WARN
+        level = FAIL if built and not elsewhere and age > BUILD_SECONDS else WARN
         return Verdict(level, f"{lock}: {who} holds it ({age / 60:.0f} minutes old), and builds wait for it: rm {lock}")
     return Verdict(OK, f"none in the way in {folder}")
 

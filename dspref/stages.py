@@ -23,7 +23,7 @@ from dspref import (
     performance,
     preflight,
     reference,
-)  # fmt: skip
+)
 from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays

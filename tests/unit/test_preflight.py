@@ -117,6 +117,9 @@ def test_stale_build_locks_are_named_and_left_alone(tmp_path):
     with open(lock, "w"):  # as torch's baton holds it while it builds
         assert machine.holder_of(lock) == os.getpid()
         assert CHECKS["build locks"](builds).level == OK
+    assert CHECKS["build locks"](builds).level == WARN  # perhaps of another container
+    stuck = time.time() - 2 * machine.BUILD_SECONDS
+    os.utime(lock, (stuck, stuck))
     verdict = CHECKS["build locks"](builds)
     assert verdict.level == FAIL and verdict.text.endswith(f"rm {lock}")
     assert CHECKS["build locks"](plain).level == OK  # compiles nothing
