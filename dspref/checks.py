@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from dspref import losses, strategy
+from dspref import losses, secrets, strategy
 from dspref.explain import yaml_word
 from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, needs_reference
 from dspref.sections import Config
@@ -43,6 +44,27 @@ ONLY_FOR = {
     "tokens_per_pack": ("stored",),
     "sync_ref_model": ("engine",),
 }
+
+
+def _check_secrets(config: Config) -> Iterator[Complaint]:
+    """A config goes to the run folder, the model card and trackers, word for word."""
+    layout = config.strategy if config.has_strategy_file else config.deepspeed
+    for path, text in texts(config.model_dump() | {"deepspeed": layout}):
+        if kind := secrets.kind_of(text):
+            yield path, f"holds {kind}, and would be written down with the run; leave secrets to the environment"
+
+
+def texts(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Every text below a node, names of keys too, with the path of its key."""
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield (*path, key), key
+            yield from texts(value, (*path, key))
+    elif isinstance(node, list):
+        for i, item in enumerate(node):
+            yield from texts(item, (*path, i))
 
 
 def _check_lora(config: Config) -> Iterator[Complaint]:
@@ -254,6 +276,7 @@ def _check_strategy(config: Config) -> Iterator[Complaint]:
 
 
 CHECKS = (
+    _check_secrets,
     _check_lora,
     _check_losses,
     _check_objective_keys,

@@ -14,7 +14,10 @@ import typer
 from dspref.errors import ConfigError, ExitCode, UserError
 
 app = typer.Typer(
-    help="Preference optimization with DeepSpeed, from one YAML file.", no_args_is_help=True, add_completion=False
+    help="Preference optimization with DeepSpeed, from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they show the values of variables
 )
 
 File = Annotated[Path, typer.Argument(metavar="X.yaml", help="The run; see launch/configs.")]
@@ -44,6 +47,26 @@ def check(
             f"{file}: good; {config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, "
             f"ZeRO-{config.zero_stage}, into {config.output_dir}"
         )
+
+
+@app.command()
+def doctor(
+    file: Annotated[Path | None, typer.Argument(metavar="[X.yaml]", help="Also check what this run needs.")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check this machine: versions, GPUs, room, folders, locks. The report holds no secrets; paste it into an issue."""
+    from dspref import config as configuration
+    from dspref import doctor
+
+    try:
+        config = configuration.load(file, overrides or []) if file else None
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(int(error.exit_code)) from None
+    report = doctor.examine(config, str(file or ""))
+    print(doctor.as_json(report) if as_json else doctor.as_text(report), end="")
+    raise typer.Exit(int(ExitCode.ENVIRONMENT if report["verdict"] == "FAIL" else ExitCode.DONE))
 
 
 @app.command()

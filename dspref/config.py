@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dspref import objectives
+from dspref import objectives, secrets
 from dspref.checks import BESIDE_PATH, CHECKS
 from dspref.errors import ConfigError
 from dspref.explain import explain, locate
@@ -44,6 +44,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError: `file:line:col: key: reason; did you mean ...?`
     """
     path = shipped(str(path))
+    if kind := secrets.kind_of(str(path)):
+        raise ConfigError(f"--config: {path}: holds {kind}; rename the file or its folder")
     document, positions = parse(path)
     for override in overrides:
         apply_override(document, positions, override)

@@ -88,7 +88,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     table.add_column("first logged", justify="right")
     table.add_column("last", justify="right")
     for name, (first, last) in run_summary["learned"].items():
-        table.add_row(name, _figure(first), _figure(last))
+        table.add_row(Text(name), _figure(first), _figure(last))
     console.print(table)
     if run_summary.get("speed"):
         where = {**speed_in_words(run_summary["speed"]), **where}

@@ -8,6 +8,7 @@ would time out.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from dspref.errors import EnvironmentFault, ExitCode, UserError, exit_code_of
 from dspref.files import write_atomically
+from dspref.secrets import redact
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
@@ -303,7 +305,7 @@ def set_seed(seed: int) -> None:
 
 def log(message: str, stamp: bool = False) -> None:
     """Say something once: rank 0 on standard output (behind the time, with `stamp`), every rank in its log file."""
-    clock = time.strftime("%Y-%m-%dT%H:%M:%S")
+    message, clock = redact(message), time.strftime("%Y-%m-%dT%H:%M:%S")
     if _world.rank == 0:
         print(f"{clock} {message}" if stamp else message, flush=True)
     if _log_file is not None:
@@ -320,11 +322,21 @@ def first_to_say(message: str) -> bool:
         return True
 
 
+class LogFile(io.TextIOWrapper):
+    """A text file, a line at a time, without the secrets of what libraries print."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(open(path, "ab"), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+    def write(self, text: str, /) -> int:
+        return super().write(redact(text))
+
+
 def log_to(folder: Path) -> None:
     """Keep a log per rank; what libraries print on ranks other than 0 goes there too, instead of to the terminal."""
     global _log_file
     folder.mkdir(parents=True, exist_ok=True)
-    _log_file = open(folder / f"rank-{_world.rank}.log", "a", buffering=1, encoding="utf-8")
+    _log_file = LogFile(folder / f"rank-{_world.rank}.log")
     if _world.rank != 0:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -29,6 +29,7 @@ from dspref.config import Config
 from dspref.data.batch import PackedBatch
 from dspref.errors import EnvironmentFault
 from dspref.logps import TokenLogps
+from dspref.machine import STALE_LOCK_SECONDS
 from dspref.model import PackedCausalLM
 from dspref.router import Routing
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-STALE_LOCK_SECONDS = 900
 ACCELERATOR: Any = get_accelerator()
 
 

@@ -1,12 +1,14 @@
 """What can go wrong for a user, each kind with its exit code.
 
 A `UserError` is shown as its message, without a traceback; any other exception is a bug in dspref.
-This module is below every layer and imports nothing of dspref.
+This module is below every layer and imports of dspref only `secrets`.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+
+from dspref.secrets import redact
 
 
 class ExitCode(IntEnum):
@@ -28,6 +30,9 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: where, what, and how to mend it."""
 
     exit_code: ExitCode = ExitCode.BUG
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))  # it may quote a value, a URL, or what a library said
 
 
 class ConfigError(UserError):

@@ -22,6 +22,7 @@ from dspref.errors import IOFault, NumericFault
 from dspref.model import PackedCausalLM
 from dspref.objectives import describe
 from dspref.run_folder import RunFolder
+from dspref.secrets import redact
 
 MAX_SHARD = "5GB"
 
@@ -101,7 +102,7 @@ def _write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) 
 
 def _accompany(draft: Path, tokenizer: PreTrainedTokenizerBase, config: Config, summary: Mapping[str, Any]) -> None:
     tokenizer.save_pretrained(draft)
-    (draft / "README.md").write_text(model_card(config, summary), encoding="utf-8")
+    (draft / "README.md").write_text(redact(model_card(config, summary)), encoding="utf-8")
 
 
 def refuse_not_finite(state: Mapping[str, Tensor]) -> None:

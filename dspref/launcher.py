@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from dspref import config as configuration
 from dspref.errors import ConfigError, ExitCode, UserError
+from dspref.secrets import redact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,14 +50,27 @@ def guarded(job: Callable[[], None]) -> int:
         return int(error.exit_code)
     except OSError as error:
         if not error.filename:  # of a library's own making: a bug, shown as one
-            raise
-        fault = f"{error.filename}: {error.strerror}; free the space, mend the permissions, or use another output_dir="
+            return report_bug(terminal)
+        remedy = "free the space, mend the permissions, or use another output_dir="
+        fault = redact(f"{error.filename}: {error.strerror}; {remedy}")
         if distributed.first_to_say(fault):
             print(fault, file=terminal, flush=True)
         return int(ExitCode.IO)
     except KeyboardInterrupt:
         return int(ExitCode.CTRL_C)
+    except Exception:
+        return report_bug(terminal)
     return int(ExitCode.DONE)
+
+
+def report_bug(terminal: TextIO) -> int:
+    """Show the exception that is being handled, without the secrets that its message may hold; the exit code of a bug.
+
+    Only one rank comes here: what follows from its end is not told by the others.
+    """
+    for stream in {terminal, sys.stderr}:
+        print(redact(traceback.format_exc()), end="", file=stream, flush=True)
+    return int(ExitCode.BUG)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
 from dspref.families import PairLogps, PairLoss
 from dspref.logps import TokenLogps
 from dspref.router import Routing, balance, load_metrics
+from dspref.secrets import redact_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,7 +197,11 @@ class Recorder:
 def _wandb(recorder: Recorder, folder: Path, config: Config) -> Any:
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    # It keeps the command line word for word, and would add the working tree's code, changes and origin.
+    sys.argv[:] = redact_words(sys.argv)
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=30, save_code=False, disable_code=True, disable_git=True
+    )
     run = wandb.init(
         project=config.log.project, name=config.log.run_name or folder.name, dir=str(folder), id=recorder.tracker_id,
         resume="allow" if recorder.tracker_id else None, config=config.model_dump(mode="json"), settings=settings,

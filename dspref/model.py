@@ -311,7 +311,7 @@ def load_plain(weights: str, trust_remote_code: bool = False, dtype: str = "auto
     if adapters.is_saved(weights, ""):
         base, of_base = adapters.base_of(weights)
         return adapters.plain(load_plain(base, trust_remote_code, dtype, of_base), weights)
-    own = {"revision": revision} if revision else {}
+    own = {"use_safetensors": True, **({"revision": revision} if revision else {})}
     return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, trust_remote_code=trust_remote_code, **own)
 
 

@@ -21,6 +21,7 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.data.loader import Step
 from dspref.engine import Engine
+from dspref.footprint import EXPERTS
 from dspref.logps import fits
 from dspref.model import PackedCausalLM
 from dspref.reference import Reference
@@ -33,10 +34,6 @@ PEAK_TFLOPS = {
     "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A10G": 70, "A10": 125, "RTX A6000": 155, "L40S": 362, "L40": 181,
     "L4": 121, "MI300X": 1307, "MI250X": 383,
 }  # fmt: skip
-
-
-# How families call the number of experts in a layer.
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Clock:

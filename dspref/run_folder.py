@@ -21,6 +21,7 @@ from dspref import distributed, lock
 from dspref.config import Config
 from dspref.errors import ConfigError, ExitCode
 from dspref.files import write_atomically
+from dspref.secrets import redact
 from dspref.status import is_foreign
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
@@ -74,10 +75,10 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         if source:
-            write_atomically(self.path / "config.source.yaml", source.read_text(encoding="utf-8"))
-        write_atomically(self.path / "config.resolved.yaml", configuration.dump(config))
-        write_atomically(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-        write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+            self._write("config.source.yaml", source.read_text(encoding="utf-8"))
+        self._write("config.resolved.yaml", configuration.dump(config))
+        self._write("ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        self._write("env.json", json.dumps(environment(), indent=2) + "\n")
         known = {key: value for key, value in self.run.items() if key not in ("error", "exit_code")}
         self.update(
             {"run_id": uuid.uuid4().hex[:12], "started": _now()} | known,
@@ -91,7 +92,7 @@ class RunFolder:
 
     def update(self, known: Mapping[str, Any] | None = None, **changes: Any) -> None:
         """Change run.json."""
-        write_atomically(self.path / "run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
+        self._write("run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
 
     def left(self, exit_code: int, message: str) -> None:
         """The run ends before its end (rank 0)."""
@@ -104,7 +105,10 @@ class RunFolder:
         """Append to events.jsonl (rank 0)."""
         if distributed.world().rank == 0:
             with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": _now(), "event": kind, **details}) + "\n")
+                file.write(redact(json.dumps({"time": _now(), "event": kind, **details})) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, redact(text))  # a config's comments may hold what its values may not
 
     def refuse_changes(self, config: Config) -> list[str]:
         """What differs from the config of the run in this folder, as lines to show. Raises ConfigError for a key that

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from dspref import adapters, admission, console, distributed, engine, metrics, model, performance, reference
+from dspref import (
+    adapters,
+    admission,
+    agreement,
+    console,
+    distributed,
+    engine,
+    metrics,
+    model,
+    performance,
+    preflight,
+    reference,
+)
 from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
@@ -17,8 +31,9 @@ from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
-from dspref.errors import ConfigError, DataError, UserError
+from dspref.errors import ConfigError, DataError, EnvironmentFault, UserError
 from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
+from dspref.machine import FAIL, Scene
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
@@ -58,6 +73,24 @@ def already_finished(run: RunFolder, config: Config) -> bool:
         show_summary(run)
         distributed.log("this run is finished; start anew with checkpoint.resume=never, or elsewhere with output_dir=")
     return done
+
+
+def check_environment(config: Config, device_type: str) -> None:
+    """Refuse what would fail later: a machine without room or write access, ranks that are not alike."""
+    world, own = distributed.world(), agreement.identity(config)
+    scene = Scene(config, ranks=world.local_size, on_gpu=device_type == "cuda")
+    looked = preflight.examine(scene, preflight.AT_START) if world.local_rank == 0 else {}
+    distributed.gather_objects(None)  # all read their clocks at one moment; no barrier, as NCCL may lack what is checked
+    gathered = distributed.gather_objects((socket.gethostname(), time.time(), own, looked))
+    hosts, clocks, identities, verdicts = zip(*gathered)
+    if different := agreement.difference(identities, hosts):
+        raise EnvironmentFault(different)
+    for level, line in preflight.complaints(verdicts, hosts):
+        if level == FAIL:
+            raise EnvironmentFault(line)
+        distributed.log(f"warning: {line}")
+    if off := agreement.skew(clocks, hosts):
+        distributed.log(f"warning: {off}")
 
 
 def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerBase, PairStore, dict[str, PairStore]]:
@@ -263,7 +296,7 @@ def show_summary(run: RunFolder) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     if rows:
         console.samples(rows)
-    prompt = console.printable(rows[0]["prompt"] if rows else "Hello", limit=60).replace("'", "").replace('"', "")
+    prompt = harmless(console.printable(rows[0]["prompt"] if rows else "Hello", limit=60))
     more, loaded = "", f"'{run.final}'"
     if adapters.is_saved(str(run.final), ""):
         # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
@@ -275,6 +308,11 @@ def show_summary(run: RunFolder) -> None:
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
         [f'python -c "{more}from transformers import pipeline; print({ask})"'],
     )
+
+
+def harmless(text: str) -> str:
+    """Text from data in a command that people paste into a shell: letters, digits and plain punctuation."""
+    return re.sub(r"[^\w ,.:;?()+*=-]", "", text)
 
 
 def write_samples(

@@ -42,6 +42,7 @@ def train(config: Config, source: Path | None = None) -> None:
 
 def _train(config: Config, source: Path | None, device_type: str, run: RunFolder, watch: Watch) -> None:
     started = time.monotonic()
+    stages.check_environment(config, device_type)
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
     kernel, tokenizer, pairs, held_out = stages.prepare(config, device_type)
     layout, loader = stages.plan(config, pairs)

@@ -243,3 +243,13 @@ def score_reference(
             print(error)
             return int(error.exit_code), said.getvalue()
     return 0, said.getvalue()
+
+
+def environment_of_unlike_ranks(config_path: str) -> str:
+    """What the check before a run says where each rank has a config of its own."""
+    world = distributed.init(seed=0)
+    try:
+        stages.check_environment(configuration.load(config_path, [f"train.seed={world.rank}"]), "cpu")
+    except UserError as error:
+        return str(error)
+    return ""

@@ -91,7 +91,7 @@ def test_mistakes_that_only_the_model_shows(model, all_workers, tmp_path):
         (["checkpoint.resume=required"], 2, "required"),
         (["reference.name_or_path=/no/such/folder"], 2, "reference.name_or_path: /no/such/folder"),
         ([f"reference.name_or_path={tmp_path}/small", "reference.mode=engine"], 2, "reference.name_or_path"),
-        (["output_dir=/proc/no/run"], 7, "/proc/no"),
+        (["output_dir=/proc/no/run"], 4, "folders: output_dir: /proc/no"),
         ([f"output_dir={tmp_path}/broken"], 2, "run.json"),
     ]
     (tmp_path / "broken").mkdir()

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest first. A module may import what lies in a lower row; modules of one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "processes"),  # below everything
+    ("secrets",),  # below everything
+    ("errors", "files", "processes"),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
     ("yaml12", "strategy"),  # what config is made of
@@ -23,6 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("status",),
     ("slurm",),
+    ("machine", "footprint"),  # of `dspref doctor` and the start of a run
+    ("preflight", "agreement"),
+    ("doctor",),
     ("distributed", "lock"),
     ("watch",),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
@@ -78,7 +82,8 @@ OWNERS: dict[str, set[str]] = {
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
-    "launcher", "cli", "reference_store", "slurm", "status",
+    "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
+    "machine", "footprint", "preflight", "agreement", "doctor",
 }  # fmt: skip
 
 
