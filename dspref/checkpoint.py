@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import dspref
 from dspref import distributed
 from dspref.config import CheckpointSection
-from dspref.errors import ConfigError, EnvironmentFault
+from dspref.errors import ConfigError
 from dspref.files import sync_folder, write_atomically
 from dspref.objectives import RunningMean
 from dspref.run_folder import RunFolder
@@ -148,7 +148,7 @@ def _hash(path: Path) -> tuple[int, str]:
 # Resuming
 
 
-def resume(run: RunFolder, parts: Sequence[Part], mode: str) -> Progress:
+def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progress:
     """Load the newest sound checkpoint into `parts`, or start from step 0. `mode`: auto | required | never."""
     found = [(folder, _manifest(folder)) for folder in committed_folders(run)] if mode != "never" else []
     for folder, manifest in reversed(distributed.broadcast_object(found)):
@@ -156,10 +156,9 @@ def resume(run: RunFolder, parts: Sequence[Part], mode: str) -> Progress:
         if manifest is None or damage:
             distributed.log(f"warning: {folder.name} is damaged ({damage}); trying the one before")
             continue
-        _refuse_world_size(folder, manifest)
         for part in parts:
             part.load(folder)
-        _load_rng(folder / f"rng-rank-{distributed.world().rank}.safetensors")
+        _restore_rng(folder, manifest, seed)
         progress = Progress.read(folder / "state.json")
         run.event("resume", step=progress.step)
         distributed.log(f"resumed from {folder.name}")
@@ -199,12 +198,16 @@ def _is_sound(path: Path, expected: Sequence[Any]) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == expected[1]
 
 
-def _refuse_world_size(folder: Path, manifest: Mapping[str, Any]) -> None:
-    saved = manifest["world_size"]
-    if saved != distributed.world().size:
-        raise EnvironmentFault(
-            f"{folder.name} was saved by {saved} ranks and this run has {distributed.world().size}; start it with {saved}"
-        )
+def _restore_rng(folder: Path, manifest: Mapping[str, Any], seed: int) -> None:
+    """The generators as they were; on another number of ranks, where there is no such thing, new ones by seed and step."""
+    rank, size = distributed.world().rank, distributed.world().size
+    if manifest["world_size"] == size:
+        _load_rng(folder / f"rng-rank-{rank}.safetensors")
+        return
+    distributed.set_seed(int(np.random.SeedSequence([seed, manifest["step"]]).generate_state(1)[0]))
+    distributed.log(
+        f"{size} ranks instead of {manifest['world_size']}: the same pairs in the same order, but dropout draws other numbers"
+    )
 
 
 def _save_rng(path: Path) -> None:

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("distributed",),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
-    ("model",),
+    ("model", "shards"),
     ("engine",),
     ("reference",),
     ("performance",),
@@ -57,7 +57,7 @@ FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"}
 
 # Packages that only some modules may import.
 OWNERS: dict[str, set[str]] = {
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "shards"},
     "torch.distributed": {"distributed", "engine"},
     "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "checkpoint", "export"},
     "peft": {"adapters"},
