@@ -97,7 +97,7 @@ def prune(run: RunFolder, rules: CheckpointSection) -> None:
     """Delete checkpoints that the retention rules do not keep (rank 0)."""
     if distributed.world().rank != 0:
         return
-    read = {folder: _manifest(folder) for folder in committed_folders(run)}
+    read = {folder: manifest_of(folder) for folder in committed_folders(run)}
     manifests = {folder: manifest for folder, manifest in read.items() if manifest}
     scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
     steps = [(m["step"], scores[folder]) for folder, m in manifests.items()]
@@ -150,9 +150,9 @@ def _hash(path: Path) -> tuple[int, str]:
 
 def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progress:
     """Load the newest sound checkpoint into `parts`, or start from step 0. `mode`: auto | required | never."""
-    found = [(folder, _manifest(folder)) for folder in committed_folders(run)] if mode != "never" else []
+    found = [(folder, manifest_of(folder)) for folder in committed_folders(run)] if mode != "never" else []
     for folder, manifest in reversed(distributed.broadcast_object(found)):
-        damage = "its manifest.json cannot be read" if manifest is None else _damage_anywhere(folder, manifest)
+        damage = "its manifest.json cannot be read" if manifest is None else damage_of(folder, manifest)
         if manifest is None or damage:
             distributed.log(f"warning: {folder.name} is damaged ({damage}); trying the one before")
             continue
@@ -173,7 +173,7 @@ def committed_folders(run: RunFolder) -> list[Path]:
     return sorted(f for f in run.checkpoints.glob("step-*") if (f / "manifest.json").exists())
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def manifest_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself; None where that cannot be read."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -182,7 +182,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if {"step", "world_size", "metrics", "files"} <= manifest.keys() else None
 
 
-def _damage_anywhere(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+def damage_of(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """What differs from the manifest, found by all ranks together; None if the checkpoint is sound."""
     files = manifest["files"]
     rank, size = distributed.world().rank, distributed.world().size
@@ -206,7 +206,7 @@ def _restore_rng(folder: Path, manifest: Mapping[str, Any], seed: int) -> None:
         return
     distributed.set_seed(int(np.random.SeedSequence([seed, manifest["step"]]).generate_state(1)[0]))
     distributed.log(
-        f"{size} ranks instead of {manifest['world_size']}: the same pairs in the same order, but dropout draws other numbers"
+        f"{manifest['world_size']} ranks before, {size} now: the same pairs in the same order; dropout draws other numbers"
     )
 
 

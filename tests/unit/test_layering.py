@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "metrics", "console"),
     ("export", "gradient", "advice"),
     ("stages", "evaluate"),
-    ("trainer", "scorer"),
+    ("trainer", "scorer", "consolidate"),
     ("launcher",),
     ("cli",),
 )
