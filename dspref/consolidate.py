@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INNER = "lm."
 
 
+@torch.no_grad()
 def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
     """Write the model of a committed checkpoint to the folder `to`, in `dtype` (default: the run's).
 

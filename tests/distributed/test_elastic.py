@@ -15,8 +15,8 @@ from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
 
 STEPS = 8
 SLOW = pytest.mark.slow
-# BCO's mean goes through the checkpoint. Weight decay makes two groups of parameters; DeepSpeed's stage 3 mixes them up when it
-# reads the universal format: one step counter for both, and decay for norms.
+# BCO's mean goes through the checkpoint. Weight decay makes two groups of parameters; DeepSpeed's stage 3 mixes them up when
+# it reads the universal format: one step counter for both, and decay for norms.
 COUPLED = "objective={name: dpo, loss_type: [aot, bco_pair, sft], beta: 0.3}"
 TR_DPO = "reference={sync_ref_model: true, ref_model_mixup_alpha: 0.6, ref_model_sync_steps: 3}"
 LORA = "model.lora={r: 4, lora_alpha: 8}"
