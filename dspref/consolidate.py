@@ -101,20 +101,18 @@ def full_state(folder: Path, trained_only: bool) -> dict[str, Tensor]:
     """The weights by their names in the model; in fp32 what was trained, the rest as it was saved. Tied names share."""
     files = [shards.read(file) for file in shards.model_files(folder)]
     first, optimizer = files[0], [shards.read(file)["optimizer_state_dict"] for file in shards.optimizer_files(folder)]
-    stage = shards.layout(folder).stage
-    state: dict[str, Tensor] = {}
-    if not trained_only:
-        # Under ZeRO-3 what is in shards has no size here.
-        kept = set(first["buffer_names"]) if stage == 3 else set(first["module"])
-        state |= {name: tensor for name, tensor in first["module"].items() if name in kept}
-        state |= dict(_frozen_in_shards(files)) if stage == 3 else {}
-    elif stage == 0:
-        state |= first["module"]  # saved without what is frozen
-    if stage == 3:
-        state |= dict(_flat_by_shape(optimizer, first["param_shapes"]))
-    elif stage:
-        shapes = {name: shape for group in first["param_shapes"] for name, shape in group.items()}
-        state |= dict(_flat_by_address(optimizer, shapes))
+    zero = first["ds_config"]["zero_optimization"]
+    shapes = {name: shape for group in first["param_shapes"] or () for name, shape in group.items()}
+    if zero["stage"] == 3:
+        # What is in shards has no size in `module`.
+        state = {name: tensor for name, tensor in first["module"].items() if name in first["buffer_names"]}
+        state |= dict(_frozen_in_shards(files)) | dict(_flat_by_shape(optimizer, shapes))
+    else:
+        state = dict(first["module"])
+        if not zero.get("round_robin_gradients"):  # with which DeepSpeed notes wrong addresses
+            state |= dict(_flat_by_address(optimizer, shapes))
+    if trained_only and shapes:
+        state = {name: state[name] for name in shapes}
     state |= {name: state[other] for name, other in (first["shared_params"] or {}).items() if other in state}
     return {name.removeprefix(INNER): tensor for name, tensor in state.items()}
 
@@ -130,11 +128,11 @@ def _flat_by_address(ranks: Sequence[dict[str, Any]], shapes: dict[str, torch.Si
         yield name, torch.cat(found).view(shapes[name])
 
 
-def _flat_by_shape(ranks: Sequence[dict[str, Any]], groups: Sequence[dict[str, torch.Size]]) -> Iterator[tuple[str, Tensor]]:
+def _flat_by_shape(ranks: Sequence[dict[str, Any]], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
     """ZeRO-3: each parameter is cut into equal pieces, the last one filled up."""
     flats = [torch.cat(list(rank["fp32_flat_groups"])) for rank in ranks]
     start = 0
-    for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
+    for name, shape in shapes.items():
         size = -(-shape.numel() // len(ranks))
         yield name, torch.cat([flat.narrow(0, start, size) for flat in flats])[: shape.numel()].view(shape)
         start += size

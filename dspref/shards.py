@@ -156,6 +156,8 @@ def _refuse_inconvertible(engine: DeepSpeedEngine, saved: Layout, here: Layout) 
     reason = ""
     if saved.stage != here.stage and {saved.stage, here.stage} != {1, 2}:
         reason = "only stages 1 and 2 can be exchanged"
+    elif getattr(engine.optimizer, "round_robin_gradients", False):
+        reason = "with round_robin_gradients DeepSpeed notes wrong addresses"
     elif engine.zero_nvme_offload_optimizer():
         reason = "optimizer states on NVMe cannot be spread anew"
     elif type(engine.basic_optimizer) not in (torch.optim.AdamW, DeepSpeedCPUAdam):

@@ -19,6 +19,7 @@ SLOW = pytest.mark.slow
 # it reads the universal format: one step counter for both, and decay for norms.
 COUPLED = "objective={name: dpo, loss_type: [aot, bco_pair, sft], beta: 0.3}"
 TR_DPO = "reference={sync_ref_model: true, ref_model_mixup_alpha: 0.6, ref_model_sync_steps: 3}"
+ROUND_ROBIN = "deepspeed.zero_optimization.round_robin_gradients=true"
 LORA = "model.lora={r: 4, lora_alpha: 8}"
 
 
@@ -93,24 +94,29 @@ def assert_same_steps(run: Path, whole: Path, tolerance: float = 1e-5) -> None:
         assert np.allclose(mine, others, rtol=tolerance, atol=tolerance), name
 
 
+def test_one_rank_instead_of_two_and_two_again(run_file, all_workers, tmp_path):
+    compare(3, (COUPLED,), (2, 1, 2), run_file, all_workers, tmp_path)
+
+
+@SLOW
 @pytest.mark.parametrize(
     ("zero", "more"),
     [
-        (3, (COUPLED,)),
-        *[pytest.param(zero, (), marks=SLOW) for zero in (0, 1, 2)],
-        pytest.param(2, (COUPLED, TR_DPO), marks=SLOW),
-        pytest.param(3, (TR_DPO,), marks=SLOW),
-        pytest.param(1, (TR_DPO, "reference.zero_stage=3"), marks=SLOW),
-        pytest.param(3, ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",), marks=SLOW),
-        pytest.param(2, ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",), marks=SLOW),
-        pytest.param(2, ("deepspeed.zero_optimization.round_robin_gradients=true",), marks=SLOW),
+        *[(zero, ()) for zero in (0, 1, 2, 3)],
+        *[(2, (COUPLED, TR_DPO)), (3, (TR_DPO,)), (1, (TR_DPO, "reference.zero_stage=3"))],
+        *[(zero, ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",)) for zero in (2, 3)],
     ],
 )
 def test_other_numbers_of_ranks_change_nothing(zero, more, run_file, all_workers, tmp_path):
+    compare(zero, more, (2, 1, 2, 4), run_file, all_workers, tmp_path)
+
+
+def compare(zero, more, ranks, run_file, all_workers, tmp_path) -> None:
+    """A run that changes its number of ranks, with one that stays on the first."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     same = (stage(zero), *more)
-    assert train(all_workers[2], run_file, whole, *same) == [0, 0]
-    go_on(all_workers, run_file, run, [(2, same), (1, same), (2, same), (4, same)])
+    assert train(all_workers[ranks[0]], run_file, whole, *same) == [0] * ranks[0]
+    go_on(all_workers, run_file, run, [(number, same) for number in ranks])
     print("relative distance", distance(run, whole))
     assert distance(run, whole) < 1e-6
     assert_same_steps(run, whole)
@@ -187,7 +193,17 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_trained(run_file
         code, said = refusal(all_workers[1], run_file, run, stage(number), "train.max_steps=4")
         assert code == 2 and said.count("\n") == 1, said
         assert f"dspref export {run}/checkpoints/step-000002 --to FOLDER" in said and "model.name_or_path=FOLDER" in said
-    frozen = ["deepspeed.zero_optimization.round_robin_gradients=true"]
-    assert train(all_workers[1], run_file, run, stage(2), *frozen) == [2], "the order of weights in the shards"
+    assert train(all_workers[1], run_file, run, stage(2), ROUND_ROBIN) == [2], "the order of weights in the shards"
     assert (run / "final/model.safetensors").read_bytes() == kept
     assert training_records(run)[-1]["step"] == 2
+
+
+@SLOW
+def test_wrong_addresses_are_not_converted(run_file, all_workers, tmp_path):
+    """DeepSpeed notes where a weight lies as if round_robin_gradients had not moved it."""
+    run = tmp_path / "run"
+    assert train(all_workers[2], run_file, run, stage(2), ROUND_ROBIN) == [0, 0]
+    forget_everything_after(run, 4)
+    code, said = refusal(all_workers[1], run_file, run, stage(2), ROUND_ROBIN)
+    assert code == 4 and said.count("\n") == 1 and "ZeRO-2 on 2 ranks" in said and "round_robin_gradients" in said, said
+    assert train(all_workers[2], run_file, run, stage(2), ROUND_ROBIN) == [0, 0]
