@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,19 @@ def test_wrong_addresses_are_not_converted(run_file, all_workers, tmp_path):
     code, said = refusal(all_workers[1], run_file, run, stage(2), ROUND_ROBIN)
     assert code == 4 and said.count("\n") == 1 and "ZeRO-2 on 2 ranks" in said and "round_robin_gradients" in said, said
     assert train(all_workers[2], run_file, run, stage(2), ROUND_ROBIN) == [0, 0]
+
+
+@SLOW
+def test_dropout_on_other_ranks_is_drawn_by_seed_and_step(run_file, all_workers, tmp_path):
+    """Where the ranks' generators cannot go on, what they draw is still the same every time."""
+    dropout = (stage(2), "model.lora={r: 4, lora_alpha: 8, lora_dropout: 0.3}", "train.learning_rate=1e-2")
+    whole, ends = tmp_path / "whole", []
+    assert train(all_workers[2], run_file, whole, *dropout) == [0, 0]
+    for name in ("one", "other"):
+        run = Path(shutil.copytree(whole, tmp_path / name))
+        forget_everything_after(run, 4)
+        if ends:  # the process has drawn other numbers before
+            assert train(all_workers[1], run_file, tmp_path / "elsewhere", "train.max_steps=1") == [0]
+        assert train(all_workers[1], run_file, run, *dropout) == [0]
+        ends.append((run / "final/adapter_model.safetensors").read_bytes())
+    assert ends[0] == ends[1] != (whole / "final/adapter_model.safetensors").read_bytes()
