@@ -25,7 +25,7 @@ import dspref
 from dspref import config as configuration
 from dspref import distributed
 from dspref.config import CheckpointSection, Config
-from dspref.errors import ConfigError, EnvironmentFault, IOFault
+from dspref.errors import ConfigError, IOFault
 from dspref.files import sync_folder, write_atomically
 from dspref.objectives import RunningMean
 from dspref.run_folder import RunFolder, environment
@@ -159,7 +159,7 @@ def prune(run: RunFolder, rules: CheckpointSection) -> None:
     """Delete checkpoints that the retention rules do not keep (rank 0)."""
     if distributed.world().rank != 0:
         return
-    read = {folder: _manifest(folder) for folder in committed_folders(run)}
+    read = {folder: manifest_of(folder) for folder in committed_folders(run)}
     manifests = {folder: manifest for folder, manifest in read.items() if manifest}
     scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
     steps = [(m["step"], scores[folder]) for folder, m in manifests.items()]
@@ -210,25 +210,39 @@ def _hash(path: Path) -> tuple[int, str]:
 # Resuming
 
 
-def resume(run: RunFolder, parts: Sequence[Part], mode: str) -> Progress:
-    """Load the newest sound checkpoint into `parts`, or start from step 0. `mode`: auto | required | never."""
-    found = [(folder, _manifest(folder)) for folder in committed_folders(run)] if mode != "never" else []
-    for folder, manifest in reversed(distributed.broadcast_object(found)):
-        damage = "its manifest.json cannot be read" if manifest is None else _damage_anywhere(folder, manifest)
+def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progress:
+    """Load the newest sound checkpoint into `parts`, or start from step 0. `mode`: auto | required | never.
+
+    A damaged one is set aside, as `damaged-step-N`, with one line.
+    """
+    found = [(folder, manifest_of(folder)) for folder in committed_folders(run)] if mode != "never" else []
+    found, run_id = distributed.broadcast_object((found, run.run.get("run_id")))
+    for folder, manifest in reversed(found):
+        damage = "its manifest.json is missing or was changed"
+        if manifest is not None:
+            damage = "it is another run's" if manifest["run_id"] != run_id else damage_of(folder, manifest)
         if manifest is None or damage:
-            distributed.log(f"warning: {folder.name} is damaged ({damage}); trying the one before")
+            distributed.log(f"warning: {folder.name} is damaged ({damage}); it is set aside, and the one before is tried")
+            distributed.on_main(lambda folder=folder: _set_aside(folder))
             continue
-        _refuse_world_size(folder, manifest)
         for part in parts:
             part.load(folder)
-        _load_rng(folder / f"rng-rank-{distributed.world().rank}.safetensors")
+        _restore_rng(folder, manifest, seed)
         progress = Progress.read(folder / "state.json")
         run.event("resume", step=progress.step)
         distributed.log(f"resumed from {folder.name}")
         return progress
     if mode == "required":
         raise ConfigError(f"checkpoint.resume: required, but {run.checkpoints} holds no sound checkpoint")
+    if found:
+        distributed.log("warning: no checkpoint of this run is sound; starting from step 0")
     return Progress()
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 def committed_folders(run: RunFolder) -> list[Path]:
@@ -240,7 +254,7 @@ def _folder_step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def manifest_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself; None where that cannot be read, or was changed."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -250,7 +264,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _damage_anywhere(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+def damage_of(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """What differs from the manifest, found by all ranks together; None if the checkpoint is sound."""
     files = manifest["files"]
     rank, size = distributed.world().rank, distributed.world().size
@@ -266,12 +280,16 @@ def _is_sound(path: Path, expected: Sequence[Any]) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == expected[1]
 
 
-def _refuse_world_size(folder: Path, manifest: Mapping[str, Any]) -> None:
-    saved = manifest["world_size"]
-    if saved != distributed.world().size:
-        raise EnvironmentFault(
-            f"{folder.name} was saved by {saved} ranks and this run has {distributed.world().size}; start it with {saved}"
-        )
+def _restore_rng(folder: Path, manifest: Mapping[str, Any], seed: int) -> None:
+    """The generators as they were; on another number of ranks, where there is no such thing, new ones by seed and step."""
+    rank, size = distributed.world().rank, distributed.world().size
+    if manifest["world_size"] == size:
+        _load_rng(folder / f"rng-rank-{rank}.safetensors")
+        return
+    distributed.set_seed(int(np.random.SeedSequence([seed, manifest["step"]]).generate_state(1)[0]))
+    distributed.log(
+        f"{manifest['world_size']} ranks before, {size} now: the same pairs in the same order; dropout draws other numbers"
+    )
 
 
 def _save_rng(path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -183,6 +184,30 @@ def faults_in_one_line() -> Iterator[None]:
             raise
         print(f"{error.filename}: {error.strerror}; mend the permissions, or use another folder", file=sys.stderr)
         raise typer.Exit(int(ExitCode.IO)) from None
+
+
+class Precision(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float16 = "float16"
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN/checkpoints/step-N", help="A committed checkpoint.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.")],
+    dtype: Annotated[Precision | None, typer.Option(help="Default: the run's model.dtype.")] = None,
+) -> None:
+    """Write the model of a checkpoint as from_pretrained loads it; of any ZeRO stage and number of ranks, without a GPU."""
+    from dspref import launcher
+
+    def job() -> None:
+        from dspref.consolidate import consolidate
+
+        consolidate(checkpoint, to, dtype.value if dtype else None)
+        print(f"{checkpoint} -> {to}")
+
+    raise typer.Exit(launcher.guarded(job))
 
 
 def parse_share(text: str) -> tuple[int, int]:

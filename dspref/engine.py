@@ -24,7 +24,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from dspref import distributed, model, strategy
+from dspref import distributed, model, shards, strategy
 from dspref.config import Config
 from dspref.data.batch import PackedBatch
 from dspref.errors import EnvironmentFault
@@ -110,6 +110,7 @@ class Engine:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self._engine = engine
+        engine.checkpoint_engine = shards.SafeCheckpointEngine(engine._config)
         self.device = torch.device(ACCELERATOR.current_device_name())
         self._grad_norm: float | None = None
         if engine.zero_optimization_stage() == 0:
@@ -194,17 +195,15 @@ class Engine:
         return self._engine.module  # type: ignore[return-value]
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights, optimizer and schedule below `folder`."""
+        """Write this rank's part of weights, optimizer and schedule below `folder`. Raises OSError."""
         adapted = self.module.adapters is not None
         # Beside an adapter the model is as it was: the checkpoint leaves it out.
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=adapted)
+        self._engine.save_checkpoint(str(folder), tag=shards.FOLDER, save_latest=False, exclude_frozen_parameters=adapted)
+        self._engine.checkpoint_engine.raise_failure()
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, on the same number of ranks."""
-        whole = self.module.adapters is None
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=whole)
-        if loaded is None:
-            raise EnvironmentFault(f"{folder}: DeepSpeed found no checkpoint there")
+        """Read back what `save` wrote, on any number of ranks."""
+        shards.restore(self._engine, folder, strict=self.module.adapters is None)
 
     def full_state(self, trained_only: bool = False) -> dict[str, Tensor]:
         """All weights of the inner model by name, or those that are trained, on the CPU of rank 0; empty on the others."""

@@ -40,27 +40,38 @@ def export(
     Of a policy with an adapter that is the adapter, or with `merge_on_export` the model with the adapter added to it, and
     the adapter is in `adapter/`. `base`: where the model below the adapter lies.
     """
-    lora = config.model.lora
-    state = policy.full_state(trained_only=lora is not None)  # every rank takes part in the gathering
-
-    def write() -> None:
-        refuse_not_finite(state)
-        if lora is None:
-            with _replacing(run.final) as draft:
-                _write_model(draft, policy.module, state, config.model.trust_remote_code)
-                _accompany(draft, tokenizer, config, summary)
-            return
-        adapter = run.path / "adapter" if lora.merge_on_export else run.final
-        with _replacing(adapter) as draft:
-            _write_adapter(draft, policy.module, state, base, config.model)
-            _accompany(draft, tokenizer, config, summary)
-        if lora.merge_on_export:
-            with _replacing(run.final) as draft:
-                _write_merged(draft, base, adapter, config.model)
-                _accompany(draft, tokenizer, config, summary)
-
-    distributed.on_main(write)
+    state = policy.full_state(trained_only=config.model.lora is not None)  # every rank takes part in the gathering
+    adapter = run.path / "adapter"
+    distributed.on_main(lambda: write(run.final, adapter, policy.module, state, tokenizer, config, base, summary))
     run.event("export", path=str(run.final))
+
+
+def write(
+    final: Path,
+    beside: Path,
+    policy: PackedCausalLM,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    base: str,
+    summary: Mapping[str, Any],
+) -> None:
+    """Write `final`, and with `merge_on_export` the adapter to `beside`. `state`: what was trained, by name."""
+    lora = config.model.lora
+    refuse_not_finite(state)
+    if lora is None:
+        with _replacing(final) as draft:
+            _write_model(draft, policy, state, config.model.trust_remote_code)
+            _accompany(draft, tokenizer, config, summary)
+        return
+    adapter = beside if lora.merge_on_export else final
+    with _replacing(adapter) as draft:
+        _write_adapter(draft, policy, state, base, config.model)
+        _accompany(draft, tokenizer, config, summary)
+    if lora.merge_on_export:
+        with _replacing(final) as draft:
+            _write_merged(draft, base, adapter, config.model)
+            _accompany(draft, tokenizer, config, summary)
 
 
 @contextmanager

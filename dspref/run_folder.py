@@ -32,6 +32,11 @@ MAY_CHANGE = (
     "model.name_or_path", "model.lora.path", "model.lora.merge_on_export", "reference.store",
     "train.max_steps", "train.num_train_epochs", "train.eval_every", "train.max_skipped_steps", "train.hang_timeout",
     "checkpoint", "log", "output_dir",
+    # How DeepSpeed lays out memory and talks (stage3_... are among these); of the stage see `_refuse_stage`. What decides
+    # the order of weights in its shards is not here: sub_group_size, round_robin_gradients, offloading.
+    "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.reduce_bucket_size",
+    "deepspeed.zero_optimization.allgather_bucket_size", "deepspeed.zero_optimization.overlap_comm",
+    "deepspeed.zero_optimization.contiguous_gradients", "deepspeed.wall_clock_breakdown", "deepspeed.comms_logger",
 )  # fmt: skip
 # Whose versions a run folder and a model card name.
 PACKAGES = (
@@ -116,7 +121,9 @@ class RunFolder:
         path = self.path / "config.resolved.yaml"
         if not path.exists():
             return []
-        old, new = (flatten(configuration.resolved(c)) for c in (configuration.load(path), config))
+        began = configuration.load(path)
+        self._refuse_stage(began, config)
+        old, new = (flatten(configuration.resolved(c)) for c in (began, config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
         if refused:
@@ -126,6 +133,20 @@ class RunFolder:
                 "another output_dir= or checkpoint.resume=never"
             )
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+
+    def _refuse_stage(self, began: Config, config: Config) -> None:
+        """Raise ConfigError where optimizer states would have to pass between stages that keep them otherwise."""
+        stages = began.zero_stage, config.zero_stage
+        saved = sorted(self.checkpoints.glob("step-*/manifest.json"))
+        if stages[0] == stages[1] or set(stages) == {1, 2} or not saved:
+            return
+        lora = config.model.lora
+        key = "model.lora.path" if lora and not lora.merge_on_export else "model.name_or_path"
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage: {stages[1]}, but the run in {self.path} has {stages[0]}, and of its "
+            f"optimizer only stages 1 and 2 read each other; restore it, or `dspref export {saved[-1].parent} --to FOLDER` "
+            f"and begin there with {key}=FOLDER and another output_dir="
+        )
 
     def _set_aside(self) -> None:
         aside = self.path / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -58,7 +58,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     reference = references.build(config, policy, origin, sets, layout)
     for line in advice.of_run(config, policy, loader, kernel):
         distributed.log(f"advice: {line}")
-    progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume)
+    progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume, config.train.seed)
     stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view, facts = console.ProgressView(progress.step, steps), checkpoint.facts_of(run, config)

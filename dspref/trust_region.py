@@ -6,11 +6,13 @@ Every rank moves the part of the weights that it holds; nothing is gathered and 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dspref import distributed
@@ -50,10 +52,19 @@ class MovingReference:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, on the same number of ranks."""
-        for name, tensor in load_file(self._file(folder)).items():
-            self._master(name).copy_(tensor)
-            self._publish(name)
+        """Read back this rank's part of what `save` wrote, on any number of ranks."""
+        saved = folder / "reference.safetensors"
+        with ExitStack() as stack:
+            paths = [saved] if saved.exists() else sorted(folder.glob("reference-rank-*.safetensors"), key=_rank_of)
+            files: list[Any] = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+            for name in self._pairs:
+                master = self._master(name)
+                whole = torch.cat([file.get_tensor(name).flatten() for file in files])
+                start = master.numel() * distributed.world().rank if self._in_shards else 0
+                part = whole[start : start + master.numel()]
+                # Beyond the end of a parameter its last shard holds anything.
+                master.view(-1)[: part.numel()].copy_(part)
+                self._publish(name)
 
     @property
     def _in_shards(self) -> bool:
@@ -75,6 +86,10 @@ class MovingReference:
         # ZeRO-3 keeps small parameters gathered between forwards: such a copy is of the old value.
         if hasattr(r, "ds_tensor") and r.ds_status.name == "AVAILABLE":
             r.partition()
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.stem.removeprefix("reference-rank-"))
 
 
 def _own_part(parameter: Any) -> Tensor:

@@ -47,7 +47,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def all_workers() -> Iterator[dict[int, Workers]]:
-    workers = {size: Workers(size) for size in (1, 2)}
+    workers = {size: Workers(size) for size in (1, 2, 4)}  # which start when they are first asked
     yield workers
     for group in workers.values():
         group.stop()

@@ -38,7 +38,9 @@ def whole(run_file, forked: Forked, tmp_path_factory) -> Path:
 def operations(run_file, forked: Forked, tmp_path_factory) -> dict[int, list[str]]:
     """What each rank does to files below checkpoints/ in a run with three saves."""
     folder = tmp_path_factory.mktemp("count")
-    run = forked.start(2, arguments(run_file, folder / "run", STAGE), "hooks:count_operations", below=BELOW, into=str(folder))
+    run = forked.start(
+        2, arguments(run_file, folder / "run", STAGE), "hooks:count_operations", below=BELOW, into=str(folder)
+    )
     assert forked.wait(run) == [0, 0]
     return {rank: (folder / str(rank)).read_text().splitlines() for rank in (0, 1)}
 
@@ -108,7 +110,9 @@ def test_a_disk_that_is_full_once_costs_nothing(victim, operations, run_file, wh
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_last_commit(victim, operations, run_file, whole, forked, tmp_path):
+def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_last_commit(
+    victim, operations, run_file, whole, forked, tmp_path
+):
     lines = [line for line in operations[victim] if "step-000004" in line and ".trash" not in line]
     for line in lines:
         run = tmp_path / f"run-{line.split()[0]}"
@@ -251,7 +255,13 @@ def _take_the_whole_of_another_run(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(_signed(manifest | {"run_id": "000000000000"})))
 
 
-WHOLE = [_edit_manifest, _swap_shards, _leave_an_empty_folder, _take_the_whole_of_another_step, _take_the_whole_of_another_run]
+WHOLE = [
+    _edit_manifest,
+    _swap_shards,
+    _leave_an_empty_folder,
+    _take_the_whole_of_another_step,
+    _take_the_whole_of_another_run,
+]
 
 
 @pytest.mark.parametrize("damage", WHOLE)

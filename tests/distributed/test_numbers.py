@@ -62,7 +62,9 @@ def test_a_bad_step_changes_nothing(number, dtype, what, victim, run_file, forke
     assert [record["step"] for record in records] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("number", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3]
+)
 def test_too_many_in_a_row_end_the_run_with_the_last_good_step(number, run_file, forked, tmp_path):
     run = tmp_path / "run"
     long = ("train.max_steps=9", "train.max_skipped_steps=2", stage(number))

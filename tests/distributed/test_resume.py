@@ -154,12 +154,3 @@ def test_changed_pairs_and_changed_weights_are_refused(run_file, all_workers, tm
     assert train(all_workers[2], run_file, *overrides) == [3, 3], "other pairs in the same file"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train(all_workers[2], run_file, *overrides) == [0, 0]
-
-
-def test_another_world_size_is_refused(run_file, all_workers, tmp_path):
-    run = tmp_path / "run"
-    assert train(all_workers[2], run_file, f"output_dir={run}", "train.max_steps=2") == [0, 0]
-    shutil.rmtree(run / "final")
-    state = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(state | {"state": "running"}))
-    assert train(all_workers[1], run_file, f"output_dir={run}", "train.max_steps=2") == [4]

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed", "lock"),
     ("watch",),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
-    ("model",),
+    ("model", "shards"),
     ("engine",),
     ("reference",),
     ("performance",),
@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "metrics", "console", "numbers"),
     ("export", "gradient", "advice"),
     ("stages", "evaluate"),
-    ("trainer", "scorer"),
+    ("trainer", "scorer", "consolidate"),
     ("launcher",),
     ("cli",),
 )
@@ -64,7 +64,7 @@ FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"}
 
 # Packages that only some modules may import.
 OWNERS: dict[str, set[str]] = {
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "shards"},
     "torch.distributed": {"distributed", "engine"},
     "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "checkpoint", "export"},
     "peft": {"adapters"},
