@@ -110,7 +110,7 @@ class Engine:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self._engine = engine
-        engine.checkpoint_engine = shards.SafeCheckpointEngine(engine._config)
+        self._files = engine.checkpoint_engine = shards.SafeCheckpointEngine(engine._config)
         self.device = torch.device(ACCELERATOR.current_device_name())
         self._grad_norm: float | None = None
         if engine.zero_optimization_stage() == 0:
@@ -199,7 +199,7 @@ class Engine:
         adapted = self.module.adapters is not None
         # Beside an adapter the model is as it was: the checkpoint leaves it out.
         self._engine.save_checkpoint(str(folder), tag=shards.FOLDER, save_latest=False, exclude_frozen_parameters=adapted)
-        self._engine.checkpoint_engine.raise_failure()
+        self._files.raise_failure()
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, on any number of ranks."""

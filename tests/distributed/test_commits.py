@@ -1,5 +1,5 @@
-"""A commit is whole or absent: killed at every file operation of a save, on either rank, with a full disk, with a slow rank; and
-every way to damage one is found before a step is made from it."""
+"""A commit is whole or absent: killed at every file operation of a save, on either rank, with a full disk, with a slow rank.
+And every way to damage one is found before a step is made from it."""
 
 from __future__ import annotations
 
@@ -110,9 +110,7 @@ def test_a_disk_that_is_full_once_costs_nothing(victim, operations, run_file, wh
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_last_commit(
-    victim, operations, run_file, whole, forked, tmp_path
-):
+def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit(victim, operations, run_file, whole, forked, tmp_path):
     lines = [line for line in operations[victim] if "step-000004" in line and ".trash" not in line]
     for line in lines:
         run = tmp_path / f"run-{line.split()[0]}"
@@ -275,13 +273,12 @@ def test_a_folder_that_is_not_the_checkpoint_it_should_be(damage, three_commits,
     assert committed(run)[-1] == 7
 
 
-def test_nothing_sound_is_left(three_commits, run_file, all_workers, tmp_path):
+@pytest.mark.parametrize(("mode", "codes"), [("required", [2, 2]), ("auto", [0, 0])])
+def test_nothing_sound_is_left(mode, codes, three_commits, run_file, all_workers, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(three_commits, run)
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    overrides = [f"output_dir={run}", STAGE, "checkpoint.keep_last=9", "train.max_steps=7"]
-    required = [*overrides, "checkpoint.resume=required"]
-    assert all_workers[2].run("cases:run_training", config_path=str(run_file), overrides=required) == [2, 2]
-    assert all_workers[2].run("cases:run_training", config_path=str(run_file), overrides=overrides) == [0, 0]
-    assert "starting from step 0" in (run / "logs/rank-0.log").read_text()
+    overrides = [f"output_dir={run}", STAGE, "checkpoint.keep_last=9", "train.max_steps=7", f"checkpoint.resume={mode}"]
+    assert all_workers[2].run("cases:run_training", config_path=str(run_file), overrides=overrides) == codes
+    assert ("starting from step 0" in (run / "logs/rank-0.log").read_text()) == (mode == "auto")

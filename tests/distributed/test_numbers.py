@@ -1,5 +1,5 @@
-"""Numbers that go wrong: the step changes nothing, the pairs are named, and a run that does not recover ends with its last good
-step."""
+"""Numbers that go wrong: the step changes nothing, the pairs are named, and a run that does not recover ends with its last
+good step."""
 
 from __future__ import annotations
 
