@@ -169,8 +169,7 @@ def prune(run: RunFolder, rules: CheckpointSection) -> None:
             # Renamed first: a half-deleted folder must not bear a committed name.
             folder.rename(trash := folder.with_name(f".trash-{folder.name}"))
             shutil.rmtree(trash, ignore_errors=True)
-    for trash in run.checkpoints.glob(".trash-*"):
-        shutil.rmtree(trash, ignore_errors=True)
+    _sweep(run)
 
 
 def to_delete(
@@ -215,6 +214,7 @@ def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progr
 
     A damaged one is set aside, as `damaged-step-N`, with one line.
     """
+    distributed.on_main(lambda: _sweep(run))
     found = [(folder, manifest_of(folder)) for folder in committed_folders(run)] if mode != "never" else []
     found, run_id = distributed.broadcast_object((found, run.run.get("run_id")))
     for folder, manifest in reversed(found):
@@ -237,6 +237,13 @@ def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progr
     if found:
         distributed.log("warning: no checkpoint of this run is sound; starting from step 0")
     return Progress()
+
+
+def _sweep(run: RunFolder) -> None:
+    """Remove what a process that was killed left of a save, of a conversion, or of a checkpoint that it was deleting."""
+    for kind in (".saving-*", ".trash-*", ".universal-*"):
+        for left in run.checkpoints.glob(kind):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> None:

@@ -7,6 +7,7 @@ would time out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -309,7 +310,8 @@ def log(message: str, stamp: bool = False) -> None:
     if _world.rank == 0:
         print(f"{clock} {message}" if stamp else message, flush=True)
     if _log_file is not None:
-        _log_file.write(f"{clock} {message}\n")
+        with contextlib.suppress(OSError):  # a full disk is told by what must be written
+            _log_file.write(f"{clock} {message}\n")
 
 
 def first_to_say(message: str) -> bool:

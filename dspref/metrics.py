@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
 from dspref.families import PairLogps, PairLoss
 from dspref.logps import TokenLogps
 from dspref.router import Routing, balance, load_metrics
-from dspref.secrets import redact_words
+from dspref.trackers import Courier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,7 +147,7 @@ class Recorder:
         each step stands there once."""
         self._path = folder / "metrics.jsonl"
         self._file = None
-        self._trackers: dict[str, Any] = {}
+        self._trackers: list[Courier] = []
         self.tracker_id = tracker_id
         if distributed.world().rank != 0:
             return
@@ -158,7 +157,9 @@ class Recorder:
             distributed.log(f"warning: {self._path} is shorter than the checkpoint says; earlier steps are missing from it")
         os.truncate(self._path, kept)
         for name in config.log.trackers:
-            self._guarded(name, lambda name=name: TRACKERS[name](self, folder, config))
+            courier = Courier(name, folder, config, tracker_id)
+            self._trackers.append(courier)
+            self.tracker_id = courier.run_id or self.tracker_id
 
     @property
     def offset(self) -> int:
@@ -166,68 +167,22 @@ class Recorder:
         return self._path.stat().st_size if self._path.exists() else 0
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object, flushed at once; then tell the trackers."""
+        """Append one object, flushed at once; then hand it to the trackers."""
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        for name, send in list(self._trackers.items()):
-            self._guarded(name, lambda send=send: send(record))
+        for courier in self._trackers:
+            courier.send(record)
 
     def close(self) -> None:
         if self._file is None:
             return
         self._file.close()
-        for name, send in list(self._trackers.items()):
-            self._guarded(name, lambda send=send: send(None))
-
-    def _guarded(self, name: str, act: Any) -> None:
-        """A tracker that fails is dropped with one line; it never stops the run."""
-        try:
-            sender = act()
-            if sender is not None:
-                self._trackers[name] = sender
-        except Exception as error:  # trackers raise anything: network, disk, their own bugs
-            self._trackers.pop(name, None)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            distributed.log(f"{name}: switched off ({reason}); metrics.jsonl goes on")
-
-
-def _wandb(recorder: Recorder, folder: Path, config: Config) -> Any:
-    import wandb
-
-    # It keeps the command line word for word, and would add the working tree's code, changes and origin.
-    sys.argv[:] = redact_words(sys.argv)
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=30, save_code=False, disable_code=True, disable_git=True
-    )
-    run = wandb.init(
-        project=config.log.project, name=config.log.run_name or folder.name, dir=str(folder), id=recorder.tracker_id,
-        resume="allow" if recorder.tracker_id else None, config=config.model_dump(mode="json"), settings=settings,
-    )  # fmt: skip
-    recorder.tracker_id = run.id
-    return lambda record: run.finish() if record is None else run.log(dict(record), step=record["step"])
-
-
-def _tensorboard(recorder: Recorder, folder: Path, config: Config) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def send(record: Mapping[str, Any] | None) -> None:
-        if record is None:
-            return writer.close()
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "step":
-                writer.add_scalar(name, value, record["step"])
-        writer.flush()
-
-    return send
-
-
-# Each opens a tracker and returns what sends a record to it; None as a record closes it.
-TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
+        self._file = None
+        for courier in self._trackers:
+            courier.close()
 
 
 def training_lines(path: Path) -> Iterator[dict[str, Any]]:

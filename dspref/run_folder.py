@@ -99,12 +99,12 @@ class RunFolder:
         """Change run.json."""
         self._write("run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
 
-    def left(self, exit_code: int, message: str) -> None:
+    def left(self, exit_code: int, message: str, step: int) -> None:
         """The run ends before its end (rank 0)."""
         if self.run.get("state") == "running" and self.run.get("pid") == os.getpid():
             state = "interrupted" if exit_code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C) else "failed"
             self.update(state=state, error=message, exit_code=exit_code)
-            self.event("stop", cause=message, exit_code=exit_code)
+            self.event("stop", step=step, cause=message, exit_code=exit_code)
 
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl (rank 0)."""

@@ -156,7 +156,6 @@ def restore(engine: DeepSpeedEngine, folder: Path, strict: bool) -> None:
     refuse_foreign(folder / FOLDER)
     saved = layout(folder / FOLDER)
     here = Layout(int(engine.zero_optimization_stage()), distributed.world().size)
-    distributed.on_main(lambda: _sweep(folder.parent))
     with as_data():
         if saved == here or saved.stage == here.stage == 0:  # at stage 0 every rank holds everything
             _load(engine, folder, strict)
@@ -194,12 +193,6 @@ def _refuse_inconvertible(engine: DeepSpeedEngine, saved: Layout, here: Layout) 
 def _universal(folder: Path) -> Path:
     """Beside the checkpoint, under a name that no checkpoint has."""
     return folder.with_name(f".universal-{folder.name}")
-
-
-def _sweep(checkpoints: Path) -> None:
-    """Remove conversions that a killed run left."""
-    for left in checkpoints.glob(".universal-*"):
-        shutil.rmtree(left)
 
 
 def _convert(folder: Path, universal: Path) -> None:

@@ -65,10 +65,12 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
 
     session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, facts)
     watch.steps_begin(config.train.hang_timeout)
-    run_steps(session, loader, progress, steps)
-    watch.steps_end()
-    view.close()
-    recorder.close()
+    try:
+        run_steps(session, loader, progress, steps)
+    finally:
+        watch.steps_end()
+        view.close()
+        recorder.close()
     stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
     policy.close()
 

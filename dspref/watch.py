@@ -41,7 +41,7 @@ GRACE_SECONDS = 5.0
 GIL_SECONDS = 8.0
 
 
-OnEnd = Callable[[int, str], None]
+OnEnd = Callable[[int, str, int], None]
 
 
 class Ask(IntEnum):
@@ -62,11 +62,11 @@ class Pace(NamedTuple):
 
 
 @contextlib.contextmanager
-def watching(folder: Path, on_end: OnEnd = lambda code, message: None) -> Iterator[Watch]:
+def watching(folder: Path, on_end: OnEnd = lambda code, message, step: None) -> Iterator[Watch]:
     """Watch over what is done inside, on all ranks; `folder`: the run's.
 
     An error of one rank ends all with its exit code, and only that rank speaks: the others raise `Relayed`. Rank 0 calls
-    `on_end` with the exit code and the message.
+    `on_end` with the exit code, the message and the step.
     """
     watch = Watch(folder, on_end)
     try:
@@ -337,7 +337,7 @@ class Watch:
         if self._world.rank == 0 and self._verdict and self._on_end:
             on_end, self._on_end = self._on_end, None
             with contextlib.suppress(Exception):  # what it says is of use, but the end comes anyway
-                on_end(self._verdict["exit_code"], self._verdict.get("message", "another rank is gone"))
+                on_end(self._verdict["exit_code"], self._verdict.get("message", "another rank is gone"), self._pace.step)
 
     def _leave(self, code: int) -> None:
         """End this process now, and those of this machine that cannot end themselves."""

@@ -20,12 +20,12 @@ from dspref.metrics import Meter
 from dspref.objectives import RunningMean, build_objective
 
 
-def first_steps(config_path: str, variants: list[list[str]]) -> list[dict[str, Any]]:
+def first_steps(config_path: str, variants: list[list[str]], gradients: bool = True) -> list[dict[str, Any]]:
     """Loss, metrics, gradient norm and gradients of step 1, for each list of overrides."""
-    return [_first_step(config_path, overrides) for overrides in variants]
+    return [_first_step(config_path, overrides, gradients) for overrides in variants]
 
 
-def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
+def _first_step(config_path: str, overrides: list[str], gradients: bool) -> dict[str, Any]:
     config = configuration.load(config_path, overrides)
     policy, reference, loader, loss = _start(config, 1)
     meter = Meter(policy.device, loss.router_coef)
@@ -33,7 +33,8 @@ def _first_step(config_path: str, overrides: list[str]) -> dict[str, Any]:
     gradient.accumulate(step, policy, loss, reference, RunningMean(), Instruments(meter))
     grad_norm = policy.step()
     result = {
-        **meter.reduce(), "grad_norm": grad_norm, "packs": step.num_packs, "gradients": _gradients(policy, config),
+        **meter.reduce(), "grad_norm": grad_norm, "packs": step.num_packs,
+        "gradients": _gradients(policy, config) if gradients else {},
         "full_sizes": sum(p.numel() for p in policy.module.parameters()),
     }  # fmt: skip
     policy.close()

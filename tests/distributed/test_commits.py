@@ -75,7 +75,9 @@ def test_killed_at_some_operations_of_a_save(victim, operations, run_file, whole
 def test_killed_at_every_operation_of_a_save(victim, operations, run_file, whole, forked, tmp_path):
     """Every one of the second save, which prunes the first."""
     lines = operations[victim]
-    points = [int(line.split()[0]) for line in lines if "step-000004" in line or "trash" in line]
+    points = [int(line.split()[0]) for line in lines if "saving-step-000004" in line or "step-000002" in line]
+    first = next(int(line.split()[0]) for line in lines if "saving-step-000004" in line)
+    points = [point for point in points if point >= first]
     assert len(points) >= (12 if victim == 0 else 4), lines
     for point in points:
         crash_and_go_on("kill", victim, point, run_file, whole, forked, tmp_path / f"run-{point}")

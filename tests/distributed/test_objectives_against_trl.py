@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import oracle
 import pytest
 import torch
@@ -18,7 +17,8 @@ import yaml
 from tiny import tiny_config, tiny_model, weights_digest
 from transformers import AutoTokenizer
 
-pytestmark = pytest.mark.slow
+# The fixture is one long case.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "golden" / "trl_objectives.json").read_text(encoding="utf-8"))
 VARIANTS: dict[str, dict[str, Any]] = FIXTURE["variants"]
@@ -59,10 +59,8 @@ def found(shared: Path, all_workers: dict, tmp_path_factory: pytest.TempPathFact
         if variant.get("equals") and not FOREIGN & set(variant["equals"])
     }
     results = all_workers[2].run(
-        "cases:first_steps", config_path=f"{folder}/run.yaml", variants=list(asked.values()), seconds=1500
+        "cases:first_steps", config_path=f"{folder}/run.yaml", variants=list(asked.values()), gradients=False, seconds=1500
     )[0]
-    for result in results:
-        result["grad_norm"] = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in result["gradients"].values()))
     return dict(zip(asked, results, strict=True))
 
 

@@ -96,6 +96,28 @@ def test_resumed_run_ends_bit_identical(world, stage, objective, run_file, all_w
         assert "resume" in events
 
 
+LORA = "model.lora={r: 4, lora_alpha: 8, lora_dropout: 0.1}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), (LORA,)], ids=["full", "lora"])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "orpo", "cpo"])
+def test_every_save_point_resumes_to_the_bit(objective, stage, world, more, run_file, all_workers, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    changes = (f"deepspeed.zero_optimization.stage={stage}", f"objective={{name: {objective}}}", *more)
+    assert train(all_workers[world], run_file, *changes, f"output_dir={whole}") == [0] * world
+    (weights,) = (whole / "final").glob("*model.safetensors")
+    for step in (6, 4, 2):
+        shutil.rmtree(resumed, ignore_errors=True)
+        shutil.copytree(whole, resumed)
+        forget_everything_after(resumed, step)
+        assert train(all_workers[world], run_file, *changes, f"output_dir={resumed}") == [0] * world
+        assert training_records(resumed) == training_records(whole)
+        assert (resumed / "final" / weights.name).read_bytes() == weights.read_bytes()
+
+
 @pytest.mark.parametrize("part", ["shard", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over(part, run_file, all_workers, tmp_path):
     run = tmp_path / "run"

@@ -1,0 +1,108 @@
+"""wandb and tensorboard, beside metrics.jsonl. What they do, they do in a thread: none of them stops or slows a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Thread
+from typing import Any
+
+from dspref import distributed
+from dspref.config import Config
+from dspref.secrets import redact_words
+
+Send = Callable[[Mapping[str, Any] | None], None]
+Opened = tuple[str | None, Send]
+
+# Records that may wait for a slow network; then the oldest is left out.
+WAITING = 10_000
+# How long the end of a run waits for them.
+CLOSING_SECONDS = 30
+
+
+class Courier:
+    """Carries records to one tracker, one by one, from a thread of its own."""
+
+    def __init__(self, name: str, folder: Path, config: Config, run_id: str | None) -> None:
+        self._name, self._left_out = name, 0
+        self.run_id: str | None = None
+        self._waiting: Queue[Mapping[str, Any] | None] = Queue(WAITING)
+        try:
+            self.run_id, self._send = TRACKERS[name](folder, config, run_id)
+        except Exception as error:  # trackers raise anything: network, disk, their own bugs
+            self._send = None
+            self._give_up(error)
+        self._thread = Thread(target=self._carry, name=name, daemon=True)
+        self._thread.start()
+
+    def send(self, record: Mapping[str, Any]) -> None:
+        while True:
+            try:
+                return self._waiting.put_nowait(record)
+            except Full:
+                self._left_out += 1
+                try:
+                    self._waiting.get_nowait()
+                except Empty:
+                    continue
+
+    def close(self) -> None:
+        """Wait a little for what is under way."""
+        self._waiting.put(None)
+        self._thread.join(CLOSING_SECONDS)
+        self._left_out += self._waiting.qsize() if self._thread.is_alive() else 0
+        if self._left_out and self._send:
+            distributed.log(f"{self._name}: too slow, {self._left_out} lines were not sent; metrics.jsonl has them")
+
+    def _carry(self) -> None:
+        while True:
+            record = self._waiting.get()
+            if self._send:
+                try:
+                    self._send(record)
+                except Exception as error:
+                    self._send = None
+                    self._give_up(error)
+            if record is None:
+                return
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        distributed.log(f"{self._name}: switched off ({reason}); metrics.jsonl goes on")
+
+
+def _wandb(folder: Path, config: Config, run_id: str | None) -> Opened:
+    import wandb
+
+    # It keeps the command line word for word, and would add the working tree's code, changes and origin.
+    sys.argv[:] = redact_words(sys.argv)
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=30, save_code=False, disable_code=True, disable_git=True
+    )
+    run = wandb.init(
+        project=config.log.project, name=config.log.run_name or folder.name, dir=str(folder), id=run_id,
+        resume="allow" if run_id else None, config=config.model_dump(mode="json"), settings=settings,
+    )  # fmt: skip
+    return run.id, lambda record: run.finish() if record is None else run.log(dict(record), step=record["step"])
+
+
+def _tensorboard(folder: Path, config: Config, run_id: str | None) -> Opened:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def send(record: Mapping[str, Any] | None) -> None:
+        if record is None:
+            return writer.close()
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "step":
+                writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return None, send
+
+
+# Each opens a tracker: its own name for the run, and what sends a record to it; None as a record closes it.
+TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
