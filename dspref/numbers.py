@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +74,34 @@ class Skips:
             f"(train.max_skipped_steps: {self.limit}); step {sound} is kept; lower train.learning_rate, or mend the pairs "
             "that events.jsonl names"
         )
+
+
+class Spikes:
+    """Watches the logged losses for one more than `sigmas` standard deviations above the mean of those before it.
+
+    What stood out is not taken into the mean.
+    """
+
+    WINDOW, LEAST = 128, 32
+
+    def __init__(self, sigmas: float | None) -> None:
+        self._sigmas = sigmas
+        self._seen: deque[float] = deque(maxlen=self.WINDOW)
+
+    def watch(self, step: int, loss: float) -> str | None:
+        """A warning, where this loss is a spike."""
+        if not self._sigmas or not math.isfinite(loss):
+            return None
+        if len(self._seen) >= self.LEAST:
+            mean, deviation = statistics.fmean(self._seen), statistics.stdev(self._seen)
+            limit = mean + self._sigmas * max(deviation, 1e-6 * abs(mean))
+            if loss > limit:
+                return (
+                    f"warning: step {step}: loss {loss:.4g} stands out, {self._sigmas:g} standard deviations above the "
+                    f"{len(self._seen)} before it are {limit:.4g} (train.spike_sigmas); touch RUN/STOP to end the run here"
+                )
+        self._seen.append(loss)
+        return None
 
 
 def check_loss(step: int, loss: float, applied: bool) -> None:

@@ -266,6 +266,8 @@ class TrainSection(Section):
     """Evaluate every so many steps; null: at the end only."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     """A step whose loss or gradient is not finite changes nothing; so many in a row, and the next ends the run."""
+    spike_sigmas: Annotated[float, Field(gt=0)] | None = None
+    """Warn of a logged loss so many standard deviations above the 128 before it, such as 6; null: no watch."""
     hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
     """Seconds without progress within a step or an evaluation after which the run is taken for hung; 0: never."""
 

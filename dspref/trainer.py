@@ -18,7 +18,7 @@ from dspref.engine import Engine
 from dspref.evaluate import evaluate
 from dspref.gradient import Instruments, StepLoss
 from dspref.metrics import Displacement, Meter, Recorder
-from dspref.numbers import Skips, Suspects, check_first_step, check_loss
+from dspref.numbers import Skips, Spikes, Suspects, check_first_step, check_loss
 from dspref.objectives import build_objective
 from dspref.performance import Account, Clock
 from dspref.reference import Reference
@@ -101,7 +101,8 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
     config, policy, recorder, watch = session.config, session.policy, session.recorder, session.watch
     meter, displacement, clock = Meter(policy.device, session.loss.router_coef), Displacement(), Clock(policy.device)
     account = Account.of(config, policy, session.reference, session.loss.looks_ahead)
-    suspects, skips, sound = Suspects(), Skips(config.train.max_skipped_steps, config.model.dtype == "float16"), progress
+    suspects, spikes, sound = Suspects(), Spikes(config.train.spike_sigmas), progress
+    skips = Skips(config.train.max_skipped_steps, config.model.dtype == "float16")
     if progress.owes_evaluation:
         progress = settle(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
@@ -124,8 +125,9 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
             record |= {"learning_rate": learning_rate, **means, **account.record(step, clock.read())}
             recorder.write(record)
             session.view.show(step.number, record)
-            if warning := displacement.watch(record):
-                session.view.note(warning)
+            for warning in (displacement.watch(record), spikes.watch(step.number, record["loss"])):
+                if warning:
+                    session.view.note(warning)
         session.view.advance(step.number)
 
         if skips.judge(step.number, policy.applied, suspects, session.pairs, session.run):
