@@ -156,7 +156,7 @@ def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prune(run: RunFolder, rules: CheckpointSection) -> None:
-    """Delete checkpoints that the retention rules do not keep (rank 0)."""
+    """Delete checkpoints that the retention rules do not keep (rank 0). What cannot be deleted is named, and stays."""
     if distributed.world().rank != 0:
         return
     read = {folder: manifest_of(folder) for folder in committed_folders(run)}
@@ -164,11 +164,13 @@ def prune(run: RunFolder, rules: CheckpointSection) -> None:
     scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
     steps = [(m["step"], scores[folder]) for folder, m in manifests.items()]
     gone = to_delete(steps, rules.keep_last, rules.keep_every, lower_is_better="loss" in (rules.keep_best or ""))
-    for folder, manifest in manifests.items():
-        if manifest["step"] in gone:
-            # Renamed first: a half-deleted folder must not bear a committed name.
-            folder.rename(trash := folder.with_name(f".trash-{folder.name}"))
-            shutil.rmtree(trash, ignore_errors=True)
+    try:
+        for folder, manifest in manifests.items():
+            if manifest["step"] in gone:
+                # Renamed first: a half-deleted folder must not bear a committed name.
+                folder.rename(folder.with_name(f".trash-{folder.name}"))
+    except OSError as error:
+        distributed.log(f"warning: {error.filename}: not deleted ({error.strerror})", stamp=True)
     _sweep(run)
 
 

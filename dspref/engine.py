@@ -111,6 +111,8 @@ class Engine:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self._engine = engine
         self._files = engine.checkpoint_engine = shards.SafeCheckpointEngine(engine._config)
+        # It would copy scripts that unpickle (`dspref export` takes their place), and fail on a full disk on one rank alone.
+        engine._copy_recovery_script = lambda save_path: None
         self.device = torch.device(ACCELERATOR.current_device_name())
         self._grad_norm: float | None = None
         if engine.zero_optimization_stage() == 0:

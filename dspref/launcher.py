@@ -17,6 +17,8 @@ from dspref.secrets import redact
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `train` on this rank and return the exit code."""
+    # When a rank dies, torch's sockets on all others would print a page of C++ frames over the line that says why.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         options = parse(arguments)
         config = configuration.load(options.config, options.overrides)

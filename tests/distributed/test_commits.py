@@ -78,7 +78,7 @@ def test_killed_at_every_operation_of_a_save(victim, operations, run_file, whole
     points = [int(line.split()[0]) for line in lines if "saving-step-000004" in line or "step-000002" in line]
     first = next(int(line.split()[0]) for line in lines if "saving-step-000004" in line)
     points = [point for point in points if point >= first]
-    assert len(points) >= (12 if victim == 0 else 4), lines
+    assert len(points) >= (12 if victim == 0 else 3), lines
     for point in points:
         crash_and_go_on("kill", victim, point, run_file, whole, forked, tmp_path / f"run-{point}")
 
@@ -113,14 +113,15 @@ def test_a_disk_that_is_full_once_costs_nothing(victim, operations, run_file, wh
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit(victim, operations, run_file, whole, forked, tmp_path):
-    lines = [line for line in operations[victim] if "step-000004" in line and ".trash" not in line]
+    lines = [line for line in operations[victim] if ".saving-step-000004" in line]
     for line in lines:
         run = tmp_path / f"run-{line.split()[0]}"
         given = {"below": BELOW, "victim": victim, "point": int(line.split()[0]), "what": "full", "times": 1000}
         ranks = forked.start(2, arguments(run_file, run, STAGE), "hooks:at_operation", **given)
         codes = forked.wait(ranks)
         assert codes == [7, 7], (line, ranks.said())
-        assert ranks.said().count("cannot be written") == 1 and "Traceback" not in ranks.said()
+        assert ranks.said().count("cannot be written") == 1
+        assert "Traceback" not in ranks.said() and "frame #" not in ranks.said()
         assert 2 in committed(run) or 4 in committed(run)
     assert forked.wait(forked.start(2, arguments(run_file, run, STAGE))) == [0, 0]
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
@@ -165,7 +166,7 @@ def _duration(run_file: Path, forked: Forked, folder: Path) -> float:
 
 
 def _truncate(path: Path, folder: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-9])
 
 
 def _flip_a_bit(path: Path, folder: Path) -> None:
