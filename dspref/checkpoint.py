@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import dspref
@@ -76,14 +77,21 @@ class Part(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def save(run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Mapping[str, float], facts: Mapping) -> Path:
+def save(
+    run: RunFolder,
+    parts: Sequence[Part],
+    progress: Progress,
+    metrics: Mapping[str, float],
+    facts: Mapping[str, Any],
+    beat: Callable[[str], None] = lambda phase: None,
+) -> Path:
     """Commit a checkpoint of all ranks; its folder.
 
     `metrics`: those of this step's evaluation, for `keep_best`; `facts`: what the manifest says of the run. What goes
     wrong on any rank ends the attempt on all. There are two; then IOFault, and earlier checkpoints stay.
     """
     for _ in range(2):
-        complaint = _try_to_save(run, parts, progress, metrics, facts)
+        complaint = _try_to_save(run, parts, progress, metrics, facts, beat)
         if complaint is None:
             return _folder_of(run, progress.step)
         distributed.log(f"warning: step {progress.step}: checkpoint not written ({complaint})", stamp=True)
@@ -93,7 +101,12 @@ def save(run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Map
 
 
 def _try_to_save(
-    run: RunFolder, parts: Sequence[Part], progress: Progress, metrics: Mapping[str, float], facts: Mapping
+    run: RunFolder,
+    parts: Sequence[Part],
+    progress: Progress,
+    metrics: Mapping[str, float],
+    facts: Mapping[str, Any],
+    beat: Callable[[str], None],
 ) -> str | None:
     """One attempt; what went wrong, on whichever rank. Phases end together, so that no rank waits for one that gave up."""
     started = time.monotonic()
@@ -122,16 +135,17 @@ def _try_to_save(
             committed.rename(draft.with_name(f".trash-{committed.name}"))
         os.rename(draft, committed)
         sync_folder(run.checkpoints)
-        seconds = round(time.monotonic() - started, 2)
-        run.event("commit", step=progress.step, bytes=sum(size for size, _ in hashes.values()), seconds=seconds)
 
     saving = [lambda part=part: part.save(draft) for part in parts]
     hashing = lambda: hashes.update(_hash_together(draft))  # noqa: E731
     for phase in (begin, *saving, write, hashing, commit):
+        beat("checkpoint")
         if complaint := _together(phase):
             if main:
                 shutil.rmtree(draft, ignore_errors=True)
             return complaint
+    seconds = round(time.monotonic() - started, 2)
+    run.event("commit", step=progress.step, bytes=sum(size for size, _ in hashes.values()), seconds=seconds)
     return None
 
 
@@ -142,6 +156,8 @@ def _together(work: Callable[[], None]) -> str | None:
         work()
     except OSError as error:
         complaint = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        complaint = str(error)
     return next((said for said in distributed.gather_objects(complaint) if said), None)
 
 
@@ -243,6 +259,12 @@ def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progr
 
 def _sweep(run: RunFolder) -> None:
     """Remove what a process that was killed left of a save, of a conversion, or of a checkpoint that it was deleting."""
+    for trash in run.checkpoints.glob(".trash-step-*"):
+        # Killed while it put a newer save of the same step in its place.
+        committed = trash.with_name(trash.name.removeprefix(".trash-"))
+        newest = max(map(_folder_step, committed_folders(run)), default=-1)
+        if _folder_step(committed) > newest and (trash / "manifest.json").exists():
+            trash.rename(committed)
     for kind in (".saving-*", ".trash-*", ".universal-*"):
         for left in run.checkpoints.glob(kind):
             shutil.rmtree(left, ignore_errors=True)
@@ -257,6 +279,11 @@ def _set_aside(folder: Path) -> None:
 def committed_folders(run: RunFolder) -> list[Path]:
     """Folders that bear the name of a committed checkpoint, oldest first."""
     return sorted(f for f in run.checkpoints.glob("step-*") if f.is_dir())
+
+
+def is_committed(run: RunFolder, step: int) -> bool:
+    """Whether there is a sound-looking checkpoint of a step; the same answer on all ranks."""
+    return distributed.broadcast_object(manifest_of(_folder_of(run, step)) is not None)
 
 
 def _folder_step(folder: Path) -> int:

@@ -79,8 +79,11 @@ def world() -> World:
     return _world
 
 
-def init(seed: int) -> World:
-    """Meet the other ranks, choose this rank's device and seed it. Raises EnvironmentFault where ranks do not meet."""
+def init(seed: int, hang_timeout: float = 1800.0) -> World:
+    """Meet the other ranks, choose this rank's device and seed it. Raises EnvironmentFault where ranks do not meet.
+
+    Collectives wait some minutes longer than `hang_timeout` seconds (0: a day), after which the watch has the first word.
+    """
     global _world, _store, _leader
     _world = read_environment(os.environ)
     one_machine = _world.size == _world.local_size
@@ -102,12 +105,18 @@ def init(seed: int) -> World:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend, store=PrefixStore("group", _store), rank=_world.rank, world_size=_world.size,
-            timeout=timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "30"))),
+            timeout=timedelta(minutes=_patience(hang_timeout)),
         )  # fmt: skip
         hosts = gather_objects(socket.gethostname() if not one_machine else "")
         _leader = hosts.index(hosts[_world.rank])
     set_seed(seed)
     return _world
+
+
+def _patience(hang_timeout: float) -> float:
+    """Minutes that a collective waits."""
+    asked = float(os.environ.get("DEEPSPEED_TIMEOUT", "0"))
+    return asked or (hang_timeout / 60 + 5 if hang_timeout else 24 * 60)
 
 
 def _choose_device() -> int:

@@ -6,9 +6,13 @@ This module is below every layer and imports of dspref only `secrets`.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 from dspref.secrets import redact
+
+# A write that fails so need not name its file.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ExitCode(IntEnum):
@@ -77,6 +81,6 @@ def exit_code_of(error: BaseException) -> ExitCode:
     """What a process that ends by this error returns."""
     if isinstance(error, UserError):
         return error.exit_code
-    if isinstance(error, OSError) and error.filename:
-        return ExitCode.IO  # one without a name is of a library's own making
+    if isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
+        return ExitCode.IO  # another without a name is of a library's own making
     return ExitCode.CTRL_C if isinstance(error, KeyboardInterrupt) else ExitCode.BUG

@@ -20,7 +20,7 @@ from dspref.engine import Engine
 from dspref.families import PairLogps, PairLoss, total
 from dspref.logps import pair_logps
 from dspref.metrics import Meter
-from dspref.numbers import Suspects
+from dspref.numbers import Suspects, with_faults
 from dspref.objectives import Objective, RunningMean
 from dspref.performance import Clock
 from dspref.reference import Reference
@@ -103,7 +103,7 @@ def _one_pass(
         pairs = pair_logps(tokens, batch)
         rewards = _with_step(rewards, loss.objective, pairs, base)
         value = loss.objective(pairs, base, rewards.value)
-        share = total(value, step.counts)
+        share = with_faults(total(value, step.counts), value)
         if routing:
             share = share + loss.router_coef * _balance(routing, step, None, looking.meter)
         looking.at_loss(batch.pair_ids, value)
@@ -151,7 +151,7 @@ def _two_passes(
     for batch in packs:
         tokens, routing = policy.forward(batch)
         logps = pair_logps(tokens, batch)
-        share = _surrogate(logps, part_of(slopes, slice(start, start + batch.num_pairs)))
+        share = with_faults(_surrogate(logps, part_of(slopes, slice(start, start + batch.num_pairs))), value)
         start += batch.num_pairs
         if routing:
             share = share + loss.router_coef * _balance(routing, step, load, looking.meter)

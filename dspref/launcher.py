@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dspref import config as configuration
-from dspref.errors import ConfigError, ExitCode, UserError
+from dspref.errors import ConfigError, ExitCode, UserError, exit_code_of
 from dspref.secrets import redact
 
 
@@ -51,10 +51,10 @@ def guarded(job: Callable[[], None]) -> int:
             print(error, file=terminal, flush=True)
         return int(error.exit_code)
     except OSError as error:
-        if not error.filename:  # of a library's own making: a bug, shown as one
+        if exit_code_of(error) is not ExitCode.IO:  # of a library's own making: a bug, shown as one
             return report_bug(terminal)
         remedy = "free the space, mend the permissions, or use another output_dir="
-        fault = redact(f"{error.filename}: {error.strerror}; {remedy}")
+        fault = redact(f"{error.filename or 'a file of the run'}: {error.strerror}; {remedy}")
         if distributed.first_to_say(fault):
             print(fault, file=terminal, flush=True)
         return int(ExitCode.IO)

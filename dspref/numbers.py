@@ -42,6 +42,15 @@ class Suspects:
         return sorted({row for rows in distributed.gather_objects(own) for row in rows})
 
 
+def with_faults(share: Tensor, loss: PairLoss) -> Tensor:
+    """A share of the step's loss whose gradient is NaN where the loss of any pair is not finite, whatever its slope is.
+
+    Such a step is skipped. Nothing waits for the device.
+    """
+    finite = torch.stack([term.values.detach().isfinite().all() for term in loss.terms.values()]).all()
+    return share * torch.where(finite, 1.0, float("nan"))
+
+
 @dataclass
 class Skips:
     """Counts the steps in a row that changed nothing because their numbers were wrong."""

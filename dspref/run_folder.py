@@ -17,10 +17,11 @@ import torch
 
 import dspref
 from dspref import config as configuration
-from dspref import distributed, lock
+from dspref import distributed
 from dspref.config import Config
 from dspref.errors import ConfigError, ExitCode
 from dspref.files import write_atomically
+from dspref.lock import NAME as LOCK
 from dspref.secrets import redact
 from dspref.status import is_foreign
 
@@ -75,7 +76,6 @@ class RunFolder:
 
     def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any], steps: int) -> None:
         """Write config, versions and state (rank 0). A folder that is started anew keeps its old run in `previous-*`."""
-        lock.claim(self.path)
         if config.checkpoint.resume == "never" and self.run:
             self._set_aside()
         for folder in (self.path, self.checkpoints, self.path / "logs"):
@@ -151,9 +151,7 @@ class RunFolder:
 
     def _set_aside(self) -> None:
         aside = self.path / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        entries = [
-            entry for entry in self.path.iterdir() if not entry.name.startswith("previous-") and entry.name != lock.NAME
-        ]
+        entries = [entry for entry in self.path.iterdir() if not entry.name.startswith("previous-") and entry.name != LOCK]
         aside.mkdir()
         for entry in entries:
             entry.rename(aside / entry.name)

@@ -33,11 +33,13 @@ from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, UserError
 from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
+from dspref.lock import Lock
 from dspref.machine import FAIL, Scene
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
 from dspref.run_folder import RunFolder
+from dspref.watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,7 +170,9 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout, together)
 
 
-def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore], steps: int) -> Origin:
+def open_run(
+    run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore], steps: int, watch: Watch
+) -> Origin:
     """Make the run folder, and the weights of a random model; where the run begins.
 
     Raises DataError where the folder holds a run that began with other pairs or another reference.
@@ -189,6 +193,7 @@ def open_run(run: RunFolder, config: Config, source: Path | None, sets: Mapping[
                 models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
                 what = f"{models[name]} has" if name in models else f"the pairs of {name.rstrip('_')} have"
                 raise DataError(f"{run.path}: {what} changed since this run began; restore, or use another output_dir=")
+        watch.lock = Lock.claim(run.path)
         run.open(config, source, engine.training_config(config), steps)
         if random:
             model.initialise(config.model, run.path / "init", config.train.seed)

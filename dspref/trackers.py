@@ -37,7 +37,8 @@ class Courier:
         self._thread = Thread(target=self._carry, name=name, daemon=True)
         self._thread.start()
 
-    def send(self, record: Mapping[str, Any]) -> None:
+    def send(self, record: Mapping[str, Any] | None) -> None:
+        """Never waits."""
         while True:
             try:
                 return self._waiting.put_nowait(record)
@@ -50,7 +51,7 @@ class Courier:
 
     def close(self) -> None:
         """Wait a little for what is under way."""
-        self._waiting.put(None)
+        self.send(None)
         self._thread.join(CLOSING_SECONDS)
         self._left_out += self._waiting.qsize() if self._thread.is_alive() else 0
         if self._left_out and self._send:

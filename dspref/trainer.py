@@ -31,7 +31,7 @@ def train(config: Config, source: Path | None = None) -> None:
 
     `source` is the file that the config came from; the run folder keeps a copy.
     """
-    distributed.init(config.train.seed)
+    distributed.init(config.train.seed, config.train.hang_timeout)
     device = engine.bring_up(config.model.dtype)
     model.quiet()
     run = RunFolder(config.output_dir)
@@ -48,7 +48,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     layout, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
-    origin = stages.open_run(run, config, source, sets, steps)
+    origin = stages.open_run(run, config, source, sets, steps, watch)
     stages.introduce(config, pairs, held_out, loader, steps, kernel)
 
     objective = build_objective(**config.objective.model_dump())
@@ -67,10 +67,13 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     watch.steps_begin(config.train.hang_timeout)
     try:
         run_steps(session, loader, progress, steps)
+    except BaseException as error:
+        watch.report(error)  # before trackers are waited for
+        raise
     finally:
-        watch.steps_end()
         view.close()
         recorder.close()
+    watch.steps_end(may_leave=config.checkpoint.save_every is not None)
     stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
     policy.close()
 
@@ -114,7 +117,8 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         looking = Instruments(meter if logged else None, clock, suspects, watch.beat)
         rewards = gradient.accumulate(step, policy, session.loss, session.reference, progress.rewards, looking)
         learning_rate, grad_norm = policy.learning_rate, policy.step()
-        session.reference.follow(step.number)
+        if policy.applied:
+            session.reference.follow(step.number)
         looking.lap("update")
         if logged:
             means = meter.reduce()
@@ -131,7 +135,8 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         session.view.advance(step.number)
 
         if skips.judge(step.number, policy.applied, suspects, session.pairs, session.run):
-            save(session, sound, {})
+            if not checkpoint.is_committed(session.run, sound.step):
+                save(session, sound, {})
             raise skips.fault(step.number, sound.step)
         rewards = rewards if policy.applied else progress.rewards
         evaluates = bool(session.held_out) and (last or due(step.number, config.train.eval_every))
@@ -166,8 +171,8 @@ def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Pr
 
 
 def save(session: Session, progress: Progress, evaluation: Mapping[str, float]) -> None:
-    session.watch.beat("checkpoint")
-    checkpoint.save(session.run, (session.policy, session.reference), progress, evaluation, session.facts)
+    parts = session.policy, session.reference
+    checkpoint.save(session.run, parts, progress, evaluation, session.facts, session.watch.beat)
     checkpoint.prune(session.run, session.config.checkpoint)
     session.view.note(f"step {progress.step}: checkpoint committed")
 

@@ -14,19 +14,20 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
+from threading import Lock as ThreadLock
 from threading import Thread, current_thread, main_thread
 from typing import Any, NamedTuple
 
-from dspref import distributed, lock
+from dspref import distributed
 from dspref.distributed import Relayed
 from dspref.errors import ExitCode, Interrupted, exit_code_of
-from dspref.processes import Process, launchers
+from dspref.lock import Lock
+from dspref.processes import Process, launchers, place
 
 STOPPING = {signal.SIGTERM: ExitCode.INTERRUPTED, signal.SIGUSR1: ExitCode.INTERRUPTED, signal.SIGINT: ExitCode.CTRL_C}
 # Wakes the main thread where another rank was asked to stop.
@@ -73,7 +74,7 @@ def watching(folder: Path, on_end: OnEnd = lambda code, message, step: None) -> 
         yield watch
     except BaseException as error:
         watch.report(error)
-        if isinstance(error, Relayed) or watch.is_judge:
+        if isinstance(error, Relayed) or watch.was_first:
             raise
         raise Relayed(watch.exit_code) from error
     finally:
@@ -89,20 +90,25 @@ class Watch:
         self._world = distributed.world()
         self._store: Any = distributed.own_store("watch")
         own = Process.find(os.getpid())
-        present = distributed.gather_objects((socket.gethostname(), own))
+        present = distributed.gather_objects((place(), own))
         self._peers = {
             rank: process
-            for rank, (host, process) in enumerate(present)
-            if host == present[self._world.rank][0] and rank != self._world.rank and process
+            for rank, (where, process) in enumerate(present)
+            if where == present[self._world.rank][0] and rank != self._world.rank and process
         }
         self._launchers = launchers()
-        self._ask, self._cause, self._asked_at = Ask.NOTHING, "", 0.0
+        self._ask, self._cause, self._signalled_at = Ask.NOTHING, "", 0.0
         self._exit_code = ExitCode.INTERRUPTED
-        self._at_once = True
+        self._at_once, self._where = True, "before the first step"
         self._verdict: dict[str, Any] | None = None
-        self._verdict_at = self._talked_at = self._touched_at = 0.0
-        self._limit, self._pace, self._beat_at = 0.0, Pace(), time.monotonic()
+        self._verdict_at = self._talked_at = 0.0
+        self._limit, self._idle, self._looked_at, self._pace = 0.0, 0.0, time.monotonic(), Pace()
         self._stacks: Any = None
+        self.lock: Lock | None = None
+        """Of the run folder, on rank 0, once it is claimed."""
+        self.was_first = False
+        """Whether an error of this rank's main thread is why all leave."""
+        self._timer = ThreadLock()
         self._over = False
         self._thread = Thread(target=self._look, name="watch", daemon=True)
         self._handlers: dict[Any, Any] = {}
@@ -125,15 +131,17 @@ class Watch:
         self.beat("start")
         self._limit = limit
 
-    def steps_end(self) -> None:
-        """What follows may take as long as it takes. A wish to stop that comes now is too late."""
-        self._limit = 0.0
-        faulthandler.cancel_dump_traceback_later()
+    def steps_end(self, may_leave: bool) -> None:
+        """What follows may take as long as it takes. `may_leave`: all is committed, and a wish to stop ends this at once."""
+        with self._timer:
+            self._limit = 0.0
+            faulthandler.cancel_dump_traceback_later()
+        self._at_once, self._where = may_leave, "after the last step"
 
     def beat(self, phase: str, step: int | None = None) -> None:
         """This rank moves: it has just finished `phase`."""
         self._pace = Pace(self._pace.beats + 1, self._pace.step if step is None else step, phase, self._pace.tick)
-        self._beat_at = time.monotonic()
+        self._idle = 0.0
 
     def agreed(self) -> Ask:
         """What any rank was asked to do, the same answer on all. A collective of eight bytes."""
@@ -143,7 +151,7 @@ class Watch:
     def granted(self) -> None:
         """A checkpoint was saved: nobody waits for one any more."""
         if self._ask is Ask.SAVE:
-            self._ask = Ask.NOTHING
+            self._ask, self._cause = Ask.NOTHING, ""
 
     def interruption(self, where: str) -> Interrupted:
         """The end of a run that was asked to stop, to be raised."""
@@ -153,18 +161,14 @@ class Watch:
 
     def report(self, error: BaseException) -> None:
         """Tell the others that this rank leaves, and why, unless one of them was first."""
+        self._at_once = False  # no signal ends this
         if _is_broken_contact(error) and self._world.size > 1:
             deadline = time.monotonic() + GRACE_SECONDS  # somebody else has gone, and the watch will know why
             while self._verdict is None and time.monotonic() < deadline:
                 time.sleep(LOOK_SECONDS)
         if self._verdict is None and not isinstance(error, Relayed):
-            self._judge(exit_code_of(error), str(error).split("\n", 1)[0] or type(error).__name__)
+            self.was_first = self._judge(exit_code_of(error), str(error).split("\n", 1)[0] or type(error).__name__)
         self._tell_end()
-
-    @property
-    def is_judge(self) -> bool:
-        """Whether this rank was the first to say why all leave."""
-        return self._verdict is not None and self._verdict["rank"] == self._world.rank
 
     @property
     def exit_code(self) -> int:
@@ -180,8 +184,7 @@ class Watch:
             self._thread.join(timeout=GRACE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
         self._release_signals()
-        if self._world.rank == 0:
-            lock.release(self._folder)
+        self._release_lock()
         if self._stacks:
             self._stacks.close()
             path = Path(self._stacks.name)
@@ -214,11 +217,11 @@ class Watch:
         if self._at_once and not self._over:
             if number in STOPPING:
                 self._wish(Ask.STOP, signal.Signals(number).name, STOPPING[signal.Signals(number)])
-            raise Interrupted(f"stopped by {self._cause} before the first step; the same command goes on", self._exit_code)
+            raise Interrupted(f"stopped by {self._cause} {self._where}; the same command goes on", self._exit_code)
 
     def _wish(self, ask: Ask, cause: str, code: ExitCode = ExitCode.INTERRUPTED) -> None:
         if ask > self._ask:
-            self._ask, self._cause, self._exit_code, self._asked_at = ask, cause, code, time.monotonic()
+            self._ask, self._cause, self._exit_code = ask, cause, code
             if ask is Ask.STOP:
                 self._tell("wish", {"cause": cause, "exit_code": int(code)})
 
@@ -233,9 +236,9 @@ class Watch:
                     self._on_signal(signal.Signals(number))
             if self._over:
                 return
-            if self._world.rank == 0:
-                self._look_at_files()
-                self._keep_lock()
+            self._tick()
+            if self.lock:
+                self._look_at_files(self.lock)
             self._look_at_launchers()
             if self._limit:
                 self._keep_time()
@@ -246,23 +249,32 @@ class Watch:
             if self._verdict and time.monotonic() - self._verdict_at > GRACE_SECONDS:
                 self._leave(self._verdict["exit_code"])
 
+    def _tick(self) -> None:
+        """Count this look, and the time since the last one, but no more of it than a look takes: the job may have been
+        suspended."""
+        now = time.monotonic()
+        self._idle += min(now - self._looked_at, TALK_SECONDS)
+        self._looked_at = now
+        self._pace = self._pace._replace(tick=self._pace.tick + 1)
+
     def _on_signal(self, number: signal.Signals) -> None:
-        if self._asked_at and time.monotonic() - self._asked_at > AGAIN_SECONDS:
+        if self._signalled_at and time.monotonic() - self._signalled_at > AGAIN_SECONDS:
+            self._judge(STOPPING[number], f"ended by a second {number.name}, without the step that it was in")
             self._leave(int(STOPPING[number]))
+        self._signalled_at = self._signalled_at or time.monotonic()
         self._wish(Ask.STOP, number.name, STOPPING[number])
 
-    def _look_at_files(self) -> None:
-        """`touch RUN/SAVE` and `touch RUN/STOP`: they work where no signal gets through."""
+    def _look_at_files(self, lock: Lock) -> None:
+        """`touch RUN/SAVE` and `touch RUN/STOP`: they work where no signal gets through. And is the folder still ours?"""
         for ask in (Ask.SAVE, Ask.STOP):
             with contextlib.suppress(OSError):
                 (self._folder / ask.name).unlink()
                 self._wish(ask, f"the file {self._folder / ask.name}")
                 self._poke()
-
-    def _keep_lock(self) -> None:
-        if time.monotonic() - self._touched_at > lock.TOUCH_SECONDS:
-            self._touched_at = time.monotonic()
-            lock.touch(self._folder)
+        if not lock.keep():
+            self.lock = None
+            self._wish(Ask.STOP, f"another run, which has taken {self._folder}")
+            self._poke()
 
     def _look_at_launchers(self) -> None:
         if any(not launcher.is_alive for launcher in self._launchers):
@@ -272,12 +284,12 @@ class Watch:
 
     def _keep_time(self) -> None:
         """Has this rank moved lately? A timer in C stands behind, for a main thread that holds Python's lock."""
-        self._pace = self._pace._replace(tick=self._pace.tick + 1)
-        if self._stacks:
-            faulthandler.dump_traceback_later(self._limit + GIL_SECONDS, exit=True, file=self._stacks)
-        if self._verdict is None and time.monotonic() - self._beat_at > self._limit:
+        with self._timer:
+            if self._stacks and self._limit:
+                faulthandler.dump_traceback_later(self._limit + GIL_SECONDS, exit=True, file=self._stacks)
+        if self._verdict is None and self._limit and self._idle > self._limit:
             message = self._blame()
-            if self._judge(ExitCode.HANG, message):
+            if self._idle > self._limit and self._limit and self._judge(ExitCode.HANG, message):
                 print(message, file=sys.__stderr__, flush=True)
 
     def _talk(self) -> None:
@@ -339,6 +351,10 @@ class Watch:
             with contextlib.suppress(Exception):  # what it says is of use, but the end comes anyway
                 on_end(self._verdict["exit_code"], self._verdict.get("message", "another rank is gone"), self._pace.step)
 
+    def _release_lock(self) -> None:
+        if self.lock:
+            self.lock.release()
+
     def _leave(self, code: int) -> None:
         """End this process now, and those of this machine that cannot end themselves."""
         self._tell_end()
@@ -347,6 +363,7 @@ class Watch:
                 if process.is_alive and process.is_stopped:
                     with contextlib.suppress(OSError):
                         os.kill(process.pid, signal.SIGKILL)
+        self._release_lock()
         with contextlib.suppress(Exception):
             sys.__stdout__.flush()  # type: ignore[union-attr]
         os._exit(code)
@@ -357,20 +374,22 @@ class Watch:
     def _blame(self) -> str:
         """Which rank holds up the others: the one whose process stands still, else the one that is behind."""
         seen = self._paces()
-        time.sleep(2 * TALK_SECONDS)
+        for _ in range(3):
+            time.sleep(TALK_SECONDS)
+            self._tick()
+            self._tell(f"pace/{self._world.rank}", self._pace)  # those who look at the same time must see this rank move
         now = self._paces() | {self._world.rank: self._pace}
-        still = [
-            rank for rank, pace in now.items() if rank != self._world.rank and rank in seen and seen[rank].tick == pace.tick
-        ]
+        others = seen.keys() & now.keys() - {self._world.rank}
+        still = sorted((rank for rank in others if seen[rank].tick == now[rank].tick), key=lambda rank: now[rank].beats)
         behind = min(now, key=lambda rank: now[rank].beats)
         if not still and now[behind].beats == self._pace.beats:
             rank, what = self._world.rank, "waits"
         else:
             rank, what = (still[0], "does not answer") if still else (behind, "is behind")
-        pace = now[rank]
+        last = now[rank]
         return (
-            f"step {pace.step}: hung, rank {rank} {what} after {pace.phase!r}, nothing moved for {self._limit:g} s "
-            f"(train.hang_timeout); stacks of all ranks in {self._folder / 'logs'}"
+            f"step {self._pace.step}: hung, rank {rank} {what}, last heard of after {last.phase!r} in step {last.step}; "
+            f"nothing moved for {self._limit:g} s (train.hang_timeout); stacks of all ranks in {self._folder / 'logs'}"
         )
 
     def _paces(self) -> dict[int, Pace]:

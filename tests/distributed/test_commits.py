@@ -83,6 +83,19 @@ def test_killed_at_every_operation_of_a_save(victim, operations, run_file, whole
         crash_and_go_on("kill", victim, point, run_file, whole, forked, tmp_path / f"run-{point}")
 
 
+def test_a_kill_while_a_step_is_committed_again_keeps_the_commit(run_file, forked, tmp_path):
+    """Between the two renames: the old one is out of the way, and the new one not yet in its place."""
+    run = tmp_path / "run"
+    assert forked.wait(forked.start(2, arguments(run_file, run, STAGE, "train.max_steps=4"))) == [0, 0]
+    shutil.rmtree(run / "final")
+    (run / "checkpoints/step-000004").rename(run / "checkpoints/.trash-step-000004")
+    shutil.copytree(run / "checkpoints/.trash-step-000004", run / "checkpoints/.saving-step-000004")
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in state.items() if k != "summary"} | {"state": "running"}))
+    assert forked.wait(forked.start(2, arguments(run_file, run, STAGE, "train.max_steps=4"))) == [0, 0]
+    assert [event["step"] for event in events(run, "resume")] == [4]
+
+
 def test_a_slow_rank_is_waited_for(operations, run_file, whole, forked, tmp_path):
     """Rank 1 is still writing when rank 0 is done; DeepSpeed's own marker would be there already. Both are killed."""
     run = tmp_path / "run"

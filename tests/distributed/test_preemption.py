@@ -109,6 +109,33 @@ def test_files_in_the_run_folder_ask_too(run_file, forked, tmp_path):
     assert "STOP" in events(run, "stop")[0]["cause"]
 
 
+def test_a_signal_after_a_wish_to_save_is_a_first_one(run_file, forked, tmp_path):
+    run = tmp_path / "run"
+    ranks = forked.start(2, arguments(run_file, run, *FAR))
+    until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text())
+    (run / "SAVE").touch()
+    until(lambda: committed(run))
+    time.sleep(3.2)
+    ranks.signal(TERM, 1)
+    assert forked.wait(ranks) == [75, 75]
+    assert committed(run)[-1] == steps_of(run)[-1]
+    assert events(run, "stop")[0]["cause"].startswith("stopped by SIGTERM after step")
+
+
+@pytest.mark.parametrize(("save_every", "codes"), [("2", [75, 75]), ("null", [0, 0])])
+def test_a_signal_during_the_export(save_every, codes, run_file, whole, forked, tmp_path):
+    """What is committed may be left; what is not is finished."""
+    run, marks = tmp_path / "run", tmp_path / "marks"
+    marks.mkdir()
+    more = f"checkpoint.save_every={save_every}"
+    ranks = forked.start(2, arguments(run_file, run, more), "hooks:mark_phases", slow="export", seconds=1.0, into=str(marks))
+    in_phase("export", ranks, marks)
+    ranks.signal(TERM)
+    assert forked.wait(ranks) == codes, ranks.said()
+    assert forked.wait(forked.start(2, arguments(run_file, run, more))) == [0, 0]
+    assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
 def test_a_second_signal_leaves_at_once_and_the_last_commit_is_whole(run_file, forked, tmp_path):
     run, marks = tmp_path / "run", tmp_path / "marks"
     marks.mkdir()
@@ -192,6 +219,9 @@ def test_two_runs_do_not_share_a_folder(run_file, forked, tmp_path):
     second = forked.start(1, arguments(run_file, run, *FAR))
     assert forked.wait(second) == [4]
     assert "is in use by process" in second.said() and len(second.said().splitlines()) < 30
+    assert (run / ".lock").exists(), "it is the first one's"
+    third = forked.start(1, arguments(run_file, run, *FAR))
+    assert forked.wait(third) == [4]
     first.signal(TERM)
     assert forked.wait(first) == [75]
     # A lock whose holder is gone is no lock.
