@@ -130,7 +130,7 @@ def _try_to_save(
             return
         manifest = {**facts, "step": progress.step, "world_size": distributed.world().size, "dspref": dspref.__version__}
         manifest |= {"metrics": dict(metrics), "files": hashes}
-        write_atomically(draft / "manifest.json", json.dumps(_signed(manifest), indent=1) + "\n")
+        write_atomically(draft / "manifest.json", json.dumps(signed(manifest), indent=1) + "\n")
         if committed.exists():  # left by a run that was resumed from an earlier step
             committed.rename(draft.with_name(f".trash-{committed.name}"))
         os.rename(draft, committed)
@@ -165,7 +165,7 @@ def _folder_of(run: RunFolder, step: int) -> Path:
     return run.checkpoints / f"step-{step:06d}"
 
 
-def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest, with the sha256 of all else that it says."""
     said = {key: value for key, value in manifest.items() if key != "sha256"}
     return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
@@ -294,7 +294,7 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself; None where that cannot be read, or was changed."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        whole = _signed(manifest)["sha256"] == manifest["sha256"] and _folder_step(folder) == manifest["step"]
+        whole = signed(manifest)["sha256"] == manifest["sha256"] and _folder_step(folder) == manifest["step"]
         return manifest if whole else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None

@@ -63,13 +63,13 @@ def crash_and_go_on(what: str, victim: int, point: int, run_file: Path, whole: P
     assert not list(run.glob("checkpoints/.saving-*")) and not list(run.glob("checkpoints/.trash-*"))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=SLOW)])
 def test_killed_at_some_operations_of_a_save(victim, operations, run_file, whole, forked, tmp_path):
     total = len(operations[victim])
     crash_and_go_on("kill", victim, total * 2 // 3, run_file, whole, forked, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_at_every_operation_of_a_save(victim, operations, run_file, whole, forked, tmp_path):
@@ -83,6 +83,7 @@ def test_killed_at_every_operation_of_a_save(victim, operations, run_file, whole
         crash_and_go_on("kill", victim, point, run_file, whole, forked, tmp_path / f"run-{point}")
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_step_is_committed_again_keeps_the_commit(run_file, forked, tmp_path):
     """Between the two renames: the old one is out of the way, and the new one not yet in its place."""
     run = tmp_path / "run"
@@ -122,9 +123,8 @@ def test_a_disk_that_is_full_once_costs_nothing(victim, operations, run_file, wh
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1, marks=SLOW)])
 def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit(victim, operations, run_file, whole, forked, tmp_path):
     lines = [line for line in operations[victim] if ".saving-step-000004" in line]
     for line in lines:
@@ -140,7 +140,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit(victim, operat
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_random_kills_over_a_whole_run(run_file, whole, forked, tmp_path):
     """Fifty kills of everything at random times, from the first moment to the export; the command is only ever repeated."""
@@ -264,9 +264,9 @@ def _take_the_whole_of_another_step(folder: Path) -> None:
 
 def _take_the_whole_of_another_run(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    from dspref.checkpoint import _signed
+    from dspref.checkpoint import signed
 
-    (folder / "manifest.json").write_text(json.dumps(_signed(manifest | {"run_id": "000000000000"})))
+    (folder / "manifest.json").write_text(json.dumps(signed(manifest | {"run_id": "000000000000"})))
 
 
 WHOLE = [

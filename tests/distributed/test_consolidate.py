@@ -12,6 +12,7 @@ from test_elastic import LORA, SLOW, run_file, stage, train  # noqa: F401  (the 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from dspref.checkpoint import signed
 from dspref.cli import app
 
 STEP = "checkpoints/step-000002"
@@ -131,7 +132,7 @@ def test_numbers_that_are_none_are_not_exported(finished, tmp_path):
     torch.save(state, file)
     manifest = json.loads((run / STEP / "manifest.json").read_text())
     manifest["files"][f"engine/{file.name}"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    (run / STEP / "manifest.json").write_text(json.dumps(manifest))
+    (run / STEP / "manifest.json").write_text(json.dumps(signed(manifest)))
     code, said = export(run / STEP, tmp_path / "to")
     assert code == 5 and "not finite" in said and said.count("\n") == 1, said
     assert not (tmp_path / "to").exists() and not list(tmp_path.glob(".export-*"))

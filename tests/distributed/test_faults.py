@@ -16,7 +16,7 @@ from tiny import write_run
 from workers import ROOT
 
 SECONDS_TO_DIE = 15
-SLOW = pytest.mark.slow
+SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("kill", 1),
         ("error", 0),
-        *[pytest.param(how, victim, marks=SLOW) for how in ("exit", "segfault", "memory") for victim in (0, 1)],
-        *[pytest.param("kill", 0, marks=SLOW), pytest.param("error", 1, marks=SLOW)],
+        *[pytest.param(how, victim, marks=SOAK) for how in ("exit", "segfault", "memory") for victim in (0, 1)],
+        *[pytest.param("kill", 0, marks=SLOW), pytest.param("error", 1, marks=SOAK)],
     ],
 )
 def test_one_rank_dies_and_all_are_gone(how, victim, run_file, forked, tmp_path):
@@ -55,9 +55,13 @@ def test_one_rank_dies_and_all_are_gone(how, victim, run_file, forked, tmp_path)
     assert committed(run) == [2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-@pytest.mark.parametrize("how", ["kill", "error"])
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [
+        *[pytest.param("deepspeed", "kill", marks=SLOW), pytest.param("deepspeed", "error", marks=SOAK)],
+        *[pytest.param("torchrun", "error", marks=SLOW), pytest.param("torchrun", "kill", marks=SOAK)],
+    ],
+)
 def test_under_a_launcher_nothing_is_left(launcher, how, run_file, tmp_path):
     run = tmp_path / "run"
     start = {
@@ -82,7 +86,11 @@ def test_under_a_launcher_nothing_is_left(launcher, how, run_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "victim"),
-    [("stopped", 1), *[pytest.param(how, victim, marks=SLOW) for how in ("asleep", "gil") for victim in (0, 1)]],
+    [
+        ("stopped", 1),
+        *[pytest.param(how, 0, marks=SLOW) for how in ("asleep", "gil")],
+        *[pytest.param(how, 1, marks=SOAK) for how in ("asleep", "gil")],
+    ],
 )
 def test_a_hang_is_named_and_ended(how, victim, run_file, forked, tmp_path):
     run = tmp_path / "run"
@@ -105,6 +113,7 @@ def test_a_hang_is_named_and_ended(how, victim, run_file, forked, tmp_path):
     assert "Traceback" not in ranks.said()
 
 
+@pytest.mark.slow
 def test_a_clean_run_is_not_taken_for_hung(run_file, forked, tmp_path):
     """The limit is for standing still, not for the whole: a run of many steps takes longer."""
     ranks = forked.start(1, arguments(run_file, tmp_path / "run", "train.max_steps=60", "train.hang_timeout=5"))

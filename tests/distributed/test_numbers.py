@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from test_preemption import arguments, committed, events
 from tiny import write_run
 
-SLOW = pytest.mark.slow
+SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,10 @@ def stage(number: int) -> str:
 CASES = [(0, "float32", "loss", 1), (3, "float32", "gradient", 0)]
 CASES += [(number, "float32", what, 1) for number in range(4) for what in ("loss", "gradient", "logit")]
 CASES += [(number, "bfloat16", "loss", 0) for number in (1, 2, 3)]
-PARAMETERS = [pytest.param(*case, marks=[] if k < 2 else SLOW) for k, case in enumerate(CASES)]
+IN_CI = {(0, "float32", "logit", 1), (1, "float32", "logit", 1), (2, "bfloat16", "loss", 0), (3, "float32", "logit", 1)}
+PARAMETERS = [
+    pytest.param(*case, marks=[] if k < 1 else SLOW if k < 2 or case in IN_CI else SOAK) for k, case in enumerate(CASES)
+]
 
 
 @pytest.mark.parametrize(("number", "dtype", "what", "victim"), PARAMETERS)
@@ -62,9 +65,7 @@ def test_a_bad_step_changes_nothing(number, dtype, what, victim, run_file, forke
     assert [record["step"] for record in records] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3]
-)
+@pytest.mark.parametrize("number", [*[pytest.param(stage, marks=SOAK) for stage in (0, 1, 2)], pytest.param(3, marks=SLOW)])
 def test_too_many_in_a_row_end_the_run_with_the_last_good_step(number, run_file, forked, tmp_path):
     run = tmp_path / "run"
     long = ("train.max_steps=9", "train.max_skipped_steps=2", stage(number))

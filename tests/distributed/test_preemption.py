@@ -57,14 +57,16 @@ def steps_of(folder: Path) -> list[int]:
 
 
 WHO = {"rank 0": (0,), "rank 1": (1,), "both": (0, 1)}
-FAST = {
-    ("step", "rank 1", "USR1"),
-    ("evaluation", "rank 0", "TERM"),
-    ("scoring", "both", "TERM"),
-    ("data", "rank 1", "USR1"),
-}
+FAST = {("step", "rank 1", "USR1")}
+IN_CI = {(phase, "rank 1", "TERM") for phase in ("evaluation", "scoring", "save", "data")}
+
+
+def marks_of(*case: str) -> list[pytest.MarkDecorator]:
+    return [] if case in FAST else [pytest.mark.slow if case in IN_CI else pytest.mark.soak]
+
+
 CASES = [
-    pytest.param(phase, who, name, marks=[] if (phase, who, name) in FAST else pytest.mark.slow)
+    pytest.param(phase, who, name, marks=marks_of(phase, who, name))
     for phase in ("step", "evaluation", "save", "scoring", "data")
     for who in WHO
     for name in ("TERM", "USR1")
@@ -109,6 +111,7 @@ def test_files_in_the_run_folder_ask_too(run_file, forked, tmp_path):
     assert "STOP" in events(run, "stop")[0]["cause"]
 
 
+@pytest.mark.slow
 def test_a_signal_after_a_wish_to_save_is_a_first_one(run_file, forked, tmp_path):
     run = tmp_path / "run"
     ranks = forked.start(2, arguments(run_file, run, *FAR))
@@ -122,6 +125,7 @@ def test_a_signal_after_a_wish_to_save_is_a_first_one(run_file, forked, tmp_path
     assert events(run, "stop")[0]["cause"].startswith("stopped by SIGTERM after step")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save_every", "codes"), [("2", [75, 75]), ("null", [0, 0])])
 def test_a_signal_during_the_export(save_every, codes, run_file, whole, forked, tmp_path):
     """What is committed may be left; what is not is finished."""
@@ -136,6 +140,7 @@ def test_a_signal_during_the_export(save_every, codes, run_file, whole, forked, 
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once_and_the_last_commit_is_whole(run_file, forked, tmp_path):
     run, marks = tmp_path / "run", tmp_path / "marks"
     marks.mkdir()
@@ -155,6 +160,7 @@ def test_a_second_signal_leaves_at_once_and_the_last_commit_is_whole(run_file, f
     assert forked.wait(again) == [75, 75]
 
 
+@pytest.mark.slow
 def test_control_c_saves_and_says_130(run_file, forked, tmp_path):
     run = tmp_path / "run"
     ranks = forked.start(1, arguments(run_file, run, *FAR))
@@ -164,8 +170,13 @@ def test_control_c_saves_and_says_130(run_file, forked, tmp_path):
     assert committed(run) and "Traceback" not in ranks.said()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["launcher TERM", "launcher USR1", "runner TERM", "runner KILL", "group TERM"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *[pytest.param(how, marks=pytest.mark.slow) for how in ("launcher TERM", "runner KILL")],
+        *[pytest.param(how, marks=pytest.mark.soak) for how in ("launcher USR1", "runner TERM", "group TERM")],
+    ],
+)
 def test_no_rank_outlives_the_deepspeed_launcher(how, run_file, tmp_path):
     run = tmp_path / "run"
     command = ["deepspeed", "--num_gpus", "2", "--master_port", "0", "launch/train.py", *arguments(run_file, run, *FAR)]

@@ -511,7 +511,7 @@ def start(folder: Path, store: Path, overrides: Sequence[str], *options: str) ->
     return subprocess.Popen([*line, *options], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_job_that_is_killed_ten_times_leaves_the_shards_of_one_that_was_not(folder, many, tmp_path):
     overrides, expected = many
@@ -535,7 +535,7 @@ def test_a_job_that_is_killed_ten_times_leaves_the_shards_of_one_that_was_not(fo
     assert shards(store) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_jobs_at_the_same_time_leave_the_shards_of_one(folder, many, tmp_path):
     """Two that share the work, and one that does all of it."""

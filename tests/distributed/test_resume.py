@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -99,11 +100,15 @@ def test_resumed_run_ends_bit_identical(world, stage, objective, run_file, all_w
 LORA = "model.lora={r: 4, lora_alpha: 8, lora_dropout: 0.1}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [(), (LORA,)], ids=["full", "lora"])
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("objective", ["dpo", "simpo", "orpo", "cpo"])
+# The four in CI differ in everything; the other 44 are for the soak.
+IN_CI = {("dpo", 3, 2, True), ("simpo", 2, 1, False), ("orpo", 1, 2, True), ("cpo", 3, 1, False)}
+MATRIX = [
+    pytest.param(*case[:3], (LORA,) if case[3] else (), marks=pytest.mark.slow if case in IN_CI else pytest.mark.soak)
+    for case in itertools.product(("dpo", "simpo", "orpo", "cpo"), (1, 2, 3), (1, 2), (False, True))
+]
+
+
+@pytest.mark.parametrize(("objective", "stage", "world", "more"), MATRIX)
 def test_every_save_point_resumes_to_the_bit(objective, stage, world, more, run_file, all_workers, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     changes = (f"deepspeed.zero_optimization.stage={stage}", f"objective={{name: {objective}}}", *more)

@@ -15,6 +15,7 @@ from test_elastic import SLOW, refusal, run_file, stage, train  # noqa: F401  (t
 from test_resume import forget_everything_after
 
 from dspref import consolidate, shards
+from dspref.checkpoint import signed
 from dspref.errors import IOFault
 
 
@@ -61,7 +62,7 @@ def poison(run: Path, place: str, canary: Path) -> Path:
     torch.save(state, file)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][f"engine/{name}"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(signed(manifest)))
     return file
 
 

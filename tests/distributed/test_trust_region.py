@@ -178,7 +178,7 @@ def test_a_reference_that_is_made_otherwise_cannot_follow(run_file, all_workers,
 HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_memory_of_a_reference_on_two_ranks(run_file, tmp_path):
     """`stored` keeps one model in memory, `engine` two, TR-DPO moves without a third; no rank ever holds a whole model."""
     vocabulary = json.loads((run_file.parent / "model/config.json").read_text())["vocab_size"]
