@@ -67,7 +67,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
     A failure to write is kept for `raise_failure`: raised within DeepSpeed, it would leave the other ranks in a barrier.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._failure: OSError | None = None
 

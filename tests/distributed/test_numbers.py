@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from test_preemption import arguments, committed, events
 from tiny import write_run
 
@@ -51,8 +49,7 @@ def test_a_bad_step_changes_nothing(number, dtype, what, victim, run_file, forke
     (tmp_path / "rest.jsonl").write_text("".join(rows[:4] + rows[8:]))
     fewer = ("train.max_steps=2", f"data.train.path={tmp_path}/rest.jsonl")
     assert forked.wait(forked.start(2, arguments(run_file, without, *common, *fewer))) == [0, 0]
-    found, expected = (load_file(folder / "final/model.safetensors") for folder in (run, without))
-    assert all(np.array_equal(found[name].view(np.uint8), expected[name].view(np.uint8)) for name in expected)
+    assert (run / "final/model.safetensors").read_bytes() == (without / "final/model.safetensors").read_bytes()
     (skip,) = events(run, "skip")
     assert skip["step"] == 2
     assert "warning: step 2 skipped" in ranks.said(0) and "Traceback" not in ranks.said()
