@@ -282,14 +282,19 @@ def finish(
 
 
 def learned(path: Path) -> dict[str, tuple[float | None, float]]:
-    """(first, last) of what matters in metrics.jsonl: training loss, reward accuracy and margin, then evaluations."""
+    """(first, last) of what matters in metrics.jsonl: training loss, reward accuracy and margin, then evaluations.
+
+    Values that are not finite, those of skipped steps, are left out.
+    """
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    training = list(metrics.training_lines(path))
+    training = [record for record in metrics.training_lines(path) if record["loss"] is not None]
     names = ("loss", "nll_loss", "aux_loss", "rewards/accuracies", "rewards/margins")
     table = {name: (training[0][name], training[-1][name]) for name in names if training and name in training[-1]}
     evaluations = [record for record in records if "loss" not in record]
     for name in sorted({key for record in evaluations for key in record if key.endswith(names)}):
-        values = [record[name] for record in evaluations if name in record]
+        values = [record[name] for record in evaluations if record.get(name) is not None]
+        if not values:
+            continue
         table[name] = (values[0] if len(values) > 1 else None, values[-1])
     return table
 

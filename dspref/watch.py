@@ -176,12 +176,12 @@ class Watch:
 
     def end(self) -> None:
         """Look no more, and give the signals back."""
-        if self._verdict and self._world.rank == 0:
-            self._await_readers()  # rank 0 serves the store
         self._over = True
         if current_thread() is not self._thread:
             os.write(self._pipe[1], b"\0")
             self._thread.join(timeout=GRACE_SECONDS)
+        if self._verdict and self._world.rank == 0:
+            self._await_readers()  # rank 0 serves the store
         faulthandler.cancel_dump_traceback_later()
         self._release_signals()
         self._release_lock()

@@ -111,14 +111,15 @@ def srun(folder: Path, arguments: list[str]) -> int:
     return watch(folder, ranks, per_node, run, fault, kill_on_bad_exit="kill-on-bad-exit" in options)
 
 
-def act(run: Path, code: int, commit: int | None = None, event: str | None = None) -> int:
+def act(run: Path, code: int, commit: int | None = None, event: str | None = None, said: int = 75, cause: str = "") -> int:
     """What ranks would have left behind."""
     if commit is not None:
         (run / "checkpoints" / f"step-{commit:06d}").mkdir(parents=True)
         (run / "checkpoints" / f"step-{commit:06d}" / "manifest.json").write_text("{}")
     if event:
         with open(run / "events.jsonl", "a") as file:
-            file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", "event": event, "step": commit}) + "\n")
+            about = {"event": event, "step": commit, "cause": cause or "stopped by SIGUSR1 after step", "exit_code": said}
+            file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", **about}) + "\n")
     return code
 
 

@@ -217,6 +217,16 @@ def test_the_signal_of_a_rank_that_was_still_leaving_hides_no_interruption(here)
     assert played(here, {"act": [143, 4, "stop"]}, {"act": [0]})[:2] == (0, 2)
 
 
+def test_a_rank_that_was_killed_is_no_interruption(here):
+    """It has a last event too, with another exit code."""
+    assert played(here, {"act": [137, 4, "stop", 1]}, {"act": [0]})[:2] == (137, 1)
+
+
+def test_who_touches_stop_does_not_want_it_back(here):
+    code, starts, log = played(here, {"act": [75, 4, "stop", 75, "stopped by the file runs/a/STOP after step 4"]})
+    assert (code, starts) == (75, 1) and "touched the file STOP" in log
+
+
 def test_a_crash_after_a_restart_is_no_interruption(here):
     """The last event is still the stop of the slice before."""
     assert played(here, {"act": [75, 4, "stop"]}, {"act": [139]})[:2] == (139, 2)
