@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dspref import (
     adapters,
@@ -266,9 +266,15 @@ def finish(
     seconds: float,
 ) -> None:
     """Export and verify the model, record the summary, show it, answer sample prompts."""
-    speed = performance.medians(metrics.training_lines(run.path / "metrics.jsonl"))
-    summary = {"step": steps, "seconds": round(seconds, 1), "learned": learned(run.path / "metrics.jsonl"), "speed": speed}
-    last = {name: values[1] for name, values in summary["learned"].items()}
+    written = run.path / "metrics.jsonl"
+
+    def sum_up() -> dict[str, Any]:
+        speed = performance.medians(metrics.training_lines(written))
+        return {"step": steps, "seconds": round(seconds, 1), "learned": learned(written), "speed": speed}
+
+    # Rank 0 wrote that file: another would read half of a line that is still on its way.
+    summary = distributed.on_main(sum_up) or {}
+    last = {name: values[1] for name, values in summary.get("learned", {}).items()}
     export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": last})
     run.event("finish", step=steps)
 
