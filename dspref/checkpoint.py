@@ -1,33 +1,28 @@
-"""Checkpoints that are committed or absent, and resume.
+"""Checkpoints that are committed or absent: what one holds, which are kept, and resume.
 
-A save writes `checkpoints/.saving-step-N`; every rank adds its part; the files are hashed; rank 0 writes the manifest and
-renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` file is neither written nor read.
+A save (`dspref.saving`) writes `checkpoints/.saving-step-N`; every rank adds its part, and hashes it; rank 0 writes the manifest
+and renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` is neither written nor read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import dspref
 from dspref import config as configuration
 from dspref import distributed
 from dspref.config import CheckpointSection, Config
-from dspref.errors import ConfigError, IOFault
-from dspref.files import sync_folder, write_atomically
+from dspref.errors import ConfigError
 from dspref.objectives import RunningMean
 from dspref.run_folder import RunFolder, environment
 
@@ -43,6 +38,8 @@ class Progress:
     """BCO's delta."""
     owes_evaluation: bool = False
     """Whether the run was stopped within the evaluation of this step."""
+    skipped: int = 0
+    """Steps in a row, up to this one, that changed nothing."""
 
     @classmethod
     def read(cls, path: Path) -> Progress:
@@ -66,102 +63,21 @@ def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Saving
+# What is saved, and kept
 
 
 class Part(Protocol):
     """What has a state of its own: the policy, a reference that moves. Every rank saves and loads."""
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's files below a folder, not yet down to the disk; which they are. Raises OSError."""
+        ...
 
     def load(self, folder: Path) -> None: ...
 
 
-def save(
-    run: RunFolder,
-    parts: Sequence[Part],
-    progress: Progress,
-    metrics: Mapping[str, float],
-    facts: Mapping[str, Any],
-    beat: Callable[[str], None] = lambda phase: None,
-) -> Path:
-    """Commit a checkpoint of all ranks; its folder.
-
-    `metrics`: those of this step's evaluation, for `keep_best`; `facts`: what the manifest says of the run. What goes
-    wrong on any rank ends the attempt on all. There are two; then IOFault, and earlier checkpoints stay.
-    """
-    for _ in range(2):
-        complaint = _try_to_save(run, parts, progress, metrics, facts, beat)
-        if complaint is None:
-            return _folder_of(run, progress.step)
-        distributed.log(f"warning: step {progress.step}: checkpoint not written ({complaint})", stamp=True)
-    kept = committed_folders(run)
-    last = f"{kept[-1].name} is kept" if kept else "there is no earlier one"
-    raise IOFault(f"{run.checkpoints}: the checkpoint of step {progress.step} cannot be written ({complaint}); {last}")
-
-
-def _try_to_save(
-    run: RunFolder,
-    parts: Sequence[Part],
-    progress: Progress,
-    metrics: Mapping[str, float],
-    facts: Mapping[str, Any],
-    beat: Callable[[str], None],
-) -> str | None:
-    """One attempt; what went wrong, on whichever rank. Phases end together, so that no rank waits for one that gave up."""
-    started = time.monotonic()
-    committed = _folder_of(run, progress.step)
-    draft = committed.with_name(f".saving-{committed.name}")
-    hashes: dict[str, tuple[int, str]] = {}
-    main = distributed.world().rank == 0
-
-    def begin() -> None:
-        if main:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-
-    def write() -> None:
-        _save_rng(draft / f"rng-rank-{distributed.world().rank}.safetensors")
-        if main:
-            write_atomically(draft / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
-
-    def commit() -> None:
-        if not main:
-            return
-        manifest = {**facts, "step": progress.step, "world_size": distributed.world().size, "dspref": dspref.__version__}
-        manifest |= {"metrics": dict(metrics), "files": hashes}
-        write_atomically(draft / "manifest.json", json.dumps(signed(manifest), indent=1) + "\n")
-        if committed.exists():  # left by a run that was resumed from an earlier step
-            committed.rename(draft.with_name(f".trash-{committed.name}"))
-        os.rename(draft, committed)
-        sync_folder(run.checkpoints)
-
-    saving = [lambda part=part: part.save(draft) for part in parts]
-    hashing = lambda: hashes.update(_hash_together(draft))  # noqa: E731
-    for phase in (begin, *saving, write, hashing, commit):
-        beat("checkpoint")
-        if complaint := _together(phase):
-            if main:
-                shutil.rmtree(draft, ignore_errors=True)
-            return complaint
-    seconds = round(time.monotonic() - started, 2)
-    run.event("commit", step=progress.step, bytes=sum(size for size, _ in hashes.values()), seconds=seconds)
-    return None
-
-
-def _together(work: Callable[[], None]) -> str | None:
-    """What the first rank that failed says of it; None where all did their work."""
-    complaint = None
-    try:
-        work()
-    except OSError as error:
-        complaint = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        complaint = str(error)
-    return next((said for said in distributed.gather_objects(complaint) if said), None)
-
-
-def _folder_of(run: RunFolder, step: int) -> Path:
+def folder_of(run: RunFolder, step: int) -> Path:
+    """Of the committed checkpoint of a step."""
     return run.checkpoints / f"step-{step:06d}"
 
 
@@ -205,22 +121,6 @@ def to_delete(
     if scored:
         kept.add((min if lower_is_better else max)(scored)[1])
     return set(steps) - kept
-
-
-def _hash_together(folder: Path) -> dict[str, tuple[int, str]]:
-    """{relative path: (size, sha256)} of all files; the ranks share the work."""
-    listing = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    # Of all ranks: a network file system may not yet list another node's files.
-    names = sorted({name for part in distributed.gather_objects(listing) for name in part})
-    rank, size = distributed.world().rank, distributed.world().size
-    mine = {name: _hash(folder / name) for name in names[rank::size]}
-    return dict(sorted({k: v for part in distributed.gather_objects(mine) for k, v in part.items()}.items()))
-
-
-def _hash(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +183,7 @@ def committed_folders(run: RunFolder) -> list[Path]:
 
 def is_committed(run: RunFolder, step: int) -> bool:
     """Whether there is a sound-looking checkpoint of a step; the same answer on all ranks."""
-    return distributed.broadcast_object(manifest_of(_folder_of(run, step)) is not None)
+    return distributed.broadcast_object(manifest_of(folder_of(run, step)) is not None)
 
 
 def _folder_step(folder: Path) -> int:
@@ -328,7 +228,7 @@ def _restore_rng(folder: Path, manifest: Mapping[str, Any], seed: int) -> None:
     )
 
 
-def _save_rng(path: Path) -> None:
+def save_rng(path: Path) -> None:
     """The random generators of this rank: torch, CUDA, numpy, python. No pickle."""
     numpy_state = np.random.get_state(legacy=False)["state"]  # type: ignore[index]
     _, words, gauss = random.getstate()

@@ -232,18 +232,66 @@ def _announce(turn: str, verdict: dict[str, int]) -> None:
             time.sleep(POLL_SECONDS)
 
 
+def _poll(store: Store, keys: list[str]) -> None:
+    """Wait until all keys are there."""
+    pause = POLL_SECONDS / 64  # most work is short; of hours of work the end may be seen a little late
+    while not store.check(keys):
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
+
+
 def _await(key: str) -> None:
     if _store is None:
         return
-    pause = POLL_SECONDS / 64  # most work is short; of hours of work the end may be seen a little late
-    while not _store.check([key]):
-        time.sleep(pause)
-        pause = min(2 * pause, POLL_SECONDS)
+    _poll(_store, [key])
     verdict = json.loads(_store.get(key))
     if verdict:
         if key.endswith("/0"):
             _store.add(f"{key}/read", 1)
         raise Relayed(verdict["exit_code"])
+
+
+class Channel:
+    """Where threads of all ranks meet, through the job's key-value store. All ranks make it, and its meetings, alike."""
+
+    def __init__(self, purpose: str) -> None:
+        self._store, self._meetings = own_store(purpose), 0
+
+    def meeting(self) -> Meeting:
+        self._meetings += 1
+        return Meeting(self._store, str(self._meetings))
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Every rank reports to rank 0 once, and rank 0 answers. Values go as JSON."""
+
+    _store: Store | None
+    _name: str
+
+    def report(self, said: Any) -> list[Any] | None:
+        """On rank 0 the reports of all ranks, by rank, as soon as they are there; None on the others, which do not wait."""
+        if self._store is None:
+            return [said]
+        if _world.rank != 0:
+            self._store.set(f"{self._name}/{_world.rank}", json.dumps(said))
+            return None
+        keys = [f"{self._name}/{rank}" for rank in range(1, _world.size)]
+        _poll(self._store, keys)
+        reports = [said, *(json.loads(self._store.get(key)) for key in keys)]
+        for key in keys:
+            self._store.delete_key(key)
+        return reports
+
+    def verdict(self, own: T) -> T:
+        """Rank 0's answer, on all ranks."""
+        if self._store is None:
+            return own
+        if _world.rank == 0:
+            self._store.set(f"{self._name}/verdict", json.dumps(own))
+            return own
+        _poll(self._store, [f"{self._name}/verdict"])
+        return json.loads(self._store.get(f"{self._name}/verdict"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

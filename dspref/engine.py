@@ -196,12 +196,12 @@ class Engine:
     def module(self) -> PackedCausalLM:
         return self._engine.module  # type: ignore[return-value]
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of weights, optimizer and schedule below `folder`. Raises OSError."""
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's part of weights, optimizer and schedule below `folder`; its files. Raises OSError."""
         adapted = self.module.adapters is not None
         # Beside an adapter the model is as it was: the checkpoint leaves it out.
         self._engine.save_checkpoint(str(folder), tag=shards.FOLDER, save_latest=False, exclude_frozen_parameters=adapted)
-        self._files.raise_failure()
+        return self._files.written()
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, on any number of ranks."""

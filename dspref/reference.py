@@ -61,9 +61,8 @@ class Reference:
         if self.moving and step % self.sync_steps == 0:
             self.moving.sync()
 
-    def save(self, folder: Path) -> None:
-        if self.moving:
-            self.moving.save(folder)
+    def save(self, folder: Path) -> list[Path]:
+        return self.moving.save(folder) if self.moving else []
 
     def load(self, folder: Path) -> None:
         if self.moving:

@@ -62,20 +62,23 @@ def as_data() -> Iterator[None]:
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """How DeepSpeed reads and writes a file: as data, and down to the disk.
+    """How DeepSpeed reads and writes a file: as data. Who saves brings the files down to the disk.
 
-    A failure to write is kept for `raise_failure`: raised within DeepSpeed, it would leave the other ranks in a barrier.
+    A failure to write is kept for `written`: raised within DeepSpeed, it would leave the other ranks in a barrier.
     """
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._failure: OSError | None = None
+        self._written: list[Path] = []
 
-    def raise_failure(self) -> None:
-        """Raise what went wrong since the last call."""
+    def written(self) -> list[Path]:
+        """The files of this rank since the last call. Raises what went wrong with any."""
         failure, self._failure = self._failure, None
+        files, self._written = self._written, []
         if failure is not None:
             raise failure
+        return files
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self._trying(lambda: os.makedirs(path, exist_ok=exist_ok))
@@ -89,8 +92,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
     def _write(self, state_dict: Any, path: str) -> None:
         with open(path, "wb") as file:
             torch.save(state_dict, file)
-            file.flush()
-            os.fsync(file.fileno())
+        self._written.append(Path(path))
 
     def _trying(self, work: Callable[[], None]) -> None:
         try:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dspref import advice, checkpoint, console, distributed, engine, gradient, model, stages
 from dspref import reference as references
@@ -23,6 +22,7 @@ from dspref.objectives import build_objective
 from dspref.performance import Account, Clock
 from dspref.reference import Reference
 from dspref.run_folder import RunFolder
+from dspref.saving import Saver
 from dspref.watch import Ask, Watch, watching
 
 
@@ -61,9 +61,9 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume, config.train.seed)
     stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
-    view, facts = console.ProgressView(progress.step, steps), checkpoint.facts_of(run, config)
+    view, saver = console.ProgressView(progress.step, steps), Saver(run, (policy, reference), config, watch.beat)
 
-    session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, facts)
+    session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, saver)
     watch.steps_begin(config.train.hang_timeout)
     try:
         run_steps(session, loader, progress, steps)
@@ -93,7 +93,7 @@ class Session:
     recorder: Recorder
     view: console.ProgressView
     watch: Watch
-    facts: Mapping[str, Any]
+    saver: Saver
 
 
 def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> None:
@@ -105,7 +105,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
     meter, displacement, clock = Meter(policy.device, session.loss.router_coef), Displacement(), Clock(policy.device)
     account = Account.of(config, policy, session.reference, session.loss.looks_ahead)
     suspects, spikes, sound = Suspects(), Spikes(config.train.spike_sigmas), progress
-    skips = Skips(config.train.max_skipped_steps, config.model.dtype == "float16")
+    skips = Skips(config.train.max_skipped_steps, config.model.dtype == "float16", progress.skipped)
     if progress.owes_evaluation:
         progress = settle(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
@@ -135,12 +135,13 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         session.view.advance(step.number)
 
         if skips.judge(step.number, policy.applied, suspects, session.pairs, session.run):
+            session.saver.wait()
             if not checkpoint.is_committed(session.run, sound.step):
-                save(session, sound, {})
+                save(session, sound, {}, at_once=True)
             raise skips.fault(step.number, sound.step)
         rewards = rewards if policy.applied else progress.rewards
         evaluates = bool(session.held_out) and (last or due(step.number, config.train.eval_every))
-        progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards, evaluates)
+        progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards, evaluates, skips.in_a_row)
         progress = settle(session, progress, step.epoch, last)
         sound = progress if policy.applied else sound
         clock.start()
@@ -149,6 +150,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
 def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
     """What is due after a step: an evaluation, a checkpoint, and the end where somebody asks for it."""
     watch, ask = session.watch, session.watch.agreed()
+    tell(session)
     found: dict[str, float] | None = {}
     if progress.owes_evaluation and ask is not Ask.STOP:
         found = evaluate(
@@ -163,18 +165,22 @@ def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Pr
             progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset)
     every = session.config.checkpoint.save_every
     if ask or due(progress.step, every) or (last and every):
-        save(session, progress, found or {})
+        save(session, progress, found or {}, at_once=bool(ask) or last)
         watch.granted()
     if ask is Ask.STOP:
         raise watch.interruption(f"after step {progress.step}")
     return progress
 
 
-def save(session: Session, progress: Progress, evaluation: Mapping[str, float]) -> None:
-    parts = session.policy, session.reference
-    checkpoint.save(session.run, parts, progress, evaluation, session.facts, session.watch.beat)
-    checkpoint.prune(session.run, session.config.checkpoint)
-    session.view.note(f"step {progress.step}: checkpoint committed")
+def save(session: Session, progress: Progress, evaluation: Mapping[str, float], at_once: bool) -> None:
+    session.saver.save(progress, evaluation, at_once)
+    tell(session)
+
+
+def tell(session: Session) -> None:
+    """What the saver has done beside the steps."""
+    for line in session.saver.news():
+        session.view.note(line)
 
 
 def due(step: int, every: int | None) -> bool:

@@ -45,10 +45,12 @@ class MovingReference:
             master.lerp_(_part_like(p, r).to(master.device, torch.float32), self._alpha)
             self._publish(name)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part; where each holds the whole, rank 0 alone writes."""
-        if self._in_shards or distributed.world().rank == 0:
-            save_file({name: self._master(name).detach().contiguous() for name in self._pairs}, self._file(folder))
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's part; where each holds the whole, rank 0 alone writes. The files of this rank."""
+        if not self._in_shards and distributed.world().rank != 0:
+            return []
+        save_file({name: self._master(name).detach().contiguous() for name in self._pairs}, self._file(folder))
+        return [self._file(folder)]
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

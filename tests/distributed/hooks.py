@@ -41,8 +41,9 @@ def count_operations(rank: int, below: str, into: str) -> None:
     _file_operations(below, lambda n, event, path: file.write(f"{n} {event} {path}\n"))
 
 
-def at_operation(rank: int, below: str, victim: int, point: int, what: str, times: int = 1) -> None:
-    """At its `point`-th file operation the victim is killed, meets a full disk `times` times, or sleeps for 3 s."""
+def at_operation(rank: int, below: str, victim: int, point: int, what: str, times: int = 1, gate: str = "") -> None:
+    """At its `point`-th file operation the victim is killed, meets a full disk `times` times, sleeps for 3 s, or stands still
+    until there is a file `gate`."""
     if rank != victim:
         return
 
@@ -53,6 +54,8 @@ def at_operation(rank: int, below: str, victim: int, point: int, what: str, time
             os.kill(os.getpid(), signal.SIGKILL)
         if n == point and what == "slow":
             time.sleep(3)
+        while n == point and what == "held" and not Path(gate).exists():
+            time.sleep(0.02)
 
     _file_operations(below, act)
 
@@ -176,6 +179,6 @@ def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> N
     wrap(Engine, "step", "step")
     wrap(evaluate, "sweep", "evaluation")
     wrap(filling, "score", "scoring")
-    wrap(checkpoint, "_save_rng", "save")
+    wrap(checkpoint, "save_rng", "save")
     wrap(stages, "load_pairs", "data")
     wrap(stages, "export", "export")

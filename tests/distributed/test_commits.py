@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from forked import Forked, until
-from test_preemption import arguments, committed, events
+from test_preemption import arguments, committed, events, steps_of
 from test_resume import training_records
 from tiny import write_run
 
@@ -109,6 +109,34 @@ def test_a_slow_rank_is_waited_for(operations, run_file, whole, forked, tmp_path
     forked.wait(ranks)
     assert committed(run) == [2]
     assert forked.wait(forked.start(2, arguments(run_file, run, STAGE))) == [0, 0]
+    assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+def of_the_manifest(operations: dict[int, list[str]], step: str) -> int:
+    """The operation of rank 0 that begins to write the manifest of a save: the last file of a draft."""
+    return [int(line.split()[0]) for line in operations[0] if f".saving-{step}/.draft-" in line and " open " in line][-1]
+
+
+def test_steps_are_made_while_a_save_is_brought_to_disk(operations, run_file, whole, forked, tmp_path):
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    held = {"victim": 0, "point": of_the_manifest(operations, "step-000002"), "what": "held", "gate": str(gate)}
+    ranks = forked.start(2, arguments(run_file, run, STAGE), "hooks:at_operation", below=BELOW, **held)
+    until(lambda: [step for step in steps_of(run) if step == 4])
+    assert committed(run) == [], "the next save waits for the first"
+    gate.touch()
+    assert forked.wait(ranks) == [0, 0]
+    assert [event["step"] for event in events(run, "commit")] == [2, 4, 6]
+    assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+def test_a_commit_that_fails_is_made_up_for_by_the_next_save(operations, run_file, whole, forked, tmp_path):
+    run = tmp_path / "run"
+    full = {"victim": 0, "point": of_the_manifest(operations, "step-000002"), "what": "full"}
+    ranks = forked.start(2, arguments(run_file, run, STAGE), "hooks:at_operation", below=BELOW, **full)
+    assert forked.wait(ranks) == [0, 0], ranks.said()
+    assert "warning: step 2: checkpoint not written" in ranks.said(0)
+    assert [event["step"] for event in events(run, "commit")] == [4, 6]
+    assert not list(run.glob("checkpoints/.saving-*"))
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 

@@ -46,8 +46,8 @@ def train(workers, run_file: Path, *overrides: str) -> list[int]:
 
 
 def training_records(run: Path) -> list[dict]:
-    """metrics.jsonl without what a clock decides."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """metrics.jsonl without what a clock decides, and without a line that is still being written."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
     return [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records]
 
 

@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("performance",),
     ("run_folder", "trackers"),
     ("checkpoint", "metrics", "console", "numbers"),
-    ("export", "gradient", "advice"),
+    ("saving", "export", "gradient", "advice"),
     ("stages", "evaluate"),
     ("trainer", "scorer", "consolidate"),
     ("launcher",),
