@@ -5,6 +5,7 @@ Each is a plain function `Setup -> (figures, raw numbers)`.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -266,6 +267,39 @@ def startup(setup: Setup) -> Outcome:
     return [Figure(title, min(raw[title]), target, " s") for title, (_, target) in commands.items()], raw
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# B17: a checkpoint
+
+
+def saving(setup: Setup) -> Outcome:
+    """Wall seconds of a save, beside those of torch.save and a flush of as many bytes in the same folder."""
+    model = model_folder("A", setup.work, setup.data)
+    lengths = [(64, 128, 128)]
+    run = Spec(str(model), str(invented_file(model, 64, lengths)), str(setup.work), steps=7, save_every=2, zero_stage=3)
+    found, plain = [], []
+    for _ in range(setup.rounds):
+        found.append(measure("dspref_run", replace(run, reference="none", objective=OBJECTIVES["SimPO"]))["extra"])
+        plain.append(_plainly_written(int(found[-1]["save_bytes"]), setup.work))
+    whole, waited = (min(extra[f"save_{name}"] for extra in found) for name in ("seconds", "waited"))
+    figures = [
+        Figure("a save, begin to commit", whole / min(plain), at_most(1.25), peer="torch.save and fsync"),
+        Figure("what training waits of a save", 100 * waited / whole, None, " %"),
+    ]
+    return figures, {"rounds": found, "plain_seconds": plain}
+
+
+def _plainly_written(size: int, folder: Path) -> float:
+    import torch
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        values = torch.ones(size // 4)
+        start = time.perf_counter()
+        torch.save(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+        return time.perf_counter() - start
+
+
 PARTS: dict[str, Callable[[Setup], Outcome]] = {
     "B9": attention,
     "B10": global_batch,
@@ -273,4 +307,5 @@ PARTS: dict[str, Callable[[Setup], Outcome]] = {
     "B12": lookup,
     "B13": tokenizing,
     "B14": startup,
+    "B17": saving,
 }

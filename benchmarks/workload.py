@@ -55,6 +55,8 @@ class Spec:
     """dspref's kernel."""
     prefix_sharing: bool | str = "auto"
     tokens_per_pack: int = 2048
+    save_every: int | None = None
+    """Steps between dspref's checkpoints."""
     zero_stage: int = 0
     """No peer shards anything on one rank; B16 compares the stages."""
     workers: int | None = None

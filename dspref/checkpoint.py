@@ -1,7 +1,8 @@
 """Checkpoints that are committed or absent: what one holds, which are kept, and resume.
 
-A save (`dspref.saving`) writes `checkpoints/.saving-step-N`; every rank adds its part, and hashes it; rank 0 writes the manifest
-and renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` is neither written nor read.
+A save (`dspref.saving`) writes `checkpoints/.saving-step-N`; every rank adds its part, and hashes it; rank 0 writes the
+manifest and renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` is neither written nor
+read.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def document(spec: Spec, folder: Path) -> dict[str, Any]:
             "lr_scheduler_type": "constant",
             "warmup_ratio": 0.0,
         },
+        "checkpoint": {"save_every": spec.save_every, "keep_last": 1},
         "deepspeed": f"ds_configs/zero{spec.zero_stage}.json" if spec.zero_stage else {"zero_optimization": {"stage": 0}},
         "output_dir": str(folder / "run"),
     }
@@ -55,8 +56,18 @@ def train(spec: Spec, folder: Path, extra: dict[str, float]) -> list[dict[str, f
     path.write_text(yaml.safe_dump(document(spec, folder), sort_keys=False), encoding="utf-8")
     with spent(extra, filling, "fill", "reference"), spent(extra, stages, "load_pairs", "tokens"):
         trainer.train(config.load(path), path)
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    extra |= saves(read(folder / "run" / "events.jsonl"))
+    return [record for record in read(folder / "run" / "metrics.jsonl") if "loss" in record]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def saves(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the checkpoints: their size, least wall seconds to the commit, and least seconds that training waited."""
+    commits = [event for event in events if event["event"] == "commit"][:-1]  # the last step waits for its own
+    return {f"save_{name}": min(commit[name] for commit in commits) for name in ("bytes", "seconds", "waited") if commits}
 
 
 def run(spec: Spec) -> Measurement:

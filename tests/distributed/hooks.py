@@ -42,8 +42,8 @@ def count_operations(rank: int, below: str, into: str) -> None:
 
 
 def at_operation(rank: int, below: str, victim: int, point: int, what: str, times: int = 1, gate: str = "") -> None:
-    """At its `point`-th file operation the victim is killed, meets a full disk `times` times, sleeps for 3 s, or stands still
-    until there is a file `gate`."""
+    """At its `point`-th file operation the victim is killed, meets a full disk `times` times, sleeps for 3 s, or waits for a
+    file `gate`."""
     if rank != victim:
         return
 
@@ -115,7 +115,20 @@ def _hold_the_gil() -> None:
     ctypes.PyDLL(None).sleep(600)
 
 
+def _skip_a_collective() -> None:
+    from dspref import distributed
+
+    plain = distributed.largest
+
+    def alone(value: int) -> int:
+        distributed.largest = plain
+        return value
+
+    distributed.largest = alone
+
+
 HANGS = {
+    "skips": _skip_a_collective,
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "asleep": lambda: time.sleep(600),
     "gil": _hold_the_gil,

@@ -114,6 +114,29 @@ def test_a_hang_is_named_and_ended(how, victim, run_file, forked, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_leaves_out_a_collective_ends_all(victim, run_file, forked, tmp_path):
+    """Its next one meets the one that it left out: gloo calls that an error, or nobody moves any more."""
+    limits = arguments(run_file, tmp_path / "run", *FAR, "train.hang_timeout=6")
+    ranks = forked.start(2, limits, "hooks:hang", victim=victim, step=3, how="skips")
+    codes = forked.wait(ranks, seconds=60)
+    assert set(codes) <= {1, 6}, ranks.said()
+    assert committed(tmp_path / "run") == [2]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_no_false_alarm_in_two_hundred_clean_runs(run_file, forked, tmp_path):
+    """With a limit just above a step's time, under load: two runs at a time."""
+    for k in range(0, 200, 2):
+        folders = [tmp_path / f"run-{k + i}" for i in range(2)]
+        runs = [forked.start(2, arguments(run_file, folder, "train.hang_timeout=10")) for folder in folders]
+        for folder, ranks in zip(folders, runs):
+            assert forked.wait(ranks) == [0, 0], ranks.said()
+            assert "hung" not in ranks.said() and not list((folder / "logs").glob("*.stacks.txt"))
+
+
+@pytest.mark.slow
 def test_a_clean_run_is_not_taken_for_hung(run_file, forked, tmp_path):
     """The limit is for standing still, not for the whole: a run of many steps takes longer."""
     ranks = forked.start(1, arguments(run_file, tmp_path / "run", "train.max_steps=60", "train.hang_timeout=5"))

@@ -42,7 +42,7 @@ PARAMETERS = [
 def test_a_bad_step_changes_nothing(number, dtype, what, victim, run_file, forked, tmp_path):
     """The end is that of a run on the data without the second step's pairs."""
     run, without = tmp_path / "run", tmp_path / "without"
-    common = (stage(number), f"model.dtype={dtype}")
+    common = (stage(number), f"model.dtype={dtype}", "checkpoint.save_every=2")
     ranks = forked.start(2, arguments(run_file, run, *common), "hooks:poison", victim=victim, steps=[2], what=what)
     assert forked.wait(ranks) == [0, 0], ranks.said()
     rows = (run_file.parent / "pairs.jsonl").read_text().splitlines(keepends=True)
@@ -52,6 +52,8 @@ def test_a_bad_step_changes_nothing(number, dtype, what, victim, run_file, forke
     assert (run / "final/model.safetensors").read_bytes() == (without / "final/model.safetensors").read_bytes()
     (skip,) = events(run, "skip")
     assert skip["step"] == 2
+    states = [json.loads(path.read_text()) for path in sorted(run.glob("checkpoints/*/state.json"))]
+    assert [state["skipped"] for state in states] == [1, 0], "a restart does not forget it"
     assert "warning: step 2 skipped" in ranks.said(0) and "Traceback" not in ranks.said()
     if what == "gradient":
         assert skip["rows"] == []
