@@ -1,8 +1,7 @@
 """Checkpoints that are committed or absent: what one holds, which are kept, and resume.
 
 A save (`dspref.saving`) writes `checkpoints/.saving-step-N`; every rank adds its part, and hashes it; rank 0 writes the
-manifest and renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` is neither written nor
-read.
+manifest and renames the folder to `step-N`. What bears that name is complete. DeepSpeed's own `latest` is not used.
 """
 
 from __future__ import annotations
@@ -88,10 +87,8 @@ def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
-def prune(run: RunFolder, rules: CheckpointSection) -> None:
-    """Delete checkpoints that the retention rules do not keep (rank 0). What cannot be deleted is named, and stays."""
-    if distributed.world().rank != 0:
-        return
+def prune(run: RunFolder, rules: CheckpointSection) -> list[str]:
+    """Delete checkpoints that the retention rules do not keep. What cannot be deleted stays, and is returned in words."""
     read = {folder: manifest_of(folder) for folder in committed_folders(run)}
     manifests = {folder: manifest for folder, manifest in read.items() if manifest}
     scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
@@ -102,9 +99,10 @@ def prune(run: RunFolder, rules: CheckpointSection) -> None:
             if manifest["step"] in gone:
                 # Renamed first: a half-deleted folder must not bear a committed name.
                 folder.rename(folder.with_name(f".trash-{folder.name}"))
+        _sweep(run)
     except OSError as error:
-        distributed.log(f"warning: {error.filename}: not deleted ({error.strerror})", stamp=True)
-    _sweep(run)
+        return [f"{error.filename}: not deleted ({error.strerror})"]
+    return []
 
 
 def to_delete(
@@ -182,9 +180,10 @@ def committed_folders(run: RunFolder) -> list[Path]:
     return sorted(f for f in run.checkpoints.glob("step-*") if f.is_dir())
 
 
-def is_committed(run: RunFolder, step: int) -> bool:
-    """Whether there is a sound-looking checkpoint of a step; the same answer on all ranks."""
-    return distributed.broadcast_object(manifest_of(folder_of(run, step)) is not None)
+def newest_step(run: RunFolder) -> int:
+    """Of the committed checkpoints, by their manifests; -1 where there is none. The same answer on all ranks."""
+    found = [manifest["step"] for folder in committed_folders(run) if (manifest := manifest_of(folder))]
+    return distributed.broadcast_object(max(found, default=-1))
 
 
 def _folder_step(folder: Path) -> int:

@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -232,10 +233,12 @@ def _announce(turn: str, verdict: dict[str, int]) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _poll(store: Store, keys: list[str]) -> None:
-    """Wait until all keys are there."""
+def _poll(store: Store, keys: list[str], over: Event | None = None) -> None:
+    """Wait until all keys are there. Raises Over where `over` is set first."""
     pause = POLL_SECONDS / 64  # most work is short; of hours of work the end may be seen a little late
     while not store.check(keys):
+        if over and over.is_set():
+            raise Over
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS)
 
@@ -262,12 +265,18 @@ class Channel:
         return Meeting(self._store, str(self._meetings))
 
 
+class Over(Exception):
+    """Nobody waits for the others any more."""
+
+
 @dataclass(frozen=True)
 class Meeting:
     """Every rank reports to rank 0 once, and rank 0 answers. Values go as JSON."""
 
     _store: Store | None
     _name: str
+    over: Event = field(default_factory=Event)
+    """Set it to end what waits here, by Over."""
 
     def report(self, said: Any) -> list[Any] | None:
         """On rank 0 the reports of all ranks, by rank, as soon as they are there; None on the others, which do not wait."""
@@ -277,21 +286,22 @@ class Meeting:
             self._store.set(f"{self._name}/{_world.rank}", json.dumps(said))
             return None
         keys = [f"{self._name}/{rank}" for rank in range(1, _world.size)]
-        _poll(self._store, keys)
+        _poll(self._store, keys, self.over)
         reports = [said, *(json.loads(self._store.get(key)) for key in keys)]
         for key in keys:
             self._store.delete_key(key)
         return reports
 
-    def verdict(self, own: T) -> T:
-        """Rank 0's answer, on all ranks."""
+    def answer(self, own: T) -> T:
+        """Rank 0's answer, on all ranks; what the others give is not looked at."""
+        key = f"{self._name}/answer"
         if self._store is None:
             return own
         if _world.rank == 0:
-            self._store.set(f"{self._name}/verdict", json.dumps(own))
+            self._store.set(key, json.dumps(own))
             return own
-        _poll(self._store, [f"{self._name}/verdict"])
-        return json.loads(self._store.get(f"{self._name}/verdict"))
+        _poll(self._store, [key], self.over)
+        return json.loads(self._store.get(key))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

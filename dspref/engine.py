@@ -198,10 +198,13 @@ class Engine:
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's part of weights, optimizer and schedule below `folder`; its files. Raises OSError."""
+        self._files.forget()
         adapted = self.module.adapters is not None
         # Beside an adapter the model is as it was: the checkpoint leaves it out.
         self._engine.save_checkpoint(str(folder), tag=shards.FOLDER, save_latest=False, exclude_frozen_parameters=adapted)
-        return self._files.written()
+        # Optimizer states on NVMe are copied past the checkpoint engine.
+        copied = (folder / shards.FOLDER / "offloaded_tensors").glob(f"rank{distributed.world().rank:02d}/**/*")
+        return [*self._files.written(), *(path for path in copied if path.is_file())]
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, on any number of ranks."""

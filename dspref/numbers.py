@@ -80,8 +80,8 @@ class Skips:
         """The end of the run; `sound`: the step whose weights are kept."""
         return NumericFault(
             f"step {step}: {self.in_a_row} steps in a row were skipped, for a loss or gradient that is not finite "
-            f"(train.max_skipped_steps: {self.limit}); step {sound} is kept; lower train.learning_rate, or mend the pairs "
-            "that events.jsonl names"
+            f"(train.max_skipped_steps: {self.limit}); the weights of step {sound} are kept; lower train.learning_rate, or "
+            "mend the pairs that events.jsonl names"
         )
 
 

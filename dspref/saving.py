@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -25,82 +25,115 @@ import dspref
 from dspref import checkpoint, distributed
 from dspref.checkpoint import Part, Progress
 from dspref.config import Config
+from dspref.distributed import Meeting
 from dspref.errors import IOFault
 from dspref.files import sync_folder, write_atomically
 from dspref.run_folder import RunFolder
+from dspref.watch import Ask, Watch
 
-# What a file is, to a manifest: its size and its sha256.
+# What the manifest says of a file: its size and its sha256.
 Hashes = dict[str, tuple[int, str]]
+# Bytes per second of a disk that is slow, not hung: for so long a rank that waits for it counts as moving.
+SLOWEST = 20e6
+# How long a run that ends by an error waits for the commit that is on its way.
+LEAVING_SECONDS = 120.0
+# A network file system may show another machine's files a little late.
+SEEN_SECONDS = 60.0
 
 
 class Saver:
-    """Saves the checkpoints of a run. Made, and each method called, on all ranks at the same time."""
+    """Saves the checkpoints of a run. Made, and `save` and `wait` called, on all ranks at the same time."""
 
-    def __init__(self, run: RunFolder, parts: Sequence[Part], config: Config, beat: Callable[[str], None]) -> None:
-        """`parts`: what has a state to save; `beat`: told of every phase."""
-        self._run, self._parts, self._rules, self._beat = run, parts, config.checkpoint, beat
+    def __init__(self, run: RunFolder, parts: Sequence[Part], config: Config, watch: Watch) -> None:
+        """`parts`: what has a state to save."""
+        self._run, self._parts, self._rules, self._watch = run, parts, config.checkpoint, watch
         self._facts = checkpoint.facts_of(run, config)
         self._channel = distributed.Channel("commit")
         self._commit: Commit | None = None
         self._news: SimpleQueue[str] = SimpleQueue()
 
     def save(self, progress: Progress, metrics: Mapping[str, float], at_once: bool) -> None:
-        """Write a checkpoint of all ranks. It is committed when this returns (`at_once`), or soon; `wait` tells.
+        """Write a checkpoint of all ranks. It is committed when this returns (`at_once`), or soon.
 
-        `metrics`: those of this step's evaluation, for `keep_best`. What goes wrong on any rank ends the attempt on all.
-        A second attempt follows: now, or where the commit failed later on, with the next save. Raises IOFault when that
-        fails too; earlier checkpoints stay.
+        `metrics`: those of this step's evaluation, for `keep_best`. What goes wrong on any rank ends the attempt on all. A
+        second one follows: at once, or where it was a commit that failed meanwhile, of the step that is reached when a rank
+        hears of it (`wish`). Raises IOFault when that fails too; earlier checkpoints stay.
         """
-        at_once |= not self.wait()
-        for _ in range(2):
-            complaint = self._write(progress, metrics)
-            if complaint is None and (not at_once or self.wait()):
+        asked, failure = time.monotonic(), self.wait()
+        at_once |= failure is not None
+        for _ in range(2 if failure is None else 1):
+            draft = Draft(self._run, progress.step, {**self._facts, "metrics": dict(metrics)}, asked, at_once)
+            failure = self._write(draft, progress)
+            if failure is None:
+                self._commit = Commit(draft, self._channel.meeting(), self._on_commit, self._on_failure)
+                self._commit.start()
+                failure = self.wait() if at_once else None
+            if failure is None:
                 return
-            if complaint:
-                self._warn(progress.step, complaint)
         kept = checkpoint.committed_folders(self._run)
         last = f"{kept[-1].name} is kept" if kept else "there is no earlier one"
-        raise IOFault(f"{self._run.checkpoints}: the checkpoint of step {progress.step} cannot be written; {last}")
+        raise IOFault(
+            f"{self._run.checkpoints}: the checkpoint of step {progress.step} cannot be written ({failure}); {last}; "
+            "free space or mend the disk, and the same command goes on"
+        )
 
-    def wait(self) -> bool:
-        """Wait for the commit that is on its way. False where it failed, with a warning."""
-        commit, self._commit = self._commit, None
-        complaint = commit.outcome() if commit else None
-        if commit and complaint:
-            self._warn(commit.draft.step, complaint)
-        return complaint is None
+    @property
+    def wish(self) -> Ask:
+        """What this rank asks of all: to save again where it has heard that a commit failed."""
+        return Ask.SAVE if self._commit and self._commit.has_failed else Ask.NOTHING
+
+    def wait(self) -> str | None:
+        """Wait for the commit that is on its way; what went wrong with it, on whichever rank."""
+        commit = self._commit
+        if commit is None:
+            return None
+        patience = time.monotonic() + commit.draft.most_bytes / SLOWEST
+        self._watch.beat("commit")
+        while commit.is_alive():
+            commit.join(1.0)
+            if time.monotonic() < patience:
+                self._watch.beat("commit")
+        self._commit = None
+        return commit.outcome()
+
+    def leave(self) -> None:
+        """The run ends by an error: a commit that is on its way is given some time, unless other ranks have left."""
+        if commit := self._commit:
+            deadline = time.monotonic() + LEAVING_SECONDS
+            while commit.is_alive() and time.monotonic() < deadline and not self._watch.has_verdict:
+                commit.join(0.25)
+            commit.give_up()
 
     def news(self) -> list[str]:
-        """What has been committed since the last call, in words, on rank 0."""
+        """What has been committed, or failed, since the last call, in words; on rank 0."""
         return [self._news.get() for _ in range(self._news.qsize())]
 
-    def _warn(self, step: int, complaint: str) -> None:
-        distributed.log(f"warning: step {step}: checkpoint not written ({complaint})", stamp=True)
-
-    def _write(self, progress: Progress, metrics: Mapping[str, float]) -> str | None:
-        """Write all files, and let the commit follow; what went wrong, on whichever rank. Phases end together, so that no
-        rank waits for one that gave up."""
-        facts = {**self._facts, "metrics": dict(metrics)}
-        draft = Draft(self._run, progress.step, facts, time.monotonic(), [])
-        phases = [lambda part=part: draft.files.extend(part.save(draft.folder)) for part in self._parts]
-        for phase in (draft.begin, *phases, lambda: draft.write_progress(progress)):
-            self._beat("checkpoint")
-            if complaint := _together(phase):
-                distributed.on_main(draft.discard)
+    def _write(self, draft: Draft, progress: Progress) -> str | None:
+        """Write all files of all ranks; what went wrong. Phases end together: no rank waits for one that gave up."""
+        saving = [lambda part=part: draft.files.extend(part.save(draft.folder)) for part in self._parts]
+        for phase in (draft.begin, *saving, lambda: draft.write_progress(progress)):
+            self._watch.beat("checkpoint")
+            if complaint := next((said for said in distributed.gather_objects(_complaint(phase)) if said), None):
+                self._on_failure(draft, complaint)
                 return complaint
-        written = time.monotonic()
-        self._commit = Commit(draft, self._channel, lambda hashes: self._publish(draft, hashes, written))
-        self._commit.start()
+        draft.are_written()
         return None
 
-    def _publish(self, draft: Draft, hashes: Hashes, written: float) -> None:
-        """Commit what all ranks have brought to disk (rank 0)."""
-        draft.publish(hashes)
-        size, seconds = sum(size for size, _ in hashes.values()), time.monotonic() - draft.started
-        waited = written - draft.started
-        self._run.event("commit", step=draft.step, bytes=size, seconds=round(seconds, 2), waited=round(waited, 2))
-        self._news.put(f"step {draft.step}: checkpoint committed ({size / 2**20:,.1f} MiB; training waited {waited:.1f} s)")
-        checkpoint.prune(self._run, self._rules)
+    def _on_commit(self, draft: Draft, size: int) -> None:
+        """Of rank 0, in the thread: it is committed, whatever goes wrong here."""
+        seconds, waited = draft.seconds()
+        where = f"{size / 2**20:,.1f} MiB in {seconds:.1f} s, of which training waited {waited:.1f} s"
+        self._news.put(f"step {draft.step}: checkpoint committed ({where})")
+        about = {"step": draft.step, "bytes": size, "seconds": round(seconds, 2), "waited": round(waited, 2)}
+        if complaint := _complaint(lambda: self._run.event("commit", **about)):
+            self._news.put(f"warning: {complaint}")
+        for warning in checkpoint.prune(self._run, self._rules):
+            self._news.put(f"warning: {warning}")
+
+    def _on_failure(self, draft: Draft, complaint: str) -> None:
+        if distributed.world().rank == 0:
+            draft.discard()
+            self._news.put(f"warning: step {draft.step}: checkpoint not written ({complaint})")
 
 
 @dataclass
@@ -111,9 +144,14 @@ class Draft:
     step: int
     facts: Mapping[str, Any]
     """What the manifest says beside the files."""
-    started: float
-    files: list[Path]
-    """Those of this rank."""
+    asked: float
+    """When training began to wait for it."""
+    at_once: bool
+    files: list[Path] = field(default_factory=list)
+    """Those that this rank wrote."""
+    most_bytes: int = 0
+    """Of all ranks."""
+    written: float = 0.0
 
     @property
     def committed(self) -> Path:
@@ -141,15 +179,26 @@ class Draft:
             write_atomically(state, json.dumps(asdict(progress), indent=2) + "\n")
             self.files.append(state)
 
+    def are_written(self) -> None:
+        """All ranks have written all files."""
+        self.most_bytes = distributed.largest(sum(path.stat().st_size for path in self.files))
+        self.written = time.monotonic()
+
+    def seconds(self) -> tuple[float, float]:
+        """(from the wish to now, of which training waited)."""
+        whole = time.monotonic() - self.asked
+        return whole, whole if self.at_once else self.written - self.asked
+
     def hashes(self) -> Hashes:
         """Of this rank's files, which are on disk by then. Who wrote a file flushes it: another machine could not."""
-        found = {str(path.relative_to(self.folder)): _hash(path) for path in self.files}
+        found = {str(path.relative_to(self.folder)): _flushed(path) for path in self.files}
         for folder in {path.parent for path in self.files}:
             sync_folder(folder)
         return found
 
     def publish(self, hashes: Hashes) -> None:
-        """Write the manifest, and give the folder its name."""
+        """Write the manifest, and give the folder its name. Raises OSError where rank 0 sees other files than these."""
+        self._compare(hashes)
         manifest = {**self.facts, "step": self.step, "world_size": distributed.world().size, "dspref": dspref.__version__}
         manifest["files"] = dict(sorted(hashes.items()))
         write_atomically(self.folder / "manifest.json", json.dumps(checkpoint.signed(manifest), indent=1) + "\n")
@@ -158,52 +207,75 @@ class Draft:
         os.rename(self.folder, self.committed)
         sync_folder(self.run.checkpoints)
 
+    def _compare(self, hashes: Hashes) -> None:
+        deadline = time.monotonic() + SEEN_SECONDS
+        while unseen := [name for name, (size, _) in hashes.items() if not _has_size(self.folder / name, size)]:
+            if time.monotonic() > deadline:
+                raise OSError(f"rank 0 does not see {self.folder / unseen[0]}: output_dir must be shared by all machines")
+            time.sleep(distributed.POLL_SECONDS)
+        there = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+        if unknown := sorted(there - hashes.keys()):
+            raise OSError(f"{self.folder / unknown[0]} was written by no rank of this run")
+
 
 class Commit(Thread):
     """A draft on its way to disk: this rank's share, and on rank 0 what follows when all have done theirs."""
 
-    def __init__(self, draft: Draft, channel: distributed.Channel, publish: Callable[[Hashes], None]) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        meeting: Meeting,
+        on_commit: Callable[[Draft, int], None],
+        on_failure: Callable[[Draft, str], None],
+    ) -> None:
+        """On rank 0 one of the two is called at the end."""
         super().__init__(name="commit", daemon=True)
         self.draft = draft
-        self._publish = publish
-        self._meeting = channel.meeting()
-        self._outcome: str | None = None
+        self._meeting, self._on_commit, self._on_failure = meeting, on_commit, on_failure
+        self._failure: str | None = None
         self._bug: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._outcome = self._bring_to_disk()
-        except BaseException as error:  # shown by the main thread
+            self._failure = self._bring_to_disk()
+        except BaseException as error:  # raised again where the main thread meets it
             self._bug = error
 
+    @property
+    def has_failed(self) -> bool:
+        return not self.is_alive() and (self._bug or self._failure) is not None
+
     def outcome(self) -> str | None:
-        """What went wrong, on whichever rank; waits for it. Called by the main threads of all ranks."""
-        self.join()
+        """What went wrong, on whichever rank, once the thread has ended."""
         if self._bug:
             raise self._bug
-        return self._meeting.verdict(self._outcome)
+        return self._failure
+
+    def give_up(self) -> None:
+        """Stop waiting for other ranks: a thread that is in the store when Python ends would abort the process."""
+        self._meeting.over.set()
+        self.join(1.0)
 
     def _bring_to_disk(self) -> str | None:
         hashes: Hashes = {}
-        complaint = _complaint_of(lambda: hashes.update(self.draft.hashes()))
-        reports = self._meeting.report({"complaint": complaint, "hashes": hashes})
-        if reports is None:
-            return None  # rank 0 does the rest
-        for report in reports:
-            hashes |= report["hashes"]
-        complaint = next((report["complaint"] for report in reports if report["complaint"]), None)
-        complaint = complaint or _complaint_of(lambda: self._publish(hashes))
-        if complaint:
-            self.draft.discard()
-        return complaint
+        complaint = _complaint(lambda: hashes.update(self.draft.hashes()))
+        reports = self._meeting.report((complaint, hashes))
+        return self._meeting.answer(None if reports is None else self._publish(reports))
+
+    def _publish(self, reports: Sequence[tuple[str | None, Hashes]]) -> str | None:
+        """What rank 0 makes of the reports of all ranks; what went wrong."""
+        hashes = {name: entry for _, of_rank in reports for name, entry in of_rank.items()}
+        failure = next((complaint for complaint, _ in reports if complaint), None)
+        failure = failure or _complaint(lambda: self.draft.publish(hashes))
+        if failure:
+            self._on_failure(self.draft, failure)
+        else:
+            self._on_commit(self.draft, sum(size for size, _ in hashes.values()))
+        return failure
 
 
-def _together(work: Callable[[], None]) -> str | None:
-    """What the first rank that failed says of it; None where all did their work."""
-    return next((said for said in distributed.gather_objects(_complaint_of(work)) if said), None)
-
-
-def _complaint_of(work: Callable[[], None]) -> str | None:
+def _complaint(work: Callable[[], None]) -> str | None:
+    """What went wrong with files; None where nothing did."""
     try:
         work()
     except OSError as error:
@@ -213,7 +285,19 @@ def _complaint_of(work: Callable[[], None]) -> str | None:
     return None
 
 
-def _hash(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+def _flushed(path: Path) -> tuple[int, str]:
+    """Size and sha256 of a file that is on disk by then. Raises OSError that names it."""
+    try:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        error.filename = str(path)  # a flush comes without a name
+        raise
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False

@@ -62,23 +62,25 @@ def as_data() -> Iterator[None]:
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """How DeepSpeed reads and writes a file: as data. Who saves brings the files down to the disk.
+    """How DeepSpeed reads and writes a file: as data. `dspref.saving` flushes what is written.
 
     A failure to write is kept for `written`: raised within DeepSpeed, it would leave the other ranks in a barrier.
     """
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
+        self.forget()
+
+    def forget(self) -> None:
+        """A save begins."""
         self._failure: OSError | None = None
         self._written: list[Path] = []
 
     def written(self) -> list[Path]:
-        """The files of this rank since the last call. Raises what went wrong with any."""
-        failure, self._failure = self._failure, None
-        files, self._written = self._written, []
-        if failure is not None:
-            raise failure
-        return files
+        """The files of this rank since the save began. Raises what went wrong with any."""
+        if self._failure is not None:
+            raise self._failure
+        return self._written
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self._trying(lambda: os.makedirs(path, exist_ok=exist_ok))

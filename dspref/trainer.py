@@ -61,13 +61,14 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume, config.train.seed)
     stages.refuse_fewer_steps(run, progress.step, steps)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
-    view, saver = console.ProgressView(progress.step, steps), Saver(run, (policy, reference), config, watch.beat)
+    view, saver = console.ProgressView(progress.step, steps), Saver(run, (policy, reference), config, watch)
 
     session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, saver)
     watch.steps_begin(config.train.hang_timeout)
     try:
         run_steps(session, loader, progress, steps)
     except BaseException as error:
+        saver.leave()
         watch.report(error)  # before trackers are waited for
         raise
     finally:
@@ -136,8 +137,9 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
 
         if skips.judge(step.number, policy.applied, suspects, session.pairs, session.run):
             session.saver.wait()
-            if not checkpoint.is_committed(session.run, sound.step):
+            if checkpoint.newest_step(session.run) < sound.step:  # of later ones the weights are the same
                 save(session, sound, {}, at_once=True)
+            tell(session)
             raise skips.fault(step.number, sound.step)
         rewards = rewards if policy.applied else progress.rewards
         evaluates = bool(session.held_out) and (last or due(step.number, config.train.eval_every))
@@ -149,7 +151,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
 
 def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
     """What is due after a step: an evaluation, a checkpoint, and the end where somebody asks for it."""
-    watch, ask = session.watch, session.watch.agreed()
+    watch, ask = session.watch, session.watch.agreed(session.saver.wish)
     tell(session)
     found: dict[str, float] | None = {}
     if progress.owes_evaluation and ask is not Ask.STOP:
@@ -173,8 +175,10 @@ def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Pr
 
 
 def save(session: Session, progress: Progress, evaluation: Mapping[str, float], at_once: bool) -> None:
-    session.saver.save(progress, evaluation, at_once)
-    tell(session)
+    try:
+        session.saver.save(progress, evaluation, at_once)
+    finally:
+        tell(session)
 
 
 def tell(session: Session) -> None:

@@ -143,10 +143,10 @@ class Watch:
         self._pace = Pace(self._pace.beats + 1, self._pace.step if step is None else step, phase, self._pace.tick)
         self._idle = 0.0
 
-    def agreed(self) -> Ask:
-        """What any rank was asked to do, the same answer on all. A collective of eight bytes."""
+    def agreed(self, wish: Ask = Ask.NOTHING) -> Ask:
+        """What any rank was asked to do, or wishes itself, the same answer on all. A collective of eight bytes."""
         self.beat("agreement")
-        return Ask(distributed.largest(int(self._ask)))
+        return Ask(distributed.largest(int(max(self._ask, wish))))
 
     def granted(self) -> None:
         """A checkpoint was saved: nobody waits for one any more."""
@@ -169,6 +169,11 @@ class Watch:
         if self._verdict is None and not isinstance(error, Relayed):
             self.was_first = self._judge(exit_code_of(error), str(error).split("\n", 1)[0] or type(error).__name__)
         self._tell_end()
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether all ranks leave."""
+        return self._verdict is not None
 
     @property
     def exit_code(self) -> int:

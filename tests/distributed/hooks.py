@@ -60,6 +60,42 @@ def at_operation(rank: int, below: str, victim: int, point: int, what: str, time
     _file_operations(below, act)
 
 
+def fail_to_flush(rank: int, victim: int, below: str, step: int) -> None:
+    """The disk is found full when a file of a step's save is flushed, once: no audit event tells of that."""
+    if rank != victim:
+        return
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if below in path and f"step-{step:06d}" in path and path.endswith("optim_states.pt"):
+            os.fsync = plain
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(descriptor)
+
+    os.fsync = fsync
+
+
+def write_elsewhere(rank: int, victim: int, below: str, into: str) -> None:
+    """The victim's files are moved away when they are flushed, as if it wrote to a disk of its own."""
+    from dspref import saving
+
+    saving.SEEN_SECONDS = 1.0
+    if rank != victim:
+        return
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        plain(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if below in str(path) and path.is_file():
+            Path(into).mkdir(exist_ok=True)
+            os.link(path, Path(into, path.name + str(time.monotonic_ns())))
+            path.unlink()
+
+    os.fsync = fsync
+
+
 def _after_step(step: int, act: Any) -> None:
     """Call `act` when the optimizer has made so many steps."""
     from dspref.engine import Engine

@@ -129,15 +129,27 @@ def test_steps_are_made_while_a_save_is_brought_to_disk(operations, run_file, wh
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
-def test_a_commit_that_fails_is_made_up_for_by_the_next_save(operations, run_file, whole, forked, tmp_path):
+@pytest.mark.parametrize(("what", "victim"), [("manifest", 0), ("flush", 1)])
+def test_a_commit_that_fails_is_made_up_for_at_the_next_step(what, victim, operations, run_file, whole, forked, tmp_path):
     run = tmp_path / "run"
-    full = {"victim": 0, "point": of_the_manifest(operations, "step-000002"), "what": "full"}
-    ranks = forked.start(2, arguments(run_file, run, STAGE), "hooks:at_operation", below=BELOW, **full)
+    full = {"point": of_the_manifest(operations, "step-000002"), "what": "full"} if what == "manifest" else {"step": 2}
+    hook = "hooks:at_operation" if what == "manifest" else "hooks:fail_to_flush"
+    ranks = forked.start(2, arguments(run_file, run, STAGE), hook, below=BELOW, victim=victim, **full)
     assert forked.wait(ranks) == [0, 0], ranks.said()
-    assert "warning: step 2: checkpoint not written" in ranks.said(0)
-    assert [event["step"] for event in events(run, "commit")] == [4, 6]
+    (warning,) = [line for line in ranks.said(0).splitlines() if "checkpoint not written" in line]
+    assert "warning: step 2: " in warning and "step-000002" in warning and "No space left on device" in warning
+    assert [event["step"] for event in events(run, "commit")] in ([3, 4, 6], [4, 6]), "when it was heard of in time"
     assert not list(run.glob("checkpoints/.saving-*"))
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+def test_a_folder_that_ranks_do_not_share_holds_no_commit(run_file, forked, tmp_path):
+    """What rank 1 wrote is not there for rank 0."""
+    run = tmp_path / "run"
+    apart = {"victim": 1, "below": "/checkpoints/.saving-"}
+    ranks = forked.start(2, arguments(run_file, run, STAGE), "hooks:write_elsewhere", into=str(tmp_path / "other"), **apart)
+    assert forked.wait(ranks) == [7, 7], ranks.said()
+    assert "output_dir must be shared by all machines" in ranks.said() and committed(run) == []
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=SLOW), 1])
