@@ -96,10 +96,13 @@ def overrides(folder: Path, variant: dict[str, Any], changes: dict[str, Any]) ->
 
 def differences(ours: dict[str, Any], theirs: dict[str, float], relative: float, without: str = "") -> list[str]:
     assert {"loss", "grad_norm", "rewards/chosen", "logps/rejected"} <= theirs.keys() & ours.keys()
+    # A margin is a difference, as exact as what it is the difference of.
+    sizes = {"rewards/margins": max(abs(theirs["rewards/chosen"]), abs(theirs["rewards/rejected"]))}
     return [
         f"{name}: {ours[name]}, not {value}"
         for name, value in theirs.items()
-        if name != without and not math.isclose(ours[name], value, rel_tol=relative, abs_tol=1e-4 * relative)
+        if name != without
+        and not math.isclose(ours[name], value, rel_tol=relative, abs_tol=relative * sizes.get(name, 1e-4))
     ]
 
 
