@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -233,75 +233,26 @@ def _announce(turn: str, verdict: dict[str, int]) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _poll(store: Store, keys: list[str], over: Event | None = None) -> None:
-    """Wait until all keys are there. Raises Over where `over` is set first."""
+def poll(store: Store, keys: list[str], over: Event | None = None) -> bool:
+    """Wait until all keys are there. False where `over` is set before they are."""
     pause = POLL_SECONDS / 64  # most work is short; of hours of work the end may be seen a little late
     while not store.check(keys):
         if over and over.is_set():
-            raise Over
+            return False
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS)
+    return True
 
 
 def _await(key: str) -> None:
     if _store is None:
         return
-    _poll(_store, [key])
+    poll(_store, [key])
     verdict = json.loads(_store.get(key))
     if verdict:
         if key.endswith("/0"):
             _store.add(f"{key}/read", 1)
         raise Relayed(verdict["exit_code"])
-
-
-class Channel:
-    """Where threads of all ranks meet, through the job's key-value store. All ranks make it, and its meetings, alike."""
-
-    def __init__(self, purpose: str) -> None:
-        self._store, self._meetings = own_store(purpose), 0
-
-    def meeting(self) -> Meeting:
-        self._meetings += 1
-        return Meeting(self._store, str(self._meetings))
-
-
-class Over(Exception):
-    """Nobody waits for the others any more."""
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Every rank reports to rank 0 once, and rank 0 answers. Values go as JSON."""
-
-    _store: Store | None
-    _name: str
-    over: Event = field(default_factory=Event)
-    """Set it to end what waits here, by Over."""
-
-    def report(self, said: Any) -> list[Any] | None:
-        """On rank 0 the reports of all ranks, by rank, as soon as they are there; None on the others, which do not wait."""
-        if self._store is None:
-            return [said]
-        if _world.rank != 0:
-            self._store.set(f"{self._name}/{_world.rank}", json.dumps(said))
-            return None
-        keys = [f"{self._name}/{rank}" for rank in range(1, _world.size)]
-        _poll(self._store, keys, self.over)
-        reports = [said, *(json.loads(self._store.get(key)) for key in keys)]
-        for key in keys:
-            self._store.delete_key(key)
-        return reports
-
-    def answer(self, own: T) -> T:
-        """Rank 0's answer, on all ranks; what the others give is not looked at."""
-        key = f"{self._name}/answer"
-        if self._store is None:
-            return own
-        if _world.rank == 0:
-            self._store.set(key, json.dumps(own))
-            return own
-        _poll(self._store, [key], self.over)
-        return json.loads(self._store.get(key))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

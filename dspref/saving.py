@@ -1,8 +1,7 @@
 """Saves: all ranks write, training goes on, and what they wrote is flushed to disk, hashed and committed beside it.
 
-Training waits until the bytes are handed to the system, which keeps them as they were; the disk and the hashes take longer.
-That is done by a thread of each rank. The threads talk through the job's key-value store: a collective of theirs would meet
-one of the main threads'.
+Training waits until the bytes are handed to the system, which keeps them as they were; the disk and the hashes take longer,
+and are left to a thread of each rank.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ import dspref
 from dspref import checkpoint, distributed
 from dspref.checkpoint import Part, Progress
 from dspref.config import Config
-from dspref.distributed import Meeting
 from dspref.errors import IOFault
 from dspref.files import sync_folder, write_atomically
+from dspref.meeting import Channel, Meeting
 from dspref.run_folder import RunFolder
 from dspref.watch import Ask, Watch
 
@@ -48,7 +47,7 @@ class Saver:
         """`parts`: what has a state to save."""
         self._run, self._parts, self._rules, self._watch = run, parts, config.checkpoint, watch
         self._facts = checkpoint.facts_of(run, config)
-        self._channel = distributed.Channel("commit")
+        self._channel = Channel("commit")
         self._commit: Commit | None = None
         self._news: SimpleQueue[str] = SimpleQueue()
 

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preflight", "agreement"),
     ("doctor",),
     ("distributed", "lock"),
-    ("watch",),
+    ("watch", "meeting"),
     ("admission", "filedigest", "adapters", "trust_region", "filling"),
     ("model", "shards"),
     ("engine",),
