@@ -23,18 +23,7 @@ from dspref.data.ahead import ahead
 from dspref.data.completions import to_preferences
 from dspref.data.formats import Preference, RowError, check_template
 from dspref.data.sources import BadRow, Row, Source, read
-from dspref.data.tokenize import (
-    CHUNK_ROWS,
-    Ids,
-    Limits,
-    Rendering,
-    TokenizedPair,
-    ids_of,
-    render,
-    split,
-    tokenizer_digest,
-    truncate,
-)
+from dspref.data.tokenize import CHUNK_ROWS, Limits, Rendering, TokenizedPair, render, split, tokenizer_digest, truncate
 from dspref.errors import DataError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -216,9 +205,10 @@ def _build(
     built, total, done = _Build(), sum(map(len, rows)), 0
     for source, of_source in zip(sources, rows, strict=True):
         before = len(built.rows)
-        # The tokenizer leaves Python free: the rows before it are split, and those behind it rendered, meanwhile.
-        for chunk, numbers, encoded in ahead(_encoded(ahead(_rendered(of_source, source, tokenizer)), tokenizer)):
-            for row, pair in zip(numbers, split(encoded), strict=True):
+        # The tokenizer leaves Python free to render the next rows meanwhile.
+        for chunk, rendered in ahead(_rendered(of_source, source, tokenizer)):
+            pairs = split([item for _, item in rendered], tokenizer)
+            for (row, _), pair in zip(rendered, pairs, strict=True):
                 built.add(done + row, chunk[row].where, pair, limits)
             done += len(chunk)
             built.read = done
@@ -239,15 +229,6 @@ def _rendered(
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         yield chunk, [(k, render(item, tokenizer)) for k, row in enumerate(chunk) for item in _convert(row, source)]
-
-
-def _encoded(
-    chunks: Iterator[tuple[Sequence[Row | BadRow], list[tuple[int, Rendering | RowError]]]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[tuple[Sequence[Row | BadRow], list[int], list[Ids | RowError]]]:
-    """The same chunks, each with the rows' numbers and token ids of all its pairs."""
-    for chunk, rendered in chunks:
-        yield chunk, [row for row, _ in rendered], ids_of([item for _, item in rendered], tokenizer)
 
 
 def _convert(row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:

@@ -96,10 +96,6 @@ def _truncated(pair: TokenizedPair, limits: Limits) -> TokenizedPair | RowError:
 # ---------------------------------------------------------------------------------------- render and tokenize
 
 
-Ids = tuple[list[int], list[int], list[int]]
-"""Token ids of the three texts of one pair."""
-
-
 class Rendering(NamedTuple):
     """The three texts of one pair. `special` tells whether the tokenizer adds its own special tokens."""
 
@@ -109,7 +105,7 @@ class Rendering(NamedTuple):
 
 def tokenize(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RowError]:
     """Tokenize without limits. Raises DataError when chat rows meet a tokenizer without a chat template."""
-    return split(ids_of([_render(preference, tokenizer) for preference in preferences], tokenizer))
+    return split([_render(preference, tokenizer) for preference in preferences], tokenizer)
 
 
 def render(preference: Preference | RowError, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
@@ -117,15 +113,10 @@ def render(preference: Preference | RowError, tokenizer: PreTrainedTokenizerBase
     return _render(preference, tokenizer) if isinstance(preference, Preference) else preference
 
 
-def ids_of(renderings: Sequence[Rendering | RowError], tokenizer: PreTrainedTokenizerBase) -> list[Ids | RowError]:
-    """Token ids of the texts of rendered pairs, by one call of the tokenizer for each kind of them."""
+def split(renderings: Sequence[Rendering | RowError], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RowError]:
+    """Token ids of rendered pairs, by one call of the tokenizer for each kind of them."""
     ids = {special: _batch_ids(renderings, tokenizer, special) for special in (False, True)}
-    return [item if isinstance(item, RowError) else next(ids[item.special]) for item in renderings]
-
-
-def split(encoded: Sequence[Ids | RowError]) -> list[TokenizedPair | RowError]:
-    """Each pair, split where its prompt ends."""
-    return [item if isinstance(item, RowError) else _split(*item) for item in encoded]
+    return [item if isinstance(item, RowError) else _split(*next(ids[item.special])) for item in renderings]
 
 
 def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
@@ -162,7 +153,7 @@ def _render_chat(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _batch_ids(
     renderings: Sequence[Rendering | RowError], tokenizer: PreTrainedTokenizerBase, special: bool
-) -> Iterator[Ids]:
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of the three texts of every rendering of one kind, from one call of the tokenizer."""
     chosen = (item for item in renderings if isinstance(item, Rendering) and item.special == special)
     texts = [text for item in chosen for text in item.texts]
