@@ -62,7 +62,8 @@ def run_parts(wanted: set[str], setup: Setup) -> Iterator[dict[str, Any]]:
 def attempt(title: str, benchmarks: list[str], setup: Setup, job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The record of a race or a part; where a process fails, why it is void."""
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    about = {"race": title, "benchmarks": benchmarks, "date": when, "rounds": setup.rounds, "void": None, "claims": []}
+    about = {"race": title, "benchmarks": benchmarks, "date": when, "hardware": hardware(), "rounds": setup.rounds}
+    about |= {"void": None, "claims": []}
     try:
         about |= job()
     except Failed as error:
@@ -114,7 +115,7 @@ def save(path: Path, record: dict[str, Any]) -> dict[str, Any]:
             old["claims"] = [claim for claim in old["claims"] if claim["benchmark"] not in record["benchmarks"]]
             old["benchmarks"] = [benchmark for benchmark in old["benchmarks"] if benchmark not in record["benchmarks"]]
     kept = [old for old in result["races"] if old["benchmarks"]]
-    result = {"hardware": hardware(), "versions": versions(), "races": [*kept, record]}
+    result = {"versions": versions(), "races": [*kept, record]}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 

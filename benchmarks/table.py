@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,18 @@ def as_markdown(result: dict[str, Any]) -> str:
     table = [HEADER, ("---",) * len(HEADER), *ordered(result)]
     lines = [f"| {' | '.join(row)} |" for row in table]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    dates = sorted({race["date"][:10] for race in result["races"]})
-    rounds = min(race["rounds"] for race in result["races"])
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    lines += ["", f"{when}, {result['hardware']['processor']}; least of {rounds} rounds or more; {versions}."]
+    lines += ["", *(f"- {line}" for line in measurements(result)), f"- {versions}"]
     return "\n".join(lines)
+
+
+def measurements(result: dict[str, Any]) -> Iterator[str]:
+    """A line for each day and machine: what was measured there."""
+    apart: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for race in result["races"]:
+        apart[race["date"][:10], race["hardware"]["processor"]].append(race)
+    for (date, processor), races in sorted(apart.items()):
+        names = sorted({name for race in races for name in race["benchmarks"]}, key=lambda name: int(name[1:]))
+        yield f"{', '.join(names)}: {date}, {processor}; least of {min(race['rounds'] for race in races)} rounds or more"
 
 
 def main() -> None:
