@@ -53,7 +53,7 @@ class Forked:
             self._scratch = tempfile.mkdtemp(prefix="dspref-forked-")
             path = os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)])
             quiet = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            quiet["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as launcher.main has it, which comes after the server's imports
+            quiet["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher has it, which comes after the server's imports
             self._server = subprocess.Popen(
                 [sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
                 env={**os.environ, **quiet, "TORCH_EXTENSIONS_DIR": f"{self._scratch}/extensions"}, start_new_session=True,
