@@ -14,7 +14,6 @@ from dspref import config as configuration
 from dspref.errors import ConfigError, ExitCode, UserError, exit_code_of
 from dspref.secrets import redact
 
-
 # What torch reads when it is loaded, where the user has not set it.
 FOR_TORCH = {
     # When a rank dies, torch's sockets on all others would print a page of C++ frames over the line that says why.
