@@ -18,9 +18,9 @@ from dspref.secrets import redact
 FOR_TORCH = {
     # When a rank dies, torch's sockets on all others would print a page of C++ frames over the line that says why.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    # Threads that wait for each other spin by default, and hold the cores that other work would let them have: beside four
-    # busy processes on two cores, a step of the quick start took 5 to 20 times as long.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # Threads that wait for each other spin for milliseconds by default, on cores that the others need where something else
+    # runs too. So many turns are some microseconds; docs/LOG.md has the figures.
+    "GOMP_SPINCOUNT": "1000",
 }
 
 
