@@ -80,7 +80,7 @@ def attention(setup: Setup) -> Outcome:
 def _packed(lengths: Sequence[int]) -> Callable[[], None]:
     from dspref.attention import KERNELS, Options, Segments
     from dspref.data.batch import collate
-    from dspref.data.tokenize import TokenizedPair
+    from dspref.data.truncate import TokenizedPair
 
     prompt = np.zeros(16, dtype=np.int32)
     answers = [np.zeros(length - len(prompt), dtype=np.int32) for length in lengths]

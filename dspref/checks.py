@@ -161,6 +161,23 @@ def _check_lengths(config: Config) -> Iterator[Complaint]:
     data = config.data
     if data.max_length and data.max_prompt_length and data.max_prompt_length >= data.max_length:
         yield ("data", "max_prompt_length"), f"must be below max_length ({data.max_length}), or no answer token fits"
+    if data.min_prompt_length:
+        if not data.max_length:
+            yield (
+                ("data", "min_prompt_length"),
+                "has no effect without max_length, as nothing makes a prompt shrink; drop it",
+            )
+        elif data.min_prompt_length >= data.max_length:
+            yield ("data", "min_prompt_length"), f"must be below max_length ({data.max_length}), or no answer token fits"
+        elif data.max_prompt_length and data.min_prompt_length > data.max_prompt_length:
+            yield ("data", "min_prompt_length"), f"must not be above max_prompt_length ({data.max_prompt_length})"
+    if data.on_overlong == "truncate":
+        return
+    if not (data.max_length or data.max_prompt_length or data.max_completion_length):
+        yield ("data", "on_overlong"), "has no effect where no length is limited; set max_length, or drop it"
+    for key in ("min_prompt_length", "truncation_mode"):
+        if getattr(data, key) != type(data).model_fields[key].default:
+            yield ("data", key), f"has no effect with on_overlong: {data.on_overlong}, which cuts nothing; drop one of them"
 
 
 def _check_sources(config: Config) -> Iterator[Complaint]:

@@ -194,13 +194,21 @@ class DataSection(Section):
     eval: OneOrNamed | None = None
     """Held-out pairs: one source, or `name: source` for several."""
     max_length: Annotated[int, Field(ge=2)] | None = 2048
-    """Longest prompt + answer in tokens; longer ones are cut."""
+    """Longest prompt + answer in tokens; of longer ones the prompt is cut first, then the answers."""
     max_prompt_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt in tokens."""
     max_completion_length: Annotated[int, Field(ge=1)] | None = None
     """Longest answer in tokens; its head is kept."""
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which end of a long prompt survives."""
+    """Which end of a long prompt survives; with keep_end, what the template puts before the first message stays too."""
+    min_prompt_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of a prompt that stay before answers are cut to max_length; default: a quarter of max_length."""
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with a pair that is beyond max_length, max_prompt_length or max_completion_length."""
+    scored: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens of a conversation that are scored. `assistant`: what the model itself writes in every turn of the answer, each
+    with the token that ends it; `last`: the same of the last turn alone; `all`: everything behind the prompt, headers and
+    other roles' turns too, as in TRL."""
     tokens_per_pack: Annotated[int, Field(ge=1)] = 16384
     """Computed tokens per rank and micro-step. A longer pair gets a pack of its own."""
     prefix_sharing: bool | Literal["auto"] = "auto"

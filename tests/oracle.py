@@ -21,8 +21,15 @@ Objective = Mapping[str, Any]
 # ------------------------------------------------------------------------------------------------ rows -> token ids
 
 
-def render(row: Mapping[str, Any], tokenizer: Any) -> list[list[int]]:
-    """(prompt, chosen, rejected) token ids: whole texts, split where the three part."""
+class Answer(list):
+    """Token ids of an answer, of which only those are scored where `scored` is true."""
+
+    scored: list[bool]
+
+
+def render(row: Mapping[str, Any], tokenizer: Any, scored: str = "assistant") -> list[list[int]]:
+    """(prompt, chosen, rejected) token ids: whole texts, split where the three part; of ChatML conversations the assistant's
+    words and ends are scored, or everything behind the split (`all`)."""
     prompt, chosen, rejected = explicit(row)
     if isinstance(prompt, str):
         eos = tokenizer.eos_token
@@ -34,7 +41,32 @@ def render(row: Mapping[str, Any], tokenizer: Any) -> list[list[int]]:
         ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     split = min(common(ids[0], ids[1]), common(ids[0], ids[2]))
-    return [ids[0][:split], ids[1][split:], ids[2][split:]]
+    answers = [ids[1][split:], ids[2][split:]]
+    if not isinstance(prompt, str) and scored == "assistant":
+        answers = [written(answer, tokenizer) for answer in answers]
+    return [ids[0][:split], *answers]
+
+
+def written(ids: list[int], tokenizer: Any) -> Answer:
+    """An answer as one reads it: the assistant speaks until its turn ends, then whoever the next header names."""
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    speaker, header, spoken = "assistant", None, []
+    for token in ids:
+        spoken.append(speaker == "assistant" and header is None)
+        if header is not None:
+            header += tokenizer.decode([token])
+            if header.endswith("\n"):
+                speaker, header = header.strip(), None
+        elif token == end:
+            speaker = "nobody"
+        elif token == start:
+            header = ""
+    answer = Answer(ids)
+    answer.scored = spoken
+    while not answer.scored[-1]:
+        answer.pop()
+        answer.scored.pop()
+    return answer
 
 
 def explicit(row: Mapping[str, Any]) -> list[Any]:
@@ -74,7 +106,8 @@ def score(lm: torch.nn.Module, prompt: list[int], answer: list[int]) -> Scores:
     tokens = list(logps.gather(-1, torch.tensor((prompt + answer)[1:])[:, None])[:, 0].unbind())
     collisions = list(logps.exp().square().sum(-1).log().unbind())
     first = len(prompt) - 1
-    return Scores(tokens[first:], collisions[first:], tokens[:first])
+    scored = [i for i in range(len(answer)) if not isinstance(answer, Answer) or answer.scored[i]]
+    return Scores([tokens[first + i] for i in scored], [collisions[first + i] for i in scored], tokens[:first])
 
 
 def score_pairs(lm: torch.nn.Module, pairs: Sequence[Sequence[list[int]]]) -> list[tuple[Scores, Scores]]:

@@ -152,6 +152,15 @@ def rows_that_share(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of_turns(count: int, seed: int) -> list[dict[str, Any]]:
+    """`rows_that_share`, where three answers are conversations of their own and two of them are one and the same."""
+    rows = rows_that_share(count, seed)
+    turns = [{"role": "user", "content": "and then"}, {"role": "assistant", "content": "gh a bed"}]
+    rows[2]["rejected"] = rows[5]["chosen"] = [*rows[2]["rejected"], *turns]
+    rows[4]["chosen"] = [*rows[4]["chosen"], *turns]
+    return rows
+
+
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     """A run's YAML file beside its model, tokenizer and pairs: four steps of four pairs, ZeRO-3, a checkpoint every two."""
     config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), attention_dropout=0.1)

@@ -110,7 +110,7 @@ def micro_step(model: Any, lengths: np.ndarray, warmups: int, steps: int) -> dic
 
 
 def random_pairs(lengths: np.ndarray, vocabulary: int) -> list[Any]:
-    from dspref.data.tokenize import TokenizedPair
+    from dspref.data.truncate import TokenizedPair
 
     draws = np.random.default_rng(SEED)
     rows = [[draws.integers(0, vocabulary, size=n).astype(np.int32) for n in row] for row in lengths.tolist()]

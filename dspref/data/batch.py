@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -85,9 +85,8 @@ def collate(
         # A segment with a shared prompt reads its keys right where the group starts, `prompt_offset` tokens before it.
         prompt = np.arange(segment.prompt) + (start - segment.prompt_offset)
         keys.append(np.concatenate([prompt, own]) if segment.prompt else own)
-        scored = segment.scored
-        # Token t is predicted at t - 1: the run of scored tokens, one earlier.
-        predictors.append(np.concatenate([prompt[-1:], own])[-scored - 1 : -1] if scored else own[:0])
+        # Token t is predicted at t - 1: the place before each scored token.
+        predictors.append(np.concatenate([prompt[-1:], own])[segment.scored + (len(prompt) > 0) - 1])
     cu_k = np.cumsum([0] + [len(k) for k in keys])
     spans, runs = _runs(segments)
     return PackedBatch(
@@ -97,8 +96,8 @@ def collate(
         cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32),
         kv_index=_int64(keys) if any(s.prompt for s in segments) else None,
         predictor_index=_int64(predictors),
-        targets=_int64([s.tokens[len(s.tokens) - s.scored :] for s in segments]),
-        scored_index=_int64(runs) if sum(map(len, runs)) > sum(s.scored for s in segments) else None,
+        targets=_int64([s.tokens[s.scored] for s in segments]),
+        scored_index=_int64(runs) if sum(map(len, runs)) > sum(len(s.scored) for s in segments) else None,
         span_index=_int64([np.full(len(run), span) for span, run in zip(spans, runs)]),
         place_in_span=_int64([np.arange(len(run)) for run in runs]),
         multiplicity=_int64([np.repeat(s.uses, s.lengths) for s in segments]),
@@ -114,78 +113,92 @@ def collate(
 
 
 @dataclass
+class _Answer:
+    """Tokens behind a prompt, the places of those that are scored, and the spans, one for each pair, that these count in."""
+
+    tokens: np.ndarray
+    scored: np.ndarray
+    spans: list[int]
+
+
+@dataclass
 class _Group:
-    """A prompt and answers to it. An answer has the spans, one for each pair, that its tokens are counted in; so has the
-    prompt where it is scored."""
+    """A prompt and answers to it; and the spans of the prompt where it is scored."""
 
     prompt: np.ndarray
     prompt_spans: list[int]
-    answers: list[tuple[np.ndarray, list[int]]]
+    answers: list[_Answer]
+
+
+def _sides(pair: TokenizedPair) -> tuple[_Answer, _Answer]:
+    """Both answers of a pair, without spans yet."""
+    of = zip((pair.chosen, pair.rejected), (pair.chosen_scored, pair.rejected_scored))
+    chosen, rejected = (_Answer(ids, np.arange(len(ids)) if mask is None else np.flatnonzero(mask), []) for ids, mask in of)
+    return chosen, rejected
 
 
 def _separate_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[_Group]:
     groups, count = [], len(pairs)
     for k, pair in enumerate(pairs):
-        groups.append(
-            _Group(pair.prompt, [PROMPT * count + k] if score_prompt else [], [(pair.chosen, [CHOSEN * count + k])])
-        )
-        groups.append(_Group(pair.prompt, [], [(pair.rejected, [REJECTED * count + k])]))
+        for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
+            answer.spans.append(side * count + k)
+            prompt_spans = [PROMPT * count + k] if score_prompt and side == CHOSEN else []
+            groups.append(_Group(pair.prompt, prompt_spans, [answer]))
     return groups
 
 
 def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[_Group]:
     """Groups of equal prompts, with their distinct answers, each in the order of first sight."""
     groups: dict[bytes, _Group] = {}
-    answers: dict[tuple[bytes, bytes], list[int]] = {}
+    answers: dict[tuple[bytes, ...], _Answer] = {}
     for k, pair in enumerate(pairs):
         key = pair.prompt.tobytes()
         group = groups.setdefault(key, _Group(pair.prompt, [], []))
         if score_prompt:
             group.prompt_spans.append(PROMPT * len(pairs) + k)
-        for side, answer in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
-            spans = answers.setdefault((key, answer.tobytes()), [])
-            if not spans:
-                group.answers.append((answer, spans))
-            spans.append(side * len(pairs) + k)
+        for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
+            known = answers.setdefault((key, answer.tokens.tobytes(), answer.scored.tobytes()), answer)
+            if known is answer:
+                group.answers.append(answer)
+            known.spans.append(side * len(pairs) + k)
     return list(groups.values())
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """Tokens with their own attention, in parts of `lengths` that would be computed `uses` times without sharing. The last
-    `scored` tokens are scored, in runs of (number of tokens, spans). `prompt` tokens that start `prompt_offset` before it
-    are keys too, and precede it in position."""
+    """Tokens with their own attention, in parts of `lengths` that would be computed `uses` times without sharing. Those at
+    the places `scored` are scored, in runs of (number of tokens, spans). `prompt` tokens that start `prompt_offset` before
+    it are keys too, and precede it in position."""
 
     tokens: np.ndarray
     lengths: tuple[int, ...]
     uses: tuple[int, ...]
+    scored: np.ndarray
     runs: tuple[tuple[int, list[int]], ...] = ()
     prompt: int = 0
     prompt_offset: int = 0
 
-    @property
-    def scored(self) -> int:
-        return sum(length for length, _ in self.runs)
-
 
 def _segments(group: _Group) -> list[_Segment]:
     """The prompt with its first answer, then each other answer."""
-    (first, spans), *others = group.answers
-    size, offset = len(group.prompt), len(group.prompt) + len(first)
-    uses = sum(len(of_answer) for _, of_answer in group.answers)
+    first, *others = group.answers
+    size, offset = len(group.prompt), len(group.prompt) + len(first.tokens)
+    uses = sum(len(answer.spans) for answer in group.answers)
+    of_prompt = np.arange(1, size) if group.prompt_spans else np.arange(0)
     prompt_run = ((size - 1, group.prompt_spans),) if group.prompt_spans else ()
-    tokens = np.concatenate([group.prompt, first])
-    segments = [_Segment(tokens, (size, len(first)), (uses, len(spans)), (*prompt_run, (len(first), spans)))]
-    for answer, spans in others:
-        run = (len(answer), spans)
-        segments.append(_Segment(answer, (len(answer),), (len(spans),), (run,), size, offset))
-        offset += len(answer)
+    tokens, scored = np.concatenate([group.prompt, first.tokens]), np.concatenate([of_prompt, size + first.scored])
+    runs = (*prompt_run, (len(first.scored), first.spans))
+    segments = [_Segment(tokens, (size, len(first.tokens)), (uses, len(first.spans)), scored, runs)]
+    for answer in others:
+        count, run = len(answer.tokens), (len(answer.scored), answer.spans)
+        segments.append(_Segment(answer.tokens, (count,), (len(answer.spans),), answer.scored, (run,), size, offset))
+        offset += count
     return segments
 
 
 def _filler() -> _Segment:
     """Four tokens that score nothing: a real forward and a zero gradient, for a rank that has run out of pairs."""
-    return _Segment(np.zeros(4, dtype=np.int64), (4,), (0,))
+    return _Segment(np.zeros(4, dtype=np.int64), (4,), (0,), np.arange(0))
 
 
 def _runs(segments: Sequence[_Segment]) -> tuple[list[int], list[np.ndarray]]:

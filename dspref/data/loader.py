@@ -99,13 +99,14 @@ class StepLoader:
 
 def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
     """Global counts of some pairs. Every rank knows all lengths, so no rank asks another."""
-    prompt, chosen, rejected = store.lengths[ids].sum(axis=0).tolist()
+    prompt, *answers = store.lengths[ids].sum(axis=0).tolist()
+    chosen, rejected = store.scored[ids].sum(axis=0).tolist()
     return {
         "pairs": len(ids),
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
         "chosen_and_prompt_tokens": prompt - len(ids) + chosen,
-        "tokens": 2 * prompt + chosen + rejected,
+        "tokens": 2 * prompt + sum(answers),
     }
 
 
@@ -132,21 +133,20 @@ class Placement:
 
 def place(store: PairStore, ids: np.ndarray, layout: Layout) -> Placement:
     """Pairs -> packs on all ranks; pairs of one prompt as a group, where sharing is on."""
-    lengths, budget, world = store.lengths[ids], layout.tokens_per_pack, layout.world_size
-    groups = group(store.same[ids], lengths, budget) if layout.prefix_sharing else alone(lengths)
+    lengths, scored, budget, world = store.lengths[ids], store.scored[ids], layout.tokens_per_pack, layout.world_size
+    groups = group(store.same[ids], lengths, budget, scored) if layout.prefix_sharing else alone(lengths, scored)
     packs = pack(groups.tokens, budget, world, groups.cost)
     in_order = np.argsort(groups.of_pair, kind="stable")
     members = np.split(ids[in_order], np.cumsum(np.bincount(groups.of_pair))[:-1])
     load = np.array([[groups.cost[chosen].sum() for chosen in rank] for rank in packs])
     largest = max(int(groups.tokens[chosen].sum()) for rank in packs for chosen in rank)
     tokens, room = int(groups.tokens.sum()), load.size * budget
-    answers = int(groups.answers.sum())
-    prompts = (tokens - answers) // (1 if layout.prefix_sharing else 2) - len(groups.tokens)
+    prompts = (tokens - int(groups.answers.sum())) // (1 if layout.prefix_sharing else 2) - len(groups.tokens)
     return Placement(
         [[np.concatenate([ids[:0], *(members[g] for g in chosen)]) for chosen in rank] for rank in packs],
         tokens,
         int(groups.attention.sum()),
-        answers + prompts * layout.score_prompt,
+        int(groups.scored.sum()) + prompts * layout.score_prompt,
         largest,
         tokens / room,
         1 - float(load.sum() / max(world * load.max(axis=0).sum(), 1)),

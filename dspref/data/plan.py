@@ -78,12 +78,13 @@ def _sample(source: np.ndarray, count: int, draws: np.random.Generator, together
 
 class Groups(NamedTuple):
     """Pairs that run together: the number of its group for each pair [n]; and of each group, the tokens that are computed,
-    the (query, key) pairs of causal attention, and those tokens that are answers', int64 each."""
+    the (query, key) pairs of causal attention, those tokens that are answers', and those that are scored, int64 each."""
 
     of_pair: np.ndarray
     tokens: np.ndarray
     attention: np.ndarray
     answers: np.ndarray
+    scored: np.ndarray
 
     @property
     def cost(self) -> np.ndarray:
@@ -91,23 +92,29 @@ class Groups(NamedTuple):
         return self.tokens + 2 * self.attention / QUADRATIC_TOKENS
 
 
-def alone(lengths: np.ndarray) -> Groups:
-    """Each pair by itself, its prompt computed twice; `lengths` [n, 3] are the tokens of prompt, chosen, rejected."""
+def alone(lengths: np.ndarray, scored: np.ndarray | None = None) -> Groups:
+    """Each pair by itself, its prompt computed twice; `lengths` [n, 3] are the tokens of prompt, chosen, rejected, `scored`
+    [n, 2] those of the answers that are scored (None: all)."""
+    answers = lengths[:, 1:].sum(axis=1)
     sequences = lengths[:, :1] + lengths[:, 1:]
     attention = (sequences * (sequences + 1) // 2).sum(axis=1)
-    return Groups(np.arange(len(lengths)), sequences.sum(axis=1), attention, lengths[:, 1:].sum(axis=1))
+    return Groups(
+        np.arange(len(lengths)), sequences.sum(axis=1), attention, answers, answers if scored is None else scored.sum(axis=1)
+    )
 
 
-def group(same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int) -> Groups:
+def group(same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int, scored: np.ndarray | None = None) -> Groups:
     """Pairs of one prompt together, so that it and each of their answers are computed once.
 
     `same` [n, 3] names the content of each (prompt, prompt + chosen, prompt + rejected), `lengths` [n, 3] are the tokens of
-    prompt, chosen, rejected. A group beyond `tokens_per_pack` is cut between two pairs.
+    prompt, chosen, rejected, `scored` [n, 2] those of the answers that are scored (None: all). A group beyond
+    `tokens_per_pack` is cut between two pairs.
     """
-    groups = _measured(_numbered(same[:, 0]), same, lengths)
+    scored = lengths[:, 1:] if scored is None else scored
+    groups = _measured(_numbered(same[:, 0]), same, lengths, scored)
     large = groups.tokens > tokens_per_pack
     if len(groups.tokens) < len(same) and large.any():
-        return _measured(_cut(groups.of_pair, large, same, lengths, tokens_per_pack), same, lengths)
+        return _measured(_cut(groups.of_pair, large, same, lengths, tokens_per_pack), same, lengths, scored)
     return groups
 
 
@@ -117,21 +124,21 @@ def _numbered(labels: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray) -> Groups:
+def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray, scored: np.ndarray) -> Groups:
     """A group computes its prompt, and each distinct answer of its pairs behind it."""
     count = int(groups.max(initial=-1)) + 1
     prompts = np.zeros(count, dtype=np.int64)
     prompts[groups] = lengths[:, 0]
-    twice, answers = np.tile(groups, 2), np.concatenate([lengths[:, 1], lengths[:, 2]])
+    twice, answers, scored = np.tile(groups, 2), lengths[:, 1:].T.reshape(-1), scored.T.reshape(-1)
     if count < len(groups):
         # Distinct (group, answer): one answer may be needed in two parts of a group that was cut.
         named = np.concatenate([same[:, 1], same[:, 2]]) * count + twice
         kept = np.unique(named, return_index=True)[1]
-        twice, answers = twice[kept], answers[kept]
+        twice, answers, scored = twice[kept], answers[kept], scored[kept]
     # The first answer runs behind the prompt, the others against its keys: (p + a)^2 / 2 less what is not computed twice.
-    scores = answers * prompts[twice] + answers * (answers + 1) // 2
-    tokens, attention = (np.bincount(twice, x, count).astype(np.int64) for x in (answers, scores))
-    return Groups(groups, prompts + tokens, prompts * (prompts + 1) // 2 + attention, tokens)
+    looks = answers * prompts[twice] + answers * (answers + 1) // 2
+    tokens, attention, targets = (np.bincount(twice, x, count).astype(np.int64) for x in (answers, looks, scored))
+    return Groups(groups, prompts + tokens, prompts * (prompts + 1) // 2 + attention, tokens, targets)
 
 
 def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.ndarray, budget: int) -> np.ndarray:

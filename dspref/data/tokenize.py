@@ -1,4 +1,4 @@
-"""A `Preference` becomes a `TokenizedPair`: render, tokenize whole texts, split, truncate.
+"""A `Preference` becomes a `TokenizedPair`: render, tokenize whole texts, split, mark what is scored.
 
 The prompt, prompt + chosen and prompt + rejected are each rendered and tokenized as a whole, because the
 tokens of a whole are not the tokens of its parts. The answers start where the three token sequences part.
@@ -8,46 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dspref.data.formats import Preference, RowError, one_line
-from dspref.errors import ConfigError, DataError
+from dspref.data.pieces import Encoder
+from dspref.data.template import NO_END, Rendering, Turn, learn, render
+from dspref.data.truncate import Limits, TokenizedPair, truncate, written
+from dspref.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_ROWS = 500
-# Keys of a row's chat_template_kwargs that would change what is rendered instead of how.
-RESERVED_KWARGS = frozenset(
-    {
-        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"),
-        *("continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length"),
-        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
-    }
-)
-
-
-class TokenizedPair(NamedTuple):
-    """Token ids, int32 `[n]` each. The prompt is shared and has at least one token; answers are scored."""
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Token limits, None for none. `truncation_mode`: keep_end | keep_start, of the prompt."""
-
-    max_length: int | None = None
-    max_prompt_length: int | None = None
-    max_completion_length: int | None = None
-    truncation_mode: str = "keep_end"
 
 
 def load_tokenizer(
@@ -79,135 +55,62 @@ def _template_text(chat_template: str) -> str:
         raise ConfigError(f"model.chat_template: {reason}; fix: give a path to a Jinja file") from None
 
 
+class Whole(NamedTuple):
+    """A pair before truncation; the first `head` tokens of its prompt are the template's own, before any content."""
+
+    pair: TokenizedPair
+    head: int
+
+
 def encode(
-    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, limits: Limits, scored: str = "assistant"
 ) -> list[TokenizedPair | RowError]:
-    """Tokenize and truncate; result i is the pair of preference i, or why it cannot be one."""
-    return [item if isinstance(item, RowError) else _truncated(item, limits) for item in tokenize(preferences, tokenizer)]
+    """Tokenize and truncate; result i is the pair of preference i, or why it cannot be one.
+
+    Raises DataError when chat rows meet a tokenizer without a chat template.
+    """
+    manners = learn(tokenizer)
+    renderings = [render(preference, tokenizer, manners, scored) for preference in preferences]
+    return [_truncated(item, limits) for item in split(renderings, Encoder(tokenizer))]
 
 
-def _truncated(pair: TokenizedPair, limits: Limits) -> TokenizedPair | RowError:
+def _truncated(item: Whole | RowError, limits: Limits) -> TokenizedPair | RowError:
+    if isinstance(item, RowError):
+        return item
     try:
-        return truncate(pair, limits)
+        return truncate(item.pair, limits, item.head)
     except RowError as error:
         return error
 
 
-# ---------------------------------------------------------------------------------------- render and tokenize
+# ---------------------------------------------------------------------------------------------------------------- split
 
 
-class Rendering(NamedTuple):
-    """The three texts of one pair. `special` tells whether the tokenizer adds its own special tokens."""
-
-    texts: tuple[str, str, str]
-    special: bool
-
-
-def tokenize(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RowError]:
-    """Tokenize without limits. Raises DataError when chat rows meet a tokenizer without a chat template."""
-    return split([_render(preference, tokenizer) for preference in preferences], tokenizer)
-
-
-def render(preference: Preference | RowError, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
-    """The texts of a pair, or why there are none. Raises as `tokenize` does."""
-    return _render(preference, tokenizer) if isinstance(preference, Preference) else preference
-
-
-def split(renderings: Sequence[Rendering | RowError], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RowError]:
+def split(renderings: Sequence[Rendering | RowError], encoder: Encoder) -> list[Whole | RowError]:
     """Token ids of rendered pairs, by one call of the tokenizer for each kind of them."""
-    ids = {special: _batch_ids(renderings, tokenizer, special) for special in (False, True)}
-    return [item if isinstance(item, RowError) else _split(*next(ids[item.special])) for item in renderings]
+    results: list[Whole | RowError] = []
+    ids = {special: _ids(renderings, encoder, special) for special in (False, True)}
+    for item in renderings:
+        results.append(item if isinstance(item, RowError) else _split(item, ids[item.special], encoder))
+    return results
 
 
-def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
-    if isinstance(preference.prompt, str):
-        eos = cast("str | None", tokenizer.eos_token) or ""
-        answers = (cast(str, preference.chosen), cast(str, preference.rejected))
-        chosen, rejected = (preference.prompt + (text if text.endswith(eos) else text + eos) for text in answers)
-        return Rendering((preference.prompt, chosen, rejected), special=True)
-    if tokenizer.chat_template is None:
-        reason = "the rows are conversations and the tokenizer has no chat template"
-        raise DataError(f"model.chat_template: {reason}; fix: set model.chat_template to a Jinja file")
-    try:
-        return _render_chat(preference, tokenizer)
-    except Exception as error:  # a template is a program: it may raise anything
-        return error if isinstance(error, RowError) else RowError("chat_template", f"{type(error).__name__}: {error}")
+def _ids(renderings: Sequence[Rendering | RowError], encoder: Encoder, special: bool) -> dict[str, np.ndarray]:
+    """int32 [n] of every text that renderings of one kind hold."""
+    texts: dict[str, None] = {}
+    for item in renderings:
+        if isinstance(item, Rendering) and item.special == special:
+            texts |= dict.fromkeys((item.prompt, item.chosen, item.rejected))
+            if not special:
+                texts[item.head] = None
+                texts |= dict.fromkeys(turn.opening for side in item.turns or () for turn in side)
+    return dict(zip(texts, encoder(list(texts), special))) if texts else {}
 
 
-def _render_chat(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering:
-    prompt, chosen, rejected = (
-        cast("list[dict[str, Any]]", part) for part in (preference.prompt, preference.chosen, preference.rejected)
-    )
-    kwargs = preference.chat_template_kwargs or {}
-    if reserved := sorted(RESERVED_KWARGS & set(kwargs)):
-        raise RowError("chat_template_kwargs", f"{reserved[0]!r} is not for a row to set", "remove the key")
-
-    def render(messages: list[dict[str, Any]], **ending: bool) -> str:
-        text = tokenizer.apply_chat_template(messages, tools=preference.tools, tokenize=False, **ending, **kwargs)
-        return cast(str, text)
-
-    unfinished = prompt[-1]["role"] == "assistant"
-    opening = render(prompt, continue_final_message=True) if unfinished else render(prompt, add_generation_prompt=True)
-    return Rendering((opening, render(prompt + chosen), render(prompt + rejected)), special=False)
-
-
-def _batch_ids(
-    renderings: Sequence[Rendering | RowError], tokenizer: PreTrainedTokenizerBase, special: bool
-) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Token ids of the three texts of every rendering of one kind, from one call of the tokenizer."""
-    chosen = (item for item in renderings if isinstance(item, Rendering) and item.special == special)
-    texts = [text for item in chosen for text in item.texts]
-    if not texts:
-        return iter(())
-    # Rows of one prompt repeat it, and pairs made of several answers repeat those.
-    distinct = {text: k for k, text in enumerate(dict.fromkeys(texts))}
-    ids = _ids(tokenizer, list(distinct), special)
-    if special:
-        ids = _without_doubles(ids, tokenizer)
-    of_texts = [ids[distinct[text]] for text in texts]
-    return zip(of_texts[0::3], of_texts[1::3], of_texts[2::3], strict=True)
-
-
-def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
-    encoded = tokenizer(
-        texts[: 1 if _is_plain(tokenizer) else None],
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    if not _is_plain(tokenizer):
-        return encoded["input_ids"]
-    # The call above has set the backend up; asked directly, it leaves out where each token lies in the text.
-    return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
-
-
-def _is_plain(tokenizer: Any) -> bool:
-    """Whether a tokenizer does nothing beside what its Rust backend does."""
-    from transformers import PreTrainedTokenizerFast
-
-    own = getattr(type(tokenizer), "_encode_plus", None)
-    return own is not None and own is getattr(PreTrainedTokenizerFast, "_encode_plus", None)
-
-
-def _without_doubles(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Drop what the tokenizer adds to a text that has it: a BOS written there, the EOS of `_render`."""
-    (bare,), (full,) = _ids(tokenizer, ["a"], special=False), _ids(tokenizer, ["a"], special=True)
-    bos, eos = cast("tuple[int | None, int | None]", (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    if eos is not None and full[-1:] == [eos] != bare[-1:]:
-        ids = [tokens[:-1] for tokens in ids]
-    if bos is not None and full[:1] == [bos] != bare[:1]:
-        ids = [tokens[1:] if tokens[:2] == [bos, bos] else tokens for tokens in ids]
-    return ids
-
-
-# ----------------------------------------------------------------------------------------- split and truncate
-
-
-def _split(prompt: list[int], with_chosen: list[int], with_rejected: list[int]) -> TokenizedPair | RowError:
+def _split(item: Rendering, ids: dict[str, np.ndarray], encoder: Encoder) -> Whole | RowError:
     """Split where the prompt stops being a prefix of both full texts, but after at least one token."""
-    prompt_ids, chosen, rejected = (np.asarray(ids, dtype=np.int32) for ids in (prompt, with_chosen, with_rejected))
-    boundary = min(_common_prefix(prompt_ids, chosen), _common_prefix(prompt_ids, rejected))
+    prompt, chosen, rejected = ids[item.prompt], ids[item.chosen], ids[item.rejected]
+    boundary = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
     if boundary == 0:
         # The first token of a text has no predecessor that could predict it. It may differ between the sides.
         if not np.array_equal(chosen[:1], rejected[:1]):
@@ -215,45 +118,48 @@ def _split(prompt: list[int], with_chosen: list[int], with_rejected: list[int]) 
         boundary = 1
     if np.array_equal(chosen, rejected):
         return RowError("rejected", "identical to chosen after tokenization")
-    for field, ids in (("chosen", chosen), ("rejected", rejected)):
-        if len(ids) <= boundary:
+    answers, masks = [], []
+    for k, (field, full) in enumerate((("chosen", chosen), ("rejected", rejected))):
+        answer, mask = full[boundary:], None
+        if item.turns is not None:
+            mask = _mask(item.turns[k], full, boundary, ids, encoder)
+            if mask is None:
+                return NO_END
+            answer, mask = written(answer, mask)
+        if not len(answer):
             return RowError(field, "no token of the answer is left to score")
-    return TokenizedPair(chosen[:boundary], chosen[boundary:], rejected[boundary:])
+        answers.append(answer)
+        masks.append(mask)
+    if np.array_equal(*answers):
+        return RowError("rejected", "identical to chosen after tokenization")
+    return Whole(TokenizedPair(chosen[:boundary], *answers, *masks), _head(item, ids, chosen[:boundary], encoder))
+
+
+def _head(item: Rendering, ids: dict[str, np.ndarray], prompt: np.ndarray, encoder: Encoder) -> int:
+    if not item.special:
+        return _common_prefix(ids[item.head], prompt) if item.head else 0
+    return int(prompt[0] == encoder.special_ids()[0]) if len(prompt) else 0
+
+
+def _mask(
+    turns: Sequence[Turn], full: np.ndarray, boundary: int, ids: dict[str, np.ndarray], encoder: Encoder
+) -> np.ndarray | None:
+    """bool [n - boundary]: the tokens that the model writes, from the end of each turn's opening to the token that ends it;
+    None where that is missing."""
+    mask = np.zeros(len(full), dtype=bool)
+    for turn in turns:
+        start = _common_prefix(ids[turn.opening], full)
+        ends = start + np.flatnonzero(np.logical_or.reduce([full[start:] == end for end in encoder.ids_of(turn.ends)]))
+        if len(ends) <= turn.inside:
+            return None
+        mask[start : ends[turn.inside] + 1] = True
+    return mask[boundary:]
 
 
 def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
     size = min(len(left), len(right))
     differ = left[:size] != right[:size]
     return int(differ.argmax()) if differ.any() else size
-
-
-def truncate(pair: TokenizedPair, limits: Limits) -> TokenizedPair:
-    """Cut a pair to the limits; both sides keep the same prompt, and answers lose their end.
-
-    Raises RowError when a side keeps no scored token, or (droppable) when both sides become equal.
-    """
-    prompt, chosen, rejected = pair
-    if limits.max_prompt_length is not None:
-        prompt = _kept(prompt, limits.max_prompt_length, limits.truncation_mode)
-    if limits.max_completion_length is not None:
-        chosen, rejected = chosen[: limits.max_completion_length], rejected[: limits.max_completion_length]
-    if limits.max_length is not None:
-        longer = max(len(chosen), len(rejected))
-        if len(prompt) + longer > limits.max_length:
-            prompt = _kept(prompt, limits.max_length - longer, limits.truncation_mode)
-            room = max(0, limits.max_length - len(prompt))
-            chosen, rejected = chosen[:room], rejected[:room]
-    for field, answer in (("chosen", chosen), ("rejected", rejected)):
-        if len(answer) == 0:
-            raise RowError(field, "no scored token is left after truncation", "raise data.max_length")
-    if np.array_equal(chosen, rejected):
-        raise RowError("rejected", "identical to chosen after truncation", "raise data.max_length", droppable=True)
-    return TokenizedPair(prompt, chosen, rejected)
-
-
-def _kept(prompt: np.ndarray, size: int, truncation_mode: str) -> np.ndarray:
-    size = min(len(prompt), max(1, size))
-    return prompt[:size] if truncation_mode == "keep_start" else prompt[len(prompt) - size :]
 
 
 # ----------------------------------------------------------------------------------------------------- digest

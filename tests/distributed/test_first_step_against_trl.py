@@ -35,7 +35,7 @@ def run_file(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "dtype": "float32",
         },
         "reference": {"mode": "engine", "name_or_path": f"{folder}/reference"},
-        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "shuffle": False, "tokens_per_pack": 1024},
+        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "shuffle": False, "tokens_per_pack": 1024, "scored": "all"},
         "objective": {"name": "dpo", "loss_type": "sigmoid", "beta": FIXTURE["beta"]},
         "train": {"pairs_per_step": len(FIXTURE["rows"]), "max_steps": 1, "max_grad_norm": 0},
         "output_dir": f"{folder}/run",

@@ -33,6 +33,7 @@ def run_small(workers, folder: Path) -> list[dict[str, float]]:
         "data": {
             "train": {"path": f"{folder}/pairs.jsonl", "weight": 1.5},
             "eval": {"path": f"{folder}/held_out.jsonl"},
+            "scored": "all",
         },
         "objective": {"name": "dpo", "label_smoothing": 0.05, "rpo_alpha": 0.2},
         "train": {"pairs_per_step": 8, "num_train_epochs": 2, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"},

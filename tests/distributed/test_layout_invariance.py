@@ -16,7 +16,7 @@ import oracle
 import pytest
 import torch
 import yaml
-from tiny import rows_that_share, save_tiny, save_tokenizer, tiny_config
+from tiny import rows_of_turns, save_tiny, save_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PAIRS = 11
@@ -33,7 +33,7 @@ def run_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     config = tiny_config(request.param.split("-")[0], vocabulary, **FAMILIES[request.param])
     save_tiny(folder / "policy", config, seed=1)
     save_tiny(folder / "reference", config, seed=2)
-    rows = rows_that_share(PAIRS, seed=3)
+    rows = rows_of_turns(PAIRS, seed=3)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
         "model": {

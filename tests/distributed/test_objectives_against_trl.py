@@ -36,7 +36,7 @@ def found(shared: Path, all_workers: dict, tmp_path_factory: pytest.TempPathFact
     lines = (shared / "data" / "alpacaeval_test.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [lines[row] for row in FIXTURE["rows"]]
     (folder / "pairs.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    pairs = [oracle.render(json.loads(row), AutoTokenizer.from_pretrained(tokenizer)) for row in rows]
+    pairs = [oracle.render(json.loads(row), AutoTokenizer.from_pretrained(tokenizer), scored="all") for row in rows]
     for name, recipe in FIXTURE["models"].items():
         save_model(folder / name, recipe, pairs)
     values = {
@@ -47,7 +47,7 @@ def found(shared: Path, all_workers: dict, tmp_path_factory: pytest.TempPathFact
             "gradient_checkpointing": False,
             "router_aux_scope": "micro",
         },
-        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "shuffle": False, "tokens_per_pack": 2048},
+        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "shuffle": False, "tokens_per_pack": 2048, "scored": "all"},
         "train": {"pairs_per_step": len(rows), "max_steps": 1, "max_grad_norm": 0},
         "output_dir": f"{folder}/run",
     }

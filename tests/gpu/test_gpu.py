@@ -19,7 +19,7 @@ from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_m
 
 from dspref import attention
 from dspref.data.batch import collate
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 from dspref.logps import scored_logps
 from dspref.model import PackedCausalLM
 

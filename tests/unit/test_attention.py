@@ -16,7 +16,7 @@ from dspref import admission, attention, model
 from dspref.attention import PACKED, Options, Segments, causal_mask, packed_attention
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch, collate
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError, EnvironmentFault, UserError
 from dspref.model import PackedCausalLM
 

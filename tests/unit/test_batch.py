@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch, collate, computed_tokens
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 
 
 def random_pairs(count: int, seed: int, longest: int = 9) -> list[TokenizedPair]:
@@ -18,6 +18,23 @@ def random_pairs(count: int, seed: int, longest: int = 9) -> list[TokenizedPair]
         TokenizedPair(*(draws.integers(0, 1000, draws.integers(1, longest + 1)).astype(np.int32) for _ in range(3)))
         for _ in range(count)
     ]
+
+
+def masked(pairs: list[TokenizedPair], seed: int) -> list[TokenizedPair]:
+    """The same pairs, some tokens of which are not scored; of the same answer not always the same."""
+    draws = np.random.default_rng(seed)
+
+    def mask(ids: np.ndarray) -> np.ndarray | None:
+        drawn = draws.integers(0, 2, len(ids)).astype(bool)
+        drawn[-1] = True
+        return None if drawn.all() else drawn
+
+    return [pair._replace(chosen_scored=mask(pair.chosen), rejected_scored=mask(pair.rejected)) for pair in pairs]
+
+
+def places(ids: np.ndarray, scored: np.ndarray | None) -> list[int]:
+    """Of the scored tokens of an answer."""
+    return [i for i in range(len(ids)) if scored is None or scored[i]]
 
 
 def visible(batch: PackedBatch) -> list[list[int]]:
@@ -40,6 +57,7 @@ def test_each_scored_token_is_predicted_from_its_own_prefix(seed: int, sharing: 
     prompt + answer[:j] at positions 0, 1, 2, ..., and every token that it attends to has seen the same prefix. So has the
     predictor of prompt token j, where prompts are scored: tokens 2 to n, once per pair."""
     pairs = random_pairs(1 + seed % 5, seed)
+    pairs = masked(pairs, seed) if seed % 2 else pairs
     batch = collate(pairs, range(100, 100 + len(pairs)), prefix_sharing=sharing, score_prompt=score_prompt)
     sees, ids, positions = visible(batch), batch.input_ids.tolist(), batch.position_ids.tolist()
     assert len(sees) == len(ids) == len(positions)
@@ -52,17 +70,22 @@ def test_each_scored_token_is_predicted_from_its_own_prefix(seed: int, sharing: 
     names = ("predictor_index", "targets", "span_index", "place_in_span")
     scored = list(zip(*(getattr(batch, name).tolist() for name in names)))
     for k, pair in enumerate(pairs):
-        answers = [(CHOSEN, pair.prompt, pair.chosen), (REJECTED, pair.prompt, pair.rejected)]
+        answers = [
+            (CHOSEN, pair.prompt, pair.chosen, pair.chosen_scored),
+            (REJECTED, pair.prompt, pair.rejected, pair.rejected_scored),
+        ]
         if score_prompt:
-            answers.append((PROMPT, pair.prompt[:1], pair.prompt[1:]))
-        for side, before, tokens in answers:
+            answers.append((PROMPT, pair.prompt[:1], pair.prompt[1:], None))
+        for side, before, tokens, mask in answers:
             of_side = [(p, target, place) for p, target, span, place in scored if divmod(span, len(pairs)) == (side, k)]
-            assert [target for _, target, _ in of_side] == tokens.tolist()
-            assert [place for *_, place in of_side] == list(range(len(tokens)))
-            for j, (predictor, _, _) in enumerate(of_side):
+            counted = places(tokens, mask)
+            assert [target for _, target, _ in of_side] == tokens[counted].tolist()
+            assert [place for *_, place in of_side] == list(range(len(counted)))
+            for j, (predictor, _, _) in zip(counted, of_side, strict=True):
                 assert [ids[s] for s in sees[predictor]] == [*before, *tokens[:j]]
     of_prompts = sum(len(p.prompt) - 1 for p in pairs) if score_prompt else 0
-    assert len(scored) == sum(len(p.chosen) + len(p.rejected) for p in pairs) + of_prompts
+    of_answers = [places(p.chosen, p.chosen_scored) + places(p.rejected, p.rejected_scored) for p in pairs]
+    assert len(scored) == sum(map(len, of_answers)) + of_prompts
 
 
 @pytest.mark.parametrize("sharing", [False, True])
@@ -149,7 +172,7 @@ def test_index_add_by_span_sums_each_answer(sharing: bool) -> None:
 def test_computed_tokens_is_what_the_model_gets(sharing: bool) -> None:
     for seed in range(10):
         pairs = random_pairs(1 + seed, seed)
-        lengths = np.array([[len(part) for part in pair] for pair in pairs])
+        lengths = np.array([[len(part) for part in pair[:3]] for pair in pairs])
         of_each = [len(collate([pair], [0], prefix_sharing=sharing).input_ids) for pair in pairs]
         assert computed_tokens(lengths, sharing).tolist() == of_each
         assert len(collate(pairs, range(len(pairs)), prefix_sharing=sharing).input_ids) == sum(of_each)
@@ -226,20 +249,28 @@ def test_pairs_of_one_prompt_share_it_and_their_answers(seed: int, score_prompt:
     """Read back from the tensors alone: of each pair and side, every token that is counted is predicted from exactly what
     precedes it; prompt and answers are computed once each; and a token's multiplicity is how often it would be without."""
     pairs = grouped_pairs(seed)
+    if seed % 3 == 0:  # few masks, so that some answers are equal in these too
+        pairs = [masked([pair], int(pair.chosen.sum()) % 2)[0] for pair in pairs]
     batch = collate(pairs, range(len(pairs)), prefix_sharing=True, score_prompt=score_prompt)
     sees, ids = visible(batch), batch.input_ids.tolist()
     counted = torch.arange(len(batch.targets)) if batch.scored_index is None else batch.scored_index
     predictors, targets = batch.predictor_index[counted].tolist(), batch.targets[counted].tolist()
     scored = list(zip(predictors, targets, batch.span_index.tolist(), batch.place_in_span.tolist(), strict=True))
     for k, pair in enumerate(pairs):
-        answers = [(CHOSEN, pair.prompt, pair.chosen), (REJECTED, pair.prompt, pair.rejected)]
-        for side, before, tokens in [*answers, (PROMPT, pair.prompt[:1], pair.prompt[1:] if score_prompt else [])]:
+        answers = [
+            (CHOSEN, pair.prompt, pair.chosen, pair.chosen_scored),
+            (REJECTED, pair.prompt, pair.rejected, pair.rejected_scored),
+            (PROMPT, pair.prompt[:1], pair.prompt[1:] if score_prompt else pair.prompt[:0], None),
+        ]
+        for side, before, tokens, mask in answers:
             of_side = [(p, target, place) for p, target, span, place in scored if divmod(span, len(pairs)) == (side, k)]
-            assert [(target, place) for _, target, place in of_side] == [(int(t), n) for n, t in enumerate(tokens)]
-            for j, (predictor, _, _) in enumerate(of_side):
+            counted = places(tokens, mask)
+            assert [(target, place) for _, target, place in of_side] == [(int(tokens[j]), n) for n, j in enumerate(counted)]
+            for j, (predictor, _, _) in zip(counted, of_side, strict=True):
                 assert [ids[s] for s in sees[predictor]] == [*before, *tokens[:j]]
 
-    sequences = {(p.prompt.tobytes(), answer.tobytes()): answer for p in pairs for answer in (p.chosen, p.rejected)}
+    sides = [(p, *side) for p in pairs for side in ((p.chosen, p.chosen_scored), (p.rejected, p.rejected_scored))]
+    sequences = {(p.prompt.tobytes(), answer.tobytes(), str(places(answer, mask))): answer for p, answer, mask in sides}
     prompts = {p.prompt.tobytes(): p.prompt for p in pairs}
     assert len(ids) == sum(map(len, prompts.values())) + sum(map(len, sequences.values()))
     apart = collate(pairs, range(len(pairs)), prefix_sharing=False)
@@ -249,6 +280,18 @@ def test_pairs_of_one_prompt_share_it_and_their_answers(seed: int, score_prompt:
     assert (batch.scored_index is None) == (
         len(sequences) == 2 * len(pairs) and not (score_prompt and len(prompts) < len(pairs))
     )
+
+
+def test_a_masked_answer_written_out() -> None:
+    """A conversation behind the prompt: the third of its tokens is another's, and nothing is scored there."""
+    mask = np.array([True, True, False, True])
+    pair = TokenizedPair(*(np.array(ids, dtype=np.int32) for ids in ([7, 8], [1, 2, 3, 4], [5, 6])), mask)
+    for sharing, predictors in ((False, [1, 2, 4, 7, 8]), (True, [1, 2, 4, 1, 6])):
+        batch = collate([pair], [42], prefix_sharing=sharing)
+        assert batch.predictor_index.tolist() == predictors
+        assert batch.targets.tolist() == [1, 2, 4, 5, 6]
+        assert batch.span_index.tolist() == [0, 0, 0, 1, 1]
+        assert batch.place_in_span.tolist() == [0, 1, 2, 0, 1]
 
 
 def test_a_group_written_out() -> None:

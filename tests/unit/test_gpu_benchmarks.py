@@ -28,7 +28,7 @@ from benchmarks.variants import loop, padded
 from benchmarks.workload import ROOT, Spec, Tokens
 from dspref.attention import KERNELS, PACKED, Options, Segments
 from dspref.data.batch import collate
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 from dspref.logps import pair_logps
 from dspref.model import PackedCausalLM
 

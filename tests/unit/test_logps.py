@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dspref import logps as module
 from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch, collate
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 from dspref.logps import HeadTransform, TokenLogps, pair_logps, scored_logps, scored_tokens
 
 C, D, V = 23, 16, 50

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dspref.data.batch import PackedBatch, collate
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 from dspref.families import PairLogps, total
 from dspref.logps import TokenLogps, pair_logps
 from dspref.metrics import Displacement, Meter, falls

@@ -152,7 +152,9 @@ def some_groups(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_a_group_computes_its_prompt_and_each_answer_once(seed: int, budget: int) -> None:
     """Against a slow count; and no group exceeds the budget but a single pair, nor mixes prompts."""
     same, lengths = some_groups(seed)
-    groups, tokens, attention, answers = group(same, lengths, budget)
+    scored = (lengths[:, 1:] + 1) // 2
+    groups, tokens, attention, answers, targets = group(same, lengths, budget, scored)
+    assert np.array_equal(group(same, lengths, budget).scored, answers), "without a mask every token is scored"
     assert sorted(set(groups.tolist())) == list(range(len(tokens)))
     for number, counted in enumerate(tokens.tolist()):
         members = np.flatnonzero(groups == number)
@@ -161,6 +163,7 @@ def test_a_group_computes_its_prompt_and_each_answer_once(seed: int, budget: int
         p, *sizes = (size for _, size in sorted(distinct.items(), reverse=True))  # prompts have the largest numbers
         assert attention[number] == p * (p + 1) // 2 + sum(a * p + a * (a + 1) // 2 for a in sizes)
         assert answers[number] == sum(sizes)
+        assert targets[number] == sum((size + 1) // 2 for size in sizes)
         assert len(set(same[members, 0].tolist())) == 1
         assert counted <= budget or len(members) == 1
     if budget == 10**6:
@@ -171,15 +174,16 @@ def test_pairs_without_common_prompts_stay_as_they_are() -> None:
     same, lengths = np.arange(30).reshape(10, 3), np.full((10, 3), 5)
     groups, tokens, *_ = group(same[::-1], lengths, 100)
     assert groups.tolist() == list(range(10)) and tokens.tolist() == [15] * 10
-    assert [len(x) for x in group(same[:0], lengths[:0], 100)] == [0, 0, 0, 0]
+    assert [len(x) for x in group(same[:0], lengths[:0], 100)] == [0, 0, 0, 0, 0]
 
 
 def test_a_pair_by_itself_computes_its_prompt_twice() -> None:
-    groups = alone(np.array([[3, 2, 4], [1, 1, 1]]))
+    groups = alone(np.array([[3, 2, 4], [1, 1, 1]]), np.array([[2, 1], [1, 1]]))
     assert groups.of_pair.tolist() == [0, 1]
     assert groups.tokens.tolist() == [5 + 7, 4]
     assert groups.attention.tolist() == [15 + 28, 3 + 3]
     assert groups.answers.tolist() == [6, 2]
+    assert groups.scored.tolist() == [3, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------- pack

@@ -24,7 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from dspref import admission, engine, model, router
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch, collate
-from dspref.data.tokenize import TokenizedPair
+from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError
 from dspref.model import PackedCausalLM
 from dspref.router import Routing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +12,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dspref.data.formats import Preference, RowError
-from dspref.data.tokenize import (
-    Limits,
-    TokenizedPair,
-    encode,
-    load_tokenizer,
-    tokenize,
-    tokenizer_digest,
-    truncate,
-)
+from dspref.data.pieces import Encoder
+from dspref.data.tokenize import encode, load_tokenizer, tokenizer_digest
+from dspref.data.truncate import Limits, TokenizedPair, truncate
 from dspref.errors import ConfigError, DataError
 
 GPT2 = Path(__file__).parents[2] / ".." / "shared" / "tokenizer" / "gpt2-chatml"
@@ -65,14 +60,14 @@ def gpt2() -> PreTrainedTokenizerBase:
     return load_tokenizer(str(GPT2))
 
 
-def one(preference: Preference, tokenizer: PreTrainedTokenizerBase, limits: Limits = NO_LIMITS) -> TokenizedPair:
-    (result,) = encode([preference], tokenizer, limits)
+def one(preference: Preference, tokenizer: PreTrainedTokenizerBase, scored: str = "all") -> TokenizedPair:
+    (result,) = encode([preference], tokenizer, NO_LIMITS, scored)
     assert isinstance(result, TokenizedPair), result
     return result
 
 
 def texts(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    return tuple(" ".join(tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in pair)
+    return tuple(" ".join(tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in pair[:3])
 
 
 # ----------------------------------------------------------------------------------------------- text
@@ -144,8 +139,9 @@ def assert_matches(result: TokenizedPair | RowError, expected: Sequence[Sequence
         assert isinstance(result, RowError)
         return
     assert isinstance(result, TokenizedPair), result
-    assert [ids.tolist() for ids in result] == [list(ids) for ids in expected]
-    assert {ids.dtype for ids in result} == {np.dtype(np.int32)}
+    assert [ids.tolist() for ids in result[:3]] == [list(ids) for ids in expected]
+    assert {ids.dtype for ids in result[:3]} == {np.dtype(np.int32)}
+    assert result[3:] == (None, None)
 
 
 # ----------------------------------------------------------------------------------------------- chat
@@ -155,11 +151,13 @@ def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def test_chat_is_what_the_template_renders_and_the_last_newline_is_scored(
+def test_chat_is_what_the_template_renders_and_the_newline_behind_the_end_is_scored_on_request(
     gpt2: PreTrainedTokenizerBase,
 ) -> None:
     prompt = [message("system", "s"), message("user", "q")]
-    pair = one(Preference(prompt, [message("assistant", "a")], [message("assistant", "b")]), gpt2)
+    row = Preference(prompt, [message("assistant", "a")], [message("assistant", "b")])
+    assert gpt2.decode(one(row, gpt2, "assistant").chosen.tolist()) == "a<|im_end|>"
+    pair = one(row, gpt2)
     assert gpt2.decode(pair.prompt.tolist()) == (
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -220,7 +218,7 @@ def test_text_and_chat_rows_keep_their_order_over_chunks(monkeypatch: pytest.Mon
         else Preference([message("user", "p")], [message("assistant", letter)], [message("assistant", "z")])
         for i, letter in enumerate(letters)
     ]
-    pairs = [pair for pair in tokenize(rows, tokenizer) if isinstance(pair, TokenizedPair)]
+    pairs = [pair for pair in encode(rows, tokenizer, NO_LIMITS, "all") if isinstance(pair, TokenizedPair)]
     assert [texts(pair, tokenizer)[1].split()[0] for pair in pairs] == list(letters)
 
 
@@ -242,17 +240,24 @@ def test_template_errors_are_one_line() -> None:
 # ----------------------------------------------------------------------------------------------- truncation
 
 
-def slow_truncate(pair: Sequence[list[int]], limits: Limits) -> tuple[list[int], ...] | None:
+def slow_truncate(pair: Sequence[list[int]], limits: Limits, head: int) -> tuple[list[int], ...] | None:
     """The three rules, one token at a time."""
     prompt, chosen, rejected = (list(ids) for ids in pair)
-    end = 0 if limits.truncation_mode == "keep_end" else -1
-    while limits.max_prompt_length and len(prompt) > limits.max_prompt_length:
-        prompt.pop(end)
+    least = limits.min_prompt_length if limits.min_prompt_length is not None else (limits.max_length or 0) // 4
+
+    def shrink(size: int) -> None:
+        own = min(head, size // 2)
+        while len(prompt) > size:
+            prompt.pop(own if limits.truncation_mode == "keep_end" else -1)
+
+    if limits.max_prompt_length:
+        shrink(limits.max_prompt_length)
     for answer in (chosen, rejected):
         while limits.max_completion_length and len(answer) > limits.max_completion_length:
             answer.pop()
-    while limits.max_length and len(prompt) > 1 and len(prompt) + max(len(chosen), len(rejected)) > limits.max_length:
-        prompt.pop(end)
+    longest = max(len(chosen), len(rejected))
+    if limits.max_length and len(prompt) + longest > limits.max_length:
+        shrink(max(limits.max_length - longest, least, 1))
     for answer in (chosen, rejected):
         while limits.max_length and answer and len(prompt) + len(answer) > limits.max_length:
             answer.pop()
@@ -264,13 +269,52 @@ def test_truncation_follows_the_three_rules_for_random_lengths() -> None:
     for _ in range(2000):
         pair = [rng.choices(range(3), k=rng.randint(1, 12)) for _ in range(3)]
         total, of_prompt, of_answer = (rng.choice([None, *range(1, 14)]) for _ in range(3))
-        limits = Limits(total, of_prompt, of_answer, rng.choice(["keep_end", "keep_start"]))
+        least = rng.choice([None, *range(1, 6)])
+        limits = Limits(total, of_prompt, of_answer, rng.choice(["keep_end", "keep_start"]), least)
+        head = rng.randint(0, len(pair[0]))
         tokenized = TokenizedPair(*(np.asarray(ids, dtype=np.int32) for ids in pair))
         try:
-            result = truncate(tokenized, limits)
+            result = truncate(tokenized, limits, head)
         except RowError as error:
             result = error
-        assert_matches(result, slow_truncate(pair, limits))
+        assert_matches(result, slow_truncate(pair, limits, head))
+
+
+def test_a_long_answer_leaves_a_quarter_to_the_prompt_and_the_template_its_opening(gpt2: PreTrainedTokenizerBase) -> None:
+    """Case F4: the trained prompt was one newline."""
+    question = "Please tell me all about whales and their songs"
+    rows = [Preference([message("user", question)], [message("assistant", "song " * 300)], [message("assistant", "no")])]
+    (pair,) = encode(rows, gpt2, Limits(max_length=100))
+    assert isinstance(pair, TokenizedPair)
+    assert str(gpt2.decode(pair.prompt.tolist())) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    assert len(pair.prompt) + len(pair.chosen) == 100
+    (pair,) = encode(rows, gpt2, Limits(max_length=100, min_prompt_length=12))
+    assert isinstance(pair, TokenizedPair)
+    assert str(gpt2.decode(pair.prompt.tolist())) == "<|im_start|>user\n and their songs<|im_end|>\n<|im_start|>assistant\n"
+    for asked, droppable in (("drop", True), ("error", False)):
+        (error,) = encode(rows, gpt2, Limits(max_length=100, on_overlong=asked))
+        assert isinstance(error, RowError)
+        assert (error.field, error.droppable) == ("row", droppable)
+        assert "data.max_length" in error.fix
+    (pair,) = encode(rows, gpt2, Limits(max_length=1000, on_overlong="error"))
+    assert isinstance(pair, TokenizedPair)
+
+
+def test_bos_survives_in_text_rows() -> None:
+    (pair,) = encode([Preference("p q r s t u v w", " a b", " c")], words("b"), Limits(max_length=7))
+    assert isinstance(pair, TokenizedPair)
+    assert texts(pair, words()) == ("<s> u v w", "a b </s>", "c </s>")
+
+
+def test_a_cut_answer_ends_with_a_scored_token() -> None:
+    ids, scored = np.arange(6, dtype=np.int32), np.array([True, True, False, False, False, True])
+    pair = TokenizedPair(ids[:2], ids, ids[::-1], scored, scored)
+    cut = truncate(pair, Limits(max_completion_length=4))
+    assert [part.tolist() for part in cut[:3]] == [[0, 1], [0, 1], [5, 4]]
+    assert cut[3:] == (None, None)
+    late = TokenizedPair(ids[:2], ids, ids[::-1], ~scored, scored)
+    with pytest.raises(RowError, match="no scored token"):
+        truncate(late, Limits(max_completion_length=2))
 
 
 def test_only_pairs_made_equal_by_truncation_are_droppable() -> None:
@@ -280,6 +324,51 @@ def test_only_pairs_made_equal_by_truncation_are_droppable() -> None:
     assert isinstance(error, RowError)
     assert "no scored token" in error.reason
     assert not error.droppable
+
+
+# ----------------------------------------------------------------------------------------------- pieces
+
+
+def metaspace(scheme: str) -> PreTrainedTokenizerFast:
+    """As SentencePiece: a space before the first word of a text, or of each of its pieces."""
+    pieces = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz▁12'.\n", "▁w", "▁wo"]
+    merges = [("▁", "w"), ("▁w", "o")]
+    backend = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = Metaspace(prepend_scheme=scheme)  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["words", "merging", "always", "first", "never", "gpt2"])
+def test_pieces_give_the_ids_of_whole_texts(kind: str, request: pytest.FixtureRequest) -> None:
+    made = {"words": words, "merging": merging}
+    tokenizer = request.getfixturevalue("gpt2") if kind == "gpt2" else made[kind]() if kind in made else metaspace(kind)
+    encoder, rng = Encoder(tokenizer), random.Random(3)
+    assert encoder._cuts, "whole texts are encoded: nothing is shown"
+    special = list(encoder._cuts)
+    bits = [*special, " ", "  ", "\n", "wo", " wo", "sk", "y", "in", "1", "'", ".", "é"]
+    texts = ["".join(rng.choices(bits, k=rng.randint(0, 9))) for _ in range(400)]
+    whole = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert [ids.tolist() for ids in encoder(texts, special=False)] == whole
+    assert [ids.tolist() for ids in encoder(texts[::-1], special=False)] == whole[::-1], "what is remembered"
+
+
+def test_real_pairs_in_pieces_have_the_ids_of_whole_texts(gpt2: PreTrainedTokenizerBase, shared: Path) -> None:
+    lines = (shared / "data" / "multiturn_train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    rows = [json.loads(line) for line in lines]
+    texts = [
+        gpt2.apply_chat_template(row["prompt"] + row[side], tokenize=False)
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    whole = [gpt2.encode(text, add_special_tokens=False) for text in texts]
+    assert [ids.tolist() for ids in Encoder(gpt2)(texts, special=False)] == whole
+
+
+def test_where_a_sample_differs_whole_texts_are_encoded() -> None:
+    encoder = Encoder(words())
+    encoder._known["p q"] = np.zeros(1, dtype=np.int32)  # as of a tokenizer whose pieces are not independent
+    (ids,) = encoder(["</s>p q"], special=False)
+    assert ids.tolist() == words().encode("</s>p q", add_special_tokens=False)
 
 
 # ----------------------------------------------------------------------------------------------- tokenizers

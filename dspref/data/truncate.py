@@ -1,0 +1,103 @@
+"""Token ids of a pair, cut to the limits of a run; and the type of such a pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dspref.data.formats import RowError
+
+RAISE = "raise data.max_length, or set data.on_overlong"
+
+
+class TokenizedPair(NamedTuple):
+    """Token ids, int32 `[n]` each, and which tokens of the answers are scored, bool `[n]`; None: all of them.
+
+    The prompt is shared and has at least one token. The last token of an answer is scored.
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_scored: np.ndarray | None = None
+    rejected_scored: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Token limits, None for none. `truncation_mode`: keep_end | keep_start, of the prompt. `on_overlong`: what to do with a
+    pair beyond them: truncate | drop | error."""
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    truncation_mode: str = "keep_end"
+    min_prompt_length: int | None = None
+    """What is left of a prompt before answers are cut; None: a quarter of max_length."""
+    on_overlong: str = "truncate"
+
+
+def truncate(pair: TokenizedPair, limits: Limits, head: int = 0) -> TokenizedPair:
+    """Cut a pair to the limits; both sides keep the same prompt, and answers lose their end.
+
+    The prompt is cut to max_prompt_length and the answers to max_completion_length. Where prompt and longer answer are still
+    beyond max_length, the prompt shrinks, but not below min_prompt_length, and then the answers. The first `head` tokens
+    of the prompt, which the template puts before any content, survive `keep_end`.
+
+    Raises RowError when a side keeps no scored token, or (droppable) when both sides become equal, or where overlong pairs
+    are to be dropped.
+    """
+    prompt, chosen, rejected = pair[:3]
+    if limits.max_prompt_length is not None:
+        prompt = _kept(prompt, limits.max_prompt_length, limits.truncation_mode, head)
+    if limits.max_completion_length is not None:
+        chosen, rejected = chosen[: limits.max_completion_length], rejected[: limits.max_completion_length]
+    if limits.max_length is not None and len(prompt) + max(len(chosen), len(rejected)) > limits.max_length:
+        room = limits.max_length - max(len(chosen), len(rejected))
+        least = limits.max_length // 4 if limits.min_prompt_length is None else limits.min_prompt_length
+        prompt = _kept(prompt, max(room, least), limits.truncation_mode, head)
+        room = max(0, limits.max_length - len(prompt))
+        chosen, rejected = chosen[:room], rejected[:room]
+    (chosen, chosen_scored), (rejected, rejected_scored) = (
+        _cut(chosen, pair.chosen_scored),
+        _cut(rejected, pair.rejected_scored),
+    )
+    cut = TokenizedPair(prompt, chosen, rejected, chosen_scored, rejected_scored)
+    shorter = [len(after) < len(before) for before, after in zip(pair[:3], cut[:3])]
+    if any(shorter) and limits.on_overlong != "truncate":
+        _refuse(pair, limits)
+    for field, answer in (("chosen", cut.chosen), ("rejected", cut.rejected)):
+        if len(answer) == 0:
+            raise RowError(field, "no scored token is left after truncation", RAISE)
+    if np.array_equal(cut.chosen, cut.rejected):
+        raise RowError("rejected", "identical to chosen after truncation", RAISE, droppable=True)
+    return cut
+
+
+def _refuse(pair: TokenizedPair, limits: Limits) -> None:
+    """Raise RowError for a pair beyond the limits; without its length, so that equal reasons are counted together."""
+    asked = {name: getattr(limits, name) for name in ("max_length", "max_prompt_length", "max_completion_length")}
+    beyond = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
+    fix = f"raise {' or '.join(f'data.{name}' for name, value in asked.items() if value is not None)}"
+    raise RowError("row", f"longer than {beyond}", f"{fix}, or set data.on_overlong", droppable=limits.on_overlong == "drop")
+
+
+def _kept(prompt: np.ndarray, size: int, truncation_mode: str, head: int) -> np.ndarray:
+    size = max(1, size)
+    if len(prompt) <= size or truncation_mode == "keep_start":
+        return prompt[:size]
+    head = min(head, size // 2)  # a long opening must leave room for what follows it
+    return np.concatenate([prompt[:head], prompt[len(prompt) - size + head :]])
+
+
+def _cut(answer: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """The head of an answer up to its last scored token, and its mask."""
+    return (answer, None) if mask is None else written(answer, mask[: len(answer)])
+
+
+def written(answer: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """An answer up to its last scored token, as nothing behind that matters, and its mask; None where all is scored."""
+    end = len(mask) - int(mask[::-1].argmax()) if mask.any() else 0
+    return answer[:end], None if mask[:end].all() else mask[:end]

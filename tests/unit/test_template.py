@@ -1,0 +1,311 @@
+"""Which tokens of a conversation are scored, counted by hand, under templates in the style of families that people use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dspref.data.formats import Preference, RowError
+from dspref.data.template import Manners, learn
+from dspref.data.tokenize import encode
+from dspref.data.truncate import Limits, TokenizedPair
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "<|begin_of_text|>{% if tools %}<|start_header_id|>system<|end_header_id|>\n\n{{ tools | tojson }}<|eot_id|>{% endif %}"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.tool_calls %}"
+    "<|python_tag|>{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments | tojson }})<|eom_id|>"
+    "{% else %}{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "<bos>{% for m in messages %}"
+    "{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }} [/TOOL_RESULTS]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | tojson }}</s>{% else %} {{ m.content }}</s>{% endif %}"
+    "{% endfor %}"
+)
+# Thinking stays behind the last question only; there an empty block is written where there is none.
+QWEN3 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' %}"
+    "{% if loop.index0 > ns.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}"
+    "{% for call in m.tool_calls or [] %}\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+R1 = (
+    "<bos>{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<Assistant>{{ m.content.split('</think>')[-1] }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
+)
+NO_GENERATION_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ALWAYS_OPEN = NO_GENERATION_PROMPT + "<|im_start|>assistant\n"
+NO_END = "{% for m in messages %}<User>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+NO_END_OPEN = NO_END + "<User>assistant\n"
+SPECIAL = (
+    *(
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+    ),
+    *("<|python_tag|>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<User>", "<Assistant>", "<eos>"),
+)
+
+
+def characters(template: str, eos: str = "<eos>") -> PreTrainedTokenizerFast:
+    """A token per character, and one for each special token and tag."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tags = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    backend.add_tokens([AddedToken(token, normalized=False) for token in tags])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, chat_template=template)
+
+
+def said(role: str, content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def user(content: str) -> dict[str, Any]:
+    return said("user", content)
+
+
+def model(content: str, **more: Any) -> dict[str, Any]:
+    return said("assistant", content, **more)
+
+
+def calls(name: str, **arguments: Any) -> dict[str, Any]:
+    return model("", tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}])
+
+
+def parts(tokenizer: PreTrainedTokenizerFast, ids: Any, mask: Any) -> list[str]:
+    """The text of an answer in runs, those that are scored in brackets."""
+    runs: list[list[Any]] = []
+    for i, token in enumerate(ids.tolist()):
+        scored = mask is None or bool(mask[i])
+        if not runs or runs[-1][0] != scored:
+            runs.append([scored, []])
+        runs[-1][1].append(token)
+    return [f"[[{tokenizer.decode(run)}]]" if scored else str(tokenizer.decode(run)) for scored, run in runs]
+
+
+def marked(template: str, row: Preference, scored: str = "assistant") -> tuple[str, str, str] | RowError:
+    tokenizer = characters(template)
+    (pair,) = encode([row], tokenizer, Limits(), scored)
+    if isinstance(pair, RowError):
+        return pair
+    sides = ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored))
+    chosen, rejected = ("".join(parts(tokenizer, *side)) for side in sides)
+    return str(tokenizer.decode(pair.prompt)), chosen, rejected
+
+
+ONE = Preference([user("Hi")], [model("Yes.")], [model("No")])
+PROMPTS = {
+    CHATML: "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    LLAMA3: "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant"
+    "<|end_header_id|>\n\n",
+    GEMMA: "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+    QWEN3: "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    R1: "<bos><User>Hi<Assistant>",
+    NO_GENERATION_PROMPT: "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    ALWAYS_OPEN: "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+}
+ENDS = {LLAMA3: "<|eot_id|>", GEMMA: "<end_of_turn>", R1: "<eos>"}
+
+
+@pytest.mark.parametrize("template", PROMPTS)
+def test_one_turn_is_the_text_and_its_end(template: str) -> None:
+    """Neither header, nor what follows the end: 5 and 3 tokens, whatever the template has around them."""
+    thought = "<think>\n\n</think>\n\n" if template == QWEN3 else ""
+    end = ENDS.get(template, "<|im_end|>")
+    assert marked(template, ONE) == (PROMPTS[template], f"[[{thought}Yes.{end}]]", f"[[{thought}No{end}]]")
+    (pair,) = encode([ONE], characters(template), Limits())
+    assert isinstance(pair, TokenizedPair)
+    block = 6 * bool(thought)  # <think> \n \n </think> \n \n
+    assert (len(pair.chosen), len(pair.rejected)) == (5 + block, 3 + block)
+
+
+def test_a_space_that_the_template_puts_before_an_answer_belongs_to_its_first_word() -> None:
+    prompt, chosen, rejected = marked(MISTRAL, ONE)  # pyright: ignore[reportGeneralTypeIssues]
+    # A token per character: here the space is one of its own, and no more the model's than a header is.
+    assert (prompt, chosen, rejected) == ("<s>[INST] Hi [/INST] ", "[[Yes.</s>]]", "[[No</s>]]")
+
+
+SEVERAL = Preference(
+    [user("Hi")],
+    [model("Hello, who are you?"), user("A tall gardener from far away."), model("Nice!")],
+    [model("What?"), user("Rude."), model("Whatever.")],
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "between", "end"),
+    [
+        (CHATML, "\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (NO_GENERATION_PROMPT, "\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (ALWAYS_OPEN, "\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (
+            LLAMA3,
+            "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>",
+        ),
+        (GEMMA, "\n<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+        (MISTRAL, "[INST] {} [/INST] ", "</s>"),
+        (R1, "<User>{}<Assistant>", "<eos>"),
+    ],
+)
+def test_every_turn_of_the_assistant_is_scored_or_the_last_alone(template: str, between: str, end: str) -> None:
+    gardener, rude = between.format("A tall gardener from far away."), between.format("Rude.")
+    _, chosen, rejected = marked(template, SEVERAL)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == f"[[Hello, who are you?{end}]]{gardener}[[Nice!{end}]]"
+    assert rejected == f"[[What?{end}]]{rude}[[Whatever.{end}]]"
+    _, chosen, rejected = marked(template, SEVERAL, "last")  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == f"Hello, who are you?{end}{gardener}[[Nice!{end}]]"
+    assert rejected == f"What?{end}{rude}[[Whatever.{end}]]"
+
+
+def test_counts_of_the_case_file() -> None:
+    """F3: 77 and 42 tokens behind the prompt; 19 + 5 and 5 + 9 characters are the assistant's, with an end for each turn."""
+    for scored, expected in (("all", (77, 42)), ("assistant", (26, 16)), ("last", (6, 10))):
+        (pair,) = encode([SEVERAL], characters(CHATML), Limits(), scored)
+        assert isinstance(pair, TokenizedPair)
+        masks = (pair.chosen_scored, pair.rejected_scored)
+        counts = [len(ids) if mask is None else int(mask.sum()) for ids, mask in zip(pair[1:3], masks)]
+        assert tuple(counts) == expected, scored
+
+
+def test_all_is_everything_behind_the_prompt() -> None:
+    _, chosen, rejected = marked(CHATML, ONE, "all")  # pyright: ignore[reportGeneralTypeIssues]
+    assert (chosen, rejected) == ("[[Yes.<|im_end|>\n]]", "[[No<|im_end|>\n]]")
+    prompt, chosen, _ = marked(NO_GENERATION_PROMPT, ONE, "all")  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n"
+    assert chosen == "[[<|im_start|>assistant\nYes.<|im_end|>\n]]"
+
+
+def test_a_turn_that_calls_a_tool_ends_with_what_ends_such_a_turn() -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    result = said("tool", "4")
+    row = Preference([user("Hi")], [calls("add", x=2), result, model("4.")], [model("5.")], tools)
+    prompt, chosen, rejected = marked(LLAMA3, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n[{")
+    assert chosen == (
+        '[[<|python_tag|>add({"x": 2})<|eom_id|>]]<|start_header_id|>tool<|end_header_id|>\n\n4<|eot_id|>'
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[[4.<|eot_id|>]]"
+    )
+    assert rejected == "[[5.<|eot_id|>]]"
+    _, chosen, _ = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == (
+        '[[<tool_call>{"name": "add", "arguments": {"x": 2}}</tool_call><|im_end|>]]\n<|im_start|>tool\n4<|im_end|>\n'
+        "<|im_start|>assistant\n[[4.<|im_end|>]]"
+    )
+    _, chosen, _ = marked(QWEN3, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == (
+        '[[<think>\n\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"x": 2}}\n</tool_call><|im_end|>]]\n'
+        "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\n4.<|im_end|>]]"
+    )
+    _, chosen, _ = marked(MISTRAL, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen.endswith("</s>]][TOOL_RESULTS] 4 [/TOOL_RESULTS] [[4.</s>]]")
+
+
+def test_a_template_that_strips_thinking_is_refused_and_one_that_keeps_it_is_trained() -> None:
+    thinks = Preference([user("Hi")], [model("<think>\nadd them\n</think>\n\n5")], [model("6")])
+    error = marked(R1, thinks)
+    assert isinstance(error, RowError)
+    assert error.field == "chosen[0].content"
+    assert "data.scored: all" in error.fix
+    _, chosen, _ = marked(R1, thinks, "all")  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == "[[\n\n5<eos>]]"
+    _, chosen, _ = marked(QWEN3, thinks)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == "[[<think>\nadd them\n</think>\n\n5<|im_end|>]]"
+    earlier = Preference([user("Hi")], [model("<think>\na\n</think>\n\n5"), user("So?"), model("6")], [model("7")])
+    assert isinstance(marked(QWEN3, earlier), RowError)
+    assert not isinstance(marked(QWEN3, earlier, "last"), RowError)
+    kept = Preference([user("Hi")], [model("5", reasoning_content="add them")], [model("6")])
+    error = marked(CHATML, kept)
+    assert isinstance(error, RowError) and error.field == "chosen[0].reasoning_content"
+
+
+def test_thinking_that_is_off_belongs_to_the_prompt() -> None:
+    row = Preference(ONE.prompt, ONE.chosen, ONE.rejected, chat_template_kwargs={"enable_thinking": False})
+    prompt, chosen, _ = marked(QWEN3, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert chosen == "[[Yes.<|im_end|>]]"
+
+
+def test_a_call_that_the_template_drops_is_refused() -> None:
+    error = marked(GEMMA, Preference([user("Hi")], [calls("add", x=2)], [model("5.")]))
+    assert isinstance(error, RowError)
+    assert error.field == "chosen[0].tool_calls"
+
+
+@pytest.mark.parametrize("template", [NO_END, NO_END_OPEN])
+def test_an_answer_without_an_end_token_is_refused(template: str) -> None:
+    error = marked(template, ONE)
+    assert isinstance(error, RowError)
+    assert "no end token" in error.reason and "data.scored: all" in error.fix
+    assert not isinstance(marked(template, ONE, "all"), RowError)
+
+
+def test_text_without_an_end_token_is_refused() -> None:
+    tokenizer = characters(CHATML)
+    tokenizer.eos_token = None
+    (error,) = encode([Preference("a", "b", "c")], tokenizer, Limits())
+    assert isinstance(error, RowError) and "eos_token" in error.reason
+    (pair,) = encode([Preference("a", "b", "c")], tokenizer, Limits(), "all")
+    assert isinstance(pair, TokenizedPair)
+
+
+def test_an_end_token_within_the_text_does_not_end_the_turn() -> None:
+    row = Preference([user("Hi")], [model("a<|im_end|>b"), user("c"), model("d")], [model("<|im_end|>")])
+    _, chosen, rejected = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == ("[[a<|im_end|>b<|im_end|>]]\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]")
+    assert rejected == "[[<|im_end|><|im_end|>]]"
+
+
+def test_what_follows_the_last_turn_of_the_assistant_is_left_out() -> None:
+    row = Preference([user("Hi")], [model("a"), user("bye")], [model("b")])
+    _, chosen, _ = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == "[[a<|im_end|>]]"
+
+
+def test_a_continued_answer_is_scored_from_its_own_words() -> None:
+    row = Preference([user("q"), model("so")], [user("x"), model("a")], [user("y"), model("b")])
+    prompt, chosen, _ = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.endswith("<|im_start|>assistant\nso")
+    assert chosen == "<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]"
+
+
+def test_what_is_learned_of_each_style() -> None:
+    learned = {
+        name: learn(characters(template)) for name, template in {"chatml": CHATML, "r1": R1, "llama3": LLAMA3}.items()
+    }
+    assert learned["chatml"] == Manners("<|im_start|>assistant\n", True, ("<|im_end|>",), ("<|im_end|>",))
+    assert learned["r1"] == Manners("<Assistant>", True, ("<eos>",), ("<eos>",))
+    assert learned["llama3"].ends == ("<|eot_id|>",)
+    assert learned["llama3"].tool_ends == ("<|eot_id|>", "<|eom_id|>")
+    odd = learn(characters("{% for m in messages %}{{ m.content | upper }}<eos>{% endfor %}"))
+    assert odd.unknown is not None
