@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.processes import Failed, cpu_seconds, measure
 from benchmarks.races import OBJECTIVES, Setup, Target, at_least, at_most
-from benchmarks.workload import SEED, SINGLE_TURN, Spec, invented_file, model_folder, ultrafeedback_lengths
+from benchmarks.workload import MULTI_TURN, SEED, SINGLE_TURN, Spec, invented_file, model_folder, ultrafeedback_lengths
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,17 @@ def lookup(setup: Setup) -> Outcome:
 
 def tokenizing(setup: Setup) -> Outcome:
     """Wall seconds, since threads and processes count here, to tokenize all pairs of a file."""
-    path = setup.data / SINGLE_TURN
+    figures, raw = [], {}
+    for source, title in ((SINGLE_TURN, "tokenizing, 2 cores"), (MULTI_TURN, "tokenizing many turns, 2 cores")):
+        raw[source] = _tokenized(setup, setup.data / source)
+        wall = {name: min(found["tokens_seconds"] for found in rounds) for name, rounds in raw[source]["rounds"].items()}
+        own = wall.pop("dspref")
+        figures += [Figure(title, seconds / own, at_least(3.0), peer=peer) for peer, seconds in wall.items()]
+        figures.append(Figure(title, raw[source]["rows"] / own, None, " rows/s"))
+    return figures, raw
+
+
+def _tokenized(setup: Setup, path: Path) -> dict[str, Any]:
     rows = len(path.read_text(encoding="utf-8").splitlines())
     model = model_folder("A", setup.work, setup.data)
     run = Spec(str(model), str(path), str(setup.work), pairs_per_step=rows, steps=1, max_length=8192, reference="none")
@@ -238,13 +248,7 @@ def tokenizing(setup: Setup) -> Outcome:
             raw[name].append(found["extra"] | {"useful_tokens": found["useful_tokens"][0]})
     if len({found["useful_tokens"] for rounds in raw.values() for found in rounds}) > 1:
         raise Failed("the contenders made other tokens of the same rows")
-    wall = {name: min(found["tokens_seconds"] for found in rounds) for name, rounds in raw.items()}
-    figures = [
-        Figure("tokenizing, 2 cores", wall["TRL"] / wall["dspref"], at_least(3.0), peer="TRL"),
-        Figure("tokenizing, 2 cores", wall["TRL, 2 processes"] / wall["dspref"], at_least(3.0), peer="TRL, 2 processes"),
-        Figure("tokenizing, 2 cores", rows / wall["dspref"], None, " rows/s"),
-    ]
-    return figures, {"rows": rows, "rounds": raw}
+    return {"rows": rows, "rounds": raw}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

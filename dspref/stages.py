@@ -44,6 +44,12 @@ from dspref.watch import Watch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What data.scored means for conversations, in the banner.
+SCORED = {
+    "assistant": "of conversations, what the assistant writes, each turn with its end token (data.scored: assistant)",
+    "last": "of conversations, the assistant's last turn with its end token (data.scored: last)",
+    "all": "everything behind the prompt, as TRL has it (data.scored: all)",
+}
 # Tokens that a sample answer may have.
 SAMPLE_TOKENS = 64
 
@@ -101,7 +107,10 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
     Rank 0 goes first and the others find its work in the cache; nobody waits in a collective.
     """
     section, data = config.model, config.data
-    limits = Limits(data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode)
+    limits = Limits(
+        data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode, data.min_prompt_length,
+        data.on_overlong,
+    )  # fmt: skip
 
     def work():
         model_config = model.load_config(section)
@@ -237,6 +246,7 @@ def introduce(
         "objective": describe(**config.objective.model_dump()),
         "reference": reference.describe(config),
         "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
+        "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} of {train.pairs_per_step} pairs ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}",
         "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",

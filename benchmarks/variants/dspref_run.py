@@ -32,6 +32,7 @@ def document(spec: Spec, folder: Path) -> dict[str, Any]:
             "tokens_per_pack": spec.tokens_per_pack,
             "prefix_sharing": spec.prefix_sharing,
             "shuffle": False,
+            "scored": "all",  # as peers have it
         },
         "objective": spec.objective,
         "train": {

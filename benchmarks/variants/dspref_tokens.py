@@ -16,7 +16,8 @@ def run(spec: Spec) -> Measurement:
     found, tokenizer = Measurement(), load_tokenizer(spec.model)
     limits, source = Limits(spec.max_length), Source(spec.data)
     with tempfile.TemporaryDirectory(dir=spec.work) as folder, spent(found.extra, store, "load_pairs", "tokens"):
-        pairs = store.load_pairs([source], tokenizer, limits, on_bad_row="error", cache_dir=Path(folder), log=print)
+        where = {"cache_dir": Path(folder), "log": print}
+        pairs = store.load_pairs([source], tokenizer, limits, on_bad_row="error", scored="all", **where)
     prompt, chosen, rejected = pairs.lengths.sum(axis=0).tolist()
     found.useful_tokens = [2 * prompt + chosen + rejected]
     return found

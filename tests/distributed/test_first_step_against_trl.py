@@ -10,12 +10,17 @@ import math
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
+import torch
 import yaml
 from tiny import save_tiny, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "golden" / "trl_first_step.json").read_text())
 # NLL differs in name only: TRL adds a loss "sft" where dspref says rpo_alpha.
+# The first loss by what is scored.
+LOSSES = {"all": 0.0, "assistant": 0.0}
 RPO_ALPHA = {"sigmoid": None, "sigmoid+sft": 0.5}
 
 
@@ -64,3 +69,24 @@ def test_first_step_equals_trl(world, run_file, all_workers):
         for name in compared:
             theirs = variant["metrics"][name]
             assert math.isclose(result[name], theirs, rel_tol=1e-4), (name, result[name], theirs)
+
+
+def test_by_default_the_newline_behind_the_end_token_is_not_scored(run_file, all_workers):
+    """Both numbers, and why: ChatML puts a newline behind `<|im_end|>`, which TRL scores (`data.scored: all`) and no model
+    ever writes. One token less in each answer moves the mean rewards; the oracle says by how much."""
+    tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(run_file.read_text())["model"]["tokenizer_name_or_path"])
+    rows = [json.loads(line) for line in (run_file.parent / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    ours, theirs = ([oracle.render(row, tokenizer, scored) for row in rows] for scored in ("assistant", "all"))
+    newline = tokenizer.encode("\n")
+    for own, whole in zip(ours, theirs, strict=True):
+        assert [[*answer, *newline] for answer in own[1:]] == whole[1:] and own[0] == whole[0]
+    load = AutoModelForCausalLM.from_pretrained
+    policy, reference = (load(run_file.parent / name, dtype=torch.float32) for name in ("policy", "reference"))
+    with torch.no_grad():
+        book = oracle.step(policy, reference, ours, {"name": "dpo", "beta": FIXTURE["beta"]})
+    (result,) = all_workers[1].run("cases:first_steps", config_path=str(run_file), variants=[["data.scored=assistant"]])[0]
+    trl = FIXTURE["variants"]["sigmoid"]["metrics"]
+    for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert math.isclose(result[name], float(book[name]), rel_tol=1e-4), (name, result[name], float(book[name]))
+    assert trl["loss"] == pytest.approx(LOSSES["all"], abs=1e-6)
+    assert result["loss"] == pytest.approx(LOSSES["assistant"], abs=1e-5)
