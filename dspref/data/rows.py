@@ -73,6 +73,9 @@ def close_name(name: str, values: Values, cutoff: float = 0.6) -> str | None:
 
 def missing(field: str, values: Values, name: str) -> RowError:
     """The error of a field whose column `name` is not there."""
+    if name in values:
+        taken = f"the column {name!r} is another field's by data.train.columns"
+        return RowError(field, taken, f"set data.train.columns.{field}")
     close, key = close_name(name, values), f"set data.train.columns.{field}"
     fix = f"did you mean {close!r}? {key}: {close}" if close else key
     return RowError(field, f"no column {name!r} among {sorted(map(str, values))}", fix)

@@ -451,6 +451,7 @@ def test_an_empty_system_message_is_none(empty: str | None) -> None:
         (TEXT | {"tool": []}, {"tools": "tool"}, None, "columns.tools"),
         ({**WHOLE, "other": "unrelated"}, {"prompt": "other"}, None, "columns.prompt"),
         (TEXT, {"system": "sys"}, None, "system"),
+        (TEXT, {"chosen": "rejected"}, None, "rejected"),
     ],
 )
 def test_a_key_without_effect_is_named(row: dict[str, Any], columns: dict[str, str], template: Any, field: str) -> None:
