@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dspref import losses, secrets, strategy
 from dspref.explain import yaml_word
 from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, needs_reference
-from dspref.sections import Config
+from dspref.sections import Config, SourceSection
 
 # lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
 SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
@@ -29,6 +30,9 @@ BOUNDS = {
     "lt": (operator.lt, "less than"),
     "le": (operator.le, "at most"),
 }
+
+# A column of places, 1 being the best.
+RANK_NAME = re.compile(r"(^|[._-])rank(s|ing|ings)?$", re.IGNORECASE)
 
 Complaint = tuple[tuple[str | int, ...], str]
 
@@ -186,12 +190,40 @@ def _check_sources(config: Config) -> Iterator[Complaint]:
         yield ("data", "keep_together"), "has no effect with shuffle: false, which keeps the order of the files"
     several = isinstance(data.train, list)
     for number, source in enumerate(data.train_sources):
-        own = ("data", "train", number) if several else ("data", "train")
-        ranked = [key for key in ("completions", "scores") if getattr(source.columns, key) != key]
-        if source.template and source.pairs != "all":
-            yield (*own, "pairs"), "is for rows of completions; a template makes one pair of a row"
-        elif source.template and ranked:
-            yield (*own, "columns", ranked[0]), "is for rows of completions; a template makes one pair of a row"
+        yield from _check_source(source, ("data", "train", number) if several else ("data", "train"))
+    named = isinstance(data.eval, Mapping)
+    for name, source in data.source_keys("eval").items():
+        yield from _check_source(source, ("data", "eval", name.removeprefix("data.eval.")) if named else ("data", "eval"))
+
+
+def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator[Complaint]:
+    """Keys of one source that exclude each other, or would have no effect."""
+    columns = source.columns.named
+    ranked = [key for key in ("completions", "scores", "ranks") if key in columns]
+    answers = [key for key in ("chosen", "rejected") if key in columns]
+    if source.template and source.pairs != "all":
+        yield (*own, "pairs"), "is for rows of completions; a template makes one pair of a row"
+    elif source.template and ranked:
+        yield (*own, "columns", ranked[0]), "is for rows of completions; a template makes one pair of a row"
+    elif source.template and (unread := sorted(columns.keys() - {"tools"})):
+        yield (*own, "columns", unread[0]), "has no effect beside a template, which makes the texts; drop one of them"
+    elif ranked and answers:
+        yield (
+            (*own, "columns", answers[0]),
+            f"holds one of two answers, columns.{ranked[0]} belongs to several; name one or the other",
+        )
+    if {"scores", "ranks"} <= columns.keys():
+        yield (*own, "columns", "ranks"), "give scores (higher is better) or ranks (1 is the best), not both"
+    elif "scores" in columns and RANK_NAME.search(columns["scores"]):
+        yield (
+            (*own, "columns", "scores"),
+            "names a rank, and of scores the higher is the better; use columns.ranks (1 is the best)",
+        )
+    if source.template and source.template.system is not None and source.as_ == "text":
+        yield (*own, "template", "system"), "has no effect with as: text; drop it, or write it into template.prompt"
+    twice = sorted(key for key, name in columns.items() if list(columns.values()).count(name) > 1)
+    if twice:
+        yield (*own, "columns", twice[1]), f"names the column of {twice[0]} once more"
 
 
 def _check_schedule(config: Config) -> Iterator[Complaint]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 
@@ -132,10 +132,22 @@ class Columns(Section):
     """Column that holds the better answer."""
     rejected: str = "rejected"
     """Column that holds the worse answer."""
-    completions: str = "completions"
-    """Column that holds a list of answers, in rows without chosen and rejected; `column.key`: a key of each item."""
-    scores: str = "scores"
-    """Column that holds their scores, higher is better; `column.key`: a key of each item."""
+    system: str | None = None
+    """Column that holds a system message; default: `system`, where there is one. With it texts become a conversation."""
+    tools: str | None = None
+    """Column that holds the tools of a conversation, a list or JSON text of one; default: `tools`."""
+    completions: str | None = None
+    """Column that holds a list of answers, in place of chosen and rejected; `column.key`: a key of each item. Default:
+    `completions`, in rows without a chosen answer."""
+    scores: str | None = None
+    """Column that holds their scores, higher is better; `column.key`: a key of each item. Default: `scores`."""
+    ranks: str | None = None
+    """Column that holds their ranks, 1 is the best; `column.key`: a key of each item. Default: `ranks`, without `scores`."""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns with other names than they have by default."""
+        return {key: name for key, name in self if name != type(self).model_fields[key].default}
 
 
 class Template(Section):
@@ -146,10 +158,18 @@ class Template(Section):
     rejected: str
     """Text of the worse answer."""
     system: str | None = None
-    """System message; with it the row becomes a conversation."""
+    """System message; with it the row becomes a conversation. Rows in which it is empty have none."""
 
 
-class SourceSection(Section):
+AS = """What texts are: `chat`, a user's message and an assistant's; `text`, taken as they are. Default: `chat` for a
+`template` where the tokenizer has a chat template, and for rows with a system message; else `text`."""
+# `as` is a keyword of Python, and no attribute that a class could declare.
+_As: type[Section] = create_model(
+    "_As", __base__=Section, **cast(Any, {"as": (Annotated[Literal["chat", "text"] | None, Field(description=AS)], None)})
+)
+
+
+class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
     path: str
     """File, glob, folder or hub id."""
     split: str = "train"
@@ -164,6 +184,10 @@ class SourceSection(Section):
     """Texts made from columns, instead of columns taken as they are."""
     pairs: Literal["all", "best_against_rest", "best_against_worst"] = "all"
     """Of a row with several scored answers, which two make a pair; equal scores make none."""
+
+    @property
+    def as_(self) -> str | None:
+        return getattr(self, "as")
 
 
 def _one_or_list(value: Any) -> str:
@@ -220,6 +244,15 @@ class DataSection(Section):
     prompt, or none."""
     on_bad_row: Literal["error", "drop"] = "error"
     """What to do with a row that cannot be used: stop and name it, or leave it out and count it."""
+
+    def source_keys(self, of: Literal["train", "eval"]) -> dict[str, SourceSection]:
+        """The sources of train or eval by their keys in the YAML."""
+        part, key = getattr(self, of), f"data.{of}"
+        if isinstance(part, list):
+            return {f"{key}.{number}": source for number, source in enumerate(part)}
+        if isinstance(part, dict):
+            return {f"{key}.{name}": source for name, source in part.items()}
+        return {key: part} if part else {}
 
     @property
     def train_sources(self) -> list[SourceSection]:

@@ -125,12 +125,13 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
         if section.tokenizer_name_or_path and distributed.world().rank == 0:
             warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
 
-        def load(sources: list[SourceSection], log) -> PairStore:
-            read = [_source(source) for source in sources]
+        def load(sources: dict[str, SourceSection], log) -> PairStore:
+            read = [_source(source, key) for key, source in sources.items()]
             return load_pairs(read, tokenizer, limits, on_bad_row=data.on_bad_row, cache_dir=cache_folder("tokens"), log=log)
 
-        pairs = load(data.train_sources, distributed.log)
-        held_out = {prefix: load([source], distributed.log) for prefix, source in data.eval_sources.items()}
+        pairs = load(data.source_keys("train"), distributed.log)
+        of_eval = zip(data.eval_sources, data.source_keys("eval").items())
+        held_out = {prefix: load({key: source}, distributed.log) for prefix, (key, source) in of_eval}
         return kernel, tokenizer, pairs, held_out
 
     return distributed.in_turn(work)
@@ -160,10 +161,11 @@ def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
         raise type(error)(blamed) from None
 
 
-def _source(section: SourceSection) -> Source:
+def _source(section: SourceSection, key: str) -> Source:
     template = section.template.model_dump(exclude_none=True) if section.template else None
-    path, columns = str(shipped(section.path)), section.columns.model_dump()
-    return Source(path, section.split, section.max_samples, section.weight, columns, template, section.pairs)
+    path, columns = str(shipped(section.path)), section.columns.named
+    how = (columns, template, section.pairs, section.as_, key)
+    return Source(path, section.split, section.max_samples, section.weight, *how)
 
 
 def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:

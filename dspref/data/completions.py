@@ -7,22 +7,12 @@ from itertools import combinations
 from math import isfinite
 from typing import Any
 
-from dspref.data.formats import (
-    FIELDS,
-    Columns,
-    Preference,
-    RowError,
-    Text,
-    Values,
-    close_name,
-    is_blank,
-    kind_of,
-    messages_of,
-    stripped,
-    to_preference,
-)
+from dspref.data.formats import Preference, pair_of, to_preference
+from dspref.data.messages import answer_of, is_blank, stripped
+from dspref.data.normalise import normalise
+from dspref.data.rows import Columns, RowError, Text, Values, given, missing, parse_json, what_is
 
-RANKED_FIELDS = ("completions", "scores")
+RANKED_FIELDS = ("completions", "scores", "ranks")
 
 # Which of n answers, best first, make a pair. All pairs: InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
@@ -37,47 +27,96 @@ def to_preferences(
     columns: Columns | None = None,
     template: Mapping[str, str] | None = None,
     pairs: str = "all",
+    *,
+    as_: str | None = None,
+    chat_model: bool = False,
 ) -> list[Preference | RowError]:
-    """Convert one raw row, which may hold several scored answers instead of two ranked ones: `pairs` says which of them
-    make a pair (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and
-    the others make pairs. Raises as `to_preference` does."""
-    names = {field: (columns or {}).get(field, field) for field in (*FIELDS, *RANKED_FIELDS)}
-    if template or names["chosen"] in values or not _is_ranked(values, names):
-        return [to_preference(values, columns, template)]
-    answers, errors = ranked(values, names)
+    """Convert one raw row, which may hold several scored answers instead of two: `pairs` says which of them make a pair
+    (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and the others
+    make pairs. Takes `as_` and `chat_model`, and raises, as `to_preference` does."""
+    try:
+        if template or not is_ranked(values, columns):
+            _refuse_beside_template(columns, pairs, template)
+            return [to_preference(values, columns, template, as_=as_, chat_model=chat_model)]
+        return _pairs_of(values, columns, pairs, as_)
+    except RecursionError:
+        raise RowError("row", "nested too deeply", "write a plainer row") from None
+
+
+def is_ranked(values: Values, columns: Columns | None) -> bool:
+    """Whether a row's answers are its completions: where their columns are named, whatever else it has; by their own name,
+    where no column holds a chosen answer."""
+    named = given(columns)
+    if named.keys() & set(RANKED_FIELDS):
+        return True
+    return named.get("chosen", "chosen") not in values and "completions" in values and "completions" not in named.values()
+
+
+def _refuse_beside_template(columns: Columns | None, pairs: str, template: Mapping[str, str] | None) -> None:
+    unread = [f"columns.{field}" for field in RANKED_FIELDS if field in given(columns)] + ["pairs"] * (pairs != "all")
+    if template and unread:
+        raise RowError(unread[0], "has no effect: a template makes one pair of a row", "drop one of them")
+
+
+def _pairs_of(values: Values, columns: Columns | None, pairs: str, as_: str | None) -> list[Preference | RowError]:
+    named = given(columns)
+    if beside := sorted(named.keys() & {"chosen", "rejected"}):
+        raise RowError(f"columns.{beside[0]}", "two answers and several scored ones are given", "name one or the other")
+    answers, errors = ranked(values, named, as_)
     candidates = [(*answers[i], *answers[j]) for i, j in PAIRINGS[pairs](len(answers))]
     # An answer that was sampled twice may have two scores; it is not better than itself.
     kept = [(best, worst) for high, best, low, worst in candidates if high > low and stripped(best) != stripped(worst)]
     if not kept and not errors:
-        raise RowError(names["scores"], "no answer is better than another", droppable=True)
-    made = [to_preference({**values, names["chosen"]: a, names["rejected"]: b}, columns) for a, b in kept]
-    return [*errors, *made]
+        raise RowError("completions", "no answer is better than another", droppable=True)
+    fields = normalise(values, columns, None, as_, ranked=True)
+    made = [_pair(fields, best, worst, values, columns) for best, worst in kept]
+    said = {str(error): error for error in made if isinstance(error, RowError)}
+    return [*errors, *said.values(), *(item for item in made if isinstance(item, Preference))]
 
 
-def _is_ranked(values: Values, names: Mapping[str, str]) -> bool:
-    given = any(names[field] != field for field in RANKED_FIELDS)
-    return given or names["completions"] in values
+def _pair(fields: Values, best: Text, worst: Text, values: Values, columns: Columns | None) -> Preference | RowError:
+    prompt = fields.get("prompt")
+    answers = {"chosen": answer_of(best, "chosen", prompt), "rejected": answer_of(worst, "rejected", prompt)}
+    try:
+        return pair_of({**fields, **answers}, values, columns)
+    except RowError as error:
+        return error
 
 
-def ranked(values: Values, names: Mapping[str, str]) -> tuple[list[tuple[float, Text]], list[RowError]]:
+def ranked(
+    values: Values, named: Mapping[str, str], as_: str | None = None
+) -> tuple[list[tuple[float, Text]], list[RowError]]:
     """(score, answer) of a row's answers, best first, equal scores in the order of the row, and errors for those that cannot
-    be used; what has no score is left out."""
-    completions, scores = (_items(values, names[field], field) for field in RANKED_FIELDS)
+    be used; what has no score is left out. The score of a rank is what lies below it."""
+    by = _judged_by(values, named)
+    of_answers, of_scores = named.get("completions", "completions"), named.get(by, by)
+    completions, scores = _items(values, of_answers, "completions"), _items(values, of_scores, by)
     if len(completions) != len(scores):
-        raise RowError(names["scores"], f"{len(scores)} scores for {len(completions)} completions")
+        raise RowError(of_scores, f"{len(scores)} {by} for {len(completions)} completions")
     known, errors = [], []
     for number, (score, completion) in enumerate(zip(scores, completions)):
         if score is None:
             continue
         try:
-            place = f"{names['scores']}[{number}]"
-            known.append((_score(score, place), _answer(completion, f"{names['completions']}[{number}]")))
+            better = _number(score, f"{of_scores}[{number}]") * (-1 if by == "ranks" else 1)
+            known.append((better, _answer(completion, f"{of_answers}[{number}]", as_)))
         except RowError as error:
             errors.append(error)
     return sorted(known, key=lambda scored: -scored[0]), errors
 
 
-def _score(value: Any, place: str) -> float:
+def _judged_by(values: Values, named: Mapping[str, str]) -> str:
+    """scores, of which the higher is the better, or ranks, of which 1 is the best: what is named, or else there."""
+    both = [field for field in ("scores", "ranks") if field in named] or [
+        field for field in ("scores", "ranks") if field in values and field not in named.values()
+    ]
+    if len(both) > 1:
+        fix = "name one: data.train.columns.scores (higher is better) or data.train.columns.ranks (lower is better)"
+        raise RowError("ranks", "scores and ranks are given", fix)
+    return both[0] if both else "scores"
+
+
+def _number(value: Any, place: str) -> float:
     try:
         if not isinstance(value, bool) and isfinite(value):
             return float(value)
@@ -86,27 +125,29 @@ def _score(value: Any, place: str) -> float:
     raise RowError(place, f"not a finite number: {value!r}")
 
 
-def _answer(value: Any, place: str) -> Text:
+def _answer(value: Any, place: str, as_: str | None) -> Text:
     """One of several answers: a text, a message list, or a single message."""
-    answer = [value] if isinstance(value, dict) else value
-    if kind_of(answer) == "other":
-        raise RowError(place, f"{type(answer).__name__}, not text or a message list")
-    answer = answer if isinstance(answer, str) else messages_of(answer, place)
+    if as_ == "text" and not isinstance(value, str):
+        raise RowError(place, f"{what_is(value)}, not text, and as: text is set", "drop data.train.as")
+    answer = answer_of(value, place, behind=None)
     if is_blank(answer):
         raise RowError(place, "empty answer")
     return answer
 
 
 def _items(values: Values, name: str, field: str) -> list[Any]:
-    """The items of a column that holds a list; of `column.key`, that key of each item."""
+    """The items of a column that holds a list, or JSON text of one; of `column.key`, that key of each item."""
     column, _, key = name.partition(".") if name not in values else (name, "", "")
     if column not in values:
-        close = close_name(column, values)
-        fix = f"did you mean {close!r}? " if close else ""
-        raise RowError(field, f"no column {column!r} among {sorted(values)}", f"{fix}set data.columns.{field}")
+        raise missing(field, values, column)
     items = values[column]
+    if isinstance(items, str) and items.lstrip().startswith("["):
+        items = parse_json(items, column, "write a JSON list")
     if not isinstance(items, list) or not items:
-        raise RowError(column, "an empty list" if items == [] else f"{type(items).__name__}, not a list")
-    if key and not all(isinstance(item, dict) and key in item for item in items):
-        raise RowError(column, f"an item without {key!r}", f"set data.columns.{field}")
-    return [item[key] for item in items] if key else items
+        raise RowError(column, "an empty list" if items == [] else f"{what_is(items)}, not a list")
+    if not key:
+        return items
+    # A key that is null in one item is not there where the row comes from Arrow.
+    if not all(isinstance(item, dict) for item in items) or not any(key in item for item in items):
+        raise RowError(column, f"an item without {key!r}", f"set data.train.columns.{field}")
+    return [item.get(key) for item in items]

@@ -1,52 +1,23 @@
 """A raw row becomes a `Preference`: a prompt, a chosen and a rejected answer.
 
-`FORMATS` is the table of layouts that are understood. To add one, write the function that converts a row, add
-one line to the table, and one fixture row to the tests.
+`normalise` brings the row's fields under their own names first; `FORMATS` is the table of what they may then be. To add
+a format, write the function that converts such fields, add one line to the table, and one fixture row to the tests.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import string
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dspref.errors import ConfigError
+from dspref.data.messages import behind, is_blank, says_the_same, squeezed, stripped
+from dspref.data.normalise import Fields, no_pair, normalise
+from dspref.data.row_template import check_template as check_template
+from dspref.data.rows import FIELDS, Columns, Message, RowError, Text, Values, given, kind_of, missing, parse_json, what_is
+from dspref.data.rows import one_line as one_line
+from dspref.data.texts import behind_text, shared_start
 
-Message = dict[str, Any]
-Text = str | list[Message]
-Values = Mapping[str, Any]
-Columns = Mapping[str, str]
-
-FIELDS = ("prompt", "chosen", "rejected")
-OPTIONAL_FIELDS = ("tools", "chat_template_kwargs")
-TEMPLATE_KEYS = ("system", *FIELDS)
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-SYSTEM_ROLES = ("system", "developer")
-ADD_PROMPT = "add a prompt column, or set data.columns.prompt"
-DROP = "mend the row, or set data.on_bad_row: drop"
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """Text from data or from another library, safe to print: one line, printable, not endless."""
-    flat = " ".join(str(text).split())
-    printable = "".join(character if character.isprintable() else "?" for character in flat)
-    return printable if len(printable) <= limit else printable[: limit - 3] + "..."
-
-
-class RowError(ValueError):
-    """One row cannot be used: which field, why, and how to mend it.
-
-    `droppable` marks a pair that training leaves out by design, even where bad rows are errors.
-    """
-
-    def __init__(self, field: str, reason: str, fix: str = DROP, *, droppable: bool = False) -> None:
-        self.field, self.reason, self.fix = one_line(field, 100), one_line(reason), one_line(fix)
-        self.droppable = droppable
-        super().__init__(f"{self.field}: {self.reason}; fix: {self.fix}")
+ADD_PROMPT = "add a prompt column, or name it: data.train.columns.prompt"
 
 
 @dataclass(frozen=True)
@@ -58,11 +29,13 @@ class Preference:
     rejected: Text
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    repeats: int = field(default=0, compare=False)
+    """How many of the two answers repeated the prompt, or its end, in the row."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A layout: does it recognise a row (columns already renamed), and the preference in such a row."""
+    """A format: does it recognise a row's fields, and the preference in them."""
 
     recognises: Callable[[Values], bool]
     convert: Callable[[Values], Preference]
@@ -72,106 +45,127 @@ def to_preference(
     values: Values,
     columns: Columns | None = None,
     template: Mapping[str, str] | None = None,
+    *,
+    as_: str | None = None,
+    chat_model: bool = False,
 ) -> Preference:
-    """Convert one raw row.
+    """Convert one raw row of two answers.
 
-    `columns` maps prompt, chosen, rejected, tools, chat_template_kwargs to names in the file; `template`
-    builds the fields from other columns. Raises RowError for a bad row, ConfigError for a bad template.
+    `columns` maps prompt, chosen, rejected, system, tools, chat_template_kwargs to names in the file; `template` builds
+    texts from other columns. `as_`: chat | text, what such texts are; None: chat for a `template` where the tokenizer has
+    a chat template (`chat_model`), and for rows with a system message; else text. Raises RowError for a bad row,
+    ConfigError for a bad template.
     """
-    columns = columns or {}
-    row = {
-        **values,
-        **_renamed(values, columns, OPTIONAL_FIELDS if template else (*FIELDS, *OPTIONAL_FIELDS)),
-    }
-    if template:
-        row |= _fill(template, values)
+    try:
+        fields = normalise(values, columns, template, as_, chat_model)
+        return pair_of(fields, values, columns)
+    except RecursionError:
+        raise RowError("row", "nested too deeply", "write a plainer row") from None
+
+
+def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preference:
+    """The preference in a row's fields; `values` and `columns` are for what is said of fields that do not fit."""
     for layout in FORMATS.values():
-        if layout.recognises(row):
-            preference = layout.convert(row)
+        if layout.recognises(fields):
+            preference = layout.convert(fields)
+            _refuse_without_effect(fields, preference, given(columns))
+            preference = _with_system(preference, fields.get("system", ""))
             _check(preference)
-            return replace(preference, tools=_tools(row), chat_template_kwargs=_template_kwargs(row))
-    raise _why_unrecognised(row, values, columns)
+            return replace(preference, tools=_tools(fields), chat_template_kwargs=_template_kwargs(fields))
+    raise _why_unrecognised(fields, values, columns)
 
 
-def _renamed(values: Values, columns: Columns, fields: Sequence[str]) -> dict[str, Any]:
-    """These fields under their own names. Raises RowError when `columns` names a column that is not there."""
-    names = {field: columns.get(field, field) for field in fields}
-    for field, name in names.items():
-        if name in values:
-            continue
-        # A misspelt prompt column would silently turn the row into one with an implicit prompt.
-        if name != field or (field == "prompt" and close_name(name, values, cutoff=0.85) is not None):
-            raise _missing(field, values, name)
-    return {field: values[name] for field, name in names.items() if name in values}
-
-
-def close_name(name: str, values: Values, cutoff: float = 0.6) -> str | None:
-    by_folded = {column.casefold(): column for column in values if column not in FIELDS}
-    close = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=cutoff)
-    return by_folded[close[0]] if close else None
-
-
-def _missing(field: str, values: Values, name: str) -> RowError:
-    close, key = close_name(name, values), f"set data.columns.{field}"
-    fix = f"did you mean {close!r}? {key}: {close}" if close else key
-    return RowError(field, f"no column {name!r} among {sorted(values)}", fix)
-
-
-def _why_unrecognised(row: Values, values: Values, columns: Columns) -> RowError:
+def _why_unrecognised(fields: Fields, values: Values, columns: Columns | None) -> RowError:
     """The error for a row that no format fits: the first thing that is wrong with it."""
-    for field in ("chosen", "rejected", "prompt"):
-        if field not in row and field != "prompt":
-            return _missing(field, values, columns.get(field, field))
-        value = row.get(field, "")
+    named = given(columns)
+    no_answers = not (fields.keys() | named.keys()) & {"chosen", "rejected"}
+    if no_answers and (what := no_pair(values)):
+        fix = "use a set of pairs, or name the columns: data.train.columns.chosen, data.train.columns.rejected"
+        return RowError("row", f"{what}; chosen and rejected are missing: a pair needs two answers", fix)
+    for name in ("chosen", "rejected", "prompt"):
+        if name not in fields and name != "prompt":
+            return missing(name, values, named.get(name, name))
+        value = fields.get(name, "")
         if kind_of(value) == "other":
-            reason = "null" if value is None else f"{type(value).__name__}, not text or a message list"
-            return RowError(field, reason)
-    kinds = ", ".join(f"{field} is {kind_of(row[field])}" for field in FIELDS if field in row)
+            return RowError(name, "null" if value is None else f"{what_is(value)}, not text or a message list")
+    kinds = ", ".join(f"{name} is {kind_of(fields[name])}" for name in FIELDS if name in fields)
     return RowError("row", f"mixes text and chat: {kinds}", "make prompt, chosen and rejected the same kind")
 
 
-def kind_of(value: Any) -> str:
-    return "text" if isinstance(value, str) else "chat" if isinstance(value, list) else "other"
+def _refuse_without_effect(fields: Fields, preference: Preference, named: Mapping[str, str]) -> None:
+    """A column that the user has named: tools of a text; a prompt that does not stand in answers that are conversations."""
+    prompt = fields.get("prompt")
+    if isinstance(preference.prompt, str):
+        if lost := sorted(named.keys() & {"tools", "chat_template_kwargs"}):
+            raise RowError(f"columns.{lost[0]}", "has no effect: the row is text", "drop it, or set data.train.as: chat")
+    elif (
+        "prompt" in named
+        and isinstance(prompt, str)
+        and not any(squeezed(prompt) in squeezed(message.get("content")) for message in preference.prompt)
+    ):
+        reason = "has no effect: the answers are whole conversations, and it does not stand in them"
+        raise RowError("columns.prompt", reason, "drop data.train.columns.prompt, or mend the row")
+
+
+def _with_system(preference: Preference, system: str) -> Preference:
+    """The preference with the system message of a column of its own in front."""
+    prompt = preference.prompt
+    if not system:
+        return preference
+    if isinstance(prompt, str):  # two texts without a prompt column
+        raise RowError("system", "a system message needs a prompt column", ADD_PROMPT)
+    if prompt[0]["role"] != "system":
+        return replace(preference, prompt=[{"role": "system", "content": system}, *prompt])
+    if squeezed(prompt[0].get("content")) != squeezed(system):
+        raise RowError("system", "the conversation has another system message", "keep one of them")
+    return preference
 
 
 # ---------------------------------------------------------------------------------------------------- formats
 
 
 def _shaped(prompt: str | None, answers: str) -> Callable[[Values], bool]:
-    """Recognise rows whose prompt (None: no such column) and both answers have these kinds."""
+    """Recognise fields whose prompt (None: no such column) and both answers have these kinds."""
     expected = (prompt, answers, answers)
-    return lambda row: tuple(kind_of(row[field]) if field in row else None for field in FIELDS) == expected
+    return lambda row: tuple(kind_of(row[name]) if name in row else None for name in FIELDS) == expected
 
 
 def text(row: Values) -> Preference:
-    """Three strings."""
-    return Preference(row["prompt"], row["chosen"], row["rejected"])
+    """Three strings; two answers that repeat the prompt lose it."""
+    prompt, chosen, rejected = (row[name] for name in FIELDS)
+    if (parts := behind_text(prompt, chosen, rejected)) is not None:
+        return Preference(*parts, repeats=2)
+    return Preference(prompt, chosen, rejected)
 
 
 def implicit_text(row: Values) -> Preference:
-    """Two strings: what they share at the start, less one space at its end, is the prompt."""
+    """Two strings: what they share at the start, in whole words, is the prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
     _refuse_empty(chosen, rejected)
-    shared = _shared(chosen, rejected)
-    if shared and chosen[shared - 1] == " ":
-        shared -= 1
+    shared = shared_start(chosen, rejected)
     if not shared:
         raise RowError("prompt", "no such column, and the answers share no text at their start", ADD_PROMPT)
     return Preference(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def chat(row: Values) -> Preference:
-    """Three message lists; answers that repeat the whole prompt lose it."""
-    prompt, chosen, rejected = (messages_of(row[field], field) for field in FIELDS)
-    size = len(prompt)
-    if chosen[:size] == prompt == rejected[:size]:
-        chosen, rejected = chosen[size:], rejected[size:]
-    return Preference(prompt, chosen, rejected)
+    """Three message lists; answers that repeat the prompt, or its end, lose that."""
+    prompt, *answers = (row[name] for name in FIELDS)
+    opening = [answer[0] for answer in answers]
+    if (
+        prompt[0]["role"] != "system" == opening[0]["role"]
+        and says_the_same(*opening)
+        and all(says_the_same(answer[min(1, len(answer) - 1)], prompt[0]) for answer in answers)
+    ):
+        prompt = [opening[0], *prompt]  # the answers are whole conversations, the prompt lacks the system message
+    chosen, rejected = (behind(prompt, answer) for answer in answers)
+    shorter = [len(chosen) < len(answers[0]), len(rejected) < len(answers[1])]
+    return Preference(prompt, chosen, rejected, repeats=sum(shorter))
 
 
 def implicit_chat(row: Values) -> Preference:
     """Two message lists: the messages that they share at the start are the prompt."""
-    chosen, rejected = (messages_of(row[field], field) for field in ("chosen", "rejected"))
+    chosen, rejected = row["chosen"], row["rejected"]
     _refuse_empty(chosen, rejected)
     shared = _shared(chosen, rejected)
     if not shared:
@@ -181,13 +175,13 @@ def implicit_chat(row: Values) -> Preference:
 
 def chat_with_text_prompt(row: Values) -> Preference:
     """UltraFeedback: a string, and message lists that are the whole conversation or the answer alone."""
-    chosen, rejected = (messages_of(row[field], field) for field in ("chosen", "rejected"))
+    chosen, rejected = row["chosen"], row["rejected"]
     _refuse_empty(chosen, rejected)
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+    if "assistant" not in (chosen[0]["role"], rejected[0]["role"]) and _shared(chosen, rejected):
         return implicit_chat(row)
     if not row["prompt"].strip():
         raise RowError("prompt", "empty")
-    return Preference([{"role": "user", "content": row["prompt"]}], chosen, rejected)
+    return chat({**row, "prompt": [{"role": "user", "content": row["prompt"]}]})
 
 
 FORMATS: dict[str, Format] = {
@@ -199,153 +193,71 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def _shared(left: str | list[Message], right: str | list[Message]) -> int:
-    """How many leading items are equal, leaving both sides at least one."""
+def _shared(left: list[Message], right: list[Message]) -> int:
+    """How many leading messages say the same, leaving both sides at least one."""
     limit = min(len(left), len(right)) - 1
-    return next((i for i in range(limit) if left[i] != right[i]), max(limit, 0))
+    return next((i for i in range(limit) if not says_the_same(left[i], right[i])), max(limit, 0))
 
 
-# -------------------------------------------------------------------------------------------- checks of a row
-
-
-def messages_of(value: list[Any], field: str) -> list[Message]:
-    """The messages of one field, without keys that are null, which Arrow adds. Raises RowError."""
-    if not value:
-        raise RowError(field, "empty message list")
-    return [_message(item, f"{field}[{index}]") for index, item in enumerate(value)]
-
-
-def _message(item: Any, place: str) -> Message:
-    if not isinstance(item, dict):
-        raise RowError(place, f"{type(item).__name__}, not a message", 'write {"role": ..., "content": ...}')
-    message = {key: value for key, value in item.items() if value is not None or key == "content"}
-    role = message.get("role")
-    if role is None:
-        raise RowError(f"{place}.role", "missing", f"set one of {', '.join(ROLES)}")
-    if role not in ROLES:
-        raise RowError(f"{place}.role", f"unknown role {role!r}", f"use one of {', '.join(ROLES)}")
-    content = message.get("content")
-    if content is None and not message.get("tool_calls"):
-        reason = "null without tool_calls" if "content" in message else "missing"
-        raise RowError(f"{place}.content", reason, "write the text of the message")
-    if content is not None and not isinstance(content, str):
-        raise RowError(f"{place}.content", f"{type(content).__name__}, not text", "write the message's text")
-    return message
+# -------------------------------------------------------------------------------------------- checks of a pair
 
 
 def _check(preference: Preference) -> None:
-    """Refuse a pair that could not teach anything, or whose messages are out of order."""
+    """Refuse a pair that could not teach anything, or whose answers do not follow the prompt."""
     _refuse_empty(preference.chosen, preference.rejected)
     if not isinstance(preference.prompt, str):
-        for field in ("chosen", "rejected"):
-            _check_conversation(preference.prompt, getattr(preference, field), field)
+        for name in ("chosen", "rejected"):
+            _check_conversation(preference.prompt, getattr(preference, name), name)
 
 
-def _check_conversation(prompt: list[Message], answer: list[Message], field: str) -> None:
-    systems = [i for i, message in enumerate(prompt + answer) if message["role"] in SYSTEM_ROLES]
-    place = field if systems and systems[-1] >= len(prompt) else "prompt"
-    if len(systems) > 1:
-        raise RowError(place, "two system messages", "keep one, as first message")
-    if systems and systems[0] > 0:
-        raise RowError(place, "system message is not first", "move it to the front")
-    if not any(message["role"] == "assistant" for message in answer):
-        raise RowError(field, "no assistant message in the answer")
+def _check_conversation(prompt: list[Message], answer: list[Message], name: str) -> None:
+    """Whether a user's turn stands twice, and the assistant says something. Roles are for the template to judge."""
+    first = next((i for i, message in enumerate(answer) if message["role"] == "assistant"), None)
+    if first is None:
+        raise RowError(name, "no assistant message in the answer")
+    if prompt[-1]["role"] != "user":
+        return
+    twice = next((i for i, message in enumerate(answer[:first]) if says_the_same(message, prompt[-1])), None)
+    if twice is not None:
+        raise RowError(f"{name}[{twice}]", "repeats the user message that the prompt ends with", "keep it in one of them")
+    if answer[0]["role"] == "user":
+        reason = "a user message right behind the prompt's, which ends with one"
+        raise RowError(f"{name}[0]", reason, "begin the answer with the assistant's message")
 
 
 def _refuse_empty(chosen: Text, rejected: Text) -> None:
-    for field, answer in (("chosen", chosen), ("rejected", rejected)):
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if is_blank(answer):
-            raise RowError(field, "empty answer (nothing but white space)" if answer else "empty answer")
+            raise RowError(name, "empty answer (nothing but white space)" if answer else "empty answer")
     if chosen == rejected:
         raise RowError("rejected", "identical to chosen")
     if stripped(chosen) == stripped(rejected):
         raise RowError("rejected", "identical to chosen but for white space at the ends")
 
 
-def is_blank(answer: Text) -> bool:
-    if isinstance(answer, str):
-        return not answer.strip()
-    return not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answer)
-
-
-def stripped(answer: Text) -> Text:
-    if isinstance(answer, str):
-        return answer.strip()
-    return [message | {"content": (message.get("content") or "").strip()} for message in answer]
-
-
-def _tools(row: Values) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise RowError("tools", f"broken JSON: {error}", "write a JSON list of tools") from None
+def _tools(fields: Values) -> list[Any] | None:
+    """The tools of a row: a list of objects, of JSON texts of objects, or JSON text of the list."""
+    fix = "write a JSON list of tools"
+    tools = _parsed(fields.get("tools"), "tools", fix)
+    if isinstance(tools, list):
+        tools = [_parsed(tool, f"tools[{i}]", fix) for i, tool in enumerate(tools)]
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("tools", "not a list of objects", "write a JSON list of tools")
+        raise RowError("tools", "not a list of objects", fix)
     return tools or None
 
 
-def _template_kwargs(row: Values) -> dict[str, Any] | None:
-    kwargs = row.get("chat_template_kwargs")
+def _template_kwargs(fields: Values) -> dict[str, Any] | None:
+    fix = "write a JSON object"
+    kwargs = fields.get("chat_template_kwargs")
+    if not isinstance(kwargs, str) or kwargs.lstrip().startswith("{") or not kwargs.strip():
+        kwargs = _parsed(kwargs, "chat_template_kwargs", fix)
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise RowError("chat_template_kwargs", "not an object", "write a JSON object")
+        raise RowError("chat_template_kwargs", "not an object", fix)
     return kwargs or None
 
 
-# -------------------------------------------------------------------------------------------------- templates
-
-
-def check_template(template: Mapping[str, str]) -> None:
-    """Raise ConfigError for unknown or missing keys, and for anything but plain {column} fields."""
-    unknown = sorted(set(template) - set(TEMPLATE_KEYS))
-    missing = [key for key in ("chosen", "rejected") if key not in template]
-    if unknown:
-        raise ConfigError(f"data.template.{unknown[0]}: unknown key; fix: use {', '.join(TEMPLATE_KEYS)}")
-    if "system" in template and "prompt" not in template:
-        missing.append("prompt")
-    if missing:
-        raise ConfigError(f"data.template.{missing[0]}: missing; fix: give it a text with {{column}} fields")
-    for key, text_ in template.items():
-        _parse_template(key, text_)
-
-
-@lru_cache(maxsize=64)
-def _parse_template(key: str, text_: str) -> tuple[tuple[str, str | None], ...]:
-    """(literal, column or None) pieces. Not str.format, which would reach attributes of the values."""
-    where, fix = f"data.template.{key}", "use {column}, and {{ or }} for a brace"
-    try:
-        pieces = list(string.Formatter().parse(text_))
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}; fix: {fix}") from None
-    for _, name, spec, conversion in pieces:
-        if name is not None and (not name or name.isdigit() or set(name) & set(".[]") or spec or conversion):
-            raise ConfigError(f"{where}: {one_line(name)!r} is not a plain column field; fix: {fix}")
-    return tuple((literal, name) for literal, name, _, _ in pieces)
-
-
-def _fill(template: Mapping[str, str], values: Values) -> dict[str, Any]:
-    """The fields of a templated row: text, or chat when the template has a system message."""
-    check_template(template)
-    filled = {key: "".join(map(str, _pieces(key, text_, values))) for key, text_ in template.items()}
-    if "system" not in filled:
-        return filled
-    system = {"role": "system", "content": filled["system"]}
-    answers = {field: [{"role": "assistant", "content": filled[field]}] for field in ("chosen", "rejected")}
-    return {"prompt": [system, {"role": "user", "content": filled["prompt"]}], **answers}
-
-
-def _pieces(key: str, text_: str, values: Values) -> list[str | int | float]:
-    pieces: list[str | int | float] = []
-    for literal, name in _parse_template(key, text_):
-        pieces.append(literal)
-        if name is None:
-            continue
-        if name not in values:
-            raise RowError(key, f"its template's column {name!r} is missing", f"use one of {sorted(values)}")
-        value = values[name]
-        if not isinstance(value, str | int | float):
-            reason = "null" if value is None else f"{type(value).__name__}, not text"
-            raise RowError(name, f"{reason}; the template of {key} needs it")
-        pieces.append(value)
-    return pieces
+def _parsed(value: Any, place: str, fix: str) -> Any:
+    """A value, from JSON text too; nothing for a blank text, such as an empty cell of a CSV file."""
+    if not isinstance(value, str):
+        return value
+    return parse_json(value, place, fix) if value.strip() else None

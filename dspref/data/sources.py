@@ -58,6 +58,10 @@ class Source:
     columns: Mapping[str, str] | None = None
     template: Mapping[str, str] | None = None
     pairs: str = "all"
+    as_: str | None = None
+    """What texts are: chat | text; None: what `to_preference` takes them for."""
+    key: str = "data.train"
+    """Where it stands in the YAML, for messages."""
 
 
 def read(source: Source) -> list[Row | BadRow]:
@@ -152,7 +156,22 @@ def _hub_rows(source: Source) -> Iterator[Row | BadRow]:
 
 
 def _numbered(rows: Iterable[Any], path: str) -> Iterator[Row]:
-    return (Row(dict(row), f"{path}:{number}") for number, row in enumerate(rows, start=1))
+    """Rows that come from Arrow, without what it adds."""
+    return (
+        Row({name: without_nulls(value) for name, value in row.items()}, f"{path}:{number}")
+        for number, row in enumerate(rows, start=1)
+    )
+
+
+def without_nulls(value: Any) -> Any:
+    """A value from Arrow without the keys that are null in it, at every depth: Arrow gives each object of a column the keys
+    of all of them. A message keeps its `content: null`, items of lists stay as they are."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: item for key, item in value.items() if item is not None or (key == "content" and "role" in value)}
+    return {key: without_nulls(item) for key, item in kept.items()}
 
 
 # ---------------------------------------------------------------------------------------------- kinds of file

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspref.data.ahead import ahead
-from dspref.data.completions import to_preferences
+from dspref.data.completions import is_ranked, to_preferences
 from dspref.data.formats import Preference, RowError, check_template
 from dspref.data.sources import BadRow, Row, Source, read
 from dspref.data.tokenize import CHUNK_ROWS, Limits, Rendering, TokenizedPair, render, split, tokenizer_digest, truncate
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_ERROR_LINES = 20
 MAX_REASONS = 20
 PROGRESS_ROWS = 20_000
@@ -124,7 +124,7 @@ def _key(
     digest = hashlib.sha256(json.dumps(settings).encode())
     for source, of_source in zip(sources, rows, strict=True):
         columns, template = dict(source.columns or {}), dict(source.template or {})
-        how = [columns, template, source.pairs, source.max_samples, len(of_source)]
+        how = [columns, template, source.pairs, source.as_, source.max_samples, len(of_source)]
         digest.update(json.dumps(how, sort_keys=True).encode())
         for row in of_source:
             # Keys stay in the row's own order: a template prints tools in the order they are written.
@@ -205,6 +205,7 @@ def _build(
     built, total, done = _Build(), sum(map(len, rows)), 0
     for source, of_source in zip(sources, rows, strict=True):
         before = len(built.rows)
+        _refuse_pairs_without_effect(source, of_source)
         # The tokenizer leaves Python free to render the next rows meanwhile.
         for chunk, rendered in ahead(_rendered(of_source, source, tokenizer)):
             pairs = split([item for _, item in rendered], tokenizer)
@@ -222,22 +223,31 @@ def _build(
     return built
 
 
+def _refuse_pairs_without_effect(source: Source, rows: Sequence[Row | BadRow]) -> None:
+    if source.pairs != "all" and not any(isinstance(row, Row) and is_ranked(row.values, source.columns) for row in rows):
+        fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
+        raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
+
+
 def _rendered(
     rows: Sequence[Row | BadRow], source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Sequence[Row | BadRow], list[tuple[int, Rendering | RowError]]]]:
     """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error."""
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
-        yield chunk, [(k, render(item, tokenizer)) for k, row in enumerate(chunk) for item in _convert(row, source)]
+        converted = [(k, item) for k, row in enumerate(chunk) for item in _convert(row, source, tokenizer)]
+        yield chunk, [(k, render(item, tokenizer)) for k, item in converted]
 
 
-def _convert(row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:
+def _convert(row: Row | BadRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Sequence[Preference | RowError]:
     if isinstance(row, BadRow):
         return [row.error]
+    how = {"as_": source.as_, "chat_model": tokenizer.chat_template is not None}
     try:
-        return to_preferences(row.values, source.columns, source.template, source.pairs)
+        made = to_preferences(row.values, source.columns, source.template, source.pairs, **how)
     except RowError as error:
-        return [error]
+        made = [error]
+    return [item.of(source.key) if isinstance(item, RowError) else item for item in made]
 
 
 def _bad_row_lines(bad: Sequence[BadRow]) -> str:

@@ -104,3 +104,89 @@ def test_an_answer_that_cannot_be_used_is_named_and_the_others_make_pairs(change
 def test_answers_that_differ_in_white_space_only_make_no_pair() -> None:
     row = {"prompt": "q", "completions": ["Yes", "Yes ", "No"], "scores": [3, 2, 1]}
     assert pairs_of(row) == [("Yes", "No"), ("Yes ", "No")]
+
+
+def test_named_columns_win_over_a_chosen_answer_beside_them() -> None:
+    """Three pairs are in the completions, where the user has named them; one, where nothing is named."""
+    row = {**SCORED, "completions": [" a", " b", " c"], "scores": [1, 3, 2], "chosen": " x", "rejected": " y"}
+    three = [(" b", " c"), (" b", " a"), (" c", " a")]
+    assert pairs_of(row) == [(" x", " y")]
+    for columns in (
+        {"completions": "completions", "scores": "scores"},
+        {"scores": "scores"},
+        {"completions": "completions"},
+    ):
+        assert pairs_of(row, columns=columns) == three
+    other = {"answers": [{"text": text, "score": score} for text, score in zip(row["completions"], row["scores"])]}
+    columns = {"completions": "answers.text", "scores": "answers.score"}
+    assert pairs_of({**row, **other}, columns=columns) == three
+    for key in ("chosen", "rejected"):
+        with pytest.raises(RowError, match=f"columns.{key}: two answers and several"):
+            to_preferences(row | {"worse": " z"}, {"scores": "scores", key: "worse"})
+
+
+def test_of_ranks_the_lowest_is_the_best() -> None:
+    """Nectar: a list of answers, each with its rank."""
+    answers = [{"answer": " a", "rank": 2.0}, {"answer": " b", "rank": 1.0}, {"answer": " c", "rank": 3.0}]
+    nectar = {"prompt": "\n\nHuman: q\n\nAssistant:", "answers": answers}
+    columns = {"completions": "answers.answer", "ranks": "answers.rank"}
+    assert pairs_of(nectar, columns=columns) == [(" b", " a"), (" b", " c"), (" a", " c")]
+    assert pairs_of(nectar, "best_against_worst", columns) == [(" b", " c")]
+    by_name = {"prompt": "q", "completions": [" a", " b"], "ranks": [1, 2]}
+    assert pairs_of(by_name) == [(" a", " b")]
+    assert pairs_of(by_name | {"scores": [1, 2]}, columns={"ranks": "ranks"}) == [(" a", " b")]
+    assert pairs_of(by_name | {"scores": [1, 2]}, columns={"scores": "scores"}) == [(" b", " a")]
+    for columns in ({}, {"scores": "scores", "ranks": "ranks"}):
+        with pytest.raises(RowError, match="scores and ranks are given"):
+            to_preferences(by_name | {"scores": [1, 2]}, columns)
+
+
+def test_scored_answers_in_the_layouts_of_other_tools() -> None:
+    scored = {"completions": ["a", "b"], "scores": [2, 1]}
+    pair = [([assistant("a")], [assistant("b")])]
+    assert pairs_of({"messages": [user("q")], **scored}) == pair
+    assert pairs_of({"conversations": [{"from": "human", "value": "q"}], **scored}) == pair
+    assert pairs_of({"prompt": [user("q")], "completions": '["a", "b"]', "scores": "[2, 1]"}) == pair
+    (made,) = to_preferences({"prompt": "q", "system": "s", **scored})
+    assert made == Preference([{"role": "system", "content": "s"}, user("q")], *pair[0])
+    (made,) = to_preferences({"prompt": "q", **scored}, as_="chat", chat_model=True)
+    assert made == Preference([user("q")], *pair[0])
+    # a score that is null in one item is no key of it once Arrow's nulls are gone
+    items = [{"text": "a", "score": 2}, {"text": "b"}, {"text": "c", "score": 1}]
+    columns = {"completions": "items.text", "scores": "items.score"}
+    assert pairs_of({"prompt": "q", "items": items}, columns=columns) == [("a", "c")]
+
+
+def test_scored_answers_that_repeat_the_prompt_lose_it() -> None:
+    row = {"prompt": "Q: 2? A:", "completions": ["Q: 2? A: a", "Q: 2? A: b"], "scores": [2, 1]}
+    (made,) = to_preferences(row)
+    assert made == Preference("Q: 2? A:", " a", " b") and made.repeats == 2
+    turns = [[user("q"), assistant("a")], [user("q "), assistant("b")], [assistant("c")]]
+    made = to_preferences({"prompt": [user("q")], "completions": turns, "scores": [3, 2, 1]})
+    assert [(p.chosen[0]["content"], p.rejected[0]["content"]) for p in made if isinstance(p, Preference)] == [
+        ("a", "b"),
+        ("a", "c"),
+        ("b", "c"),
+    ]
+
+
+def test_an_answer_behind_another_user_turn_is_one_error_and_the_others_make_pairs() -> None:
+    turns = [[assistant("a")], [user("else"), assistant("b")], [assistant("c")]]
+    made = to_preferences({"prompt": [user("q")], "completions": turns, "scores": [3, 2, 1]})
+    errors = [item for item in made if isinstance(item, RowError)]
+    assert {error.reason for error in errors} == {"a user message right behind the prompt's, which ends with one"}
+    assert [item.chosen for item in made if isinstance(item, Preference)] == [[assistant("a")]]
+
+
+@pytest.mark.parametrize(
+    "columns, pairs, field",
+    [
+        ({}, "best_against_rest", "pairs"),
+        ({"scores": "scores"}, "all", "columns.scores"),
+        ({"ranks": "ranks"}, "all", "columns.ranks"),
+    ],
+)
+def test_what_is_for_several_answers_is_refused_beside_a_template(columns: dict[str, str], pairs: str, field: str) -> None:
+    with pytest.raises(RowError) as refusal:
+        to_preferences(TEMPLATED, columns, TEMPLATE, pairs)
+    assert refusal.value.field == field

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import randoms
 
+from dspref.data.completions import to_preferences
 from dspref.data.formats import FORMATS, Preference, RowError, to_preference
 from dspref.errors import ConfigError
 
@@ -57,13 +62,46 @@ def test_format_converts_its_fixture_row_and_no_other_claims_it(name: str) -> No
     assert [other for other, layout in FORMATS.items() if layout.recognises(row)] == [name]
 
 
+TURNS = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
-    [("is blue", "is black", "is bl"), ("abc", "abcdef", "ab"), ("a  b", "a  c", "a "), ("ab", "ac", "a")],
+    [
+        ("is blue", "is black", "is"),
+        ("a  b", "a  c", "a "),
+        ("The answer is", "The answer is 4", "The answer"),
+        ("It is 3.14.", "It is 3.15.", "It is"),
+        ("Do not", "Do nothing", "Do"),
+        ("line\none", "line\ntwo", "line\n"),
+        ("it's", "it is", None),
+        ("ab", "ac", None),
+        ("abc", "abcdef", None),
+        ("\u5929\u7a7a\u662f\u84dd\u8272", "\u5929\u7a7a\u662f\u7eff\u8272", "\u5929\u7a7a\u662f"),
+        ("Q: Is it?\n\nAssistant: Yes, it is cold.", "Q: Is it?\n\nAssistant: Yes, it is", "Q: Is it?\n\nAssistant:"),
+        ("Is it? Assistant: Yes, it is", "Is it? Assistant: Yes, it is cold.", "Is it? Assistant:"),
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d e",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d f",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+        ),
+        (
+            "\n\nHuman: a\n\nAssistant: The word Assistant: is",
+            "\n\nHuman: a\n\nAssistant: The word Assistant: was",
+            "\n\nHuman: a\n\nAssistant:",
+        ),
+    ],
 )
-def test_implicit_text_prompt_is_the_common_prefix_less_one_space(chosen: str, rejected: str, prompt: str) -> None:
-    preference = to_preference({"chosen": chosen, "rejected": rejected})
-    assert preference == Preference(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+def test_implicit_text_prompt_is_what_the_answers_share_in_whole_words(
+    chosen: str, rejected: str, prompt: str | None
+) -> None:
+    if prompt is None:
+        with pytest.raises(RowError, match="the answers share no text"):
+            to_preference({"chosen": chosen, "rejected": rejected})
+        return
+    for answers in ((chosen, rejected), (rejected, chosen)):
+        preference = to_preference(dict(zip(("chosen", "rejected"), answers)))
+        assert preference == Preference(prompt, *(answer[len(prompt) :] for answer in answers))
 
 
 def test_a_conversation_that_is_a_prefix_of_the_other_keeps_an_answer() -> None:
@@ -96,7 +134,7 @@ def test_columns_rename_and_may_swap() -> None:
     row = {"question": "q", "chosen": "a", "rejected": "b"}
     columns = {"prompt": "question", "chosen": "rejected", "rejected": "chosen"}
     assert to_preference(row, columns) == Preference("q", "b", "a")
-    with pytest.raises(RowError, match=r"chosen: no column 'good' .* fix: set data.columns.chosen"):
+    with pytest.raises(RowError, match=r"chosen: no column 'good' .* fix: set data.train.columns.chosen"):
         to_preference(TEXT, {"chosen": "good"})
 
 
@@ -124,6 +162,249 @@ def test_tools_and_template_kwargs_are_kept(as_text: bool) -> None:
     assert to_preference(CHAT | {"tools": None, "chat_template_kwargs": None}) == FIXTURES["chat"][1]
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 2}}}
+CALL_AS_TEXT = {"type": "function", "function": {"name": "f", "arguments": '{"x": 2}'}}
+LATER = {"role": "system", "content": "later"}
+TOOL_TURN = {"role": "tool", "content": "3"}
+PAIR = FIXTURES["chat"][1]
+WHOLE = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+
+
+def parts(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def said(speaker: str, text: str) -> dict[str, Any]:
+    return {"from": speaker, "value": text}
+
+
+# Layouts of other tools: the row, columns, and what it means.
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
+    "messages and single messages": (
+        {"messages": [user("q")], "chosen": assistant("a"), "rejected": assistant("b")}, {}, PAIR
+    ),
+    "messages and texts": ({"messages": [user("q")], "chosen": "a", "rejected": "b"}, {}, PAIR),
+    "context and responses": (
+        {"context": [user("q")], "response1": "a", "response2": "b"},
+        {"prompt": "context", "chosen": "response1", "rejected": "response2"},
+        PAIR,
+    ),
+    "chat prompt, text answers": ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, {}, PAIR),
+    "chat prompt, a text and a message": ({"prompt": [user("q")], "chosen": "a", "rejected": assistant("b")}, {}, PAIR),
+    "a prompt that is one message": ({"prompt": user("q"), "chosen": "a", "rejected": "b"}, {}, PAIR),
+    "text prompt, single messages": ({"prompt": "q", "chosen": assistant("a"), "rejected": assistant("b")}, {}, PAIR),
+    "content in parts": (
+        {"prompt": [{"role": "user", "content": parts("q", "2")}], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {},
+        Preference([user("q2")], [assistant("a")], [assistant("b")]),
+    ),
+    "answers in parts": (
+        CHAT | {"chosen": [assistant("") | {"content": parts("a")}], "rejected": assistant("") | {"content": parts("b")}},
+        {},
+        PAIR,
+    ),
+    "ShareGPT (LLaMA-Factory)": (
+        {"conversations": [said("human", "q")], "chosen": said("gpt", "a"), "rejected": said("gpt", "b")},
+        {},
+        PAIR,
+    ),
+    "ShareGPT with system, tools and calls": (
+        {
+            "conversations": [
+                said("human", "q"), said("function_call", '{"name": "f", "arguments": {"x": 2}}'), said("observation", "3")
+            ],
+            "chosen": said("gpt", "a"),
+            "rejected": said("gpt", "b"),
+            "system": "s",
+        },
+        {},
+        Preference([SYSTEM, user("q"), assistant("", tool_calls=[CALL]), TOOL_TURN], [assistant("a")], [assistant("b")]),
+    ),
+    "whole conversations of ShareGPT": (
+        {"chosen": [said("human", "q"), said("gpt", "a")], "rejected": [said("human", "q"), said("gpt", "b")]},
+        {},
+        PAIR,
+    ),
+    "ms-swift": ({"messages": [user("q"), assistant("a")], "rejected_response": "b"}, {}, PAIR),
+    "ms-swift, several turns": (
+        {"messages": [SYSTEM, user("p"), assistant("o"), user("q"), assistant("a")], "rejected_response": "b"},
+        {},
+        Preference([SYSTEM, user("p"), assistant("o"), user("q")], [assistant("a")], [assistant("b")]),
+    ),
+    "ms-swift, an agent's turns": (
+        {
+            "messages": [user("q"), assistant(None, tool_calls=[CALL]), TOOL_TURN, assistant("a")],
+            "rejected_response": [assistant("b")],
+        },
+        {},
+        Preference([user("q")], [assistant(None, tool_calls=[CALL]), TOOL_TURN, assistant("a")], [assistant("b")]),
+    ),
+    "ms-swift, rejected messages": (
+        {"messages": WHOLE["chosen"], "rejected_messages": WHOLE["rejected"]},
+        {},
+        PAIR,
+    ),
+    "rejected named by columns": (
+        {"messages": [user("q"), assistant("a")], "worse": "b"},
+        {"rejected": "worse"},
+        PAIR,
+    ),
+    "messages beside whole conversations": (WHOLE | {"messages": WHOLE["chosen"]}, {}, PAIR),
+    "messages beside a prompt": (CHAT | {"messages": WHOLE["chosen"]}, {}, PAIR),
+    "system column and text (Orca)": (
+        {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "question"},
+        Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]),
+    ),
+    "an empty system": ({"system": "", "prompt": "q", "chosen": "a", "rejected": "b"}, {}, PAIR),
+    "a null system": ({"system": None, "prompt": "q", "chosen": "a", "rejected": "b"}, {}, PAIR),
+    "system column of another name": (
+        {"sys": "s", "prompt": "q", "chosen": "a", "rejected": "b"},
+        {"system": "sys"},
+        Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]),
+    ),
+    "system column and whole conversations": (
+        WHOLE | {"system": "s"},
+        {},
+        Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]),
+    ),
+    "system column that the conversation has": (
+        CHAT | {"prompt": [SYSTEM, user("q")], "system": " s "},
+        {},
+        Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]),
+    ),
+    "a system column that is the prompt": (
+        {"system": "q", "chosen": " a", "rejected": " b"},
+        {"prompt": "system"},
+        Preference("q", " a", " b"),
+    ),
+    "JSON text in a cell": ({field: json.dumps(value) for field, value in CHAT.items()}, {}, PAIR),
+    "JSON text of whole conversations": ({field: json.dumps(value) for field, value in WHOLE.items()}, {}, PAIR),
+    "JSON text of messages": ({"messages": json.dumps(WHOLE["chosen"]), "rejected_response": "b"}, {}, PAIR),
+    "JSON text, text answers": ({"prompt": json.dumps(CHAT["prompt"]), "chosen": "a", "rejected": "b"}, {}, PAIR),
+    "a text about JSON": (
+        {"prompt": "Write a chat.", "chosen": json.dumps(WHOLE["chosen"]), "rejected": "no"},
+        {},
+        Preference("Write a chat.", json.dumps(WHOLE["chosen"]), "no"),
+    ),
+    "a text that begins with JSON": (
+        {"prompt": '[{"role": "user", "content": "q"}] What is this?', "chosen": " a", "rejected": " b"},
+        {},
+        Preference('[{"role": "user", "content": "q"}] What is this?', " a", " b"),
+    ),
+    "roles of templates": (
+        CHAT | {"prompt": [user("q"), {"role": "ipython", "content": "1"}, {"role": "environment", "content": "2"},
+                           {"role": "observation", "content": "3"}]},
+        {},
+        Preference([user("q"), *({"role": role, "content": text} for role, text in
+                   (("ipython", "1"), ("environment", "2"), ("observation", "3")))], [assistant("a")], [assistant("b")]),
+    ),
+    "a second and a later system message": (
+        CHAT | {"prompt": [SYSTEM, SYSTEM, user("q"), SYSTEM], "chosen": [LATER, assistant("a")]},
+        {},
+        Preference([SYSTEM, SYSTEM, user("q"), SYSTEM], [LATER, assistant("a")], [assistant("b")]),
+    ),
+    "human and gpt as roles": (
+        CHAT | {"prompt": [{"role": "human", "content": "q"}], "chosen": [{"role": "gpt", "content": "a"}]},
+        {},
+        PAIR,
+    ),
+    "arguments as JSON text": (
+        CHAT | {"chosen": [assistant(None, tool_calls=[CALL_AS_TEXT])]},
+        {},
+        Preference([user("q")], [assistant(None, tool_calls=[CALL])], [assistant("b")]),
+    ),
+    "flat arguments, an empty text, and all calls as JSON text": (
+        CHAT | {
+            "chosen": [
+                assistant("", tool_calls=[{"name": "f", "arguments": '{"x": null}'}, {"name": "g", "arguments": ""}])
+            ],
+            "rejected": [assistant("", tool_calls=json.dumps([CALL_AS_TEXT]))],
+        },
+        {},
+        Preference(
+            [user("q")],
+            [assistant("", tool_calls=[{"name": "f", "arguments": {"x": None}}, {"name": "g", "arguments": {}}])],
+            [assistant("", tool_calls=[CALL])],
+        ),
+    ),
+    "a legacy function call": (
+        CHAT | {"chosen": [assistant(None, function_call={"name": "f", "arguments": '{"x": 2}'})]},
+        {},
+        Preference([user("q")], [assistant(None, function_call={"name": "f", "arguments": {"x": 2}})], [assistant("b")]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_other_tools_load_unchanged(name: str) -> None:
+    row, columns, expected = LAYOUTS[name]
+    before = json.dumps(row)
+    assert to_preference(row, columns) == expected
+    assert json.dumps(row) == before  # the row is as it was
+    assert to_preference(json.loads(before), columns) == expected
+
+
+# Answers that repeat the prompt, or a part of it: prompt, answer before, answer after; and what the prompt becomes, if that.
+REPEATS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "the last turn": ([SYSTEM, user("q")], [user("q")], [], None),
+    "with white space of difference": ([SYSTEM, user("q x")], [user(" q \n x ")], [], None),
+    "the end of a long prompt": (
+        [SYSTEM, user("p"), assistant("o"), user("q")],
+        [user("p"), assistant("o"), user("q")],
+        [],
+        None,
+    ),
+    "all of it": ([SYSTEM, user("q")], [SYSTEM, user("q")], [], None),
+    "a tool's turn": ([user("q"), assistant(None, tool_calls=[CALL]), TOOL_TURN], [TOOL_TURN], [], None),
+    "the whole conversation, of which the prompt lacks the system message": (
+        [user("q")],
+        [SYSTEM, user("q")],
+        [],
+        [SYSTEM, user("q")],
+    ),
+    "text": ("Q: 2+2? A:", "Q: 2+2? A:", "", None),
+    "text, with white space of difference": ("The sky is ", " The  sky is", "", "The sky is"),
+    "text, a line": ("Translate.\nEnglish: hi\nGerman:", "German:", "", None),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_answers_that_repeat_the_prompt_lose_it(name: str) -> None:
+    prompt, before, after, becomes = REPEATS[name]
+    one, other = (" a", " b") if isinstance(prompt, str) else ([assistant("a")], [assistant("b")])
+    made = to_preference({"prompt": prompt, "chosen": before + one, "rejected": before + other})
+    assert made == Preference(becomes or prompt, after + one, after + other)
+    assert made.repeats == 2
+    if becomes is None and not isinstance(prompt, str):  # one answer alone does so too
+        alone = to_preference({"prompt": prompt, "chosen": before + one, "rejected": other})
+        assert (alone, alone.repeats) == (made, 1)
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected",
+    [
+        ("The sky is", "The sky is blue", " green"),  # one answer alone: that may be its fault
+        ("The sky is", "The sky isn", "The sky isle"),
+        ("Hi ", "there", "you"),
+        (" ", " a", " b"),
+        ([user("Hello")], "Hello! I am here.", "Hello yourself."),  # a conversation has its turns apart
+        ([user("q"), assistant("Sure")], [assistant("Sure"), user("go on"), assistant("a")], [assistant("b")]),
+    ],
+)
+def test_what_is_no_repeat_stays(prompt: Any, chosen: Any, rejected: Any) -> None:
+    made = to_preference({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert made.repeats == 0
+    if isinstance(chosen, list) or isinstance(prompt, str):
+        assert (made.chosen, made.rejected) == (chosen, rejected)
+
+
+def test_white_space_does_not_part_the_turns_that_answers_share() -> None:
+    row = {"chosen": [SYSTEM, user("q"), assistant("a")], "rejected": [SYSTEM, user("q "), assistant("b")]}
+    assert to_preference(row) == Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")])
+    assert to_preference(row | {"prompt": "q"}).prompt == [SYSTEM, user("q")]
+
+
 TEMPLATE = {"prompt": "Translate {{}}: {input text}", "chosen": "{good}", "rejected": "{bad}"}
 TEMPLATED = {"input text": "x{y}", "good": "g", "bad": 3, "prompts": "unused"}
 
@@ -133,6 +414,56 @@ def test_template_builds_text_or_chat_with_system() -> None:
     with_system = TEMPLATE | {"system": "s"}
     expected = Preference([SYSTEM, user("Translate {}: x{y}")], [assistant("g")], [assistant("3")])
     assert to_preference(TEMPLATED, {"prompt": "prompt"}, with_system) == expected
+
+
+def test_texts_are_a_conversation_where_the_tokenizer_has_a_template_or_the_source_says_so() -> None:
+    as_chat = Preference([user("Translate {}: x{y}")], [assistant("g")], [assistant("3")])
+    as_text = Preference("Translate {}: x{y}", "g", "3")
+    assert to_preference(TEMPLATED, None, TEMPLATE, chat_model=True) == as_chat
+    assert to_preference(TEMPLATED, None, TEMPLATE, as_="chat") == as_chat
+    assert to_preference(TEMPLATED, None, TEMPLATE, chat_model=True, as_="text") == as_text
+    # columns of text are text, as the file has them, unless the source says otherwise
+    row = {"prompt": "q", "chosen": " a", "rejected": " b"}
+    assert to_preference(row, chat_model=True) == Preference("q", " a", " b")
+    assert to_preference(row, as_="chat") == Preference([user("q")], [assistant(" a")], [assistant(" b")])
+    as_json = {"prompt": json.dumps([user("q")]), "chosen": " a", "rejected": " b"}
+    assert to_preference(as_json, as_="text").prompt == as_json["prompt"]
+    for bad, field in ((CHAT, "as"), (row | {"system": "s"}, "system")):
+        with pytest.raises(RowError) as refusal:
+            to_preference(bad, as_="text")
+        assert refusal.value.field == field
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_an_empty_system_message_is_none(empty: str | None) -> None:
+    row, template = TEMPLATED | {"sys": empty}, TEMPLATE | {"system": "{sys}"}
+    assert to_preference(row, None, template) == Preference([user("Translate {}: x{y}")], [assistant("g")], [assistant("3")])
+    assert to_preference(row | {"sys": "s"}, None, template).prompt == [SYSTEM, user("Translate {}: x{y}")]
+    if empty is None:
+        with pytest.raises(RowError, match="null"):
+            to_preference(row, None, template | {"system": "Be {sys}."})
+
+
+@pytest.mark.parametrize(
+    "row, columns, template, field",
+    [
+        (TEMPLATED, {"prompt": "input text"}, TEMPLATE, "columns.prompt"),
+        (TEXT | {"tool": []}, {"tools": "tool"}, None, "columns.tools"),
+        ({**WHOLE, "other": "unrelated"}, {"prompt": "other"}, None, "columns.prompt"),
+        (TEXT, {"system": "sys"}, None, "system"),
+        (TEXT, {"chosen": "rejected"}, None, "rejected"),
+    ],
+)
+def test_a_key_without_effect_is_named(row: dict[str, Any], columns: dict[str, str], template: Any, field: str) -> None:
+    with pytest.raises(RowError) as refusal:
+        to_preference(row, columns, template)
+    assert refusal.value.field == field
+
+
+def test_errors_name_the_keys_of_their_own_source() -> None:
+    error = RowError("chosen", "no column", "set data.train.columns.chosen")
+    assert error.of("data.eval.held_out").fix == "set data.eval.held_out.columns.chosen"
+    assert str(error.of("data.train")) == str(error)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +506,7 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         (TEXT | {"chosen": True}, "chosen", "bool, not text"),
         (TEXT | {"rejected": float("nan")}, "rejected", "float, not text"),
         (TEXT | {"chosen": CHAT["chosen"]}, "row", "mixes text and chat"),
-        (CHAT | {"chosen": "a"}, "row", "mixes text and chat"),
-        (CHAT | {"chosen": "a", "rejected": "b"}, "row", "mixes text and chat"),
+        ({"chosen": "a", "rejected": [assistant("b")]}, "row", "mixes text and chat"),
         ({"chosen": "abc", "rejected": "xyz"}, "prompt", "share no text"),
         (
             {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
@@ -192,16 +522,64 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         (TEXT | {"chosen": "b"}, "rejected", "identical"),
         (TEXT | {"chosen": "b "}, "rejected", "identical to chosen but for white space"),
         (CHAT | {"chosen": CHAT["rejected"]}, "rejected", "identical"),
-        (CHAT | {"chosen": [{"role": "gpt", "content": "a"}]}, "chosen[0].role", "unknown role 'gpt'"),
+        (CHAT | {"chosen": [{"role": "a b", "content": "a"}]}, "chosen[0].role", "unknown role 'a b'"),
+        (CHAT | {"chosen": [{"role": 3, "content": "a"}]}, "chosen[0].role", "unknown role 3"),
         (CHAT | {"chosen": [{"content": "a"}]}, "chosen[0].role", "missing"),
         (CHAT | {"chosen": [{"role": "assistant"}]}, "chosen[0].content", "missing"),
         (CHAT | {"chosen": [assistant(None)]}, "chosen[0].content", "null without tool_calls"),
         (CHAT | {"chosen": [{"role": "assistant", "content": [1]}]}, "chosen[0].content", "list, not text"),
         (CHAT | {"chosen": ["a"]}, "chosen[0]", "str, not a message"),
-        (CHAT | {"prompt": [user("q"), SYSTEM]}, "prompt", "system message is not first"),
-        (CHAT | {"prompt": [SYSTEM, SYSTEM, user("q")]}, "prompt", "two system messages"),
-        (CHAT | {"chosen": [SYSTEM, assistant("a")]}, "chosen", "system message is not first"),
-        (CHAT | {"chosen": [user("a")]}, "chosen", "no assistant message"),
+        (
+            CHAT | {"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]},
+            "chosen[0].content[0]",
+            "'image' is no text",
+        ),
+        (CHAT | {"chosen": [{"role": "assistant", "content": [{"text": 1}]}]}, "chosen[0].content[0]", "no text part"),
+        (CHAT | {"chosen": [{"from": 3, "value": "a"}]}, "chosen[0].role", "unknown role 3"),
+        (CHAT | {"chosen": [{"from": "gpt"}]}, "chosen[0].content", "missing"),
+        (CHAT | {"chosen": [user("q")]}, "chosen", "empty answer"),
+        (CHAT | {"chosen": [user("q again"), assistant("a")]}, "chosen[0]", "a user message right behind"),
+        (CHAT | {"chosen": [SYSTEM, user("q"), assistant("a")]}, "chosen[1]", "repeats the user message"),
+        (
+            CHAT | {"chosen": [assistant("", tool_calls=[{"name": "f", "arguments": "{x"}])]},
+            "chosen[0].tool_calls[0].arguments",
+            "broken JSON",
+        ),
+        (
+            CHAT | {"chosen": [assistant("", tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}])]},
+            "chosen[0].tool_calls[0].function.arguments",
+            "JSON text of list",
+        ),
+        (
+            CHAT | {"chosen": [assistant("", function_call={"name": "f", "arguments": '{"x": "\\ud800"}'})]},
+            "chosen[0].function_call.arguments",
+            "lone surrogate",
+        ),
+        (CHAT | {"chosen": [assistant("", tool_calls="[")]}, "chosen[0].tool_calls", "broken JSON"),
+        (CHAT | {"chosen": [assistant("", tool_calls={"name": "f"})]}, "chosen[0].tool_calls", "dict, not a list"),
+        (CHAT | {"chosen": [assistant("", tool_calls=["f"])]}, "chosen[0].tool_calls[0]", "str, not an object"),
+        (CHAT | {"chosen": [{"from": "function_call", "value": "f(x)"}]}, "chosen[0].value", "broken JSON"),
+        (
+            CHAT | {"system": "s", "prompt": [{"role": "system", "content": "t"}, user("q")]},
+            "system",
+            "another system message",
+        ),
+        (TEXT | {"system": ["s"]}, "system", "list, not text"),
+        ({"system": "s", "chosen": "x a", "rejected": "x b"}, "prompt", "a conversation needs one"),
+        (TEXT | {"prompt": "[{'role': 'user', 'content': 'q'}]"}, "prompt", "looks like a conversation"),
+        (TEXT | {"prompt": '[{"role": "user", "content": "q"}'}, "prompt", "looks like a conversation"),
+        ({"messages": [user("q")], "rejected_response": "b"}, "messages[0]", "is to be the chosen answer"),
+        ({"messages": [assistant("a")], "rejected_response": "b"}, "messages", "no message before the answer"),
+        ({"instruction": "q", "chosen": "The sky", "rejected": "The sea"}, "prompt", "'instruction' may be meant"),
+        ({"instruction": "q", "input": "x", "chosen": "The sky", "rejected": "The sea"}, "prompt", "'instruction' may be"),
+        # what is no pair says what it is
+        ({"prompt": "q", "completion": "a", "label": True}, "row", "a KTO row"),
+        ({"messages": [user("q"), assistant("a")], "label": False}, "row", "a KTO row"),
+        ({"instruction": "q", "input": "", "output": "a"}, "row", "an Alpaca row"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "row", "a ShareGPT row"),
+        ({"messages": [user("q"), assistant("a")]}, "row", "a chat row (messages: one conversation, one answer)"),
+        ({"prompt": "q", "completion": "a"}, "row", "a row for supervised training"),
+        (CHAT | {"chosen": [{"role": "tool", "content": "a"}]}, "chosen", "no assistant message"),
         (CHAT | {"tools": "[{"}, "tools", "broken JSON"),
         (CHAT | {"tools": 3}, "tools", "not a list"),
         (CHAT | {"chat_template_kwargs": "x"}, "chat_template_kwargs", "not an object"),
@@ -214,6 +592,108 @@ def test_bad_row_names_field_reason_and_fix(row: dict[str, Any], field: str, rea
     assert reason in caught.value.reason
     assert caught.value.fix
     assert "\n" not in str(caught.value)
+
+
+PIECES: list[Any] = [
+    None, True, 3, 2.5, "", " ", "q", "q a", '[{"role": "user", "content": "q"}]', '{"x": 2}', "[", [], {}, [[]], [None],
+    user("q"), assistant("a"), assistant(None, tool_calls=[CALL_AS_TEXT]), said("human", "q"), said("function_call", "{"),
+    [user("q")], [assistant("a")], [SYSTEM, user("q"), assistant("b")], parts("a"), {"role": ["x"], "content": {}},
+    {"function": "f"}, {"name": "f", "arguments": "[1]"}, [1, 2], [0.5, None, "x"],
+]  # fmt: skip
+KEYS = [
+    *(
+        "prompt",
+        "chosen",
+        "rejected",
+        "messages",
+        "conversations",
+        "rejected_response",
+        "rejected_messages",
+        "system",
+        "tools",
+    ),
+    *(
+        "chat_template_kwargs",
+        "completions",
+        "scores",
+        "ranks",
+        "label",
+        "instruction",
+        "input",
+        "output",
+        "role",
+        "content",
+    ),
+    *("from", "value", "tool_calls", "function_call", "function", "arguments", "name", "type", "text", "a.b"),
+]
+SEEDS = [TEXT, CHAT, WHOLE, *(row for row, *_ in LAYOUTS.values()), TEMPLATED]
+SETTINGS: list[dict[str, Any]] = [
+    {}, {"as_": "chat"}, {"as_": "text"}, {"chat_model": True}, {"columns": {"prompt": "messages"}},
+    {"columns": {"completions": "completions.text", "scores": "scores"}}, {"columns": {"ranks": "ranks", "system": "value"}},
+    {"template": {"prompt": "{prompt}", "chosen": "{chosen}", "rejected": "{rejected}", "system": "{system}"}},
+]  # fmt: skip
+
+
+def mutated(row: Any, random: Random) -> Any:
+    """A row with something in it, at any depth, taken away, put in or put in another place."""
+    if random.random() < 0.3 or not isinstance(row, dict | list) or not row:
+        return copy.deepcopy(random.choice(PIECES))
+    row = copy.copy(row)
+    if isinstance(row, list):
+        place = random.randrange(len(row))
+        row[place] = mutated(row[place], random)
+        return row if random.random() < 0.8 else row * 2
+    key = random.choice([*row, *KEYS[: random.choice((9, len(KEYS)))]])
+    if key in row and random.random() < 0.2:
+        del row[key]
+    else:
+        row[key] = mutated(row.get(key), random)
+    return row
+
+
+def check_mutated(random: Random) -> None:
+    row = copy.deepcopy(random.choice(SEEDS))
+    for _ in range(random.randint(1, 6)):
+        row = mutated(row, random)
+    row = row if isinstance(row, dict) else {"prompt": row}
+    before = json.dumps(row)
+    try:
+        made = to_preferences(row, **random.choice(SETTINGS))
+    except RowError as error:
+        made = [error]
+    assert json.dumps(row) == before
+    for item in made:
+        assert isinstance(item, Preference | RowError)
+        if isinstance(item, RowError):
+            assert str(item).isprintable() and item.fix
+        else:
+            kinds = {type(part) for part in (item.prompt, item.chosen, item.rejected)}
+            assert len(kinds) == 1 and all((item.prompt or "x", item.chosen, item.rejected))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(randoms(use_true_random=False))
+def test_a_mutated_row_is_a_preference_or_one_line(random: Random) -> None:
+    check_mutated(random)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(randoms(use_true_random=True))
+def test_2000_mutated_rows_are_preferences_or_one_line_each(random: Random) -> None:
+    check_mutated(random)
+
+
+def test_a_row_that_is_nested_too_deeply_is_one_line() -> None:
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    for row in (
+        CHAT | {"chosen": [assistant("a", x=deep)], "rejected": [assistant("a", x=copy.copy(deep))]},
+        TEXT | {"prompt": deep},
+    ):
+        with pytest.raises(RowError):
+            to_preference(row)
 
 
 def test_messages_do_not_depend_on_the_hash_seed() -> None:

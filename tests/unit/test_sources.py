@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dspref.data.formats import to_preference
 from dspref.data.sources import BadRow, Row, Source, read
 from dspref.errors import DataError
 
@@ -78,6 +79,55 @@ def test_parquet_has_row_numbers(tmp_path: Path) -> None:
     rows = read(Source(str(tmp_path / "a.parquet")))
     assert _values(rows) == ROWS
     assert _places(rows) == ["a.parquet:1", "a.parquet:2"]
+
+
+def _calling(name: str, arguments: dict, **more: object) -> dict:
+    """A row with one tool, which its answer calls."""
+    properties = {key: {"type": "string"} for key in arguments}
+    tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    prompt = [{"role": "user", "content": "q"}]
+    answer = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    return {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "b"}], "tools": [tool], **more}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_what_arrow_adds_is_taken_away_at_every_depth(tmp_path: Path, kind: str) -> None:
+    """Arrow gives each object of a column the keys of all of them; rows must mean what they mean as JSON lines."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    rows = [
+        _calling("weather", {"city": "Bonn"}, chat_template_kwargs={"thinking": True}),
+        _calling("add", {"x": "1", "y": "2"}, chat_template_kwargs={"documents": [{"title": "t"}, {"text": "u"}]}),
+        _calling("nothing", {}, chat_template_kwargs={}),
+    ]
+    table = pa.Table.from_pylist(rows)
+    assert "None" in str(table.to_pylist()[0]["tools"]), "Arrow has added nothing, so nothing is tested"
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+        path = tmp_path / "a.parquet"
+    else:
+        Dataset(table).save_to_disk(str(tmp_path / "a"))
+        path = tmp_path / "a"
+    (tmp_path / "a.jsonl").write_text(_jsonl(rows))
+    of_lines = [to_preference(row) for row in _values(read(Source(str(tmp_path / "a.jsonl"))))]
+    assert [to_preference(row) for row in _values(read(Source(str(path))))] == of_lines
+    assert [preference.chat_template_kwargs for preference in of_lines] == [
+        *(row["chat_template_kwargs"] for row in rows[:2]),
+        None,
+    ]
+
+
+def test_nulls_of_json_lines_stay(tmp_path: Path) -> None:
+    row = _calling("f", {"x": None}, chat_template_kwargs={"thinking": None})
+    row["tools"][0]["function"]["parameters"]["default"] = None
+    (tmp_path / "a.jsonl").write_text(_jsonl([row]))
+    (values,) = _values(read(Source(str(tmp_path / "a.jsonl"))))
+    preference = to_preference(values)
+    assert (preference.tools, preference.chat_template_kwargs) == (row["tools"], {"thinking": None})
+    assert preference.chosen == row["chosen"]
 
 
 def test_saved_data_set_is_read_with_its_split(tmp_path: Path) -> None:

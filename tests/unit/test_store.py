@@ -238,3 +238,37 @@ def test_rows_of_scored_answers_keep_their_place_and_share_their_tokens(tmp_path
     assert same[1, 2] == same[3, 1] and same[2, 2] == same[3, 2]
     best = load([Source(source.path, pairs="best_against_worst")], tmp_path / "cache")
     assert best.source_rows == (3,) and best.key != store.key
+
+
+def test_pairs_that_no_row_can_make_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"data\.train\.pairs: has no effect: no row holds several answers; fix: "):
+        load([Source(source.path, pairs="best_against_rest")], tmp_path / "cache")
+
+
+def test_errors_of_a_row_name_the_keys_of_its_source(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "p1", "choosen": " a", "rejected": " b"}])
+    for key in ("data.train", "data.train.1", "data.eval.held_out"):
+        with pytest.raises(DataError, match=f"set {key}.columns.chosen: choosen".replace(".", "[.]")):
+            load([Source(source.path, key=key)], tmp_path / "cache")
+
+
+def test_a_template_makes_conversations_for_a_tokenizer_that_has_one(tmp_path: Path) -> None:
+    """`as` decides, and else whether the tokenizer has a chat template."""
+    path = write(tmp_path / "a.jsonl", [{"q": "p1", "good": "a", "bad": "b", "system": "c"}]).path
+    template = {"prompt": "{q} ", "chosen": "{good}", "rejected": "{bad}"}
+    as_text, as_chat, with_system = [[6], [2, 0], [3, 0]], [[6, 1], [2, 1], [3, 1]], [[4, 1, 6, 1], [2, 1], [3, 1]]
+    for has_template, as_, system, expected in (
+        (False, None, None, as_text),
+        (True, None, None, as_chat),
+        (True, "text", None, as_text),
+        (True, "chat", None, as_chat),
+        (True, None, "{system}", with_system),
+    ):
+        tokenizer = words()
+        if has_template:
+            tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' . ' }}{% endfor %}"
+        source = Source(path, template=template | ({"system": system} if system else {}), as_=as_)
+        cache = tmp_path / "cache"
+        store = load_pairs([source], tokenizer, Limits(), on_bad_row="error", cache_dir=cache, log=lambda line: None)
+        assert contents(store) == [expected], (has_template, as_, system)

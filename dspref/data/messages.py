@@ -1,0 +1,177 @@
+"""One message, however it was written, as the dictionary that a chat template reads.
+
+Understood beside `{"role": ..., "content": ...}`: ShareGPT's `from` and `value`, content in text parts, arguments of tool
+calls as JSON text. Which roles there may be, and in which order, is for the template to judge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dspref.data.rows import Message, RowError, Text, kind_of, parse_json, what_is
+
+# ShareGPT's names of who speaks; any other is a role as it stands.
+SPEAKERS = {
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+    "human": "user",
+}
+# Of these, what may stand for a role too: it means nothing to a template.
+ALIASES = {"human": "user", "gpt": "assistant"}
+ROLE = re.compile(r"\w[\w-]*")
+TEXT_PARTS = ("text", "input_text", "output_text")
+WRITE_MESSAGE = 'write {"role": ..., "content": ...}'
+WRITE_OBJECT = "write the arguments as a JSON object"
+
+
+def messages_of(value: Any, field: str) -> list[Message]:
+    """The messages of a list, or of a single message. Keys of a message that are null are left out. Raises RowError."""
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, list):
+        raise RowError(field, f"{what_is(value)}, not a list of messages", WRITE_MESSAGE)
+    if not items:
+        raise RowError(field, "empty message list")
+    return [_message(item, f"{field}[{index}]") for index, item in enumerate(items)]
+
+
+def answer_of(value: Any, field: str, behind: Any) -> Text:
+    """An answer: text, or messages. A text behind a prompt of messages is what the assistant says."""
+    if kind_of(value) == "other":
+        raise RowError(field, "null" if value is None else f"{what_is(value)}, not text or a message list")
+    if not isinstance(value, str):
+        return messages_of(value, field)
+    return [{"role": "assistant", "content": value}] if isinstance(behind, list) else value
+
+
+def _message(item: Any, place: str) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(place, f"{what_is(item)}, not a message", WRITE_MESSAGE)
+    message = {key: value for key, value in item.items() if value is not None or key == "content"}
+    if "role" not in message and "from" in message:
+        message = _from_sharegpt(message, place)
+    if message.get("role") is None:
+        raise RowError(f"{place}.role", "missing", "say who speaks: system, user, assistant, tool, ...")
+    if not isinstance(message["role"], str) or not ROLE.fullmatch(message["role"]):
+        raise RowError(f"{place}.role", f"unknown role {message['role']!r}", "write one word, such as user or assistant")
+    message["role"] = ALIASES.get(message["role"], message["role"])
+    for key in ("tool_calls", "function_call"):
+        if key in message:
+            message[key] = _calls(message[key], f"{place}.{key}", key)
+    return _with_text(message, place)
+
+
+def _from_sharegpt(message: Message, place: str) -> Message:
+    """`from` and `value` as role and content; a function call as the tool call that it is."""
+    speaker = message["from"]
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    content = message.get("value", message.get("content"))
+    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    if speaker != "function_call":
+        return {"role": role} | ({"content": content} if "value" in message or "content" in message else {}) | rest
+    calls = parse_json(content, f"{place}.value", WRITE_OBJECT) if isinstance(content, str) else content
+    calls = calls if isinstance(calls, list) else [calls]
+    wrapped = [{"type": "function", "function": call} if _is_bare_call(call) else call for call in calls]
+    return rest | {"role": role, "content": "", "tool_calls": wrapped}
+
+
+def _is_bare_call(call: Any) -> bool:
+    return isinstance(call, dict) and "name" in call and "function" not in call
+
+
+def _with_text(message: Message, place: str) -> Message:
+    """The message with its content as text; only a message that calls tools may have none."""
+    content = message.get("content")
+    if isinstance(content, list | dict):
+        message["content"] = _text_of_parts(content, f"{place}.content")
+    elif content is None and not (message.get("tool_calls") or message.get("function_call")):
+        reason = "null without tool_calls" if "content" in message else "missing"
+        raise RowError(f"{place}.content", reason, "write the text of the message")
+    elif content is not None and not isinstance(content, str):
+        raise RowError(f"{place}.content", f"{what_is(content)}, not text", "write the message's text")
+    return message
+
+
+def _text_of_parts(content: Any, place: str) -> str:
+    """The texts of content parts, one behind the other, as the templates that take parts have them."""
+    parts = [content] if isinstance(content, dict) else content
+    if not any(isinstance(part, dict) for part in parts):
+        raise RowError(place, f"{what_is(content)}, not text", "write the message's text")
+    texts = []
+    for number, part in enumerate(parts):
+        kind = part.get("type", "text") if isinstance(part, dict) else what_is(part)
+        if not isinstance(part, dict) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            at = f"{place}[{number}]" if isinstance(content, list) else place
+            raise RowError(at, f"{kind!r} is no text part; only text is trained", 'write {"type": "text", "text": ...}')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _calls(value: Any, place: str, key: str) -> Any:
+    """Tool calls, or a legacy function call, with arguments that are objects: OpenAI writes them as JSON text, and a
+    template that prints them as JSON would quote that once more."""
+    if isinstance(value, str):
+        value = parse_json(value, place, "write a JSON list of tool calls")
+    if key == "function_call":
+        return _call(value, place)
+    if not isinstance(value, list):
+        raise RowError(place, f"{what_is(value)}, not a list of tool calls", "write a list of tool calls")
+    return [_call(call, f"{place}[{number}]") for number, call in enumerate(value)]
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    """One call, flat or with its `function` inside."""
+    if not isinstance(call, dict):
+        raise RowError(place, f"{what_is(call)}, not an object", 'write {"name": ..., "arguments": {...}}')
+    if call.get("function") is not None:
+        return call | {"function": _call(call["function"], f"{place}.function")}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    place = f"{place}.arguments"
+    parsed = parse_json(arguments, place, WRITE_OBJECT) if arguments.strip() else {}
+    if not isinstance(parsed, dict):
+        raise RowError(place, f"JSON text of {what_is(parsed)}, not of an object", WRITE_OBJECT)
+    return call | {"arguments": parsed}
+
+
+# ------------------------------------------------------------------------------------------ comparing what was said
+
+
+def squeezed(text: str | None) -> str:
+    """Text with every run of white space as one space, and none at its ends."""
+    return " ".join((text or "").split())
+
+
+def says_the_same(left: Message, right: Message) -> bool:
+    """Whether two messages are one, up to white space in their text."""
+    return _said(left) == _said(right)
+
+
+def _said(message: Message) -> tuple[Any, ...]:
+    return (message["role"], squeezed(message.get("content")), message.get("tool_calls"), message.get("function_call"))
+
+
+def is_blank(answer: Text) -> bool:
+    if isinstance(answer, str):
+        return not answer.strip()
+    return not any(
+        (message.get("content") or "").strip() or message.get("tool_calls") or message.get("function_call")
+        for message in answer
+    )
+
+
+def stripped(answer: Text) -> Text:
+    if isinstance(answer, str):
+        return answer.strip()
+    return [message | {"content": (message.get("content") or "").strip()} for message in answer]
+
+
+def behind(prompt: Sequence[Message], answer: list[Message]) -> list[Message]:
+    """An answer without the end of the prompt, or all of it, where it repeats that."""
+    for size in range(min(len(prompt), len(answer)), 0, -1):
+        repeated = answer[:size]
+        if all(map(says_the_same, repeated, prompt[-size:])) and any(m["role"] != "assistant" for m in repeated):
+            return answer[size:]
+    return answer

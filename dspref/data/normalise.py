@@ -1,0 +1,228 @@
+"""The step in front of the formats: whatever layout a row has, its fields under their own names.
+
+Columns are renamed, conversations written as JSON text are read, `messages` and `conversations` become a prompt (and the
+chosen answer, where there is only a rejected one beside them), single messages become lists, text answers behind a
+conversation become messages. A key of the source that would have no effect on a row is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from json import JSONDecodeError, JSONDecoder
+from typing import Any
+
+from dspref.data.messages import answer_of, messages_of, says_the_same
+from dspref.data.row_template import fill
+from dspref.data.rows import (
+    FIELDS,
+    Columns,
+    RowError,
+    Values,
+    close_name,
+    given,
+    is_message,
+    kind_of,
+    missing,
+    parse_json,
+    what_is,
+)
+
+Fields = dict[str, Any]
+
+OPTIONAL_FIELDS = ("tools", "chat_template_kwargs")
+ANSWERS = ("chosen", "rejected")
+# Columns of other tools: the conversation so far, and the answer beside the last one in it.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+REJECTED = ("rejected_response", "rejected_messages")
+# Columns that hold a prompt elsewhere: where one is there, what two texts share at their start is not the prompt.
+PROMPT_LIKE = ("instruction", "question", "query", "input", "context", "problem", *CONVERSATIONS)
+JSON_MESSAGE = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|content|value)["']\s*:""")
+WRITE_CONVERSATION = "write it with json.dumps, or set data.train.as: text if text is meant"
+
+
+def normalise(
+    values: Values,
+    columns: Columns | None = None,
+    template: Mapping[str, str] | None = None,
+    as_: str | None = None,
+    chat_model: bool = False,
+    ranked: bool = False,
+) -> Fields:
+    """The fields of a row: prompt, chosen and rejected (not in a `ranked` row, whose answers come later), tools,
+    chat_template_kwargs, and `system`, a text. `as_` (chat | text, or None) says what texts are; `chat_model`, whether
+    the tokenizer has a chat template. Raises RowError."""
+    named = given(columns)
+    fields = (*OPTIONAL_FIELDS, *(() if template else ("system", *(FIELDS[:1] if ranked else FIELDS))))
+    row = _renamed(values, named, fields)
+    if template:
+        _refuse_columns(named)
+        row |= fill(template, values)
+    else:
+        if as_ != "text":
+            row = _with_conversations(row)
+        row = _with_history(row, values, named, ranked)
+        _refuse_implied(row, values)
+    # A source speaks one way: where some rows have a system message, those without one are conversations too.
+    speaks = "system" in row or (template is not None and chat_model)
+    system = _system(row.pop("system", None))
+    row = _spoken(row, as_ or ("chat" if speaks else None), system, ranked)
+    return row | ({"system": system} if system else {})
+
+
+def _refuse_columns(named: Mapping[str, str]) -> None:
+    if unread := sorted(set(named) - set(OPTIONAL_FIELDS)):
+        raise RowError(f"columns.{unread[0]}", "has no effect beside template, which makes the texts", "drop one of them")
+
+
+def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) -> Fields:
+    """These fields under their own names. Raises RowError when a column that was named is not there."""
+    taken = set(named.values())
+    row: Fields = {}
+    for field in fields:
+        name = named.get(field, field)
+        if field not in named and name in taken:
+            continue  # the column is another field's
+        if name in values:
+            row[field] = values[name]
+        # A misspelt prompt column would silently turn the row into one with an implicit prompt.
+        elif field in named or (field == "prompt" and close_name(name, values, cutoff=0.85) is not None):
+            raise missing(field, values, name)
+    return row
+
+
+# ------------------------------------------------------------------------------------- conversations as JSON text
+
+
+def _with_conversations(row: Fields) -> Fields:
+    """The row with conversations that are JSON text, as a cell of a CSV file has them, as what they are."""
+    read = {field: _conversation(row[field], field) if field in row else None for field in FIELDS}
+    if kind_of(read["prompt"]) != "chat" and len({kind_of(read[field]) for field in ANSWERS if field in row}) > 1:
+        read |= {field: row.get(field) for field in ANSWERS}  # one answer happens to look like it
+    return row | {field: read[field] for field in FIELDS if field in row}
+
+
+def _conversation(value: Any, field: str) -> Any:
+    match = JSON_MESSAGE.match(value) if isinstance(value, str) else None
+    if not match:
+        return value
+    try:
+        _, end = JSONDecoder().raw_decode(value, len(value) - len(value.lstrip()))
+    except (JSONDecodeError, ValueError, RecursionError):
+        if match[1] is None:
+            return value
+        raise RowError(field, "looks like a conversation, and is broken JSON", WRITE_CONVERSATION) from None
+    if value[end:].strip():
+        return value  # a text that begins with an example
+    parsed = parse_json(value, field, WRITE_CONVERSATION)
+    messages = [parsed] if isinstance(parsed, dict) else parsed
+    return parsed if messages and all(map(is_message, messages)) else value
+
+
+# ------------------------------------------------------------------------------------------ conversations as columns
+
+
+def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked: bool) -> Fields:
+    """The row with a prompt from `messages` or the like, where it has none of its own; and where only the rejected answer
+    is given beside them, with the last message as the chosen one."""
+    if row.get("prompt") is not None or "prompt" in named:
+        return row
+    name = next((name for name in CONVERSATIONS if values.get(name) is not None and name not in named.values()), None)
+    if name is None:
+        return row
+    history = _conversation(values[name], name)
+    if kind_of(history) != "chat":
+        return row
+    other = next((column for column in REJECTED if values.get(column) is not None and column not in named.values()), None)
+    rejected = row.get("rejected") if row.get("rejected") is not None else values.get(other) if other else None
+    if ranked or (row.get("chosen") is not None and rejected is not None):
+        messages = messages_of(history, name)
+        whole = messages[-1]["role"] == "assistant" and not ranked and kind_of(row["chosen"]) == "chat"
+        if whole and says_the_same(messages_of(row["chosen"], "chosen")[0], messages[0]):
+            return row  # the answers are whole conversations, and the column is one of them or the like
+        return row | {"prompt": messages} | ({} if ranked else {"rejected": rejected})
+    if rejected is None or "chosen" in row:
+        return row
+    return {**row, **_beside_the_last(messages_of(history, name), rejected, name, other or "rejected")}
+
+
+def _refuse_implied(row: Fields, values: Values) -> None:
+    """Two texts without a prompt, beside a column that is called like one: it would be lost without a word."""
+    if "prompt" in row or not all(kind_of(row.get(field)) == "text" for field in ANSWERS):
+        return
+    name = next((name for name in PROMPT_LIKE if values.get(name)), None)
+    if name:
+        more = "; of two columns: data.train.template" if name == "instruction" and values.get("input") else ""
+        raise RowError(
+            "prompt", f"no such column, and {name!r} may be meant", f"set data.train.columns.prompt: {name}{more}"
+        )
+
+
+def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, other: str) -> Fields:
+    """ms-swift: the conversation with its chosen answer, and beside it the rejected one: a text or message in the place of
+    the last message, messages in the place of all that follows the last user's, or the other conversation whole."""
+    rejected = _conversation(rejected, other)
+    if other == "rejected_messages":
+        return {"chosen": messages, "rejected": messages_of(rejected, other)}
+    if messages[-1]["role"] != "assistant":
+        raise RowError(
+            f"{name}[{len(messages) - 1}]", "not an assistant's, and is to be the chosen answer", f"end {name} on it"
+        )
+    start = len(messages) - 1
+    if isinstance(rejected, list):
+        start = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=start)
+    if not start:
+        raise RowError(name, "no message before the answer", "begin it with the prompt")
+    return {"prompt": messages[:start], "chosen": messages[start:], "rejected": answer_of(rejected, other, messages)}
+
+
+# ------------------------------------------------------------------------------------------------- text or chat
+
+
+def _system(value: Any) -> str:
+    """The text of a system column, '' for none."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError("system", f"{what_is(value)}, not text", "write the text of the system message")
+    return value if value.strip() else ""
+
+
+def _spoken(row: Fields, as_: str | None, system: str, ranked: bool) -> Fields:
+    """The row with all of a conversation in messages, and texts made one where that is asked for."""
+    kinds = {kind_of(row[field]) for field in FIELDS if field in row}
+    if as_ == "text" and "chat" in kinds:
+        raise RowError("as", "the row is a conversation, and as: text has no effect on it", "drop data.train.as")
+    if as_ == "text" and system:
+        fix = "set data.train.as: chat, or write it into the text by data.train.template"
+        raise RowError("system", "a text has no place for a system message", fix)
+    texts = kinds == {"text"} if not ranked else kind_of(row.get("prompt")) == "text"
+    if texts and as_ == "chat":
+        if "prompt" not in row:
+            raise RowError("prompt", "no such column, and a conversation needs one", "name it: data.train.columns.prompt")
+        if not row["prompt"].strip():
+            raise RowError("prompt", "empty")
+        row = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    if kind_of(row.get("prompt")) == "chat":
+        row = row | {"prompt": messages_of(row["prompt"], "prompt")}
+    lists = "chat" in {kind_of(row.get(field)) for field in FIELDS}
+    return row | {field: answer_of(row[field], field, row.get("prompt")) for field in ANSWERS if field in row and lists}
+
+
+# --------------------------------------------------------------------------------------------- rows that are no pair
+
+
+def no_pair(values: Values) -> str | None:
+    """What a row without chosen and rejected is, where it is something else that is well known."""
+    keys = set(values)
+    history = next((name for name in CONVERSATIONS if name in keys), None)
+    if keys & {"label", "kto_tag"} and keys & {"completion", "response", "output", *CONVERSATIONS}:
+        return "a KTO row (one answer and a label)"
+    if keys & {"instruction", "input"} and keys & {"output", "response"}:
+        return "an Alpaca row (an instruction and one answer)"
+    if history and isinstance(values[history], list):
+        sharegpt = any(isinstance(message, dict) and "from" in message for message in values[history])
+        return f"a {'ShareGPT row' if sharegpt else 'chat row'} ({history}: one conversation, one answer)"
+    if keys & {"prompt", "question", "query"} and keys & {"completion", "response", "answer", "output"}:
+        return "a row for supervised training (a prompt and one answer)"
+    return None

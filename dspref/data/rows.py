@@ -1,0 +1,114 @@
+"""What every step from a raw row to a preference needs: the types, the error of one row, and JSON inside a cell."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+Message = dict[str, Any]
+Text = str | list[Message]
+Values = Mapping[str, Any]
+Columns = Mapping[str, str | None]
+
+FIELDS = ("prompt", "chosen", "rejected")
+DROP = "mend the row, or set data.on_bad_row: drop"
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Text from data or from another library, safe to print: one line, printable, not endless."""
+    flat = " ".join(str(text).split())
+    printable = "".join(character if character.isprintable() else "?" for character in flat)
+    return printable if len(printable) <= limit else printable[: limit - 3] + "..."
+
+
+class RowError(ValueError):
+    """One row cannot be used: which field, why, and how to mend it.
+
+    `droppable` marks a pair that training leaves out by design, even where bad rows are errors.
+    """
+
+    def __init__(self, field: str, reason: str, fix: str = DROP, *, droppable: bool = False) -> None:
+        self.field, self.reason, self.fix = one_line(field, 100), one_line(reason), one_line(fix)
+        self.droppable = droppable
+        super().__init__(f"{self.field}: {self.reason}; fix: {self.fix}")
+
+    def of(self, key: str) -> RowError:
+        """The same error, with the keys of the source at `key` of the YAML, such as data.eval, in its fix."""
+        if key == "data.train":
+            return self
+        fix = self.fix.replace("data.train.", f"{key}.")
+        return RowError(self.field, self.reason, fix, droppable=self.droppable)
+
+
+def kind_of(value: Any) -> str:
+    """text; chat, a list or a single message; or other."""
+    if isinstance(value, str):
+        return "text"
+    return "chat" if isinstance(value, list) or is_message(value) else "other"
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is meant as a message."""
+    keys = value.keys() if isinstance(value, dict) else set()
+    return bool(keys & {"role", "from"}) and bool(keys & {"content", "value", "tool_calls", "function_call"})
+
+
+def what_is(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def given(columns: Columns | None) -> dict[str, str]:
+    """The columns that the user has named: for prompt, chosen and rejected, otherwise than these."""
+    named = {field: name for field, name in (columns or {}).items() if name is not None}
+    return {field: name for field, name in named.items() if name != field or field not in FIELDS}
+
+
+def close_name(name: str, values: Values, cutoff: float = 0.6) -> str | None:
+    by_folded = {str(column).casefold(): str(column) for column in values if column not in FIELDS}
+    close = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=cutoff)
+    return by_folded[close[0]] if close else None
+
+
+def missing(field: str, values: Values, name: str) -> RowError:
+    """The error of a field whose column `name` is not there."""
+    if name in values:
+        taken = f"the column {name!r} is another field's by data.train.columns"
+        return RowError(field, taken, f"set data.train.columns.{field}")
+    close, key = close_name(name, values), f"set data.train.columns.{field}"
+    fix = f"did you mean {close!r}? {key}: {close}" if close else key
+    return RowError(field, f"no column {name!r} among {sorted(map(str, values))}", fix)
+
+
+def parse_json(text: str, place: str, fix: str) -> Any:
+    """The value of a JSON text inside a row. Raises RowError."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        unsound = "\\u" in text and not all(map(_is_sound, strings(value)))
+    except (ValueError, RecursionError) as error:
+        raise RowError(place, f"broken JSON: {error}", fix) from None
+    if unsound:
+        raise RowError(place, "its JSON holds a NUL character or a lone surrogate", "remove the character")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, names of keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(key)
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def _is_sound(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
