@@ -34,7 +34,7 @@ from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, UserError
 from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
 from dspref.lock import Lock
-from dspref.machine import FAIL, Scene
+from dspref.machine import FAIL, Scene, Verdict
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
@@ -87,6 +87,7 @@ def check_environment(config: Config, device_type: str) -> None:
     hosts, clocks, identities, verdicts = zip(*gathered)
     if different := agreement.difference(identities, hosts):
         raise EnvironmentFault(different)
+    verdicts = [{name: Verdict(*verdict) for name, verdict in found.items()} for found in verdicts]
     for level, line in preflight.complaints(verdicts, hosts):
         if level == FAIL:
             raise EnvironmentFault(line)
