@@ -22,6 +22,7 @@ from dspref import (
     performance,
     preflight,
     reference,
+    terminal,
 )
 from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
@@ -313,17 +314,18 @@ def show_summary(run: RunFolder) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     if rows:
         console.samples(rows)
-    prompt = harmless(console.printable(rows[0]["prompt"] if rows else "Hello", limit=60))
-    more, loaded = "", f"'{run.final}'"
+    final = terminal.literal(str(run.final))
+    prompt = terminal.literal(harmless(console.printable(rows[0]["prompt"] if rows else "Hello", limit=60)))
+    more, loaded = "", final
     if adapters.is_saved(str(run.final), ""):
         # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
         more = "from peft import AutoPeftModelForCausalLM as LM; "
-        loaded = f"LM.from_pretrained('{run.final}'), tokenizer='{run.final}'"
-    ask = f"pipeline('text-generation', {loaded})([{{'role': 'user', 'content': '{prompt}'}}])"
+        loaded = f"LM.from_pretrained({final}), tokenizer={final}"
+    ask = f'pipeline("text-generation", {loaded})([{{"role": "user", "content": {prompt}}}])'
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
-        [f'python -c "{more}from transformers import pipeline; print({ask})"'],
+        [terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})")],
     )
 
 
