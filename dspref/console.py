@@ -17,6 +17,7 @@ from rich.text import Text
 from dspref import distributed
 from dspref.performance import PHASES
 from dspref.status import printable
+from dspref.terminal import shown
 
 # metric name -> its short form. A terminal has room for three beside the bar.
 ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
@@ -60,7 +61,7 @@ class ProgressView:
     def note(self, text: str) -> None:
         """A line between the steps: an evaluation, a checkpoint."""
         if self._bar:
-            self._bar.console.print(Text(text))
+            self._bar.console.print(Text(shown(text)))
         else:
             distributed.log(text)
 
@@ -88,14 +89,14 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     table.add_column("first logged", justify="right")
     table.add_column("last", justify="right")
     for name, (first, last) in run_summary["learned"].items():
-        table.add_row(Text(name), _figure(first), _figure(last))
+        table.add_row(Text(shown(name)), _figure(first), _figure(last))
     console.print(table)
     if run_summary.get("speed"):
         where = {**speed_in_words(run_summary["speed"]), **where}
     for name, text in where.items():
-        console.print(Text(f"{name:<8}{text}"), soft_wrap=True)
+        console.print(Text(shown(f"{name:<8}{text}")), soft_wrap=True)
     # One line each, however narrow the terminal: a command is there to be copied.
-    console.print(Text("next    " + "\n        ".join(next_commands)), soft_wrap=True)
+    console.print(Text(shown("next    " + "\n        ".join(next_commands))), soft_wrap=True)
 
 
 def speed_in_words(speed: Mapping[str, float]) -> dict[str, str]:

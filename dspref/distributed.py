@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import random
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -27,53 +26,24 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
-from dspref.errors import EnvironmentFault, ExitCode, UserError, exit_code_of
-from dspref.files import write_atomically
+from dspref import rendezvous, wire
+from dspref.errors import EnvironmentFault, Relayed, exit_code_of
+from dspref.local_store import ContactLost, LocalStore
+from dspref.rendezvous import MEETING_MINUTES, World, read_environment
 from dspref.secrets import redact
+from dspref.terminal import shown
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
-MEETING_MINUTES = 15
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all, and among those of its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-
-class Relayed(UserError):
-    """A fault that another rank has already reported: this rank leaves with the same exit code, silently."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("reported by another rank")
-        self.exit_code = ExitCode(exit_code)
 
 
 _world = World()
 _leader = 0  # the lowest rank of this machine
-_store: Store | None = None
+_store: Any = None  # a LocalStore, or torch's; None on a single rank
 _turns = _purposes = 0
 _log_file: Any = None
-
-
-def read_environment(env: Mapping[str, str]) -> World:
-    """The world as the launcher tells it: deepspeed and torchrun by RANK, srun by SLURM_*, plain python by silence."""
-    if "RANK" in env:
-        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local_rank, local_size = (int(env.get(k, d)) for k, d in zip(keys, ("0", "1", "0", "0")))
-        return World(rank, size, local_rank, local_size or int(env.get("LOCAL_SIZE", "1")))
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        tasks = int(env["SLURM_STEP_NUM_TASKS"])
-        per_node = int(env.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0])
-        return World(int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"]), per_node)
-    return World()
 
 
 def world() -> World:
@@ -86,9 +56,10 @@ def init(seed: int, hang_timeout: float = 1800.0) -> World:
     Collectives wait some minutes longer than `hang_timeout` seconds (0: a day), after which the watch has the first word.
     """
     global _world, _store, _leader
+    if not dist.is_initialized():
+        rendezvous.announce()
+    by_tasks = "RANK" not in os.environ
     _world = read_environment(os.environ)
-    one_machine = _world.size == _world.local_size
-    by_tasks = "RANK" not in os.environ and _world.size > 1
     device = _choose_device()
     # What DeepSpeed reads of the world; without LOCAL_SIZE it asks numactl in every reduction on CPU.
     os.environ.update(
@@ -99,16 +70,17 @@ def init(seed: int, hang_timeout: float = 1800.0) -> World:
     )
     if torch.cuda.is_available():
         torch.cuda.set_device(device)
-    if one_machine:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no host name to resolve
+    if _world.is_one_machine:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")  # nobody else hears it, and there is no host name to resolve
     if not dist.is_initialized():
-        _store = _meet(by_tasks)
+        _store, for_groups = _meet(by_tasks)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=PrefixStore("group", _store), rank=_world.rank, world_size=_world.size,
+            backend, store=PrefixStore("group", for_groups), rank=_world.rank, world_size=_world.size,
             timeout=timedelta(minutes=_patience(hang_timeout)),
         )  # fmt: skip
-        hosts = gather_objects(socket.gethostname() if not one_machine else "")
+        hosts = gather_objects("" if _world.is_one_machine else socket.gethostname())
         _leader = hosts.index(hosts[_world.rank])
     set_seed(seed)
     return _world
@@ -130,57 +102,65 @@ def _choose_device() -> int:
     return _world.local_rank
 
 
-def _meet(by_tasks: bool) -> Store:
-    """The key-value store of the job. On one machine the system picks a free port, so a busy MASTER_PORT is no matter."""
-    timeout = timedelta(minutes=MEETING_MINUTES)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-        # The agent's store outlives a restart, and with it the keys of the attempt before.
-        return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    if _world.size == _world.local_size and not by_tasks:
+def _meet(by_tasks: bool) -> tuple[Any, Store]:
+    """The key-value store of the job (None on a single rank), and that of its process groups.
+
+    On one machine neither is a port, so a busy MASTER_PORT is no matter, and nobody else can join.
+    """
+    if _world.is_one_machine and not by_tasks:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
-        return _meet_on_one_machine(timeout)
+    if _world.size == 1:
+        return None, HashStore()
+    if _world.is_one_machine:
+        store, file = rendezvous.meet(_world, lambda line: print(shown(redact(line)), file=sys.stderr, flush=True))
+        return store, FileStore(str(file), -1)
+    store = _store_of_machines()
+    return store, store
+
+
+def _store_of_machines() -> Store:
+    timeout = timedelta(minutes=MEETING_MINUTES)
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except KeyError as missing:
         raise EnvironmentFault(f"{missing.args[0]} is not set; export it in the job script, as launch/slurm does") from None
+    except ValueError:
+        raise EnvironmentFault(f"MASTER_PORT: {os.environ['MASTER_PORT']!r} is not a number") from None
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listening = None if of_agent or _world.rank else _listening(address, port)
     try:
-        return TCPStore(address, port, _world.size, _world.rank == 0, timeout=timeout)
+        store = TCPStore(
+            address, port, _world.size, _world.rank == 0 and not of_agent, timeout=timeout, wait_for_workers=not of_agent,
+            master_listen_fd=listening.detach() if listening else None,
+        )  # fmt: skip
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise EnvironmentFault(f"ranks do not meet at {address}:{port}: {str(error).splitlines()[0]}") from None
+    # The agent's store outlives a restart, and with it the keys of the attempt before.
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if of_agent else store
 
 
-def _meet_on_one_machine(timeout: timedelta) -> Store:
-    if _world.size == 1:
-        return TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
-    # All ranks are children of one launcher: its pid and start time name the file that tells the port.
-    started = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    notice = Path(tempfile.gettempdir()) / f"dspref-{os.getuid()}-{os.getppid()}-{started}"
-    if _world.rank == 0:
-        store = TCPStore("127.0.0.1", 0, _world.size, is_master=True, timeout=timeout, wait_for_workers=False)
-        write_atomically(notice, str(store.port))
-        store.wait([f"here/{rank}" for rank in range(1, _world.size)], timeout)
-        notice.unlink()
-        return store
-    deadline = time.monotonic() + timeout.total_seconds()
-    while not notice.exists():
-        if time.monotonic() > deadline:
-            raise EnvironmentFault(f"rank 0 did not open the meeting within {MEETING_MINUTES} minutes; see its output")
-        time.sleep(0.02)
-    store = TCPStore("127.0.0.1", int(notice.read_text()), _world.size, is_master=False, timeout=timeout)
-    store.set(f"here/{_world.rank}", "1")
-    return store
+def _listening(address: str, port: int) -> socket.socket | None:
+    """A socket on the interface of this address alone. None where it is not this machine's, as behind a router, or only
+    within it: torch then listens on all."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        if ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
+            return None
+        return socket.create_server(where[:2], family=family, backlog=2048)
+    except (OSError, ValueError):
+        return None
 
 
-def own_store(purpose: str) -> Store | None:
+def own_store(purpose: str) -> Any:
     """A connection of its own to the job's key-value store, for a thread; the keys of each call stand apart. Called on all
     ranks alike. None on a single rank."""
     global _purposes
     _purposes += 1
     if _store is None or _world.size == 1:
         return None
-    return PrefixStore(f"{purpose}/{_purposes}", _store.clone())  # type: ignore[attr-defined]
+    name = f"{purpose}/{_purposes}"
+    return _store.own(name) if isinstance(_store, LocalStore) else PrefixStore(name, _store.clone())
 
 
 def finish() -> None:
@@ -233,7 +213,7 @@ def _announce(turn: str, verdict: dict[str, int]) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def poll(store: Store, keys: list[str], over: Event | None = None) -> bool:
+def poll(store: Any, keys: list[str], over: Event | None = None) -> bool:
     """Wait until all keys are there. False where `over` is set before they are."""
     pause = POLL_SECONDS / 64  # most work is short; of hours of work the end may be seen a little late
     while not store.check(keys):
@@ -293,12 +273,16 @@ def gather_rows(table: torch.Tensor) -> tuple[torch.Tensor, slice]:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, by rank."""
+    """Every rank's value, by rank. Values as in `wire`: torch would send pickles, which run code where they arrive."""
     if not dist.is_initialized() or _world.size == 1:
         return [value]
-    values: list[Any] = [None] * _world.size
-    dist.all_gather_object(values, value)
-    return values
+    own = torch.frombuffer(bytearray(wire.to_bytes(value)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_world.size)]
+    dist.all_gather(sizes, torch.tensor([len(own)]))
+    longest = max(int(size) for size in sizes)
+    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(rows, torch.nn.functional.pad(own, (0, longest - len(own))))
+    return [wire.from_bytes(row[: int(size)].numpy().tobytes()) for row, size in zip(rows, sizes)]
 
 
 def broadcast_object(value: T) -> T:
@@ -324,7 +308,7 @@ def set_seed(seed: int) -> None:
 
 def log(message: str, stamp: bool = False) -> None:
     """Say something once: rank 0 on standard output (behind the time, with `stamp`), every rank in its log file."""
-    message, clock = redact(message), time.strftime("%Y-%m-%dT%H:%M:%S")
+    message, clock = shown(redact(message)), time.strftime("%Y-%m-%dT%H:%M:%S")
     if _world.rank == 0:
         print(f"{clock} {message}" if stamp else message, flush=True)
     if _log_file is not None:
@@ -338,18 +322,18 @@ def first_to_say(message: str) -> bool:
         return True
     try:
         return _store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
-    except dist.DistError:  # rank 0, which serves the store, is gone
+    except (dist.DistError, ContactLost):  # what serves the store is gone
         return True
 
 
 class LogFile(io.TextIOWrapper):
-    """A text file, a line at a time, without the secrets of what libraries print."""
+    """A text file, a line at a time, without the secrets and the control characters of what libraries print."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(open(path, "ab"), encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
     def write(self, text: str, /) -> int:
-        return super().write(redact(text))
+        return super().write(shown(redact(text)).replace("\\r", "\n"))  # a progress bar is lines
 
 
 def log_to(folder: Path) -> None:

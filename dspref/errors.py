@@ -1,7 +1,7 @@
 """What can go wrong for a user, each kind with its exit code.
 
 A `UserError` is shown as its message, without a traceback; any other exception is a bug in dspref.
-This module is below every layer and imports of dspref only `secrets`.
+This module is below every layer and imports of dspref only `secrets` and `terminal`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 from enum import IntEnum
 
 from dspref.secrets import redact
+from dspref.terminal import shown
 
 # A write that fails so need not name its file.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,7 +37,7 @@ class UserError(Exception):
     exit_code: ExitCode = ExitCode.BUG
 
     def __init__(self, message: str) -> None:
-        super().__init__(redact(message))  # it may quote a value, a URL, or what a library said
+        super().__init__(shown(redact(message)))  # it may quote a value, a URL, or what a library said
 
 
 class ConfigError(UserError):
@@ -75,6 +76,14 @@ class Interrupted(UserError):
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Relayed(UserError):
+    """A fault that another rank has already reported: this rank leaves with the same exit code, silently."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("reported by another rank")
+        self.exit_code = ExitCode(exit_code)
 
 
 def exit_code_of(error: BaseException) -> ExitCode:

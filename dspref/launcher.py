@@ -8,11 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from dspref import config as configuration
+from dspref import rendezvous
 from dspref.errors import ConfigError, ExitCode, UserError, exit_code_of
 from dspref.secrets import redact
+from dspref.terminal import shown
 
 # What torch reads when it is loaded, where the user has not set it.
 FOR_TORCH = {
@@ -27,6 +29,7 @@ FOR_TORCH = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `train` on this rank and return the exit code."""
     try:
+        rendezvous.announce()
         options = parse(arguments)
         config = configuration.load(options.config, options.overrides)
     except UserError as error:
@@ -63,7 +66,7 @@ def guarded(job: Callable[[], None]) -> int:
         if exit_code_of(error) is not ExitCode.IO:  # of a library's own making: a bug, shown as one
             return report_bug(terminal)
         remedy = "free the space, mend the permissions, or use another output_dir="
-        fault = redact(f"{error.filename or 'a file of the run'}: {error.strerror}; {remedy}")
+        fault = shown(redact(f"{error.filename or 'a file of the run'}: {error.strerror}; {remedy}"))
         if distributed.first_to_say(fault):
             print(fault, file=terminal, flush=True)
         return int(ExitCode.IO)
@@ -80,12 +83,17 @@ def report_bug(terminal: TextIO) -> int:
     Only one rank comes here: what follows from its end is not told by the others.
     """
     for stream in {terminal, sys.stderr}:
-        print(redact(traceback.format_exc()), end="", file=stream, flush=True)
+        print(shown(redact(traceback.format_exc())), end="", file=stream, flush=True)
     return int(ExitCode.BUG)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; give --config X.yaml, and values as section.key=value")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description="Preference optimization from one YAML file.")
+    parser = Parser(prog="train.py", description="Preference optimization from one YAML file.", allow_abbrev=False)
     parser.add_argument("--config", metavar="X.yaml", help="the run; see launch/configs")
     # The deepspeed launcher puts this before the user's own arguments; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dspref.errors import EnvironmentFault
 from dspref.processes import Process, place
+from dspref.terminal import command
 
 NAME = ".lock"
 # A holder elsewhere, of which no more is seen, is gone when its lock has not been touched for so long.
@@ -51,8 +52,8 @@ class Lock:
                             os.link(taken, path)
                 if holder:
                     raise EnvironmentFault(
-                        f"output_dir: {folder} is in use by {holder}; wait for it, stop it (touch {folder}/STOP), or choose "
-                        "another"
+                        f"output_dir: {folder} is in use by {holder}; wait for it, stop it "
+                        f"({command('touch', folder / 'STOP')}), or choose another"
                     )
         finally:
             for left in (draft, taken):

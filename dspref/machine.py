@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from dspref import strategy
 from dspref.config import Config
+from dspref.terminal import command
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
@@ -218,6 +220,9 @@ def check_compiler(scene: Scene) -> Verdict:
 def check_locks(scene: Scene) -> Verdict:
     """A killed build leaves its lock, and every later start waits for it for ever, silently."""
     built, folder = operators(scene.config), builds_folder(scene)
+    if folder.exists() and (whose := others_may_write(folder)):
+        remedy = "remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
+        return Verdict(FAIL, f"{folder}: {whose}, and code is loaded from there; {remedy}")
     if scene.config and not built:
         return Verdict(OK, "nothing will be compiled")
     for lock in sorted(folder.glob("**/lock")) if folder.exists() else []:
@@ -228,8 +233,18 @@ def check_locks(scene: Scene) -> Verdict:
         elsewhere = file_system(lock, scene.proc) in NETWORK
         who = "no process of this machine" if elsewhere else "no process"
         level = FAIL if built and not elsewhere and age > BUILD_SECONDS else WARN
-        return Verdict(level, f"{lock}: {who} holds it ({age / 60:.0f} minutes old), and builds wait for it: rm {lock}")
+        return Verdict(
+            level, f"{lock}: {who} holds it ({age / 60:.0f} minutes old), and builds wait for it: {command('rm', lock)}"
+        )
     return Verdict(OK, f"none in the way in {folder}")
+
+
+def others_may_write(folder: Path) -> str:
+    """Why another user may put files there; empty where none may. A group is trusted: it may be the user's own."""
+    about = folder.stat()
+    if about.st_uid not in (0, os.geteuid()):
+        return f"it belongs to user {about.st_uid}"
+    return "every user may write there" if about.st_mode & stat.S_IWOTH else ""
 
 
 def holder_of(path: Path, proc: Path = Path("/proc")) -> int | None:

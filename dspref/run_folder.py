@@ -24,6 +24,7 @@ from dspref.files import write_atomically
 from dspref.lock import NAME as LOCK
 from dspref.secrets import redact
 from dspref.status import is_foreign
+from dspref.terminal import command
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
 # with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
@@ -145,7 +146,8 @@ class RunFolder:
         key = "model.lora.path" if lora and not lora.merge_on_export else "model.name_or_path"
         raise ConfigError(
             f"deepspeed.zero_optimization.stage: {stages[1]}, but the run in {self.path} has {stages[0]}, and of its "
-            f"optimizer only stages 1 and 2 read each other; restore it, or `dspref export {saved[-1].parent} --to FOLDER` "
+            f"optimizer only stages 1 and 2 read each other; restore it, or "
+            f"`{command('dspref', 'export', saved[-1].parent)} --to FOLDER` "
             f"and begin there with {key}=FOLDER and another output_dir="
         )
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from urllib.parse import quote
 
 HIDDEN = "***"
@@ -37,13 +38,28 @@ SHAPES = [
     )
 ]
 
-# Of environment variables. TOKENIZERS_PARALLELISM is none, and a path to a secret may be shown.
+# What the name of an environment variable holds that keeps a secret. Words are parted by what is no letter: TOKENIZER is not
+# TOKEN, XAUTHORITY not AUTH. Some also end a word, PGPASSWORD and HFTOKEN.
+WITHIN = "TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASES?|PASSCODES?|CREDENTIALS?|CREDS|CONNSTR|CONNECTIONSTRING"
+ALONE = "AUTH|AUTHORIZATION|BEARER|CRED|PAT|PSK"
+LAST = "CONNECTION|PW|SAS|JWT|DSN|COOKIES?"
+KEYLESS = "MONKEY|DONKEY|TURKEY|HOCKEY|JOCKEY|WHISKEY|MICKEY|LACKEY|HOTKEY|TURNKEY|SMOKEY"
+PASSABLE = "BYPASS|COMPASS|SURPASS|TRESPASS|OVERPASS|UNDERPASS|ASKPASS"
 TELLING = re.compile(
-    r"(?<![A-Z])(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|PRIVATE)?KEY)(?![A-Z])"
+    rf"(?<![A-Z])(?:[A-Z]*(?:{WITHIN})|{ALONE}|(?:GITHUB|GITLAB|GH|GL|AZURE|DEVOPS|ADO)PAT|CONN(?:ECTION)?_STR(?:ING)?"
+    rf"|[A-Z]*AUTH(?=_?\d*$)|(?:{LAST})(?=_?\d*$)|(?!(?:{KEYLESS})S?(?![A-Z]))[A-Z]*KEYS?"
+    rf"|(?!(?:{PASSABLE})(?![A-Z]))[A-Z]*PASS|[A-Z]*PWD)(?![A-Z])"
 )
-HARMLESS = re.compile(r"_(?:PATH|FILE|DIR|FOLDER|HOME|NAME|URL|TYPE)$")
+# A path to a secret may be shown, and what is said of one.
+HARMLESS = re.compile(
+    r"(?:^|_)(?:PATH|FILE|DIR|FOLDER|HOME|NAME|URL|TYPE|SOCK|SOCKET|METHOD|MODE|ENABLED|HOST|PORT|USER|ALGORITHM)$"
+    r"|^(?:(?:OLD|ORIG|ORIGINAL|INIT|INITIAL|START|STARTING|SAVED|PREV|PREVIOUS|PROJECT|BUILD|WORK|SUBMIT)_?)?PWD$"
+    r"|^SSH_CONNECTION$|(?:^|_)(?:PAD|EOS|BOS|UNK|SEP|CLS|MASK|STOP|SPECIAL|IMAGE)_TOKEN$"
+    r"|(?:^|_)(?:MAX|MIN|NUM|NEW|TOTAL|PER_\w+)_TOKENS$|(?:^|_)TOKENS_PER_"
+)
 
 
+@cache
 def is_telling(name: str) -> bool:
     """Whether an environment variable of this name is expected to hold a secret."""
     return bool(TELLING.search(name.upper())) and not HARMLESS.search(name.upper())

@@ -23,14 +23,14 @@ from dspref import config as configuration
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import write_atomically
+from dspref.secrets import is_telling, kind_of
 from dspref.status import is_foreign
+from dspref.terminal import command, shown
 
 # What a value in an #SBATCH line may be made of: SLURM's own words, and nothing that ends or splits the line.
 MARKS = "_.,:@/=+-[]&|*()!"
 PLAIN = re.compile(rf"[\w{re.escape(MARKS)}]+")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# HF_TOKEN, but not TOKENIZERS_PARALLELISM.
-SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(?![A-Z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
     print(f"job     {number}, {job.nodes} x {job.gpus_per_node} GPUs for {job.time}" + f", {len(runs)} runs" * bool(sweep))
     print(f"script  {path}")
     print(f"log     {log_file(folder, number, is_array=sweep is not None)}")
-    print(f"next    dspref status {shlex.quote(config.output_dir)}")
+    print(f"next    {command('dspref', 'status', config.output_dir)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not NAME.fullmatch(name):
         raise ConfigError(f"--env: {text!r}: not of the form NAME=VALUE")
-    if SECRET.search(name):
+    if is_telling(name) or kind_of(value, {}):
         raise ConfigError(f"--env: {name}: would stand in a file; export it before submitting, SLURM hands it to the job")
     return name, value
 
@@ -210,9 +210,9 @@ def quote(text: object) -> str:
 def lint(script: str) -> None:
     """Raise where the script is not sound shell."""
     # Of shellcheck's opinion, which every version has more of, only what it calls an error.
-    for command in (["bash", "-n"], ["shellcheck", "--shell=bash", "--severity=error", "-"]):
-        if shutil.which(command[0]) and (found := answer(command, script)).returncode:
-            raise EnvironmentFault(f"the job script is not sound: {command[0]}: {said(found)}; please report this")
+    for words in (["bash", "-n"], ["shellcheck", "--shell=bash", "--severity=error", "-"]):
+        if shutil.which(words[0]) and (found := answer(words, script)).returncode:
+            raise EnvironmentFault(f"the job script is not sound: {words[0]}: {said(found)}; please report this")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,9 @@ def write(folder: Path, runs: Sequence[Path], configs: Sequence[Config], script:
 def sbatch(script: Path) -> str:
     """The number of the new job."""
     if not shutil.which("sbatch"):
-        raise EnvironmentFault(f"sbatch: no such command; submit from a login node of the cluster: sbatch {script}")
+        raise EnvironmentFault(
+            f"sbatch: no such command; submit from a login node of the cluster: {command('sbatch', script)}"
+        )
     answered = answer(["sbatch", "--parsable", str(script)])
     number = answered.stdout.strip().partition(";")[0]  # of a federation: job;cluster
     if answered.returncode or not number.isdecimal():
@@ -260,4 +262,4 @@ def answer(command: list[str], text: str = "") -> subprocess.CompletedProcess[st
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
     """What a command had to say, on one line."""
-    return " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+    return shown(" ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}")

@@ -22,6 +22,7 @@ from dspref import (
     performance,
     preflight,
     reference,
+    terminal,
 )
 from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
@@ -34,7 +35,7 @@ from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, UserError
 from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
 from dspref.lock import Lock
-from dspref.machine import FAIL, Scene
+from dspref.machine import FAIL, Scene, Verdict
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
@@ -93,6 +94,7 @@ def check_environment(config: Config, device_type: str) -> None:
     hosts, clocks, identities, verdicts = zip(*gathered)
     if different := agreement.difference(identities, hosts):
         raise EnvironmentFault(different)
+    verdicts = [{name: Verdict(*verdict) for name, verdict in found.items()} for found in verdicts]
     for level, line in preflight.complaints(verdicts, hosts):
         if level == FAIL:
             raise EnvironmentFault(line)
@@ -324,17 +326,18 @@ def show_summary(run: RunFolder) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     if rows:
         console.samples(rows)
-    prompt = harmless(console.printable(rows[0]["prompt"] if rows else "Hello", limit=60))
-    more, loaded = "", f"'{run.final}'"
+    final = terminal.literal(str(run.final))
+    prompt = terminal.literal(harmless(console.printable(rows[0]["prompt"] if rows else "Hello", limit=60)))
+    more, loaded = "", final
     if adapters.is_saved(str(run.final), ""):
         # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
         more = "from peft import AutoPeftModelForCausalLM as LM; "
-        loaded = f"LM.from_pretrained('{run.final}'), tokenizer='{run.final}'"
-    ask = f"pipeline('text-generation', {loaded})([{{'role': 'user', 'content': '{prompt}'}}])"
+        loaded = f"LM.from_pretrained({final}), tokenizer={final}"
+    ask = f'pipeline("text-generation", {loaded})([{{"role": "user", "content": {prompt}}}])'
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
-        [f'python -c "{more}from transformers import pipeline; print({ask})"'],
+        [terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})")],
     )
 
 

@@ -28,6 +28,7 @@ from dspref.distributed import Relayed
 from dspref.errors import ExitCode, Interrupted, exit_code_of
 from dspref.lock import Lock
 from dspref.processes import Process, launchers, place
+from dspref.terminal import shown
 
 STOPPING = {signal.SIGTERM: ExitCode.INTERRUPTED, signal.SIGUSR1: ExitCode.INTERRUPTED, signal.SIGINT: ExitCode.CTRL_C}
 # Wakes the main thread where another rank was asked to stop.
@@ -92,7 +93,7 @@ class Watch:
         own = Process.find(os.getpid())
         present = distributed.gather_objects((place(), own))
         self._peers = {
-            rank: process
+            rank: Process(*process)
             for rank, (where, process) in enumerate(present)
             if where == present[self._world.rank][0] and rank != self._world.rank and process
         }
@@ -295,7 +296,7 @@ class Watch:
         if self._verdict is None and self._limit and self._idle > self._limit:
             message = self._blame()
             if self._idle > self._limit and self._limit and self._judge(ExitCode.HANG, message):
-                print(message, file=sys.__stderr__, flush=True)
+                print(shown(message), file=sys.__stderr__, flush=True)
 
     def _talk(self) -> None:
         """Tell the others where this rank is; hear what they wish, and whether one has left."""
@@ -328,7 +329,7 @@ class Watch:
         first = self._judge(ExitCode.BUG, message)
         # With rank 0 the store is gone, and every rank is the first: one of each machine speaks.
         if first and (rank != 0 or all(r > self._world.rank for r, p in self._peers.items() if p.is_alive)):
-            print(message, file=sys.__stderr__, flush=True)
+            print(shown(message), file=sys.__stderr__, flush=True)
 
     def _judge(self, code: ExitCode | int, message: str) -> bool:
         """Publish why all ranks leave; True for the rank that says so first."""

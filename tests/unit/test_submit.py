@@ -337,6 +337,10 @@ def run_script(script: Path, seen: Path, **environment: str) -> tuple[list[str],
     done = subprocess.run(["bash", script], env=os.environ | names | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     arguments, variables = (path.read_text().split("\0")[:-1] for path in (seen, Path(f"{seen}.env")))
+    if "env" in arguments:
+        start, python = arguments.index("env"), arguments.index(sys.executable)
+        variables += arguments[start + 1 : python]
+        arguments = arguments[:start] + arguments[python:]
     return arguments, dict(variable.split("=", 1) for variable in variables)
 
 
@@ -357,7 +361,7 @@ def test_hostile_run_folders_reach_the_ranks_as_they_are(here, quick_srun):
     train = str(Path(cli.__file__).parents[1] / "launch/train.py")
     for task, run in list(enumerate(runs))[:40]:
         arguments, _ = run_script(script, quick_srun, SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID=str(task))
-        assert arguments[2:] == [sys.executable, "-u", train, "--config", f"{run}/submit/config.yaml"]
+        assert arguments[2:] == [sys.executable, "-P", "-u", train, "--config", f"{run}/submit/config.yaml"]
     assert not list(here.rglob("canary"))
 
 
