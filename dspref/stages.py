@@ -105,11 +105,11 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
 
     def work():
         model_config = model.load_config(section)
-        if section.init == "pretrained":
-            model.fetch(section)
         name = section.tokenizer_name_or_path or section.name_or_path
         tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
         kernel = admission.check(section, model_config, data.max_length, len(tokenizer), device_type)
+        if section.init == "pretrained":
+            admission.check_weights(section, model_config)
         check_adapters(config, device_type)
         if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
             check_reference(config, len(tokenizer), device_type)
@@ -143,8 +143,9 @@ def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
         if adapter:
             adapters.folder_of(adapter)
         else:
-            admission.check(section, model.load_config(section), config.data.max_length, vocabulary, device_type)
-            model.fetch(section)
+            model_config = model.load_config(section)
+            admission.check(section, model_config, config.data.max_length, vocabulary, device_type)
+            admission.check_weights(section, model_config)
     except UserError as error:
         named = "reference.name_or_path" if config.reference.name_or_path else "reference.adapter_name"
         blamed = re.sub(r"^(model\.(tokenizer_)?name_or_path: )?", f"{named}: ", str(error))

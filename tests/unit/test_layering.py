@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("explain",),
     ("checks",),
     ("config",),
-    ("status",),
+    ("status", "weights"),
     ("slurm",),
     ("machine", "footprint"),  # of `dspref doctor` and the start of a run
     ("preflight", "agreement"),
@@ -76,14 +76,14 @@ OWNERS: dict[str, set[str]] = {
     "rich": {"console", "cli"},
     "pydantic": {"config", "sections", "explain"},
     "datasets": {"data.sources"},
-    "huggingface_hub": {"data.sources", "model", "adapters"},
+    "huggingface_hub": {"data.sources", "weights", "adapters"},
 }
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
     "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes", "reading",
-    "machine", "footprint", "preflight", "agreement", "doctor",
+    "machine", "footprint", "preflight", "agreement", "doctor", "weights",
 }  # fmt: skip
 
 
