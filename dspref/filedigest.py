@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
     return found
 
 
-def sealed(name: str, state: list[int], digest: str) -> dict[str, Any]:
+def sealed(name: str, state: Any, digest: Any) -> dict[str, Any]:
     """An entry of the memory, with a seal that a flipped digit in any of its parts breaks."""
     seal = hashlib.sha256(json.dumps([name, state, digest]).encode()).hexdigest()[:16]
     return {"state": state, "sha256": digest, "seal": seal}

@@ -17,6 +17,7 @@ from dspref import (
     console,
     distributed,
     engine,
+    finite,
     metrics,
     model,
     performance,
@@ -249,6 +250,7 @@ def introduce(
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
     policy = model.load(config.model, weights, kernel, config.model.dtype, zero3, reference.attach(config))
+    finite.refuse_not_finite(policy.lm, "model.name_or_path", weights, config.model.dtype)
     policy = model.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]

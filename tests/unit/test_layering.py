@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("doctor",),
     ("distributed", "lock"),
     ("watch", "meeting"),
-    ("admission", "filedigest", "adapters", "trust_region", "filling"),
+    ("adapter_files",),
+    ("admission", "filedigest", "adapters", "trust_region", "filling", "finite"),
     ("model", "shards"),
     ("engine",),
     ("reference",),
@@ -67,7 +68,7 @@ OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine", "shards"},
     "torch.distributed": {"distributed", "engine"},
     "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "checkpoint", "export"},
-    "peft": {"adapters"},
+    "peft": {"adapters", "adapter_files"},
     "bitsandbytes": {"engine"},
     "wandb": {"trackers"},
     "torch.utils.tensorboard": {"trackers"},
@@ -76,7 +77,7 @@ OWNERS: dict[str, set[str]] = {
     "rich": {"console", "cli"},
     "pydantic": {"config", "sections", "explain"},
     "datasets": {"data.sources"},
-    "huggingface_hub": {"data.sources", "weights", "adapters"},
+    "huggingface_hub": {"data.sources", "weights", "adapter_files"},
 }
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
