@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CONFIG", "WEIGHTS", "Adapters", "Saved", "base_of", "check", "digest", "folder_of", "for_training", "frozen", "is_saved",
-    "merged", "own", "plain", "read", "save", "try_on",
+    "CONFIG", "WEIGHTS", "Adapters", "Saved", "base_of", "check", "digest", "folder_of", "for_training", "frozen",
+    "is_saved", "merged", "own", "plain", "read", "save", "try_on",
 ]  # fmt: skip
 
 

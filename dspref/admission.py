@@ -33,12 +33,12 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if section.load_in_4bit:
         require_bitsandbytes("model.load_in_4bit", device_type)
     text = config.get_text_config()
-    if vocabulary > text.vocab_size:
+    if vocabulary > (known := number(text, "vocab_size") or 0):
         raise ConfigError(
             f"model.tokenizer_name_or_path: token id {vocabulary - 1} does not fit the model's vocabulary of "
-            f"{text.vocab_size}; use the model's own tokenizer"
+            f"{known}; use the model's own tokenizer"
         )
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = number(text, "max_position_embeddings")
     if positions and max_length and max_length > positions:
         raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
     layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
@@ -61,14 +61,24 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
     _refuse_scaled_positions(text, max_length)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(
         section,
         device_type,
         window=window if window and (max_length is None or max_length > window) else None,
-        softcap=getattr(text, "attn_logit_softcapping", None),
+        softcap=number(text, "attn_logit_softcapping"),
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
     )
+
+
+def number(text: PretrainedConfig, name: str) -> Any:
+    """A number of a model's config, or None. Raises ConfigError for anything else under that name."""
+    value = getattr(text, name, None)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ConfigError(
+            f"model.name_or_path: {text.name_or_path}: config.json: {name}: {value!r:.80} is no number; mend it"
+        )
+    return value
 
 
 def build_skeleton(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
@@ -106,7 +116,7 @@ def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> 
     kind = rope.get("rope_type", "default")
     if kind not in ("longrope", "dynamic"):
         return
-    fixed_up_to = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    fixed_up_to = rope.get("original_max_position_embeddings") or number(text, "max_position_embeddings") or 0
     if max_length is None or max_length > fixed_up_to:
         raise ConfigError(
             f"data.max_length: {text.model_type}'s {kind} positions depend on the longest sequence beyond {fixed_up_to} "
@@ -115,7 +125,7 @@ def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> 
 
 
 def _attention_dropout(text: PretrainedConfig) -> float:
-    return max(getattr(text, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    return max(number(text, name) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
 
 
 def _choose_kernel(section: ModelSection, device_type: str, **asked: float | None) -> str:

@@ -124,6 +124,10 @@ def load_config(section: ModelSection) -> PretrainedConfig:
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_of_config(said, error)}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {config.model_type} is not a causal language model")
+    if not isinstance(config.get_text_config(), PretrainedConfig):
+        raise ConfigError(
+            f"model.name_or_path: {section.name_or_path}: config.json: text_config: holds no settings; fetch it again"
+        )
     _drop_choices(config)
     return config
 
@@ -304,8 +308,11 @@ def _refuse_missing(lm: PreTrainedModel, report: Mapping[str, Any], source: str)
 def _of_weights(error: Exception) -> str:
     """What is wrong with weights that cannot be loaded, in one line; torch puts the tensor's name in a later one."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    telling = [line for line in lines if "size mismatch" in line]
-    return telling[0][:500] if telling else weights.one_line(error)
+    if telling := [line for line in lines if "size mismatch" in line]:
+        return telling[0][:500]
+    if "ignore_mismatched_sizes" in str(error):
+        return "a tensor has another shape than config.json gives it; fetch both again"
+    return weights.one_line(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

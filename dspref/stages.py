@@ -189,7 +189,9 @@ def open_run(
         if not of_random:
             content["reference"] = reference.digest(config, weights)
         content.update(beginnings(config))
-        began = {} if config.checkpoint.resume == "never" else run.run.get("content", {})
+        # Nothing is gone on with before the first checkpoint but random weights: what was mended since is taken as it is.
+        anew = config.checkpoint.resume == "never" or not (random or committed_folders(run))
+        began = {} if anew else run.run.get("content", {})
         for name in content:
             if began.get(name, content[name]) != content[name]:
                 models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}

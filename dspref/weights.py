@@ -19,6 +19,7 @@ from dspref.config import ModelSection, shipped
 from dspref.errors import ConfigError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 # By such names transformers knows a distributed checkpoint, which it would load in place of the other files.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # What config.json may not say: that files of other names are to be read.
@@ -184,14 +185,11 @@ def refuse_outside(path: Path, folder: Path, blamed: str) -> None:
 def described(folder: Path, name: str, remote_code: bool = False) -> dict[str, Any]:
     """config.json. Raises ConfigError where it is broken, or describes what is not trained here."""
     blamed = f"model.name_or_path: {name}: {CONFIG}"
-    try:
-        said = reading.read_json(folder / CONFIG, strict=False)
-    except FileNotFoundError:
-        raise ConfigError(f"model.name_or_path: {name}: holds no {CONFIG}; give the folder of a model") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{blamed}: {reading.words(error)}; fetch it again") from None
-    if not isinstance(said, dict) or not said:
-        raise ConfigError(f"{blamed}: holds no settings; fetch it again")
+    if not os.path.lexists(folder / CONFIG):
+        raise ConfigError(f"model.name_or_path: {name}: holds no {CONFIG}; give the folder of a model")
+    said = _settings(folder / CONFIG, blamed)
+    if os.path.lexists(folder / GENERATION):
+        _settings(folder / GENERATION, f"model.name_or_path: {name}: {GENERATION}")
     if not isinstance(said.get("model_type"), str) and not (remote_code and "auto_map" in said):
         raise ConfigError(f"{blamed}: names no model_type; is this a model of transformers?")
     for key in ELSEWHERE:
@@ -200,9 +198,19 @@ def described(folder: Path, name: str, remote_code: bool = False) -> dict[str, A
             raise ConfigError(f"{blamed}: {key}: files of other names are not read; {remedy}")
     for key, value in _numbers(said):
         if abs(value) >= 2**63 or ("layer" in key and value > MOST_LAYERS):
-            raise ConfigError(f"{blamed}: {key}: {value:.6g} is no size of a model; fetch it again")
+            raise ConfigError(f"{blamed}: {key}: {str(value)[:20]} is no size of a model; fetch it again")
     if method := quantized_by(said):
         raise ConfigError(f"model.name_or_path: {name}: {in_full(method)}")
+    return said
+
+
+def _settings(path: Path, blamed: str) -> dict[str, Any]:
+    try:
+        said = reading.read_json(path, strict=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{blamed}: {reading.words(error)}; fetch it again") from None
+    if not isinstance(said, dict):
+        raise ConfigError(f"{blamed}: holds no settings; fetch it again")
     return said
 
 
@@ -261,6 +269,7 @@ def header(path: Path, blamed: str) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what a library says, or failing that what it calls the error."""
+    """The first line of what a library says, with the next where it only leads there; failing that, the error's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:500]
+    first = next(iter(lines), type(error).__name__)
+    return (f"{first} {lines[1]}" if first.endswith(":") and len(lines) > 1 else first)[:500]
