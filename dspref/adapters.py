@@ -7,45 +7,35 @@ trained and which one is the reference.
 from __future__ import annotations
 
 import copy
-import hashlib
+import difflib
 import importlib.util
-import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from dspref import weights
+from dspref.adapter_files import CONFIG, WEIGHTS, Saved, base_of, digest, folder_of, is_saved
 from dspref.config import LoraSection, ModelSection
-from dspref.errors import ConfigError, EnvironmentFault
+from dspref.errors import ConfigError, EnvironmentFault, UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What an adapter's config says beside how the adapter acts.
-INCIDENTAL = ("base_model_name_or_path", "inference_mode", "revision", "lora_dropout", "peft_version", "task_type")
-
-# Of a saved adapter's config, what may differ from peft's defaults. The rest changes the model below the adapter, so that it
-# would not be the reference when the adapter is off (a trained bias, PiSSA), or has not been tried here.
-UNDERSTOOD = {
-    *LoraSection.model_fields, *INCIDENTAL, "auto_mapping", "fan_in_fan_out", "layers_pattern", "target_parameters",
-}  # fmt: skip
-
-
-class Saved(NamedTuple):
-    """An adapter on disk or on the hub: a folder, and the adapter's name where the folder holds several."""
-
-    path: str
-    name: str
+__all__ = [
+    "CONFIG", "WEIGHTS", "Adapters", "Saved", "base_of", "check", "digest", "folder_of", "for_training", "frozen",
+    "is_saved", "merged", "own", "plain", "read", "save", "try_on",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -193,8 +183,12 @@ def _blamed(key: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of them is refused, here or below
             yield
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, re.error) as error:
-        raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # peft and torch have one of their own for each
+        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        telling = next((line for line in lines if "size mismatch" in line), weights.one_line(error))
+        raise ConfigError(f"{key}: {telling[:500]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,6 +215,11 @@ def try_on(lm: PreTrainedModel, section: ModelSection) -> None:
     if section.lora and not section.lora.path:
         names = [name for name, _ in lm.named_modules()]
         _refuse_unknown(lm, "modules_to_save", section.lora.modules_to_save or (), names)
+        targets = section.lora.target_modules
+        if isinstance(targets, list):
+            _refuse_unknown(lm, "target_modules", targets, names)
+        elif targets != "all-linear":
+            _refuse_idle_pattern(lm, targets, names)
         with _blamed("model.lora"):
             _fresh(lm, section)
         _refuse_loose_ends(lm)
@@ -244,60 +243,34 @@ def _refuse_idle_names(lm: PreTrainedModel, section: LoraSection, names: list[st
 def _refuse_unknown(lm: PreTrainedModel, key: str, wanted: Iterable[str], names: list[str]) -> None:
     for whole in wanted:
         if not any(name == whole or name.endswith(f".{whole}") for name in names):
-            raise ConfigError(f"model.lora.{key}: {whole}: {lm.config.model_type} has no such module")
+            known = _linear(lm) if key == "target_modules" else sorted({name.rpartition(".")[2] for name in names if name})
+            raise ConfigError(f"model.lora.{key}: {whole}: {lm.config.model_type} has no such module{_hint(whole, known)}")
 
 
-def is_saved(path: str, name: str) -> bool:
-    """Whether a folder holds an adapter."""
-    return any((folder / CONFIG).is_file() for folder in (Path(path) / name, Path(path)))
+def _refuse_idle_pattern(lm: PreTrainedModel, pattern: str, names: list[str]) -> None:
+    try:
+        fits = any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise ConfigError(f"model.lora.target_modules: {pattern}: is no regular expression ({error}); mend it") from None
+    if not fits:
+        listed = ", ".join(_linear(lm))
+        raise ConfigError(f"model.lora.target_modules: {pattern}: fits no module of {lm.config.model_type}; it has {listed}")
 
 
-def folder_of(source: Saved) -> Path:
-    """The folder with the adapter's own files, downloaded first where `path` is a hub id.
-
-    peft saves `default` at the root and adapters of other names in folders of their own.
-    """
-    root = Path(source.path)
-    if not root.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            root = Path(snapshot_download(source.path, allow_patterns=[f"**{CONFIG}", f"**{WEIGHTS}"]))
-        except Exception as error:  # offline, gated, misspelt: each has its own exception
-            raise ConfigError(f"{source.path}: no LoRA adapter there: {str(error).strip().splitlines()[0]}") from None
-    named = [path.parent.name for path in sorted(root.glob(f"*/{CONFIG}"))]
-    # An adapter that lies alone may be called anything; of several, only `default` is the one at the root.
-    folder = root / source.name if source.name in named else root
-    if (folder == root and named and source.name != "default") or not all((folder / f).is_file() for f in (CONFIG, WEIGHTS)):
-        there = f"; it has {', '.join(named)}" if named else ""
-        raise ConfigError(f"{source.path}: holds no adapter {source.name!r} ({CONFIG} beside {WEIGHTS}){there}")
-    _refuse_kind(folder)
-    return folder
+def _linear(lm: PreTrainedModel) -> list[str]:
+    """Last names of the layers that may have an adapter."""
+    head = lm.get_output_embeddings()
+    layers = (nn.Linear, Conv1D)
+    return sorted(
+        {name.rpartition(".")[2] for name, part in lm.named_modules() if isinstance(part, layers) and part is not head}
+    )
 
 
-def _refuse_kind(folder: Path) -> None:
-    """Raise ConfigError for an adapter that is not LoRA as it is understood here."""
-    from peft import LoraConfig
-
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if settings.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder}: is {settings.get('peft_type')}, and only LoRA is trained here")
-    plain = LoraConfig().to_dict()
-    odd = {key: value for key, value in settings.items() if key not in UNDERSTOOD and value and value != plain.get(key)}
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        odd["init_lora_weights"] = settings["init_lora_weights"]
-    for key, value in odd.items():
-        raise ConfigError(f"{folder / CONFIG}: {key}: {value!r} is not supported; merge that adapter into its model first")
-
-
-def digest(source: Saved) -> str:
-    """sha256 over the bytes of the adapter's weights and what its config says of how it acts."""
-    folder = folder_of(source)
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    acts = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-    found = hashlib.sha256(json.dumps(acts, sort_keys=True).encode())
-    found.update((folder / WEIGHTS).read_bytes())
-    return found.hexdigest()
+def _hint(word: str, known: list[str]) -> str:
+    """The name that was meant, if one is near, and those there are."""
+    close = difflib.get_close_matches(word.rpartition(".")[2], known, n=1)
+    listed = ", ".join(name for name in known if not name.isdecimal())
+    return f"; did you mean {close[0]}?" if close else f"; it has {listed}" if listed else ""
 
 
 def save(
@@ -323,12 +296,6 @@ def save(
 def read(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved adapter."""
     return load_file(folder / WEIGHTS)
-
-
-def base_of(folder: str) -> tuple[str, str | None]:
-    """(folder or hub id, revision) of the model that a saved adapter is for."""
-    settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    return settings["base_model_name_or_path"], settings.get("revision")
 
 
 def plain(base: PreTrainedModel, folder: str) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from dspref import attention
-from dspref.config import ModelSection, shipped
+from dspref import attention, weights
+from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
@@ -32,20 +33,14 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if section.load_in_4bit:
         require_bitsandbytes("model.load_in_4bit", device_type)
     text = config.get_text_config()
-    if vocabulary > text.vocab_size:
+    if vocabulary > (known := number(text, "vocab_size") or 0):
         raise ConfigError(
             f"model.tokenizer_name_or_path: token id {vocabulary - 1} does not fit the model's vocabulary of "
-            f"{text.vocab_size}; use the model's own tokenizer"
+            f"{known}; use the model's own tokenizer"
         )
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = number(text, "max_position_embeddings")
     if positions and max_length and max_length > positions:
         raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
-    folder = shipped(section.name_or_path)
-    if section.init == "pretrained" and folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.name_or_path: {folder} holds no *.safetensors (pickled weights are not read); save the model again with "
-            "save_pretrained, or set model.init: random"
-        )
     layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
     if not set(layers) <= {"full_attention", "sliding_attention", "attention"}:
         kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention", "attention"}))
@@ -58,8 +53,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if text.model_type in UNPACKABLE:
         raise ConfigError(f"model.name_or_path: {text.model_type} {UNPACKABLE[text.model_type]}; use another model")
     if family is not None:
-        with torch.device("meta"):
-            skeleton = family(copy.deepcopy(config))
+        skeleton = build_skeleton(section, config)
         refuse_layers_before_head(skeleton)
         if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
             raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
@@ -67,14 +61,53 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
     _refuse_scaled_positions(text, max_length)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(
         section,
         device_type,
         window=window if window and (max_length is None or max_length > window) else None,
-        softcap=getattr(text, "attn_logit_softcapping", None),
+        softcap=number(text, "attn_logit_softcapping"),
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
     )
+
+
+def number(text: PretrainedConfig, name: str) -> Any:
+    """A number of a model's config, or None. Raises ConfigError for anything else under that name."""
+    value = getattr(text, name, None)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ConfigError(
+            f"model.name_or_path: {text.name_or_path}: config.json: {name}: {value!r:.80} is no number; mend it"
+        )
+    return value
+
+
+def build_skeleton(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, without weights. Raises ConfigError where it describes none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=section.trust_remote_code)
+    except Exception as error:  # of numbers that do not go together: each family stumbles in its own way
+        reason = weights.one_line(error)
+        raise ConfigError(
+            f"model.name_or_path: {section.name_or_path}: no model comes of its config.json: {reason}"
+        ) from None
+
+
+def check_weights(section: ModelSection, config: PretrainedConfig) -> None:
+    """Raise ConfigError for weights that are not there, damaged or quantized, or to which config.json gives another size.
+
+    Only sizes are compared: transformers transposes and renames tensors of some families as it loads them.
+    """
+    blamed = f"model.name_or_path: {section.name_or_path}"
+    found = weights.tensors_of(weights.fetch(section), blamed)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return  # of code that comes with the model, which is not run before it is loaded
+    for name, wanted in build_skeleton(section, config).state_dict().items():
+        if (tensor := found.get(name)) and math.prod(tensor.shape) != wanted.numel():
+            raise ConfigError(
+                f"{blamed}: {name} is {list(tensor.shape)} in {tensor.file.name}, and {list(wanted.shape)} by config.json; "
+                "fetch both again"
+            )
 
 
 def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:
@@ -83,7 +116,7 @@ def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> 
     kind = rope.get("rope_type", "default")
     if kind not in ("longrope", "dynamic"):
         return
-    fixed_up_to = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    fixed_up_to = rope.get("original_max_position_embeddings") or number(text, "max_position_embeddings") or 0
     if max_length is None or max_length > fixed_up_to:
         raise ConfigError(
             f"data.max_length: {text.model_type}'s {kind} positions depend on the longest sequence beyond {fixed_up_to} "
@@ -92,7 +125,7 @@ def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> 
 
 
 def _attention_dropout(text: PretrainedConfig) -> float:
-    return max(getattr(text, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    return max(number(text, name) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
 
 
 def _choose_kernel(section: ModelSection, device_type: str, **asked: float | None) -> str:
@@ -127,8 +160,11 @@ def refuse_layers_before_head(lm: PreTrainedModel) -> None:
     head = lm.get_output_embeddings()
     between = [name for name, part in lm.named_children() if part is not head and name != lm.base_model_prefix]
     if between or all(part is not head for part in lm.children()):
+        kind = lm.config.model_type
+        if type(lm.config) in AutoModelForMaskedLM._model_mapping:  # BERT and its kin, which know no left to right
+            raise ConfigError(f"model.name_or_path: {kind} is an encoder, and no causal language model; use another model")
         layers = ", ".join(between) or "no head of its own"
-        raise ConfigError(f"model.name_or_path: {lm.config.model_type} has {layers} after its backbone; use another model")
+        raise ConfigError(f"model.name_or_path: {kind} has {layers} after its backbone; use another model")
 
 
 def router_coefficient(section: ModelSection, lm: PreTrainedModel) -> float:

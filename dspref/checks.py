@@ -33,6 +33,8 @@ BOUNDS = {
 
 # A column of places, 1 being the best.
 RANK_NAME = re.compile(r"(^|[._-])rank(s|ing|ings)?$", re.IGNORECASE)
+# The longest name of a file, and with its folders, that Linux takes.
+NAME_BYTES, PATH_BYTES = 255, 4096
 
 Complaint = tuple[tuple[str | int, ...], str]
 
@@ -56,6 +58,18 @@ def _check_secrets(config: Config) -> Iterator[Complaint]:
     for path, text in texts(config.model_dump() | {"deepspeed": layout}):
         if kind := secrets.kind_of(text):
             yield path, f"holds {kind}, and would be written down with the run; leave secrets to the environment"
+
+
+def _check_paths(config: Config) -> Iterator[Complaint]:
+    """What no file system can hold; later on it would be an error of the operating system's."""
+    names = config.model_dump(include={"model", "reference", "data", "deepspeed", "output_dir"})
+    for path, text in texts(names):
+        if not {"name_or_path", "tokenizer_name_or_path", "path", "store", "deepspeed", "output_dir"} & {*path[-1:]}:
+            continue
+        if "\0" in text:
+            yield path, "holds a null character; no file is called so"
+        elif len(text.encode()) >= PATH_BYTES or any(len(part.encode()) > NAME_BYTES for part in text.split("/")):
+            yield path, f"longer than a name may be ({NAME_BYTES} bytes, {PATH_BYTES} with its folders); give a shorter one"
 
 
 def texts(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -325,6 +339,7 @@ def _check_strategy(config: Config) -> Iterator[Complaint]:
 
 
 CHECKS = (
+    _check_paths,
     _check_secrets,
     _check_lora,
     _check_losses,

@@ -104,8 +104,7 @@ def _write_adapter(
 
 def _write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) -> None:
     """Added up in fp32 and rounded once, to the type of the run."""
-    remote = {"trust_remote_code": section.trust_remote_code}
-    plain = model.load_plain(str(shipped(base)), dtype="float32", revision=section.revision, **remote)
+    plain = model.load_original(section, base, dtype="float32")
     lm = adapters.merged(plain, str(adapter)).to(getattr(torch, section.dtype))
     lm.save_pretrained(draft, max_shard_size=MAX_SHARD)
     verify(draft, lm.state_dict(), section.trust_remote_code)

@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dspref import adapters, filedigest, router
+from dspref import adapters, filedigest, router, weights
 from dspref.adapters import Adapters
-from dspref.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
+from dspref.admission import NOT_PACKED, build_skeleton, refuse_layers_before_head, router_coefficient
 from dspref.attention import PACKED, Segments
-from dspref.config import ModelSection, shipped
+from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
 from dspref.logps import HeadTransform, TokenLogps, counted, scored_logps
@@ -112,24 +111,47 @@ def quiet() -> None:
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:
-    """The model's own config; raises ConfigError in one line where it cannot be had."""
-    path = str(shipped(section.name_or_path))
-    if adapters.is_saved(path, ""):
+    """The model's own config, without what it says of kernels; raises ConfigError in one line where it cannot be had."""
+    folder = weights.folder_of(section)
+    if adapters.is_saved(str(folder), ""):
         raise ConfigError(
             f"model.name_or_path: {section.name_or_path} is a LoRA adapter; name its model here, and it in model.lora.path"
         )
+    said = weights.described(folder, section.name_or_path, section.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    except Exception as error:  # missing, offline, broken, of a wrong type: each has its own exception
-        raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_first_line(error)}") from None
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
+    except Exception as error:  # of a wrong type, not known, in need of code: each has its own exception
+        raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_of_config(said, error)}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {config.model_type} is not a causal language model")
+    if not isinstance(config.get_text_config(), PretrainedConfig):
+        raise ConfigError(
+            f"model.name_or_path: {section.name_or_path}: config.json: text_config: holds no settings; fetch it again"
+        )
+    _drop_choices(config)
     return config
+
+
+def _of_config(said: Mapping[str, Any], error: Exception) -> str:
+    kind = said.get("model_type")
+    if kind not in CONFIG_MAPPING and "auto_map" not in said:
+        return f"config.json: model_type: {str(kind)[:80]!r} is not known to transformers {transformers.__version__}"
+    return f"config.json: {weights.one_line(error)}"
+
+
+def _drop_choices(config: PretrainedConfig) -> None:
+    """Forget which kernels a model asks for: some are code of the hub's, and the attention of packs is dspref's own."""
+    config._attn_implementation = config._experts_implementation = None
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):  # of the text model, or of a kind of layers
+            _drop_choices(value)
+        elif name in ("fusion_config", "kernel_config", "use_kernels", "distributed_config", "quantization_config"):
+            delattr(config, name)
 
 
 def load(
     section: ModelSection,
-    weights: str,
+    source: str,
     kernel: str,
     dtype: str,
     zero3: Mapping[str, Any] | None,
@@ -137,19 +159,21 @@ def load(
 ) -> PackedCausalLM:
     """Build the model with its weights in `dtype`; `attach` puts adapters into it.
 
-    `weights` is a folder or hub id. With `zero3` (a complete DeepSpeed config) parameters are partitioned as they are
-    made, and filled one module at a time from memory-mapped files: no rank ever holds the whole model.
+    `source` is a folder or hub id of the weights. With `zero3` (a complete DeepSpeed config) parameters are partitioned as
+    they are made, and filled one module at a time from memory-mapped files: no rank ever holds the whole model.
     """
-    config = load_config(section.model_copy(update={"name_or_path": weights}))
+    section = section.model_copy(update={"name_or_path": source})
+    config = load_config(section)
     published = copy.deepcopy(config)
     if section.disable_dropout:
         _zero_dropout(config)
+    weights.fetch(section)
+    folder = weights.folder_of(section)
     with _partitioned(zero3):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(shipped(weights)),
+                str(folder),
                 config=config,
-                revision=section.revision,
                 dtype=getattr(torch, dtype),
                 attn_implementation=PACKED,
                 use_safetensors=True,
@@ -157,10 +181,10 @@ def load(
                 output_loading_info=True,
                 **({"quantization_config": _in_4bit(dtype)} if section.load_in_4bit else {}),
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"model.name_or_path: {weights}: {_first_line(error)}") from None
+        except Exception as error:  # of transformers, safetensors, torch: each has its own
+            raise ConfigError(f"model.name_or_path: {source}: {_of_weights(error)}") from None
         lm, report = loaded
-        _refuse_missing(lm, report, weights)
+        _refuse_missing(lm, report, source)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
     return PackedCausalLM(lm, kernel, published, attached)
@@ -178,7 +202,7 @@ def _in_4bit(dtype: str) -> transformers.BitsAndBytesConfig:
 
 def initialise(section: ModelSection, folder: Path, seed: int) -> str:
     """Draw random weights from the config alone and save them, once: policy, reference and resume all read these bytes."""
-    if not (folder / "model.safetensors").exists() and not (folder / "model.safetensors.index.json").exists():
+    if not (folder / weights.WEIGHTS).exists() and not (folder / weights.INDEX).exists():
         torch.manual_seed(seed)
         config = load_config(section)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=section.trust_remote_code)
@@ -188,28 +212,12 @@ def initialise(section: ModelSection, folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def fetch(section: ModelSection) -> Path:
-    """The folder with the model's files, downloaded first where `name_or_path` is a hub id."""
-    folder = Path(shipped(section.name_or_path))
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "model*.safetensors"]
-        return Path(snapshot_download(section.name_or_path, revision=section.revision, allow_patterns=patterns))
-    except Exception as error:  # offline, gated, misspelt: each has its own exception
-        raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_first_line(error)}") from None
-
-
 def content_digest(section: ModelSection) -> str:
-    """sha256 over the bytes of the weight files and what the model's config says; names and paths do not count."""
+    """sha256 over the bytes of the files that are loaded and what the model's config says; names and paths do not count."""
     digest = hashlib.sha256(config_digest(section).encode())
-    code = ["*.py"] if section.trust_remote_code else []
-    folder = fetch(section)
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.name_or_path: {section.name_or_path}: no *.safetensors file there to tell the weights by")
-    for path in sorted(file for kind in ["*.safetensors", *code] for file in folder.glob(kind)):
+    files = weights.fetch(section)
+    code = weights.folder_of(section).rglob("*.py") if section.trust_remote_code else ()
+    for path in sorted([*files, *code]):
         digest.update(bytes.fromhex(filedigest.sha256(path)))
     return digest.hexdigest()
 
@@ -223,9 +231,8 @@ def config_digest(section: ModelSection) -> str:
 
 
 def skeleton(section: ModelSection) -> PreTrainedModel:
-    """The model without weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(section), trust_remote_code=section.trust_remote_code)
+    """The model without weights. Raises ConfigError where none can be built."""
+    return build_skeleton(section, load_config(section))
 
 
 def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
@@ -288,37 +295,56 @@ def _zero_dropout(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def _refuse_missing(lm: PreTrainedModel, report: Mapping[str, Any], weights: str) -> None:
+def _refuse_missing(lm: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
     tied = set(getattr(lm, "all_tied_weights_keys", None) or {})
     missing = sorted(set(report["missing_keys"]) - tied)
     if missing:
         raise ConfigError(
-            f"model.name_or_path: {weights}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}) "
+            f"model.name_or_path: {source}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}) "
             "and would be random; is it a base model without a language-model head?"
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def _of_weights(error: Exception) -> str:
+    """What is wrong with weights that cannot be loaded, in one line; torch puts the tensor's name in a later one."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    if telling := [line for line in lines if "size mismatch" in line]:
+        return telling[0][:500]
+    if "ignore_mismatched_sizes" in str(error):
+        return "a tensor has another shape than config.json gives it; fetch both again"
+    return weights.one_line(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain models, as a user loads them
 
 
-def load_plain(weights: str, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None) -> Any:
-    """`from_pretrained` and nothing else, on the CPU; of an adapter's folder, the model with the adapter on it."""
-    if adapters.is_saved(weights, ""):
-        base, of_base = adapters.base_of(weights)
-        return adapters.plain(load_plain(base, trust_remote_code, dtype, of_base), weights)
-    own = {"use_safetensors": True, **({"revision": revision} if revision else {})}
-    return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, trust_remote_code=trust_remote_code, **own)
+def load_plain(folder: str, trust_remote_code: bool = False, dtype: str = "auto") -> Any:
+    """`from_pretrained` of a folder's own safetensors, on the CPU; of an adapter's, the model with the adapter on it."""
+    if adapters.is_saved(folder, ""):
+        base, revision = adapters.base_of(folder)
+        section = ModelSection(name_or_path=base, revision=revision, trust_remote_code=trust_remote_code)
+        return adapters.plain(load_original(section, base, dtype), folder)
+    weights.files_of(Path(folder))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
 
 
-def load_beginning(section: ModelSection, weights: str) -> Any:
-    """What a policy began as, plain: its `weights`, and the saved adapter that it goes on from."""
-    revision = section.revision if weights == section.name_or_path else None
-    lm = load_plain(str(shipped(weights)), section.trust_remote_code, revision=revision)
+def load_original(section: ModelSection, source: str, dtype: str = "auto") -> Any:
+    """The plain model of a folder or hub id, by the rules of a policy's."""
+    section = section.model_copy(update={"name_or_path": source})
+    config = load_config(section)
+    weights.fetch(section)
+    return AutoModelForCausalLM.from_pretrained(
+        str(weights.folder_of(section)), config=config, dtype=dtype, trust_remote_code=section.trust_remote_code,
+        use_safetensors=True,
+    )  # fmt: skip
+
+
+def load_beginning(section: ModelSection, source: str) -> Any:
+    """What a policy began as, plain: its weights from `source`, and the saved adapter that it goes on from."""
+    lm = load_original(section, source)
     adapter = adapters.own(section)
     return adapters.plain(lm, str(adapters.folder_of(adapter))) if adapter else lm
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dspref import adapters, admission, distributed, engine, filling, model
+from dspref import adapters, admission, distributed, engine, filling, finite, model
 from dspref.adapters import Saved
 from dspref.config import Config, ModelSection, cache_folder
 from dspref.data.batch import PackedBatch
@@ -213,6 +213,8 @@ def load_forward(config: Config, weights: str, device_type: str) -> Any:
     zero3 = engine.reference_config(config) if stage == 3 else None
     with_adapter = partial(adapters.frozen, source=adapter) if adapter else None
     reference = model.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)
+    key = "reference.name_or_path" if own.name_or_path else "model.name_or_path"
+    finite.refuse_not_finite(reference.lm, key, section.name_or_path, section.dtype)
     forward = engine.reference_forward(model.prepare_as_reference(reference), config, stage)
     size, where = engine.weight_bytes(forward)
     how = "sharded by ZeRO-3" if stage == 3 else "whole on each rank"

@@ -17,6 +17,7 @@ from dspref import (
     console,
     distributed,
     engine,
+    finite,
     metrics,
     model,
     performance,
@@ -116,11 +117,11 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
 
     def work():
         model_config = model.load_config(section)
-        if section.init == "pretrained":
-            model.fetch(section)
         name = section.tokenizer_name_or_path or section.name_or_path
         tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
         kernel = admission.check(section, model_config, data.max_length, len(tokenizer), device_type)
+        if section.init == "pretrained":
+            admission.check_weights(section, model_config)
         check_adapters(config, device_type)
         if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
             check_reference(config, len(tokenizer), device_type)
@@ -155,8 +156,9 @@ def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
         if adapter:
             adapters.folder_of(adapter)
         else:
-            admission.check(section, model.load_config(section), config.data.max_length, vocabulary, device_type)
-            model.fetch(section)
+            model_config = model.load_config(section)
+            admission.check(section, model_config, config.data.max_length, vocabulary, device_type)
+            admission.check_weights(section, model_config)
     except UserError as error:
         named = "reference.name_or_path" if config.reference.name_or_path else "reference.adapter_name"
         blamed = re.sub(r"^(model\.(tokenizer_)?name_or_path: )?", f"{named}: ", str(error))
@@ -200,7 +202,9 @@ def open_run(
         if not of_random:
             content["reference"] = reference.digest(config, weights)
         content.update(beginnings(config))
-        began = {} if config.checkpoint.resume == "never" else run.run.get("content", {})
+        # Nothing is gone on with before the first checkpoint but random weights: what was mended since is taken as it is.
+        anew = config.checkpoint.resume == "never" or not (random or committed_folders(run))
+        began = {} if anew else run.run.get("content", {})
         for name in content:
             if began.get(name, content[name]) != content[name]:
                 models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
@@ -262,6 +266,7 @@ def introduce(
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
     policy = model.load(config.model, weights, kernel, config.model.dtype, zero3, reference.attach(config))
+    finite.refuse_not_finite(policy.lm, "model.name_or_path", weights, config.model.dtype)
     policy = model.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dspref import reading
 from dspref.errors import ConfigError
 
 # Keys that another section of the YAML owns, and where.
@@ -92,15 +93,15 @@ class Problem(NamedTuple):
 def load(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON. Raises ConfigError with file, line and column."""
     try:
-        strategy = json.loads(path.read_text(encoding="utf-8"))
+        strategy = reading.read_json(path)
     except FileNotFoundError:
         raise ConfigError(
             f"deepspeed: {path}: no such file; ds_configs/README.md lists those that come with dspref"
         ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: deepspeed: not valid JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"deepspeed: {path}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {path}: cannot be read: {reading.words(error)}") from None
     if not isinstance(strategy, dict):
         raise ConfigError(f"{path}:1:1: deepspeed: must hold one JSON object")
     return strategy
@@ -170,7 +171,8 @@ def _fits(key: str, value: Any) -> bool:
     if key in SECTIONS:
         return value is None or isinstance(value, Mapping)
     if key in NUMBERS:
-        return isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return whole and not isinstance(value, bool) and abs(value) < 2**63  # what DeepSpeed's own numbers hold
     return isinstance(value, bool) or (key == "overlap_comm" and value is None)
 
 

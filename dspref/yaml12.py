@@ -5,15 +5,35 @@ PyYAML alone reads `5e-7` as text, `off` as False, `24:00:00` as 86400, and lets
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
+from yaml.composer import ComposerError
 
+from dspref import reading
 from dspref.errors import ConfigError
 
 MAX_BYTES = 1_000_000  # a config is a page; a megabyte of YAML is an accident or an attack
+MAX_DEPTH = 50  # levels of nesting
+
+CORE = "tag:yaml.org,2002:"
+# The scalars of YAML 1.2's core schema: pattern, and the characters that one may begin with.
+SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+PATTERNS = {f"{CORE}{name}": re.compile(rf"(?:{pattern})\Z", re.ASCII) for name, (pattern, _) in SCALARS.items()}
+# A part of an override's path that counts list items.
+INDEX = re.compile(r"[0-9]{1,9}\Z")
+TAGS = {*PATTERNS, f"{CORE}str", f"{CORE}seq", f"{CORE}map"}
 
 
 class YamlError(ValueError):
@@ -32,29 +52,48 @@ class Position(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2's core schema."""
+    """SafeLoader with the scalars and tags of YAML 1.2's core schema, without aliases, and nested no deeper than a person
+    writes: what is composed is a tree that can be walked."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise ComposerError(None, None, "aliases (*name) are not allowed in a config", event.start_mark)
+        if self.depth >= MAX_DEPTH:
+            raise ComposerError(None, None, "nested too deeply", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if node is not None:
+            _refuse_node(node)
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError) as error:  # text that its tag or its size does not allow
+        except (ValueError, OverflowError) as error:  # text that its size does not allow
             reason = f"cannot read this value ({error})"
             raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
 
 
-for tag, pattern, first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), first)
+def _refuse_node(node: yaml.Node) -> None:
+    """Raise for `!env X` and the like, and for text that its tag does not allow: `!!int abc`."""
+    reason = None
+    if node.tag not in TAGS:
+        reason = f"the tag {node.tag.replace(CORE, '!!')!r} is not known here"
+    elif node.tag in PATTERNS and not (isinstance(node, yaml.ScalarNode) and PATTERNS[node.tag].match(node.value)):
+        reason = f"cannot read this value as {node.tag.removeprefix(CORE)}"
+    elif isinstance(node, yaml.ScalarNode) and any("\ud800" <= letter <= "\udfff" for letter in node.value):
+        reason = "half a character (a surrogate) is no text"  # nothing that is written as UTF-8 could hold it
+    if reason:
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+
+
+for name, (_, first) in SCALARS.items():
+    _Loader.add_implicit_resolver(f"{CORE}{name}", PATTERNS[f"{CORE}{name}"], first)
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -62,43 +101,47 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor(f"{CORE}int", _construct_int)
 
 
 def parse(path: Path) -> tuple[dict[str, Any], dict[tuple, Position]]:
     """The document of a YAML file as plain values, and the position of each key by its path. Raises ConfigError."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes; is this a config file?")
-        text = path.read_text(encoding="utf-8")
+        content = reading.read_bytes(path, MAX_BYTES)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the path of a YAML file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        if error.errno == errno.EFBIG:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes; is this a config file?") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     positions: dict[tuple, Position] = {(): Position(str(path))}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:1:1: a config is a mapping of sections (model:, data:, ...)")
-        _walk(node, (), str(path), positions, set())
+        _walk(node, (), str(path), positions)
         return loader.construct_document(node), positions
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        place = Position(str(path), *_place_of(error, text))
         raise ConfigError(f"{place}: not valid YAML: {_reason(error)}") from None
 
 
 def parse_value(text: str) -> Any:
     """One YAML value, as in `key=value` on the command line. Raises YamlError."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except RecursionError:
-        raise YamlError("not valid YAML: nested too deeply") from None
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _walk(node, (), "", {})
+        return loader.construct_document(node)
+    except ConfigError as error:
+        raise YamlError(str(error)) from None
     except yaml.YAMLError as error:
         raise YamlError(f"not valid YAML: {_reason(error)}") from None
 
@@ -106,14 +149,14 @@ def parse_value(text: str) -> Any:
 def apply_override(document: dict[str, Any], positions: dict[tuple, Position], override: str) -> None:
     """Set `section.key=value` in the document; the value is YAML. Numbers in the path count list items from 0."""
     path, equals, text = override.partition("=")
-    where = f"override '{override}'"
-    if not equals or not all(path.split(".")):
+    where = f"override '{_quoted(override)}'"
+    if not equals or not all(path.split(".")) or not path.isprintable():
         raise ConfigError(f"{where}: not of the form section.key=value")
     try:
         value = parse_value(text)
     except YamlError as error:
         raise ConfigError(f"{where}: {error}") from None
-    keys = tuple(int(part) if part.isdigit() else part for part in path.split("."))
+    keys = tuple(int(part) if INDEX.match(part) else part for part in path.split("."))
     node: Any = document
     for depth, key in enumerate(keys, start=1):
         if not _can_hold(node, key):
@@ -130,6 +173,12 @@ def apply_override(document: dict[str, Any], positions: dict[tuple, Position], o
         positions.setdefault(keys[:depth], Position(where))
 
 
+def _quoted(text: str) -> str:
+    """On one line, and no longer than a person reads."""
+    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= 300 else f"{text[:140]} ... {text[-20:]}"
+
+
 def _can_hold(node: Any, key: str | int) -> bool:
     if isinstance(node, list):
         return key in range(len(node))
@@ -137,32 +186,48 @@ def _can_hold(node: Any, key: str | int) -> bool:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    return " ".join(str(getattr(error, "problem", None) or error).split())
+    reason = " ".join(str(getattr(error, "problem", None) or _unreadable(error) or error).split())
+    return f"{reason}; indent with spaces, not tabs" if r"'\t'" in reason else reason
 
 
-def _walk(node: yaml.Node, path: tuple, file: str, positions: dict[tuple, Position], above: set[int]) -> None:
-    """Record the position of every key, refusing duplicate keys, aliases and keys that are not text."""
-    if id(node) in above:
-        raise ConfigError(f"{_place(node, file)}: aliases (*name) are not allowed in a config")
-    above.add(id(node))
+def _unreadable(error: yaml.YAMLError) -> str | None:
+    if not isinstance(error, yaml.reader.ReaderError):
+        return None
+    return f"unacceptable character #x{ord(error.character) if isinstance(error.character, str) else error.character:04x}"
+
+
+def _place_of(error: yaml.YAMLError, text: str) -> tuple[int, int]:
+    """(line, column) of a fault, from 1."""
+    if mark := getattr(error, "problem_mark", None):
+        return mark.line + 1, mark.column + 1
+    before = text[: getattr(error, "position", 0)]
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
+
+
+def _walk(node: yaml.Node, path: tuple, file: str, positions: dict[tuple, Position]) -> None:
+    """Record the position of every key, refusing duplicate keys and keys that are not one line of text."""
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            positions[(*path, i)] = Position(file, item.start_mark.line + 1, item.start_mark.column + 1)
-            _walk(item, (*path, i), file, positions, above)
+            positions[(*path, i)] = _place(item, file)
+            _walk(item, (*path, i), file, positions)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise ConfigError(f"{_place(key, file)}: a key must be text")
-            if len(key.value.splitlines()) > 1:
-                raise ConfigError(f"{_place(key, file)}: a key must be one line")
+            if not isinstance(key, yaml.ScalarNode) or key.tag != f"{CORE}str":
+                raise ConfigError(f"{_in(key, file)}a key must be text")
+            if not key.value.isprintable():
+                raise ConfigError(f"{_in(key, file)}a key must be one line of text that prints")
             inner = (*path, key.value)
             if inner in positions:
-                raise ConfigError(
-                    f"{_place(key, file)}: {'.'.join(map(str, inner))}: duplicate key; first at {positions[inner]}"
-                )
-            positions[inner] = Position(file, key.start_mark.line + 1, key.start_mark.column + 1)
-            _walk(value, inner, file, positions, above)
+                first = f"; first at {positions[inner]}" if file else ""
+                raise ConfigError(f"{_in(key, file)}{'.'.join(map(str, inner))}: duplicate key{first}")
+            positions[inner] = _place(key, file)
+            _walk(value, inner, file, positions)
 
 
 def _place(node: yaml.Node, file: str) -> Position:
     return Position(file, node.start_mark.line + 1, node.start_mark.column + 1)
+
+
+def _in(node: yaml.Node, file: str) -> str:
+    """The beginning of a message; a value on the command line has no lines to count."""
+    return f"{_place(node, file)}: " if file else ""

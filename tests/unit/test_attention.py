@@ -323,9 +323,16 @@ def test_check_refuses_families_whose_attention_does_not_take_the_packed_layout(
         check(AutoConfig.for_model(model_type), vocabulary=100, router_aux_loss_coef=0.0)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "modernbert-decoder", "roberta"])
-def test_check_refuses_families_with_layers_between_backbone_and_head(model_type: str) -> None:
-    with pytest.raises(ConfigError, match="after its backbone"):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("bert", "is an encoder, and no causal language model"),
+        ("roberta", "is an encoder"),
+        ("modernbert-decoder", "after its backbone"),
+    ],
+)
+def test_check_refuses_families_with_layers_between_backbone_and_head(model_type: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
         check(AutoConfig.for_model(model_type), vocabulary=100)
 
 

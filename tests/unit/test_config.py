@@ -1091,13 +1091,13 @@ NOT_YAML: dict[str, tuple[str | bytes, str, str]] = {
     "tagged integer": (MINIMAL + "train: {seed: !!int abc}\n", "5:15", "not valid YAML"),
     "tagged boolean": (MINIMAL + "train: {seed: !!bool abc}\n", "5:15", "not valid YAML"),
     "integer of 5,000 digits": (MINIMAL + f"train: {{seed: {'1' * 5000}}}\n", "5:15", "not valid YAML"),
-    "alias": (MINIMAL + "a: &x [1]\nb: *x\n", "5:4", "aliases .* are not allowed"),
+    "alias": (MINIMAL + "a: &x [1]\nb: *x\n", "6:4", "aliases .* are not allowed"),
     "alias bomb": (
         "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)),
-        "1:5",
+        "2:10",
         "aliases",
     ),
-    "merge key": ("a: &x {b: 1}\nc: {<<: *x}\n", "1:4", "aliases"),
+    "merge key": ("a: &x {b: 1}\nc: {<<: *x}\n", "2:9", "aliases"),
     "deep nesting": (MINIMAL + "a: " + "[" * 20_000 + "\n", "", "not valid YAML|nested"),
     "Latin 1": ("a: é\n".encode("latin1"), "", r"not UTF-8 text \(byte 3\)"),
     "UTF-16": (MINIMAL.encode("utf-16"), "", r"not UTF-8 text \(byte 0\)"),
@@ -1213,6 +1213,10 @@ def test_an_override_fills_an_empty_section(write) -> None:
         ("train.max_steps=a: b: c", "not valid YAML"),
         ("train.max_steps=!!int abc", "not valid YAML"),
         ("train.max_steps=*x", "not valid YAML"),
+        ("train.²=1", "train.²: unknown key"),
+        (f"output_dir={'x' * 256}", "output_dir: longer than a name may be"),
+        (f"data.train.0.path={'x/' * 120}{'y' * 256}", "data.train.0.path: longer than a name may be"),
+        ('model.name_or_path="a\\0b"', "model.name_or_path: holds a null character"),
         ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
         ("trian.seed=1", "unknown key; did you mean 'train'"),
         ("train.max_steps=1.5", "train.max_steps: must be a valid integer, not 1.5"),
@@ -1232,7 +1236,7 @@ def test_an_override_fills_an_empty_section(write) -> None:
 )
 def test_a_bad_override_is_one_line_that_quotes_it(override: str, reason: str, write) -> None:
     message = refusal(write(with_train("[{path: a}, {path: b}]") + "train: {seed: 1}\n"), override)
-    assert message.startswith(f"override '{override}': ")
+    assert message.startswith(f"override '{override}': " if len(override) <= 300 else f"override '{override[:140]} ... ")
     assert re.search(reason, message)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first. A module may import what lies in a lower row; modules of one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("secrets", "terminal"),  # below everything
-    ("errors", "files", "processes", "local_store", "wire"),
+    ("errors", "files", "processes", "local_store", "wire", "reading"),
     ("rendezvous",),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
@@ -23,14 +23,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("explain",),
     ("checks",),
     ("config",),
-    ("status",),
+    ("status", "weights"),
     ("slurm",),
     ("machine", "footprint"),  # of `dspref doctor` and the start of a run
     ("preflight", "agreement"),
     ("doctor",),
     ("distributed", "lock"),
     ("watch", "meeting"),
-    ("admission", "filedigest", "adapters", "trust_region", "filling"),
+    ("adapter_files",),
+    ("admission", "filedigest", "adapters", "trust_region", "filling", "finite"),
     ("model", "shards"),
     ("engine",),
     ("reference",),
@@ -68,7 +69,7 @@ OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine", "shards"},
     "torch.distributed": {"distributed", "engine"},
     "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "checkpoint", "export"},
-    "peft": {"adapters"},
+    "peft": {"adapters", "adapter_files"},
     "bitsandbytes": {"engine"},
     "wandb": {"trackers"},
     "torch.utils.tensorboard": {"trackers"},
@@ -77,14 +78,15 @@ OWNERS: dict[str, set[str]] = {
     "rich": {"console", "cli"},
     "pydantic": {"config", "sections", "explain"},
     "datasets": {"data.sources"},
-    "huggingface_hub": {"data.sources", "model", "adapters"},
+    "huggingface_hub": {"data.sources", "weights", "adapter_files"},
 }
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
     "launcher", "cli", "reference_store", "slurm", "status", "secrets", "terminal", "processes", "local_store", "rendezvous",
-    "machine", "footprint", "preflight", "agreement", "doctor",
+    "reading",
+    "machine", "footprint", "preflight", "agreement", "doctor", "weights",
 }  # fmt: skip
 
 
