@@ -120,7 +120,7 @@ def blocks_of(
         own, asked = (mask.reshape(-1, 2) for mask in masks)
         pairs = np.flatnonzero(own.any(axis=1))
         unknown = own[pairs] & ~known(of_set[pairs])
-        columns = pairs, own[pairs], unknown.any(axis=1), (unknown & asked[pairs]).any(axis=1)
+        columns: tuple[Any, ...] = pairs, own[pairs], unknown.any(axis=1), (unknown & asked[pairs]).any(axis=1)
         starts = range(0, len(pairs), BLOCK_PAIRS)
         found.append([Block(*(column[start : start + BLOCK_PAIRS] for column in columns)) for start in starts])
     return found
