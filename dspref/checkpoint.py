@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -126,8 +126,16 @@ def to_delete(
 # Resuming
 
 
-def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progress:
-    """Load the newest sound checkpoint into `parts`, or start from step 0. `mode`: auto | required | never.
+class Found(NamedTuple):
+    """A sound checkpoint, and where the run was."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    progress: Progress
+
+
+def find(run: RunFolder, mode: str) -> Found | None:
+    """The newest sound checkpoint; None where the run starts from step 0. `mode`: auto | required | never.
 
     A damaged one is set aside, as `damaged-step-N`, with one line.
     """
@@ -142,18 +150,24 @@ def resume(run: RunFolder, parts: Sequence[Part], mode: str, seed: int) -> Progr
             distributed.log(f"warning: {folder.name} is damaged ({damage}); it is set aside, and the one before is tried")
             distributed.on_main(lambda folder=folder: _set_aside(folder))
             continue
-        for part in parts:
-            part.load(folder)
-        _restore_rng(folder, manifest, seed)
-        progress = Progress.read(folder / "state.json")
-        run.event("resume", step=progress.step)
-        distributed.log(f"resumed from {folder.name}")
-        return progress
+        return Found(folder, manifest, Progress.read(folder / "state.json"))
     if mode == "required":
         raise ConfigError(f"checkpoint.resume: required, but {run.checkpoints} holds no sound checkpoint")
     if found:
         distributed.log("warning: no checkpoint of this run is sound; starting from step 0")
-    return Progress()
+    return None
+
+
+def resume(run: RunFolder, found: Found | None, parts: Sequence[Part], seed: int) -> Progress:
+    """Load what was found into `parts`."""
+    if found is None:
+        return Progress()
+    for part in parts:
+        part.load(found.folder)
+    _restore_rng(found.folder, found.manifest, seed)
+    run.event("resume", step=found.progress.step)
+    distributed.log(f"resumed from {found.folder.name}")
+    return found.progress
 
 
 def _sweep(run: RunFolder) -> None:

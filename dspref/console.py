@@ -5,8 +5,12 @@ Text that comes from data is shown as text: no markup, no control characters.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,13 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from dspref import distributed
+from dspref import distributed, status
+from dspref.files import write_atomically
 from dspref.performance import PHASES
 from dspref.status import printable
 from dspref.terminal import shown
 
 # metric name -> its short form. A terminal has room for three beside the bar.
 ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+# How often a scoring says how far it is, in lines and in the run folder.
+TELL_EVERY_SECONDS, WRITE_EVERY_SECONDS = 20.0, 5.0
 IN_LINES = ON_TERMINAL | {"nll_loss": "nll", "grad_norm": "grad", "learning_rate": "lr"}
 
 
@@ -70,6 +77,61 @@ class ProgressView:
             self._bar.stop()
 
 
+@contextlib.contextmanager
+def scoring(folder: Path | None = None) -> Iterator[Callable[[int, int, float | None], None]]:
+    """A view of the scoring of a reference store, for (pairs scored, pairs to score, seconds left): one bar on a terminal, a
+    line now and then anywhere else, and with `folder`, the run's, a file there for `dspref status`. Nothing is shown before
+    the first call."""
+    view = _ScoringView(folder)
+    try:
+        yield view.show
+    finally:
+        view.close()
+
+
+class _ScoringView:
+    def __init__(self, folder: Path | None) -> None:
+        self._file = folder / status.SCORING if folder and distributed.world().rank == 0 else None
+        self._bar: Progress | None = None
+        self._told = self._written = 0.0
+        self._forget()  # what a run that was killed has left
+
+    def show(self, done: int, total: int, seconds_left: float | None) -> None:
+        if distributed.world().rank == 0 and sys.stdout.isatty():
+            self._draw(done, total, seconds_left)
+        elif not self._told or time.monotonic() - self._told > TELL_EVERY_SECONDS:
+            self._told = time.monotonic()
+            left = f", about {status.duration(seconds_left)} left" if seconds_left is not None else ""
+            distributed.log(f"reference: scored {done:,} of {total:,} pairs so far{left}", stamp=True)
+        if self._file and (not done or time.monotonic() - self._written > WRITE_EVERY_SECONDS):
+            self._written = time.monotonic()
+            with contextlib.suppress(OSError):  # a full disk is told by what must be written
+                write_atomically(self._file, json.dumps({"done": done, "total": total, "seconds_left": seconds_left}))
+
+    def _draw(self, done: int, total: int, seconds_left: float | None) -> None:
+        if self._bar is None:
+            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            self._bar = Progress(
+                TextColumn("reference: scoring"), count, TextColumn("pairs"), BarColumn(bar_width=16), figures,
+                console=Console(), transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        left = f"about {status.duration(seconds_left)} left" if seconds_left is not None else ""
+        self._bar.update(self._task, completed=done, description=left)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._file:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+
 def evaluation_line(step: int, record: Mapping[str, float], prefixes: Sequence[str]) -> str:
     """One evaluation, each held-out set behind its name."""
     sets = []
@@ -84,19 +146,38 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     if distributed.world().rank != 0:
         return
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    table = Table(title=f"{run_summary['step']} steps in {run_summary['seconds']:.0f} s", title_justify="left", box=None)
+    table = Table(title=_length_in_words(run_summary), title_justify="left", box=None)
     table.add_column("")
     table.add_column("first logged", justify="right")
-    table.add_column("last", justify="right")
+    table.add_column(_tail_in_words(run_summary), justify="right")
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(Text(shown(name)), _figure(first), _figure(last))
     console.print(table)
+    for warning in run_summary.get("warnings", ()):
+        console.print(Text(f"warning: {warning}"), soft_wrap=True)
     if run_summary.get("speed"):
         where = {**speed_in_words(run_summary["speed"]), **where}
     for name, text in where.items():
         console.print(Text(shown(f"{name:<8}{text}")), soft_wrap=True)
     # One line each, however narrow the terminal: a command is there to be copied.
     console.print(Text(shown("next    " + "\n        ".join(next_commands))), soft_wrap=True)
+
+
+def _length_in_words(run_summary: Mapping[str, Any]) -> str:
+    """Of a run that was started once, its time; of another, that of its steps, which lie in several starts."""
+    steps, seconds, starts = run_summary["step"], run_summary["seconds"], run_summary.get("starts", 1)
+    if starts == 1:
+        return f"{steps} steps in {seconds:.0f} s"
+    return (
+        f"{steps} steps in {run_summary['seconds_in_steps']:.0f} s, over {starts} starts (the last one took {seconds:.0f} s)"
+    )
+
+
+def _tail_in_words(run_summary: Mapping[str, Any]) -> str:
+    steps, evaluates = run_summary.get("tail", 1), any(name.startswith("eval_") for name in run_summary["learned"])
+    if steps == 1:
+        return "last"
+    return f"mean of the last {steps} logged" + ("; eval: the last" if evaluates else "")
 
 
 def speed_in_words(speed: Mapping[str, float]) -> dict[str, str]:

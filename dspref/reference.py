@@ -23,7 +23,7 @@ from dspref.data.loader import Layout
 from dspref.data.store import PairStore
 from dspref.engine import Engine
 from dspref.families import PairLogps
-from dspref.filling import COLUMNS
+from dspref.filling import COLUMNS, Need, View
 from dspref.logps import TokenLogps, pair_logps, scored_tokens
 from dspref.objectives import needs_reference
 from dspref.reference_store import ReferenceStore
@@ -177,8 +177,20 @@ def attach(config: Config) -> Callable[[Any], adapters.Adapters] | None:
 # Live references
 
 
-def build(config: Config, policy: Engine, origin: Origin, sets: Mapping[str, PairStore], layout: Layout) -> Reference:
-    """The reference as the config wants it. Must be called while `policy` still has its initial weights."""
+def build(
+    config: Config,
+    policy: Engine,
+    origin: Origin,
+    sets: Mapping[str, PairStore],
+    layout: Layout,
+    needs: Mapping[str, Need] | None = None,
+    view: View = lambda done, total, left: None,
+) -> Reference:
+    """The reference as the config wants it. Must be called while `policy` still has its initial weights.
+
+    `needs`: the pairs of a data set that it will be asked about, where that is not all of them; `view` is told how far a
+    scoring is.
+    """
     match resolve_mode(config):
         case "none":
             return Reference(lambda name, batch: None)
@@ -190,7 +202,7 @@ def build(config: Config, policy: Engine, origin: Origin, sets: Mapping[str, Pai
             module = getattr(forward, "module", forward)  # of a DeepSpeed engine
             return Reference(partial(_ask, forward), moving, config.reference.ref_model_sync_steps, module)
         case _:
-            return Reference(partial(_read, stored(config, policy, origin, sets, layout)))
+            return Reference(partial(_read, stored(config, policy, origin, sets, layout, needs, view)))
 
 
 @torch.no_grad()
@@ -233,21 +245,28 @@ def _moving(config: Config, policy: Engine, forward: Any) -> MovingReference | N
 # Stored log-probs
 
 
-def scoring_layout(config: Config, layout: Layout) -> Layout:
-    """The packs of a pass that keeps nothing for a backward one."""
-    return replace(layout, tokens_per_pack=config.reference.tokens_per_pack or 2 * layout.tokens_per_pack)
+def scoring_layout(config: Config, layout: Layout, device_type: str) -> Layout:
+    """The packs of a pass that keeps nothing for a backward one. On a CPU larger ones are no faster."""
+    own, by_default = config.reference.tokens_per_pack, (1 if device_type == "cpu" else 2) * layout.tokens_per_pack
+    return replace(layout, tokens_per_pack=own or by_default)
 
 
 def stored(
-    config: Config, policy: Engine, origin: Origin, sets: Mapping[str, PairStore], layout: Layout
+    config: Config,
+    policy: Engine,
+    origin: Origin,
+    sets: Mapping[str, PairStore],
+    layout: Layout,
+    needs: Mapping[str, Need] | None,
+    view: View,
 ) -> dict[str, torch.Tensor]:
-    """Tables [n, columns] of every data set, scored where the store has them not: no reference stays in memory."""
-    store = open_store(config, origin.reference_digest)
-    keys = filling.keys_of(store, sets)
-    ready = partial(scorer, config, policy, origin.weights, policy.device.type)
-    scored = filling.fill(store, keys, sets, ready, scoring_layout(config, layout), policy.device)
-    filling.report(store, sets, scored)
-    return filling.tables(store, keys, sets, policy.device)
+    """Tables [n, columns] of every data set, scored where the store has not what is needed: no reference stays in memory."""
+    store, device = open_store(config, origin.reference_digest), policy.device
+    wanted = filling.wanted_of(store, sets, needs)
+    ready = partial(scorer, config, policy, origin.weights, device.type)
+    scored = filling.fill(store, wanted, sets, ready, scoring_layout(config, layout, device.type), device, view=view)
+    filling.report(store, wanted, scored)
+    return filling.tables(store, wanted, sets, device)
 
 
 @contextmanager
@@ -266,7 +285,9 @@ def scorer(config: Config, policy: Engine | None, weights: str, device_type: str
 
 
 def _read(tables: Mapping[str, torch.Tensor], name: str, batch: PackedBatch) -> PairLogps:
-    sums = dict(zip(COLUMNS, tables[name][batch.pair_ids].unbind(dim=1)))
+    values = tables[name][batch.pair_ids]
+    torch._assert_async(values.isfinite().all(), "a pair was asked about that the run's plan did not name")  # no sync
+    sums = dict(zip(COLUMNS, values.unbind(dim=1)))
     chosen_tokens, rejected_tokens, _ = scored_tokens(batch)
     return PairLogps(**sums, chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -28,61 +28,102 @@ if TYPE_CHECKING:
 # Raise this whenever the same sequences would get other keys, or the columns of a shard another meaning.
 FORMAT_VERSION = 1
 KEY_BYTES = 16
-# Sums of log-probs: over an answer's tokens; over its first m tokens, m = the shorter answer of the pair (LD-DPO).
+# Sums of log-probs: over an answer's scored tokens; over its first m, m = those of the pair's shorter answer (LD-DPO).
 VALUES = ("sum", "common_sum")
 BLOCK_PAIRS = 1000
+# Keys are made of so many pairs at a time, so that little memory is taken.
+ROWS_AT_ONCE = 4096
 STALE_SECONDS = 24 * 3600
 SUFFIX = ".safetensors"
 
 
-def sequence_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarray:
+def sequence_keys(store: PairStore, rows: np.ndarray | None = None, scored: np.ndarray | None = None) -> np.ndarray:
     """The keys of (prompt + chosen) and (prompt + rejected) of each pair of `rows` (default: all), uint8 [n, 2, KEY_BYTES].
 
-    A key is the sha256, cut short, of all that decides the values of a sequence: prompt ids and answer ids (int32, little
-    endian), then the fixed-size tail (prompt length, answer length, m), which makes the whole unambiguous. Read-only.
+    `scored`: bool for every token of `store.flat()`, whether it is scored (of an answer; what it says of prompts is not
+    read); None: all are. A key is the sha256, cut short, of all that decides the values of a sequence: prompt ids and answer
+    ids (int32, little endian), then the fixed-size tail (prompt length, answer length, m), which makes the whole
+    unambiguous; m: the scored tokens of the answer that has fewer. Of an answer that is not scored whole, the mask (bits)
+    stands before the tail, in which the answer's length is negative. Read-only.
     """
     tokens, offsets = store.flat()
     rows = np.arange(len(store)) if rows is None else rows
-    bounds = offsets[3 * rows[:, None] + np.arange(4)]
+    found = np.empty((len(rows), 2, KEY_BYTES), dtype=np.uint8)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        bounds = offsets[3 * rows[part, None] + np.arange(4)]
+        found[part] = _keys_within(_bytes_of(tokens), bounds, scored)
+    found.flags.writeable = False
+    return found
+
+
+def _keys_within(ids: memoryview, bounds: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
+    """`ids`: bytes of all tokens; `bounds` int64 [n, 4]: where prompt, chosen and rejected begin, and the end."""
     prompt, chosen, rejected = np.diff(bounds).T
-    shorter = np.minimum(chosen, rejected)
-    tails = _bytes_of(np.stack([prompt, chosen, shorter, prompt, rejected, shorter], axis=1))
-    ids = _bytes_of(tokens)
-    digests = []
+    masks = [_masks(scored, side) for side in (bounds[:, 1:3], bounds[:, 2:4])] if scored is not None else []
+    counts = [np.array([int(mask.sum()) for mask in of_side], dtype=np.int64) for of_side in masks] or [chosen, rejected]
+    shorter = np.minimum(*counts)
+    whole: list[Any] = [count == length for count, length in zip(counts, (chosen, rejected))]
+    signed = [np.where(entire, length, -length) for entire, length in zip(whole, (chosen, rejected))]
+    tails = _bytes_of(np.stack([prompt, signed[0], shorter, prompt, signed[1], shorter], axis=1))
+    digests = bytearray()
     for pair, (start, first, second, end) in enumerate((4 * bounds).tolist()):
-        one = hashlib.sha256(ids[start:first])
-        other = one.copy()
-        one.update(ids[first:second])
-        one.update(tails[24 * pair : 24 * pair + 12])
-        other.update(ids[second:end])
-        other.update(tails[24 * pair + 12 : 24 * pair + 24])
-        digests += (one.digest()[:KEY_BYTES], other.digest()[:KEY_BYTES])
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 2, KEY_BYTES)
+        prompted = hashlib.sha256(ids[start:first])
+        for side, answer in enumerate((ids[first:second], ids[second:end])):
+            one = prompted.copy()
+            one.update(answer)
+            if not whole[side][pair]:
+                one.update(np.packbits(masks[side][pair]).data)
+            one.update(tails[24 * pair + 12 * side : 24 * pair + 12 * side + 12])
+            digests += one.digest()[:KEY_BYTES]
+    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 2, KEY_BYTES)
 
 
-def blocks_to_score(keys: Sequence[np.ndarray], known: Callable[[np.ndarray], np.ndarray]) -> list[list[np.ndarray]]:
-    """What is left to score: for each data set, in order, its blocks as int64 arrays of rows, each to become one shard.
+def _masks(scored: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:
+    return [scored[start:end] for start, end in bounds.tolist()]
 
-    keys: uint8 [n, 2, KEY_BYTES] of each data set; known: keys [..., KEY_BYTES] -> bool [...].
-    Every sequence is the business of the pair in which it first occurs, in any data set; pairs with such new sequences are
-    cut into blocks before the look at what is known, and of a block the pairs are left of which a new one is not known.
-    A block of which all is known is empty, so that the number of a block is always the same, for all jobs that share the
-    work. Appended in order, both sides of every pair, a block alone stores what is new in it, and all of it at once: a job
-    that was killed, or that lost shards, forms the same blocks again, hence the same shards.
+
+class Block(NamedTuple):
+    """Pairs whose packs are planned together; n pairs."""
+
+    pairs: np.ndarray
+    """int64 [n]: positions in the keys of their data set."""
+    own: np.ndarray
+    """bool [n, 2]: the sequences that are this pair's business."""
+    unknown: np.ndarray
+    """bool [n]: pairs with a sequence of their own that is not known."""
+    asked: np.ndarray
+    """bool [n]: pairs with a sequence of their own that is not known and that some pair needs."""
+
+
+def blocks_of(
+    keys: Sequence[np.ndarray], known: Callable[[np.ndarray], np.ndarray], needed: Sequence[np.ndarray] | None = None
+) -> list[list[Block]]:
+    """The blocks of each data set, in order, with what of them is left to score.
+
+    keys: uint8 [n, 2, KEY_BYTES] of each data set; known: keys [..., KEY_BYTES] -> bool [...]; needed: bool [n] of each data
+    set, the pairs whose sequences must be known (default: all).
+    Every sequence is the business of the pair in which it first occurs, in any data set; pairs with such sequences are cut
+    into blocks before the look at what is known. So the number of a block is the same for all jobs that share the work, and
+    a job that was killed, or that lost shards, forms the same blocks again.
     """
     if not keys:
         return []
     every = np.concatenate([_packed(of_set) for of_set in keys])
-    new = np.zeros(len(every), dtype=bool)
-    new[np.unique(every, return_index=True)[1]] = True
-    ends = np.cumsum([len(of_set) for of_set in keys])
-    left = []
-    for of_set, new_in_set in zip(keys, np.split(new.reshape(-1, 2), ends[:-1])):
-        rows = np.flatnonzero(new_in_set.any(axis=1))
-        missing = new_in_set[rows] & ~known(of_set[rows])
-        starts = range(0, len(rows), BLOCK_PAIRS)
-        left.append([rows[i : i + BLOCK_PAIRS][missing[i : i + BLOCK_PAIRS].any(axis=1)] for i in starts])
-    return left
+    _, first, number = np.unique(every, return_index=True, return_inverse=True)
+    new, wanted = np.zeros(len(every), dtype=bool), np.zeros(len(first), dtype=bool)
+    new[first] = True
+    wanted[number[np.repeat(np.concatenate(needed), 2)] if needed is not None else number] = True
+    ends = np.cumsum([2 * len(of_set) for of_set in keys])[:-1]
+    found = []
+    for of_set, *masks in zip(keys, np.split(new, ends), np.split(wanted[number], ends)):
+        own, asked = (mask.reshape(-1, 2) for mask in masks)
+        pairs = np.flatnonzero(own.any(axis=1))
+        unknown = own[pairs] & ~known(of_set[pairs])
+        columns: tuple[Any, ...] = pairs, own[pairs], unknown.any(axis=1), (unknown & asked[pairs]).any(axis=1)
+        starts = range(0, len(pairs), BLOCK_PAIRS)
+        found.append([Block(*(column[start : start + BLOCK_PAIRS] for column in columns)) for start in starts])
+    return found
 
 
 def identity_of(described: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from dspref import distributed, engine, filling, model, reference, stages
+from dspref import console, distributed, engine, filling, model, reference, stages
 from dspref.config import Config
 from dspref.data.loader import Layout
 from dspref.data.store import PairStore
@@ -28,22 +28,22 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     device = engine.bring_up(config.model.dtype)
     model.quiet()
     _, _, pairs, held_out = stages.prepare(config, device.type)
-    layout = reference.scoring_layout(config, stages.plan(config, pairs)[0])
+    layout = reference.scoring_layout(config, stages.plan(config, pairs)[0], device.type)
     sets = {"train": pairs, **held_out}
     weights = config.model.name_or_path
 
     digest = distributed.on_main(lambda: reference.digest(config, weights))
     store = reference.open_store(config, digest or "")
-    keys = filling.keys_of(store, sets)
+    wanted = filling.wanted_of(store, sets)
     scorer = partial(reference.scorer, config, None, weights, device.type)
     with ExitStack() as stack:
         forward = stack.enter_context(scorer()) if verify else None
-        scored = filling.fill(
-            store, keys, sets, (lambda: nullcontext(forward)) if forward else scorer, layout, device, share
-        )
-        filling.report(store, sets, scored)
+        ready = (lambda: nullcontext(forward)) if forward else scorer
+        with console.scoring() as view:
+            scored = filling.fill(store, wanted, sets, ready, layout, device, share, view)
+        filling.report(store, wanted, scored)
         if forward:
-            _verify(config, forward, store, keys, sets, verify, layout, device)
+            _verify(config, forward, store, wanted, sets, verify, layout, device)
 
 
 def refuse_without_store(config: Config) -> None:
@@ -60,7 +60,7 @@ def _verify(
     config: Config,
     forward: reference.Forward,
     store: ReferenceStore | None,
-    keys: Mapping[str, np.ndarray],
+    wanted: Mapping[str, filling.Wanted],
     sets: Mapping[str, PairStore],
     count: int,
     layout: Layout,
@@ -70,14 +70,14 @@ def _verify(
     draws = distributed.broadcast_object(int(np.random.SeedSequence().generate_state(1)[0]))
     total = sum(len(pairs) for pairs in sets.values())
     sample = np.sort(np.random.default_rng(draws).choice(total, min(count, total), replace=False))
-    stored, worst, start, missing = filling.tables(store, keys, sets, device), 0.0, 0, 0
+    stored, worst, start, missing = filling.tables(store, wanted, sets, device), 0.0, 0, 0
     for name, pairs in sets.items():
         rows = sample[(sample >= start) & (sample < start + len(pairs))] - start
         start += len(pairs)
         known = stored[name][rows].cpu()
         here = ~known.isnan().any(dim=1)
         missing += int((~here).sum())
-        fresh = filling.score(forward, pairs, rows, layout, device)
+        fresh = filling.score_rows(forward, pairs, rows, layout, device)
         tokens = torch.from_numpy(pairs.lengths[rows, 1:]).float().repeat(1, 2)
         off = ((fresh - known).abs() / tokens)[here]
         worst = float(np.maximum(worst, off.max().item() if len(off) else 0.0))  # a NaN stays one

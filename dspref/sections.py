@@ -117,7 +117,7 @@ class ReferenceSection(Section):
     """Folder of the stored log-probs, which runs share; default: in the cache ($DSPREF_CACHE/reference)."""
     tokens_per_pack: Annotated[int, Field(ge=1)] | None = None
     """Computed tokens per rank and pack while log-probs are scored for the store; default: twice data.tokens_per_pack, as
-    nothing is kept for a backward pass."""
+    nothing is kept for a backward pass; on a CPU once."""
     sync_ref_model: bool = False
     """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every ref_model_sync_steps the reference moves to the policy."""
     ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from dspref import (
     adapters,
     admission,
@@ -35,6 +37,7 @@ from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, UserError
 from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
+from dspref.filling import Need, whole
 from dspref.lock import Lock
 from dspref.machine import FAIL, Scene, Verdict
 from dspref.model import PackedCausalLM
@@ -183,6 +186,14 @@ def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
     return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout, together)
+
+
+def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, steps: int) -> dict[str, Need]:
+    """The pairs that the reference is asked about: those of all steps of the run, of which the ones after `done` are needed
+    now, and the held-out pairs, as every run ends with an evaluation."""
+    rows = loader.pairs_of(0, steps)
+    now = np.isin(rows, loader.pairs_of(done, steps)) if done else np.ones(len(rows), dtype=bool)
+    return {"train": Need(rows, now), **{name: whole(pairs) for name, pairs in held_out.items()}}
 
 
 def open_run(

@@ -6,11 +6,13 @@ Any file may be missing, and the last line of a log half-written.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
 import statistics
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,12 @@ from dspref.errors import ConfigError
 
 # What `dspref submit` and SLURM put into a folder before its run begins.
 BEFORE_A_RUN = {"submit", "logs"}
+# The file of a run folder that says how far the scoring of its reference is, while that lasts.
+SCORING = "scoring.json"
 # Step times that the estimate of the end is made of.
 RECENT = 50
+# States of a run that goes on.
+ALIVE = ("running", "scoring")
 # A run that says nothing for so long may have lost its node.
 SILENT_SECONDS = 600
 
@@ -44,10 +50,13 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
     events = [event for event in lines(folder / "events.jsonl") if moment(event.get("time"))]
     step, effective, recent = training(folder / "metrics.jsonl")
     commit_step, commit_time = newest_commit(folder, events)
+    scoring = scoring_of(folder)
     state = state_of(run, job, events)
+    if state == "running" and scoring:
+        state = "scoring"
     begin = moment(run.get("started")) or (moment(events[0]["time"]) if events else None)
     sign = last_sign(folder, events)
-    end = now if state == "running" else sign
+    end = now if state in ALIVE else sign
     wall = (end - begin).total_seconds() if begin and end else 0
     step, planned = max(step, commit_step or 0), run.get("steps")
     steps = planned if isinstance(planned, int) else max_steps(folder)
@@ -61,6 +70,7 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
         "step": step,
         "steps": steps,
         "seconds_per_step": recent,
+        "scoring": scoring if state == "scoring" else None,
         "eta_seconds": recent * (steps - step) if state == "running" and steps and recent else None,
         "commit_step": commit_step,
         "commit_age_seconds": (now - commit_time).total_seconds() if commit_time else None,
@@ -84,6 +94,16 @@ def state_of(run: Mapping[str, Any], job: Mapping[str, Any], events: list[dict[s
         return "submitted"
     state = run.get("state", "unknown")
     return "stopped" if state == "running" and is_gone(run) else state
+
+
+def scoring_of(folder: Path) -> dict[str, Any] | None:
+    """Pairs whose reference is scored (`done`) and is to be (`total`), and `seconds_left`, which may be None."""
+    said = mapping(folder / SCORING)
+    done, total, left = (said.get(name) for name in ("done", "total", "seconds_left"))
+    if not (isinstance(done, int) and isinstance(total, int) and 0 <= done <= total > 0):
+        return None
+    known = isinstance(left, int | float) and math.isfinite(left)
+    return {"done": done, "total": total, "seconds_left": left if known else None}
 
 
 def is_gone(run: Mapping[str, Any]) -> bool:
@@ -129,8 +149,9 @@ def newest_commit(folder: Path, events: list[dict[str, Any]]) -> tuple[int | Non
 def last_sign(folder: Path, events: list[dict[str, Any]]) -> datetime | None:
     """When the run last left a trace."""
     signs = [moment(events[-1]["time"])] if events else []
-    if (metrics := folder / "metrics.jsonl").exists():
-        signs.append(datetime.fromtimestamp(metrics.stat().st_mtime, UTC))
+    for name in ("metrics.jsonl", SCORING):
+        with suppress(OSError):
+            signs.append(datetime.fromtimestamp((folder / name).stat().st_mtime, UTC))
     return max((sign for sign in signs if sign), default=None)
 
 
@@ -183,10 +204,10 @@ def moment(text: Any) -> datetime | None:
 
 def show(status: Mapping[str, Any]) -> str:
     """One screen, aligned."""
-    where = [f"on {status['host']}"] if status["host"] and status["state"] in ("running", "stopped") else []
+    where = [f"on {status['host']}"] if status["host"] and status["state"] in (*ALIVE, "stopped") else []
     where += [f"{status['world_size']} ranks"] if status["world_size"] else []
     where += [f"job {status['job']}"] if status["job"] else []
-    if status["state"] == "running" and (status["silent_seconds"] or 0) > SILENT_SECONDS:
+    if status["state"] in ALIVE and (status["silent_seconds"] or 0) > SILENT_SECONDS:
         where.append(f"no sign of life for {duration(status['silent_seconds'])}")
     left = f", about {duration(status['eta_seconds'])} left" if status["eta_seconds"] is not None else ""
     rows = {
@@ -197,6 +218,10 @@ def show(status: Mapping[str, Any]) -> str:
         "goodput": "unknown",
         "restarts": str(status["restarts"]),
     }
+    if scoring := status["scoring"]:
+        done, total, seconds = scoring["done"], scoring["total"], scoring["seconds_left"]
+        left = f", about {duration(seconds)} left" if seconds is not None else ""
+        rows["scoring"] = f"{done:,} of {total:,} pairs ({done / total:.0%}){left}, by the reference, before the next step"
     if status["commit_step"] is not None:
         rows["commit"] = f"step {status['commit_step']:,}, {duration(status['commit_age_seconds'])} ago"
     if status["goodput"] is not None:

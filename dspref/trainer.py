@@ -50,16 +50,20 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     sets = {"train": pairs, **held_out}
     origin = stages.open_run(run, config, source, sets, steps, watch)
     stages.introduce(config, pairs, held_out, loader, steps, kernel)
+    found = checkpoint.find(run, config.checkpoint.resume)
+    done = found.progress.step if found else 0
+    stages.refuse_fewer_steps(run, done, steps)
 
     objective = build_objective(**config.objective.model_dump())
     policy = Engine.for_training(stages.load_policy(config, objective, origin.weights, kernel), config, steps)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
-    reference = references.build(config, policy, origin, sets, layout)
+    with console.scoring(run.path) as view:
+        needs = stages.needs(loader, held_out, done, steps)
+        reference = references.build(config, policy, origin, sets, layout, needs, view)
     for line in advice.of_run(config, policy, loader, kernel):
         distributed.log(f"advice: {line}")
-    progress = checkpoint.resume(run, (policy, reference), config.checkpoint.resume, config.train.seed)
-    stages.refuse_fewer_steps(run, progress.step, steps)
+    progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
     recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
     view, saver = console.ProgressView(progress.step, steps), Saver(run, (policy, reference), config, watch)
 

@@ -91,6 +91,19 @@ class StepLoader:
                 number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention, placed.scored
             )
 
+    def pairs_of(self, done: int, total: int) -> np.ndarray:
+        """The pairs that steps `done` + 1 to `total` hold, each once, in the order in which they first come: int64 [n]."""
+        seen, found, per_epoch = np.zeros(len(self.store), dtype=bool), [np.arange(0)], self.steps_per_epoch
+        for epoch in range(done // per_epoch, ceil(total / per_epoch)):
+            if seen.all():
+                break
+            first = epoch * per_epoch
+            held = np.concatenate([np.arange(0), *self.epoch(epoch)[max(done - first, 0) : total - first]])
+            held = held[~seen[held]]
+            found.append(held[np.sort(np.unique(held, return_index=True)[1])])  # a source of weight 2 comes twice
+            seen[held] = True
+        return np.concatenate(found)
+
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The pairs of every step of an epoch."""
         rows = self.store.source_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import random
@@ -20,7 +21,7 @@ from test_store import load, write
 
 from dspref import reference_store
 from dspref.errors import NumericFault
-from dspref.reference_store import BLOCK_PAIRS, KEY_BYTES, ReferenceStore, blocks_to_score, identity_of, sequence_keys
+from dspref.reference_store import BLOCK_PAIRS, KEY_BYTES, ReferenceStore, blocks_of, identity_of, sequence_keys
 
 MODEL = {"weights": "abc", "dtype": "bf16"}
 Keys = np.ndarray
@@ -113,6 +114,43 @@ def test_keys_of_some_rows_are_those_of_all(tmp_path: Path) -> None:
     assert np.array_equal(sequence_keys(store, picked), every[picked])
     assert sequence_keys(store, np.array([], dtype=np.int64)).shape == (0, 2, KEY_BYTES)
     assert len(np.unique(every.reshape(-1, KEY_BYTES), axis=0)) == 16
+
+
+def test_keys_are_those_of_the_stores_that_people_have(tmp_path: Path) -> None:
+    """Word by word, for pairs that are scored whole; a mask that says so changes nothing."""
+    rows = [{"prompt": f"p{i}", "chosen": " a" * (i + 1), "rejected": " b" * (9 - i)} for i in range(8)]
+    store = load([write(tmp_path / "a.jsonl", rows)], tmp_path / "cache")
+    expected = []
+    for pair in (store[i] for i in range(len(store))):
+        m = min(len(pair.chosen), len(pair.rejected))
+        for answer in (pair.chosen, pair.rejected):
+            tail = np.array([len(pair.prompt), len(answer), m], dtype="<i4")
+            content = b"".join(part.astype("<i4").tobytes() for part in (pair.prompt, answer, tail))
+            expected.append(hashlib.sha256(content).digest()[:KEY_BYTES])
+    keys = sequence_keys(store)
+    assert [key.tobytes() for key in keys.reshape(-1, KEY_BYTES)] == expected
+    assert np.array_equal(sequence_keys(store, scored=np.ones(len(store.flat()[0]), dtype=bool)), keys)
+    with pytest.raises(ValueError):
+        keys[0, 0, 0] = 0
+
+
+def test_keys_know_which_tokens_are_scored(tmp_path: Path) -> None:
+    """Every mask of an answer is another sequence; what a prompt's mask says is not read; a mask of one answer reaches the
+    other by its number of scored tokens alone."""
+    row = {"prompt": "p1 a b", "chosen": " a b c", "rejected": " c b a"}
+    store = load([write(tmp_path / "a.jsonl", [row])], tmp_path / "cache")
+    _, (_, first, second, end) = store.flat()
+    whole, seen, others = sequence_keys(store)[0], set[bytes](), set[bytes]()
+    for bits in range(1, 2 ** (second - first)):
+        mask = np.ones(end, dtype=bool)
+        mask[first:second] = [bits >> k & 1 for k in range(second - first)]
+        chosen, rejected = sequence_keys(store, scored=mask)[0]
+        mask[:first] = False
+        assert np.array_equal(sequence_keys(store, scored=mask)[0], [chosen, rejected])
+        assert np.array_equal(chosen, whole[0]) == np.array_equal(rejected, whole[1]) == bool(mask[first:].all())
+        seen.add(chosen.tobytes())
+        others.add(rejected.tobytes())
+    assert len(seen) == 2 ** (second - first) - 1 and len(others) == second - first
 
 
 def test_identity_follows_every_word_and_not_their_order() -> None:
@@ -373,9 +411,9 @@ def test_a_disk_that_takes_no_more_is_an_error_with_a_name_and_leaves_nothing(tm
 def score(root: Path, sets: list[Keys], only: slice = slice(None)) -> list[Path]:
     """A job: score what is left (some of its blocks), and say which shards it wrote."""
     store = ReferenceStore(root, MODEL)
-    left = blocks_to_score(sets, lambda keys: known(store, keys))
-    blocks = [keys[rows] for keys, of_set in zip(sets, left) for rows in of_set if len(rows)]
-    return [put_new(store, block) for block in blocks[only]]
+    left = blocks_of(sets, lambda keys: known(store, keys))
+    blocks = [(keys, block) for keys, of_set in zip(sets, left) for block in of_set if block.asked.any()]
+    return [put_new(store, keys[block.pairs[block.asked]][block.own[block.asked]]) for keys, block in blocks[only]]
 
 
 def overlapping_sets(pairs: int = 60, sequences: int = 70) -> list[Keys]:
@@ -385,9 +423,13 @@ def overlapping_sets(pairs: int = 60, sequences: int = 70) -> list[Keys]:
     return [every[draw.integers(0, sequences, (n, 2))] for n in (pairs, 0, pairs)]
 
 
-def expected_blocks(sets: list[Keys], have: set[bytes], size: int) -> list[list[list[int]]]:
+def expected_blocks(
+    sets: list[Keys], have: set[bytes], size: int, needed: list[list[int]] | None = None
+) -> list[list[list[int]]]:
     """The rule, word by word."""
     seen, result = set[bytes](), []
+    rows = needed or [list(range(len(of_set))) for of_set in sets]
+    asked = {key.tobytes() for of_set, chosen in zip(sets, rows) for key in of_set[chosen].reshape(-1, KEY_BYTES)}
     for of_set in sets:
         pairs = [(one.tobytes(), other.tobytes()) for one, other in of_set]
         new = {}
@@ -397,7 +439,7 @@ def expected_blocks(sets: list[Keys], have: set[bytes], size: int) -> list[list[
             seen.update(pair)
         rows = list(new)
         blocks = [rows[i : i + size] for i in range(0, len(rows), size)]
-        result.append([[row for row in block if new[row] - have] for block in blocks])
+        result.append([[row for row in block if (new[row] & asked) - have] for block in blocks])
     return result
 
 
@@ -409,26 +451,38 @@ def test_blocks_are_those_of_the_rule(monkeypatch: pytest.MonkeyPatch, tmp_path:
     have = have[np.random.default_rng(2).random(len(have)) < part]
     store = ReferenceStore(tmp_path, MODEL)
     put(store, have)
-    blocks = blocks_to_score(sets, lambda keys: known(store, keys))
-    expected = expected_blocks(sets, {key.tobytes() for key in have}, 7)
-    assert [[block.tolist() for block in of_set] for of_set in blocks] == expected
-    assert any(expected[0]) == (part < 1.0)
+    draw = np.random.default_rng(3)
+    for needed in (None, [sorted(draw.choice(len(of_set), len(of_set) // 5, replace=False)) for of_set in sets]):
+        masks = [np.isin(np.arange(len(of_set)), rows) for of_set, rows in zip(sets, needed)] if needed else None
+        blocks = blocks_of(sets, lambda keys: known(store, keys), masks)
+        expected = expected_blocks(sets, {key.tobytes() for key in have}, 7, needed)
+        assert [[block.pairs[block.asked].tolist() for block in of_set] for of_set in blocks] == expected
+        assert any(expected[0]) == (part < 1.0)
+        every = expected_blocks(sets, set(), 7)
+        assert [[block.pairs.tolist() for block in of_set] for of_set in blocks] == every, "whatever is known or needed"
+
+
+def test_every_sequence_is_the_business_of_one_pair() -> None:
+    sets = overlapping_sets()
+    blocks = blocks_of(sets, lambda keys: np.zeros(keys.shape[:-1], dtype=bool))
+    own = [key.tobytes() for keys, of_set in zip(sets, blocks) for b in of_set for key in keys[b.pairs][b.own]]
+    assert sorted(own) == sorted({key.tobytes() for key in np.concatenate(sets).reshape(-1, KEY_BYTES)})
 
 
 def test_pairs_are_cut_into_blocks_of_a_thousand() -> None:
     keys = some_keys(2 * BLOCK_PAIRS + 5, 2)
-    (blocks,) = blocks_to_score([keys], lambda keys: np.zeros(keys.shape[:-1], dtype=bool))
-    assert [len(block) for block in blocks] == [1000, 1000, 5]
-    assert np.array_equal(np.concatenate(blocks), np.arange(len(keys)))
-    assert blocks_to_score([], lambda keys: keys) == []
+    (blocks,) = blocks_of([keys], lambda keys: np.zeros(keys.shape[:-1], dtype=bool))
+    assert [len(block.pairs) for block in blocks] == [1000, 1000, 5]
+    assert np.array_equal(np.concatenate([block.pairs for block in blocks]), np.arange(len(keys)))
+    assert blocks_of([], lambda keys: keys) == []
 
 
 def test_rows_added_at_the_end_are_all_that_is_scored(tmp_path: Path) -> None:
     keys = some_keys(BLOCK_PAIRS + 300, 2)
     score(tmp_path, [keys[:-100]])
     store = ReferenceStore(tmp_path, MODEL)
-    (blocks,) = blocks_to_score([keys], lambda keys: known(store, keys))
-    assert [block.tolist() for block in blocks] == [[], list(range(BLOCK_PAIRS + 200, BLOCK_PAIRS + 300))]
+    (blocks,) = blocks_of([keys], lambda keys: known(store, keys))
+    assert [block.pairs[block.asked].tolist() for block in blocks] == [[], list(range(BLOCK_PAIRS + 200, BLOCK_PAIRS + 300))]
     score(tmp_path, [keys])
     assert known(ReferenceStore(tmp_path, MODEL), keys).all()
 
