@@ -96,7 +96,14 @@ def parse(path: Path) -> tuple[dict[str, Any], dict[tuple, Position]]:
 def parse_value(text: str) -> Any:
     """One YAML value, as in `key=value` on the command line. Raises YamlError."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _walk(node, (), "", {}, set())
+        return loader.construct_document(node)
+    except ConfigError as error:
+        raise YamlError(str(error).partition(": ")[2]) from None
     except RecursionError:
         raise YamlError("not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
@@ -104,30 +111,47 @@ def parse_value(text: str) -> Any:
 
 
 def apply_override(document: dict[str, Any], positions: dict[tuple, Position], override: str) -> None:
-    """Set `section.key=value` in the document; the value is YAML. Numbers in the path count list items from 0."""
+    """Set `section.key=value` in the document; the value is YAML. Numbers in the path count list items from 0.
+
+    Raises ConfigError, with the document as it was.
+    """
     path, equals, text = override.partition("=")
-    where = f"override '{override}'"
+    where = "override '" + "".join(c if c.isprintable() else " " for c in override) + "'"
     if not equals or not all(path.split(".")):
         raise ConfigError(f"{where}: not of the form section.key=value")
     try:
         value = parse_value(text)
     except YamlError as error:
         raise ConfigError(f"{where}: {error}") from None
-    keys = tuple(int(part) if part.isdigit() else part for part in path.split("."))
+    keys = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in path.split("."))
     node: Any = document
     for depth, key in enumerate(keys, start=1):
+        if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
+            for absent in reversed(keys[depth:]):
+                value = {absent: value}
+            if any(isinstance(absent, int) for absent in keys[depth:]):
+                raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: is no list; give it as a whole, [...]")
+            node[key] = value
+            break
         if not _can_hold(node, key):
-            raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: no such section or list item")
+            raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: {_no_place(node, keys[: depth - 1])}")
         if depth == len(keys):
             node[key] = value
-        elif isinstance(key, str) and node.get(key) is None:
-            node[key] = {}
         node = node[key]
     # What the file said below this key is gone; sections that the file lacks come from here too.
     for replaced in [known for known in positions if known[: len(keys)] == keys]:
         del positions[replaced]
     for depth in range(1, len(keys) + 1):
         positions.setdefault(keys[:depth], Position(where))
+
+
+def _no_place(node: Any, above: tuple[str | int, ...]) -> str:
+    """Why no key can be set there."""
+    if isinstance(node, list):
+        return f"no such section or list item; the list has {len(node)}, counted from 0"
+    if isinstance(node, dict):
+        return "no such section or list item; this is a mapping of keys, not a list"
+    return f"no such section or list item: {'.'.join(map(str, above))} is a value; give it as a whole"
 
 
 def _can_hold(node: Any, key: str | int) -> bool:
@@ -137,7 +161,8 @@ def _can_hold(node: Any, key: str | int) -> bool:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    return " ".join(str(getattr(error, "problem", None) or error).split())
+    reason = " ".join(str(getattr(error, "problem", None) or error).split())
+    return reason + ("; indent with spaces, not tabs" if "'\\t'" in reason else "")
 
 
 def _walk(node: yaml.Node, path: tuple, file: str, positions: dict[tuple, Position], above: set[int]) -> None:

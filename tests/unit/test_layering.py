@@ -17,8 +17,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "processes"),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
-    ("yaml12", "strategy"),  # what config is made of
+    ("yaml12", "strategy", "paths"),  # what config is made of
     ("sections",),
+    ("foreign", "sound"),
+    ("hints",),
     ("explain",),
     ("checks",),
     ("config",),
@@ -56,7 +58,7 @@ WITHIN_PURE: dict[str, set[str]] = {
 }
 
 # The pure layer never sees a rank, a device string or a config object, and config stands apart from the rest.
-CONFIG = ("config", "sections", "checks", "explain", "strategy", "yaml12")
+CONFIG = ("config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12")
 FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"} for module in PURE} | {
     **{name: {*PURE, "distributed"} - {"objectives", "families", "losses"} for name in CONFIG},
     "distributed": {*PURE, "config", "sections", "strategy", "yaml12"},
@@ -74,15 +76,15 @@ OWNERS: dict[str, set[str]] = {
     "tensorboard": {"trackers"},
     "typer": {"cli"},
     "rich": {"console", "cli"},
-    "pydantic": {"config", "sections", "explain"},
+    "pydantic": {"config", "sections", "explain", "paths"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "model", "adapters"},
 }
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
-    "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
-    "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
+    "config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12", "errors", "files",
+    "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
     "machine", "footprint", "preflight", "agreement", "doctor",
 }  # fmt: skip
 
