@@ -1,16 +1,24 @@
-"""What must hold between the keys of a config. Each check yields (path of the key to blame, reason with its remedy)."""
+"""What must hold between the keys of a config. Each check yields (path of the key to blame, reason with its remedy).
+
+All checks run, on a config that is wrong elsewhere too: see `sound`.
+"""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from dspref import losses, secrets, strategy
+from dspref import hints, losses, secrets, strategy
+from dspref.errors import ConfigError
 from dspref.explain import yaml_word
 from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, needs_reference
-from dspref.sections import Config, SourceSection
+from dspref.paths import shipped
+from dspref.sections import Config, ReferenceSection, SourceSection
+from dspref.sound import KeyPath, Unsound, sound
 
 # lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
 SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
@@ -33,11 +41,8 @@ BOUNDS = {
 
 # A column of places, 1 being the best.
 RANK_NAME = re.compile(r"(^|[._-])rank(s|ing|ings)?$", re.IGNORECASE)
-# The longest name of a file, and with its folders, that Linux takes.
-NAME_BYTES, PATH_BYTES = 255, 4096
 
-Complaint = tuple[tuple[str | int, ...], str]
-
+Complaint = tuple[KeyPath, str]
 
 # Of model.lora, what goes with a saved adapter, which brings the rest.
 BESIDE_PATH = {"path", "lora_dropout", "merge_on_export"}
@@ -52,24 +57,58 @@ ONLY_FOR = {
 }
 
 
-def _check_secrets(config: Config) -> Iterator[Complaint]:
-    """A config goes to the run folder, the model card and trackers, word for word."""
-    layout = config.strategy if config.has_strategy_file else config.deepspeed
-    for path, text in texts(config.model_dump() | {"deepspeed": layout}):
+def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ()) -> Iterator[Complaint]:
+    """What the checks say of a config, but for its keys in `unsound`; one complaint for each key."""
+    told = {*unsound}
+
+    def new(found: Iterator[Complaint]) -> Iterator[Complaint]:
+        with suppress(Unsound):
+            for path, reason in found:
+                if path not in told:
+                    told.add(path)
+                    yield path, reason
+
+    yield from new(_of_secrets(sound(config, unsound), document))
+    of_strategy = list(new(_of_strategy(sound(config, unsound))))
+    yield from of_strategy
+    # What DeepSpeed cannot run is no ground to judge other keys by.
+    unsound = [*unsound, *([("deepspeed",)] if of_strategy else [])]
+    for check in CHECKS:
+        yield from new(check(sound(config, unsound)))
+
+
+def _of_secrets(config: Config, document: Any) -> Iterator[Complaint]:
+    """A config goes to the run folder, the model card and trackers, word for word: what was written, and its strategy."""
+    with suppress(Unsound, ConfigError):
+        document = document | {"deepspeed": config.strategy}
+    for path, text in texts(document):
         if kind := secrets.kind_of(text):
             yield path, f"holds {kind}, and would be written down with the run; leave secrets to the environment"
 
 
-def _check_paths(config: Config) -> Iterator[Complaint]:
-    """What no file system can hold; later on it would be an error of the operating system's."""
-    names = config.model_dump(include={"model", "reference", "data", "deepspeed", "output_dir"})
-    for path, text in texts(names):
-        if not {"name_or_path", "tokenizer_name_or_path", "path", "store", "deepspeed", "output_dir"} & {*path[-1:]}:
-            continue
-        if "\0" in text:
-            yield path, "holds a null character; no file is called so"
-        elif len(text.encode()) >= PATH_BYTES or any(len(part.encode()) > NAME_BYTES for part in text.split("/")):
-            yield path, f"longer than a name may be ({NAME_BYTES} bytes, {PATH_BYTES} with its folders); give a shorter one"
+def _of_strategy(config: Config) -> Iterator[Complaint]:
+    """What is wrong with the DeepSpeed settings, in their own file or in the config."""
+    if not config.has_strategy_file:
+        yield ("deepspeed",), f"{config.deepspeed}: no such file; {_known_strategies(str(config.deepspeed))}"
+        return
+    place = f" (in {shipped(config.deepspeed)})" if isinstance(config.deepspeed, str) else ""
+    try:
+        dtype = config.model.dtype
+    except Unsound:
+        dtype = "float32"  # in which every stage goes
+    try:
+        for path, reason in strategy.problems(config.strategy, dtype):
+            yield ("deepspeed", *path), reason + place
+    except ConfigError as error:
+        yield ("deepspeed",), str(error).removeprefix("deepspeed: ")
+
+
+def _known_strategies(path: str) -> str:
+    names = [entry.name for entry in shipped(str(Path(path).parent)).glob("*.json")]
+    close = hints.near(Path(path).name, names) if names else None
+    return (
+        f"did you mean {Path(path).parent / close}?" if close else "ds_configs/README.md lists those that come with dspref"
+    )
 
 
 def texts(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -78,7 +117,7 @@ def texts(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[s
         yield path, node
     elif isinstance(node, Mapping):
         for key, value in node.items():
-            yield (*path, key), key
+            yield (*path, key), str(key)
             yield from texts(value, (*path, key))
     elif isinstance(node, list):
         for i, item in enumerate(node):
@@ -170,7 +209,7 @@ def _check_reference_needed(config: Config) -> Iterator[Complaint]:
         yield ("reference", "mode"), f"objective {name} needs a reference; use auto, stored or engine"
     if not needed and reference.mode not in ("auto", "none"):
         yield ("reference", "mode"), f"objective {name} uses no reference; drop the key, or set none"
-    for key, field in type(reference).model_fields.items():
+    for key, field in ReferenceSection.model_fields.items():
         if not needed and key != "mode" and getattr(reference, key) != field.default:
             yield ("reference", key), f"objective {name} uses no reference; drop the key"
 
@@ -298,7 +337,7 @@ def _check_reference(config: Config) -> Iterator[Complaint]:
     live = reference.offload == "cpu" or reference.sync_ref_model  # what makes `auto` an engine
     mode = reference.mode if reference.mode != "auto" else "engine" if live else "stored"
     for key, modes in ONLY_FOR.items():
-        unset = type(reference).model_fields[key].default
+        unset = ReferenceSection.model_fields[key].default
         if mode not in ("none", *modes) and getattr(reference, key) != unset:
             yield ("reference", key), f"has no effect with mode: {mode}; it is for {' and '.join(modes)}"
     if reference.adapter_name == "base" and reference.name_or_path:
@@ -314,7 +353,7 @@ def _check_sync(config: Config) -> Iterator[Complaint]:
     reference = config.reference
     if not reference.sync_ref_model:
         for key in sorted(reference.model_fields_set & {"ref_model_mixup_alpha", "ref_model_sync_steps"}):
-            if getattr(reference, key) != type(reference).model_fields[key].default:
+            if getattr(reference, key) != ReferenceSection.model_fields[key].default:
                 yield ("reference", key), "has no effect without sync_ref_model: true"
         return
     blamed = ("reference", "sync_ref_model")
@@ -326,21 +365,15 @@ def _check_sync(config: Config) -> Iterator[Complaint]:
         yield blamed, "reads the policy's shards, which offload_param puts on nvme; use device: cpu"
 
 
-def _check_strategy(config: Config) -> Iterator[Complaint]:
-    if not config.has_strategy_file:
-        yield ("deepspeed",), f"{config.deepspeed}: no such file; ds_configs/README.md lists those that come with dspref"
-    problem = strategy.problem(config.strategy, config.model.dtype)
-    if problem:
-        yield ("deepspeed", *problem.path), problem.reason
-    elif config.train.optim == "cpu_adam" and not strategy.offloads_optimizer(config.strategy):
+def _check_optimizer(config: Config) -> Iterator[Complaint]:
+    offloaded = strategy.offloads_optimizer(config.strategy)
+    if config.train.optim == "cpu_adam" and not offloaded:
         yield ("train", "optim"), "cpu_adam is for states in host memory; set offload_optimizer, or use adamw"
-    elif config.train.optim == "adamw_8bit" and strategy.offloads_optimizer(config.strategy):
+    elif config.train.optim == "adamw_8bit" and offloaded:
         yield ("train", "optim"), "adamw_8bit keeps its states on the GPU; drop offload_optimizer, or use adamw"
 
 
-CHECKS = (
-    _check_paths,
-    _check_secrets,
+CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_lora,
     _check_losses,
     _check_objective_keys,
@@ -351,5 +384,5 @@ CHECKS = (
     _check_best,
     _check_reference,
     _check_sync,
-    _check_strategy,
+    _check_optimizer,
 )

@@ -1,6 +1,8 @@
 """The sections of a run's YAML file, each a strict, frozen pydantic model whose docstrings explain its keys.
 
-The config refuses; it never rewrites what the user wrote. `dspref.config` reads files into these.
+The config refuses; it does not rewrite what the user wrote. Two things are read as what they stand for, here and nowhere
+else, so that runs, locks and resolved configs agree: `~` in a path (`FilePath`), and the short forms `train: file.jsonl`,
+`lora: true`, `trackers: wandb`. `dspref.config` reads files into these.
 """
 
 from __future__ import annotations
@@ -8,13 +10,13 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
 
 from dspref import losses, strategy
 from dspref.objectives import MEANINGS, OBJECTIVES, Family, defaults, keys_of
+from dspref.paths import FilePath, TemplatePath, shipped
 
 
 class Section(BaseModel):
@@ -33,7 +35,7 @@ class Section(BaseModel):
 class LoraSection(Section):
     """A LoRA adapter; names and meaning of the keys are peft's."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or hub id of a saved adapter to go on training. It brings its own settings, and is the reference by default."""
     r: Annotated[int, Field(gt=0)] = 16
     """Rank."""
@@ -64,14 +66,19 @@ class LoraSection(Section):
     """Add the adapter to the weights of the exported model, which then needs no peft; the adapter goes to RUN/adapter."""
 
 
+def _lora(value: Any) -> Any:
+    """`true`: an adapter with every default; `false`: none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 class ModelSection(Section):
-    name_or_path: str
+    name_or_path: FilePath
     """Folder or hub id of the model to train."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: FilePath | None = None
     """Tokenizer, where it is not the model's own."""
-    chat_template: str | None = None
+    chat_template: TemplatePath | None = None
     """Path of a Jinja chat template; default: the tokenizer's."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: weights are drawn from the config alone, with `train.seed`."""
@@ -88,8 +95,8 @@ class ModelSection(Section):
     router_aux_scope: Literal["micro", "step"] = "micro"
     """Tokens over which experts are balanced: `micro`, packs that run at the same time on all ranks; `step`, the whole step,
     exact on every layout, for one more forward."""
-    lora: LoraSection | None = None
-    """Train a LoRA adapter and leave the model as it is; default: train the whole model."""
+    lora: Annotated[LoraSection | None, BeforeValidator(_lora, json_schema_input_type=LoraSection | bool | None)] = None
+    """Train a LoRA adapter and leave the model as it is; true: one with every default; default: train the whole model."""
     adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "default"
     """Name of the adapter that is trained."""
     load_in_4bit: bool = False
@@ -102,7 +109,7 @@ class ReferenceSection(Section):
     mode: Literal["auto", "stored", "engine", "adapter", "none"] = "auto"
     """Where reference log-probs come from. `stored`: computed once before training; `engine`: a second model, live;
     `adapter`: the policy's model with its adapter off, or with another adapter on."""
-    name_or_path: str | None = None
+    name_or_path: FilePath | None = None
     """The reference: a model, or a LoRA adapter of the policy's model (one on the hub needs adapter_name or
     `mode: adapter` to be taken as such); default: the policy's initial weights."""
     adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
@@ -113,7 +120,7 @@ class ReferenceSection(Section):
     """Stage of a live reference: 3 shards it, 0 keeps a whole copy on each rank. Default: 3 if the policy is at 3."""
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Type of the reference's weights; default: the policy's."""
-    store: str | None = None
+    store: FilePath | None = None
     """Folder of the stored log-probs, which runs share; default: in the cache ($DSPREF_CACHE/reference)."""
     tokens_per_pack: Annotated[int, Field(ge=1)] | None = None
     """Computed tokens per rank and pack while log-probs are scored for the store; default: twice data.tokens_per_pack, as
@@ -171,7 +178,7 @@ _As: type[Section] = create_model(
 
 
 class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
-    path: str
+    path: FilePath
     """File, glob, folder or hub id."""
     split: str = "train"
     """Split of a hub data set, or of a folder that holds several."""
@@ -191,6 +198,15 @@ class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
         return getattr(self, "as")
 
 
+def _source(value: Any) -> Any:
+    """A text is the path of a source."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+# A source as the file may have it, and in the schema.
+OneSource = Annotated[SourceSection, BeforeValidator(_source, json_schema_input_type=SourceSection | str)]
+
+
 def _one_or_list(value: Any) -> str:
     return "many" if isinstance(value, list) else "one"
 
@@ -202,20 +218,20 @@ def _one_or_named(value: Any) -> str:
 
 OneOrList = Annotated[
     Union[
-        Annotated[SourceSection, Tag("one")],
-        Annotated[Annotated[list[SourceSection], Field(min_length=1)], Tag("many")],
+        Annotated[OneSource, Tag("one")],
+        Annotated[Annotated[list[OneSource], Field(min_length=1)], Tag("many")],
     ],
     Discriminator(_one_or_list),
 ]
 OneOrNamed = Annotated[
-    Union[Annotated[SourceSection, Tag("one")], Annotated[dict[str, SourceSection], Tag("many")]],
+    Union[Annotated[OneSource, Tag("one")], Annotated[dict[str, SourceSection], Tag("many")]],
     Discriminator(_one_or_named),
 ]
 
 
 class DataSection(Section):
     train: OneOrList
-    """A source, or a list of sources: a mixture."""
+    """A source, or a list of sources: a mixture. A source that is only a path may be written as such."""
     eval: OneOrNamed | None = None
     """Held-out pairs: one source, or `name: source` for several."""
     max_length: Annotated[int, Field(ge=2)] | None = 2048
@@ -327,10 +343,18 @@ class CheckpointSection(Section):
     """`auto`: go on from the newest checkpoint if there is one; `required`: fail without one; `never`: start anew."""
 
 
+def _trackers(value: Any) -> Any:
+    """One tracker may stand without its list."""
+    return [value] if isinstance(value, str) else value
+
+
+Tracker = Literal["wandb", "tensorboard"]
+
+
 class LogSection(Section):
     every: Annotated[int, Field(gt=0)] = 1
     """Steps between two lines of metrics."""
-    trackers: list[Literal["wandb", "tensorboard"]] = []
+    trackers: Annotated[list[Tracker], BeforeValidator(_trackers, json_schema_input_type=list[Tracker] | Tracker)] = []
     """Where metrics go beside metrics.jsonl."""
     project: str = "dspref"
     """The tracker's project."""
@@ -402,16 +426,6 @@ ObjectiveSection = Annotated[
 ]
 
 
-def shipped(path: str) -> Path:
-    """`ds_configs/...` and `launch/...` that are absent in the working directory are taken from dspref itself."""
-    if not os.path.exists(path) and path.split("/")[0] in ("ds_configs", "launch"):  # pathlib raises for a long name
-        package = Path(__file__).parent
-        for root in (package.parent, package / "shipped"):
-            if os.path.exists(root / path):
-                return root / path
-    return Path(path)
-
-
 class Config(Section):
     """A whole run."""
 
@@ -425,13 +439,13 @@ class Config(Section):
     """The loss."""
     train: TrainSection = TrainSection()
     """Steps, optimizer, schedule."""
-    deepspeed: str | dict[str, Any] = "ds_configs/zero3.json"
+    deepspeed: FilePath | dict[str, Any] = "ds_configs/zero3.json"
     """Path of a DeepSpeed JSON, or the mapping itself: memory and communication strategy only."""
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving and resuming."""
     log: LogSection = LogSection()
     """Metrics and trackers."""
-    output_dir: str
+    output_dir: FilePath
     """The run folder."""
 
     @property
@@ -447,3 +461,25 @@ class Config(Section):
     @property
     def zero_stage(self) -> int:
         return self.strategy.get("zero_optimization", {}).get("stage", 0)
+
+
+def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | None:
+    """The section that the keys at `path` of a document belong to."""
+    match path:
+        case ():
+            return Config
+        case ("objective",):
+            name = _objective_name(document.get("objective")) if isinstance(document, Mapping) else None
+            return OBJECTIVE_SECTIONS.get(name) if isinstance(name, str) else None
+        case ("model", "lora"):
+            return LoraSection
+        case ("data", "train" | "eval", *_, "columns"):
+            return Columns
+        case ("data", "train" | "eval", *_, "template"):
+            return Template
+        case ("data", "train" | "eval", *_):
+            return SourceSection
+        case (str(name),) if name in Config.model_fields:
+            kind = Config.model_fields[name].annotation
+            return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,64 +107,81 @@ def load(path: Path) -> dict[str, Any]:
     return strategy
 
 
-def problem(strategy: Mapping[str, Any], dtype: str) -> Problem | None:
-    """The first reason why DeepSpeed cannot run this strategy in `dtype`, or would run it wrongly; None if it can."""
-    return _unknown_key(strategy, ()) or _auto(strategy, ()) or _combination(strategy, dtype)
+def problems(strategy: Mapping[str, Any], dtype: str) -> list[Problem]:
+    """Why DeepSpeed cannot run this strategy in `dtype`, or would run it wrongly, one for each key; none if it can."""
+    found = [*_unknown_keys(strategy, ()), *_misread_values(strategy, ())]
+    # Whoever misspelt what combinations hang on is not told that it is missing.
+    meant = {(*problem.path[:-1], _close(problem.path)) for problem in found}
+    if not meant & {("zero_optimization",), ("zero_optimization", "stage")}:
+        known = {problem.path for problem in found}
+        found += [problem for problem in _combinations(strategy, dtype) if problem.path not in known]
+    return found
 
 
-def _unknown_key(node: Mapping[str, Any], path: tuple[str, ...]) -> Problem | None:
+def _unknown_keys(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Problem]:
+    for key, value in node.items():
+        here = (*path, key)
+        if not path and key in OWNED:
+            yield Problem((key,), f"belongs to {OWNED[key]}; remove it from the DeepSpeed settings")
+        elif path in KNOWN and key not in KNOWN[path]:
+            close = _close(here)
+            yield Problem(here, "not a DeepSpeed key that dspref knows" + (f"; did you mean '{close}'?" if close else ""))
+        elif isinstance(value, Mapping):
+            yield from _unknown_keys(value, here)
+
+
+def _close(path: tuple[str, ...]) -> str | None:
+    """The key that the last one of a path is a misspelling of."""
+    known = KNOWN.get(path[:-1], ())
+    return next(iter(difflib.get_close_matches(path[-1], known, n=1, cutoff=0.8)), None) if path[-1] not in known else None
+
+
+def _misread_values(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Problem]:
     for key, value in node.items():
         if not path and key in OWNED:
-            return Problem((key,), f"belongs to {OWNED[key]}; remove it from the DeepSpeed settings")
-        if path in KNOWN and key not in KNOWN[path]:
-            close = difflib.get_close_matches(key, KNOWN[path], n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            return Problem((*path, key), f"not a DeepSpeed key that dspref knows{hint}")
-        if isinstance(value, Mapping) and (found := _unknown_key(value, (*path, key))):
-            return found
-    return None
-
-
-def _auto(node: Mapping[str, Any], path: tuple[str, ...]) -> Problem | None:
-    for key, value in node.items():
+            continue  # to be removed as a whole
         if value == "auto":
-            return Problem((*path, key), "DeepSpeed has no 'auto' of its own; give a value or remove the key")
-        if isinstance(value, Mapping) and (found := _auto(value, (*path, key))):
-            return found
-    return None
+            yield Problem((*path, key), "DeepSpeed has no 'auto' of its own; give a value or remove the key")
+        elif isinstance(value, str) and (value.startswith("~") or "$" in value):
+            yield Problem((*path, key), f"DeepSpeed expands neither ~ nor variables; write the whole path, not {value!r}")
+        elif isinstance(value, Mapping):
+            yield from _misread_values(value, (*path, key))
 
 
-def _combination(strategy: Mapping[str, Any], dtype: str) -> Problem | None:
+def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
     zero = strategy.get("zero_optimization", {})
     where = ("zero_optimization",)
     if not isinstance(zero, Mapping):
-        return Problem(where, "must be a mapping")
+        yield Problem(where, "must be a mapping")
+        return
+    for key, value in zero.items():
+        if key != "stage" and key in ZERO and not _fits(key, value):
+            kind = "a mapping" if key in SECTIONS else "a whole number" if key in NUMBERS else "true or false"
+            yield Problem((*where, key), f"must be {kind}, not {value!r}")
+    devices = {offload: _device(zero, offload) for offload in ("offload_param", "offload_optimizer")}
+    for offload, device in devices.items():
+        if device not in ("none", "cpu", "nvme"):
+            yield Problem((*where, offload, "device"), f"must be none, cpu or nvme, not {device!r}")
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        return Problem((*where, "stage"), f"must be 0, 1, 2 or 3, not {stage!r}")
-    for key, value in zero.items():
-        if not _fits(key, value):
-            kind = "a mapping" if key in SECTIONS else "a whole number" if key in NUMBERS else "true or false"
-            return Problem((*where, key), f"must be {kind}, not {value!r}")
-    for offload in ("offload_param", "offload_optimizer"):
-        if (device := _device(zero, offload)) not in ("none", "cpu", "nvme"):
-            return Problem((*where, offload, "device"), f"must be none, cpu or nvme, not {device!r}")
-    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0 and stage != 3:
-        return Problem((*where, "offload_optimizer", "ratio"), f"below 1 needs stage 3, not {stage}")
+        yield Problem((*where, "stage"), f"must be 0, 1, 2 or 3, not {stage!r}")
+        return
+    optimizer = zero.get("offload_optimizer")
+    if isinstance(optimizer, Mapping) and optimizer.get("ratio", 1.0) != 1.0 and stage != 3:
+        yield Problem((*where, "offload_optimizer", "ratio"), f"below 1 needs stage 3, not {stage}")
     if stage == 0 and dtype != "float32":
-        return Problem(
+        yield Problem(
             (*where, "stage"),
             f"stage 0 in {dtype} starts with an empty optimizer step (wrong AdamW bias correction); use 1",
         )
-    if stage == 1 and zero.get("overlap_comm"):
-        return Problem(
+    if stage == 1 and zero.get("overlap_comm") is True:
+        yield Problem(
             (*where, "overlap_comm"), "DeepSpeed cannot overlap at stage 1 with one step per global batch; use stage 2"
         )
-    if _device(zero, "offload_param") != "none" and stage != 3:
-        return Problem((*where, "offload_param"), f"needs stage 3, not {stage}")
-    if _device(zero, "offload_optimizer") != "none" and stage == 0:
-        return Problem((*where, "offload_optimizer"), "needs stage 1, 2 or 3")
-    return None
+    if devices["offload_param"] in ("cpu", "nvme") and stage != 3:
+        yield Problem((*where, "offload_param"), f"needs stage 3, not {stage}")
+    if devices["offload_optimizer"] in ("cpu", "nvme") and stage == 0:
+        yield Problem((*where, "offload_optimizer"), "needs stage 1, 2 or 3")
 
 
 def _fits(key: str, value: Any) -> bool:

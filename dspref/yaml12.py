@@ -147,7 +147,10 @@ def parse_value(text: str) -> Any:
 
 
 def apply_override(document: dict[str, Any], positions: dict[tuple, Position], override: str) -> None:
-    """Set `section.key=value` in the document; the value is YAML. Numbers in the path count list items from 0."""
+    """Set `section.key=value` in the document; the value is YAML. Numbers in the path count list items from 0.
+
+    Raises ConfigError, with the document as it was.
+    """
     path, equals, text = override.partition("=")
     where = f"override '{_quoted(override)}'"
     if not equals or not all(path.split(".")) or not path.isprintable():
@@ -159,12 +162,17 @@ def apply_override(document: dict[str, Any], positions: dict[tuple, Position], o
     keys = tuple(int(part) if INDEX.match(part) else part for part in path.split("."))
     node: Any = document
     for depth, key in enumerate(keys, start=1):
+        if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
+            for absent in reversed(keys[depth:]):
+                value = {absent: value}
+            if any(isinstance(absent, int) for absent in keys[depth:]):
+                raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: is no list; give it as a whole, [...]")
+            node[key] = value
+            break
         if not _can_hold(node, key):
-            raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: no such section or list item")
+            raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: {_no_place(node, keys[: depth - 1])}")
         if depth == len(keys):
             node[key] = value
-        elif isinstance(key, str) and node.get(key) is None:
-            node[key] = {}
         node = node[key]
     # What the file said below this key is gone; sections that the file lacks come from here too.
     for replaced in [known for known in positions if known[: len(keys)] == keys]:
@@ -177,6 +185,15 @@ def _quoted(text: str) -> str:
     """On one line, and no longer than a person reads."""
     text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= 300 else f"{text[:140]} ... {text[-20:]}"
+
+
+def _no_place(node: Any, above: tuple[str | int, ...]) -> str:
+    """Why no key can be set there."""
+    if isinstance(node, list):
+        return f"no such section or list item; the list has {len(node)}, counted from 0"
+    if isinstance(node, dict):
+        return "no such section or list item; this is a mapping of keys, not a list"
+    return f"no such section or list item: {'.'.join(map(str, above))} is a value; give it as a whole"
 
 
 def _can_hold(node: Any, key: str | int) -> bool:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dspref import config, yaml12
 from dspref.config import Config
 from dspref.errors import ConfigError
-from dspref.explain import FOREIGN_KEYS
+from dspref.foreign import FOREIGN_KEYS
 from dspref.objectives import OBJECTIVES, build_objective
 from dspref.sections import OBJECTIVE_SECTIONS
 
@@ -407,7 +407,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "data.eval.dpo.foo",
         "unknown key",
     ),
-    "eval set named one": (with_data("eval: {one: {path: 3}}"), "4:16", "data.eval.one.path", "must be a valid string"),
+    "eval set named one": (with_data("eval: {one: {path: 3}}"), "4:16", "data.eval.one.path", "must be text, not 3"),
     "no key of a source": (with_train("{pth: a}"), "3:11", "data.train.pth", "unknown key; did you mean 'path'"),
     # types: strict
     "float for int": (MINIMAL + "train: {pairs_per_step: 1.5}\n", "5:9", "train.pairs_per_step", "integer, not 1.5"),
@@ -420,15 +420,15 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "text for int": (MINIMAL + "train: {pairs_per_step: '8'}\n", "5:9", "train.pairs_per_step", "integer, not '8'"),
     "text for float": (MINIMAL + "train: {learning_rate: fast}\n", "5:9", "train.learning_rate", "number, not 'fast'"),
     "bool for float": (MINIMAL + "objective: {beta: true}\n", "5:13", "objective.beta", "number, not true"),
-    "off for bool": (with_data("shuffle: off"), "4:3", "data.shuffle", "boolean, not 'off'"),
+    "off for bool": (with_data("shuffle: off"), "4:3", "data.shuffle", "true or false, not 'off'; write false"),
     "off for bool or auto": (with_data("prefix_sharing: off"), "4:3", "data.prefix_sharing", "auto.*not 'off'"),
     "off for bool or all": (with_model("disable_dropout: off"), "1:26", "model.disable_dropout", "all.*not 'off'"),
-    "number for text": (MINIMAL.replace("out\n", "3\n"), "4:1", "output_dir", "string, not 3"),
+    "number for text": (MINIMAL.replace("out\n", "3\n"), "4:1", "output_dir", "must be text, not 3; write '3', in quotes"),
     "number for text or mapping": (MINIMAL + "deepspeed: 3\n", "5:1", "deepspeed", "not 3"),
-    "text for list": (MINIMAL + "log: {trackers: wandb}\n", "5:7", "log.trackers", "list, not 'wandb'"),
+    "number for list": (MINIMAL + "log: {trackers: 3}\n", "5:7", "log.trackers", "must be a list, not 3"),
     "number for section": (MINIMAL + "train: 3\n", "5:1", "train", "not 3"),
     "nothing for section": (MINIMAL + "train:\n", "5:1", "train", "not null"),
-    "text for source": (with_train("p.jsonl"), "3:3", "data.train", "not 'p.jsonl'"),
+    "number for source": (with_train("3"), "3:3", "data.train", r"a path or a mapping of keys \(\{path: ...\}\), not 3"),
     "no sources": (with_train("[]"), "3:3", "data.train", "empty list"),
     # ranges
     "zero": (MINIMAL + "train: {pairs_per_step: 0}\n", "5:9", "train.pairs_per_step", "greater than 0, not 0"),
@@ -862,12 +862,17 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "0, 1, 2 or 3, not 4",
     ),
     "owned batch": (
-        MINIMAL + "deepspeed: {train_batch_size: 4}\n",
+        MINIMAL + "deepspeed: {train_batch_size: 4, zero_optimization: {stage: 2}}\n",
         "5:13",
         "deepspeed.train_batch_size",
         "train.pairs_per_step",
     ),
-    "owned precision": (MINIMAL + "deepspeed: {bf16: {enabled: true}}\n", "5:13", "deepspeed.bf16", "model.dtype"),
+    "owned precision": (
+        MINIMAL + "deepspeed: {bf16: {enabled: true}, zero_optimization: {stage: 2}}\n",
+        "5:13",
+        "deepspeed.bf16",
+        "model.dtype",
+    ),
     "offload without stage 3": (
         MINIMAL + "deepspeed: {zero_optimization: {stage: 2, offload_param: {device: cpu}}}\n",
         "5:43",
@@ -882,7 +887,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     ),
     "no such JSON": (MINIMAL + "deepspeed: nope.json\n", "5:1", "deepspeed", "nope.json: no such file"),
     # adapters
-    "LoRA key": (with_model("lora: {rank: 8}"), "1:33", "model.lora.rank", "unknown key; did you mean 'rank_pattern'"),
+    "LoRA key": (with_model("lora: {rank: 8}"), "1:33", "model.lora.rank", "unknown key; in dspref this is model.lora.r$"),
     "LoRA rank": (with_model("lora: {r: 0}"), "1:33", "model.lora.r", "greater than 0"),
     "LoRA of TRL": (MINIMAL + "lora_r: 8\n", "5:1", "lora_r", "in dspref this is model.lora.r"),
     "settings of a saved adapter": (
@@ -898,7 +903,12 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "has no effect with model.disable_dropout: all",
     ),
     "name without adapter": (with_model("adapter_name: a"), "1:26", "model.adapter_name", "no adapter to name"),
-    "name with a dot": (with_model("lora: {}, adapter_name: a.b"), "1:36", "model.adapter_name", "match pattern"),
+    "name with a dot": (
+        with_model("lora: {}, adapter_name: a.b"),
+        "1:36",
+        "model.adapter_name",
+        "must be letters, digits, _ and - only",
+    ),
     "4 bits without adapter": (with_model("load_in_4bit: true"), "1:26", "model.load_in_4bit", "cannot be trained"),
     "4 bits in shards": (
         with_model("load_in_4bit: true, lora: {}"),
@@ -1156,7 +1166,11 @@ def test_no_such_file_and_not_a_file(write, tmp_path: Path) -> None:
         ("", "s.json:1:1", "not valid JSON"),
         (b"\xff", "s.json", "cannot be read"),
         ('{"zero_optimization": {"stage": "auto"}}', "x.yaml:5:1", "deepspeed.zero_optimization.stage: .*auto"),
-        ('{"optimizer": {"type": "AdamW"}}', "x.yaml:5:1", "deepspeed.optimizer: belongs to train.optim"),
+        (
+            '{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}',
+            "x.yaml:5:1",
+            "deepspeed.optimizer: belongs to train.optim",
+        ),
     ],
 )
 def test_a_bad_deepspeed_json_is_one_line(text: str | bytes, place: str, reason: str, write) -> None:
@@ -1219,7 +1233,7 @@ def test_an_override_fills_an_empty_section(write) -> None:
         ('model.name_or_path="a\\0b"', "model.name_or_path: holds a null character"),
         ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
         ("trian.seed=1", "unknown key; did you mean 'train'"),
-        ("train.max_steps=1.5", "train.max_steps: must be a valid integer, not 1.5"),
+        ("train.max_steps=1.5", "train.max_steps: must be an integer, not 1.5"),
         ("train.seed.x=1", "train.seed"),
         ("output_dir.x=1", "output_dir"),
         ("model=3", "model: "),

@@ -18,8 +18,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rendezvous",),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
-    ("yaml12", "strategy"),  # what config is made of
+    ("yaml12", "strategy", "paths"),  # what config is made of
     ("sections",),
+    ("foreign", "sound"),
+    ("hints",),
     ("explain",),
     ("checks",),
     ("config",),
@@ -58,7 +60,7 @@ WITHIN_PURE: dict[str, set[str]] = {
 }
 
 # The pure layer never sees a rank, a device string or a config object, and config stands apart from the rest.
-CONFIG = ("config", "sections", "checks", "explain", "strategy", "yaml12")
+CONFIG = ("config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12")
 FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"} for module in PURE} | {
     **{name: {*PURE, "distributed"} - {"objectives", "families", "losses"} for name in CONFIG},
     "distributed": {*PURE, "config", "sections", "strategy", "yaml12"},
@@ -76,17 +78,17 @@ OWNERS: dict[str, set[str]] = {
     "tensorboard": {"trackers"},
     "typer": {"cli"},
     "rich": {"console", "cli"},
-    "pydantic": {"config", "sections", "explain"},
+    "pydantic": {"config", "sections", "explain", "paths"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "weights", "adapter_files"},
 }
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
-    "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
-    "launcher", "cli", "reference_store", "slurm", "status", "secrets", "terminal", "processes", "local_store", "rendezvous",
-    "reading",
-    "machine", "footprint", "preflight", "agreement", "doctor", "weights",
+    "config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12", "errors", "files",
+    "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
+    "terminal", "local_store", "rendezvous", "reading", "weights",
+    "machine", "footprint", "preflight", "agreement", "doctor",
 }  # fmt: skip
 
 

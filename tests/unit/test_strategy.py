@@ -149,7 +149,7 @@ def test_strategies_are_shipped() -> None:
 def test_every_shipped_strategy_is_accepted(path: Path) -> None:
     """By dspref in at least one dtype, and by DeepSpeed's own model; it holds nothing that other sections own."""
     shipped = strategy.load(path)
-    assert any(strategy.problem(shipped, dtype) is None for dtype in ("bfloat16", "float32"))
+    assert any(not strategy.problems(shipped, dtype) for dtype in ("bfloat16", "float32"))
     DeepSpeedZeroConfig(**shipped.get("zero_optimization", {}))
 
 
@@ -177,7 +177,7 @@ def zero(**keys: Any) -> dict[str, Any]:
     ],
 )
 def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: str) -> None:
-    assert strategy.problem(given, dtype) is None
+    assert not strategy.problems(given, dtype)
     DeepSpeedZeroConfig(**given.get("zero_optimization", {}))
 
 
@@ -225,10 +225,26 @@ def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: st
     ],
 )
 def test_problems_name_the_key_and_the_remedy(given: dict[str, Any], dtype: str, path: str, reason: str) -> None:
-    found = strategy.problem(given, dtype)
-    assert found is not None
+    (found,) = strategy.problems(given, dtype)
     assert ".".join(found.path) == path
     assert reason in found.reason
+
+
+def test_all_problems_of_a_strategy_are_told_at_once() -> None:
+    given = {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "overlap_com": True, "offload_param": {"device": "cpu"}},
+    }
+    assert [".".join(found.path) for found in strategy.problems(given, "bfloat16")] == [
+        "bf16", "zero_optimization.overlap_com", "zero_optimization.offload_param",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["~/nvme", "$SCRATCH/nvme", "${SCRATCH}/x"])
+def test_paths_that_deepspeed_would_take_as_they_stand_are_refused(path: str) -> None:
+    offload = {"device": "nvme", "nvme_path": path}
+    (found,) = strategy.problems(zero(stage=3, offload_param=offload), "bfloat16")
+    assert found.path == ("zero_optimization", "offload_param", "nvme_path") and "whole path" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -248,12 +264,12 @@ def test_what_deepspeeds_own_model_refuses_is_refused_here(keys: dict[str, Any])
     """Or a user's mistake ends in DeepSpeed's traceback, after the model was loaded."""
     with pytest.raises(ValidationError):
         DeepSpeedZeroConfig(**keys)
-    assert strategy.problem(zero(**keys), "float32") is not None
+    assert strategy.problems(zero(**keys), "float32")
 
 
 def test_a_strategy_without_a_gradient_norm_is_refused() -> None:
     """`grad_norm` is in every line of metrics, and clipping needs it."""
-    assert strategy.problem(zero(stage=2, compute_grad_norm=False), "bfloat16") is not None
+    assert strategy.problems(zero(stage=2, compute_grad_norm=False), "bfloat16")
 
 
 def test_offloads_optimizer() -> None:
