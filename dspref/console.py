@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -90,7 +91,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(Text(name), _figure(first), _figure(last))
     console.print(table)
-    if run_summary.get("speed"):
+    with suppress(KeyError):  # a metrics.jsonl that was damaged may lack any
         where = {**speed_in_words(run_summary["speed"]), **where}
     for name, text in where.items():
         console.print(Text(f"{name:<8}{text}"), soft_wrap=True)

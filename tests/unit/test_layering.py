@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("secrets",),  # below everything
     ("errors", "files", "processes"),
+    ("manifest",),
+    ("record",),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
     ("yaml12", "strategy"),  # what config is made of
@@ -82,7 +84,7 @@ OWNERS: dict[str, set[str]] = {
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
     "config", "sections", "checks", "explain", "strategy", "yaml12", "errors", "files", "objectives", "families", "losses",
-    "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
+    "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes", "manifest", "record",
     "machine", "footprint", "preflight", "agreement", "doctor",
 }  # fmt: skip
 
