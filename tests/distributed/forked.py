@@ -51,7 +51,7 @@ class Forked:
         """`launch/train.py` with these arguments on some ranks. `hook`: "module:function" to call first on every rank."""
         if self._server is None:
             self._scratch = tempfile.mkdtemp(prefix="dspref-forked-")
-            path = os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)])
+            path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
             quiet = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
             quiet["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher has it, which comes after the server's imports
             self._server = subprocess.Popen(

@@ -77,7 +77,7 @@ class Workers:
                 **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.size)},
                 **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
                 **{"TORCH_EXTENSIONS_DIR": f"{self._scratch}/extensions", "TMPDIR": self._scratch},
-                "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]),
                 **self._environment,
             }
             command = [sys.executable, "-u", __file__]
