@@ -94,9 +94,7 @@ def must_export_again(run: RunFolder) -> bool:
             "restore it, or train again with checkpoint.resume=never"
         )
     if damaged:
-        distributed.log(
-            f"warning: {run.path / damaged} is no longer what the run wrote; it is exported from the checkpoint again"
-        )
+        distributed.log(f"warning: {run.path / damaged} is not what the run wrote; it is exported again from a checkpoint")
     return damaged is not None
 
 
