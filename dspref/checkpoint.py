@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +22,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspref import config as configuration
-from dspref import distributed
+from dspref import distributed, manifest
 from dspref.config import CheckpointSection, Config
-from dspref.errors import ConfigError
+from dspref.errors import ConfigError, IOFault
+from dspref.files import read_json
+from dspref.manifest import is_count, step_of
 from dspref.objectives import RunningMean
-from dspref.run_folder import RunFolder, environment
+from dspref.run_folder import RunFolder, digest_of, environment
+from dspref.secrets import redact
+
+# Of folders that a process leaves behind when it is killed: a save, a conversion, a deletion, a look past what is foreign.
+LEFT = re.compile(r"(\.(saving|trash|universal|loading)-)+step-[0-9]{6,18}")
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,15 @@ class Progress:
 
     @classmethod
     def read(cls, path: Path) -> Progress:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**state | {"rewards": RunningMean(**state.get("rewards", {}))})
+        """Raises IOFault where the file holds something else."""
+        try:
+            state = read_json(path)
+            found = cls(**state | {"rewards": RunningMean(**state.get("rewards", {}))})
+            if not is_count(found.step) or not is_count(found.metrics_offset) or not is_count(found.skipped):
+                raise ValueError("a number is none")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise IOFault(f"{path}: is not the state of a run ({error}); delete that checkpoint") from None
+        return found
 
 
 def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
@@ -55,7 +70,8 @@ def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
     return {
         "run_id": known.get("run_id"),
         "content": known.get("content", {}),
-        "config": hashlib.sha256(configuration.dump(config).encode()).hexdigest(),
+        "config": digest_of(config),
+        "settings": json.loads(redact(json.dumps(configuration.resolved(config)))),
         "zero_stage": config.zero_stage,
         "dtype": config.model.dtype,
         "packages": environment()["packages"],
@@ -76,27 +92,15 @@ class Part(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def folder_of(run: RunFolder, step: int) -> Path:
-    """Of the committed checkpoint of a step."""
-    return run.checkpoints / f"step-{step:06d}"
-
-
-def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest, with the sha256 of all else that it says."""
-    said = {key: value for key, value in manifest.items() if key != "sha256"}
-    return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
-
-
 def prune(run: RunFolder, rules: CheckpointSection) -> list[str]:
     """Delete checkpoints that the retention rules do not keep. What cannot be deleted stays, and is returned in words."""
-    read = {folder: manifest_of(folder) for folder in committed_folders(run)}
-    manifests = {folder: manifest for folder, manifest in read.items() if manifest}
+    manifests = {folder: said for folder in committed_folders(run) if (said := manifest.read(folder))}
     scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
     steps = [(m["step"], scores[folder]) for folder, m in manifests.items()]
     gone = to_delete(steps, rules.keep_last, rules.keep_every, lower_is_better="loss" in (rules.keep_best or ""))
     try:
-        for folder, manifest in manifests.items():
-            if manifest["step"] in gone:
+        for folder, said in manifests.items():
+            if said["step"] in gone:
                 # Renamed first: a half-deleted folder must not bear a committed name.
                 folder.rename(folder.with_name(f".trash-{folder.name}"))
         _sweep(run)
@@ -137,20 +141,31 @@ class Found(NamedTuple):
 def find(run: RunFolder, mode: str) -> Found | None:
     """The newest sound checkpoint; None where the run starts from step 0. `mode`: auto | required | never.
 
-    A damaged one is set aside, as `damaged-step-N`, with one line.
+    A damaged one is set aside, as `damaged-step-N`, with one line. Raises ConfigError where what is sound is all another
+    run's.
     """
     distributed.on_main(lambda: _sweep(run))
-    found = [(folder, manifest_of(folder)) for folder in committed_folders(run)] if mode != "never" else []
-    found, run_id = distributed.broadcast_object((found, run.run.get("run_id")))
-    for folder, manifest in reversed(found):
-        damage = "its manifest.json is missing or was changed"
-        if manifest is not None:
-            damage = "it is another run's" if manifest["run_id"] != run_id else damage_of(folder, manifest)
-        if manifest is None or damage:
-            distributed.log(f"warning: {folder.name} is damaged ({damage}); it is set aside, and the one before is tried")
-            distributed.on_main(lambda folder=folder: _set_aside(folder))
+    found = distributed.broadcast_object(_candidates(run) if mode != "never" and distributed.world().rank == 0 else [])
+    foreign, has_own = [], any(own for _, _, own in found)
+    for folder, said, is_own in found:
+        if said is None:
+            damage = "its manifest.json is missing or was changed"
+        else:
+            damage = damage_of(folder, said) or ("" if is_own else "it is another run's")
+            foreign += [said["run_id"]] if damage == "it is another run's" else []
+        if said is None or damage:
+            if has_own or not foreign:
+                distributed.log(
+                    f"warning: {folder.name} is damaged ({damage}); it is set aside, and the one before is tried"
+                )
+                distributed.on_main(lambda folder=folder: _set_aside(folder))
             continue
-        return Found(folder, manifest, Progress.read(folder / "state.json"))
+        return Found(folder, said, Progress.read(folder / "state.json"))
+    if foreign and not has_own:
+        raise ConfigError(
+            f"{run.path / 'run.json'}: is not the record of the checkpoints beside it, which are of run {foreign[0]}; "
+            "restore it, delete it to go on with them, or begin anew with checkpoint.resume=never"
+        )
     if mode == "required":
         raise ConfigError(f"checkpoint.resume: required, but {run.checkpoints} holds no sound checkpoint")
     if found:
@@ -162,61 +177,69 @@ def resume(run: RunFolder, found: Found | None, parts: Sequence[Part], seed: int
     """Load what was found into `parts`."""
     if found is None:
         return Progress()
-    for part in parts:
-        part.load(found.folder)
-    _restore_rng(found.folder, found.manifest, seed)
+    with _named_files_of(found.folder, found.manifest) as clean:
+        for part in parts:
+            part.load(clean)
+        _restore_rng(clean, found.manifest, seed)
     run.event("resume", step=found.progress.step)
     distributed.log(f"resumed from {found.folder.name}")
     return found.progress
 
 
+def _candidates(run: RunFolder) -> list[tuple[Path, dict[str, Any] | None, bool]]:
+    """(folder, manifest, whether that is of this run) of what may be resumed, the newest first."""
+    run_id = run.run.get("run_id")
+    read = [(folder, manifest.read(folder)) for folder in reversed(committed_folders(run))]
+    return [(folder, said, bool(said) and said["run_id"] == run_id) for folder, said in read]
+
+
+@contextmanager
+def _named_files_of(folder: Path, said: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with the files that the manifest names and no others: DeepSpeed loads what has a name of the right form."""
+    strays = distributed.broadcast_object(manifest.strays(folder, said) if distributed.world().rank == 0 else [])
+    if not strays:
+        yield folder
+        return
+    distributed.log(f"warning: {folder / strays[0]} is not in the manifest of {folder.name}; it is not read")
+    clean = folder.with_name(f".loading-{folder.name}")
+    distributed.on_main(lambda: manifest.link(folder, said, clean))
+    yield clean
+    distributed.barrier()
+    distributed.on_main(lambda: shutil.rmtree(clean))
+
+
 def _sweep(run: RunFolder) -> None:
     """Remove what a process that was killed left of a save, of a conversion, or of a checkpoint that it was deleting."""
-    for trash in run.checkpoints.glob(".trash-step-*"):
+    left = [entry for entry in run.checkpoints.iterdir() if LEFT.fullmatch(entry.name)]
+    for trash in left:
         # Killed while it put a newer save of the same step in its place.
-        committed = trash.with_name(trash.name.removeprefix(".trash-"))
-        newest = max(map(_folder_step, committed_folders(run)), default=-1)
-        if _folder_step(committed) > newest and (trash / "manifest.json").exists():
-            trash.rename(committed)
-    for kind in (".saving-*", ".trash-*", ".universal-*"):
-        for left in run.checkpoints.glob(kind):
-            shutil.rmtree(left, ignore_errors=True)
+        step = step_of(trash, ".trash-")
+        newest = max((step_of(folder) or 0 for folder in committed_folders(run)), default=-1)
+        if step is not None and step > newest and (trash / manifest.NAME).exists():
+            trash.rename(manifest.folder_of(run.checkpoints, step))
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> None:
-    aside = folder.with_name(f"damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+    """Whatever was damaged stays, for whoever wants to look."""
+    folder.rename(manifest.free_name(folder.with_name(f"damaged-{folder.name}")))
 
 
 def committed_folders(run: RunFolder) -> list[Path]:
     """Folders that bear the name of a committed checkpoint, oldest first."""
-    return sorted(f for f in run.checkpoints.glob("step-*") if f.is_dir())
+    return manifest.committed(run.checkpoints)
 
 
 def newest_step(run: RunFolder) -> int:
     """Of the committed checkpoints, by their manifests; -1 where there is none. The same answer on all ranks."""
-    found = [manifest["step"] for folder in committed_folders(run) if (manifest := manifest_of(folder))]
-    return distributed.broadcast_object(max(found, default=-1))
+    said = manifest.newest(run.checkpoints) if distributed.world().rank == 0 else None
+    return distributed.broadcast_object(said["step"] if said else -1)
 
 
-def _folder_step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def manifest_of(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself; None where that cannot be read, or was changed."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        whole = signed(manifest)["sha256"] == manifest["sha256"] and _folder_step(folder) == manifest["step"]
-        return manifest if whole else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-
-
-def damage_of(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+def damage_of(folder: Path, said: Mapping[str, Any]) -> str | None:
     """What differs from the manifest, found by all ranks together; None if the checkpoint is sound."""
-    files = manifest["files"]
+    files = said["files"]
     rank, size = distributed.world().rank, distributed.world().size
     mine = [name for name in sorted(files)[rank::size] if not _is_sound(folder / name, files[name])]
     found = [name for part in distributed.gather_objects(mine) for name in part]
@@ -230,15 +253,15 @@ def _is_sound(path: Path, expected: Sequence[Any]) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == expected[1]
 
 
-def _restore_rng(folder: Path, manifest: Mapping[str, Any], seed: int) -> None:
+def _restore_rng(folder: Path, said: Mapping[str, Any], seed: int) -> None:
     """The generators as they were; on another number of ranks, where there is no such thing, new ones by seed and step."""
     rank, size = distributed.world().rank, distributed.world().size
-    if manifest["world_size"] == size:
+    if said["world_size"] == size:
         _load_rng(folder / f"rng-rank-{rank}.safetensors")
         return
-    distributed.set_seed(int(np.random.SeedSequence([seed, manifest["step"]]).generate_state(1)[0]))
+    distributed.set_seed(int(np.random.SeedSequence([seed, said["step"]]).generate_state(1)[0]))
     distributed.log(
-        f"{manifest['world_size']} ranks before, {size} now: the same pairs in the same order; dropout draws other numbers"
+        f"{said['world_size']} ranks before, {size} now: the same pairs in the same order; dropout draws other numbers"
     )
 
 

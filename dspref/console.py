@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     console.print(table)
     for warning in run_summary.get("warnings", ()):
         console.print(Text(f"warning: {warning}"), soft_wrap=True)
-    if run_summary.get("speed"):
+    with suppress(KeyError):  # a metrics.jsonl that was damaged may lack any
         where = {**speed_in_words(run_summary["speed"]), **where}
     for name, text in where.items():
         console.print(Text(shown(f"{name:<8}{text}")), soft_wrap=True)

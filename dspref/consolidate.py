@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dspref import config as configuration
-from dspref import export, model, reference, shards, stages
-from dspref.checkpoint import committed_folders, damage_of, manifest_of
+from dspref import export, manifest, model, reference, shards, stages
+from dspref.checkpoint import committed_folders, damage_of
 from dspref.config import Config, shipped
 from dspref.data.tokenize import load_tokenizer
 from dspref.errors import ConfigError, DataError, IOFault
-from dspref.run_folder import RunFolder
+from dspref.run_folder import RESOLVED, RunFolder, decisive, settings_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,18 +35,20 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
     """
     refuse_taken(to)
     run, config = RunFolder(checkpoint.absolute().parent.parent), checked_config(checkpoint)
-    manifest = checked_manifest(checkpoint)
+    said = checked_manifest(checkpoint)
     if dtype:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     base = str(run.path / "init") if config.model.init == "random" else config.model.name_or_path
     refuse_other_base(run, config)
     model.quiet()
-    state = in_type(full_state(checkpoint / shards.FOLDER, config.model.lora is not None), config.model.dtype)
+    with named_files_of(checkpoint, said) as clean:
+        shards.refuse_foreign(clean / shards.FOLDER)
+        state = in_type(full_state(clean / shards.FOLDER, config.model.lora is not None), config.model.dtype)
     section = config.model.model_copy(update={"load_in_4bit": False})  # which needs a GPU; what is trained is beside it
     policy = model.load(section, base, "sdpa", section.dtype, None, reference.attach(config))
     name = section.tokenizer_name_or_path or section.name_or_path
     tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
-    summary = {"step": manifest["step"], "metrics": manifest["metrics"]}
+    summary = {"step": said["step"], "metrics": said["metrics"]}
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as draft:
         final, adapter = Path(draft) / "final", Path(draft) / "adapter"
@@ -64,24 +68,44 @@ def refuse_taken(to: Path) -> None:
 def checked_config(checkpoint: Path) -> Config:
     """The config of the run that a committed checkpoint belongs to."""
     run = RunFolder(checkpoint.absolute().parent.parent)
-    if not (checkpoint / "manifest.json").is_file() or not checkpoint.name.startswith("step-"):
+    if not (checkpoint / manifest.NAME).is_file() or manifest.step_of(checkpoint.absolute()) is None:
         known = committed_folders(RunFolder(checkpoint)) or committed_folders(run)
         there = f"; there is {known[-1]}" if known else ""
         raise ConfigError(f"{checkpoint}: is no committed checkpoint (RUN/checkpoints/step-N){there}")
-    path = run.path / "config.resolved.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{path}: is missing; a checkpoint is exported from within its run folder")
-    return configuration.load(path)
+    path, said = run.path / RESOLVED, manifest.read(checkpoint)
+    settings = said.get("settings") if said else None
+    try:
+        config = configuration.load(path)
+        if isinstance(settings, dict) and decisive(configuration.resolved(config)) != decisive(settings_of(settings)):
+            config = Config.model_validate(settings)
+        return config
+    except (ConfigError, ValueError):
+        if isinstance(settings, dict):
+            return Config.model_validate(settings)
+        if not path.is_file():
+            raise ConfigError(f"{path}: is missing; a checkpoint is exported from within its run folder") from None
+        raise
 
 
 def checked_manifest(checkpoint: Path) -> dict[str, Any]:
     """What the checkpoint says of itself, once every file has been found as it says."""
-    manifest = manifest_of(checkpoint)
-    damage = "its manifest.json cannot be read" if manifest is None else damage_of(checkpoint, manifest)
-    if manifest is None or damage:
+    said = manifest.read(checkpoint)
+    damage = "its manifest.json cannot be read" if said is None else damage_of(checkpoint, said)
+    if said is None or damage:
         raise IOFault(f"{checkpoint}: is damaged ({damage}); export another checkpoint")
-    shards.refuse_foreign(checkpoint / shards.FOLDER)
-    return manifest
+    return said
+
+
+@contextmanager
+def named_files_of(checkpoint: Path, said: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with the files that the manifest names and no others."""
+    if not (strays := manifest.strays(checkpoint, said)):
+        yield checkpoint
+        return
+    print(f"warning: {checkpoint / strays[0]} is not in the manifest of {checkpoint.name}; it is not read", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as clean:
+        manifest.link(checkpoint, said, Path(clean) / checkpoint.name)
+        yield Path(clean) / checkpoint.name
 
 
 def refuse_other_base(run: RunFolder, config: Config) -> None:

@@ -19,6 +19,7 @@ from dspref import adapters, distributed, model, reference, run_folder
 from dspref.config import Config, ModelSection, shipped
 from dspref.engine import Engine
 from dspref.errors import IOFault, NumericFault
+from dspref.files import Hashes, flushed_tree, sync_folder
 from dspref.model import PackedCausalLM
 from dspref.objectives import describe
 from dspref.run_folder import RunFolder
@@ -34,16 +35,18 @@ def export(
     config: Config,
     base: str,
     summary: Mapping[str, Any],
-) -> None:
-    """Write `final/`, and prove that it reads back as the very weights before it bears that name.
+) -> dict[str, tuple[int, str]]:
+    """Write `final/`, and prove that it reads back as the very weights before it bears that name; on rank 0, size and sha256
+    of each file that was written, by its path in the run folder. They are on disk by then.
 
     Of a policy with an adapter that is the adapter, or with `merge_on_export` the model with the adapter added to it, and
     the adapter is in `adapter/`. `base`: where the model below the adapter lies.
     """
     state = policy.full_state(trained_only=config.model.lora is not None)  # every rank takes part in the gathering
     adapter = run.path / "adapter"
-    distributed.on_main(lambda: write(run.final, adapter, policy.module, state, tokenizer, config, base, summary))
+    written = distributed.on_main(lambda: write(run.final, adapter, policy.module, state, tokenizer, config, base, summary))
     run.event("export", path=str(run.final))
+    return {f"{folder.name}/{name}": entry for folder, files in (written or {}).items() for name, entry in files.items()}
 
 
 def write(
@@ -55,33 +58,41 @@ def write(
     config: Config,
     base: str,
     summary: Mapping[str, Any],
-) -> None:
-    """Write `final`, and with `merge_on_export` the adapter to `beside`. `state`: what was trained, by name."""
-    lora = config.model.lora
+) -> dict[Path, Hashes]:
+    """Write `final`, and with `merge_on_export` the adapter to `beside`; what is in each. `state`: what was trained, by
+    name."""
+    lora, written = config.model.lora, {}
     refuse_not_finite(state)
     if lora is None:
-        with _replacing(final) as draft:
+        with _replacing(final, written) as draft:
             _write_model(draft, policy, state, config.model.trust_remote_code)
             _accompany(draft, tokenizer, config, summary)
-        return
+        return written
     adapter = beside if lora.merge_on_export else final
-    with _replacing(adapter) as draft:
+    with _replacing(adapter, written) as draft:
         _write_adapter(draft, policy, state, base, config.model)
         _accompany(draft, tokenizer, config, summary)
     if lora.merge_on_export:
-        with _replacing(final) as draft:
+        with _replacing(final, written) as draft:
             _write_merged(draft, base, adapter, config.model)
             _accompany(draft, tokenizer, config, summary)
+    return written
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `folder` when it is done."""
+def _replacing(folder: Path, written: dict[Path, Hashes]) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `folder` once it is whole and on disk; `written` says what is in it."""
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
     yield draft
-    shutil.rmtree(folder, ignore_errors=True)
+    written[folder] = flushed_tree(draft)
+    before = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
     draft.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_model(draft: Path, policy: PackedCausalLM, state: dict[str, Tensor], trust_remote_code: bool) -> None:

@@ -1,14 +1,23 @@
-"""Files that are there as a whole or not at all, even after a power cut."""
+"""Files that are there as a whole or not at all, even after a power cut; and small files of JSON, whatever befell them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import stat
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 # How the name of a file that is being written begins; a process that was killed leaves it behind.
 DRAFT = ".draft-"
+# What a file has, by its path: its size and its sha256.
+Hashes = dict[str, tuple[int, str]]
+# More than any file of a run has that is read as one JSON value, or any line of one that has a value per line.
+LARGEST = 64 * 2**20
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -39,3 +48,97 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flushed(path: Path) -> tuple[int, str]:
+    """Size and sha256 of a file that is on disk by then. Raises OSError that names it."""
+    try:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        error.filename = str(path)  # a flush comes without a name
+        raise
+
+
+def flushed_tree(folder: Path) -> Hashes:
+    """Size and sha256 of every file below a folder by its path in it, all on disk by then, the folders too."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = {str(path.relative_to(folder)): flushed(path) for path in files}
+    for inner in {folder, *(path.parent for path in files)}:
+        sync_folder(inner)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON that may be damaged
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError for what is none: a pipe would be waited for without an end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file. Raises OSError where it cannot be read, and ValueError where it holds none."""
+    with open_regular(path) as file:
+        text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise ValueError(f"has more than {LARGEST >> 20} MiB")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none that can be read."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file. Whatever else stands in its lines is passed over."""
+    try:
+        with open_regular(path) as file:
+            while line := file.readline(LARGEST):
+                if (value := _object(line)) is not None:
+                    yield value
+    except OSError:
+        return
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, of which the last line may have been cut short."""
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+        cut = end > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * cut + line.encode() + b"\n")
+
+
+def whole_lines(path: Path, end: int) -> tuple[int, dict[str, Any] | None]:
+    """(length, last object) of the longest beginning of a JSONL file, up to `end`, that ends with a whole object."""
+    length, last, start = 0, None, 0
+    with suppress(FileNotFoundError), open_regular(path) as file:
+        while start < end and (line := file.readline(min(LARGEST, end - start))):
+            start += len(line)
+            value = _object(line) if line.endswith(b"\n") else None
+            length, last = (start, value) if value is not None else (length, last)
+    return length, last
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # half-written, or damaged
+        return None
+    return value if isinstance(value, dict) else None

@@ -9,13 +9,17 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from dspref.errors import EnvironmentFault
+from dspref.files import read_json, read_object
+from dspref.manifest import is_count
 from dspref.processes import Process, place
+from dspref.record import LOCK as NAME
+from dspref.record import NAME as RECORD
+from dspref.status import duration, printable
 from dspref.terminal import command
 
-NAME = ".lock"
 # A holder elsewhere, of which no more is seen, is gone when its lock has not been touched for so long.
 STALE_SECONDS = 90
 TOUCH_SECONDS = 10
@@ -42,23 +46,23 @@ class Lock:
             for _ in range(3):
                 with contextlib.suppress(FileExistsError):
                     os.link(draft, path)
+                    _sweep(folder, draft)
                     return cls(folder, token)
-                holder = _live_holder(path)
+                refuse_held(folder)
                 with contextlib.suppress(OSError):
-                    if not holder:
-                        path.rename(taken)
-                        holder = _live_holder(taken)  # another may have claimed it since we looked
-                        if holder:
-                            os.link(taken, path)
-                if holder:
-                    raise EnvironmentFault(
-                        f"output_dir: {folder} is in use by {holder}; wait for it, stop it "
-                        f"({command('touch', folder / 'STOP')}), or choose another"
-                    )
+                    path.rename(taken)
+                    if holder := _live_holder(taken):  # another has claimed it since we looked
+                        os.link(taken, path)
+                        raise _held(folder, holder)
         finally:
             for left in (draft, taken):
                 left.unlink(missing_ok=True)
         raise EnvironmentFault(f"output_dir: {folder} was taken by another run just now; use another folder")
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether the folder was deleted or moved, with all that says whose it is."""
+        return not (self.folder / NAME).exists() and not (self.folder / RECORD).exists()
 
     def keep(self) -> bool:
         """Show that the holder lives. False where another run has taken the folder, from a process that stood still."""
@@ -66,14 +70,14 @@ class Lock:
             return True
         self._touched = time.monotonic()
         with contextlib.suppress(OSError):
-            if _read(self.folder / NAME).get("token") != self.token:
+            if _token(self.folder / NAME) != self.token:
                 return False
             os.utime(self.folder / NAME)
         return True
 
     def release(self) -> None:
         with contextlib.suppress(OSError):
-            if _read(self.folder / NAME).get("token") == self.token:
+            if _token(self.folder / NAME) == self.token:
                 (self.folder / NAME).unlink()
 
 
@@ -82,23 +86,76 @@ def _attempt() -> list[str | None]:
     return [os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
 
 
-def _read(path: Path) -> dict[str, Any]:
+class Holder(NamedTuple):
+    """What a lock says of who has it; None for what it does not say, or not in the right form."""
+
+    place: str | None
+    process: Process | None
+    attempt: list[str | None] | None
+
+    @classmethod
+    def read(cls, path: Path) -> Holder:
+        known = read_object(path)
+        where, process, attempt = known.get("place"), known.get("process"), known.get("attempt")
+        return cls(
+            where if isinstance(where, str) and where.strip() else None,
+            Process(process[0], process[1]) if _is_process(process) else None,
+            attempt if isinstance(attempt, list) and len(attempt) == 2 else None,
+        )
+
+
+def _is_process(value: Any) -> TypeGuard[list]:
+    return isinstance(value, list) and len(value) == 2 and is_count(value[0]) and isinstance(value[1], str)
+
+
+def _token(path: Path) -> Any:
+    """Raises OSError where there is no lock that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
     except ValueError:
-        return {}
+        return None
+    return known.get("token") if isinstance(known, dict) else None
+
+
+def refuse_held(folder: Path) -> None:
+    """Raise EnvironmentFault where a run that is alive has the folder, and where its lock can be nobody's."""
+    if (folder / NAME).is_dir():
+        raise EnvironmentFault(f"output_dir: {folder / NAME} is a folder, where the lock of a run would be; delete it")
+    if holder := _live_holder(folder / NAME):
+        raise _held(folder, holder)
+
+
+def _held(folder: Path, holder: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"output_dir: {folder} is in use by {holder}; wait for it, stop it ({command('touch', folder / 'STOP')}), "
+        "or choose another"
+    )
 
 
 def _live_holder(path: Path) -> str:
     """In words; empty where nobody lives who holds it."""
     try:
-        known, age = _read(path), time.time() - path.stat().st_mtime
+        age = time.time() - path.stat().st_mtime
     except OSError:
         return ""
-    process, job = known.get("process"), known.get("attempt", [None])
-    if known.get("place") == place() and process:
-        alive = Process(*process).is_alive and process[0] != os.getpid()
-    else:
-        restarted = job[0] is not None and job[0] == _attempt()[0] and job != _attempt()
-        alive = age < STALE_SECONDS and not restarted
-    return f"process {process[0] if process else '?'} on {known.get('place', '?').split()[0]}" if alive else ""
+    known = Holder.read(path)
+    process = known.process
+    where = printable(known.place.split()[0]) if known.place else "?"
+    if known.place == place() and process:
+        is_other = process.is_alive and process.pid != os.getpid()
+        return f"process {process.pid} on {where}" if is_other else ""
+    own = _attempt()
+    restarted = known.attempt and own[0] is not None and known.attempt[0] == own[0] and known.attempt != own
+    if age >= STALE_SECONDS or restarted:
+        return ""
+    who = f"process {process.pid if process else '?'}"
+    when = f", of a time {duration(-age)} ahead of this machine's" if age < -STALE_SECONDS else ""
+    return f"{who} on {where}, by {path.parent / NAME}{when} (delete it where you know that process gone)"
+
+
+def _sweep(folder: Path, own: Path) -> None:
+    """Remove what claims left whose processes were killed."""
+    for left in folder.glob(f"{NAME}-*"):
+        if left != own and not _live_holder(left):
+            with contextlib.suppress(OSError):
+                left.unlink()

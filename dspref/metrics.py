@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,11 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
 from dspref.families import PairLogps, PairLoss
+from dspref.files import read_lines
 from dspref.logps import TokenLogps
+from dspref.manifest import is_number
 from dspref.router import Routing, balance, load_metrics
+from dspref.run_folder import METRICS, mend_tail
 from dspref.trackers import Courier
 
 if TYPE_CHECKING:
@@ -145,17 +147,14 @@ class Recorder:
     def __init__(self, folder: Path, config: Config, tracker_id: str | None, offset: int | None) -> None:
         """`offset`: the length of metrics.jsonl at the checkpoint that is resumed; what came after it is cut off, so that
         each step stands there once."""
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         self._file = None
         self._trackers: list[Courier] = []
         self.tracker_id = tracker_id
         if distributed.world().rank != 0:
             return
+        mend_tail(self._path, offset or 0)
         self._file = open(self._path, "a", encoding="utf-8")
-        kept = min(offset or 0, self._path.stat().st_size)
-        if kept < (offset or 0):
-            distributed.log(f"warning: {self._path} is shorter than the checkpoint says; earlier steps are missing from it")
-        os.truncate(self._path, kept)
         for name in config.log.trackers:
             courier = Courier(name, folder, config, tracker_id)
             self._trackers.append(courier)
@@ -186,6 +185,7 @@ class Recorder:
 
 
 def training_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The training lines of a metrics.jsonl: those that have `loss`."""
-    with open(path, encoding="utf-8") as file:
-        yield from (record for record in map(json.loads, file) if "loss" in record)
+    """The training lines of a metrics.jsonl: those that have `loss`, a number, or null where it was not finite."""
+    for line in read_lines(path):
+        if "loss" in line and (line["loss"] is None or is_number(line["loss"])):
+            yield line

@@ -226,5 +226,6 @@ def medians(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """The `perf/*` of a run, without their prefix: medians over its logged steps, the first left out where it can be."""
     lines = list(records)
     lines = lines[1:] or lines
-    names = [name for name in (lines[0] if lines else ()) if name.startswith("perf/")]
-    return {name.removeprefix("perf/"): statistics.median(line[name] for line in lines if name in line) for name in names}
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("perf/"))
+    found = {name: [line[name] for line in lines if isinstance(line.get(name), int | float)] for name in names}
+    return {name.removeprefix("perf/"): statistics.median(values) for name, values in found.items() if values}

@@ -119,12 +119,16 @@ def check_folders(scene: Scene) -> Verdict:
     """A file is made and taken away again: permissions alone say nothing of read-only mounts, and nothing to root."""
     folders = {"the cache ($DSPREF_CACHE)": cache_folder(""), "$TMPDIR": Path(tempfile.gettempdir())}
     if scene.config:
-        folders = {"output_dir": Path(scene.config.output_dir), **folders}
+        run = Path(scene.config.output_dir)
+        within = {f"output_dir: {name}": run / name for name in ("checkpoints", "logs") if (run / name).exists()}
+        folders = {"output_dir": run, **within, **folders}
     if operators(scene.config):
         folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(scene)
     for name, folder in folders.items():
         if scene.config and name == "output_dir" and folder.is_file():
             continue  # refused where the run folder is opened, with what to do
+        if name.startswith("output_dir: ") and not folder.is_dir():
+            return Verdict(FAIL, f"output_dir: {folder} is no folder, where the run keeps its {folder.name}; move it away")
         try:
             with tempfile.TemporaryFile(dir=nearest(folder)):
                 pass

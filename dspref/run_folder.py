@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
+import shutil
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ import torch
 
 import dspref
 from dspref import config as configuration
-from dspref import distributed
+from dspref import distributed, filedigest, manifest, record
 from dspref.config import Config
-from dspref.errors import ConfigError, ExitCode
-from dspref.files import write_atomically
-from dspref.lock import NAME as LOCK
+from dspref.errors import ConfigError, EnvironmentFault, ExitCode
+from dspref.files import DRAFT, append_line, flushed, open_regular, whole_lines, write_atomically
 from dspref.secrets import redact
 from dspref.status import is_foreign
 from dspref.terminal import command
+
+METRICS, EVENTS, RESOLVED = "metrics.jsonl", "events.jsonl", "config.resolved.yaml"
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
 # with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
@@ -54,19 +57,61 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
+        self._own: dict[str, Any] | None = None
+        self._seen: tuple[bytes] | None = None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # run.json
 
     @property
     def run(self) -> dict[str, Any]:
-        """run.json: id, state (running, finished), versions, and the summary of a finished run; {} in a fresh folder."""
-        path = self.path / "run.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); restore it, or use another output_dir=") from None
+        """run.json: id, state (running, finished), versions, and the summary of a finished run; {} in a fresh folder.
+
+        Where it is damaged or gone, what the newest manifest says of the run. Raises ConfigError where none does.
+        """
+        if self._own is not None:
+            return self._own
+        found, damage = record.read(self.path)
+        if found and not damage:
+            return found
+        said = manifest.newest(self.checkpoints)
+        if said is not None:
+            return {"run_id": said["run_id"], "content": said["content"]}
+        if damage:
+            raise ConfigError(
+                f"{self.path / record.NAME}: {damage}, and no checkpoint tells what the run was; restore it, begin anew "
+                "with checkpoint.resume=never, or use another output_dir="
+            )
+        return {}
+
+    def look(self) -> list[str]:
+        """What is wrong with the record of the run, in words to show. Remembers what it saw, for `open`."""
+        found, damage = record.read(self.path)
+        self._seen = (_content(self.path / record.NAME),)
+        if not damage and (found or not self.run):
+            return []
+        said = damage or "is missing"
+        return [f"warning: {self.path / record.NAME}: {said}; run {self.run['run_id']} goes on as its checkpoints tell"]
 
     @property
     def is_finished(self) -> bool:
         return self.run.get("state") == "finished" and "summary" in self.run and self.final.exists()
+
+    def damage_of_export(self) -> str | None:
+        """The first file of the exported model that is no longer what the run wrote."""
+        for name, (size, digest) in self.run.get("exported", {}).items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != size or filedigest.sha256(path) != digest:
+                return name
+        return None
+
+    def update(self, **changes: Any) -> None:
+        """Change run.json."""
+        self._own = {**self.run, **changes}
+        self._write(record.NAME, json.dumps(self._own, indent=2) + "\n")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The beginning and the end of a run
 
     def refuse_foreign(self) -> None:
         """Raise ConfigError where the folder holds something that dspref did not make."""
@@ -76,57 +121,96 @@ class RunFolder:
             raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
 
     def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any], steps: int) -> None:
-        """Write config, versions and state (rank 0). A folder that is started anew keeps its old run in `previous-*`."""
-        if config.checkpoint.resume == "never" and self.run:
-            self._set_aside()
-        for folder in (self.path, self.checkpoints, self.path / "logs"):
+        """Write state, config and versions (rank 0, which holds the lock). run.json comes first: from then on a kill leaves
+        a run. A folder that is started anew keeps its old run in `previous-*`.
+
+        Raises EnvironmentFault where another process has been here since `look`.
+        """
+        if self._seen is not None and self._seen != (_content(self.path / record.NAME),):
+            raise EnvironmentFault(f"output_dir: another process ran in {self.path} just now; give the same command again")
+        for left in self.path.glob(f"{DRAFT}*"):
+            left.unlink(missing_ok=True)
+        for left in (".final", ".adapter", ".old-final", ".old-adapter"):
+            shutil.rmtree(self.path / left, ignore_errors=True)
+        mend_tail(self.path / EVENTS)
+        known = self._set_aside(anew=config.checkpoint.resume == "never")
+        known = {key: value for key, value in known.items() if key not in ("error", "exit_code", "aside")}
+        self._own = {"run_id": _new_id(), "started": _now()} | known
+        self.update(steps=steps, **_whereabouts())
+        for folder in (self.checkpoints, self.path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         if source:
             self._write("config.source.yaml", source.read_text(encoding="utf-8"))
-        self._write("config.resolved.yaml", configuration.dump(config))
+        self._write(RESOLVED, configuration.dump(config))
         self._write("ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
-        known = {key: value for key, value in self.run.items() if key not in ("error", "exit_code")}
-        self.update(
-            {"run_id": uuid.uuid4().hex[:12], "started": _now()} | known,
-            state="running",
-            steps=steps,
-            job=os.environ.get("SLURM_JOB_ID"),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            world_size=distributed.world().size,
-        )
-
-    def update(self, known: Mapping[str, Any] | None = None, **changes: Any) -> None:
-        """Change run.json."""
-        self._write("run.json", json.dumps({**(known or self.run), **changes}, indent=2) + "\n")
 
     def left(self, exit_code: int, message: str, step: int) -> None:
         """The run ends before its end (rank 0)."""
-        if self.run.get("state") == "running" and self.run.get("pid") == os.getpid():
+        if self._own and self._own["state"] == "running" and self.is_there:
             state = "interrupted" if exit_code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C) else "failed"
             self.update(state=state, error=message, exit_code=exit_code)
             self.event("stop", step=step, cause=message, exit_code=exit_code)
 
+    @property
+    def is_there(self) -> bool:
+        """False once the folder has been deleted or moved."""
+        return (self.path / record.NAME).exists()
+
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl (rank 0)."""
         if distributed.world().rank == 0:
-            with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(redact(json.dumps({"time": _now(), "event": kind, **details})) + "\n")
+            append_line(self.path / EVENTS, redact(json.dumps({"time": _now(), "event": kind, **details})))
+
+    def flush(self) -> None:
+        """Bring to disk what has been written of metrics and events so far: a checkpoint counts on it."""
+        for name in (METRICS, EVENTS):
+            if (self.path / name).exists():
+                flushed(self.path / name)
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.path / name, redact(text))  # a config's comments may hold what its values may not
 
+    def _set_aside(self, anew: bool) -> dict[str, Any]:
+        """Move an old run to `previous-*` where it is begun anew, or where a process was killed while it did; what is known
+        of the run in this folder then.
+
+        run.json says first that the folder is being cleared, and stays: what is killed on the way goes on with it.
+        """
+        found, damage = record.read(self.path)
+        going_on = not damage and found.get("aside", "")
+        if going_on and not (going_on.startswith("previous-") and record.PASSING.fullmatch(going_on)):
+            raise ConfigError(f"{self.path / record.NAME}: aside: {going_on!r} is no folder of dspref's; restore it")
+        if not going_on and not (anew and any(entry.name not in record.STARTING for entry in _entries(self.path))):
+            return self.run
+        if not going_on:
+            aside = manifest.free_name(self.path / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+            aside.mkdir()
+            if (self.path / record.NAME).is_file():
+                write_atomically(aside / record.NAME, (self.path / record.NAME).read_bytes())
+            found = {"run_id": _new_id(), "started": _now(), "aside": aside.name, **_whereabouts()}
+            self._write(record.NAME, json.dumps(found, indent=2) + "\n")
+        aside = self.path / found["aside"]
+        aside.mkdir(exist_ok=True)
+        for entry in [entry for entry in _entries(self.path) if entry.name != record.NAME]:
+            entry.rename(manifest.free_name(aside / entry.name))
+        return found
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Changed settings
+
     def refuse_changes(self, config: Config) -> list[str]:
-        """What differs from the config of the run in this folder, as lines to show. Raises ConfigError for a key that
-        decides what a step computes."""
-        path = self.path / "config.resolved.yaml"
-        if not path.exists():
+        """What differs from the settings of the run in this folder, as lines to show. Raises ConfigError for a key that
+        decides what a step computes, and where nothing tells any more what the settings were."""
+        if record.read(self.path)[0].get("aside"):
             return []
-        began = configuration.load(path)
-        self._refuse_stage(began, config)
-        old, new = (flatten(configuration.resolved(c)) for c in (began, config))
-        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        said = manifest.newest(self.checkpoints, self.run.get("run_id"))
+        new = flatten(configuration.resolved(config))
+        old = self._settings_before(said, config)
+        if old is None:
+            return []
+        self._refuse_stage(old.get("deepspeed.zero_optimization.stage", 0), config)
+        changed = [key for key in sorted({*old, *new}) if not _alike(old.get(key), new.get(key))]
         refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
         if refused:
             key = refused[0]
@@ -136,27 +220,103 @@ class RunFolder:
             )
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
-    def _refuse_stage(self, began: Config, config: Config) -> None:
+    def _settings_before(self, said: Mapping[str, Any] | None, config: Config) -> dict[str, Any] | None:
+        """By the newest manifest, else by config.resolved.yaml; None where nothing has been computed with any."""
+        if said and isinstance(said.get("settings"), dict):
+            return flatten(settings_of(said["settings"]))
+        path = self.path / RESOLVED
+        try:
+            return flatten(configuration.resolved(configuration.load(path)))
+        except ConfigError as error:
+            if not said and not self.is_finished:
+                return None
+            # The manifest of an older dspref, which holds no more than a digest.
+            if said and said["config"] == digest_of(config):
+                return flatten(configuration.resolved(config))
+            raise ConfigError(
+                f"{path}: cannot be read, so nothing tells whether the settings are still the run's ({error}); restore it, "
+                "or start anew with another output_dir= or checkpoint.resume=never"
+            ) from None
+
+    def _refuse_stage(self, before: int, config: Config) -> None:
         """Raise ConfigError where optimizer states would have to pass between stages that keep them otherwise."""
-        stages = began.zero_stage, config.zero_stage
-        saved = sorted(self.checkpoints.glob("step-*/manifest.json"))
-        if stages[0] == stages[1] or set(stages) == {1, 2} or not saved:
+        saved, now = manifest.committed(self.checkpoints), config.zero_stage
+        if before == now or {before, now} == {1, 2} or not saved:
             return
         lora = config.model.lora
         key = "model.lora.path" if lora and not lora.merge_on_export else "model.name_or_path"
         raise ConfigError(
-            f"deepspeed.zero_optimization.stage: {stages[1]}, but the run in {self.path} has {stages[0]}, and of its "
-            f"optimizer only stages 1 and 2 read each other; restore it, or "
-            f"`{command('dspref', 'export', saved[-1].parent)} --to FOLDER` "
+            f"deepspeed.zero_optimization.stage: {now}, but the run in {self.path} has {before}, and of its "
+            "optimizer only stages 1 and 2 read each other; restore it, or "
+            f"`{command('dspref', 'export', saved[-1])} --to FOLDER` "
             f"and begin there with {key}=FOLDER and another output_dir="
         )
 
-    def _set_aside(self) -> None:
-        aside = self.path / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        entries = [entry for entry in self.path.iterdir() if not entry.name.startswith("previous-") and entry.name != LOCK]
-        aside.mkdir()
-        for entry in entries:
-            entry.rename(aside / entry.name)
+
+def settings_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a manifest holds, with the keys that dspref has now."""
+    try:
+        return configuration.resolved(Config.model_validate(values))
+    except ValueError:  # of another version
+        return values
+
+
+def decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of resolved settings, by dotted key, those that may not change."""
+    return {key: value for key, value in flatten(settings).items() if not key.startswith(MAY_CHANGE)}
+
+
+def digest_of(config: Config) -> str:
+    """sha256 of the resolved config."""
+    return hashlib.sha256(configuration.dump(config).encode()).hexdigest()
+
+
+def _alike(before: Any, now: Any) -> bool:
+    """Equal, but for secrets, which no file of a run holds."""
+    return before == now or (isinstance(before, str) and isinstance(now, str) and before == redact(now))
+
+
+def mend_tail(path: Path, end: int | None = None) -> None:
+    """Cut off what lies behind `end` of a JSONL file, and what is no whole object at its end; damage is told."""
+    size = path.stat().st_size if path.exists() else 0
+    end = size if end is None else end
+    kept, last = whole_lines(path, min(end, size))
+    if kept < end:
+        step = f", up to step {last['step']}" if last and manifest.is_count(last.get("step")) else ""
+        distributed.log(
+            f"warning: {path}: its end is damaged or missing; {end - kept} bytes are lost, whole lines stay{step}"
+        )
+    if kept < size:
+        os.truncate(path, kept)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What is in a run folder, but for what passes and for runs that were set aside."""
+    return (entry for entry in folder.iterdir() if entry.name != record.LOCK and not record.PASSING.fullmatch(entry.name))
+
+
+def _content(path: Path) -> bytes:
+    """Of a small file; empty where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _whereabouts() -> dict[str, Any]:
+    """Of the process that runs."""
+    return {
+        "state": "running",
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "world_size": distributed.world().size,
+    }
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ and are left to a thread of each rank.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import shutil
@@ -21,17 +21,16 @@ from typing import Any
 from safetensors import SafetensorError
 
 import dspref
-from dspref import checkpoint, distributed
+from dspref import checkpoint, distributed, manifest
 from dspref.checkpoint import Part, Progress
 from dspref.config import Config
 from dspref.errors import IOFault
-from dspref.files import sync_folder, write_atomically
+from dspref.files import Hashes, flushed, sync_folder, write_atomically
 from dspref.meeting import Channel, Meeting
 from dspref.run_folder import RunFolder
 from dspref.watch import Ask, Watch
 
-# What the manifest says of a file: its size and its sha256.
-Hashes = dict[str, tuple[int, str]]
+GONE = "was deleted or moved while the run was in it"
 # Bytes per second of a disk that is slow, not hung: for so long a rank that waits for it counts as moving.
 SLOWEST = 20e6
 # How long a run that ends by an error waits for the commit that is on its way.
@@ -69,6 +68,8 @@ class Saver:
                 failure = self.wait() if at_once else None
             if failure is None:
                 return
+            if failure.endswith(GONE):
+                raise IOFault(f"{failure}, at step {progress.step}; put it back, and the same command goes on")
         kept = checkpoint.committed_folders(self._run)
         last = f"{kept[-1].name} is kept" if kept else "there is no earlier one"
         raise IOFault(
@@ -155,7 +156,7 @@ class Draft:
     @property
     def committed(self) -> Path:
         """The folder that it will be."""
-        return checkpoint.folder_of(self.run, self.step)
+        return manifest.folder_of(self.run.checkpoints, self.step)
 
     @property
     def folder(self) -> Path:
@@ -164,6 +165,8 @@ class Draft:
     def begin(self) -> None:
         if distributed.world().rank == 0:
             self.discard()
+            if not self.run.is_there:
+                raise FileNotFoundError(errno.ENOENT, GONE, str(self.run.path))
             self.folder.mkdir(parents=True)
 
     def discard(self) -> None:
@@ -190,7 +193,7 @@ class Draft:
 
     def hashes(self) -> Hashes:
         """Of this rank's files, which are on disk by then. Who wrote a file flushes it: another machine could not."""
-        found = {str(path.relative_to(self.folder)): _flushed(path) for path in self.files}
+        found = {str(path.relative_to(self.folder)): flushed(path) for path in self.files}
         for folder in {path.parent for path in self.files}:
             sync_folder(folder)
         return found
@@ -198,9 +201,10 @@ class Draft:
     def publish(self, hashes: Hashes) -> None:
         """Write the manifest, and give the folder its name. Raises OSError where rank 0 sees other files than these."""
         self._compare(hashes)
-        manifest = {**self.facts, "step": self.step, "world_size": distributed.world().size, "dspref": dspref.__version__}
-        manifest["files"] = dict(sorted(hashes.items()))
-        write_atomically(self.folder / "manifest.json", json.dumps(checkpoint.signed(manifest), indent=1) + "\n")
+        said = {**self.facts, "step": self.step, "world_size": distributed.world().size, "dspref": dspref.__version__}
+        said["files"] = dict(sorted(hashes.items()))
+        self.run.flush()
+        write_atomically(self.folder / manifest.NAME, json.dumps(manifest.signed(said), indent=1) + "\n")
         if self.committed.exists():  # left by a run that was resumed from an earlier step
             self.committed.rename(self.committed.with_name(f".trash-{self.committed.name}"))
         os.rename(self.folder, self.committed)
@@ -282,17 +286,6 @@ def _complaint(work: Callable[[], None]) -> str | None:
     except SafetensorError as error:  # what safetensors makes of a full disk
         return str(error)
     return None
-
-
-def _flushed(path: Path) -> tuple[int, str]:
-    """Size and sha256 of a file that is on disk by then. Raises OSError that names it."""
-    try:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        error.filename = str(path)  # a flush comes without a name
-        raise
 
 
 def _has_size(path: Path, size: int) -> bool:

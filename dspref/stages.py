@@ -20,6 +20,7 @@ from dspref import (
     distributed,
     engine,
     finite,
+    lock,
     metrics,
     model,
     performance,
@@ -35,15 +36,16 @@ from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
-from dspref.errors import ConfigError, DataError, EnvironmentFault, UserError
+from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault, UserError
 from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
+from dspref.files import read_lines, write_atomically
 from dspref.filling import Need, whole
-from dspref.lock import Lock
 from dspref.machine import FAIL, Scene, Verdict
+from dspref.manifest import is_number
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
-from dspref.run_folder import RunFolder
+from dspref.run_folder import METRICS, RunFolder
 from dspref.watch import Watch
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ SCORED = {
     "last": "of conversations, the assistant's last turn with its end token (data.scored: last)",
     "all": "everything behind the prompt, as TRL has it (data.scored: all)",
 }
+# What samples.jsonl has of each prompt.
+SAMPLE = ("prompt", "before", "after", "chosen")
 # Tokens that a sample answer may have.
 SAMPLE_TOKENS = 64
 
@@ -66,19 +70,23 @@ def already_finished(run: RunFolder, config: Config) -> bool:
 
     def look() -> None:
         run.refuse_foreign()
+        lock.refuse_held(run.path)
+        anew = config.checkpoint.resume == "never"
+        for warning in [] if anew else run.look():
+            distributed.log(warning)
         if config.checkpoint.resume == "required" and not committed_folders(run):
             raise ConfigError(f"checkpoint.resume: required, but {run.path} holds no checkpoint; use auto to start anew")
-        changes = [] if config.checkpoint.resume == "never" else run.refuse_changes(config)
+        changes = [] if anew else run.refuse_changes(config)
         for change in changes:
             distributed.log(f"changed since this run began: {change}")
-        finished = config.checkpoint.resume != "never" and run.is_finished
+        finished = not anew and run.is_finished
         longer = any(change.startswith(("train.max_steps", "train.num_train_epochs")) for change in changes)
         if finished and longer and not committed_folders(run):
             raise ConfigError(
                 f"train.max_steps: the run in {run.path} left no checkpoint to go on from (checkpoint.save_every); "
                 "start anew with another output_dir= or checkpoint.resume=never"
             )
-        verdict["done"] = finished and not longer
+        verdict["done"] = finished and not longer and not must_export_again(run)
 
     distributed.on_main(look)
     done = distributed.broadcast_object(verdict.get("done", False))
@@ -86,6 +94,19 @@ def already_finished(run: RunFolder, config: Config) -> bool:
         show_summary(run)
         distributed.log("this run is finished; start anew with checkpoint.resume=never, or elsewhere with output_dir=")
     return done
+
+
+def must_export_again(run: RunFolder) -> bool:
+    """Whether the model of a finished run is no longer what the run wrote. Raises IOFault where it cannot be had again."""
+    damaged = run.damage_of_export()
+    if damaged and not committed_folders(run):
+        raise IOFault(
+            f"{run.path / damaged}: is not what the run wrote, and no checkpoint has the model (checkpoint.save_every); "
+            "restore it, or train again with checkpoint.resume=never"
+        )
+    if damaged:
+        distributed.log(f"warning: {run.path / damaged} is not what the run wrote; it is exported again from a checkpoint")
+    return damaged is not None
 
 
 def check_environment(config: Config, device_type: str) -> None:
@@ -221,7 +242,7 @@ def open_run(
                 models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
                 what = f"{models[name]} has" if name in models else f"the pairs of {name.rstrip('_')} have"
                 raise DataError(f"{run.path}: {what} changed since this run began; restore, or use another output_dir=")
-        watch.lock = Lock.claim(run.path)
+        watch.lock = lock.Lock.claim(run.path)
         run.open(config, source, engine.training_config(config), steps)
         if random:
             model.initialise(config.model, run.path / "init", config.train.seed)
@@ -296,7 +317,7 @@ def finish(
     seconds: float,
 ) -> None:
     """Export and verify the model, record the summary, show it, answer sample prompts."""
-    written = run.path / "metrics.jsonl"
+    written = run.path / METRICS
 
     def sum_up() -> dict[str, Any]:
         speed = performance.medians(metrics.training_lines(written))
@@ -305,13 +326,14 @@ def finish(
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
     summary = distributed.on_main(sum_up) or {}
     last = {name: values[1] for name, values in summary.get("learned", {}).items()}
-    export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": last})
+    exported = export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": last})
     run.event("finish", step=steps)
 
     def close() -> None:
         if config.log.samples and held_out:
             write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
-        run.update(state="finished", summary=summary)
+        run.flush()
+        run.update(state="finished", summary=summary, exported=exported)
 
     distributed.on_main(close)
     show_summary(run)
@@ -322,24 +344,25 @@ def learned(path: Path) -> dict[str, tuple[float | None, float]]:
 
     Values that are not finite, those of skipped steps, are left out.
     """
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    training = [record for record in metrics.training_lines(path) if record["loss"] is not None]
     names = ("loss", "nll_loss", "aux_loss", "rewards/accuracies", "rewards/margins")
-    table = {name: (training[0][name], training[-1][name]) for name in names if training and name in training[-1]}
-    evaluations = [record for record in records if "loss" not in record]
-    for name in sorted({key for record in evaluations for key in record if key.endswith(names)}):
-        values = [record[name] for record in evaluations if record.get(name) is not None]
-        if not values:
-            continue
-        table[name] = (values[0] if len(values) > 1 else None, values[-1])
+    training = [line for line in metrics.training_lines(path) if line["loss"] is not None]
+    table: dict[str, tuple[float | None, float]] = {}
+    for name in names if training else ():
+        values = [line[name] for line in training if is_number(line.get(name))]
+        if values and name in training[-1]:
+            table[name] = (values[0], values[-1])
+    evaluations = [line for line in read_lines(path) if "loss" not in line]
+    for name in sorted({key for line in evaluations for key in line if key.endswith(names)}):
+        values = [line[name] for line in evaluations if is_number(line.get(name))]
+        if values:
+            table[name] = (values[0] if len(values) > 1 else None, values[-1])
     return table
 
 
 def show_summary(run: RunFolder) -> None:
     if distributed.world().rank != 0:
         return
-    path = run.path / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = [row for row in read_lines(run.path / "samples.jsonl") if all(isinstance(row.get(name), str) for name in SAMPLE)]
     if rows:
         console.samples(rows)
     final = terminal.literal(str(run.final))
@@ -385,4 +408,4 @@ def write_samples(
         }
         for prompt, pair, before, after in zip(prompts, pairs, *answers)
     ]
-    (run.path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_atomically(run.path / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -5,23 +5,19 @@ Any file may be missing, and the last line of a log half-written.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import socket
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dspref import yaml12
+from dspref import manifest, record, yaml12
 from dspref.errors import ConfigError
+from dspref.files import read_lines, read_object
+from dspref.manifest import is_count, is_number
 
-# What `dspref submit` and SLURM put into a folder before its run begins.
-BEFORE_A_RUN = {"submit", "logs"}
 # The file of a run folder that says how far the scoring of its reference is, while that lasts.
 SCORING = "scoring.json"
 # Step times that the estimate of the end is made of.
@@ -30,24 +26,33 @@ RECENT = 50
 ALIVE = ("running", "scoring")
 # A run that says nothing for so long may have lost its node.
 SILENT_SECONDS = 600
+# No step takes so many seconds.
+LONGEST = 1e9
 
 
 def is_foreign(folder: Path) -> bool:
     """True for a folder that holds something which dspref did not make."""
     if not folder.is_dir():
         return False
-    if any((folder / name).exists() for name in ("run.json", "submit/config.yaml", "submit/job.sbatch")):
+    if any((folder / name).exists() for name in (record.NAME, "submit/config.yaml", "submit/job.sbatch")):
         return False
-    return any(entry.name not in BEFORE_A_RUN for entry in folder.iterdir())
+    passing = record.PASSING.fullmatch
+    entries = [entry for entry in folder.iterdir() if entry.name not in record.STARTING and not passing(entry.name)]
+    if [entry.name for entry in entries] == ["checkpoints"] and entries[0].is_dir() and not any(entries[0].iterdir()):
+        return False
+    return bool(entries) and manifest.newest(folder / "checkpoints") is None
 
 
 def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
     """Everything that is known of a run; None for what is not. Raises ConfigError where there is no run."""
     now = now or datetime.now(UTC)
-    run, job = mapping(folder / "run.json"), mapping(folder / "submit" / "job.json")
-    if not run and not job and not (folder / "submit" / "config.yaml").exists():
+    (found, damage), job = record.read(folder), read_object(folder / "submit" / "job.json")
+    run = record.sound(found)
+    if not run and not damage and not job and not (folder / "submit" / "config.yaml").exists():
         raise ConfigError(f"{folder}: holds no dspref run; give the output_dir of one")
-    events = [event for event in lines(folder / "events.jsonl") if moment(event.get("time"))]
+    if damage and not run:
+        run = {"state": "damaged", "error": f"{record.NAME}: {damage}"}
+    events = [event for event in read_lines(folder / "events.jsonl") if moment(event.get("time"))]
     step, effective, recent = training(folder / "metrics.jsonl")
     commit_step, commit_time = newest_commit(folder, events)
     scoring = scoring_of(folder)
@@ -59,14 +64,15 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
     end = now if state in ALIVE else sign
     wall = (end - begin).total_seconds() if begin and end else 0
     step, planned = max(step, commit_step or 0), run.get("steps")
-    steps = planned if isinstance(planned, int) else max_steps(folder)
+    steps = planned if is_count(planned) else max_steps(folder)
+    runs = job.get("runs")
     return {
         "run": str(folder),
         "state": state,
         "host": run.get("host"),
         "pid": run.get("pid"),
         "world_size": run.get("world_size"),
-        "job": job.get("job") or run.get("job"),
+        "job": next((found for found in (job.get("job"), run.get("job")) if isinstance(found, str)), None),
         "step": step,
         "steps": steps,
         "seconds_per_step": recent,
@@ -79,8 +85,8 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
         "goodput": min(effective / wall, 1.0) if wall > 0 else None,
         "restarts": max(sum(event.get("event") == "start" for event in events) - 1, 0),
         "error": run.get("error"),
-        "log": job.get("log"),
-        "runs": job.get("runs"),
+        "log": job.get("log") if isinstance(job.get("log"), str) else None,
+        "runs": [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else None,
     }
 
 
@@ -98,12 +104,11 @@ def state_of(run: Mapping[str, Any], job: Mapping[str, Any], events: list[dict[s
 
 def scoring_of(folder: Path) -> dict[str, Any] | None:
     """Pairs whose reference is scored (`done`) and is to be (`total`), and `seconds_left`, which may be None."""
-    said = mapping(folder / SCORING)
+    said = read_object(folder / SCORING)
     done, total, left = (said.get(name) for name in ("done", "total", "seconds_left"))
-    if not (isinstance(done, int) and isinstance(total, int) and 0 <= done <= total > 0):
+    if not (is_count(done) and is_count(total) and done <= total > 0):
         return None
-    known = isinstance(left, int | float) and math.isfinite(left)
-    return {"done": done, "total": total, "seconds_left": left if known else None}
+    return {"done": done, "total": total, "seconds_left": left if is_number(left) else None}
 
 
 def is_gone(run: Mapping[str, Any]) -> bool:
@@ -112,7 +117,7 @@ def is_gone(run: Mapping[str, Any]) -> bool:
         return False
     try:
         os.kill(run["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return True
     except OSError:  # somebody else's, and alive
         pass
@@ -121,12 +126,13 @@ def is_gone(run: Mapping[str, Any]) -> bool:
 
 def training(path: Path) -> tuple[int, float, float | None]:
     """(last step, seconds of all steps, median seconds of the recent ones), from the steps that metrics.jsonl keeps."""
-    step, effective, recent = 0, 0.0, []
-    for record in lines(path):
-        number, seconds = record.get("step"), record.get("perf/seconds")
-        if "loss" not in record or not isinstance(number, int):
+    step, effective = 0, 0.0
+    recent: list[float] = []
+    for line in read_lines(path):
+        number, seconds = line.get("step"), line.get("perf/seconds")
+        if "loss" not in line or not is_count(number):
             continue
-        if isinstance(seconds, int | float):
+        if is_number(seconds) and 0 <= seconds < LONGEST:
             effective += seconds * (number - step)  # steps without a line of their own took as long
             recent = [*recent[1 - RECENT :], seconds]
         step = number
@@ -135,23 +141,21 @@ def training(path: Path) -> tuple[int, float, float | None]:
 
 def newest_commit(folder: Path, events: list[dict[str, Any]]) -> tuple[int | None, datetime | None]:
     """(step, time) of the newest committed checkpoint that is there."""
-    found = {}
-    for manifest in folder.glob("checkpoints/step-*/manifest.json"):
-        if number := re.fullmatch(r"step-(\d+)", manifest.parent.name):
-            found[int(number[1])] = manifest
+    try:
+        found = [path for path in manifest.committed(folder / "checkpoints") if (path / manifest.NAME).exists()]
+    except OSError:
+        found = []
     if not found:
         return None, None
-    step = max(found)
+    step = manifest.step_of(found[-1])
     times = [event["time"] for event in events if event.get("event") == "commit" and event.get("step") == step]
-    return step, moment(times[-1]) if times else datetime.fromtimestamp(found[step].stat().st_mtime, UTC)
+    return step, moment(times[-1]) if times else modified(found[-1] / manifest.NAME)
 
 
 def last_sign(folder: Path, events: list[dict[str, Any]]) -> datetime | None:
     """When the run last left a trace."""
     signs = [moment(events[-1]["time"])] if events else []
-    for name in ("metrics.jsonl", SCORING):
-        with suppress(OSError):
-            signs.append(datetime.fromtimestamp((folder / name).stat().st_mtime, UTC))
+    signs += [modified(folder / name) for name in ("metrics.jsonl", SCORING)]
     return max((sign for sign in signs if sign), default=None)
 
 
@@ -162,38 +166,24 @@ def max_steps(folder: Path) -> int | None:
             train = yaml12.parse(path)[0].get("train")
         except ConfigError:
             continue
-        return train.get("max_steps") if isinstance(train, dict) else None
+        steps = train.get("max_steps") if isinstance(train, dict) else None
+        return steps if is_count(steps) else None
     return None
 
 
-def mapping(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none that can be read."""
+def modified(path: Path) -> datetime | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file that can be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    value = json.loads(line)
-                except ValueError:  # half-written
-                    continue
-                if isinstance(value, dict):
-                    yield value
-    except OSError:
-        return
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except (OSError, ValueError, OverflowError):
+        return None
 
 
 def moment(text: Any) -> datetime | None:
     try:
         found = datetime.fromisoformat(text)
     except (TypeError, ValueError):
+        return None
+    if not 1970 <= found.year < 9000:  # at the ends of what can be written no other time can be compared with it
         return None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 

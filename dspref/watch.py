@@ -277,9 +277,10 @@ class Watch:
                 (self._folder / ask.name).unlink()
                 self._wish(ask, f"the file {self._folder / ask.name}")
                 self._poke()
-        if not lock.keep():
+        gone = lock.has_gone
+        if gone or not lock.keep():
             self.lock = None
-            self._wish(Ask.STOP, f"another run, which has taken {self._folder}")
+            self._wish(Ask.STOP, f"the loss of {self._folder}" if gone else f"another run, which has taken {self._folder}")
             self._poke()
 
     def _look_at_launchers(self) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 
 
-def _file_operations(below: str, act: Any) -> None:
-    """Call act(n, event, path) before the n-th operation, from 1, that changes something below a folder of that name."""
+def _file_operations(below: str, act: Any, flushes: bool = False) -> None:
+    """Call act(n, event, path) before the n-th operation, from 1, that changes something below a folder of that name, or
+    with `flushes` brings it to disk; the watch's look for wishes aside, which comes whenever it comes."""
     counter = itertools.count(1)
 
     def hook(event: str, arguments: tuple) -> None:
@@ -26,13 +27,37 @@ def _file_operations(below: str, act: Any) -> None:
                 any(letter in mode for letter in "wxa+") if mode else bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
             )
         elif event in CHANGES:
-            path, writes = arguments[0], True
+            path, writes = _whole(event, arguments), True
         else:
             return
-        if writes and isinstance(path, (str, os.PathLike)) and below in str(path):
+        if (
+            writes
+            and isinstance(path, (str, os.PathLike))
+            and below in str(path)
+            and Path(path).name not in ("SAVE", "STOP")
+        ):
             act(next(counter), event, str(path))
 
     sys.addaudithook(hook)
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        """No event tells of it."""
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if flushes and below in path:
+            act(next(counter), "fsync", path)
+        plain(descriptor)
+
+    os.fsync = fsync
+
+
+def _whole(event: str, arguments: tuple) -> Any:
+    """The path that changes; of a tree that is removed, names come with the descriptor of their folder."""
+    at = {"os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1}.get(event)
+    descriptor = arguments[at] if at is not None and len(arguments) > at else -1
+    if not isinstance(descriptor, int) or descriptor < 0:
+        return arguments[0]
+    return os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), arguments[0])
 
 
 def count_operations(rank: int, below: str, into: str) -> None:
@@ -58,6 +83,19 @@ def at_operation(rank: int, below: str, victim: int, point: int, what: str, time
             time.sleep(0.02)
 
     _file_operations(below, act)
+
+
+def count_all(rank: int, below: str, into: str) -> None:
+    """`count_operations`, flushes included."""
+    file = open(f"{into}/{rank}", "w", buffering=1)
+    _file_operations(below, lambda n, event, path: file.write(f"{n} {event} {path}\n"), flushes=True)
+
+
+def kill_at(rank: int, below: str, victim: int, point: int) -> None:
+    """The victim is killed before its `point`-th file operation, flushes included."""
+    if rank == victim:
+        kill = DEATHS["kill"]
+        _file_operations(below, lambda n, event, path: kill() if n == point else None, flushes=True)
 
 
 def fail_to_flush(rank: int, victim: int, below: str, step: int) -> None:

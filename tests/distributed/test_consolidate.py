@@ -12,8 +12,8 @@ from test_elastic import LORA, SLOW, run_file, stage, train  # noqa: F401  (the 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from dspref.checkpoint import signed
 from dspref.cli import app
+from dspref.manifest import signed
 
 STEP = "checkpoints/step-000002"
 ADAPTER = "adapter_config.json"

@@ -15,8 +15,8 @@ from test_elastic import SLOW, refusal, run_file, stage, train  # noqa: F401  (t
 from test_resume import forget_everything_after
 
 from dspref import consolidate, shards
-from dspref.checkpoint import signed
 from dspref.errors import IOFault
+from dspref.manifest import signed
 
 
 class Payload:

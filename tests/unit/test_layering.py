@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("secrets", "terminal"),  # below everything
     ("errors", "files", "processes", "local_store", "wire", "reading"),
-    ("rendezvous",),
+    ("rendezvous", "manifest"),
+    ("record",),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
     ("yaml12", "strategy", "paths"),  # what config is made of
@@ -87,7 +88,7 @@ OWNERS: dict[str, set[str]] = {
 NO_TORCH = {
     "config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12", "errors", "files",
     "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
-    "terminal", "local_store", "rendezvous", "reading", "weights",
+    "terminal", "local_store", "rendezvous", "reading", "weights", "manifest", "record",
     "machine", "footprint", "preflight", "agreement", "doctor",
 }  # fmt: skip
 

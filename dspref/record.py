@@ -1,0 +1,80 @@
+"""run.json: what a run says of itself; and the names of what may lie in its folder before there is one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dspref.files import DRAFT, read_json
+from dspref.manifest import are_files, are_words, is_count, is_number, is_word
+
+NAME = "run.json"
+LOCK = ".lock"
+# What a folder may hold before its run.json: what `dspref submit` and SLURM put there, what a user asks for, and what an
+# older dspref wrote before it.
+STARTING = {
+    "submit", "logs", "STOP", "SAVE", LOCK, "config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json",
+}  # fmt: skip
+# Of files that are being written, of claims of the lock, and of runs that were set aside.
+PASSING = re.compile(rf"{re.escape(DRAFT)}.*|{re.escape(LOCK)}-.*|previous-\d{{8}}-\d{{6}}(-\d+)?")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], str]:
+    """(run.json, what is wrong with it in words); ({}, "") where there is none."""
+    path = folder / NAME
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError) as error:
+        return {}, f"cannot be read: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+    if not isinstance(found, dict):
+        return {}, "holds no object"
+    if "run_id" not in found:
+        return found, "has no run_id"
+    wrong = [key for key in found if key in KINDS and not KINDS[key](found[key])]
+    return found, f"its {wrong[0]} is of the wrong kind" if wrong else ""
+
+
+def sound(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run.json whose values are of the right kind."""
+    return {key: value for key, value in found.items() if key in KINDS and KINDS[key](value)}
+
+
+def _is_summary(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    learned, speed = value.get("learned"), value.get("speed", {})
+    return (
+        is_count(value.get("step"))
+        and is_number(value.get("seconds"))
+        and isinstance(learned, dict)
+        and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in learned.values())
+        and all((pair[0] is None or is_number(pair[0])) and is_number(pair[1]) for pair in learned.values())
+        and isinstance(speed, dict)
+        and all(map(is_number, speed.values()))
+    )
+
+
+def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "run_id": is_word,
+    "state": is_word,
+    "started": is_word,
+    "steps": _maybe(is_count),
+    "job": _maybe(is_word),
+    "host": _maybe(is_word),
+    "pid": _maybe(is_count),
+    "world_size": _maybe(is_count),
+    "content": are_words,
+    "exported": are_files,
+    "summary": _is_summary,
+    "error": lambda value: isinstance(value, str),
+    "exit_code": _maybe(is_count),
+    "aside": is_word,
+}
