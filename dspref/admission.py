@@ -32,11 +32,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if section.load_in_4bit:
         require_bitsandbytes("model.load_in_4bit", device_type)
     text = config.get_text_config()
-    if vocabulary > text.vocab_size:
-        raise ConfigError(
-            f"model.tokenizer_name_or_path: token id {vocabulary - 1} does not fit the model's vocabulary of "
-            f"{text.vocab_size}; use the model's own tokenizer"
-        )
+    refuse_unknown_tokens(config, vocabulary - 1)
     positions = getattr(text, "max_position_embeddings", None)
     if positions and max_length and max_length > positions:
         raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
@@ -75,6 +71,25 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         softcap=getattr(text, "attn_logit_softcapping", None),
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
     )
+
+
+def refuse_unknown_tokens(config: PretrainedConfig, largest: int) -> None:
+    """Raise ConfigError where a token id is beyond the model's vocabulary. Ids that never occur do no harm."""
+    if largest >= config.get_text_config().vocab_size:
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: token id {largest} does not fit the model's vocabulary of "
+            f"{config.get_text_config().vocab_size}; use the model's own tokenizer"
+        )
+
+
+def refuse_long_pairs(config: PretrainedConfig, longest: int) -> None:
+    """Raise ConfigError where prompt + answer of a pair, `longest` tokens, have more tokens than the model has positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise ConfigError(
+            f"data.max_length: null, and the longest pair has {longest} tokens, beyond the model's {positions} positions; "
+            f"set max_length to {positions}"
+        )
 
 
 def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:

@@ -38,6 +38,9 @@ class TokenizedPair(NamedTuple):
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
+    chosen_scored: np.ndarray | None = None
+    """Which tokens of the answer are scored, bool `[n]`; None: all."""
+    rejected_scored: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def truncate(pair: TokenizedPair, limits: Limits) -> TokenizedPair:
 
     Raises RowError when a side keeps no scored token, or (droppable) when both sides become equal.
     """
-    prompt, chosen, rejected = pair
+    prompt, chosen, rejected = pair[:3]
     if limits.max_prompt_length is not None:
         prompt = _kept(prompt, limits.max_prompt_length, limits.truncation_mode)
     if limits.max_completion_length is not None:
