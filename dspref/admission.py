@@ -33,11 +33,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if section.load_in_4bit:
         require_bitsandbytes("model.load_in_4bit", device_type)
     text = config.get_text_config()
-    if vocabulary > (known := number(text, "vocab_size") or 0):
-        raise ConfigError(
-            f"model.tokenizer_name_or_path: token id {vocabulary - 1} does not fit the model's vocabulary of "
-            f"{known}; use the model's own tokenizer"
-        )
+    refuse_unknown_tokens(config, vocabulary - 1)
     positions = number(text, "max_position_embeddings")
     if positions and max_length and max_length > positions:
         raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
@@ -108,6 +104,25 @@ def check_weights(section: ModelSection, config: PretrainedConfig) -> None:
                 f"{blamed}: {name} is {list(tensor.shape)} in {tensor.file.name}, and {list(wanted.shape)} by config.json; "
                 "fetch both again"
             )
+
+
+def refuse_unknown_tokens(config: PretrainedConfig, largest: int) -> None:
+    """Raise ConfigError where a token id is beyond the model's vocabulary. Ids that never occur do no harm."""
+    if largest >= (known := number(config.get_text_config(), "vocab_size") or 0):
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: token id {largest} does not fit the model's vocabulary of {known}; "
+            "use the model's own tokenizer"
+        )
+
+
+def refuse_long_pairs(config: PretrainedConfig, longest: int) -> None:
+    """Raise ConfigError where prompt + answer of a pair, `longest` tokens, have more tokens than the model has positions."""
+    positions = number(config.get_text_config(), "max_position_embeddings")
+    if positions and longest > positions:
+        raise ConfigError(
+            f"data.max_length: null, and the longest pair has {longest} tokens, beyond the model's {positions} positions; "
+            f"set max_length to {positions}"
+        )
 
 
 def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:

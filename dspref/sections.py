@@ -180,8 +180,15 @@ _As: type[Section] = create_model(
 class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
     path: FilePath
     """File, glob, folder or hub id."""
-    split: str = "train"
-    """Split of a hub data set, or of a folder that holds several."""
+    split: str | None = None
+    """Split of a hub data set, folder or glob, or a part of one: train, train[:1000], train[10%:], train+test. Default:
+    train, or what a single file or all files of a glob are."""
+    name: str | None = None
+    """Which data set, where a hub id or a folder holds several (configs)."""
+    data_dir: str | None = None
+    """Folder within a hub data set or a local folder."""
+    revision: str | None = None
+    """Hub revision of the data set (branch, tag or commit)."""
     max_samples: Annotated[int, Field(gt=0)] | None = None
     """Use only the first so many rows."""
     weight: Annotated[float, Field(gt=0)] = 1.0

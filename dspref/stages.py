@@ -6,7 +6,8 @@ import json
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,7 @@ from dspref import (
     console,
     distributed,
     engine,
+    filedigest,
     finite,
     lock,
     metrics,
@@ -32,7 +34,7 @@ from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
-from dspref.data.sources import Source
+from dspref.data.sources import Listing, Source, find, shared_with
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
 from dspref.engine import Engine
@@ -143,25 +145,62 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
         model_config = model.load_config(section)
         name = section.tokenizer_name_or_path or section.name_or_path
         tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
-        kernel = admission.check(section, model_config, data.max_length, len(tokenizer), device_type)
+        kernel = admission.check(section, model_config, data.max_length, 0, device_type)
         if section.init == "pretrained":
             admission.check_weights(section, model_config)
         check_adapters(config, device_type)
         if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
-            check_reference(config, len(tokenizer), device_type)
+            check_reference(config, 0, device_type)
         if section.tokenizer_name_or_path and distributed.world().rank == 0:
             warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
 
-        def load(sources: dict[str, SourceSection], log) -> PairStore:
-            read = [_source(source, key) for key, source in sources.items()]
-            return load_pairs(read, tokenizer, limits, on_bad_row=data.on_bad_row, cache_dir=cache_folder("tokens"), log=log)
-
-        pairs = load(data.source_keys("train"), distributed.log)
+        load = partial(
+            load_pairs, tokenizer=tokenizer, limits=limits, scored=data.scored, on_bad_row=data.on_bad_row,
+            cache_dir=cache_folder("tokens"), log=distributed.log, digest=filedigest.sha256,
+            verify=distributed.world().local_rank == 0,
+        )  # fmt: skip
+        listed = [find(_source(source, key)) for key, source in data.source_keys("train").items()]
         of_eval = zip(data.eval_sources, data.source_keys("eval").items())
-        held_out = {prefix: load({key: source}, distributed.log) for prefix, (key, source) in of_eval}
+        apart = {prefix: find(_source(source, key)) for prefix, (key, source) in of_eval}
+        for listing in apart.values():
+            refuse_training_rows(listing, listed)
+        pairs, held_out = load(listed), {prefix: load([listing]) for prefix, listing in apart.items()}
+        check_tokens(config, model_config, [pairs, *held_out.values()], device_type)
         return kernel, tokenizer, pairs, held_out
 
-    return distributed.in_turn(work)
+    found = distributed.in_turn(work)
+    refuse_other_pairs([found[2], *found[3].values()])
+    return found
+
+
+def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
+    """Raise DataError where a held-out set has rows that are trained on, unless its split says so."""
+    if listing.source.split is None and (file := shared_with(listing, training, filedigest.sha256)):
+        raise DataError(
+            f"{listing.source.key}: {file} is trained on too; fix: name other rows, such as split: test or split: train[:5%] "
+            "with the rest in data.train, or write split: train to evaluate on rows of the training set"
+        )
+
+
+def check_tokens(config: Config, model_config: Any, stores: Sequence[PairStore], device_type: str) -> None:
+    """Refuse tokens and lengths that the model, or a reference that is another model, has no embedding for."""
+    largest, longest = (max(store.report[name] for store in stores) for name in ("largest_id", "longest"))
+    admission.refuse_unknown_tokens(model_config, largest)
+    if config.data.max_length is None:
+        admission.refuse_long_pairs(model_config, longest)
+    if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
+        check_reference(config, largest + 1, device_type, longest)
+
+
+def refuse_other_pairs(stores: Sequence[PairStore]) -> None:
+    """Raise DataError where a rank has other pairs than rank 0: other files, or another moment in a template's clock."""
+    keys = distributed.gather_objects((socket.gethostname(), [store.key for store in stores]))
+    other = next((rank for rank, (_, own) in enumerate(keys) if own != keys[0][1]), None)
+    if other is not None:
+        raise DataError(
+            f"data: rank {other} on {keys[other][0]} has other pairs than rank 0 on {keys[0][0]}; give all machines the "
+            "same files, and a token cache (DSPREF_CACHE) that they share"
+        )
 
 
 def check_adapters(config: Config, device_type: str) -> None:
@@ -173,16 +212,18 @@ def check_adapters(config: Config, device_type: str) -> None:
         admission.require_bitsandbytes("train.optim: adamw_8bit", device_type)
 
 
-def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
+def check_reference(config: Config, vocabulary: int, device_type: str, longest: int = 0) -> None:
     """The checks of the policy, for a reference that is another model or has an adapter of its own."""
     section, adapter = reference.described(config, "")
     try:
         if adapter:
             adapters.folder_of(adapter)
         else:
-            model_config = model.load_config(section)
-            admission.check(section, model_config, config.data.max_length, vocabulary, device_type)
-            admission.check_weights(section, model_config)
+            described = model.load_config(section)
+            admission.check(section, described, config.data.max_length, vocabulary, device_type)
+            if config.data.max_length is None:
+                admission.refuse_long_pairs(described, longest)
+            admission.check_weights(section, described)
     except UserError as error:
         named = "reference.name_or_path" if config.reference.name_or_path else "reference.adapter_name"
         blamed = re.sub(r"^(model\.(tokenizer_)?name_or_path: )?", f"{named}: ", str(error))
@@ -191,9 +232,11 @@ def check_reference(config: Config, vocabulary: int, device_type: str) -> None:
 
 def _source(section: SourceSection, key: str) -> Source:
     template = section.template.model_dump(exclude_none=True) if section.template else None
-    path, columns = str(shipped(section.path)), section.columns.named
-    how = (columns, template, section.pairs, section.as_, key)
-    return Source(path, section.split, section.max_samples, section.weight, *how)
+    # Keys of the section that say which rows to read, or how, are fields of the source.
+    own = ("path", "columns", "template", "as")
+    same = {name: getattr(section, name) for name in SourceSection.model_fields if name not in own}
+    path = str(shipped(section.path))
+    return Source(path, columns=section.columns.named, template=template, as_=section.as_, key=key, **same)
 
 
 def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
@@ -241,7 +284,9 @@ def open_run(
             if began.get(name, content[name]) != content[name]:
                 models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
                 what = f"{models[name]} has" if name in models else f"the pairs of {name.rstrip('_')} have"
-                raise DataError(f"{run.path}: {what} changed since this run began; restore, or use another output_dir=")
+                clock = name in sets and sets[name].reads_clock
+                why = "; the chat template writes the date (strftime_now), which is the likely cause" if clock else ""
+                raise DataError(f"{run.path}: {what} changed since this run began{why}; restore, or use another output_dir=")
         watch.lock = lock.Lock.claim(run.path)
         run.open(config, source, engine.training_config(config), steps)
         if random:

@@ -1,58 +1,45 @@
-"""Files and hub sets become raw rows, and each row knows where it came from.
+"""What a source names: files, folders, globs and hub sets become lists of files and tables, and these become raw rows.
 
-A whole file that cannot be used is a `DataError`. A single broken row is a `BadRow` in the result, so that
-the caller may count and drop it.
+A selector (path, split, slice, name, data_dir) that finds nothing is an error that lists what there is.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import glob
-import gzip
-import json
+import hashlib
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from dspref.data.formats import RowError, one_line
+from dspref.data import splits
+from dspref.data.rowfiles import BadRow, Row, kind_of_file, numbered, reason_of, rows_of
+from dspref.data.splits import DEFAULT_SPLIT, SUFFIXES, Term, unusable
 from dspref.errors import DataError
 
-LINE_FORMATS = (".jsonl", ".json", ".ndjson", ".csv")
-SUFFIXES = (*LINE_FORMATS, *(suffix + ".gz" for suffix in LINE_FORMATS), ".parquet")
+__all__ = ["BadRow", "Digest", "Listing", "Part", "Row", "Source", "find", "read", "sha256", "shared_with"]
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-GZIP_MAGIC = b"\x1f\x8b"
-UTF8_BOM = b"\xef\xbb\xbf"
-UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-CSV_FIELD_LIMIT = 2**30
 RELATIVE = "check the path; it is relative to the working directory"
-SUSPECT_ESCAPE = re.compile(r"\\u(0000|[dD][89a-fA-F])")
+ROWS_AT_ONCE = 256
 
-
-class Row(NamedTuple):
-    """One raw row. `where` is path:line, path:element for a JSON array, path:row for parquet and hub sets."""
-
-    values: dict[str, Any]
-    where: str
-
-
-class BadRow(NamedTuple):
-    """A row that could not be read, with the reason."""
-
-    where: str
-    error: RowError
+Digest = Callable[[Path], str]
+"""The content of a file, as a hex digest."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of data.train or data.eval: what to read and how its columns are named."""
+    """One entry of data.train or data.eval: what to read and how its columns are named.
+
+    `split`: None is the split `train`, or what a single file or the files of a glob are. `name`: a data set of several in
+    one place; `data_dir`: a folder in it; `revision`: of a hub set.
+    """
 
     path: str
-    split: str = "train"
+    split: str | None = None
     max_samples: int | None = None
     weight: float = 1.0
     columns: Mapping[str, str] | None = None
@@ -62,309 +49,302 @@ class Source:
     """What texts are: chat | text; None: what `to_preference` takes them for."""
     key: str = "data.train"
     """Where it stands in the YAML, for messages."""
+    name: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file or a table: its name for messages, its rows anew with each call, and a digest of its content."""
+
+    name: str
+    rows: Callable[[], Iterator[Row | BadRow]]
+    digest: Callable[[Digest], str]
+    count: int | None = None
+    """Rows, where that is known without reading."""
+
+
+class Selection(NamedTuple):
+    """The rows of some parts, one behind the other, within the bounds of a term."""
+
+    parts: tuple[Part, ...]
+    term: Term
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source names, before anything is read."""
+
+    source: Source
+    selections: tuple[Selection, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files, as they are numbered by `rows`."""
+        return [part.name for selection in self.selections for part in selection.parts]
+
+    def digests(self, digest: Digest) -> list[str]:
+        return [part.digest(digest) for selection in self.selections for part in selection.parts]
+
+    def content(self, digest: Digest) -> list[Any]:
+        """All that decides which rows are read, in plain values."""
+        parts = [[*selection.term[1:], *(part.digest(digest) for part in selection.parts)] for selection in self.selections]
+        return [self.source.max_samples, parts]
+
+    def rows(self) -> Iterator[tuple[int, Row | BadRow]]:
+        """Each row with the number of its file. Raises DataError where there is none, or a file cannot be used."""
+        found = islice(chain.from_iterable(self._selected()), self.source.max_samples)
+        first = next(found, None)
+        if first is None:
+            raise DataError(f"{self.source.path}: no rows; fix: check the file and data.max_samples")
+        return chain([first], found)
+
+    def _selected(self) -> Iterator[Iterator[tuple[int, Row | BadRow]]]:
+        start = 0
+        for parts, term in self.selections:
+            yield _within(start, parts, term, self.source.path)
+            start += len(parts)
+
+
+def _within(start: int, parts: Sequence[Part], term: Term, where: str) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows of a selection, with numbers of files from `start`."""
+
+    def numbered_rows() -> Iterator[tuple[int, Row | BadRow]]:
+        return ((start + k, row) for k, part in enumerate(parts) for row in part.rows())
+
+    count = sum(part.count or sum(1 for _ in part.rows()) for part in parts) if term.needs_count else None
+    first, stop = term.bounds(count)
+    empty = True
+    for item in islice(numbered_rows(), first, max(first, stop) if stop is not None else None):
+        empty = False
+        yield item
+    if empty and term[1:] != (None, None):
+        text = f"{term.name}[{term.start or ''}:{term.stop or ''}]"
+        raise unusable(where, f"split {text!r} selects no row", "choose rows that are there")
 
 
 def read(source: Source) -> list[Row | BadRow]:
-    """Read the first `max_samples` rows of a file, glob, folder or hub set, in file order.
-
-    Raises DataError when the source or one of its files cannot be used at all.
-    """
-    rows = list(islice(_source_rows(source), source.max_samples))
-    if not rows:
-        raise DataError(f"{source.path}: no rows; fix: check the file and data.max_samples")
-    return rows
+    """All rows that a source names, in file order. Raises DataError when it or one of its files cannot be used at all."""
+    return [row for _, row in find(source).rows()]
 
 
-def _source_rows(source: Source) -> Iterator[Row | BadRow]:
-    path = Path(source.path).expanduser()
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shared_with(one: Listing, others: Sequence[Listing], digest: Digest) -> str | None:
+    """The name of a file or table that a listing reads and one of the others reads too, wherever it lies."""
+    theirs = {found for other in others for found in other.digests(digest)}
+    own = zip(one.names, one.digests(digest))
+    return next((name for name, found in own if found in theirs), None)
+
+
+# ---------------------------------------------------------------------------------------------- what a path names
+
+
+def find(source: Source) -> Listing:
+    """The files and tables that a source names; nothing of their rows is read. Raises DataError."""
+    terms = splits.parse(DEFAULT_SPLIT if source.split is None else source.split, source.path)
     try:
-        found = path.exists()
-        if found and not path.is_dir():
-            return _file_rows(path)
-        if found:
-            return _folder_rows(path, source.split)
-        if matches := sorted(glob.glob(str(path), recursive=True)):
-            return chain.from_iterable(_file_rows(Path(match)) for match in matches if Path(match).is_file())
+        return Listing(source, tuple(_found(source, terms)))
     except (OSError, ValueError) as error:
-        raise _unusable(source.path, _reason(error), "check the path and its permissions") from None
-    local = "/" in source.path and path.parent.is_dir()
-    if HUB_NAME.fullmatch(source.path) and not source.path.endswith(SUFFIXES) and not local:
-        return _hub_rows(source)
+        raise unusable(source.path, reason_of(error), "check the path and its permissions") from None
+
+
+def _found(source: Source, terms: Sequence[Term]) -> Iterator[Selection]:
+    path = Path(source.path).expanduser()
+    local = path.exists() or path.is_symlink()
+    matches = [] if local else sorted(glob.glob(str(path), recursive=True))
+    on_hub = not local and not matches and _is_hub_name(source.path, path)
+    _refuse_void_keys(source, "hub" if on_hub else "folder" if path.is_dir() else "files")
+    for term in terms:
+        if path.is_dir():
+            yield _of_folder(path, source, term)
+        elif local:
+            yield _of_file(path, source, term)
+        elif matches:
+            yield _of_glob(path, [Path(match) for match in matches], source, term)
+        elif on_hub:
+            yield Selection((_hub_part(source, term),), term)
+        else:
+            raise _missing(source, path)
+
+
+def _refuse_void_keys(source: Source, kind: str) -> None:
+    """Raise DataError for a key that has no effect on what the path names."""
+    of_hub = {"hub": (), "folder": ("revision",), "files": ("name", "data_dir", "revision")}[kind]
+    if given := next((key for key in of_hub if getattr(source, key) is not None), None):
+        what = "a folder" if kind == "folder" else "a file"
+        raise unusable(source.path, f"{given} has no effect on {what} of this machine", "drop the key")
+
+
+def _is_hub_name(name: str, path: Path) -> bool:
+    local = "/" in name and path.parent.is_dir()
+    return bool(HUB_NAME.fullmatch(name)) and not name.endswith(SUFFIXES) and not local
+
+
+def _missing(source: Source, path: Path) -> DataError:
     if glob.has_magic(source.path):
-        raise _unusable(source.path, "the pattern matches no file", RELATIVE)
-    raise _unusable(source.path, "no such file or folder", _spelling_fix(path))
-
-
-def _spelling_fix(path: Path) -> str:
+        return unusable(source.path, "the pattern matches no file", RELATIVE)
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"did you mean {path.parent / close[0]}?" if close else RELATIVE
+    fix = f"did you mean {path.parent / close[0]}?" if close else RELATIVE
+    return unusable(source.path, "no such file or folder", fix)
 
 
-def _unusable(where: object, reason: str, fix: str) -> DataError:
-    return DataError(f"{where}: {one_line(reason)}; fix: {fix}")
+def _of_file(path: Path, source: Source, term: Term) -> Selection:
+    """A single file is the split `train`, or the one that its name says."""
+    splits.refuse_irregular(path)
+    own = splits.name_of(path, path.parent).splits
+    if term.name not in (DEFAULT_SPLIT, *own):
+        reason = f"no split {term.name!r} in a single file"
+        raise unusable(source.path, reason, f"write {DEFAULT_SPLIT}, or drop split; a slice is {DEFAULT_SPLIT}[:100]")
+    return Selection((_file_part(path),), term)
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-
-
-# -------------------------------------------------------------------------------------------- where rows live
-
-
-def _folder_rows(folder: Path, split: str) -> Iterator[Row | BadRow]:
-    if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
-        return _saved_rows(folder, split)
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name.endswith(SUFFIXES) and not _hidden(path.relative_to(folder))
-    )
+def _of_glob(pattern: Path, matches: Sequence[Path], source: Source, term: Term) -> Selection:
+    root = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+    files = [path for path in matches if not path.is_dir()]
     if not files:
-        raise _unusable(folder, "the folder holds no data file", "put a .jsonl, .csv or .parquet file there")
-    of_split = [path for path in files if split in re.split(r"[^A-Za-z0-9]+", path.name)]
-    return chain.from_iterable(map(_file_rows, of_split or files))
+        raise unusable(source.path, "the pattern matches folders only", "let it match files, or name one folder")
+    for path in files:
+        splits.refuse_irregular(path)
+    named = [splits.name_of(path, root) for path in files]
+    return Selection(tuple(map(_file_part, splits.choose(named, term.name, source.path, only=source.split is None))), term)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _of_folder(folder: Path, source: Source, term: Term) -> Selection:
+    root = _inner(folder, source.data_dir, "data_dir") if source.data_dir is not None else folder
+    if splits.is_saved(root):
+        _refuse_name_of_saved(source)
+        return Selection(_saved_parts(root, term.name, only=source.split is None), term)
+    if source.data_dir is None and (configs := splits.declared(root)):
+        return Selection(tuple(map(_file_part, _of_readme(root, configs, source, term))), term)
+    if source.name is not None:
+        root = _named_folder(root, source)
+        if splits.is_saved(root):
+            return Selection(_saved_parts(root, term.name, only=source.split is None), term)
+    found = splits.look(root)
+    if not found.files and not found.saved:
+        raise unusable(root, "the folder holds no data file", "put a .jsonl, .csv or .parquet file there")
+    if found.saved:
+        return Selection(_of_saved_folders(root, found, source, term), term)
+    named = [splits.name_of(path, root) for path in found.files]
+    return Selection(tuple(map(_file_part, splits.choose(named, term.name, str(root)))), term)
 
 
-def _saved_rows(folder: Path, split: str) -> Iterator[Row | BadRow]:
+def _inner(folder: Path, inner: str, key: str) -> Path:
+    path = folder / inner
+    if not path.is_dir():
+        there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        listed = f"use one of {', '.join(there[: splits.LISTED])}" if there else "drop the key"
+        raise unusable(folder, f"{key}: no folder {inner!r}", listed)
+    return path
+
+
+def _named_folder(root: Path, source: Source) -> Path:
+    """The folder of one data set of several."""
+    inner = source.name or ""
+    if not (root / inner).is_dir() and (root / "data" / inner).is_dir():
+        return root / "data" / inner
+    return _inner(root, inner, "name")
+
+
+def _refuse_name_of_saved(source: Source) -> None:
+    if source.name is not None:
+        raise unusable(source.path, "name has no effect on a saved data set", "drop the key")
+
+
+def _of_readme(root: Path, configs: Mapping[str, Mapping[str, Any]], source: Source, term: Term) -> list[Path]:
+    if source.name is None and len(configs) > 1:
+        raise splits.several(root, list(configs))
+    name = source.name if source.name is not None else next(iter(configs))
+    if name not in configs:
+        raise unusable(root, f"name: no data set {name!r}", f"use one of {', '.join(configs)}")
+    files = splits.declared_files(root, configs[name])
+    if not files:
+        raise unusable(root, f"the files that its README.md names for {name!r} are not there", "fetch them")
+    for file in files:
+        splits.refuse_irregular(file.path)
+    return splits.choose(files, term.name, str(root))
+
+
+# ------------------------------------------------------------------------------------------------ files and tables
+
+
+def _file_part(path: Path) -> Part:
+    def content(digest: Digest) -> str:
+        try:
+            return f"{kind_of_file(path)} {digest(path)}"
+        except OSError as error:
+            raise unusable(path, reason_of(error), "check the file and its permissions") from None
+
+    return Part(str(path), lambda: rows_of(path), content)
+
+
+def _of_saved_folders(root: Path, found: splits.Found, source: Source, term: Term) -> tuple[Part, ...]:
+    """Folders that `save_to_disk` wrote: one for each split, or one alone."""
+    if found.files:
+        reason = f"holds data files ({found.files[0].name}) beside saved data sets ({found.saved[0].name})"
+        raise unusable(root, reason, "name the one that you mean")
+    named = [splits.name_of(folder / "table", root) for folder in found.saved]
+    if any(name.splits for name in named):
+        chosen = splits.choose(named, term.name, str(root))
+        return tuple(part for path in chosen for part in _saved_parts(path.parent, term.name, only=True))
+    if len(found.saved) > 1:
+        raise splits.several(root, [str(folder.relative_to(root)) for folder in found.saved])
+    return _saved_parts(next(iter(found.saved)), term.name, only=source.split is None)
+
+
+def _saved_parts(folder: Path, split: str, only: bool) -> tuple[Part, ...]:
+    """The table of a split in a folder that `save_to_disk` wrote. `only`: where that is one table, it is the one."""
     from datasets import Dataset, load_from_disk
 
     try:
         loaded = load_from_disk(str(folder))
     except Exception as error:  # datasets has many types for one thing: a damaged folder
-        raise _unusable(folder, f"a damaged saved data set: {error}", "save it again") from None
+        raise unusable(folder, f"a damaged saved data set: {error}", "save it again") from None
     if isinstance(loaded, Dataset):
-        return _numbered(loaded, str(folder))
-    if split not in loaded:
-        raise _unusable(folder, f"no split {split!r}", f"set data.split to one of {sorted(map(str, loaded))}")
-    return _numbered(loaded[split], str(folder))
+        there = re.split(r"[\[+(]", str(loaded.split))[0] if loaded.split is not None else DEFAULT_SPLIT
+        tables, wanted, inside = {there: loaded}, there if only else split, folder
+    else:
+        tables = {str(name): table for name, table in loaded.items()}
+        wanted = splits.matching(split, list(tables)) or ""
+        inside = folder / wanted
+    if wanted not in tables:
+        raise unusable(folder, f"no split {split!r}", f"set split to one of {', '.join(sorted(tables))}")
+    files = sorted(path for path in inside.rglob("*") if path.is_file())
+
+    def content(digest: Digest) -> str:
+        return "saved " + hashlib.sha256("\n".join(map(digest, files)).encode()).hexdigest()
+
+    return (_table_part(tables[wanted], str(folder), content),)
 
 
-def _hub_rows(source: Source) -> Iterator[Row | BadRow]:
+def _hub_part(source: Source, term: Term) -> Part:
     from datasets import load_dataset
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    if source.path in _PACKAGED_DATASETS_MODULES:
+        reason = f"{source.path!r} is a kind of file, not a data set, and no file or folder here has this name"
+        raise unusable(source.path, reason, "give the path of the files")
+    options = {"name": source.name, "data_dir": source.data_dir, "revision": source.revision}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     try:
-        loaded = load_dataset(source.path, split=source.split)
+        loaded: Any = load_dataset(source.path, split=term.name, **given)
     except Exception as error:  # network, permission, missing set: each has its own type
         reason = f"not on disk, and not loadable from the hub: {error}"
-        raise _unusable(source.path, reason, f"{RELATIVE}; or check the hub name and data.split") from None
-    return _numbered(loaded, source.path)
+        raise unusable(source.path, reason, f"{RELATIVE}; or check the hub name, name and split") from None
+    return _table_part(loaded, source.path, lambda digest: f"hub {loaded._fingerprint}")
 
 
-def _numbered(rows: Iterable[Any], path: str) -> Iterator[Row]:
-    """Rows that come from Arrow, without what it adds."""
-    return (
-        Row({name: without_nulls(value) for name, value in row.items()}, f"{path}:{number}")
-        for number, row in enumerate(rows, start=1)
-    )
+def _table_part(table: Any, name: str, content: Callable[[Digest], str]) -> Part:
+    def rows() -> Iterator[dict[str, Any]]:
+        for batch in table.with_format(None).iter(batch_size=ROWS_AT_ONCE):  # decoded by the batch
+            columns = list(batch)
+            yield from (dict(zip(columns, values)) for values in zip(*batch.values()))
 
-
-def without_nulls(value: Any) -> Any:
-    """A value from Arrow without the keys that are null in it, at every depth: Arrow gives each object of a column the keys
-    of all of them. A message keeps its `content: null`, items of lists stay as they are."""
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {key: item for key, item in value.items() if item is not None or (key == "content" and "role" in value)}
-    return {key: without_nulls(item) for key, item in kept.items()}
-
-
-# ---------------------------------------------------------------------------------------------- kinds of file
-
-
-def _file_rows(path: Path) -> Iterator[Row | BadRow]:
-    """Yield the rows of one file. Raises DataError when the file has none or cannot be read."""
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise _unusable(path, "unknown kind of file", f"name it one of {', '.join(SUFFIXES)}")
-    kind = name.removesuffix(".gz").rpartition(".")[2]
-    rows = {"csv": _csv_rows, "parquet": _parquet_rows}.get(kind, _json_rows)(path)
-    empty = True
-    try:
-        for row in rows:
-            empty = False
-            yield row
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise _unusable(path, "not a complete gzip file", "compress it again, or rename it") from None
-    except OSError as error:
-        raise _unusable(path, _reason(error), "check the file and its permissions") from None
-    if empty:
-        raise _unusable(path, "the file is empty (no rows)", "write at least one row, or remove it from data")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            yield from _numbered(rows, str(path))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _unusable(path, f"not a readable parquet file: {error}", "write the file again") from None
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Open for reading bytes, decompressed if the name ends in .gz, past a UTF-8 BOM."""
-    compressed = path.name.lower().endswith(".gz")
-    file: Any = (gzip.open if compressed else open)(path, "rb")
-    head = file.read(3)
-    if not compressed and head.startswith(GZIP_MAGIC):
-        raise _unusable(path, "the file is compressed with gzip", f"name it {path.name}.gz")
-    if head.startswith(UTF16_BOMS):
-        raise _unusable(f"{path}:1", "not UTF-8 but UTF-16 (byte 0)", "convert it: iconv -f UTF-16 -t UTF-8")
-    if head != UTF8_BOM:
-        file.seek(0)
-    return file
-
-
-def _decode(line: bytes) -> str:
-    """Decode one line. Raises RowError for anything but UTF-8 without NUL."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start} of the line"
-        raise RowError("encoding", reason, "save the file as UTF-8") from None
-    if "\0" in text:
-        raise RowError("encoding", f"NUL byte at offset {text.index(chr(0))} of the line", "remove the byte")
-    return text
-
-
-def _csv_rows(path: Path) -> Iterator[Row | BadRow]:
-    csv.field_size_limit(CSV_FIELD_LIMIT)
-    with _open(path) as file:
-        reader = csv.reader(_text_lines(path, file), strict=True)
-        try:
-            header = next(reader, None)
-            if header is None:
-                return
-            if len(set(header)) != len(header):
-                raise _unusable(f"{path}:1", "two columns have the same name", "rename one of them")
-            line = reader.line_num + 1
-            for fields in reader:
-                if fields:
-                    yield _csv_row(header, fields, f"{path}:{line}")
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise _unusable(f"{path}:{reader.line_num}", f"broken CSV: {error}", "quote the field") from None
-
-
-def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    # A record may span lines, so one undecodable line makes the rest of the file unreliable.
-    for number, line in enumerate(file, start=1):
-        try:
-            yield _decode(line)
-        except RowError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-
-
-def _csv_row(header: list[str], fields: list[str], where: str) -> Row | BadRow:
-    if len(fields) != len(header):
-        reason = f"{len(fields)} fields, the header has {len(header)}"
-        return BadRow(where, RowError("row", reason, "quote fields that hold a comma or a newline"))
-    return Row(dict(zip(header, fields, strict=True)), where)
-
-
-# ------------------------------------------------------------------------------------------------------- JSON
-
-
-def _json_rows(path: Path) -> Iterator[Row | BadRow]:
-    with _open(path) as file:
-        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        first = next(lines, None)
-        if first is None:
-            return
-        if first[1].lstrip().startswith(b"[") and (elements := _json_array(path, first[1])) is not None:
-            yield from elements
-            return
-        if first[1].strip() == b"{":
-            fix = "write one object per line, or an array of objects"
-            raise _unusable(f"{path}:{first[0]}", "one JSON object spread over several lines", fix)
-        for number, line in chain([first], lines):
-            yield _json_row(line, f"{path}:{number}")
-
-
-def _json_array(path: Path, first_line: bytes) -> Iterator[Row | BadRow] | None:
-    """The elements of a file that is one JSON array; None when its lines are JSON values of their own."""
-    with _open(path) as file:
-        text = "".join(_text_lines(path, file))
-    try:
-        elements = _parse(text)
-    except json.JSONDecodeError as error:
-        if _is_json(first_line):
-            return None
-        reason = f"json: broken JSON array at column {error.colno}: {error.msg}"
-        raise _unusable(f"{path}:{error.lineno}", reason, "write an array of objects") from None
-    except RowError as error:
-        raise DataError(f"{path}: {error}") from None
-    suspect = bool(SUSPECT_ESCAPE.search(text))
-    return (_checked_row(item, f"{path}:{number}", suspect) for number, item in enumerate(elements, start=1))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _json_row(line: bytes, where: str) -> Row | BadRow:
-    try:
-        text = _decode(line.rstrip(b"\r\n"))
-        return _checked_row(_parse(text), where, suspect=bool(SUSPECT_ESCAPE.search(text)))
-    except json.JSONDecodeError as error:
-        reason = f"broken JSON at column {error.colno}: {error.msg}"
-        return BadRow(where, RowError("json", reason, "write one JSON object per line"))
-    except RowError as error:
-        return BadRow(where, error)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise RowError("json", f"{name} is not JSON", "write null or a number")
-
-
-def _parse(text: str) -> Any:
-    """Parse one JSON text. Raises JSONDecodeError, or RowError for what only Python accepts or refuses."""
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (json.JSONDecodeError, RowError):
-        raise
-    except (RecursionError, ValueError) as error:  # nesting too deep, an integer of thousands of digits
-        raise RowError("json", f"unreadable JSON: {error}", "write one plain JSON object per line") from None
-
-
-def _checked_row(value: Any, where: str, suspect: bool) -> Row | BadRow:
-    if not isinstance(value, dict):
-        kind = "null" if value is None else type(value).__name__
-        return BadRow(where, RowError("row", f"{kind}, not an object", "write an object with the columns"))
-    for field, content in value.items() if suspect else ():
-        for text in chain([field], _strings(content)):
-            if reason := _bad_text(text):
-                return BadRow(where, RowError(field, reason, "remove the character"))
-    return Row(value, where)
-
-
-def _strings(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict):
-        yield from chain(content, chain.from_iterable(map(_strings, content.values())))
-    elif isinstance(content, list):
-        yield from chain.from_iterable(map(_strings, content))
-
-
-def _bad_text(text: str) -> str | None:
-    """Why a text cannot be used, or None. Escapes can smuggle in what the bytes of a file cannot hold."""
-    if "\0" in text:
-        return "holds a NUL character"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"holds a lone surrogate (\\u{ord(text[error.start]):04x})"
-    return None
+    return Part(name, lambda: numbered(rows(), name), content, len(table))

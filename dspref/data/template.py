@@ -223,7 +223,7 @@ def _render_chat(preference: Preference, tokenizer: Any, manners: Manners, score
             raise RowError(field, "no assistant message in the answer")
         if not unfinished and manners.asks:
             lacking.add(asked[_shared(asked, full) :])
-    notes = [f"prompts lack {text!r}, which the template puts before a new answer" for text in sorted(lacking - {""})]
+    notes = [f"the prompt lacks {text!r}, which the template puts before a new answer" for text in sorted(lacking - {""})]
     if any(answer[-1]["role"] != "assistant" for answer in answers):
         notes.append("what follows the last turn of the assistant is left out")
     return Rendering(asked, chosen, rejected, False, head, (sides[0], sides[1]), tuple(map(one_line, notes)))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from dspref.data import rowfiles
 from dspref.data.formats import to_preference
-from dspref.data.sources import BadRow, Row, Source, read
+from dspref.data.sources import BadRow, Row, Source, find, read, sha256, shared_with
+from dspref.data.splits import parse
 from dspref.errors import DataError
 
 ROWS = [
@@ -138,7 +143,7 @@ def test_saved_data_set_is_read_with_its_split(tmp_path: Path) -> None:
     splits["train"].save_to_disk(str(tmp_path / "one"))
     assert _values(read(Source(str(tmp_path / "both"), split="test"))) == ROWS[1:]
     assert _values(read(Source(str(tmp_path / "one")))) == ROWS[:1]
-    with pytest.raises(DataError, match=r"no split 'dev'; fix: set data.split to one of \['test', 'train'\]"):
+    with pytest.raises(DataError, match=r"no split 'dev'; fix: set split to one of test, train"):
         read(Source(str(tmp_path / "both"), split="dev"))
 
 
@@ -159,7 +164,6 @@ def test_folder_with_splits_gives_the_files_of_one(tmp_path: Path) -> None:
         (tmp_path / "data" / name).write_text(_jsonl([{"name": name[:11]}]))
     assert [row["name"] for row in _values(read(Source(str(tmp_path))))] == ["train-00000", "train-00001"]
     assert [row["name"] for row in _values(read(Source(str(tmp_path), split="test")))] == ["test-00000-"]
-    assert len(read(Source(str(tmp_path), split="dev"))) == 3
 
 
 def test_max_samples_takes_the_first_rows_over_files(tmp_path: Path) -> None:
@@ -192,13 +196,270 @@ def test_escaped_astral_characters_are_no_lone_surrogates(tmp_path: Path) -> Non
 def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
-    def load_dataset(path: str, split: str) -> list[dict]:
+    def load_dataset(path: str, split: str, **options: str) -> datasets.Dataset:
         if path == "owner/absent":
             raise ConnectionError("no\nnetwork")
-        return [{"split": split}]
+        return datasets.Dataset.from_list([{"split": split, "k": k, **options} for k in range(4)])
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read(Source("owner/name", split="dev")) == [Row({"split": "dev"}, "owner/name:1")]
+    rows = read(Source("owner/name", split="dev[50%:]", name="a", data_dir="b", revision="c"))
+    told = {"split": "dev", "name": "a", "data_dir": "b", "revision": "c"}
+    assert rows == [Row({**told, "k": k}, "owner/name", k + 1) for k in (2, 3)]
     with pytest.raises(DataError, match=r"^owner/absent: not on disk, .*: no network; fix: .*$"):
         read(Source("owner/absent"))
+
+
+# ------------------------------------------------------------------------------------------------ what a selector finds
+
+
+def _tree(root: Path, sizes: dict[str, int], text: dict[str, str] | None = None) -> str:
+    """Files with so many rows each, whose rows know their file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, size in sizes.items():
+        path, rows = root / name, [{"file": name, "k": k} for k in range(size)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text(_jsonl(rows))
+    for name, content in (text or {}).items():
+        (root / name).write_text(content)
+    return str(root)
+
+
+FLAT = {f"{split}-00000-of-00001.parquet": n for split, n in
+        (("train_prefs", 3), ("test_prefs", 2), ("train_sft", 4), ("test_sft", 1))}  # fmt: skip
+HUB = {"default/train/0000.parquet": 3, "default/test/0000.parquet": 2}
+CONFIGS = {"prefs/train/0000.parquet": 3, "sft/train/0000.parquet": 4, "sft/test/0000.parquet": 1}
+PLAIN = {"a.jsonl": 2, "b.jsonl": 3}
+README = """---
+license: mit
+configs:
+- config_name: one
+  data_files:
+  - split: train
+    path: data/x-*
+  - {split: held, path: [data/y.jsonl]}
+- config_name: two
+  data_files: data/y.jsonl
+---
+text
+"""
+
+# Each case: files with their rows, the selectors, and the rows of each file that is read (a number: of all files together),
+# or what the refusal says.
+# fmt: off
+SELECTORS: dict[str, tuple[dict[str, int], dict[str, str], object]] = {
+    "a flat split": (FLAT, {"split": "train_prefs"}, {"train_prefs-00000-of-00001.parquet": 3}),
+    "its first rows": (FLAT, {"split": "train_prefs[:2]"}, 2),
+    "a misspelt flat split": (FLAT, {"split": "trian_prefs"}, "no split 'trian_prefs'; fix: set split to one of test_"),
+    "train is not train_prefs": (FLAT, {}, "no split 'train'"),
+    "prefs is not a split": (FLAT, {"split": "prefs"}, "no split 'prefs'"),
+    "a slice of a split that is not there": (FLAT, {"split": "train[:2]"}, "no split 'train'"),
+    "flat in data/": ({f"data/{name}": n for name, n in FLAT.items()}, {"split": "test_sft"}, 1),
+    "any name in data/": ({"data/prefs-00000-of-00002.parquet": 1, "data/prefs-00001-of-00002.parquet": 2,
+                           "data/sft-00000-of-00001.parquet": 4}, {"split": "prefs"}, 3),
+    "a hash behind the shard": ({"train-00000-of-00001-b42a775f407cee45.parquet": 2,
+                                 "test-00000-of-00001-0123456789abcdef.parquet": 1}, {}, 2),
+    "config/split/": (HUB, {}, {"default/train/0000.parquet": 3}),
+    "config/split/ of test": (HUB, {"split": "test"}, 2),
+    "config/split/ of dev": (HUB, {"split": "dev"}, "no split 'dev'; fix: set split to one of test, train"),
+    "a split of another name in config/split/": ({"default/best/0000.parquet": 3, "default/rest/0000.parquet": 2},
+                                                 {"split": "best"}, 3),
+    "split/": ({"train/0000.parquet": 3, "train/0001.parquet": 1, "test/0000.parquet": 2}, {}, 4),
+    "split/ with files of any name": ({"train/x.jsonl": 3, "train/more/y.jsonl": 1, "test/z.jsonl": 2}, {}, 4),
+    "several configs": (CONFIGS, {}, "holds several data sets (prefs, sft); fix: choose one by name"),
+    "one of several configs": (CONFIGS, {"name": "sft"}, 4),
+    "a config that is not there": (CONFIGS, {"name": "dpo"}, "name: no folder 'dpo'; fix: use one of prefs, sft"),
+    "a split of one config alone": (CONFIGS, {"split": "test"}, 1),
+    "configs with flat splits": ({"a/train.jsonl": 1, "b/train.jsonl": 2}, {}, "several data sets (a, b)"),
+    "a config below data/": ({"data/a/train-00000-of-00001.parquet": 1, "data/b/train-00000-of-00001.parquet": 2},
+                             {"name": "b"}, 2),
+    "data_dir": (CONFIGS, {"data_dir": "sft", "split": "test"}, 1),
+    "a data_dir that is not there": (CONFIGS, {"data_dir": "stf"}, "data_dir: no folder 'stf'"),
+    "plain files are train": (PLAIN, {}, 5),
+    "plain files have no test": (PLAIN, {"split": "test"}, "no file's name says a split (a.jsonl, b.jsonl)"),
+    "plain files beside named ones": ({**PLAIN, "train.jsonl": 1}, {}, 1),
+    "plain files beside others' names": ({**PLAIN, "test.jsonl": 1}, {}, "no split 'train'; fix: set split to one of test"),
+    "a name before the split": ({"alpaca_train.jsonl": 2, "alpaca_test.jsonl": 1}, {"split": "test"}, 1),
+    "a word that only begins so": ({"training_notes.jsonl": 2, "trainer.jsonl": 1, "train.jsonl": 4}, {}, 4),
+    "numbered files": ({"train_1.jsonl": 1, "train_2.jsonl": 2, "test1.jsonl": 4}, {}, 3),
+    "another word for validation": ({"train.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, 1),
+    "two other words": ({"val.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, "no split 'validation'"),
+    "folder and name disagree": ({"train/test.jsonl": 2}, {}, "its folder says split train, its name says test"),
+    "two splits": (HUB, {"split": "train+test"}, 5),
+    "two splits, one not there": (HUB, {"split": "train+dev"}, "no split 'dev'"),
+    "rows from a place": (PLAIN, {"split": "train[2:4]"}, {"b.jsonl": 2}),
+    "rows to the end": (PLAIN, {"split": "train[4:]"}, 1),
+    "a share": (PLAIN, {"split": "train[:50%]"}, 2),
+    "the rest of a share": (PLAIN, {"split": "train[50%:]"}, 3),
+    "the last rows": (PLAIN, {"split": "train[-2:]"}, {"b.jsonl": 2}),
+    "all but the last rows": (PLAIN, {"split": "train[:-2]"}, 3),
+    "slices of slices": (PLAIN, {"split": "train[:1]+train[-1:]"}, {"a.jsonl": 1, "b.jsonl": 1}),
+    "more rows than there are": (PLAIN, {"split": "train[:99]"}, 5),
+    "no row of those that are there": (PLAIN, {"split": "train[99:]"}, "split 'train[99:]' selects no row"),
+    "an empty slice": (PLAIN, {"split": "train[2:2]"}, "selects no row"),
+    "a slice from behind": (PLAIN, {"split": "train[4:2]"}, "selects no row"),
+    "no notation": (PLAIN, {"split": "train[:2"}, "not a split; fix: write train, train[:1000]"),
+    "rounding": (PLAIN, {"split": "train[:50%](pct1_dropremainder)"}, "not a split"),
+    "rows and percent": (PLAIN, {"split": "train[1:50%]"}, "mixes rows and percent"),
+    "more than all": (PLAIN, {"split": "train[:101%]"}, "more than 100 %"),
+    "an empty split": (PLAIN, {"split": ""}, "not a split"),
+    "revision of a folder": (PLAIN, {"revision": "main"}, "revision has no effect on a folder"),
+    "a glob": (FLAT, {"path": "*.parquet", "split": "train_prefs"}, 3),
+    "a misspelt split of a glob": (FLAT, {"path": "*.parquet", "split": "trian_prefs"}, "no split 'trian_prefs'"),
+    "a glob of several splits": (FLAT, {"path": "*.parquet"}, "no split 'train'"),
+    "a glob of one split": (FLAT, {"path": "test_prefs-*"}, 2),
+    "a glob of one split, and another asked for": (FLAT, {"path": "test_prefs-*", "split": "train"}, "no split 'train'"),
+    "a glob over folders": (HUB, {"path": "*/*/*.parquet", "split": "test"}, 2),
+    "name beside a glob": (FLAT, {"path": "*.parquet", "name": "x"}, "name has no effect on a file"),
+    "a file": (PLAIN, {"path": "b.jsonl"}, 3),
+    "a slice of a file": (PLAIN, {"path": "b.jsonl", "split": "train[:2]"}, 2),
+    "a split of a file": (PLAIN, {"path": "b.jsonl", "split": "test"}, "no split 'test' in a single file"),
+    "the split of a file": (FLAT, {"path": "test_sft-00000-of-00001.parquet", "split": "test_sft"}, 1),
+    "data_dir beside a file": (PLAIN, {"path": "b.jsonl", "data_dir": "x"}, "data_dir has no effect on a file"),
+    "what lies beside data": ({**PLAIN, "dataset_infos.json": 1, "__cache/c.jsonl": 1, ".git/d.jsonl": 1}, {}, 5),
+    "README": ({"data/x-1.jsonl": 2, "data/y.jsonl": 3, "README.md": 0}, {}, "holds several data sets (one, two)"),
+    "README by name": ({"data/x-1.jsonl": 2, "data/y.jsonl": 3, "README.md": 0}, {"name": "one"}, 2),
+    "README, its own split": ({"data/x-1.jsonl": 2, "data/y.jsonl": 3, "README.md": 0}, {"name": "one", "split": "held"}, 3),
+    "README without split": ({"data/x-1.jsonl": 2, "data/y.jsonl": 3, "README.md": 0}, {"name": "two"}, 3),
+    "README whose files are gone": ({"data/z.jsonl": 3, "README.md": 0}, {"name": "two"}, "files that its README.md names"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("case", SELECTORS)
+def test_a_selector_finds_its_rows_or_refuses(tmp_path: Path, case: str) -> None:
+    files, selectors, expected = SELECTORS[case]
+    root = _tree(tmp_path / "set", files, {"README.md": README} if "README.md" in files else None)
+    source = Source(**{**selectors, "path": f"{root}/{selectors['path']}" if "path" in selectors else root})
+    if isinstance(expected, str):
+        with pytest.raises(DataError) as caught:
+            read(source)
+        message = str(caught.value)
+        assert expected in message and "; fix: " in message and "\n" not in message
+        return
+    found = Counter(row["file"] for row in _values(read(source)))
+    assert found == expected if isinstance(expected, dict) else found.total() == expected
+
+
+def test_slices_are_those_of_datasets() -> None:
+    """But a negative share which rounds to no row is no row: `datasets` takes train[-1%:] of ten rows for all of them."""
+    from datasets import ReadInstruction
+
+    slices = ("[:]", "[:2]", "[2:]", "[-3:]", "[:-3]", "[33%:66%]", "[:50%]", "[25%:]", "[:1_0]", "[-10%:]", "[:-10%]")
+    for count in (1, 3, 10, 199, 200, 201):
+        for slice_ in slices[: None if count >= 10 else -2]:
+            (term,) = parse(f"train{slice_}", "x")
+            start, stop = term.bounds(count)
+            (theirs,) = ReadInstruction.from_spec(f"train{slice_}").to_absolute({"train": count})
+            mine = range(count)[start:stop]
+            assert len(mine) == max(0, theirs.to - theirs.from_), (slice_, count)
+            assert not mine or mine[0] == theirs.from_
+
+
+def test_saved_tables_below_a_folder(tmp_path: Path) -> None:
+    """What save_to_disk writes, split by split or several sets side by side."""
+    from datasets import Dataset, DatasetDict
+
+    tables = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    for name, table in tables.items():
+        table.save_to_disk(str(tmp_path / "apart" / name))
+    DatasetDict(**tables).save_to_disk(str(tmp_path / "configs" / "a"))
+    DatasetDict(**tables).save_to_disk(str(tmp_path / "configs" / "b"))
+    assert len(read(Source(str(tmp_path / "apart")))) == 2
+    assert len(read(Source(str(tmp_path / "apart"), split="test"))) == 1
+    assert len(read(Source(str(tmp_path / "apart"), split="train[:50%]"))) == 1
+    with pytest.raises(DataError, match="no split 'dev'"):
+        read(Source(str(tmp_path / "apart"), split="dev"))
+    with pytest.raises(DataError, match=r"several data sets \(a, b\)"):
+        read(Source(str(tmp_path / "configs")))
+    assert len(read(Source(str(tmp_path / "configs"), name="b", split="test"))) == 1
+    Dataset.from_list(ROWS, split="test").save_to_disk(str(tmp_path / "one"))
+    assert len(read(Source(str(tmp_path / "one")))) == 2, "a single table is itself, whatever its split"
+    with pytest.raises(DataError, match="no split 'train'; fix: set split to one of test"):
+        read(Source(str(tmp_path / "one"), split="train"))
+
+
+@pytest.mark.parametrize("word", ["json", "text", "csv", "parquet", "imagefolder", "arrow", "webdataset"])
+def test_a_kind_of_file_is_no_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """`datasets` has builders of these names, which would read whatever lies in the working folder."""
+    _tree(tmp_path, PLAIN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"^{word}: '{word}' is a kind of file, not a data set"):
+        read(Source(word))
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    kinds = {"pipe.jsonl": "a pipe", "gone.jsonl": "a link to nothing", "zero.jsonl": "a device"}
+    with socket.socket(socket.AF_UNIX) as server:
+        before = os.getcwd()
+        os.chdir(tmp_path)  # the path of a socket is short
+        server.bind("socket.jsonl")
+        os.chdir(before)
+        for name, kind in {**kinds, "socket.jsonl": "a socket"}.items():
+            with pytest.raises(DataError, match=f"{name}: {kind}, not a file; fix: "):
+                read(Source(str(tmp_path / name)))
+            with pytest.raises(DataError, match=f"{name}: {kind}, not a file; fix: "):
+                read(Source(str(tmp_path / f"{name[:3]}*.jsonl")))
+    with pytest.raises(DataError, match=r"/zero\.jsonl: a device, not a file; fix: "):
+        read(Source(str(tmp_path)))
+    with pytest.raises(DataError, match="/dev/zero: a device, not a file"):
+        read(Source("/dev/zero"))
+
+
+def test_a_folder_that_cannot_be_read_and_a_link_to_itself(tmp_path: Path) -> None:
+    _tree(tmp_path, {"in/a.jsonl": 2})
+    (tmp_path / "in" / "round").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(_tree(tmp_path.parent / f"{tmp_path.name}-elsewhere", {"b.jsonl": 1}))
+    assert len(read(Source(str(tmp_path)))) == 3
+
+
+def test_what_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowfiles, "INFLATION_FLOOR", 2**16)
+    monkeypatch.setattr(rowfiles, "MAX_LINE_BYTES", 2**18)
+    monkeypatch.setattr(rowfiles, "MAX_ARRAY_BYTES", 2**17)
+    bombs = {
+        "blank.jsonl.gz": (gzip.compress(b"\n" * 10**6), "grows to more than 100 times its size"),
+        "rows.jsonl.gz": (gzip.compress(b'{"a": 1}\n' * 10**6), "grows to more than 100 times its size"),
+        "fields.csv.gz": (gzip.compress(b"a\n" * 10**6), "grows to more than 100 times its size"),
+        "line.jsonl.gz": (gzip.compress(b"0" * 10**6), "a line of more than"),
+        "zeros.jsonl": (b"\0" * 10**6, "a line of more than"),
+        "array.json": (b"[\n" + b"0,\n" * 10**5 + b"0]", "an array of more than"),
+    }
+    for name, (data, reason) in bombs.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=f"{name}(:1)?: {reason}.*; fix: "):
+            read(Source(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_is_there_twice_is_a_bad_row(tmp_path: Path, name: str) -> None:
+    rows = ['{"a": 1, "b": {"c": 1}}', '{"a": 1, "a": 2}', '{"b": [{"c": 1, "d": 0, "c": 1}]}', '{"a": NaN}']
+    array = name.endswith("json")
+    (tmp_path / name).write_text(("[" if array else "") + (",\n" if array else "\n").join(rows) + ("]" if array else ""))
+    found = read(Source(str(tmp_path / name)))
+    assert _places(found) == [f"{name}:{k}" for k in (1, 2, 3, 4)]
+    errors = [row.error for row in found if isinstance(row, BadRow)]
+    assert [error.field for error in errors] == ["a", "c", "json"]
+    assert errors[0].reason == "this key is there twice in one object"
+
+
+def test_lists_on_lines_of_their_own_are_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1]\n[2]\n")
+    assert [type(row) for row in read(Source(str(tmp_path / "a.json")))] == [BadRow, BadRow]
+
+
+def test_held_out_files_that_are_trained_on_are_found(tmp_path: Path) -> None:
+    root = Path(_tree(tmp_path, {"x/train.jsonl": 3, "x/test.jsonl": 2, "y.jsonl": 3}))
+    (root / "copy.jsonl").write_bytes((root / "x/train.jsonl").read_bytes())
+    train = [find(Source(str(root / "y.jsonl"))), find(Source(str(root / "x"), split="train[:50%]"))]
+    assert shared_with(find(Source(str(root / "x"))), train, sha256) == f"{root}/x/train.jsonl"
+    assert shared_with(find(Source(str(root / "copy.jsonl"))), train, sha256) == f"{root}/copy.jsonl"
+    assert shared_with(find(Source(str(root / "x"), split="test")), train, sha256) is None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from dspref.data import building, rowfiles, sources
 from dspref.data import store as store_module
+from dspref.data.cache import scratch_folder
 from dspref.data.formats import to_preference
 from dspref.data.sources import Row, Source, read
 from dspref.data.store import PairStore, load_pairs
@@ -45,17 +49,17 @@ def load(sources: list[Source], cache: Path, limits: Limits | None = None, **set
 
 
 def contents(store: PairStore) -> list[list[list[int]]]:
-    return [[ids.tolist() for ids in store[i]] for i in range(len(store))]
+    return [[ids.tolist() for ids in store[i][:3]] for i in range(len(store))]
 
 
 def test_store_holds_what_encode_gives_in_the_order_of_the_sources(tmp_path: Path) -> None:
     sources = [write(tmp_path / "a.jsonl", ROWS[:2]), write(tmp_path / "b.jsonl", ROWS[2:])]
     store = load(sources, tmp_path / "cache")
     expected = encode([to_preference(row) for row in ROWS], words(), Limits())
-    assert contents(store) == [[ids.tolist() for ids in pair] for pair in expected if isinstance(pair, TokenizedPair)]
+    assert contents(store) == [[ids.tolist() for ids in pair[:3]] for pair in expected if isinstance(pair, TokenizedPair)]
     assert store.source_rows == (2, 3)
     assert store.where(3) == f"{tmp_path}/b.jsonl:2"
-    assert store.lengths.tolist() == [[len(ids) for ids in store[i]] for i in range(5)]
+    assert store.lengths.tolist() == [[len(ids) for ids in store[i][:3]] for i in range(5)]
     assert store[0].prompt.dtype == np.int32
     assert store.report["rows"] == store.report["kept"] == 5
 
@@ -68,12 +72,13 @@ def test_iteration_ends(tmp_path: Path) -> None:
 
 def test_second_load_finds_the_first_even_after_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
-    monkeypatch.setattr(store_module, "split", None)
-    (tmp_path / "b.jsonl").write_text("\n" + (tmp_path / "a.jsonl").read_text())
+    monkeypatch.setattr(rowfiles, "rows_of", None)
+    monkeypatch.setattr(sources, "rows_of", None)
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
     second = load([Source(str(tmp_path / "b.jsonl"))], tmp_path / "cache")
-    assert second.key == first.key
+    assert second.address == first.address
     assert contents(second) == contents(first)
-    assert second.where(0) == f"{tmp_path}/b.jsonl:2"
+    assert second.where(1) == f"{tmp_path}/b.jsonl:2"
 
 
 def test_key_follows_everything_that_decides_tokens(tmp_path: Path) -> None:
@@ -90,8 +95,8 @@ def test_key_follows_everything_that_decides_tokens(tmp_path: Path) -> None:
         load([source, source], cache),
         load([write(tmp_path / "b.jsonl", [ROWS[0] | {"chosen": " c"}, *ROWS[1:]])], cache),
     ]
-    assert len({store.key for store in stores}) == len(stores)
-    assert load([Source(path, weight=3.0)], cache).key == stores[0].key
+    assert len({store.address for store in stores}) == len(stores)
+    assert load([Source(path, weight=3.0)], cache).address == stores[0].address
 
 
 def test_truncation_and_equal_pairs_are_counted_and_logged(tmp_path: Path) -> None:
@@ -114,9 +119,9 @@ def test_bad_rows_are_an_error_or_dropped(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load([Source(str(path))], tmp_path / "cache")
     lines = str(caught.value).splitlines()
-    assert len(lines) == 21
-    assert lines[0].startswith(f"{path}:2: chosen: empty answer; fix: ")
-    assert lines[-1] == "... 6 more bad rows"
+    places = f"also {path}:3, {path}:4 and 22 more"
+    assert lines[0].startswith(f"{path}:2: chosen: empty answer ({places}); fix: ")
+    assert lines[1].startswith(f"{path}:28: json: broken JSON at column 2: ") and len(lines) == 2
     store = load([Source(str(path))], tmp_path / "cache", on_bad_row="drop")
     assert len(store) == 2
     assert store.where(1) == f"{path}:27"
@@ -136,12 +141,69 @@ def test_nothing_left_says_why(tmp_path: Path) -> None:
     assert "4 (min), 4 (median), 4 (max)" in message
 
 
+def test_many_reasons_are_told_in_twenty_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": "p1", "chosen": [k], "rejected": "b"} for k in range(5)]
+    rows += [{"prompt": "p1", "chosen": [{"role": f"r{k}"}], "rejected": []} for k in range(60)]
+    with pytest.raises(DataError) as caught:
+        load([write(tmp_path / "a.jsonl", rows)], tmp_path / "cache")
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 21 and all(line.startswith(f"{tmp_path}/a.jsonl:") or line.startswith("... ") for line in lines)
+
+
+def test_the_fix_follows_from_the_reasons(tmp_path: Path) -> None:
+    """Where nothing is left, because all rows lack a column or because all are cut, that is what is to be mended."""
+    lacking = write(tmp_path / "a.jsonl", [{"prompt": "p1", "chosen": " a", "worse": " b"}] * 9)
+    with pytest.raises(DataError, match=r"none of 9 rows is left \(9 x rejected: no column.*; fix: .*columns\.rejected"):
+        load([lacking], tmp_path / "cache", on_bad_row="drop")
+    empty = write(tmp_path / "b.jsonl", [{"prompt": "p1", "chosen": "", "rejected": " b"}] * 9)
+    with pytest.raises(DataError, match=r"9 x chosen: empty answer\); fix: mend the rows$"):
+        load([empty], tmp_path / "cache", on_bad_row="drop")
+    cut = write(tmp_path / "c.jsonl", [{"prompt": "p1", "chosen": " a a", "rejected": " a b"}])
+    with pytest.raises(DataError, match=r"; fix: raise data\.max_length$"):
+        load([cut], tmp_path / "cache", Limits(max_length=2))
+
+
+def test_a_text_beyond_any_model_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizing 40 MB of one text takes half a minute, and it would be cut to max_length."""
+    monkeypatch.setattr(building, "MAX_CHARACTERS", 1000)
+    source = write(
+        tmp_path / "a.jsonl", [ROWS[0], {"prompt": "p1", "chosen": " a", "rejected": " b" * 501, "more": "x" * 9999}]
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:2: rejected: 1,002 characters, more than the 1,000 that are read; fix: "):
+        load([source], tmp_path / "cache")
+    source = write(tmp_path / "a.jsonl", [ROWS[0] | {"more": "x" * 9999}])
+    assert len(load([source], tmp_path / "cache")) == 1
+
+
 def _cut_tokens(folder: Path) -> None:
     data = (folder / "tokens.npy").read_bytes()
     (folder / "tokens.npy").write_bytes(data[:-4])
 
 
+def _damage(name: str, change: Callable[[bytearray], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        change(data)
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def _flip(place: int) -> Callable[[bytearray], object]:
+    def flip(data: bytearray) -> None:
+        data[place] ^= 0x40
+
+    return flip
+
+
+ARRAYS = ("tokens.npy", "offsets.npy", "rows.npy", "same.npy", "scored.npy", "places.npy")
 DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"a bit of {name} is flipped": _damage(name, _flip(-1)) for name in (*ARRAYS, "report.json")},
+    **{f"a bit of the header of {name} is flipped": _damage(name, _flip(20)) for name in (*ARRAYS, "report.json")},
+    **{f"{name} is zeroes": _damage(name, lambda data: data.__setitem__(slice(None), bytes(len(data)))) for name in ARRAYS},
+    "report is another's": _damage("report.json", lambda data: data.__setitem__(slice(None), data.replace(b": 5", b": 6"))),
+    "report is a list": lambda folder: (folder / "report.json").write_text("[1]"),
+    "report is half": _damage("report.json", lambda data: data.__delitem__(slice(100, None))),
     "report is gone": lambda folder: (folder / "report.json").unlink(),
     "report is empty": lambda folder: (folder / "report.json").write_text(""),
     "tokens are cut": _cut_tokens,
@@ -156,9 +218,63 @@ def test_a_damaged_store_is_built_again(tmp_path: Path, damage: str) -> None:
     source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
     before = load([source], cache)
     expected = contents(before)
-    DAMAGES[damage](cache / before.key)
-    assert contents(load([source], cache)) == expected
-    assert [path.name for path in cache.iterdir()] == [before.key]
+    DAMAGES[damage](cache / before.address)
+    lines: list[str] = []
+    assert contents(load([source], cache, log=lines.append)) == expected
+    assert len(lines) == 1 and "is damaged" in lines[0] and lines[0].endswith("; tokenizing again")
+    assert [path.name for path in cache.iterdir()] == [before.address]
+    lines.clear()
+    assert contents(load([source], cache, log=lines.append)) == expected and not lines
+
+
+def test_a_cut_store_is_found_without_reading_it(tmp_path: Path) -> None:
+    """The later ranks of a machine trust the first to have read the bytes, and look at sizes and the report."""
+    source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    before = load([source], cache)
+    _cut_tokens(cache / before.address)
+    lines: list[str] = []
+    assert len(load([source], cache, log=lines.append, verify=False)) == 5 and "tokens.npy" in lines[0]
+
+
+def test_a_store_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def flush(descriptor: int) -> None:
+        done.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def place(path: Path, target: Path) -> Path:
+        done.append(("rename", str(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", place)
+    store = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
+    at = done.index(("rename", str(tmp_path / "cache" / store.address)))
+    flushed = {Path(path).name for what, path in done[:at] if what == "flush"}
+    assert flushed >= {*store.report["files"], "report.json", store.address}
+    assert ("flush", str(tmp_path / "cache")) in done[at:]
+
+
+def test_what_killed_builders_left_is_swept_and_the_living_ones_stay(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    child = multiprocessing.get_context("fork").Process(target=_die_building, args=(cache,))
+    child.start()
+    child.join(timeout=20)
+    (left,) = cache.iterdir()
+    old, strange = cache / ".building-old", cache / ".building-strange"
+    for folder in (old, strange):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    with scratch_folder(cache) as living:
+        load([write(tmp_path / "a.jsonl", ROWS)], cache)
+        assert living.exists() and strange.exists() and not left.exists() and not old.exists()
+
+
+def _die_building(cache: Path) -> None:
+    with scratch_folder(cache):
+        os._exit(9)
 
 
 def test_an_unusable_cache_folder_is_one_line(tmp_path: Path) -> None:
@@ -170,7 +286,7 @@ def test_an_unusable_cache_folder_is_one_line(tmp_path: Path) -> None:
 def _build(barrier: Any, results: Any, path: str, cache: Path) -> None:
     barrier.wait()
     store = load([Source(path)], cache)
-    results.put((store.key, contents(store)))
+    results.put((store.address, contents(store)))
 
 
 def test_two_processes_build_the_same_store_at_once(tmp_path: Path) -> None:
@@ -191,16 +307,16 @@ def test_two_processes_build_the_same_store_at_once(tmp_path: Path) -> None:
 def test_the_loser_of_a_race_uses_the_winners_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
     winner = load([source], tmp_path / "elsewhere")
-    build = store_module._build
+    build = store_module.build
 
     def overtaken(*arguments: Any) -> Any:
-        shutil.copytree(tmp_path / "elsewhere" / winner.key, cache / winner.key)
-        (cache / winner.key / "mark").write_text("the winner's")
+        shutil.copytree(tmp_path / "elsewhere" / winner.address, cache / winner.address)
+        (cache / winner.address / "mark").write_text("the winner's")
         return build(*arguments)
 
-    monkeypatch.setattr(store_module, "_build", overtaken)
+    monkeypatch.setattr(store_module, "build", overtaken)
     assert contents(load([source], cache)) == contents(winner)
-    assert (cache / winner.key / "mark").exists()
+    assert (cache / winner.address / "mark").exists()
 
 
 @pytest.mark.parametrize("name", ["alpacaeval_train.jsonl", "multiturn_train.jsonl"])
@@ -237,7 +353,7 @@ def test_rows_of_scored_answers_keep_their_place_and_share_their_tokens(tmp_path
     assert same[0, 1] == same[1, 1] == same[2, 1] != same[4, 1], "an answer to another prompt is another sequence"
     assert same[1, 2] == same[3, 1] and same[2, 2] == same[3, 2]
     best = load([Source(source.path, pairs="best_against_worst")], tmp_path / "cache")
-    assert best.source_rows == (3,) and best.key != store.key
+    assert best.source_rows == (3,) and best.address != store.address
 
 
 def test_pairs_that_no_row_can_make_are_refused(tmp_path: Path) -> None:
@@ -272,3 +388,87 @@ def test_a_template_makes_conversations_for_a_tokenizer_that_has_one(tmp_path: P
         cache = tmp_path / "cache"
         store = load_pairs([source], tokenizer, Limits(), on_bad_row="error", cache_dir=cache, log=lambda line: None)
         assert contents(store) == [expected], (has_template, as_, system)
+
+
+def test_what_is_scored_is_kept_and_is_part_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pair i, the answers' first i tokens are scored not; equal tokens with other masks are other content."""
+    rows = [{"prompt": "p1", "chosen": " a a a a a", "rejected": " b b b b b"}] * 3
+    source, cut = write(tmp_path / "a.jsonl", rows), building.truncate
+    whole = load([source], tmp_path / "cache")
+    assert whole[0].chosen_scored is None and whole.flat_mask() is None
+    assert np.array_equal(whole.scored, whole.lengths[:, 1:]) and len(set(whole.same[:, 1])) == 1
+    unscored = iter(range(3))
+
+    def masked(pair: TokenizedPair, limits: Limits) -> TokenizedPair:
+        pair, k = cut(pair, limits), next(unscored)
+        return pair._replace(chosen_scored=np.arange(len(pair.chosen)) >= k, rejected_scored=None)
+
+    monkeypatch.setattr(building, "truncate", masked)
+    store = load([source], tmp_path / "other")
+    assert store.key != whole.key and store.address == whole.address
+    assert contents(store) == contents(whole) and store.scored.tolist() == [[6, 6], [5, 6], [4, 6]]
+    masks = [pair.chosen_scored for pair in (store[i] for i in range(3))]
+    assert masks[0] is None and [mask.tolist() for mask in masks[1:] if mask is not None] == [
+        [False] + [True] * 5,
+        [False] * 2 + [True] * 4,
+    ]
+    assert all(store[i].rejected_scored is None for i in range(3))
+    assert len(set(store.same[:, 1])) == 3 and len(set(store.same[:, 0])) == len(set(store.same[:, 2])) == 1
+    mask = store.flat_mask()
+    assert mask is not None and mask.sum() == store.scored.sum() and len(mask) == store.flat()[1][-1]
+
+
+def test_the_content_key_knows_tokens_and_not_where_they_come_from(tmp_path: Path) -> None:
+    rows = [{"a": "p1", "chosen": " a", "rejected": " b"}, {"a": "p2", "chosen": " c", "rejected": " b"}]
+    plain = load([write(tmp_path / "a.jsonl", [{**row, "prompt": row["a"]} for row in rows])], tmp_path / "cache")
+    named = load([Source(write(tmp_path / "b.json", rows).path, columns={"prompt": "a"})], tmp_path / "cache")
+    assert plain.key == named.key and plain.address != named.address
+    parts = [
+        write(tmp_path / "c.jsonl", [{**rows[0], "prompt": "p1"}]),
+        write(tmp_path / "d.jsonl", [{**rows[1], "prompt": "p2"}]),
+    ]
+    assert load(parts, tmp_path / "cache").key != plain.key, "a mixture is another data set than its parts in a row"
+    assert load(parts[::-1], tmp_path / "cache").key != load(parts, tmp_path / "cache").key
+
+
+def test_a_template_with_a_clock_gives_other_content_another_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache keeps what was rendered; without it, another day's tokens have another key."""
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime):
+        day_ = "p1"
+
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2026, 1, 1)
+
+        def strftime(self, format: str) -> str:
+            return self.day_
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    tokenizer = words()
+    tokenizer.chat_template = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    turn = lambda role, content: [{"role": role, "content": content}]  # noqa: E731
+    row = {"prompt": turn("user", "p3"), "chosen": turn("assistant", "a"), "rejected": turn("assistant", "b")}
+    source, cache = write(tmp_path / "a.jsonl", [row]), tmp_path / "cache"
+    settings: Any = {"on_bad_row": "error", "cache_dir": cache, "log": lambda line: None}
+    first = load_pairs([source], tokenizer, Limits(), **settings)
+    assert first.reads_clock and not load([write(tmp_path / "b.jsonl", ROWS)], cache).reads_clock
+    Day.day_ = "p2"
+    assert load_pairs([source], tokenizer, Limits(), **settings).key == first.key
+    shutil.rmtree(cache)
+    later = load_pairs([source], tokenizer, Limits(), **settings)
+    assert later.address == first.address and later.key != first.key
+
+
+def test_the_largest_id_and_the_longest_pair_are_known(tmp_path: Path) -> None:
+    store = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
+    assert store.report["largest_id"] == max(int(ids.max()) for i in range(5) for ids in store[i][:3])
+    assert store.report["longest"] == 1 + 5 + 1
+
+
+def test_contents_are_numbered_alike() -> None:
+    digests = np.array([[3, 1], [2, 2], [3, 1], [3, 0], [2**64 - 1, 0], [2, 2]], dtype=np.uint64)
+    numbers = building.numbered(digests)
+    assert numbers[0] == numbers[2] and numbers[1] == numbers[5] and len(set(numbers)) == 4
+    assert len(building.numbered(digests[:0])) == 0

@@ -1,0 +1,368 @@
+"""Rows become the files of a store, chunk by chunk: of all that is read, only what is in work is in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dspref.data.ahead import ahead
+from dspref.data.cache import Column, seal
+from dspref.data.completions import is_ranked, to_preferences
+from dspref.data.formats import Preference
+from dspref.data.pieces import Encoder
+from dspref.data.rows import DROP, RowError, Text
+from dspref.data.sources import BadRow, Listing, Row, Source
+from dspref.data.template import Manners, Rendering, learn, render
+from dspref.data.tokenize import CHUNK_ROWS, Whole, split
+from dspref.data.truncate import Limits, TokenizedPair, truncate
+from dspref.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_ERROR_LINES = 20
+MAX_PLACES = 3
+MAX_REASONS = 20
+# So many different reasons are told apart; more come from texts that the reasons quote.
+MAX_KNOWN_REASONS = 1000
+TELL_EVERY_SECONDS = 20.0
+PARTS = ("prompt", "chosen", "rejected")
+# Characters of one pair: beyond any model's context, and tokenizing takes about a second for each million.
+MAX_CHARACTERS = 2**23
+DIGEST_BYTES = 16
+REPEATED = "the prompt, or its end, that an answer repeated"
+
+Log = Callable[[str], None]
+# (file of its source, row) of each row of a chunk, and of each pair that they give: the row in the chunk, and its texts.
+Place = tuple[int, Row | BadRow]
+Chunk = tuple[Sequence[Place], list[tuple[int, Rendering | RowError]]]
+
+
+def build(
+    listings: Sequence[Listing],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    scored: str,
+    on_bad_row: str,
+    folder: Path,
+    log: Log,
+) -> None:
+    """Read, convert and tokenize all rows into a new `folder`. Raises DataError for bad rows unless dropped, and when none
+    is left."""
+    folder.mkdir()
+    built, told, reader = _Build(_Files.create(folder), limits), time.monotonic(), Reader.of(tokenizer, scored)
+    first_file = 0
+    for listing in listings:
+        before = built.kept
+        # The tokenizer leaves Python free to read and render the next rows meanwhile.
+        for chunk, rendered in ahead(reader.chunks(listing, built.mended)):
+            built.add(chunk, rendered, reader.encoder, first_file)
+            if time.monotonic() - told > TELL_EVERY_SECONDS:
+                told = time.monotonic()
+                log(f"data: tokenized {built.read:,} rows, up to {chunk[-1][1].where}")
+        built.source_rows.append(built.kept - before)
+        first_file += len(listing.names)
+    if built.bad.count and on_bad_row == "error":
+        raise DataError(built.bad.lines())
+    if not built.kept:
+        raise DataError(_nothing_left([listing.source for listing in listings], built))
+    clock = "strftime_now" in str(tokenizer.chat_template)
+    unknown = reader.manners.unknown if built.conversations and scored != "all" else None
+    seal(folder, built.report() | {"content": built.close(), "clock": clock, "unknown_template": unknown})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What turns rows into texts and tokens, learned from the tokenizer once."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    manners: Manners
+    scored: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, scored: str) -> Reader:
+        return cls(tokenizer, Encoder(tokenizer), learn(tokenizer), scored)
+
+    def chunks(self, listing: Listing, mended: Counter[str]) -> Iterator[Chunk]:
+        """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error. Raises
+        DataError in the end where `pairs` had no effect on any row."""
+        rows, source = listing.rows(), listing.source
+        pairs_made = source.pairs == "all"
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            own = [row for _, row in chunk if isinstance(row, Row)]
+            pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
+            converted = [(k, item) for k, (_, row) in enumerate(chunk) for item in self._convert(row, source)]
+            mended[REPEATED] += sum(item.repeats for _, item in converted if isinstance(item, Preference))
+            yield chunk, [(k, render(item, self.tokenizer, self.manners, self.scored)) for k, item in converted]
+        if not pairs_made:
+            fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
+            raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
+
+    def _convert(self, row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:
+        if isinstance(row, BadRow):
+            return [row.error]
+        how = {"as_": source.as_, "chat_model": self.tokenizer.chat_template is not None, "key": source.key}
+        try:
+            found = to_preferences(row.values, source.columns, source.template, source.pairs, **how)
+        except RowError as error:
+            return [error]
+        return [_within_reason(item) if isinstance(item, Preference) else item for item in found]
+
+
+def _within_reason(preference: Preference) -> Preference | RowError:
+    for name in PARTS:
+        if (size := _characters(getattr(preference, name))) > MAX_CHARACTERS:
+            return RowError(name, f"{size:,} characters, more than the {MAX_CHARACTERS:,} that are read", "cut the text")
+    return preference
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(message.get("content") or "") for message in text)
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+@dataclass
+class _Files:
+    """The columns of a store: tokens and which of them are scored, where sequences begin, and where pairs come from."""
+
+    tokens: Column
+    mask: Column
+    """True for each scored token; all prompts' are false."""
+    offsets: Column
+    scored: Column
+    rows: Column
+    places: Column
+    """(file through all sources, line) of each pair."""
+    same: Column
+
+    @classmethod
+    def create(cls, folder: Path) -> _Files:
+        layout = {
+            "tokens": (np.int32, None), "mask": (np.bool_, None), "offsets": (np.int64, None), "scored": (np.int64, 2),
+            "rows": (np.int64, None), "places": (np.int64, 2), "same": (np.int64, 3),
+        }  # fmt: skip
+        return cls(**{name: Column(folder / f"{name}.npy", dtype, width) for name, (dtype, width) in layout.items()})
+
+    def all(self) -> list[Column]:
+        return list(vars(self).values())
+
+
+@dataclass
+class _Build:
+    """What has been tokenized so far."""
+
+    files: _Files
+    limits: Limits
+    source_rows: list[int] = field(default_factory=list)
+    bad: Complaints = field(default_factory=lambda: Complaints())
+    dropped: Complaints = field(default_factory=lambda: Complaints())
+    mended: Counter[str] = field(default_factory=Counter)
+    """What was put right in the rows, by what it was."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What is to be said of pairs that are used."""
+    cut: dict[str, list[int]] = field(default_factory=lambda: {name: [0, 0, 0] for name in PARTS})
+    """Of prompts and answers that were cut: how many, the tokens that they lost, and those that they had."""
+    conversations: int = 0
+    too_long: list[int] = field(default_factory=list)
+    digests: bytearray = field(default_factory=bytearray)
+    read: int = 0
+    seen: int = 0
+    kept: int = 0
+    tokens: int = 0
+    masked: bool = False
+    largest_id: int = 0
+    longest: int = 0
+
+    def add(
+        self,
+        chunk: Sequence[Place],
+        rendered: Sequence[tuple[int, Rendering | RowError]],
+        encoder: Encoder,
+        first_file: int,
+    ) -> None:
+        """Tokenize and truncate the pairs of a chunk, and keep them or note why they are left out."""
+        kept, rows, places = [], [], []
+        for (k, texts), item in zip(rendered, split([item for _, item in rendered], encoder), strict=True):
+            file, row = chunk[k]
+            self.seen += 1
+            if (pair := self._cut(item, row.where)) is not None and isinstance(texts, Rendering):
+                kept.append(pair)
+                rows.append(self.read + k)
+                places.append((first_file + file, row.line))
+                self.notes.update(texts.notes)
+                self.conversations += not texts.special
+        self.read += len(chunk)
+        if kept:
+            self._write(kept, rows, places)
+
+    def _cut(self, item: Whole | RowError, where: str) -> TokenizedPair | None:
+        if isinstance(item, RowError):
+            return self._leave_out(where, item)
+        try:
+            pair = truncate(item.pair, self.limits, item.head)
+        except RowError as error:
+            self.too_long.append(len(item.pair.prompt) + max(len(item.pair.chosen), len(item.pair.rejected)))
+            return self._leave_out(where, error)
+        for name in PARTS:
+            had, kept = (len(getattr(of, name)) for of in (item.pair, pair))
+            if kept < had:
+                self.cut[name] = [x + y for x, y in zip(self.cut[name], (1, had - kept, had))]
+        return pair
+
+    def _leave_out(self, where: str, error: RowError) -> None:
+        self.dropped.note(where, error)
+        if not error.droppable:
+            self.bad.note(where, error)
+
+    def _write(self, pairs: Sequence[TokenizedPair], rows: Sequence[int], places: Sequence[tuple[int, int]]) -> None:
+        files, lengths = self.files, np.array([[len(part) for part in pair[:3]] for pair in pairs], dtype=np.int64)
+        tokens = np.concatenate([part for pair in pairs for part in pair[:3]])
+        masks = [mask for pair in pairs for mask in _masks(pair)]
+        files.tokens.append(tokens)
+        files.mask.append(np.concatenate(masks))
+        files.offsets.append(self.tokens + np.concatenate([[0], np.cumsum(lengths)])[:-1])
+        counts = np.array([np.count_nonzero(mask) for mask in masks]).reshape(-1, 3)
+        files.scored.append(counts[:, 1:])
+        files.rows.append(rows)
+        files.places.append(places)
+        for pair in pairs:
+            self.digests += b"".join(content_of(pair))
+        self.kept += len(pairs)
+        self.tokens += len(tokens)
+        self.masked |= any(mask is not None and not mask.all() for pair in pairs for mask in pair[3:])
+        self.largest_id = max(self.largest_id, int(tokens.max()))
+        self.longest = max(self.longest, int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()))
+
+    def close(self) -> str:
+        """Complete the files; a digest of the pairs themselves: all that decides what a run trains on."""
+        self.files.offsets.append([self.tokens])
+        self.files.same.append(numbered(np.frombuffer(self.digests, dtype="<u8").reshape(-1, 2)))
+        for column in self.files.all():
+            column.close()
+        decisive = [self.files.tokens, self.files.offsets, self.files.rows, *([self.files.mask] if self.masked else [])]
+        if not self.masked:
+            self.files.mask.path.unlink()
+        content = hashlib.sha256(repr(self.source_rows).encode())
+        for column in decisive:
+            content.update(column.content.digest())
+        return content.hexdigest()[:32]
+
+    def report(self) -> dict[str, Any]:
+        counts = {"rows": self.read, "pairs": self.seen, "kept": self.kept, "source_rows": self.source_rows}
+        measures = {"largest_id": self.largest_id, "longest": self.longest}
+        said = {"dropped": self.dropped.counts(), "mended": dict(+self.mended), "notes": dict(+self.notes)}
+        return {**counts, **measures, **said, "truncated": self.cut, "limits": _in_force(self.limits)}
+
+
+def _in_force(limits: Limits) -> str:
+    """The limits that are set, in words."""
+    names = ("max_length", "max_prompt_length", "max_completion_length")
+    return ", ".join(f"{name} {getattr(limits, name)}" for name in names if getattr(limits, name) is not None)
+
+
+def _masks(pair: TokenizedPair) -> Iterator[np.ndarray]:
+    yield np.zeros(len(pair.prompt), dtype=bool)
+    for answer, mask in zip(pair[1:3], (*pair[3:], None, None)):
+        yield np.ones(len(answer), dtype=bool) if mask is None else mask
+
+
+def content_of(pair: TokenizedPair) -> Iterator[bytes]:
+    """Digests of (prompt, prompt + chosen, prompt + rejected), what is scored included: equal where these are."""
+    prompt = hashlib.blake2b(len(pair.prompt).to_bytes(4, "little"), digest_size=DIGEST_BYTES)
+    prompt.update(pair.prompt.tobytes())
+    yield prompt.digest()
+    for answer, mask in zip(pair[1:3], (*pair[3:], None, None)):
+        own = prompt.copy()
+        own.update(answer.tobytes())
+        if mask is not None and not mask.all():
+            own.update(b"scored" + np.packbits(mask).tobytes())
+        yield own.digest()
+
+
+def numbered(digests: np.ndarray) -> np.ndarray:
+    """Numbers int64 [m] for digests uint64 [m, 2], equal where these are equal."""
+    first, second = digests.T
+    order = np.lexsort((second, first))
+    steps = np.zeros(len(order), dtype=np.int64)
+    for part in (first[order], second[order]):
+        steps[1:] |= part[1:] != part[:-1]
+    numbers = np.empty(len(order), dtype=np.int64)
+    numbers[order] = np.cumsum(steps)
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------- what is left out
+
+
+class Complaint(NamedTuple):
+    """One reason, and the first places where it was found."""
+
+    error: RowError
+    places: list[str]
+
+
+class Complaints:
+    """Reasons why rows cannot be used, counted, with the first places of each."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Complaint] = {}
+        self.times: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        return self.times.total()
+
+    def note(self, where: str, error: RowError) -> None:
+        reason = f"{error.field}: {error.reason}"
+        if reason not in self.found and len(self.found) >= MAX_KNOWN_REASONS:
+            reason = "other reasons"
+        complaint = self.found.setdefault(reason, Complaint(error, []))
+        self.times[reason] += 1
+        if len(complaint.places) < MAX_PLACES:
+            complaint.places.append(where)
+
+    def counts(self) -> dict[str, int]:
+        common = dict(self.times.most_common(MAX_REASONS))
+        if other := self.times.total() - sum(common.values()):
+            common["other reasons"] = common.get("other reasons", 0) + other
+        return common
+
+    def lines(self) -> str:
+        """One line for each reason: where it was found first, what it is, where else, and how to mend it."""
+        lines = []
+        for reason, (error, (first, *others)) in list(self.found.items())[:MAX_ERROR_LINES]:
+            more = self.times[reason] - 1 - len(others)
+            also = ", ".join(others) + (f" and {more} more" if more else "")
+            lines.append(f"{first}: {error.field}: {error.reason}{f' (also {also})' if also else ''}; fix: {error.fix}")
+        if rest := self.count - sum(self.times[reason] for reason in list(self.found)[:MAX_ERROR_LINES]):
+            lines.append(f"... {rest} more bad rows")
+        return "\n".join(lines)
+
+    def fix(self) -> str:
+        """How to mend the most common reason, where rows are dropped already."""
+        fix = self.found[self.times.most_common(1)[0][0]].error.fix
+        return "mend the rows" if fix == DROP else fix
+
+
+def _nothing_left(sources: Sequence[Source], built: _Build) -> str:
+    message = f"{', '.join(source.path for source in sources)}: none of {built.seen} rows is left "
+    message += f"({in_words(built.dropped.counts())})"
+    if built.too_long:
+        least, middle, most = np.percentile(built.too_long, [0, 50, 100]).astype(int)
+        message += f"; tokens of prompt + longer answer: {least} (min), {middle} (median), {most} (max)"
+    return f"{message}; fix: {built.dropped.fix()}"
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.items())
