@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -19,9 +19,8 @@ from dspref import (
     console,
     distributed,
     engine,
-    metrics,
     model,
-    performance,
+    outcome,
     preflight,
     reference,
 )
@@ -277,16 +276,11 @@ def finish(
     seconds: float,
 ) -> None:
     """Export and verify the model, record the summary, show it, answer sample prompts."""
-    written = run.path / "metrics.jsonl"
-
-    def sum_up() -> dict[str, Any]:
-        speed = performance.medians(metrics.training_lines(written))
-        return {"step": steps, "seconds": round(seconds, 1), "learned": learned(written), "speed": speed}
+    vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
 
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
-    summary = distributed.on_main(sum_up) or {}
-    last = {name: values[1] for name, values in summary.get("learned", {}).items()}
-    export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": last})
+    summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
+    export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": outcome.of_card(summary)})
     run.event("finish", step=steps)
 
     def close() -> None:
@@ -296,24 +290,6 @@ def finish(
 
     distributed.on_main(close)
     show_summary(run)
-
-
-def learned(path: Path) -> dict[str, tuple[float | None, float]]:
-    """(first, last) of what matters in metrics.jsonl: training loss, reward accuracy and margin, then evaluations.
-
-    Values that are not finite, those of skipped steps, are left out.
-    """
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    training = [record for record in metrics.training_lines(path) if record["loss"] is not None]
-    names = ("loss", "nll_loss", "aux_loss", "rewards/accuracies", "rewards/margins")
-    table = {name: (training[0][name], training[-1][name]) for name in names if training and name in training[-1]}
-    evaluations = [record for record in records if "loss" not in record]
-    for name in sorted({key for record in evaluations for key in record if key.endswith(names)}):
-        values = [record[name] for record in evaluations if record.get(name) is not None]
-        if not values:
-            continue
-        table[name] = (values[0] if len(values) > 1 else None, values[-1])
-    return table
 
 
 def show_summary(run: RunFolder) -> None:
