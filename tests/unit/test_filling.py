@@ -1,5 +1,5 @@
-"""Scoring what a run needs: which pairs, in which packs, and when it is kept; by a forward whose values depend on the company
-in a pack, as those of kernels do."""
+"""Scoring what a run needs: which pairs, in which packs, and when it is kept; by a forward whose values depend on who shares
+a pack, as those of kernels do."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def test_a_job_that_was_ended_at_any_pack_loses_nothing_and_changes_no_bit(
     monkeypatch.setattr(filling, "FIRST_COMMIT_SECONDS", -1.0)
     monkeypatch.setattr(filling, "COMMIT_SECONDS", -1.0)
     monkeypatch.setattr("dspref.reference_store.BLOCK_PAIRS", 25)
-    needs, layout = {"train": some(list(range(50, 5, -1)))}, Layout(40, sharing)
+    needs, layout = {"train": some(list(range(50, 5, -1)))}, Layout(100, sharing)
     whole, count, expected = fill(tmp_path / "whole", {"train": pairs}, needs, layout=layout)
-    assert count == 45 and len(whole.packs) > 15
-    for ends_at in range(0, len(whole.packs), 2):
+    assert count == 45 and len(whole.packs) > 6
+    for ends_at in range(len(whole.packs)):
         store = tmp_path / str(ends_at)
         with pytest.raises(KeyboardInterrupt):
             fill(store, {"train": pairs}, needs, first := Scorer(ends_at), layout=layout)
