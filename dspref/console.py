@@ -103,7 +103,8 @@ class _ScoringView:
         elif not self._told or time.monotonic() - self._told > TELL_EVERY_SECONDS:
             self._told = time.monotonic()
             left = f", about {status.duration(seconds_left)} left" if seconds_left is not None else ""
-            distributed.log(f"reference: scored {done:,} of {total:,} pairs so far{left}", stamp=True)
+            said = f"scored {done:,} of {total:,} pairs so far{left}" if done else f"{total:,} pairs to score"
+            distributed.log(f"reference: {said}", stamp=True)
         if self._file and (not done or time.monotonic() - self._written > WRITE_EVERY_SECONDS):
             self._written = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk is told by what must be written

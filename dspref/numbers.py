@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -129,3 +130,36 @@ def check_first_step(config: Config, means: dict[str, float], applied: bool = Tr
             "usual causes: dropout that is still on, weights missing from the checkpoint, a kernel that leaks between "
             "sequences"
         )
+
+
+# What `ran_off` looks at, beside the loss.
+TELLING = ("logps/chosen", "lengths/chosen")
+# A loss of so many times the first one, and so large; log-probs of so many times the first ones.
+LOSS_TIMES, LOSS_LEAST, LOGPS_TIMES = 10.0, 10.0, 1.5
+
+
+def ran_off(table: Mapping[str, tuple[float | None, float]], vocabulary: int) -> str | None:
+    """A warning, where a run has ended with a model that is worse than nothing; `table`: (first, mean of the last) of the
+    logged losses and of `TELLING`.
+
+    Two signs, neither of which a run shows that only learns little: a loss of more than ten times the first one, and
+    preferred answers that are less likely than random tokens would be, and by far less than at first. The loss alone does
+    not tell: where one side happens to be longer, ruined log-probs may give a loss of 0.
+    """
+    first, last = table.get("loss", (None, 0.0))
+    if first is not None and last > max(LOSS_TIMES * first, LOSS_LEAST):
+        return f"the loss has run off, from {first:.4g} to {last:.4g}; {REMEDY}"
+    sums, lengths = (table.get(name, (None, 0.0)) for name in TELLING)
+    at_random = -math.log(vocabulary)
+    if sums[0] is None or not lengths[0] or not lengths[1]:
+        return None
+    began, ended = sums[0] / lengths[0], sums[1] / lengths[1]
+    if ended < at_random and ended < LOGPS_TIMES * began:
+        return (
+            f"chosen answers have become less likely than random tokens: {ended:.4g} nats per token, {began:.4g} at first "
+            f"({at_random:.4g} at random); {REMEDY}"
+        )
+    return None
+
+
+REMEDY = "the model is ruined: lower train.learning_rate and start anew"

@@ -23,9 +23,8 @@ from dspref import (
     filedigest,
     finite,
     lock,
-    metrics,
     model,
-    performance,
+    outcome,
     preflight,
     reference,
     terminal,
@@ -43,11 +42,10 @@ from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
 from dspref.files import read_lines, write_atomically
 from dspref.filling import Need, whole
 from dspref.machine import FAIL, Scene, Verdict
-from dspref.manifest import is_number
 from dspref.model import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
-from dspref.run_folder import METRICS, RunFolder
+from dspref.run_folder import RunFolder
 from dspref.watch import Watch
 
 if TYPE_CHECKING:
@@ -177,7 +175,7 @@ def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
     """Raise DataError where a held-out set has rows that are trained on, unless its split says so."""
     if listing.source.split is None and (file := shared_with(listing, training, filedigest.sha256)):
         raise DataError(
-            f"{listing.source.key}: {file} is trained on too; fix: name other rows, such as split: test or split: train[:5%] "
+            f"{listing.source.key}: {file} is trained on too; fix: name other rows, such as split: test or train[:5%] "
             "with the rest in data.train, or write split: train to evaluate on rows of the training set"
         )
 
@@ -362,16 +360,11 @@ def finish(
     seconds: float,
 ) -> None:
     """Export and verify the model, record the summary, show it, answer sample prompts."""
-    written = run.path / METRICS
-
-    def sum_up() -> dict[str, Any]:
-        speed = performance.medians(metrics.training_lines(written))
-        return {"step": steps, "seconds": round(seconds, 1), "learned": learned(written), "speed": speed}
+    vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
 
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
-    summary = distributed.on_main(sum_up) or {}
-    last = {name: values[1] for name, values in summary.get("learned", {}).items()}
-    exported = export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": last})
+    summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
+    exported = export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": outcome.of_card(summary)})
     run.event("finish", step=steps)
 
     def close() -> None:
@@ -382,26 +375,6 @@ def finish(
 
     distributed.on_main(close)
     show_summary(run)
-
-
-def learned(path: Path) -> dict[str, tuple[float | None, float]]:
-    """(first, last) of what matters in metrics.jsonl: training loss, reward accuracy and margin, then evaluations.
-
-    Values that are not finite, those of skipped steps, are left out.
-    """
-    names = ("loss", "nll_loss", "aux_loss", "rewards/accuracies", "rewards/margins")
-    training = [line for line in metrics.training_lines(path) if line["loss"] is not None]
-    table: dict[str, tuple[float | None, float]] = {}
-    for name in names if training else ():
-        values = [line[name] for line in training if is_number(line.get(name))]
-        if values and name in training[-1]:
-            table[name] = (values[0], values[-1])
-    evaluations = [line for line in read_lines(path) if "loss" not in line]
-    for name in sorted({key for line in evaluations for key in line if key.endswith(names)}):
-        values = [line[name] for line in evaluations if is_number(line.get(name))]
-        if values:
-            table[name] = (values[0] if len(values) > 1 else None, values[-1])
-    return table
 
 
 def show_summary(run: RunFolder) -> None:

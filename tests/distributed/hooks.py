@@ -269,3 +269,17 @@ def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> N
     wrap(checkpoint, "save_rng", "save")
     wrap(stages, "load_pairs", "data")
     wrap(stages, "export", "export")
+
+
+def slow_scoring(rank: int, seconds: float) -> None:
+    """Every pack of a scoring takes so long, and is committed at once."""
+    from dspref import filling
+
+    filling.COMMIT_SECONDS = filling.FIRST_COMMIT_SECONDS = -1.0
+    plain = filling._Tally.is_due
+
+    def is_due(tally: Any) -> bool:
+        time.sleep(seconds)
+        return plain(tally)
+
+    filling._Tally.is_due = is_due

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import pytest
 from forked import Forked, Run, until
+from safetensors.numpy import load_file
 from test_resume import training_records
 from tiny import write_run
 from workers import ROOT
+
+from dspref import status
 
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 FAR = ("train.max_steps=2000", "train.eval_every=1000000")
@@ -95,6 +99,29 @@ def test_a_signal_to_any_rank_in_any_phase(phase, who, name, run_file, whole, fo
     assert forked.wait(forked.start(2, arguments(run_file, run, *quick))) == [0, 0]
     assert training_records(run) == training_records(whole)
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "who", "code"), [("INT", (0, 1), 130), ("TERM", (1,), 75), ("STOP file", (), 75)])
+def test_what_was_scored_before_a_signal_is_kept(name, who, code, run_file, forked, tmp_path):
+    """And until then `dspref status` says how far the scoring is."""
+    run, packs = tmp_path / "run", "reference.tokens_per_pack=1"
+    held = [f"reference.store={tmp_path}/store", packs]
+    ranks = forked.start(2, arguments(run_file, run, *held), "hooks:slow_scoring", seconds=0.5)
+    until(lambda: len(list((tmp_path / "store").rglob("*.safetensors"))) > 1)
+    found = status.read(run)
+    assert found["state"] == "scoring" and found["scoring"]["total"] > 8
+    (run / "STOP").touch() if not who else ranks.signal(getattr(signal, f"SIG{name}"), *who)
+    assert forked.wait(ranks) == [code, code], ranks.said()
+    assert "before the first step" in ranks.said() and "Traceback" not in ranks.said()
+    assert status.read(run)["state"] == "interrupted" and not (run / status.SCORING).exists()
+    kept = sum(len(load_file(path)["keys"]) for path in (tmp_path / "store").rglob("*.safetensors"))
+    assert forked.wait(forked.start(2, arguments(run_file, run, *held))) == [0, 0]
+    told = re.findall(r"scored (\d+) of (\d+) pairs, kept", (run / "logs/rank-0.log").read_text())
+    assert int(told[-1][0]) < int(told[-1][1]) == found["scoring"]["total"] and kept > 2
+    other = tmp_path / "other"
+    assert forked.wait(forked.start(2, arguments(run_file, other, packs, f"reference.store={tmp_path}/anew"))) == [0, 0]
+    assert (run / "final/model.safetensors").read_bytes() == (other / "final/model.safetensors").read_bytes()
 
 
 def test_files_in_the_run_folder_ask_too(run_file, forked, tmp_path):

@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("performance",),
     ("run_folder", "trackers"),
     ("checkpoint", "metrics", "console", "numbers"),
-    ("saving", "export", "gradient", "advice"),
+    ("saving", "export", "gradient", "advice", "outcome"),
     ("stages", "evaluate"),
     ("trainer", "scorer", "consolidate"),
     ("launcher",),
