@@ -2,8 +2,10 @@
 
 1. `sources`: files, folders, globs and hub sets become raw rows. Every row knows its file and line, so that
    any later complaint can name the place. A broken line is a `BadRow`, a broken file is an error.
-2. `formats`: a raw row becomes a `Preference`: a prompt, a chosen and a rejected answer, all text or all
-   message lists. The table `FORMATS` names each layout that is understood. Text is never stripped or changed.
+2. `normalise`: the fields of a raw row under their own names, whatever layout of whatever tool it has (with `messages`, one
+   message in its own form, `row_template`, fields made from columns, and `rows`, types and errors).
+   `formats`: they become a `Preference`: a prompt, a chosen and a rejected answer, all text or all message lists. The table
+   `FORMATS` names what is understood. A prompt that answers repeat is taken out (`texts`); else no text is changed.
    `completions`: a row of several scored answers becomes several pairs.
 3. `tokenize`: a `Preference` becomes a `TokenizedPair`. The chat template renders the prompt and both full
    texts, each is tokenized as a whole, and the answers start where the token sequences part. Truncation

@@ -240,10 +240,21 @@ def _tools(fields: Values) -> list[Any] | None:
     fix = "write a JSON list of tools"
     tools = _parsed(fields.get("tools"), "tools", fix)
     if isinstance(tools, list):
-        tools = [_parsed(tool, f"tools[{i}]", fix) for i, tool in enumerate(tools)]
+        tools = [_tool(_parsed(tool, f"tools[{i}]", fix), f"tools[{i}]") for i, tool in enumerate(tools)]
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError("tools", "not a list of objects", fix)
     return tools or None
+
+
+def _tool(tool: Any, place: str) -> Any:
+    """A tool with parameters that are an object, flat or in its `function`: a template would quote JSON text once more."""
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(tool.get("function"), dict):
+        return tool | {"function": _tool(tool["function"], f"{place}.function")}
+    if not isinstance(tool.get("parameters"), str):
+        return tool
+    return tool | {"parameters": _parsed(tool["parameters"], f"{place}.parameters", "write a JSON schema")}
 
 
 def _template_kwargs(fields: Values) -> dict[str, Any] | None:

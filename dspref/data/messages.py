@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dspref.data.rows import Message, RowError, Text, kind_of, parse_json, what_is
+from dspref.data.rows import DROP, Message, RowError, Text, kind_of, parse_json, what_is
 
 # ShareGPT's names of who speaks; any other is a role as it stands.
 SPEAKERS = {
@@ -136,6 +136,17 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     return call | {"arguments": parsed}
 
 
+def refused_by_template(error: Exception, prompt: Text) -> RowError:
+    """What a chat template raised. Some have no place for a system message: that has a remedy of its own."""
+    system = not isinstance(prompt, str) and any(message["role"] == "system" for message in prompt)
+    fix = DROP
+    if system and "system" in str(error).lower():
+        fix = (
+            'write it into the first user message (a template can: prompt: "{system} {prompt}"), or set model.chat_template'
+        )
+    return RowError("chat_template", f"{type(error).__name__}: {error}", fix)
+
+
 # ------------------------------------------------------------------------------------------ comparing what was said
 
 
@@ -146,11 +157,10 @@ def squeezed(text: str | None) -> str:
 
 def says_the_same(left: Message, right: Message) -> bool:
     """Whether two messages are one, up to white space in their text."""
-    return _said(left) == _said(right)
-
-
-def _said(message: Message) -> tuple[Any, ...]:
-    return (message["role"], squeezed(message.get("content")), message.get("tool_calls"), message.get("function_call"))
+    if any(left.get(key) != right.get(key) for key in ("role", "tool_calls", "function_call")):
+        return False
+    one, other = left.get("content") or "", right.get("content") or ""
+    return one == other or squeezed(one) == squeezed(other)
 
 
 def is_blank(answer: Text) -> bool:

@@ -20,6 +20,7 @@ from dspref.data.rows import (
     RowError,
     Values,
     close_name,
+    find,
     given,
     is_message,
     kind_of,
@@ -83,8 +84,9 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
         name = named.get(field, field)
         if field not in named and name in taken:
             continue  # the column is another field's
-        if name in values:
-            row[field] = values[name]
+        there, value = find(values, name) if field in named else (name in values, values.get(name))
+        if there:
+            row[field] = value
         # A misspelt prompt column would silently turn the row into one with an implicit prompt.
         elif field in named or (field == "prompt" and close_name(name, values, cutoff=0.85) is not None):
             raise missing(field, values, name)

@@ -34,6 +34,7 @@ FORMAT_VERSION = 3
 MAX_ERROR_LINES = 20
 MAX_REASONS = 20
 PROGRESS_ROWS = 20_000
+REPEATED = "the prompt, or its end, that an answer repeated"
 
 Log = Callable[[str], None]
 
@@ -150,6 +151,8 @@ class _Build:
     bad: list[BadRow] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
+    mended: Counter[str] = field(default_factory=Counter)
+    """What was put right in the rows, by what it was."""
     too_long: list[int] = field(default_factory=list)
     seen: int = 0
     read: int = 0
@@ -190,7 +193,7 @@ class _Build:
             common["other reasons"] = other
         truncated = {name: self.truncated[name] for name in TokenizedPair._fields}
         counts = {"rows": self.read, "pairs": self.seen, "kept": len(self.rows), "source_rows": self.source_rows}
-        return {**counts, "dropped": common, "truncated": truncated}
+        return {**counts, "dropped": common, "truncated": truncated, "mended": dict(+self.mended)}
 
 
 def _build(
@@ -205,9 +208,8 @@ def _build(
     built, total, done = _Build(), sum(map(len, rows)), 0
     for source, of_source in zip(sources, rows, strict=True):
         before = len(built.rows)
-        _refuse_pairs_without_effect(source, of_source)
         # The tokenizer leaves Python free to render the next rows meanwhile.
-        for chunk, rendered in ahead(_rendered(of_source, source, tokenizer)):
+        for chunk, rendered in ahead(_rendered(of_source, source, tokenizer, built.mended)):
             pairs = split([item for _, item in rendered], tokenizer)
             for (row, _), pair in zip(rendered, pairs, strict=True):
                 built.add(done + row, chunk[row].where, pair, limits)
@@ -223,31 +225,31 @@ def _build(
     return built
 
 
-def _refuse_pairs_without_effect(source: Source, rows: Sequence[Row | BadRow]) -> None:
-    if source.pairs != "all" and not any(isinstance(row, Row) and is_ranked(row.values, source.columns) for row in rows):
-        fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
-        raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
-
-
 def _rendered(
-    rows: Sequence[Row | BadRow], source: Source, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row | BadRow], source: Source, tokenizer: PreTrainedTokenizerBase, mended: Counter[str]
 ) -> Iterator[tuple[Sequence[Row | BadRow], list[tuple[int, Rendering | RowError]]]]:
-    """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error."""
+    """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error. Raises
+    DataError in the end where `pairs` had no effect on any row."""
+    pairs_made = source.pairs == "all"
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
+        pairs_made = pairs_made or any(isinstance(row, Row) and is_ranked(row.values, source.columns) for row in chunk)
         converted = [(k, item) for k, row in enumerate(chunk) for item in _convert(row, source, tokenizer)]
+        mended[REPEATED] += sum(item.repeats for _, item in converted if isinstance(item, Preference))
         yield chunk, [(k, render(item, tokenizer)) for k, item in converted]
+    if not pairs_made:
+        fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
+        raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
 
 
 def _convert(row: Row | BadRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Sequence[Preference | RowError]:
     if isinstance(row, BadRow):
         return [row.error]
-    how = {"as_": source.as_, "chat_model": tokenizer.chat_template is not None}
+    how = {"as_": source.as_, "chat_model": tokenizer.chat_template is not None, "key": source.key}
     try:
-        made = to_preferences(row.values, source.columns, source.template, source.pairs, **how)
+        return to_preferences(row.values, source.columns, source.template, source.pairs, **how)
     except RowError as error:
-        made = [error]
-    return [item.of(source.key) if isinstance(item, RowError) else item for item in made]
+        return [error]
 
 
 def _bad_row_lines(bad: Sequence[BadRow]) -> str:
@@ -274,6 +276,8 @@ def _log_report(report: Mapping[str, Any], log: Log) -> None:
     if report["dropped"]:
         left_out, unit = report["pairs"] - report["kept"], "rows" if report["pairs"] == report["rows"] else "pairs"
         log(f"data: left out {left_out} of {report['pairs']} {unit}: {_counts(report['dropped'])}")
+    if report["mended"]:
+        log(f"data: taken out: {_counts(report['mended'])}")
     if any(report["truncated"].values()):
         truncated = {name: count for name, count in report["truncated"].items() if count}
         log(f"data: truncated, of {report['kept']} pairs: {_counts(truncated)}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from dspref.data.formats import Preference, RowError, one_line
+from dspref.data.messages import refused_by_template
 from dspref.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _render(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rende
     try:
         return _render_chat(preference, tokenizer)
     except Exception as error:  # a template is a program: it may raise anything
-        return error if isinstance(error, RowError) else RowError("chat_template", f"{type(error).__name__}: {error}")
+        return error if isinstance(error, RowError) else refused_by_template(error, preference.prompt)
 
 
 def _render_chat(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering:

@@ -101,7 +101,8 @@ def test_implicit_text_prompt_is_what_the_answers_share_in_whole_words(
         return
     for answers in ((chosen, rejected), (rejected, chosen)):
         preference = to_preference(dict(zip(("chosen", "rejected"), answers)))
-        assert preference == Preference(prompt, *(answer[len(prompt) :] for answer in answers))
+        first, second = (answer[len(prompt) :] for answer in answers)
+        assert preference == Preference(prompt, first, second)
 
 
 def test_a_conversation_that_is_a_prefix_of_the_other_keeps_an_answer() -> None:
@@ -158,6 +159,9 @@ def test_tools_and_template_kwargs_are_kept(as_text: bool) -> None:
     }
     preference = to_preference(row)
     assert preference.tools == tools
+    as_texts = [{"type": "function", "function": {"name": "f", "parameters": '{"type": "object"}'}}, '{"name": "g"}']
+    parsed = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"name": "g"}]
+    assert to_preference(row | {"tools": as_texts}).tools == parsed
     assert preference.chat_template_kwargs == {"thinking": True}
     assert to_preference(CHAT | {"tools": None, "chat_template_kwargs": None}) == FIXTURES["chat"][1]
 
@@ -327,6 +331,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
             [assistant("", tool_calls=[{"name": "f", "arguments": {"x": None}}, {"name": "g", "arguments": {}}])],
             [assistant("", tool_calls=[CALL])],
         ),
+    ),
+    "OpenAI's pairs": (
+        {"input": {"messages": [user("q")]}, "preferred_output": [assistant("a")], "non_preferred_output": [assistant("b")]},
+        {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+        PAIR,
     ),
     "a legacy function call": (
         CHAT | {"chosen": [assistant(None, function_call={"name": "f", "arguments": '{"x": 2}'})]},
