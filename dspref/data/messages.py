@@ -96,7 +96,7 @@ def _with_text(message: Message, place: str) -> Message:
 def _text_of_parts(content: Any, place: str) -> str:
     """The texts of content parts, one behind the other, as the templates that take parts have them."""
     parts = [content] if isinstance(content, dict) else content
-    if not any(isinstance(part, dict) for part in parts):
+    if parts and not any(isinstance(part, dict) for part in parts):
         raise RowError(place, f"{what_is(content)}, not text", "write the message's text")
     texts = []
     for number, part in enumerate(parts):

@@ -145,7 +145,10 @@ def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked:
         return row | {"prompt": messages} | ({} if ranked else {"rejected": rejected})
     if rejected is None or "chosen" in row:
         return row
-    return {**row, **_beside_the_last(messages_of(history, name), rejected, name, other or "rejected")}
+    messages = messages_of(history, name)
+    if other is None and messages[-1]["role"] != "assistant":
+        return row  # the chosen answer is missing
+    return {**row, **_beside_the_last(messages, rejected, name, other or "rejected")}
 
 
 def _refuse_implied(row: Fields, values: Values) -> None:

@@ -34,7 +34,10 @@ FORMAT_VERSION = 3
 MAX_ERROR_LINES = 20
 MAX_REASONS = 20
 PROGRESS_ROWS = 20_000
-REPEATED = "the prompt, or its end, that an answer repeated"
+REPEATED = "prompt, or end of it, that an answer repeated and lost"
+AS_TEXT = (
+    "pair of plain text, for a tokenizer with a chat template (as: chat makes conversations of them, as: text is silent)"
+)
 
 Log = Callable[[str], None]
 
@@ -151,8 +154,8 @@ class _Build:
     bad: list[BadRow] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
-    mended: Counter[str] = field(default_factory=Counter)
-    """What was put right in the rows, by what it was."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What a user should know of the rows that were read, counted."""
     too_long: list[int] = field(default_factory=list)
     seen: int = 0
     read: int = 0
@@ -193,7 +196,7 @@ class _Build:
             common["other reasons"] = other
         truncated = {name: self.truncated[name] for name in TokenizedPair._fields}
         counts = {"rows": self.read, "pairs": self.seen, "kept": len(self.rows), "source_rows": self.source_rows}
-        return {**counts, "dropped": common, "truncated": truncated, "mended": dict(+self.mended)}
+        return {**counts, "dropped": common, "truncated": truncated, "notes": dict(+self.notes)}
 
 
 def _build(
@@ -209,7 +212,7 @@ def _build(
     for source, of_source in zip(sources, rows, strict=True):
         before = len(built.rows)
         # The tokenizer leaves Python free to render the next rows meanwhile.
-        for chunk, rendered in ahead(_rendered(of_source, source, tokenizer, built.mended)):
+        for chunk, rendered in ahead(_rendered(of_source, source, tokenizer, built.notes)):
             pairs = split([item for _, item in rendered], tokenizer)
             for (row, _), pair in zip(rendered, pairs, strict=True):
                 built.add(done + row, chunk[row].where, pair, limits)
@@ -226,7 +229,7 @@ def _build(
 
 
 def _rendered(
-    rows: Sequence[Row | BadRow], source: Source, tokenizer: PreTrainedTokenizerBase, mended: Counter[str]
+    rows: Sequence[Row | BadRow], source: Source, tokenizer: PreTrainedTokenizerBase, notes: Counter[str]
 ) -> Iterator[tuple[Sequence[Row | BadRow], list[tuple[int, Rendering | RowError]]]]:
     """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error. Raises
     DataError in the end where `pairs` had no effect on any row."""
@@ -235,11 +238,17 @@ def _rendered(
         chunk = rows[start : start + CHUNK_ROWS]
         pairs_made = pairs_made or any(isinstance(row, Row) and is_ranked(row.values, source.columns) for row in chunk)
         converted = [(k, item) for k, row in enumerate(chunk) for item in _convert(row, source, tokenizer)]
-        mended[REPEATED] += sum(item.repeats for _, item in converted if isinstance(item, Preference))
+        notes.update(_notes([item for _, item in converted if isinstance(item, Preference)], source, tokenizer))
         yield chunk, [(k, render(item, tokenizer)) for k, item in converted]
     if not pairs_made:
         fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
         raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
+
+
+def _notes(preferences: Sequence[Preference], source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    unasked = source.as_ is None and tokenizer.chat_template is not None
+    as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
+    return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text}
 
 
 def _convert(row: Row | BadRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Sequence[Preference | RowError]:
@@ -276,8 +285,8 @@ def _log_report(report: Mapping[str, Any], log: Log) -> None:
     if report["dropped"]:
         left_out, unit = report["pairs"] - report["kept"], "rows" if report["pairs"] == report["rows"] else "pairs"
         log(f"data: left out {left_out} of {report['pairs']} {unit}: {_counts(report['dropped'])}")
-    if report["mended"]:
-        log(f"data: taken out: {_counts(report['mended'])}")
+    if report["notes"]:
+        log(f"data: {_counts(report['notes'])}")
     if any(report["truncated"].values()):
         truncated = {name: count for name, count in report["truncated"].items() if count}
         log(f"data: truncated, of {report['kept']} pairs: {_counts(truncated)}")

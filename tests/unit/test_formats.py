@@ -579,6 +579,7 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         (TEXT | {"prompt": '[{"role": "user", "content": "q"}'}, "prompt", "looks like a conversation"),
         ({"messages": [user("q")], "rejected_response": "b"}, "messages[0]", "is to be the chosen answer"),
         ({"messages": [assistant("a")], "rejected_response": "b"}, "messages", "no message before the answer"),
+        ({"messages": [user("q")], "choosen": "a", "rejected": "b"}, "chosen", "no column 'chosen'"),
         ({"instruction": "q", "chosen": "The sky", "rejected": "The sea"}, "prompt", "'instruction' may be meant"),
         ({"instruction": "q", "input": "x", "chosen": "The sky", "rejected": "The sea"}, "prompt", "'instruction' may be"),
         # what is no pair says what it is

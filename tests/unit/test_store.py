@@ -337,4 +337,15 @@ def test_a_turn_that_stands_twice_is_trained_once_and_told(tmp_path: Path, share
         how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": told.append}
         stores.append(load_pairs([source], tokenizer, Limits(), **how))
     assert contents(stores[0]) == contents(stores[1])
-    assert told == ["data: taken out: 4 x the prompt, or its end, that an answer repeated"]
+    assert told == ["data: 4 x prompt, or end of it, that an answer repeated and lost"]
+
+
+def test_text_for_a_tokenizer_with_a_chat_template_is_told_unless_it_is_meant(tmp_path: Path) -> None:
+    path, tokenizer = write(tmp_path / "a.jsonl", ROWS).path, words()
+    for has_template, as_, told in ((True, None, True), (True, "text", False), (True, "chat", False), (False, None, False)):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' . ' }}{% endfor %}" if has_template else None
+        lines: list[str] = []
+        how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / f"{has_template}{as_}", "log": lines.append}
+        for _ in range(2):  # a store that is found again tells it too
+            load_pairs([Source(path, as_=as_)], tokenizer, Limits(), **how)
+        assert ["5 x pair of plain text" in line for line in lines] == [True, True] * told
