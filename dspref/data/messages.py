@@ -27,13 +27,23 @@ WRITE_OBJECT = "write the arguments as a JSON object"
 
 
 def messages_of(value: Any, field: str) -> list[Message]:
-    """The messages of a list, or of a single message. Keys of a message that are null are left out. Raises RowError."""
-    items = [value] if isinstance(value, dict) else value
+    """The messages of a list, of a single message, or of an object of lists, as some data sets store them. Keys of a message
+    that are null are left out. Raises RowError."""
+    items = _apart(value) if isinstance(value, dict) else value
     if not isinstance(items, list):
         raise RowError(field, f"{what_is(value)}, not a list of messages", WRITE_MESSAGE)
     if not items:
         raise RowError(field, "empty message list")
     return [_message(item, f"{field}[{index}]") for index, item in enumerate(items)]
+
+
+def _apart(value: dict[str, Any]) -> list[Any]:
+    """`{"role": [...], "content": [...]}`, or one message, as a list of messages."""
+    lengths = {len(item) if isinstance(item, list) else -1 for item in value.values()}
+    roles = value.get("role", value.get("from"))
+    if not isinstance(roles, list) or len(lengths) != 1:
+        return [value]
+    return [dict(zip(value, items)) for items in zip(*value.values())]
 
 
 def answer_of(value: Any, field: str, behind: Any) -> Text:

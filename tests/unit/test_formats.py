@@ -296,6 +296,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
         {},
         Preference('[{"role": "user", "content": "q"}] What is this?', " a", " b"),
     ),
+    "texts that are other JSON": (
+        {"prompt": '[{"role": 3}]', "chosen": '{"x": NaN}', "rejected": '{"x": "\\ud800"}'},
+        {},
+        Preference('[{"role": 3}]', '{"x": NaN}', '{"x": "\\ud800"}'),
+    ),
     "roles of templates": (
         CHAT | {"prompt": [user("q"), {"role": "ipython", "content": "1"}, {"role": "environment", "content": "2"},
                            {"role": "observation", "content": "3"}]},
@@ -336,6 +341,25 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
         {"input": {"messages": [user("q")]}, "preferred_output": [assistant("a")], "non_preferred_output": [assistant("b")]},
         {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
         PAIR,
+    ),
+    "objects of lists": (
+        {
+            "prompt": {"role": ["system", "user"], "content": ["s", "q"]},
+            "chosen": {"role": ["assistant"], "content": ["a"]},
+            "rejected": {"from": ["gpt"], "value": ["b"]},
+        },
+        {},
+        Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]),
+    ),
+    "JSON text with another key first": (
+        CHAT | {"prompt": '[{"name": "x", "role": "user", "content": "q"}]'},
+        {},
+        Preference([user("q") | {"name": "x"}], [assistant("a")], [assistant("b")]),
+    ),
+    "an Alpaca row with two answers": (
+        {"instruction": "q", "input": "", "history": [], "chosen": "a", "rejected": "b"},
+        {"prompt": "instruction"},
+        Preference("q", "a", "b"),
     ),
     "a legacy function call": (
         CHAT | {"chosen": [assistant(None, function_call={"name": "f", "arguments": '{"x": 2}'})]},
@@ -461,6 +485,8 @@ def test_an_empty_system_message_is_none(empty: str | None) -> None:
         ({**WHOLE, "other": "unrelated"}, {"prompt": "other"}, None, "columns.prompt"),
         (TEXT, {"system": "sys"}, None, "system"),
         (TEXT, {"chosen": "rejected"}, None, "rejected"),
+        (TEXT | {"instruction": "q", "input": "x"}, {"prompt": "instruction"}, None, "input"),
+        (TEXT | {"history": [["p", "o"]]}, {}, None, "history"),
     ],
 )
 def test_a_key_without_effect_is_named(row: dict[str, Any], columns: dict[str, str], template: Any, field: str) -> None:
