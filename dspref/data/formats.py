@@ -13,6 +13,7 @@ from typing import Any
 from dspref.data.messages import behind, is_blank, says_the_same, squeezed, stripped
 from dspref.data.normalise import Fields, no_pair, normalise
 from dspref.data.row_template import check_template as check_template
+from dspref.data.rows import DROP as DROP
 from dspref.data.rows import FIELDS, Columns, Message, RowError, Text, Values, given, kind_of, missing, parse_json, what_is
 from dspref.data.rows import one_line as one_line
 from dspref.data.texts import behind_text, shared_start
