@@ -155,7 +155,9 @@ class Columns(Section):
     @property
     def named(self) -> dict[str, str]:
         """The columns with other names than they have by default."""
-        return {key: name for key, name in self if name != type(self).model_fields[key].default}
+        return {
+            key: getattr(self, key) for key, field in Columns.model_fields.items() if getattr(self, key) != field.default
+        }
 
 
 class Template(Section):

@@ -3,8 +3,10 @@
 1. `sources`: files, folders, globs and hub sets become lists of files; `splits` says which of them a split means, and
    refuses what finds nothing. `rowfiles` reads their raw rows. Every row knows its file and line, so that any later
    complaint can name the place. A broken line is a `BadRow`, a broken file is an error.
-2. `formats`: a raw row becomes a `Preference`: a prompt, a chosen and a rejected answer, all text or all message lists.
-   `normalise` first brings whatever layout people have into one; the table `FORMATS` names what is then understood.
+2. `normalise`: the fields of a raw row under their own names, whatever layout of whatever tool it has (with `messages`, one
+   message in its own form, `row_template`, fields made from columns, and `rows`, types and errors).
+   `formats`: they become a `Preference`: a prompt, a chosen and a rejected answer, all text or all message lists. The table
+   `FORMATS` names what is understood. A prompt that answers repeat is taken out (`texts`); else no text is changed.
    `completions`: a row of several scored answers becomes several pairs.
 3. `template`: the chat template renders the prompt and both full texts, and it is learned where the model's own words
    begin and end in them. `tokenize`: each text becomes tokens as a whole (`pieces` says how, without doing it twice), the

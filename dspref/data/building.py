@@ -38,7 +38,10 @@ PARTS = ("prompt", "chosen", "rejected")
 # Characters of one pair: beyond any model's context, and tokenizing takes about a second for each million.
 MAX_CHARACTERS = 2**23
 DIGEST_BYTES = 16
-REPEATED = "the prompt, or its end, that an answer repeated"
+REPEATED = "prompt, or end of it, that an answer repeated and lost"
+AS_TEXT = (
+    "pair of plain text, for a tokenizer with a chat template (as: chat makes conversations of them, as: text is silent)"
+)
 
 Log = Callable[[str], None]
 # (file of its source, row) of each row of a chunk, and of each pair that they give: the row in the chunk, and its texts.
@@ -63,7 +66,7 @@ def build(
     for listing in listings:
         before = built.kept
         # The tokenizer leaves Python free to read and render the next rows meanwhile.
-        for chunk, rendered in ahead(reader.chunks(listing, built.mended)):
+        for chunk, rendered in ahead(reader.chunks(listing, built.notes)):
             built.add(chunk, rendered, reader.encoder, first_file)
             if time.monotonic() - told > TELL_EVERY_SECONDS:
                 told = time.monotonic()
@@ -92,7 +95,7 @@ class Reader:
     def of(cls, tokenizer: PreTrainedTokenizerBase, scored: str) -> Reader:
         return cls(tokenizer, Encoder(tokenizer), learn(tokenizer), scored)
 
-    def chunks(self, listing: Listing, mended: Counter[str]) -> Iterator[Chunk]:
+    def chunks(self, listing: Listing, notes: Counter[str]) -> Iterator[Chunk]:
         """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error. Raises
         DataError in the end where `pairs` had no effect on any row."""
         rows, source = listing.rows(), listing.source
@@ -101,11 +104,16 @@ class Reader:
             own = [row for _, row in chunk if isinstance(row, Row)]
             pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
             converted = [(k, item) for k, (_, row) in enumerate(chunk) for item in self._convert(row, source)]
-            mended[REPEATED] += sum(item.repeats for _, item in converted if isinstance(item, Preference))
+            notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
             yield chunk, [(k, render(item, self.tokenizer, self.manners, self.scored)) for k, item in converted]
         if not pairs_made:
             fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
             raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
+
+    def _notes(self, preferences: Sequence[Preference], source: Source) -> dict[str, int]:
+        unasked = source.as_ is None and self.tokenizer.chat_template is not None
+        as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
+        return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text}
 
     def _convert(self, row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:
         if isinstance(row, BadRow):
@@ -167,10 +175,8 @@ class _Build:
     source_rows: list[int] = field(default_factory=list)
     bad: Complaints = field(default_factory=lambda: Complaints())
     dropped: Complaints = field(default_factory=lambda: Complaints())
-    mended: Counter[str] = field(default_factory=Counter)
-    """What was put right in the rows, by what it was."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What is to be said of pairs that are used."""
+    """What a user should know of rows that are used, counted."""
     cut: dict[str, list[int]] = field(default_factory=lambda: {name: [0, 0, 0] for name in PARTS})
     """Of prompts and answers that were cut: how many, the tokens that they lost, and those that they had."""
     conversations: int = 0
@@ -261,7 +267,7 @@ class _Build:
     def report(self) -> dict[str, Any]:
         counts = {"rows": self.read, "pairs": self.seen, "kept": self.kept, "source_rows": self.source_rows}
         measures = {"largest_id": self.largest_id, "longest": self.longest}
-        said = {"dropped": self.dropped.counts(), "mended": dict(+self.mended), "notes": dict(+self.notes)}
+        said = {"dropped": self.dropped.counts(), "notes": dict(+self.notes)}
         return {**counts, **measures, **said, "truncated": self.cut, "limits": _in_force(self.limits)}
 
 

@@ -30,17 +30,22 @@ def to_preferences(
     *,
     as_: str | None = None,
     chat_model: bool = False,
+    key: str = "data.train",
 ) -> list[Preference | RowError]:
     """Convert one raw row, which may hold several scored answers instead of two: `pairs` says which of them make a pair
     (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and the others
-    make pairs. Takes `as_` and `chat_model`, and raises, as `to_preference` does."""
+    make pairs. Takes `as_` and `chat_model`, and raises, as `to_preference` does; `key` is where the source stands in the
+    YAML, for the fixes of errors."""
     try:
         if template or not is_ranked(values, columns):
             _refuse_beside_template(columns, pairs, template)
             return [to_preference(values, columns, template, as_=as_, chat_model=chat_model)]
-        return _pairs_of(values, columns, pairs, as_)
+        made = _pairs_of(values, columns, pairs, as_)
     except RecursionError:
         raise RowError("row", "nested too deeply", "write a plainer row") from None
+    except RowError as error:
+        raise error.of(key) from None
+    return [item.of(key) if isinstance(item, RowError) else item for item in made]
 
 
 def is_ranked(values: Values, columns: Columns | None) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from dspref.data.messages import behind, is_blank, says_the_same, squeezed, stripped
 from dspref.data.normalise import Fields, no_pair, normalise
 from dspref.data.row_template import check_template as check_template
+from dspref.data.rows import DROP as DROP
 from dspref.data.rows import FIELDS, Columns, Message, RowError, Text, Values, given, kind_of, missing, parse_json, what_is
 from dspref.data.rows import one_line as one_line
 from dspref.data.texts import behind_text, shared_start
@@ -240,10 +241,21 @@ def _tools(fields: Values) -> list[Any] | None:
     fix = "write a JSON list of tools"
     tools = _parsed(fields.get("tools"), "tools", fix)
     if isinstance(tools, list):
-        tools = [_parsed(tool, f"tools[{i}]", fix) for i, tool in enumerate(tools)]
+        tools = [_tool(_parsed(tool, f"tools[{i}]", fix), f"tools[{i}]") for i, tool in enumerate(tools)]
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError("tools", "not a list of objects", fix)
     return tools or None
+
+
+def _tool(tool: Any, place: str) -> Any:
+    """A tool with parameters that are an object, flat or in its `function`: a template would quote JSON text once more."""
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(tool.get("function"), dict):
+        return tool | {"function": _tool(tool["function"], f"{place}.function")}
+    if not isinstance(tool.get("parameters"), str):
+        return tool
+    return tool | {"parameters": _parsed(tool["parameters"], f"{place}.parameters", "write a JSON schema")}
 
 
 def _template_kwargs(fields: Values) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dspref.data.rows import Message, RowError, Text, kind_of, parse_json, what_is
+from dspref.data.rows import DROP, Message, RowError, Text, kind_of, parse_json, what_is
 
 # ShareGPT's names of who speaks; any other is a role as it stands.
 SPEAKERS = {
@@ -27,13 +27,23 @@ WRITE_OBJECT = "write the arguments as a JSON object"
 
 
 def messages_of(value: Any, field: str) -> list[Message]:
-    """The messages of a list, or of a single message. Keys of a message that are null are left out. Raises RowError."""
-    items = [value] if isinstance(value, dict) else value
+    """The messages of a list, of a single message, or of an object of lists, as some data sets store them. Keys of a message
+    that are null are left out. Raises RowError."""
+    items = _apart(value) if isinstance(value, dict) else value
     if not isinstance(items, list):
         raise RowError(field, f"{what_is(value)}, not a list of messages", WRITE_MESSAGE)
     if not items:
         raise RowError(field, "empty message list")
     return [_message(item, f"{field}[{index}]") for index, item in enumerate(items)]
+
+
+def _apart(value: dict[str, Any]) -> list[Any]:
+    """`{"role": [...], "content": [...]}`, or one message, as a list of messages."""
+    lengths = {len(item) if isinstance(item, list) else -1 for item in value.values()}
+    roles = value.get("role", value.get("from"))
+    if not isinstance(roles, list) or len(lengths) != 1:
+        return [value]
+    return [dict(zip(value, items)) for items in zip(*value.values())]
 
 
 def answer_of(value: Any, field: str, behind: Any) -> Text:
@@ -96,7 +106,7 @@ def _with_text(message: Message, place: str) -> Message:
 def _text_of_parts(content: Any, place: str) -> str:
     """The texts of content parts, one behind the other, as the templates that take parts have them."""
     parts = [content] if isinstance(content, dict) else content
-    if not any(isinstance(part, dict) for part in parts):
+    if parts and not any(isinstance(part, dict) for part in parts):
         raise RowError(place, f"{what_is(content)}, not text", "write the message's text")
     texts = []
     for number, part in enumerate(parts):
@@ -136,6 +146,17 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     return call | {"arguments": parsed}
 
 
+def refused_by_template(error: Exception, prompt: Text) -> RowError:
+    """What a chat template raised. Some have no place for a system message: that has a remedy of its own."""
+    system = not isinstance(prompt, str) and any(message["role"] == "system" for message in prompt)
+    fix = DROP
+    if system and "system" in str(error).lower():
+        fix = (
+            'write it into the first user message (a template can: prompt: "{system} {prompt}"), or set model.chat_template'
+        )
+    return RowError("chat_template", f"{type(error).__name__}: {error}", fix)
+
+
 # ------------------------------------------------------------------------------------------ comparing what was said
 
 
@@ -146,11 +167,10 @@ def squeezed(text: str | None) -> str:
 
 def says_the_same(left: Message, right: Message) -> bool:
     """Whether two messages are one, up to white space in their text."""
-    return _said(left) == _said(right)
-
-
-def _said(message: Message) -> tuple[Any, ...]:
-    return (message["role"], squeezed(message.get("content")), message.get("tool_calls"), message.get("function_call"))
+    if any(left.get(key) != right.get(key) for key in ("role", "tool_calls", "function_call")):
+        return False
+    one, other = left.get("content") or "", right.get("content") or ""
+    return one == other or squeezed(one) == squeezed(other)
 
 
 def is_blank(answer: Text) -> bool:

@@ -20,6 +20,7 @@ from dspref.data.rows import (
     RowError,
     Values,
     close_name,
+    find,
     given,
     is_message,
     kind_of,
@@ -37,7 +38,9 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 REJECTED = ("rejected_response", "rejected_messages")
 # Columns that hold a prompt elsewhere: where one is there, what two texts share at their start is not the prompt.
 PROMPT_LIKE = ("instruction", "question", "query", "input", "context", "problem", *CONVERSATIONS)
-JSON_MESSAGE = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|content|value)["']\s*:""")
+# The start of a conversation in JSON, or in Python's writing.
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+OBJECTS = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
 WRITE_CONVERSATION = "write it with json.dumps, or set data.train.as: text if text is meant"
 
 
@@ -63,6 +66,7 @@ def normalise(
             row = _with_conversations(row)
         row = _with_history(row, values, named, ranked)
         _refuse_implied(row, values)
+        _refuse_lost(row, values, named)
     # A source speaks one way: where some rows have a system message, those without one are conversations too.
     speaks = "system" in row or (template is not None and chat_model)
     system = _system(row.pop("system", None))
@@ -83,8 +87,9 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
         name = named.get(field, field)
         if field not in named and name in taken:
             continue  # the column is another field's
-        if name in values:
-            row[field] = values[name]
+        there, value = find(values, name) if field in named else (name in values, values.get(name))
+        if there:
+            row[field] = value
         # A misspelt prompt column would silently turn the row into one with an implicit prompt.
         elif field in named or (field == "prompt" and close_name(name, values, cutoff=0.85) is not None):
             raise missing(field, values, name)
@@ -103,20 +108,18 @@ def _with_conversations(row: Fields) -> Fields:
 
 
 def _conversation(value: Any, field: str) -> Any:
-    match = JSON_MESSAGE.match(value) if isinstance(value, str) else None
-    if not match:
+    if not isinstance(value, str) or not OBJECTS.match(value):
         return value
     try:
-        _, end = JSONDecoder().raw_decode(value, len(value) - len(value.lstrip()))
+        found, end = JSONDecoder().raw_decode(value, len(value) - len(value.lstrip()))
     except (JSONDecodeError, ValueError, RecursionError):
-        if match[1] is None:
+        if not MESSAGES.match(value):
             return value
         raise RowError(field, "looks like a conversation, and is broken JSON", WRITE_CONVERSATION) from None
-    if value[end:].strip():
-        return value  # a text that begins with an example
-    parsed = parse_json(value, field, WRITE_CONVERSATION)
-    messages = [parsed] if isinstance(parsed, dict) else parsed
-    return parsed if messages and all(map(is_message, messages)) else value
+    messages = [found] if isinstance(found, dict) else found
+    if value[end:].strip() or not all(map(is_message, messages)):
+        return value  # a text that begins with an example, or other JSON
+    return parse_json(value, field, WRITE_CONVERSATION)
 
 
 # ------------------------------------------------------------------------------------------ conversations as columns
@@ -143,7 +146,10 @@ def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked:
         return row | {"prompt": messages} | ({} if ranked else {"rejected": rejected})
     if rejected is None or "chosen" in row:
         return row
-    return {**row, **_beside_the_last(messages_of(history, name), rejected, name, other or "rejected")}
+    messages = messages_of(history, name)
+    if other is None and messages[-1]["role"] != "assistant":
+        return row  # the chosen answer is missing
+    return {**row, **_beside_the_last(messages, rejected, name, other or "rejected")}
 
 
 def _refuse_implied(row: Fields, values: Values) -> None:
@@ -156,6 +162,17 @@ def _refuse_implied(row: Fields, values: Values) -> None:
         raise RowError(
             "prompt", f"no such column, and {name!r} may be meant", f"set data.train.columns.prompt: {name}{more}"
         )
+
+
+def _refuse_lost(row: Fields, values: Values, named: Mapping[str, str]) -> None:
+    """Columns that belong to a text prompt in the layout of Alpaca, and would not be in it."""
+    if kind_of(row.get("prompt")) != "text":
+        return
+    if named.get("prompt") == "instruction" and "input" not in named.values() and values.get("input"):
+        fix = "make the prompt of both by data.train.template"
+        raise RowError("input", "belongs to the instruction, and would not be in the prompt", fix)
+    if isinstance(values.get("history"), list) and values["history"] and "history" not in named.values():
+        raise RowError("history", "earlier turns, which would not be in the prompt", "write the conversation as messages")
 
 
 def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, other: str) -> Fields:

@@ -65,6 +65,15 @@ def given(columns: Columns | None) -> dict[str, str]:
     return {field: name for field, name in named.items() if name != field or field not in FIELDS}
 
 
+def find(values: Values, name: str) -> tuple[bool, Any]:
+    """Whether there is such a column, and what it holds; `column.key` is a key of an object."""
+    if name in values:
+        return True, values[name]
+    column, dot, key = name.partition(".")
+    inner = values.get(column)
+    return find(inner, key) if dot and isinstance(inner, dict) else (False, None)
+
+
 def close_name(name: str, values: Values, cutoff: float = 0.6) -> str | None:
     by_folded = {str(column).casefold(): str(column) for column in values if column not in FIELDS}
     close = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=cutoff)

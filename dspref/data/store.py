@@ -167,10 +167,8 @@ def _log_report(report: Mapping[str, Any], log: Log) -> None:
     if report["dropped"]:
         left_out, unit = report["pairs"] - report["kept"], "rows" if report["pairs"] == report["rows"] else "pairs"
         log(f"data: left out {left_out} of {report['pairs']} {unit}: {in_words(report['dropped'])}")
-    if report["mended"]:
-        log(f"data: taken out: {in_words(report['mended'])}")
-    for note, count in report["notes"].items():
-        log(f"data: in {count} of {report['kept']} pairs {note}")
+    if report["notes"]:
+        log(f"data: {in_words(report['notes'])}")
     if lost := [truncation_in_words(name, *figures) for name, figures in report["truncated"].items() if figures[0]]:
         log(f"data: beyond {report['limits']}, of {report['kept']} pairs: {'; '.join(lost)}")
 

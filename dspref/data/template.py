@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from dspref.data.formats import Message, Preference, RowError, one_line
+from dspref.data.formats import Preference
+from dspref.data.messages import refused_by_template
+from dspref.data.rows import Message, RowError, one_line
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
@@ -185,7 +187,7 @@ def render(
     try:
         return _render_chat(preference, tokenizer, manners, "all" if manners.unknown else scored)
     except Exception as error:  # a template is a program: it may raise anything
-        return error if isinstance(error, RowError) else RowError("chat_template", f"{type(error).__name__}: {error}")
+        return error if isinstance(error, RowError) else refused_by_template(error, preference.prompt)
 
 
 def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, scored: str) -> Rendering | RowError:
@@ -223,9 +225,9 @@ def _render_chat(preference: Preference, tokenizer: Any, manners: Manners, score
             raise RowError(field, "no assistant message in the answer")
         if not unfinished and manners.asks:
             lacking.add(asked[_shared(asked, full) :])
-    notes = [f"the prompt lacks {text!r}, which the template puts before a new answer" for text in sorted(lacking - {""})]
+    notes = [f"prompt without the {text!r} that the template puts before a new answer" for text in sorted(lacking - {""})]
     if any(answer[-1]["role"] != "assistant" for answer in answers):
-        notes.append("what follows the last turn of the assistant is left out")
+        notes.append("pair with turns behind the assistant's last, which are left out")
     return Rendering(asked, chosen, rejected, False, head, (sides[0], sides[1]), tuple(map(one_line, notes)))
 
 

@@ -6,7 +6,7 @@ import re
 from os.path import commonprefix
 
 # HH-RLHF: where the assistant begins to speak, if possible at the start of a line.
-ASSISTANT_SPEAKS = (re.compile(r"(?:^|\n)[ \t]*Assistant:"), re.compile(r"(?<!\w)Assistant:"))
+ASSISTANT_SPEAKS = (re.compile(r"(?:^|\n)[ \t]*(Assistant|ASSISTANT):"), re.compile(r"(?<!\w)(Assistant|ASSISTANT):"))
 # Scripts that put no space between words: CJK signs and kana, not Hangul.
 UNSPACED = re.compile("[\u2e80-\u312f\u3190-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 

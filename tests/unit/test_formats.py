@@ -101,7 +101,8 @@ def test_implicit_text_prompt_is_what_the_answers_share_in_whole_words(
         return
     for answers in ((chosen, rejected), (rejected, chosen)):
         preference = to_preference(dict(zip(("chosen", "rejected"), answers)))
-        assert preference == Preference(prompt, *(answer[len(prompt) :] for answer in answers))
+        first, second = (answer[len(prompt) :] for answer in answers)
+        assert preference == Preference(prompt, first, second)
 
 
 def test_a_conversation_that_is_a_prefix_of_the_other_keeps_an_answer() -> None:
@@ -158,6 +159,9 @@ def test_tools_and_template_kwargs_are_kept(as_text: bool) -> None:
     }
     preference = to_preference(row)
     assert preference.tools == tools
+    as_texts = [{"type": "function", "function": {"name": "f", "parameters": '{"type": "object"}'}}, '{"name": "g"}']
+    parsed = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"name": "g"}]
+    assert to_preference(row | {"tools": as_texts}).tools == parsed
     assert preference.chat_template_kwargs == {"thinking": True}
     assert to_preference(CHAT | {"tools": None, "chat_template_kwargs": None}) == FIXTURES["chat"][1]
 
@@ -292,6 +296,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
         {},
         Preference('[{"role": "user", "content": "q"}] What is this?', " a", " b"),
     ),
+    "texts that are other JSON": (
+        {"prompt": '[{"role": 3}]', "chosen": '{"x": NaN}', "rejected": '{"x": "\\ud800"}'},
+        {},
+        Preference('[{"role": 3}]', '{"x": NaN}', '{"x": "\\ud800"}'),
+    ),
     "roles of templates": (
         CHAT | {"prompt": [user("q"), {"role": "ipython", "content": "1"}, {"role": "environment", "content": "2"},
                            {"role": "observation", "content": "3"}]},
@@ -327,6 +336,30 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
             [assistant("", tool_calls=[{"name": "f", "arguments": {"x": None}}, {"name": "g", "arguments": {}}])],
             [assistant("", tool_calls=[CALL])],
         ),
+    ),
+    "OpenAI's pairs": (
+        {"input": {"messages": [user("q")]}, "preferred_output": [assistant("a")], "non_preferred_output": [assistant("b")]},
+        {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+        PAIR,
+    ),
+    "objects of lists": (
+        {
+            "prompt": {"role": ["system", "user"], "content": ["s", "q"]},
+            "chosen": {"role": ["assistant"], "content": ["a"]},
+            "rejected": {"from": ["gpt"], "value": ["b"]},
+        },
+        {},
+        Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]),
+    ),
+    "JSON text with another key first": (
+        CHAT | {"prompt": '[{"name": "x", "role": "user", "content": "q"}]'},
+        {},
+        Preference([user("q") | {"name": "x"}], [assistant("a")], [assistant("b")]),
+    ),
+    "an Alpaca row with two answers": (
+        {"instruction": "q", "input": "", "history": [], "chosen": "a", "rejected": "b"},
+        {"prompt": "instruction"},
+        Preference("q", "a", "b"),
     ),
     "a legacy function call": (
         CHAT | {"chosen": [assistant(None, function_call={"name": "f", "arguments": '{"x": 2}'})]},
@@ -452,6 +485,8 @@ def test_an_empty_system_message_is_none(empty: str | None) -> None:
         ({**WHOLE, "other": "unrelated"}, {"prompt": "other"}, None, "columns.prompt"),
         (TEXT, {"system": "sys"}, None, "system"),
         (TEXT, {"chosen": "rejected"}, None, "rejected"),
+        (TEXT | {"instruction": "q", "input": "x"}, {"prompt": "instruction"}, None, "input"),
+        (TEXT | {"history": [["p", "o"]]}, {}, None, "history"),
     ],
 )
 def test_a_key_without_effect_is_named(row: dict[str, Any], columns: dict[str, str], template: Any, field: str) -> None:
@@ -570,6 +605,7 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         (TEXT | {"prompt": '[{"role": "user", "content": "q"}'}, "prompt", "looks like a conversation"),
         ({"messages": [user("q")], "rejected_response": "b"}, "messages[0]", "is to be the chosen answer"),
         ({"messages": [assistant("a")], "rejected_response": "b"}, "messages", "no message before the answer"),
+        ({"messages": [user("q")], "choosen": "a", "rejected": "b"}, "chosen", "no column 'chosen'"),
         ({"instruction": "q", "chosen": "The sky", "rejected": "The sea"}, "prompt", "'instruction' may be meant"),
         ({"instruction": "q", "input": "x", "chosen": "The sky", "rejected": "The sea"}, "prompt", "'instruction' may be"),
         # what is no pair says what it is

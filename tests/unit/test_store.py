@@ -380,13 +380,20 @@ def test_a_template_makes_conversations_for_a_tokenizer_that_has_one(tmp_path: P
         (True, "text", None, as_text),
         (True, "chat", None, as_chat),
         (True, None, "{system}", with_system),
+        (True, None, "no system", None),
     ):
         tokenizer = words()
         if has_template:
-            tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' . ' }}{% endfor %}"
+            refuse = "{% if m.content == 'no system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+            tokenizer.chat_template = f"{{% for m in messages %}}{refuse}{{{{ m.content + ' . ' }}}}{{% endfor %}}"
         source = Source(path, template=template | ({"system": system} if system else {}), as_=as_)
         cache = tmp_path / "cache"
-        store = load_pairs([source], tokenizer, Limits(), on_bad_row="error", cache_dir=cache, log=lambda line: None)
+        how: Any = {"on_bad_row": "error", "cache_dir": cache, "log": lambda line: None}
+        if expected is None:
+            with pytest.raises(DataError, match="System role not supported; fix: write it into the first user message"):
+                load_pairs([source], tokenizer, Limits(), **how)
+            continue
+        store = load_pairs([source], tokenizer, Limits(), **how)
         assert contents(store) == [expected], (has_template, as_, system)
 
 
@@ -472,3 +479,73 @@ def test_contents_are_numbered_alike() -> None:
     numbers = building.numbered(digests)
     assert numbers[0] == numbers[2] and numbers[1] == numbers[5] and len(set(numbers)) == 4
     assert len(building.numbered(digests[:0])) == 0
+
+
+WITH_CALLS = (
+    "{% for t in tools or [] %}<t>{{ t | tojson }}{% endfor %}"
+    "{% if thinking is defined %}<thinking={{ thinking }}>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_parquet_and_json_lines_give_the_same_tokens_and_arguments_are_objects(tmp_path: Path, shared: Path) -> None:
+    """Two tools with other arguments, one row with a template setting; arguments also as OpenAI writes them, JSON text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def row(name: str, arguments: Any, **kwargs: Any) -> dict[str, Any]:
+        asked = arguments if isinstance(arguments, dict) else json.loads(arguments)
+        parameters = {"type": "object", "properties": {key: {"type": type(value).__name__} for key, value in asked.items()}}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {
+            "prompt": [{"role": "user", "content": "Go."}],
+            "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": parameters}}],
+            "chat_template_kwargs": kwargs,
+        }
+
+    rows = [row("weather", {"city": "Bonn"}), row("add", {"x": 1, "y": 2}, thinking=True), row("weather", {"city": "Ulm"})]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    as_text = [json.dumps(one).replace('{"city": "Bonn"}', json.dumps('{"city": "Bonn"}')) for one in rows]
+    (tmp_path / "text.jsonl").write_text("\n".join(as_text))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "arrow.parquet")
+    tokenizer = load_tokenizer(str(shared / "tokenizer" / "gpt2-chatml"), chat_template=WITH_CALLS)
+    how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lambda line: None}
+    lines, text, arrow = (
+        load_pairs([Source(str(tmp_path / name))], tokenizer, Limits(), **how)
+        for name in ("lines.jsonl", "text.jsonl", "arrow.parquet")
+    )
+    assert contents(lines) == contents(text) == contents(arrow)
+    assert str(tokenizer.decode(arrow[0].chosen)).startswith('weather {"city": "Bonn"}<|im_end|>')
+    assert "null" not in str(tokenizer.decode(arrow[0].prompt)) and "thinking" not in str(tokenizer.decode(arrow[0].prompt))
+    assert "<thinking=True>" in str(tokenizer.decode(arrow[1].prompt))
+
+
+def test_a_turn_that_stands_twice_is_trained_once_and_told(tmp_path: Path, shared: Path) -> None:
+    system, user = ({"role": role, "content": text} for role, text in (("system", "Be brief."), ("user", "Who are you? ")))
+    one, other = ({"role": "assistant", "content": text} for text in ("Nobody.", "Somebody."))
+    plain = {"prompt": [system, user], "chosen": [one], "rejected": [other]}
+    again = user | {"content": "Who are you?"}
+    twice = {"prompt": [system, user], "chosen": [again, one], "rejected": [again, other]}
+    tokenizer = load_tokenizer(str(shared / "tokenizer" / "gpt2-chatml"))
+    stores, told = [], []
+    for name, row in (("plain", plain), ("twice", twice)):
+        source = write(tmp_path / f"{name}.jsonl", [row, row])
+        how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": told.append}
+        stores.append(load_pairs([source], tokenizer, Limits(), **how))
+    assert contents(stores[0]) == contents(stores[1])
+    assert told == ["data: 4 x prompt, or end of it, that an answer repeated and lost"]
+
+
+def test_text_for_a_tokenizer_with_a_chat_template_is_told_unless_it_is_meant(tmp_path: Path) -> None:
+    path, tokenizer = write(tmp_path / "a.jsonl", ROWS).path, words()
+    for has_template, as_, told in ((True, None, True), (True, "text", False), (True, "chat", False), (False, None, False)):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' . ' }}{% endfor %}" if has_template else None
+        lines: list[str] = []
+        how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / f"{has_template}{as_}", "log": lines.append}
+        for _ in range(2):  # a store that is found again tells it too
+            load_pairs([Source(path, as_=as_)], tokenizer, Limits(), **how)
+        assert ["5 x pair of plain text" in line for line in lines] == [True, True] * told
