@@ -26,21 +26,8 @@ FILES = (
 )  # fmt: skip
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
-WORDS = (
-    "run_id",
-    "step",
-    "steps",
-    "state",
-    "content",
-    "files",
-    "time",
-    "event",
-    "summary",
-    "process",
-    "place",
-    "aside",
-    "loss",
-)
+WORDS = ("run_id", "step", "steps", "state", "content", "files", "time", "event", "summary", "process", "place", "loss")
+KEYS = st.sampled_from(WORDS) | st.text(max_size=4)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=8,
