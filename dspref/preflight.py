@@ -36,6 +36,8 @@ from dspref.machine import (
 )
 
 OPEN_FILES, SHARED_MEMORY = 4096, 2**30
+# What a run adds to where it goes on.
+APPENDED = ("metrics.jsonl", "events.jsonl")
 # NCCL takes some 10 MB of shared memory for each connection; docker gives 64 MB unless told otherwise.
 SHARED_MEMORY_PER_RANK = 16 * 2**20
 
@@ -134,6 +136,14 @@ def check_folders(scene: Scene) -> Verdict:
                 pass
         except OSError as error:
             return Verdict(FAIL, f"{name}: {folder} cannot be written ({error.strerror}); choose another folder")
+    for path in [Path(scene.config.output_dir) / name for name in APPENDED] if scene.config else []:
+        try:
+            if path.exists():
+                open(path, "ab").close()
+        except OSError as error:
+            return Verdict(
+                FAIL, f"output_dir: {path} cannot be written ({error.strerror}); mend it, or choose another folder"
+            )
     return Verdict(OK, f"can be written: {', '.join(map(str, folders.values()))}")
 
 

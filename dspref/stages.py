@@ -293,6 +293,8 @@ def open_run(
         run.update(content=content)
 
     distributed.on_main(work)
+    # What was drawn so far depends on what a start before this one left: random weights are drawn once, on rank 0.
+    distributed.set_seed(config.train.seed)
     distributed.log_to(run.path / "logs")
     run.event("start", world_size=distributed.world().size)
     return Origin(weights, distributed.broadcast_object(content.get("reference", "")))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import Forked
+from forked import Forked, until
 from test_preemption import arguments, events
 from test_resume import forget_everything_after, training_records
 from tiny import write_run
@@ -81,6 +81,23 @@ def kill_and_go_on(kind: str, victim: int, point: int, run_file: Path, whole: Pa
         assert before <= kept, "an old run is set aside and not lost"
     if kind == "resume":
         assert events(run, "resume"), "what was committed is used"
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_moved_away_ends_the_run_soon(run_file, whole, forked, tmp_path):
+    """And nothing is written where it was; put back, it goes on."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    far = arguments(run_file, run, *RUN, "train.max_steps=100000", "checkpoint.save_every=null")
+    ranks = forked.start(2, far)
+    until(lambda: len(training_records(run)) > 2 if (run / "metrics.jsonl").exists() else False)
+    run.rename(away)
+    assert forked.wait(ranks) == [7, 7], ranks.said()
+    (line,) = [line for line in ranks.said().splitlines() if "was deleted or moved while the run was in it" in line]
+    assert line.startswith(f"{run}: ") and "put it back" in line
+    assert not run.exists()
+    away.rename(run)
+    assert forked.wait(forked.start(2, arguments(run_file, run, *RUN))) == [0, 0]
+    assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
 def window(lines: list[str]) -> int:

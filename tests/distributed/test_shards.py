@@ -132,6 +132,26 @@ def test_what_deepspeed_loads_is_data_whatever_it_asks_for(run, tmp_path):
     assert_it_would_have_run(files[0], canary)
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=SLOW)])
+def test_files_that_the_manifest_does_not_name_are_never_loaded(ranks, run, run_file, all_workers, tmp_path):  # noqa: F811
+    """DeepSpeed takes what has a name of the right form; on one rank the checkpoint of two is converted."""
+    checkpoint = run / "checkpoints/step-000002"
+    consolidate.consolidate(checkpoint, tmp_path / "before")
+    more = {"mp_rank_01_model_states.pt": "mp_rank_00", "zero_pp_rank_2_mp_rank_00_optim_states.pt": "zero_pp_rank_0"}
+    for name, beginning in more.items():
+        (like,) = (checkpoint / "engine").glob(f"{beginning}*")
+        shutil.copy(like, checkpoint / "engine" / name)
+    (checkpoint / "engine/zero_pp_rank_3_mp_rank_00_optim_states.pt").write_bytes(b"cposix\nsystem\n")
+    consolidate.consolidate(checkpoint, tmp_path / "after")
+    weights = "model.safetensors"
+    assert (tmp_path / "after" / weights).read_bytes() == (tmp_path / "before" / weights).read_bytes()
+    forget_everything_after(run, 2)
+    assert train(all_workers[ranks], run_file, run, stage(2), "train.max_steps=2") == [0] * ranks
+    assert (run / "final" / weights).read_bytes() == (tmp_path / "before" / weights).read_bytes()
+    assert (run / "logs/rank-0.log").read_text().count("is not in the manifest of step-000002; it is not read") == 1
+    assert not list(run.glob("checkpoints/.*"))
+
+
 def test_a_file_that_is_no_checkpoint(tmp_path):
     (tmp_path / "x_model_states.pt").write_bytes(b"cposix\nsystem\n")
     with pytest.raises(IOFault, match="not in torch's format"):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -336,3 +337,41 @@ def test_the_command_answers_without_torch_and_with_an_exit_code(tmp_path):
     for arguments, code in (([], 0), ([f"{tmp_path}/run.yaml", "output_dir=/proc/no/run"], 4), (["/no/such.yaml"], 2)):
         result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60)
         assert result.returncode == code and "Traceback" not in result.stderr, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "metrics.jsonl"])
+def test_what_a_run_goes_on_to_write_is_tried_too(name):
+    """The folder itself may be written, and still what is in it not."""
+    # Not below pytest's own folder, which is root's alone: root may write anywhere, so the test is somebody else.
+    with tempfile.TemporaryDirectory(dir="/tmp") as scratch:
+        folder, own = Path(scratch), os.geteuid()
+        folder.chmod(0o777)
+        run = run_of(folder)
+        inner = Path(run.output_dir) / name
+        inner.parent.mkdir(mode=0o777)
+        inner.parent.chmod(0o777)
+        inner.touch() if "." in name else inner.mkdir()
+        caches = {"DSPREF_CACHE": f"{scratch}/cache", "TORCH_EXTENSIONS_DIR": f"{scratch}/builds"}
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in caches.items():
+                patch.setenv(key, value)
+            patch.setattr(tempfile, "tempdir", scratch)
+            inner.chmod(0o777)
+            assert preflight.check_folders(Scene(run)).level == OK
+            inner.chmod(0o444 if "." in name else 0o555)
+            if own == 0:
+                os.seteuid(65534)
+            try:
+                verdict = preflight.check_folders(Scene(run))
+            finally:
+                os.seteuid(own)
+        assert verdict.level == FAIL and str(inner) in verdict.text and "cannot be written" in verdict.text
+        inner.rmdir() if inner.is_dir() else inner.unlink()
+
+
+def test_a_file_where_a_run_keeps_its_checkpoints(tmp_path):
+    run = run_of(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/checkpoints").touch()
+    verdict = preflight.check_folders(Scene(run))
+    assert verdict.level == FAIL and "is no folder" in verdict.text
