@@ -6,6 +6,7 @@ The config refuses; it never rewrites what the user wrote. `dspref.config` reads
 from __future__ import annotations
 
 import builtins
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_origin
@@ -362,10 +363,10 @@ ObjectiveSection = Annotated[
 
 def shipped(path: str) -> Path:
     """`ds_configs/...` and `launch/...` that are absent in the working directory are taken from dspref itself."""
-    if not Path(path).exists() and path.split("/")[0] in ("ds_configs", "launch"):
+    if not os.path.exists(path) and path.split("/")[0] in ("ds_configs", "launch"):
         package = Path(__file__).parent
         for root in (package.parent, package / "shipped"):
-            if (root / path).exists():
+            if os.path.exists(root / path):
                 return root / path
     return Path(path)
 
@@ -395,7 +396,7 @@ class Config(Section):
     @property
     def has_strategy_file(self) -> bool:
         """False where `deepspeed` is a path at which nothing lies."""
-        return not isinstance(self.deepspeed, str) or shipped(self.deepspeed).exists()
+        return not isinstance(self.deepspeed, str) or os.path.exists(shipped(self.deepspeed))
 
     @property
     def strategy(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ SILENT_SECONDS = 600
 
 def is_foreign(folder: Path) -> bool:
     """True for a folder that holds something which dspref did not make."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     if any((folder / name).exists() for name in ("run.json", "submit/config.yaml", "submit/job.sbatch")):
         return False
@@ -39,7 +39,7 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
     """Everything that is known of a run; None for what is not. Raises ConfigError where there is no run."""
     now = now or datetime.now(UTC)
     run, job = mapping(folder / "run.json"), mapping(folder / "submit" / "job.json")
-    if not run and not job and not (folder / "submit" / "config.yaml").exists():
+    if not run and not job and not os.path.exists(folder / "submit" / "config.yaml"):
         raise ConfigError(f"{folder}: holds no dspref run; give the output_dir of one")
     events = [event for event in lines(folder / "events.jsonl") if moment(event.get("time"))]
     step, effective, recent = training(folder / "metrics.jsonl")
