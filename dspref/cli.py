@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from dspref.errors import ConfigError, ExitCode, UserError
+from dspref.terminal import shown
 
 app = typer.Typer(
     help="Preference optimization with DeepSpeed, from one YAML file.",
@@ -44,10 +46,11 @@ def check(
     if show:
         print(configuration.dump(config), end="")
     else:
-        print(
+        said = (
             f"{file}: good; {config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, "
             f"ZeRO-{config.zero_stage}, into {config.output_dir}"
         )
+        print(shown(said))
 
 
 @app.command()
@@ -182,7 +185,8 @@ def faults_in_one_line() -> Iterator[None]:
     except OSError as error:
         if not error.filename:
             raise
-        print(f"{error.filename}: {error.strerror}; mend the permissions, or use another folder", file=sys.stderr)
+        remedy = "use a shorter name" if error.errno == errno.ENAMETOOLONG else "mend the permissions, or use another folder"
+        print(shown(f"{error.filename}: {error.strerror}; {remedy}"), file=sys.stderr)
         raise typer.Exit(int(ExitCode.IO)) from None
 
 
@@ -205,7 +209,7 @@ def export(
         from dspref.consolidate import consolidate
 
         consolidate(checkpoint, to, dtype.value if dtype else None)
-        print(f"{checkpoint} -> {to}")
+        print(shown(f"{checkpoint} -> {to}"))
 
     raise typer.Exit(launcher.guarded(job))
 

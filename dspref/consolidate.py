@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,14 +62,14 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
 
 
 def refuse_taken(to: Path) -> None:
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    if os.path.exists(to) and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to: {to} is there already; give a folder that is not")
 
 
 def checked_config(checkpoint: Path) -> Config:
     """The config of the run that a committed checkpoint belongs to."""
     run = RunFolder(checkpoint.absolute().parent.parent)
-    if not (checkpoint / manifest.NAME).is_file() or manifest.step_of(checkpoint.absolute()) is None:
+    if not os.path.isfile(checkpoint / manifest.NAME) or manifest.step_of(checkpoint.absolute()) is None:
         known = committed_folders(RunFolder(checkpoint)) or committed_folders(run)
         there = f"; there is {known[-1]}" if known else ""
         raise ConfigError(f"{checkpoint}: is no committed checkpoint (RUN/checkpoints/step-N){there}")

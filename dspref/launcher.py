@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -65,7 +66,7 @@ def guarded(job: Callable[[], None]) -> int:
     except OSError as error:
         if exit_code_of(error) is not ExitCode.IO:  # of a library's own making: a bug, shown as one
             return report_bug(terminal)
-        remedy = "free the space, mend the permissions, or use another output_dir="
+        remedy = remedy_of(error)
         fault = shown(redact(f"{error.filename or 'a file of the run'}: {error.strerror}; {remedy}"))
         if distributed.first_to_say(fault):
             print(fault, file=terminal, flush=True)
@@ -75,6 +76,12 @@ def guarded(job: Callable[[], None]) -> int:
     except Exception:
         return report_bug(terminal)
     return int(ExitCode.DONE)
+
+
+def remedy_of(error: OSError) -> str:
+    if error.errno == errno.ENAMETOOLONG:
+        return "a name has at most 255 bytes: use a shorter one"
+    return "free the space, mend the permissions, or use another output_dir="
 
 
 def report_bug(terminal: TextIO) -> int:

@@ -128,7 +128,7 @@ def absolute(folder: str) -> Path:
 
 def refuse_occupied(run: Path) -> None:
     """Raise ConfigError for a folder of somebody else, and for a run whose job has not ended: two would write one run."""
-    if run.exists() and not run.is_dir():
+    if os.path.exists(run) and not os.path.isdir(run):
         raise ConfigError(f"output_dir: {run} is a file; choose another folder")
     if is_foreign(run):
         raise ConfigError(f"output_dir: {run} is not empty and holds no dspref run; choose another folder")
@@ -149,7 +149,7 @@ def render(job: Job, folder: Path, runs: Sequence[Path], is_array: bool) -> str:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    if job.setup and not job.setup.is_file():
+    if job.setup and not os.path.isfile(job.setup):
         raise ConfigError(f"--setup: {job.setup}: no such file; give a shell file that the job is to source")
     template = configuration.shipped("launch/slurm/run.sbatch.j2").read_text(encoding="utf-8")
     jinja = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)

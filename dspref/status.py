@@ -32,7 +32,7 @@ LONGEST = 1e9
 
 def is_foreign(folder: Path) -> bool:
     """True for a folder that holds something which dspref did not make."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     if any((folder / name).exists() for name in (record.NAME, "submit/config.yaml", "submit/job.sbatch")):
         return False
@@ -48,7 +48,7 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
     now = now or datetime.now(UTC)
     (found, damage), job = record.read(folder), read_object(folder / "submit" / "job.json")
     run = record.sound(found)
-    if not run and not damage and not job and not (folder / "submit" / "config.yaml").exists():
+    if not run and not damage and not job and not os.path.exists(folder / "submit" / "config.yaml"):
         raise ConfigError(f"{folder}: holds no dspref run; give the output_dir of one")
     if damage and not run:
         run = {"state": "damaged", "error": f"{record.NAME}: {damage}"}

@@ -70,7 +70,7 @@ def test_under_a_launcher_nothing_is_left(launcher, how, run_file, tmp_path):
         "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "tests/distributed/faulty.py"],
     }
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    environment |= {"FAULT": f"die:1:3:{how}", "PYTHONPATH": f"{ROOT}/tests:{ROOT}/tests/distributed"}
+    environment |= {"FAULT": f"die:1:3:{how}", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/distributed"}
     command = [*start[launcher], *arguments(run_file, run, *FAR)]
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)

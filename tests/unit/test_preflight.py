@@ -131,6 +131,21 @@ def test_stale_build_locks_are_named_and_left_alone(tmp_path):
     assert lock.exists()
 
 
+def test_operators_are_loaded_from_no_folder_that_others_may_write(tmp_path):
+    """What is there is code: in /tmp anybody may have been first."""
+    scene = Scene(None, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "builds")})
+    assert CHECKS["build locks"](scene).level == OK
+    for mode, level in ((0o700, OK), (0o755, OK), (0o775, OK), (0o777, FAIL), (0o1777, FAIL)):
+        (tmp_path / "builds").mkdir(exist_ok=True)
+        (tmp_path / "builds").chmod(mode)
+        assert CHECKS["build locks"](scene).level == level, oct(mode)
+    (tmp_path / "builds").chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "builds", 65534, 65534)
+        assert "belongs to user 65534" in CHECKS["build locks"](scene).text or os.geteuid() == 65534
+        assert CHECKS["build locks"](scene).level == FAIL
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Room
 
