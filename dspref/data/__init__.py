@@ -1,8 +1,8 @@
 """The data path, from files to packed batches, in six steps.
 
-1. `sources`: files, folders, globs and hub sets become lists of files; `splits` says which of them a split means, and refuses
-   what finds nothing. `rowfiles` reads their raw rows. Every row knows its file and line, so that any later complaint can name
-   the place. A broken line is a `BadRow`, a broken file is an error.
+1. `sources`: files, folders, globs and hub sets become lists of files; `splits` says which of them a split means, and
+   refuses what finds nothing. `rowfiles` reads their raw rows. Every row knows its file and line, so that any later
+   complaint can name the place. A broken line is a `BadRow`, a broken file is an error.
 2. `formats`: a raw row becomes a `Preference`: a prompt, a chosen and a rejected answer, all text or all
    message lists. The table `FORMATS` names each layout that is understood. Text is never stripped or changed.
    `completions`: a row of several scored answers becomes several pairs.

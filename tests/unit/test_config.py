@@ -57,7 +57,7 @@ reference:
 data:
   train:                  # a list is a mixture
     - path: data/pairs.jsonl          # file, glob, folder or hub id
-      split: null 
+      split: null
       max_samples: null
       weight: 1.0
       columns: {prompt: prompt, chosen: chosen, rejected: rejected}
