@@ -31,6 +31,7 @@ KEY_BYTES = 16
 # Sums of log-probs: over an answer's tokens; over its first m tokens, m = the shorter answer of the pair (LD-DPO).
 VALUES = ("sum", "common_sum")
 BLOCK_PAIRS = 1000
+ROWS_AT_ONCE = 20_000
 STALE_SECONDS = 24 * 3600
 SUFFIX = ".safetensors"
 
@@ -39,25 +40,33 @@ def sequence_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarra
     """The keys of (prompt + chosen) and (prompt + rejected) of each pair of `rows` (default: all), uint8 [n, 2, KEY_BYTES].
 
     A key is the sha256, cut short, of all that decides the values of a sequence: prompt ids and answer ids (int32, little
-    endian), then the fixed-size tail (prompt length, answer length, m), which makes the whole unambiguous. Read-only.
+    endian), which of the answer's tokens are scored where that is not all, then the fixed-size tail (prompt length, answer
+    length, m), which makes the whole unambiguous. Read-only.
     """
-    tokens, offsets = store.flat()
     rows = np.arange(len(store)) if rows is None else rows
+    parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    return np.frombuffer(b"".join(_keys(store, part) for part in parts), dtype=np.uint8).reshape(-1, 2, KEY_BYTES)
+
+
+def _keys(store: PairStore, rows: np.ndarray) -> bytes:
+    tokens, offsets = store.flat()
     bounds = offsets[3 * rows[:, None] + np.arange(4)]
     prompt, chosen, rejected = np.diff(bounds).T
-    shorter = np.minimum(chosen, rejected)
+    mask = store.flat_mask()
+    shorter = (np.diff(bounds)[:, 1:] if mask is None else store.scored[rows]).min(axis=1)
     tails = _bytes_of(np.stack([prompt, chosen, shorter, prompt, rejected, shorter], axis=1))
     ids = _bytes_of(tokens)
     digests = []
     for pair, (start, first, second, end) in enumerate((4 * bounds).tolist()):
         one = hashlib.sha256(ids[start:first])
         other = one.copy()
-        one.update(ids[first:second])
-        one.update(tails[24 * pair : 24 * pair + 12])
-        other.update(ids[second:end])
-        other.update(tails[24 * pair + 12 : 24 * pair + 24])
+        for key, begin, stop, tail in ((one, first, second, 24 * pair), (other, second, end, 24 * pair + 12)):
+            key.update(ids[begin:stop])
+            if mask is not None and not (part := mask[begin // 4 : stop // 4]).all():
+                key.update(np.packbits(part).data)
+            key.update(tails[tail : tail + 12])
         digests += (one.digest()[:KEY_BYTES], other.digest()[:KEY_BYTES])
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 2, KEY_BYTES)
+    return b"".join(digests)
 
 
 def blocks_to_score(keys: Sequence[np.ndarray], known: Callable[[np.ndarray], np.ndarray]) -> list[list[np.ndarray]]:
