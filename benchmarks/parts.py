@@ -199,7 +199,7 @@ def lookup(setup: Setup) -> Outcome:
     lengths = draws.integers(50, 500, 3 * KNOWN_PAIRS)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = draws.integers(0, 32_000, offsets[-1], dtype=np.int32)
-    pairs: Any = SimpleNamespace(flat=lambda: (tokens, offsets))
+    pairs: Any = SimpleNamespace(flat=lambda: (tokens, offsets), flat_mask=lambda: None)
     rows = np.arange(KNOWN_PAIRS)
     root = Path(tempfile.mkdtemp(dir=setup.work))
     try:

@@ -32,55 +32,42 @@ KEY_BYTES = 16
 VALUES = ("sum", "common_sum")
 BLOCK_PAIRS = 1000
 # Keys are made of so many pairs at a time, so that little memory is taken.
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 20_000
 STALE_SECONDS = 24 * 3600
 SUFFIX = ".safetensors"
 
 
-def sequence_keys(store: PairStore, rows: np.ndarray | None = None, scored: np.ndarray | None = None) -> np.ndarray:
+def sequence_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarray:
     """The keys of (prompt + chosen) and (prompt + rejected) of each pair of `rows` (default: all), uint8 [n, 2, KEY_BYTES].
 
-    `scored`: bool for every token of `store.flat()`, whether it is scored (of an answer; what it says of prompts is not
-    read); None: all are. A key is the sha256, cut short, of all that decides the values of a sequence: prompt ids and answer
-    ids (int32, little endian), then the fixed-size tail (prompt length, answer length, m), which makes the whole
-    unambiguous; m: the scored tokens of the answer that has fewer. Of an answer that is not scored whole, the mask (bits)
-    stands before the tail, in which the answer's length is negative. Read-only.
+    A key is the sha256, cut short, of all that decides the values of a sequence: prompt ids and answer ids (int32, little
+    endian), which of the answer's tokens are scored where that is not all, then the fixed-size tail (prompt length, answer
+    length, m), which makes the whole unambiguous. Read-only.
     """
-    tokens, offsets = store.flat()
     rows = np.arange(len(store)) if rows is None else rows
-    found = np.empty((len(rows), 2, KEY_BYTES), dtype=np.uint8)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        bounds = offsets[3 * rows[part, None] + np.arange(4)]
-        found[part] = _keys_within(_bytes_of(tokens), bounds, scored)
-    found.flags.writeable = False
-    return found
+    parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    return np.frombuffer(b"".join(_keys(store, part) for part in parts), dtype=np.uint8).reshape(-1, 2, KEY_BYTES)
 
 
-def _keys_within(ids: memoryview, bounds: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
-    """`ids`: bytes of all tokens; `bounds` int64 [n, 4]: where prompt, chosen and rejected begin, and the end."""
+def _keys(store: PairStore, rows: np.ndarray) -> bytes:
+    tokens, offsets = store.flat()
+    bounds = offsets[3 * rows[:, None] + np.arange(4)]
     prompt, chosen, rejected = np.diff(bounds).T
-    masks = [_masks(scored, side) for side in (bounds[:, 1:3], bounds[:, 2:4])] if scored is not None else []
-    counts = [np.array([int(mask.sum()) for mask in of_side], dtype=np.int64) for of_side in masks] or [chosen, rejected]
-    shorter = np.minimum(*counts)
-    whole: list[Any] = [count == length for count, length in zip(counts, (chosen, rejected))]
-    signed = [np.where(entire, length, -length) for entire, length in zip(whole, (chosen, rejected))]
-    tails = _bytes_of(np.stack([prompt, signed[0], shorter, prompt, signed[1], shorter], axis=1))
-    digests = bytearray()
+    mask = store.flat_mask()
+    shorter = (np.diff(bounds)[:, 1:] if mask is None else store.scored[rows]).min(axis=1)
+    tails = _bytes_of(np.stack([prompt, chosen, shorter, prompt, rejected, shorter], axis=1))
+    ids = _bytes_of(tokens)
+    digests = []
     for pair, (start, first, second, end) in enumerate((4 * bounds).tolist()):
-        prompted = hashlib.sha256(ids[start:first])
-        for side, answer in enumerate((ids[first:second], ids[second:end])):
-            one = prompted.copy()
-            one.update(answer)
-            if not whole[side][pair]:
-                one.update(np.packbits(masks[side][pair]).data)
-            one.update(tails[24 * pair + 12 * side : 24 * pair + 12 * side + 12])
-            digests += one.digest()[:KEY_BYTES]
-    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 2, KEY_BYTES)
-
-
-def _masks(scored: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:
-    return [scored[start:end] for start, end in bounds.tolist()]
+        one = hashlib.sha256(ids[start:first])
+        other = one.copy()
+        for key, begin, stop, tail in ((one, first, second, 24 * pair), (other, second, end, 24 * pair + 12)):
+            key.update(ids[begin:stop])
+            if mask is not None and not (part := mask[begin // 4 : stop // 4]).all():
+                key.update(np.packbits(part).data)
+            key.update(tails[tail : tail + 12])
+        digests += (one.digest()[:KEY_BYTES], other.digest()[:KEY_BYTES])
+    return b"".join(digests)
 
 
 class Block(NamedTuple):

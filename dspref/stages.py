@@ -167,7 +167,8 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
         return kernel, tokenizer, pairs, held_out
 
     found = distributed.in_turn(work)
-    refuse_other_pairs([found[2], *found[3].values()])
+    keys = [store.key for store in (found[2], *found[3].values())]
+    refuse_other_pairs(distributed.gather_objects((socket.gethostname(), keys)))
     return found
 
 
@@ -190,9 +191,10 @@ def check_tokens(config: Config, model_config: Any, stores: Sequence[PairStore],
         check_reference(config, largest + 1, device_type, longest)
 
 
-def refuse_other_pairs(stores: Sequence[PairStore]) -> None:
-    """Raise DataError where a rank has other pairs than rank 0: other files, or another moment in a template's clock."""
-    keys = distributed.gather_objects((socket.gethostname(), [store.key for store in stores]))
+def refuse_other_pairs(keys: Sequence[tuple[str, list[str]]]) -> None:
+    """Raise DataError where a rank has other pairs than rank 0: other files, or another moment of a template's clock.
+
+    `keys`: of each rank, its machine and the keys of its stores."""
     other = next((rank for rank, (_, own) in enumerate(keys) if own != keys[0][1]), None)
     if other is not None:
         raise DataError(
@@ -280,11 +282,7 @@ def open_run(
         began = {} if anew else run.run.get("content", {})
         for name in content:
             if began.get(name, content[name]) != content[name]:
-                models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
-                what = f"{models[name]} has" if name in models else f"the pairs of {name.rstrip('_')} have"
-                clock = name in sets and sets[name].reads_clock
-                why = "; the chat template writes the date (strftime_now), which is the likely cause" if clock else ""
-                raise DataError(f"{run.path}: {what} changed since this run began{why}; restore, or use another output_dir=")
+                raise DataError(f"{run.path}: {changed(name, sets)}; restore, or use another output_dir=")
         watch.lock = lock.Lock.claim(run.path)
         run.open(config, source, engine.training_config(config), steps)
         if random:
@@ -298,6 +296,15 @@ def open_run(
     distributed.log_to(run.path / "logs")
     run.event("start", world_size=distributed.world().size)
     return Origin(weights, distributed.broadcast_object(content.get("reference", "")))
+
+
+def changed(name: str, sets: Mapping[str, PairStore]) -> str:
+    """What a run began with and is another now, in words."""
+    models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
+    if name in models:
+        return f"{models[name]} has changed since this run began"
+    cause = " (the chat template writes the date by strftime_now: the likely cause)" if sets[name].reads_clock else ""
+    return f"the pairs of {name.rstrip('_')} have changed since this run began{cause}"
 
 
 def beginnings(config: Config) -> dict[str, str]:

@@ -109,10 +109,18 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as file:
+            _refuse_odd_counts(path, file.metadata)
             rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
             yield from numbered(rows, str(path))
     except (pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
         raise unusable(path, f"not a readable parquet file: {error}", "write the file again") from None
+
+
+def _refuse_odd_counts(path: Path, metadata: Any) -> None:
+    """Raise DataError for counts that the library takes on trust: it would end the process."""
+    counts = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+    if not metadata.num_columns or min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+        raise unusable(path, "not a readable parquet file: its counts of rows or columns are wrong", "write the file again")
 
 
 # ------------------------------------------------------------------------------------------------------- lines

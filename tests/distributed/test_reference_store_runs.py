@@ -172,7 +172,7 @@ def short_enough(folder: Path, tmp_path: Path) -> list[str]:
 
 
 def evaluated_on_itself(folder: Path, tmp_path: Path) -> list[str]:
-    return [f"data.eval={{again: {{path: {folder}/pairs.jsonl}}, eval: {{path: {folder}/held_out.jsonl}}}}"]
+    return [f"data.eval={{again: {{path: {folder}/pairs.jsonl, split: train}}, eval: {{path: {folder}/held_out.jsonl}}}}"]
 
 
 # name -> (world, overrides, or what makes them)

@@ -30,7 +30,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "data": {
             "train": {"path": f"{folder}/pairs.jsonl"},
-            "eval": {"path": f"{folder}/pairs.jsonl"},
+            "eval": {"path": f"{folder}/pairs.jsonl", "split": "train"},
             "tokens_per_pack": 400,
         },
         "objective": {"name": "dpo", "beta": 0.5},

@@ -80,11 +80,16 @@ def test_mistakes_that_only_the_model_shows(model, all_workers, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("irreplaceable")
     tiny_config("qwen2", 16).save_pretrained(tmp_path / "small")
+    tiny_config("qwen2", 300, max_position_embeddings=2).save_pretrained(tmp_path / "short")
     cases = [
         (["model.name_or_path=/no/such/folder"], 2, "model.name_or_path"),
         ([f"model.name_or_path={tmp_path}"], 2, "model.name_or_path"),
         ([f"model.name_or_path={tmp_path}/small"], 2, "vocabulary of 16"),
         (["data.max_length=5000"], 2, "data.max_length"),
+        ([f"model.name_or_path={tmp_path}/short", "data.max_length=null"], 2, "data.max_length: null"),
+        (["data.train.split=test"], 3, "no split 'test'"),
+        (["data.train.path=json"], 3, "'json' is a kind of file"),
+        ([f"data.eval={{path: {tmp_path}/pairs.jsonl}}"], 3, "is trained on too"),
         (["model.attn_implementation=flash_attention_2"], 4, "not available here"),
         ([f"output_dir={tmp_path}/foreign"], 2, "holds no dspref run"),
         ([f"output_dir={tmp_path}/pairs.jsonl"], 2, "is a file"),

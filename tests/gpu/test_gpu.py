@@ -139,7 +139,7 @@ def run(
         "model": {"name_or_path": f"{tmp_path}/model", "tokenizer_name_or_path": f"{tmp_path}/tokenizer", "dtype": dtype},
         "data": {
             "train": {"path": f"{tmp_path}/pairs.jsonl"},
-            "eval": {"path": f"{tmp_path}/pairs.jsonl"},
+            "eval": {"path": f"{tmp_path}/pairs.jsonl", "split": "train"},
             "tokens_per_pack": 512,
         },
         "objective": objective,

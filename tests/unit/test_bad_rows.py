@@ -176,6 +176,17 @@ def test_a_parquet_file_without_rows_is_one_line(tmp_path: Path) -> None:
     assert_one_line(str(caught.value), f"{tmp_path}/a.parquet: ", "empty")
 
 
+def test_a_parquet_file_whose_counts_are_wrong_is_one_line(tmp_path: Path) -> None:
+    """The reader would end the process: `terminate called after throwing an instance of 'std::length_error'`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": [1]}).select([]), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as caught:
+        load(Source(str(tmp_path / "a.parquet")), tmp_path / "cache")
+    assert_one_line(str(caught.value), f"{tmp_path}/a.parquet: ", "counts of rows or columns are wrong")
+
+
 def test_a_damaged_saved_data_set_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_info.json").write_text("{")

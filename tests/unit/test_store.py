@@ -26,6 +26,7 @@ from dspref.data.sources import Row, Source, read
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, TokenizedPair, encode, load_tokenizer
 from dspref.errors import DataError, EnvironmentFault
+from dspref.reference_store import sequence_keys
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 ROWS = [{"prompt": f"p{i}", "chosen": " a" * (i + 1), "rejected": " b" * (5 - i)} for i in range(5)]
@@ -421,6 +422,8 @@ def test_what_is_scored_is_kept_and_is_part_of_the_content(tmp_path: Path, monke
     ]
     assert all(store[i].rejected_scored is None for i in range(3))
     assert len(set(store.same[:, 1])) == 3 and len(set(store.same[:, 0])) == len(set(store.same[:, 2])) == 1
+    assert len({key.tobytes() for key in sequence_keys(store)[:, 0]}) == 3, "other sums of log-probs"
+    assert np.array_equal(sequence_keys(store)[0, 1], sequence_keys(whole)[0, 1])
     mask = store.flat_mask()
     assert mask is not None and mask.sum() == store.scored.sum() and len(mask) == store.flat()[1][-1]
 
