@@ -311,7 +311,7 @@ class TrainSection(Section):
     lr_scheduler_kwargs: dict[str, Any] = {}
     """Further arguments of the schedule, such as min_lr_rate."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0, which is that of the first step, as in transformers."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """The same as a number of steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

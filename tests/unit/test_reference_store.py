@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save
 from test_store import load, write
 
 from dspref import reference_store
+from dspref.data.store import PairStore
 from dspref.errors import NumericFault
 from dspref.reference_store import BLOCK_PAIRS, KEY_BYTES, ReferenceStore, blocks_of, identity_of, sequence_keys
 
@@ -137,7 +138,7 @@ def test_keys_are_those_of_the_stores_that_people_have(tmp_path: Path) -> None:
 def masked(store: PairStore, mask: np.ndarray) -> PairStore:
     """The store with these of all its tokens scored."""
     offsets = store.flat()[1]
-    parts = zip(offsets, offsets[1:])
+    parts = pairwise(offsets)
     store._mask = mask
     store.scored = np.array([mask[start:end].sum() for start, end in parts]).reshape(-1, 3)[:, 1:]
     return store
