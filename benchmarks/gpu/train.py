@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu.clock import Stopwatch
 from benchmarks.measure import Measurement, peak_bytes
 from benchmarks.workload import Spec
+from dspref.files import read_lines
 
 
 def metrics_file(spec: Spec, variant: str) -> Path:
@@ -24,8 +25,7 @@ def metrics_file(spec: Spec, variant: str) -> Path:
 
 def finished_steps(path: Path) -> list[dict[str, Any]]:
     """The lines of finished steps."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    return [record for record in read_lines(path) if "loss" in record]
 
 
 def dspref(spec: Spec, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -62,7 +61,9 @@ def train(spec: Spec, folder: Path, extra: dict[str, float]) -> list[dict[str, f
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    from dspref.files import read_lines
+
+    return list(read_lines(path))
 
 
 def saves(events: list[dict[str, Any]]) -> dict[str, float]:

@@ -84,6 +84,20 @@ def kill_and_go_on(kind: str, victim: int, point: int, run_file: Path, whole: Pa
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_at_the_start_locks_nobody_out(run_file, whole, operations, forked, tmp_path):
+    lines = operations["start"][0]
+    opens = [n for n, line in enumerate(line for line in lines if " fsync " not in line) if " open " in line]
+    for point in opens[:4]:
+        run = tmp_path / f"run-{point}"
+        full = {"below": str(run), "victim": 0, "point": point + 1, "what": "full"}
+        ranks = forked.start(2, arguments(run_file, run, *RUN), "hooks:at_operation", **full)
+        assert forked.wait(ranks) == [7, 7], ranks.said()
+        assert ranks.said().count("No space left on device") == 1 and "Traceback" not in ranks.said()
+    assert forked.wait(forked.start(2, arguments(run_file, run, *RUN))) == [0, 0]
+    assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
 def test_a_folder_that_is_moved_away_ends_the_run_soon(run_file, whole, forked, tmp_path):
     """And nothing is written where it was; put back, it goes on."""
     run, away = tmp_path / "run", tmp_path / "away"
