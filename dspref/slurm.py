@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import config as configuration
+from dspref import reading
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import write_atomically
@@ -102,9 +103,9 @@ def load(file: Path, overrides: Sequence[str]) -> Config:
 def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list[Config]:
     """One config per line of `sweep`, whose words are overrides; each has an output_dir of its own. All faults at once."""
     try:
-        lines = sweep.read_text(encoding="utf-8").splitlines()
+        lines = reading.read_text(sweep).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{sweep}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise ConfigError(f"{sweep}: cannot be read ({reading.words(error)})") from None
     configs: list[Config] = []
     taken = {absolute(root)}
     faults = []
@@ -149,7 +150,7 @@ def render(job: Job, folder: Path, runs: Sequence[Path], is_array: bool) -> str:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    if job.setup and not job.setup.is_file():
+    if job.setup and not os.path.isfile(job.setup):
         raise ConfigError(f"--setup: {job.setup}: no such file; give a shell file that the job is to source")
     template = configuration.shipped("launch/slurm/run.sbatch.j2").read_text(encoding="utf-8")
     jinja = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
