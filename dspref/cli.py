@@ -150,7 +150,7 @@ def submit(
             nodes=nodes, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, time=time, partition=partition,
             account=account, qos=qos, constraint=constraint, reservation=reservation, job_name=job_name, mem=mem,
             exclusive=exclusive, signal_seconds=signal_seconds, max_requeue=max_requeue, env=tuple(env or ()),
-            setup=setup.resolve() if setup else None,
+            setup=Path(os.path.abspath(setup)) if setup else None,
         )  # fmt: skip
         slurm.submit(file, overrides or [], job, sweep, dry_run)
 

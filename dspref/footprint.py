@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from dspref import reading, weights
 from dspref.config import Config, ModelSection, shipped
+from dspref.errors import UserError
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # How families call the number of experts in a layer.
@@ -57,7 +58,7 @@ def _adapted(config: Config, weights: int) -> int:
 def model_folder(section: ModelSection) -> Path | None:
     """Where a model's files lie: its own folder, or the newest snapshot in the hub's cache."""
     folder = shipped(section.name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
     snapshots = hub_cache() / f"models--{section.name_or_path.replace('/', '--')}" / "snapshots"
     found = [path.parent for path in snapshots.glob("*/config.json")]
@@ -74,25 +75,22 @@ def count_weights(section: ModelSection) -> int | None:
     folder = model_folder(section)
     if folder is None:
         return None
-    files = sorted(folder.glob("*.safetensors")) if section.init == "pretrained" else []
     try:
-        return sum(map(_in_file, files)) if files else _by_config(read_config(section))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # broken files are reported where they are read
+        there = any(os.path.lexists(folder / name) for name in (weights.WEIGHTS, weights.INDEX))
+        if section.init == "random" or not there:
+            return _by_config(read_config(section))
+        headers = [weights.header(path, section.name_or_path) for path in weights.files_of(folder)]
+        return sum(math.prod(shape) for tensors in headers for _, shape in tensors.values())
+    # Broken files are reported where they are read.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError):
         return None
-
-
-def _in_file(path: Path) -> int:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, path.stat().st_size)))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def read_config(section: ModelSection) -> dict[str, Any]:
     """A model's config.json, of several parts that of the text; {} where there is none that can be read."""
     folder = model_folder(section)
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
+        content = reading.read_json(folder / weights.CONFIG, strict=False) if folder else {}
     except (OSError, ValueError):
         return {}
     content = content.get("text_config") or content if isinstance(content, dict) else {}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import config as configuration
+from dspref import reading
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import write_atomically
@@ -102,9 +103,9 @@ def load(file: Path, overrides: Sequence[str]) -> Config:
 def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list[Config]:
     """One config per line of `sweep`, whose words are overrides; each has an output_dir of its own. All faults at once."""
     try:
-        lines = sweep.read_text(encoding="utf-8").splitlines()
+        lines = reading.read_text(sweep).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{sweep}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise ConfigError(f"{sweep}: cannot be read ({reading.words(error)})") from None
     configs: list[Config] = []
     taken = {absolute(root)}
     faults = []

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dspref import reading
 from dspref.data.formats import Preference, RowError, one_line
 from dspref.data.pieces import Encoder
 from dspref.data.template import NO_END, Rendering, Turn, learn, render
@@ -35,13 +37,23 @@ def load_tokenizer(
     """Load a tokenizer; `chat_template` is a path or a template's text. Raises ConfigError in one line."""
     from transformers import AutoTokenizer
 
+    key = "model.tokenizer_name_or_path"
     try:
+        if os.path.isdir(name_or_path):
+            for entry in os.scandir(name_or_path):  # which a library opens by name, and would wait for
+                if not entry.is_dir() and os.path.exists(entry.path):
+                    reading.refuse_kind(entry.stat(), entry.path, 2**63)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # missing folder, hub, network: each has its own type
+    except BaseException as error:  # missing folder, hub, network: each has its own; Rust's panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         reason = f"no tokenizer loads from {name_or_path!r}: {one_line(error)}"
-        raise ConfigError(f"model.tokenizer_name_or_path: {reason}; fix: check the folder or the hub name") from None
+        raise ConfigError(f"{key}: {reason}; fix: check the folder or the hub name") from None
     if chat_template is not None:
-        tokenizer.chat_template = _template_text(chat_template)
+        tokenizer.chat_template, key = _template_text(chat_template), "model.chat_template"
+    own: Any = tokenizer.chat_template
+    for template in own.values() if isinstance(own, dict) else [own]:
+        _refuse_broken_template(template, key)
     return tokenizer
 
 
@@ -49,10 +61,29 @@ def _template_text(chat_template: str) -> str:
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template
     try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"cannot read {one_line(chat_template)!r}: {one_line(error)}"
+        text = reading.read_text(Path(chat_template).expanduser())
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: a ~name of nobody
+        said = one_line(error) if isinstance(error, RuntimeError) else reading.words(error)
+        reason = f"cannot read {one_line(chat_template)!r}: {said}"
         raise ConfigError(f"model.chat_template: {reason}; fix: give a path to a Jinja file") from None
+    if not text.strip():
+        raise ConfigError(f"model.chat_template: {one_line(chat_template)!r} is empty; fix: give a path to a Jinja file")
+    return text
+
+
+def _refuse_broken_template(template: Any, key: str) -> None:
+    """Raise ConfigError for what is no Jinja: once, and not for every row that is rendered with it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    if not template:
+        return
+    try:
+        _compile_jinja_template(template)
+    except Exception as error:  # Python's own too, of what Jinja makes of it
+        number = getattr(error, "lineno", None)
+        place = f"line {number}: " if number else ""
+        reason = f"the chat template is no valid Jinja: {place}{one_line(error)}"
+        raise ConfigError(f"{key}: {reason}; fix: mend it, or give another by model.chat_template") from None
 
 
 class Whole(NamedTuple):

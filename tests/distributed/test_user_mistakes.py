@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from test_bad_rows import CASES, GOOD
 from test_config import BAD, NOT_YAML
-from tiny import preference_rows, save_tokenizer, tiny_config
+from tiny import preference_rows, save_tokenizer, tiny_config, write_run
 
 # These need the tokenizer of their own test.
 NEEDS_ITS_TOKENIZER = {"identical in tokens", "template refuses"}
@@ -81,8 +82,17 @@ def test_mistakes_that_only_the_model_shows(model, all_workers, tmp_path):
     (tmp_path / "foreign" / "thesis.tex").write_text("irreplaceable")
     tiny_config("qwen2", 16).save_pretrained(tmp_path / "small")
     tiny_config("qwen2", 300, max_position_embeddings=2).save_pretrained(tmp_path / "short")
+    quantized = {"quantization_config": {"quant_method": "fp8"}}
+    for name, changes in (("fp8", quantized), ("evil", {"_attn_implementation": "evil/kernel"})):
+        tiny_config("qwen2", 300).save_pretrained(tmp_path / name)
+        described = tmp_path / name / "config.json"
+        described.write_text(json.dumps(json.loads(described.read_text()) | changes))
     cases = [
-        (["model.name_or_path=/no/such/folder"], 2, "model.name_or_path"),
+        (["model.name_or_path=/no/such/folder"], 2, "model.name_or_path: /no/such/folder: no such folder"),
+        ([f"model.name_or_path={tmp_path}/fp8"], 2, "quantized (fp8), and only full precision is trained"),
+        ([f"reference.name_or_path={tmp_path}/fp8"], 2, "reference.name_or_path: "),
+        ([f"reference.name_or_path={tmp_path}/evil"], 2, "holds no model.safetensors"),
+        (["model.chat_template='{% if %}'"], 2, "model.chat_template: the chat template is no valid Jinja"),
         ([f"model.name_or_path={tmp_path}"], 2, "model.name_or_path"),
         ([f"model.name_or_path={tmp_path}/small"], 2, "vocabulary of 16"),
         (["data.max_length=5000"], 2, "data.max_length"),
@@ -119,6 +129,22 @@ def test_numbers_that_go_wrong_end_the_run_with_exit_code_5(model, all_workers, 
     assert not any("NaN" in line for line in lines)
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[0] is not None and losses[1:] == [None] * 4, "three steps may be skipped, and the fourth ends the run"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_that_are_no_numbers_end_the_run_before_its_first_step(stage, all_workers, tmp_path):
+    """Whichever rank has the shard; once the file is mended the same command trains."""
+    path = write_run(tmp_path, deepspeed={"zero_optimization": {"stage": stage}}, train={"max_steps": 1})
+    file = tmp_path / "model" / "model.safetensors"
+    sound, weights = file.read_bytes(), load_file(file)
+    name = list(weights)[-1]
+    weights[name].view(-1)[-1:] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    assert all_workers[2].run("cases:run_training", config_path=str(path), overrides=[]) == [5, 5]
+    assert f"{name} holds NaN or infinity" in json.loads((tmp_path / "run" / "run.json").read_text())["error"]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()
+    file.write_bytes(sound)
+    assert all_workers[2].run("cases:run_training", config_path=str(path), overrides=[]) == [0, 0]
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
