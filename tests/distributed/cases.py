@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,30 @@ def environment_of_unlike_ranks(config_path: str) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def listening() -> tuple[list[str], dict[str, str | None]]:
+    """Addresses where this rank listens once its group is there; what gloo and NCCL are told."""
+    from test_meeting import addresses_of
+
+    distributed.init(seed=0)
+    distributed.barrier()
+    distributed.own_store("test")
+    found = addresses_of(os.getpid())
+    distributed.barrier()
+    return found, {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+
+
+class Dangerous:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("PWNED",)
+
+
+def sent() -> tuple[str, list[Any]]:
+    world = distributed.init(seed=0)
+    try:
+        distributed.gather_objects(Dangerous())
+        refused = ""
+    except TypeError as error:
+        refused = str(error)
+    return refused, distributed.gather_objects((world.rank, {1: Path("/a")}))
