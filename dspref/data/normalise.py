@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from json import JSONDecodeError, JSONDecoder
-from typing import Any
+from typing import Any, cast
 
 from dspref.data.messages import answer_of, messages_of, says_the_same
 from dspref.data.row_template import fill
 from dspref.data.rows import (
     FIELDS,
     Columns,
+    Message,
     RowError,
     Values,
     close_name,
@@ -41,6 +42,7 @@ PROMPT_LIKE = ("instruction", "question", "query", "input", "context", "problem"
 # The start of a conversation in JSON, or in Python's writing.
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
 OBJECTS = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
+OF_BOTH = "make the prompt of both by data.train.template"
 WRITE_CONVERSATION = "write it with json.dumps, or set data.train.as: text if text is meant"
 
 
@@ -65,7 +67,7 @@ def normalise(
         if as_ != "text":
             row = _with_conversations(row)
         row = _with_history(row, values, named, ranked)
-        _refuse_implied(row, values)
+        _refuse_implied(row, values, named)
         _refuse_lost(row, values, named)
     # A source speaks one way: where some rows have a system message, those without one are conversations too.
     speaks = "system" in row or (template is not None and chat_model)
@@ -140,10 +142,7 @@ def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked:
     rejected = row.get("rejected") if row.get("rejected") is not None else values.get(other) if other else None
     if ranked or (row.get("chosen") is not None and rejected is not None):
         messages = messages_of(history, name)
-        whole = messages[-1]["role"] == "assistant" and not ranked and kind_of(row["chosen"]) == "chat"
-        if whole and says_the_same(messages_of(row["chosen"], "chosen")[0], messages[0]):
-            return row  # the answers are whole conversations, and the column is one of them or the like
-        return row | {"prompt": messages} | ({} if ranked else {"rejected": rejected})
+        return row | ({"prompt": messages} if ranked else _before_answers(messages, row["chosen"], rejected))
     if rejected is None or "chosen" in row:
         return row
     messages = messages_of(history, name)
@@ -152,16 +151,26 @@ def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked:
     return {**row, **_beside_the_last(messages, rejected, name, other or "rejected")}
 
 
-def _refuse_implied(row: Fields, values: Values) -> None:
+def _before_answers(messages: list[dict[str, Any]], chosen: Any, rejected: Any) -> Fields:
+    """A conversation before two answers. It may be a chosen conversation that stands in the row twice."""
+    answer = answer_of(chosen, "chosen", messages)
+    ended = messages[-1]["role"] == "assistant"
+    if ended and isinstance(chosen, list | dict) and says_the_same(cast(Message, answer[0]), messages[0]):
+        return {}  # the answers are whole conversations
+    if ended and len(messages) > 1 and says_the_same(cast(Message, answer[0]), messages[-1]):
+        messages = messages[:-1]
+    return {"prompt": messages, "rejected": rejected}
+
+
+def _refuse_implied(row: Fields, values: Values, named: Mapping[str, str]) -> None:
     """Two texts without a prompt, beside a column that is called like one: it would be lost without a word."""
     if "prompt" in row or not all(kind_of(row.get(field)) == "text" for field in ANSWERS):
         return
-    name = next((name for name in PROMPT_LIKE if values.get(name)), None)
+    name = next((name for name in PROMPT_LIKE if values.get(name) and name not in named.values()), None)
     if name:
-        more = "; of two columns: data.train.template" if name == "instruction" and values.get("input") else ""
-        raise RowError(
-            "prompt", f"no such column, and {name!r} may be meant", f"set data.train.columns.prompt: {name}{more}"
-        )
+        both = name == "instruction" and values.get("input")
+        fix = OF_BOTH if both else f"set data.train.columns.prompt: {name}"
+        raise RowError("prompt", f"no such column, and {name!r} may be meant", fix)
 
 
 def _refuse_lost(row: Fields, values: Values, named: Mapping[str, str]) -> None:
@@ -169,8 +178,7 @@ def _refuse_lost(row: Fields, values: Values, named: Mapping[str, str]) -> None:
     if kind_of(row.get("prompt")) != "text":
         return
     if named.get("prompt") == "instruction" and "input" not in named.values() and values.get("input"):
-        fix = "make the prompt of both by data.train.template"
-        raise RowError("input", "belongs to the instruction, and would not be in the prompt", fix)
+        raise RowError("input", "belongs to the instruction, and would not be in the prompt", OF_BOTH)
     if isinstance(values.get("history"), list) and values["history"] and "history" not in named.values():
         raise RowError("history", "earlier turns, which would not be in the prompt", "write the conversation as messages")
 
@@ -182,9 +190,8 @@ def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, o
     if other == "rejected_messages":
         return {"chosen": messages, "rejected": messages_of(rejected, other)}
     if messages[-1]["role"] != "assistant":
-        raise RowError(
-            f"{name}[{len(messages) - 1}]", "not an assistant's, and is to be the chosen answer", f"end {name} on it"
-        )
+        reason = "not an assistant's, and is to be the chosen answer"
+        raise RowError(f"{name}[{len(messages) - 1}]", reason, f"end {name} on the chosen answer")
     start = len(messages) - 1
     if isinstance(rejected, list):
         start = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=start)

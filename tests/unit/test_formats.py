@@ -254,6 +254,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
         PAIR,
     ),
     "messages beside whole conversations": (WHOLE | {"messages": WHOLE["chosen"]}, {}, PAIR),
+    "messages that end on the chosen text": (
+        {"messages": WHOLE["chosen"], "chosen": "a", "rejected": "b"}, {}, PAIR
+    ),
+    "messages that end on the chosen message": (CHAT | {"prompt": None, "messages": WHOLE["chosen"]}, {}, PAIR),
     "messages beside a prompt": (CHAT | {"messages": WHOLE["chosen"]}, {}, PAIR),
     "system column and text (Orca)": (
         {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
