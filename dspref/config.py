@@ -31,7 +31,7 @@ from dspref.yaml12 import Position, apply_override, parse
 
 __all__ = [
     "CheckpointSection", "Config", "LoraSection", "ModelSection", "SourceSection",
-    "cache_folder", "dump", "expand", "load", "repeated", "resolved", "schema", "shipped",
+    "cache_folder", "dump", "expand", "load", "read", "repeated", "resolved", "schema", "shipped",
 ]  # fmt: skip
 
 # Lines that are told of one config, and rounds of taking faults out of it.
@@ -46,6 +46,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with a line for each fault: `file:line:col: key: reason; did you mean ...?`
     """
+    return read(path, overrides)[0]
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[tuple, Position]]:
+    """The same, with the place of each key."""
     try:
         path = shipped(expand(str(path)))
     except ValueError as error:
@@ -67,7 +72,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if config is None or faults:
         more = [f"... and {len(faults) - MAX_LINES} more"] * (len(faults) > MAX_LINES)
         raise ConfigError("\n".join([*faults[:MAX_LINES], *more]))
-    return config
+    return config, positions
 
 
 def examine(document: dict[str, Any]) -> tuple[Config | None, list[Complaint]]:

@@ -6,7 +6,7 @@ Text that comes from data is shown as text: no markup, no control characters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dspref import distributed
 from dspref.performance import PHASES
+from dspref.secrets import redact
 from dspref.status import printable
 
 # metric name -> its short form. A terminal has room for three beside the bar.
@@ -27,6 +28,16 @@ def banner(rows: Mapping[str, str]) -> None:
     """The run in a few lines, before anything slow happens."""
     width = max(map(len, rows))
     distributed.log("\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows.items()))
+
+
+def first_pair(show: Callable[[bool], str]) -> None:
+    """A pair as text; scored tokens are green on a terminal, and between brackets in a log."""
+    if distributed.world().rank != 0:
+        return
+    if sys.stdout.isatty():
+        print(redact(f"the first pair, scored tokens in green\n{show(True)}"), flush=True)
+    else:
+        distributed.log(f"the first pair, scored tokens in [[ ]]\n{show(False)}")
 
 
 class ProgressView:

@@ -34,8 +34,9 @@ VERSIONS = {
     "safetensors": ("0.5", "0.8.0"),
     "numpy": ("2", "2.4.6"),
 }
+TRACKERS = ("wandb", "tensorboard")
 CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
-OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "wandb")
+OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "wandb", "tensorboard")
 # A build takes a minute or two, perhaps in another container of this machine, whose processes are not seen here.
 BUILD_SECONDS = 300
 # The engine removes locks of cpu_adam that are older.
@@ -102,6 +103,30 @@ def judge_versions(found: Mapping[str, str]) -> Verdict:
     if newer:
         return Verdict(WARN, f"newer than tested (in brackets): {', '.join(newer)}; if it misbehaves, {remedy}")
     return Verdict(OK, "within the tested range")
+
+
+def check_packages(scene: Scene) -> Verdict:
+    """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
+    needed = packages_of(scene.config) if scene.config else {}
+    absent = {package: key for package, key in needed.items() if importlib.util.find_spec(package) is None}
+    for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
+        remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{package}]'"
+        ends = package not in TRACKERS
+        effect = "needs it" if ends else "will be switched off without it"
+        return Verdict(FAIL if ends else WARN, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key")
+    return Verdict(OK, f"installed: {', '.join(needed)}" if needed else "none beyond those of every run")
+
+
+def packages_of(config: Config) -> dict[str, str]:
+    """Package -> the key that asks for it."""
+    asked = {
+        "peft": ("model.lora", config.model.lora is not None),
+        "bitsandbytes": ("model.load_in_4bit", config.model.load_in_4bit),
+        **{name: (f"log.trackers: {name}", name in config.log.trackers) for name in TRACKERS},
+    }
+    if config.train.optim == "adamw_8bit":
+        asked["bitsandbytes"] = ("train.optim: adamw_8bit", True)
+    return {package: key for package, (key, needs) in asked.items() if needs}
 
 
 def _numbers(text: str) -> tuple[int, ...]:

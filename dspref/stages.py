@@ -6,7 +6,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
+from dspref.data.show import mark
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, load_tokenizer
@@ -101,30 +102,42 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
     Rank 0 goes first and the others find its work in the cache; nobody waits in a collective.
     """
     section, data = config.model, config.data
-    limits = Limits(data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode)
 
     def work():
         model_config = model.load_config(section)
         if section.init == "pretrained":
             model.fetch(section)
-        name = section.tokenizer_name_or_path or section.name_or_path
-        tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
+        tokenizer = tokenizer_of(config)
         kernel = admission.check(section, model_config, data.max_length, len(tokenizer), device_type)
         check_adapters(config, device_type)
         if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
             check_reference(config, len(tokenizer), device_type)
         if section.tokenizer_name_or_path and distributed.world().rank == 0:
             warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
-
-        def load(sources: list[SourceSection], log) -> PairStore:
-            read = [_source(source) for source in sources]
-            return load_pairs(read, tokenizer, limits, on_bad_row=data.on_bad_row, cache_dir=cache_folder("tokens"), log=log)
-
-        pairs = load(data.train_sources, distributed.log)
-        held_out = {prefix: load([source], distributed.log) for prefix, source in data.eval_sources.items()}
+        pairs = load_sources(config, tokenizer, data.train_sources, distributed.log)
+        held_out = {
+            prefix: load_sources(config, tokenizer, [source], distributed.log)
+            for prefix, source in data.eval_sources.items()
+        }
         return kernel, tokenizer, pairs, held_out
 
     return distributed.in_turn(work)
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    section = config.model
+    name = section.tokenizer_name_or_path or section.name_or_path
+    return load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
+
+
+def load_sources(
+    config: Config, tokenizer: PreTrainedTokenizerBase, sources: list[SourceSection], log: Callable[[str], None]
+) -> PairStore:
+    """The pairs of some sources, tokenized and cut as the config says."""
+    data = config.data
+    limits = Limits(data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode)
+    read = [_source(source) for source in sources]
+    return load_pairs(read, tokenizer, limits, on_bad_row=data.on_bad_row, cache_dir=cache_folder("tokens"), log=log)
 
 
 def check_adapters(config: Config, device_type: str) -> None:
@@ -224,9 +237,15 @@ def refuse_fewer_steps(run: RunFolder, done: int, steps: int) -> None:
 
 
 def introduce(
-    config: Config, pairs: PairStore, held_out: Mapping[str, PairStore], loader: StepLoader, steps: int, kernel: str
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PairStore,
+    held_out: Mapping[str, PairStore],
+    loader: StepLoader,
+    steps: int,
+    kernel: str,
 ) -> None:
-    """The banner: what is about to happen, in numbers."""
+    """The banner: what is about to happen, in numbers, and the first pair as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
     prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
@@ -243,6 +262,7 @@ def introduce(
         "run": config.output_dir,
     }
     console.banner(rows)
+    console.first_pair(lambda colour: mark(pairs[0], tokenizer, colour))
 
 
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:

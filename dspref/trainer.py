@@ -49,7 +49,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
     origin = stages.open_run(run, config, source, sets, steps, watch)
-    stages.introduce(config, pairs, held_out, loader, steps, kernel)
+    stages.introduce(config, tokenizer, pairs, held_out, loader, steps, kernel)
 
     objective = build_objective(**config.objective.model_dump())
     policy = Engine.for_training(stages.load_policy(config, objective, origin.weights, kernel), config, steps)

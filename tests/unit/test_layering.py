@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("status",),
     ("slurm",),
     ("machine", "footprint"),  # of `dspref doctor` and the start of a run
+    ("inputs",),
     ("preflight", "agreement"),
     ("doctor",),
     ("distributed", "lock"),
@@ -40,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "metrics", "console", "numbers"),
     ("saving", "export", "gradient", "advice"),
     ("stages", "evaluate"),
-    ("trainer", "scorer", "consolidate"),
+    ("trainer", "scorer", "consolidate", "survey"),
     ("launcher",),
     ("cli",),
 )
@@ -85,7 +86,7 @@ OWNERS: dict[str, set[str]] = {
 NO_TORCH = {
     "config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12", "errors", "files",
     "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
-    "machine", "footprint", "preflight", "agreement", "doctor",
+    "machine", "footprint", "inputs", "preflight", "agreement", "doctor",
 }  # fmt: skip
 
 
