@@ -68,7 +68,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
     # An override that could not be read may have been what is missing.
     complaints = [c for c in complaints if not (faults and c.kind is Kind.MISSING)]
     ordered = sorted(complaints, key=lambda c: (c.kind, position_of(positions, c.path)))
-    faults += dict.fromkeys(line(complaint, positions) for complaint in ordered)
+    faults = list(dict.fromkeys([*faults, *(line(complaint, positions) for complaint in ordered)]))
     if config is None or faults:
         more = [f"... and {len(faults) - MAX_LINES} more"] * (len(faults) > MAX_LINES)
         raise ConfigError("\n".join([*faults[:MAX_LINES], *more]))
