@@ -43,21 +43,19 @@ def look(config: Config, beside: Path | None = None) -> Found:
     for path, name, judge in _named(config):
         place = Path(name) if path == ("model", "chat_template") else shipped(name)
         try:
-            if judge not in (_data, _template) and not place.exists() and _is_hub_id(name):
+            if judge is not _template and not place.exists() and _is_hub_id(name):
                 found.on_hub.append(f"{'.'.join(map(str, path))} {name}")
                 continue
             reasons = list(judge(place))
         except OSError as error:
             reasons = [f"cannot be read ({error.strerror or error}); mend its permissions"]
-        if reasons == [HUB]:
-            found.on_hub.append(f"{'.'.join(map(str, path))} {name}")
-        elif reasons:
+        if reasons:
             found.faults.append((path, f"{name}: {reasons[0]}{_beside(reasons[0], name, beside)}"))
     found.faults.extend(_folders(config))
-    return found
+    first = dict(reversed(found.faults))  # a folder that is no model holds no tokenizer either
+    return Found(list(first.items())[::-1], list(dict.fromkeys(found.on_hub)))
 
 
-HUB = "on the hub"
 Judge = Callable[[Path], Iterator[str]]
 
 
@@ -121,7 +119,7 @@ def _data(path: Path) -> Iterator[str]:
         for file in files:
             yield from (f"{file}: {reason}" for reason in _data_file(file))
     else:
-        yield HUB if _is_hub_id(str(path)) else _absent(path, "file or folder")
+        yield _absent(path, "file or folder")
 
 
 def _data_file(path: Path) -> Iterator[str]:
@@ -242,6 +240,8 @@ def syntax_fault(text: str) -> Iterator[str]:
         jinja.compile(text)
     except TemplateSyntaxError as error:
         yield f"line {error.lineno}: not valid Jinja: {error.message}; mend the template"
+    except SyntaxError as error:  # of the Python that Jinja makes of it
+        yield f"not valid Jinja: {error.msg}; mend the template"
     except RecursionError:
         yield "not valid Jinja: nested too deeply; mend the template"
 

@@ -5,7 +5,6 @@ Loads neither torch nor DeepSpeed, which take seconds: `preflight` has the table
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def judge_versions(found: Mapping[str, str]) -> Verdict:
 def check_packages(scene: Scene) -> Verdict:
     """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
     needed = packages_of(scene.config) if scene.config else {}
-    absent = {package: key for package, key in needed.items() if importlib.util.find_spec(package) is None}
+    absent = {package: key for package, key in needed.items() if find_spec(package) is None}
     for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
         remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{package}]'"
         ends = package not in TRACKERS
@@ -157,7 +157,7 @@ def gpus() -> Gpus:
 
 def torch_cuda() -> str:
     """The CUDA that torch was built for; empty for a torch without. Read from its file: importing torch takes seconds."""
-    spec = importlib.util.find_spec("torch")
+    spec = find_spec("torch")
     path = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     found = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", path.read_text(), flags=re.M) if path and path.exists() else None
     return found[1] if found else ""
@@ -202,7 +202,7 @@ def _needs_cuda(config: Config | None) -> str | None:
 
 def check_attention(scene: Scene) -> Verdict:
     modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    present = [name for name, module in modules.items() if importlib.util.find_spec(module)]
+    present = [name for name, module in modules.items() if find_spec(module)]
     asked = scene.config.model.attn_implementation if scene.config else "auto"
     if asked in modules and asked not in present:
         return Verdict(
