@@ -18,7 +18,7 @@ from dspref.explain import yaml_word
 from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, needs_reference
 from dspref.paths import shipped
 from dspref.sections import Config, ReferenceSection, SourceSection
-from dspref.sound import KeyPath, Unsound, sound
+from dspref.sound import KeyPath, sound
 
 # lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
 SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
@@ -62,11 +62,14 @@ def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ())
     told = {*unsound}
 
     def new(found: Iterator[Complaint]) -> Iterator[Complaint]:
-        with suppress(Unsound):
+        try:
             for path, reason in found:
                 if path not in told:
                     told.add(path)
                     yield path, reason
+        except AttributeError:
+            if not unsound:
+                raise
 
     yield from new(_of_secrets(sound(config, unsound), document))
     of_strategy = list(new(_of_strategy(sound(config, unsound))))
@@ -79,7 +82,7 @@ def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ())
 
 def _of_secrets(config: Config, document: Any) -> Iterator[Complaint]:
     """A config goes to the run folder, the model card and trackers, word for word: what was written, and its strategy."""
-    with suppress(Unsound, ConfigError):
+    with suppress(AttributeError, ConfigError):
         document = document | {"deepspeed": config.strategy}
     for path, text in texts(document):
         if kind := secrets.kind_of(text):
@@ -94,7 +97,7 @@ def _of_strategy(config: Config) -> Iterator[Complaint]:
     place = f" (in {shipped(config.deepspeed)})" if isinstance(config.deepspeed, str) else ""
     try:
         dtype = config.model.dtype
-    except Unsound:
+    except AttributeError:
         dtype = "float32"  # in which every stage goes
     try:
         for path, reason in strategy.problems(config.strategy, dtype):

@@ -9,53 +9,119 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+import dspref
 from dspref.errors import ConfigError, ExitCode, UserError
+from dspref.paths import expand
 from dspref.terminal import shown
 
 app = typer.Typer(
     help="Preference optimization with DeepSpeed, from one YAML file.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # they show the values of variables
 )
 
-File = Annotated[Path, typer.Argument(metavar="X.yaml", help="The run; see launch/configs.")]
+
+class OfRun(TyperCommand):
+    """A command whose first argument is a run's YAML file, which may also be given as `--config X.yaml`, as launch/train.py
+    takes it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for at, word in enumerate(args):
+            if word == "--config" and at + 1 < len(args):
+                args = [args[at + 1], *args[:at], *args[at + 2 :]]
+                break
+            if word.startswith("--config="):
+                args = [word.removeprefix("--config="), *args[:at], *args[at + 1 :]]
+                break
+        known = {"--help", *(name for option in self.params for name in (*option.opts, *option.secondary_opts))}
+        for word in args[: args.index("--") if "--" in args else None]:
+            if word.startswith("--") and word.partition("=")[0] not in known:
+                remedy = "a value of the run is changed by section.key=value, without dashes"
+                raise typer.BadParameter(f"{word}: no such option; {remedy}", ctx)
+        return super().parse_args(ctx, args)
+
+
+def whole(path: Path | None) -> Path | None:
+    """A path with the home folder in place of `~`, where the shell left it."""
+    try:
+        return Path(expand(str(path))) if path else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def version(asked: bool) -> None:
+    if asked:
+        print(f"dspref {dspref.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print it and leave.")] = False,
+) -> None:
+    """Preference optimization with DeepSpeed, from one YAML file."""
+
+
+File = Annotated[Path, typer.Argument(metavar="X.yaml", help="The run; see launch/configs.", callback=whole)]
+ShellFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A shell file to source first.", callback=whole)]
+SweepFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A job array: a run per line.", callback=whole)]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="RUN/checkpoints/step-N", help="A committed checkpoint.", callback=whole)
+]
+AlsoFile = Annotated[Path | None, typer.Argument(metavar="[X.yaml]", help="Also check what this run needs.", callback=whole)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
 ]
 Asked = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 
 
-@app.command()
+@app.command(cls=OfRun)
 def check(
-    file: File, overrides: Overrides = None, show: Annotated[bool, typer.Option(help="Print every key.")] = False
+    file: File,
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option(help="Print every key.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Read and tokenize the data too, and show the first pairs.")] = False,
 ) -> None:
-    """Check a run's YAML file without loading a model: keys, types, ranges, what goes together."""
+    """Check a run's YAML file without loading a model: keys, types, ranges, what goes together, and what it names."""
     from dspref import config as configuration
+    from dspref import inputs
+    from dspref.explain import Complaint, line
     from dspref.objectives import as_list
 
-    try:
-        config = configuration.load(file, overrides or [])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(int(error.exit_code)) from None
+    with faults_in_one_line():
+        tell_repeated(overrides)
+        config, positions = configuration.read(file, overrides or [])
+        found = inputs.look(config, file.parent)
+        if found.faults:
+            raise ConfigError("\n".join(line(Complaint(*fault), positions) for fault in found.faults))
     if show:
         print(configuration.dump(config), end="")
-    else:
-        said = (
-            f"{file}: good; {config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, "
-            f"ZeRO-{config.zero_stage}, into {config.output_dir}"
-        )
-        print(shown(said))
+        return
+    if found.on_hub:
+        print(f"not checked (hub): {', '.join(found.on_hub)}")
+    said = f"{config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, ZeRO-{config.zero_stage}"
+    print(shown(f"{file}: good; {said}, into {config.output_dir}"))
+    if data:
+        from dspref import launcher
+
+        def job() -> None:
+            from dspref import survey
+
+            survey.report(config, colour=sys.stdout.isatty())
+
+        raise typer.Exit(launcher.guarded(job))
 
 
-@app.command()
+@app.command(cls=OfRun)
 def doctor(
-    file: Annotated[Path | None, typer.Argument(metavar="[X.yaml]", help="Also check what this run needs.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[X.yaml]", help="Also check what this run needs.", callback=whole)
+    ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -63,14 +129,12 @@ def doctor(
     from dspref import config as configuration
     from dspref import doctor
 
-    try:
+    with faults_in_one_line():
+        tell_repeated(overrides)
         config = configuration.load(file, overrides or []) if file else None
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(int(error.exit_code)) from None
     report = doctor.examine(config, str(file or ""))
     print(doctor.as_json(report) if as_json else doctor.as_text(report), end="")
-    raise typer.Exit(int(ExitCode.ENVIRONMENT if report["verdict"] == "FAIL" else ExitCode.DONE))
+    raise typer.Exit(int(doctor.exit_code(report)))
 
 
 @app.command()
@@ -81,7 +145,7 @@ def schema() -> None:
     print(configuration.schema(), end="")
 
 
-@app.command()
+@app.command(cls=OfRun)
 def train(file: File, overrides: Overrides = None) -> None:
     """Train in this one process. For several: deepspeed launch/train.py --config X.yaml."""
     from dspref import launcher
@@ -89,7 +153,7 @@ def train(file: File, overrides: Overrides = None) -> None:
     raise typer.Exit(launcher.main(["--config", str(file), *(overrides or [])]))
 
 
-@app.command()
+@app.command(cls=OfRun)
 def score(
     file: File,
     overrides: Overrides = None,
@@ -102,6 +166,8 @@ def score(
 
     try:
         part = parse_share(share)
+        if launcher.first_rank(os.environ):
+            tell_repeated(overrides)
         config = configuration.load(file, overrides or [])
     except UserError as error:
         if launcher.first_rank(os.environ):
@@ -116,7 +182,7 @@ def score(
     raise typer.Exit(launcher.guarded(job))
 
 
-@app.command()
+@app.command(cls=OfRun)
 def submit(
     file: File,
     overrides: Overrides = None,
@@ -135,8 +201,8 @@ def submit(
     signal_seconds: Annotated[int, typer.Option(min=1, help="Commit a checkpoint so long before the end.")] = 300,
     max_requeue: Annotated[int, typer.Option(min=0, help="Go on so often, each time only if a step was committed.")] = 20,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the ranks; repeatable.")] = None,
-    setup: Annotated[Path | None, typer.Option(metavar="FILE", help="A shell file to source first: modules.")] = None,
-    sweep: Annotated[Path | None, typer.Option(metavar="FILE", help="A job array: overrides, a line per run.")] = None,
+    setup: ShellFile = None,
+    sweep: SweepFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and show the job script, and stop there.")] = False,
 ) -> None:
     """Submit a run to SLURM: check it, write a job script into its folder, show that, and hand it to sbatch.
@@ -146,6 +212,7 @@ def submit(
     from dspref import slurm
 
     with faults_in_one_line():
+        tell_repeated(overrides)
         job = slurm.Job(
             nodes=nodes, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task, time=time, partition=partition,
             account=account, qos=qos, constraint=constraint, reservation=reservation, job_name=job_name, mem=mem,
@@ -157,7 +224,7 @@ def submit(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or of a sweep.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or of a sweep.", callback=whole)],
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, for programs.")] = False,
 ) -> None:
     """Show how far a run is: state, step, time left, last checkpoint, goodput, restarts. Reads its files and no more."""
@@ -172,6 +239,14 @@ def status(
             print(json.dumps(about | {"runs": runs} if runs else about, indent=2))
         else:
             print(status.show_sweep(runs) if runs else status.show(about))
+
+
+def tell_repeated(overrides: list[str] | None) -> None:
+    """An override that a later one replaces is said, as it may be a slip."""
+    from dspref.config import repeated
+
+    for line in repeated(overrides or []):
+        print(line, file=sys.stderr)
 
 
 @contextmanager
@@ -198,8 +273,8 @@ class Precision(StrEnum):
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="RUN/checkpoints/step-N", help="A committed checkpoint.")],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.")],
+    checkpoint: Checkpoint,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.", callback=whole)],
     dtype: Annotated[Precision | None, typer.Option(help="Default: the run's model.dtype.")] = None,
 ) -> None:
     """Write the model of a checkpoint as from_pretrained loads it; of any ZeRO stage and number of ranks, without a GPU."""

@@ -31,7 +31,7 @@ from dspref.yaml12 import Position, apply_override, parse
 
 __all__ = [
     "CheckpointSection", "Config", "LoraSection", "ModelSection", "SourceSection",
-    "cache_folder", "dump", "expand", "load", "repeated", "resolved", "schema", "shipped",
+    "cache_folder", "dump", "expand", "load", "read", "repeated", "resolved", "schema", "shipped",
 ]  # fmt: skip
 
 # Lines that are told of one config, and rounds of taking faults out of it.
@@ -46,6 +46,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with a line for each fault: `file:line:col: key: reason; did you mean ...?`
     """
+    return read(path, overrides)[0]
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[tuple, Position]]:
+    """The same, with the place of each key."""
     try:
         path = shipped(expand(str(path)))
     except ValueError as error:
@@ -63,11 +68,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     # An override that could not be read may have been what is missing.
     complaints = [c for c in complaints if not (faults and c.kind is Kind.MISSING)]
     ordered = sorted(complaints, key=lambda c: (c.kind, position_of(positions, c.path)))
-    faults += dict.fromkeys(line(complaint, positions) for complaint in ordered)
+    faults = list(dict.fromkeys([*faults, *(line(complaint, positions) for complaint in ordered)]))
     if config is None or faults:
         more = [f"... and {len(faults) - MAX_LINES} more"] * (len(faults) > MAX_LINES)
         raise ConfigError("\n".join([*faults[:MAX_LINES], *more]))
-    return config
+    return config, positions
 
 
 def examine(document: dict[str, Any]) -> tuple[Config | None, list[Complaint]]:

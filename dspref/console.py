@@ -22,6 +22,7 @@ from rich.text import Text
 from dspref import distributed, status
 from dspref.files import write_atomically
 from dspref.performance import PHASES
+from dspref.secrets import redact
 from dspref.status import printable
 from dspref.terminal import shown
 
@@ -36,6 +37,16 @@ def banner(rows: Mapping[str, str]) -> None:
     """The run in a few lines, before anything slow happens."""
     width = max(map(len, rows))
     distributed.log("\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows.items()))
+
+
+def first_pair(show: Callable[[bool], str]) -> None:
+    """A pair as text; scored tokens are green on a terminal, and between brackets in a log."""
+    if distributed.world().rank != 0:
+        return
+    if sys.stdout.isatty():
+        print(redact(f"the first pair, scored tokens in green\n{show(True)}"), flush=True)
+    else:
+        distributed.log(f"the first pair, scored tokens in [[ ]]\n{show(False)}")
 
 
 class ProgressView:

@@ -13,6 +13,7 @@ from typing import Any
 import dspref
 from dspref import machine, preflight, secrets
 from dspref.config import Config
+from dspref.errors import ExitCode
 from dspref.machine import FAIL, OK, WARN, Scene
 
 # Environment variables that decide how a run goes.
@@ -43,6 +44,12 @@ def examine(config: Config | None, run: str = "") -> dict[str, Any]:
         "environment": environment(os.environ),
         "verdict": next(level for level in (FAIL, WARN, OK) if level in levels),
     }
+
+
+def exit_code(report: Mapping[str, Any]) -> ExitCode:
+    """2 where only what the config names is at fault, 4 where the machine is."""
+    failed = {name for name, check in report["checks"].items() if check["level"] == FAIL}
+    return ExitCode.DONE if not failed else ExitCode.CONFIG if failed == {"inputs"} else ExitCode.ENVIRONMENT
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:

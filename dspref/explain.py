@@ -88,7 +88,7 @@ def _complaint(path: Path, problems: Sequence[Any], document: Any) -> Complaint:
         hint, meant = hints.of_key(str(path[-1]), path[:-1], section_at(path[:-1], document))
         if path[:-1] == ("data", "eval") and not meant and isinstance(value, str):
             hint, meant = (
-                f"a set of its own name is written {path[-1]}: {{path: {_short(value)}}}",
+                f"a set with a name is written {path[-1]}: {{path: {_short(value)}}}",
                 {("data", "eval", "path")},
             )
         return Complaint(path, "unknown key" + (hint and f"; {hint}"), Kind.UNKNOWN, frozenset(meant))

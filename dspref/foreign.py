@@ -320,7 +320,7 @@ _VALUES = {
         "sft": "nll",
         "sigmoid_norm": "length_normalized",
     },
-    "f_divergence_type": {"reverse_kl": "kl", "js_divergence": "jsd jensen_shannon"},
+    "f_divergence_type": {"reverse_kl": "kl", "js_divergence": "js jsd jensen_shannon"},
 }
 # The same, with what to write in full.
 WHOLE_VALUES = {

@@ -104,6 +104,7 @@ def all_homes() -> dict[str, list[str]]:
                 homes[name].append(f"{prefix}.{name}")
 
     for name, field in Config.model_fields.items():
+        homes.setdefault(name, []).append(name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             note(name, field.annotation.model_fields)
     note("model.lora", LoraSection.model_fields)
@@ -121,7 +122,7 @@ def near(word: str, choices: Iterable[str]) -> str | None:
     ranked = sorted((slips(folded, choice.lower()), choice) for choice in choices)
     if ranked and ranked[0][0] <= _allowed(max(len(folded), len(ranked[0][1]))):
         return ranked[0][1]
-    longer = [choice for choice in choices if choice.lower().startswith(folded + "_")]
+    longer = [choice for choice in choices if len(folded) > 3 and choice.lower().startswith(folded + "_")]
     return longer[0] if len(longer) == 1 else None
 
 

@@ -32,13 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rendezvous.announce()
         options = parse(arguments)
+        for line in configuration.repeated(options.overrides) if first_rank(os.environ) else ():
+            print(line, file=sys.stderr, flush=True)
         config = configuration.load(options.config, options.overrides)
     except UserError as error:
         # Every rank finds the same fault in the same file; one says so.
         if first_rank(os.environ):
             print(error, file=sys.stderr, flush=True)
         return int(error.exit_code)
-    return guarded(lambda: train(config, configuration.shipped(options.config)))
+    return guarded(lambda: train(config, configuration.shipped(configuration.expand(options.config))))
 
 
 def train(config: configuration.Config, source: Path) -> None:

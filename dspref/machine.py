@@ -5,7 +5,6 @@ Loads neither torch nor DeepSpeed, which take seconds: `preflight` has the table
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +36,9 @@ VERSIONS = {
     "safetensors": ("0.5", "0.8.0"),
     "numpy": ("2", "2.4.6"),
 }
+TRACKERS = ("wandb", "tensorboard")
 CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
-OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "wandb")
+OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "wandb", "tensorboard")
 # A build takes a minute or two, perhaps in another container of this machine, whose processes are not seen here.
 BUILD_SECONDS = 300
 # The engine removes locks of cpu_adam that are older.
@@ -106,6 +107,30 @@ def judge_versions(found: Mapping[str, str]) -> Verdict:
     return Verdict(OK, "within the tested range")
 
 
+def check_packages(scene: Scene) -> Verdict:
+    """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
+    needed = packages_of(scene.config) if scene.config else {}
+    absent = {package: key for package, key in needed.items() if find_spec(package) is None}
+    for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
+        remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{package}]'"
+        ends = package not in TRACKERS
+        effect = "needs it" if ends else "will be switched off without it"
+        return Verdict(FAIL if ends else WARN, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key")
+    return Verdict(OK, f"installed: {', '.join(needed)}" if needed else "none beyond those of every run")
+
+
+def packages_of(config: Config) -> dict[str, str]:
+    """Package -> the key that asks for it."""
+    asked = {
+        "peft": ("model.lora", config.model.lora is not None),
+        "bitsandbytes": ("model.load_in_4bit", config.model.load_in_4bit),
+        **{name: (f"log.trackers: {name}", name in config.log.trackers) for name in TRACKERS},
+    }
+    if config.train.optim == "adamw_8bit":
+        asked["bitsandbytes"] = ("train.optim: adamw_8bit", True)
+    return {package: key for package, (key, needs) in asked.items() if needs}
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text.split("+")[0])))
 
@@ -134,7 +159,7 @@ def gpus() -> Gpus:
 
 def torch_cuda() -> str:
     """The CUDA that torch was built for; empty for a torch without. Read from its file: importing torch takes seconds."""
-    spec = importlib.util.find_spec("torch")
+    spec = find_spec("torch")
     path = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     found = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", path.read_text(), flags=re.M) if path and path.exists() else None
     return found[1] if found else ""
@@ -179,7 +204,7 @@ def _needs_cuda(config: Config | None) -> str | None:
 
 def check_attention(scene: Scene) -> Verdict:
     modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    present = [name for name, module in modules.items() if importlib.util.find_spec(module)]
+    present = [name for name, module in modules.items() if find_spec(module)]
     asked = scene.config.model.attn_implementation if scene.config else "auto"
     if asked in modules and asked not in present:
         return Verdict(

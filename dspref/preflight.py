@@ -14,8 +14,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dspref import footprint, secrets, strategy
+from dspref import footprint, inputs, secrets, strategy
 from dspref.config import cache_folder
+from dspref.explain import dotted
 from dspref.machine import (
     FAIL,
     NETWORK,
@@ -28,6 +29,7 @@ from dspref.machine import (
     check_compiler,
     check_gpu,
     check_locks,
+    check_packages,
     check_versions,
     file_system,
     gpus,
@@ -147,6 +149,17 @@ def check_folders(scene: Scene) -> Verdict:
     return Verdict(OK, f"can be written: {', '.join(map(str, folders.values()))}")
 
 
+def check_inputs(scene: Scene) -> Verdict:
+    """What the config names: of a machine, these are the user's files."""
+    if scene.config is None:
+        return Verdict(OK, "no config was given")
+    found = inputs.look(scene.config)
+    if found.faults:
+        return Verdict(FAIL, "; ".join(f"{dotted(path)}: {reason}" for path, reason in found.faults))
+    aside = f"; not checked (hub): {', '.join(found.on_hub)}" if found.on_hub else ""
+    return Verdict(OK, f"what the config names is there{aside}")
+
+
 def check_network_folders(scene: Scene) -> Verdict:
     folders = {"$TMPDIR": Path(tempfile.gettempdir())}
     if operators(scene.config):
@@ -228,6 +241,7 @@ def _size(count: int) -> str:
 
 CHECKS: dict[str, Callable[[Scene], Verdict]] = {
     "versions": check_versions,
+    "packages": check_packages,
     "gpu": check_gpu,
     "attention": check_attention,
     "compiler": check_compiler,
@@ -237,6 +251,7 @@ CHECKS: dict[str, Callable[[Scene], Verdict]] = {
     "memory": check_memory,
     "folders": check_folders,
     "disk": check_disk,
+    "inputs": check_inputs,
     "local folders": check_network_folders,
     "meeting": check_meeting,
     "hub": check_hub,

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from dspref import console, distributed, engine, filling, model, reference, stages
+from dspref import console, distributed, engine, filling, model, preparation, reference, stages
 from dspref.config import Config
 from dspref.data.loader import Layout
 from dspref.data.store import PairStore
@@ -27,7 +27,7 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     model.quiet()
-    _, _, pairs, held_out = stages.prepare(config, device.type)
+    _, _, pairs, held_out = preparation.prepare(config, device.type)
     layout = reference.scoring_layout(config, stages.plan(config, pairs)[0], device.type)
     sets = {"train": pairs, **held_out}
     weights = config.model.name_or_path

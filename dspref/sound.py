@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from dspref.sections import Section
 
 KeyPath = tuple[str | int, ...]
 
 
-class Unsound(Exception):
-    """A check asked for a key that is wrong: what it would say might only follow from that."""
-
-
-class Sound:
-    """A section of which some keys are wrong: its other keys, and `Unsound` for these, so that a check ends there."""
-
-    def __init__(self, section: Section, unsound: Collection[KeyPath], path: KeyPath = ()) -> None:
-        self._section, self._unsound, self._path = section, unsound, path
-
-    @property
-    def __class__(self) -> Any:  # for isinstance
-        return type(self._section)
-
-    def __getattr__(self, name: str) -> Any:
-        kind = type(self._section)
-        if name in kind.model_fields:
-            return sound(getattr(self._section, name), self._unsound, (*self._path, name))
-        if isinstance(asked := getattr(kind, name, None), property):
-            return cast(Any, asked.fget)(self)
-        if name == "model_fields_set" or not hasattr(self._section, name):
-            return getattr(self._section, name)
-        raise Unsound  # what would give all keys at once
+class Unsound(AttributeError):
+    """A key that is wrong was asked for: what a check would say might only follow from that."""
 
 
 def sound(value: Any, unsound: Collection[KeyPath], path: KeyPath = ()) -> Any:
-    """A value of a config without what is wrong below `path`."""
+    """A value of a config without what is wrong below `path`: to read that is an AttributeError. Raises Unsound where
+    nothing of it is right."""
     below = [wrong for wrong in unsound if wrong[: len(path)] == path]
     if not below:
         return value
-    if path not in below and isinstance(value, Section):
-        return Sound(value, below, path)
-    if path not in below and isinstance(value, list):
+    if path in below or not isinstance(value, Section | list):
+        raise Unsound(path)
+    if isinstance(value, list):
         return [sound(item, below, (*path, number)) for number, item in enumerate(value)]
+    part = value.model_copy()
+    values = cast("dict[str, Any]", vars(part))
+    for name in type(value).model_fields:
+        try:
+            values[name] = sound(getattr(value, name), below, (*path, name))
+        except Unsound:
+            del values[name]
+    values["model_dump"] = _refuse  # which would leave the wrong keys out without a word
+    return part
+
+
+def _refuse(**_: Any) -> NoReturn:
     raise Unsound

@@ -6,21 +6,18 @@ import json
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from dspref import (
     adapters,
-    admission,
     agreement,
     console,
     distributed,
     engine,
-    filedigest,
     finite,
     lock,
     model,
@@ -30,15 +27,14 @@ from dspref import (
     terminal,
 )
 from dspref.checkpoint import committed_folders
-from dspref.config import Config, SourceSection, cache_folder, shipped
+from dspref.config import Config
 from dspref.data.loader import Layout, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
-from dspref.data.sources import Listing, Source, find, shared_with
-from dspref.data.store import PairStore, load_pairs
-from dspref.data.tokenize import Limits, load_tokenizer
+from dspref.data.show import mark
+from dspref.data.store import PairStore
 from dspref.engine import Engine
-from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault, UserError
-from dspref.export import adapter_in_words, export, warn_of_other_tokenizer
+from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
+from dspref.export import adapter_in_words, export
 from dspref.files import read_lines, write_atomically
 from dspref.filling import Need, whole
 from dspref.machine import FAIL, Scene, Verdict
@@ -128,117 +124,6 @@ def check_environment(config: Config, device_type: str) -> None:
         distributed.log(f"warning: {off}")
 
 
-def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerBase, PairStore, dict[str, PairStore]]:
-    """(attention kernel, tokenizer, training pairs, held-out sets by metric prefix), each checked.
-
-    Rank 0 goes first and the others find its work in the cache; nobody waits in a collective.
-    """
-    section, data = config.model, config.data
-    limits = Limits(
-        data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode, data.min_prompt_length,
-        data.on_overlong,
-    )  # fmt: skip
-
-    def work():
-        model_config = model.load_config(section)
-        name = section.tokenizer_name_or_path or section.name_or_path
-        tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
-        kernel = admission.check(section, model_config, data.max_length, 0, device_type)
-        if section.init == "pretrained":
-            admission.check_weights(section, model_config)
-        check_adapters(config, device_type)
-        if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
-            check_reference(config, 0, device_type)
-        if section.tokenizer_name_or_path and distributed.world().rank == 0:
-            warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
-
-        load = partial(
-            load_pairs, tokenizer=tokenizer, limits=limits, scored=data.scored, on_bad_row=data.on_bad_row,
-            cache_dir=cache_folder("tokens"), log=distributed.log, digest=filedigest.sha256,
-            verify=distributed.world().local_rank == 0,
-        )  # fmt: skip
-        listed = [find(_source(source, key)) for key, source in data.source_keys("train").items()]
-        of_eval = zip(data.eval_sources, data.source_keys("eval").items())
-        apart = {prefix: find(_source(source, key)) for prefix, (key, source) in of_eval}
-        for listing in apart.values():
-            refuse_training_rows(listing, listed)
-        pairs, held_out = load(listed), {prefix: load([listing]) for prefix, listing in apart.items()}
-        check_tokens(config, model_config, [pairs, *held_out.values()], device_type)
-        return kernel, tokenizer, pairs, held_out
-
-    found = distributed.in_turn(work)
-    keys = [store.key for store in (found[2], *found[3].values())]
-    refuse_other_pairs(distributed.gather_objects((socket.gethostname(), keys)))
-    return found
-
-
-def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
-    """Raise DataError where a held-out set has rows that are trained on, unless its split says so."""
-    if listing.source.split is None and (file := shared_with(listing, training, filedigest.sha256)):
-        raise DataError(
-            f"{listing.source.key}: {file} is trained on too; fix: name other rows, such as split: test or train[:5%] "
-            "with the rest in data.train, or write split: train to evaluate on rows of the training set"
-        )
-
-
-def check_tokens(config: Config, model_config: Any, stores: Sequence[PairStore], device_type: str) -> None:
-    """Refuse tokens and lengths that the model, or a reference that is another model, has no embedding for."""
-    largest, longest = (max(store.report[name] for store in stores) for name in ("largest_id", "longest"))
-    admission.refuse_unknown_tokens(model_config, largest)
-    if config.data.max_length is None:
-        admission.refuse_long_pairs(model_config, longest)
-    if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
-        check_reference(config, largest + 1, device_type, longest)
-
-
-def refuse_other_pairs(keys: Sequence[tuple[str, list[str]]]) -> None:
-    """Raise DataError where a rank has other pairs than rank 0: other files, or another moment of a template's clock.
-
-    `keys`: of each rank, its machine and the keys of its stores."""
-    other = next((rank for rank, (_, own) in enumerate(keys) if own != keys[0][1]), None)
-    if other is not None:
-        raise DataError(
-            f"data: rank {other} on {keys[other][0]} has other pairs than rank 0 on {keys[0][0]}; give all machines the "
-            "same files, and a token cache (DSPREF_CACHE) that they share"
-        )
-
-
-def check_adapters(config: Config, device_type: str) -> None:
-    """Refuse what an adapter or 8-bit states need and this machine, or the disk, has not."""
-    adapters.check(config.model)
-    if config.model.lora:
-        adapters.try_on(model.skeleton(config.model), config.model)
-    if config.train.optim == "adamw_8bit":
-        admission.require_bitsandbytes("train.optim: adamw_8bit", device_type)
-
-
-def check_reference(config: Config, vocabulary: int, device_type: str, longest: int = 0) -> None:
-    """The checks of the policy, for a reference that is another model or has an adapter of its own."""
-    section, adapter = reference.described(config, "")
-    try:
-        if adapter:
-            adapters.folder_of(adapter)
-        else:
-            described = model.load_config(section)
-            admission.check(section, described, config.data.max_length, vocabulary, device_type)
-            if config.data.max_length is None:
-                admission.refuse_long_pairs(described, longest)
-            admission.check_weights(section, described)
-    except UserError as error:
-        named = "reference.name_or_path" if config.reference.name_or_path else "reference.adapter_name"
-        blamed = re.sub(r"^(model\.(tokenizer_)?name_or_path: )?", f"{named}: ", str(error))
-        raise type(error)(blamed) from None
-
-
-def _source(section: SourceSection, key: str) -> Source:
-    template = section.template.model_dump(exclude_none=True) if section.template else None
-    # Keys of the section that say which rows to read, or how, are fields of the source.
-    own = ("path", "columns", "template", "as")
-    same = {name: getattr(section, name) for name in SourceSection.model_fields if name not in own}
-    path = str(shipped(section.path))
-    return Source(path, columns=section.columns.named, template=template, as_=section.as_, key=key, **same)
-
-
 def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run."""
     data, world = config.data, distributed.world()
@@ -325,9 +210,15 @@ def refuse_fewer_steps(run: RunFolder, done: int, steps: int) -> None:
 
 
 def introduce(
-    config: Config, pairs: PairStore, held_out: Mapping[str, PairStore], loader: StepLoader, steps: int, kernel: str
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PairStore,
+    held_out: Mapping[str, PairStore],
+    loader: StepLoader,
+    steps: int,
+    kernel: str,
 ) -> None:
-    """The banner: what is about to happen, in numbers."""
+    """The banner: what is about to happen, in numbers, and the first pair as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
     prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
@@ -345,6 +236,7 @@ def introduce(
         "run": config.output_dir,
     }
     console.banner(rows)
+    console.first_pair(lambda colour: mark(pairs[0], tokenizer, colour))
 
 
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dspref import advice, checkpoint, console, distributed, engine, gradient, model, stages
+from dspref import advice, checkpoint, console, distributed, engine, gradient, model, preparation, stages
 from dspref import reference as references
 from dspref.checkpoint import Progress
 from dspref.config import Config
@@ -44,12 +44,12 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     started = time.monotonic()
     stages.check_environment(config, device_type)
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
-    kernel, tokenizer, pairs, held_out = stages.prepare(config, device_type)
+    kernel, tokenizer, pairs, held_out = preparation.prepare(config, device_type)
     layout, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
     origin = stages.open_run(run, config, source, sets, steps, watch)
-    stages.introduce(config, pairs, held_out, loader, steps, kernel)
+    stages.introduce(config, tokenizer, pairs, held_out, loader, steps, kernel)
     found = checkpoint.find(run, config.checkpoint.resume)
     done = found.progress.step if found else 0
     stages.refuse_fewer_steps(run, done, steps)

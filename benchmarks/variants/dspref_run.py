@@ -50,11 +50,11 @@ def document(spec: Spec, folder: Path) -> dict[str, Any]:
 def train(spec: Spec, folder: Path, extra: dict[str, float]) -> list[dict[str, float]]:
     """Do the run in this process; its lines of metrics.jsonl, one per step."""
     os.environ["DSPREF_CACHE"] = str(folder / "cache")
-    from dspref import config, filling, stages, trainer
+    from dspref import config, filling, preparation, trainer
 
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(document(spec, folder), sort_keys=False), encoding="utf-8")
-    with spent(extra, filling, "fill", "reference"), spent(extra, stages, "load_pairs", "tokens"):
+    with spent(extra, filling, "fill", "reference"), spent(extra, preparation, "load_pairs", "tokens"):
         trainer.train(config.load(path), path)
     extra |= saves(read(folder / "run" / "events.jsonl"))
     return [record for record in read(folder / "run" / "metrics.jsonl") if "loss" in record]

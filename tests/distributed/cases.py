@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dspref import config as configuration
-from dspref import distributed, engine, gradient, launcher, model, stages, trainer
+from dspref import distributed, engine, gradient, launcher, model, preparation, stages, trainer
 from dspref import reference as references
 from dspref.data.loader import StepLoader
 from dspref.data.store import PairStore
@@ -57,7 +57,7 @@ def _load_policy(
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     model.quiet()
-    kernel, _, pairs, held_out = stages.prepare(config, device.type)
+    kernel, _, pairs, held_out = preparation.prepare(config, device.type)
     _, loader = stages.plan(config, pairs)
     weights = config.model.name_or_path
     objective = build_objective(**config.objective.model_dump())
@@ -120,7 +120,7 @@ def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     model.quiet()
-    kernel = stages.prepare(config, device.type)[0]
+    kernel = preparation.prepare(config, device.type)[0]
     objective = build_objective(**config.objective.model_dump())
     before = _private_mb()
     with _Peak() as peak:

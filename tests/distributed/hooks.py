@@ -244,7 +244,7 @@ def poison(rank: int, victim: int, steps: list[int], what: str) -> None:
 
 def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> None:
     """Write a file `into`/PHASE-RANK when a phase begins, and stay in the phase `slow` a little."""
-    from dspref import checkpoint, evaluate, filling, stages
+    from dspref import checkpoint, evaluate, filling, preparation, stages
     from dspref.engine import Engine
 
     def mark(name: str) -> None:
@@ -267,7 +267,7 @@ def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> N
     wrap(evaluate, "sweep", "evaluation")
     wrap(filling, "score", "scoring")
     wrap(checkpoint, "save_rng", "save")
-    wrap(stages, "load_pairs", "data")
+    wrap(preparation, "load_pairs", "data")
     wrap(stages, "export", "export")
 
 

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("status", "weights"),
     ("slurm",),
     ("machine", "footprint"),  # of `dspref doctor` and the start of a run
+    ("inputs",),
     ("preflight", "agreement"),
     ("doctor",),
     ("distributed", "lock"),
@@ -42,8 +43,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run_folder", "trackers"),
     ("checkpoint", "metrics", "console", "numbers"),
     ("saving", "export", "gradient", "advice", "outcome"),
+    ("preparation",),
     ("stages", "evaluate"),
-    ("trainer", "scorer", "consolidate"),
+    ("trainer", "scorer", "consolidate", "survey"),
     ("launcher",),
     ("cli",),
 )
@@ -89,7 +91,7 @@ NO_TORCH = {
     "config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12", "errors", "files",
     "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
     "terminal", "local_store", "rendezvous", "reading", "weights", "manifest", "record",
-    "machine", "footprint", "preflight", "agreement", "doctor",
+    "machine", "footprint", "inputs", "preflight", "agreement", "doctor",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 from test_store import load, write
 from tiny import tiny_config
 
-from dspref import config, numbers, stages
+from dspref import config, numbers, preparation, stages
 from dspref.data.loader import sharing_pays
 from dspref.data.sources import Source, find
 from dspref.errors import ConfigError, DataError, NumericFault
@@ -68,9 +68,9 @@ def test_only_ids_that_occur_must_fit_the_model(tmp_path):
     pairs, run = load([write(tmp_path / "rows.jsonl", ROWS)], tmp_path / "cache"), config.load(QUICKSTART)
     largest = pairs.report["largest_id"]
     assert largest < 20
-    stages.check_tokens(run, tiny_config("qwen2", largest + 1), [pairs], "cpu")
+    preparation.check_tokens(run, tiny_config("qwen2", largest + 1), [pairs], "cpu")
     with pytest.raises(ConfigError, match=f"model.tokenizer_name_or_path: token id {largest} does not fit"):
-        stages.check_tokens(run, tiny_config("qwen2", largest), [pairs], "cpu")
+        preparation.check_tokens(run, tiny_config("qwen2", largest), [pairs], "cpu")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
@@ -80,13 +80,13 @@ def test_without_max_length_the_longest_pair_must_fit_the_positions(tmp_path, fa
     longest = held_out.report["longest"]
     assert longest == 1 + 80 + 1
     run = config.load(QUICKSTART, ["data.max_length=null"])
-    stages.check_tokens(run, tiny_config(family, 256, max_position_embeddings=longest), [short, held_out], "cpu")
+    preparation.check_tokens(run, tiny_config(family, 256, max_position_embeddings=longest), [short, held_out], "cpu")
     few = tiny_config(family, 256, max_position_embeddings=longest - 1)
     with pytest.raises(
         ConfigError, match=rf"data.max_length: null, and the longest pair has {longest} tokens.*{longest - 1} pos"
     ):
-        stages.check_tokens(run, few, [short, held_out], "cpu")
-    stages.check_tokens(config.load(QUICKSTART, ["data.max_length=81"]), few, [short], "cpu")
+        preparation.check_tokens(run, few, [short, held_out], "cpu")
+    preparation.check_tokens(config.load(QUICKSTART, ["data.max_length=81"]), few, [short], "cpu")
 
 
 def test_rows_that_are_trained_on_are_no_held_out_set_unless_that_is_said(tmp_path):
@@ -94,20 +94,19 @@ def test_rows_that_are_trained_on_are_no_held_out_set_unless_that_is_said(tmp_pa
         write(tmp_path / f"{name}.jsonl", [{"name": name}, {"name": name}])
     folder = str(tmp_path)
     train: Any = [find(Source(folder))]
-    for source in (Source(folder), Source(f"{folder}/train.jsonl"), Source(f"{folder}/tr*"), Source(folder, max_samples=1)):
+    key = "data.eval.own"
+    for path, most in ((folder, None), (f"{folder}/train.jsonl", None), (f"{folder}/tr*", None), (folder, 1)):
         with pytest.raises(DataError, match=r"^data\.eval\.own: .*train\.jsonl is trained on too; fix: name other rows"):
-            stages.refuse_training_rows("eval_own_", find(source), train)
-    with pytest.raises(DataError, match=r"^data\.eval: "):
-        stages.refuse_training_rows("eval_", find(Source(folder)), train)
+            preparation.refuse_training_rows(find(Source(path, max_samples=most, key=key)), train)
     for source in (Source(folder, split="train"), Source(folder, split="train[:1]"), Source(folder, split="test")):
-        stages.refuse_training_rows("eval_", find(source), train)
-    stages.refuse_training_rows("eval_", find(Source(f"{folder}/test.jsonl")), train)
+        preparation.refuse_training_rows(find(source), train)
+    preparation.refuse_training_rows(find(Source(f"{folder}/test.jsonl")), train)
 
 
 def test_ranks_must_have_the_same_pairs():
-    stages.refuse_other_pairs([("a", ["x", "y"]), ("b", ["x", "y"])])
+    preparation.refuse_other_pairs([("a", ["x", "y"]), ("b", ["x", "y"])])
     with pytest.raises(DataError, match="rank 1 on b has other pairs than rank 0 on a"):
-        stages.refuse_other_pairs([("a", ["x", "y"]), ("b", ["x", "z"])])
+        preparation.refuse_other_pairs([("a", ["x", "y"]), ("b", ["x", "z"])])
 
 
 def test_a_template_with_a_clock_is_named_where_pairs_have_changed(tmp_path):
@@ -120,5 +119,5 @@ def test_a_template_with_a_clock_is_named_where_pairs_have_changed(tmp_path):
 def test_every_key_of_a_source_reaches_its_reading():
     keys = {"split": "test", "name": "a", "data_dir": "b", "revision": "c", "max_samples": 3, "weight": 2.0}
     run = config.load(QUICKSTART, [f"data.train.{key}={value}" for key, value in keys.items()])
-    source = stages._source(run.data.train_sources[0])
+    source = preparation.listing_of(run.data.train_sources[0], "data.train").source
     assert {key: getattr(source, key) for key in keys} == keys

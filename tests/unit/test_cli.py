@@ -1,0 +1,100 @@
+"""The command line: one entry for all forms, and a line for what it does not know."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tokenizer, tiny_config
+from typer.testing import CliRunner
+
+import dspref
+from dspref import launcher
+from dspref.cli import app
+
+MINIMAL = {"model": {"name_or_path": "some/model"}, "data": {"train": "some/data"}, "output_dir": "out"}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(json.dumps(MINIMAL))
+    return tmp_path
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.output
+
+
+def test_the_version() -> None:
+    assert call("--version") == (0, f"dspref {dspref.__version__}\n")
+    told = subprocess.run([sys.executable, "-m", "dspref", "--version"], capture_output=True, text=True, timeout=60)
+    assert (told.returncode, told.stdout) == (0, f"dspref {dspref.__version__}\n")
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in call("--help")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["x.yaml", "--config x.yaml", "--config=x.yaml", "train.seed=3 --config x.yaml", "--show --config=x.yaml"],
+)
+def test_the_run_may_be_named_as_to_the_launcher(arguments: str) -> None:
+    code, said = call("check", *arguments.split())
+    assert code == 0, said
+
+
+def test_an_option_for_a_key_is_answered_with_the_way_to_set_it() -> None:
+    for command in ("check", "train", "score", "submit"):
+        code, said = call(command, "x.yaml", "--learning_rate", "1e-6")
+        words = " ".join(said.replace("│", " ").split())
+        assert code == 2 and "--learning_rate: no such option" in words and "section.key=value, without dashes" in words
+
+
+def test_overrides_given_twice_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = call("check", "x.yaml", "train.seed=3", "train.seed=4")
+    assert code == 0 and "override 'train.seed=3': is replaced by 'train.seed=4' behind it\n" in said
+    assert launcher.main(["--config", "x.yaml", "train.sed=3", "train.sed=4"]) == 2
+    assert "is replaced by" in capsys.readouterr().err
+
+
+def test_home_is_home_in_every_argument(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(elsewhere))
+    assert call("check", "~/x.yaml")[0] == 0
+    for arguments in (
+        ("status", "~/run"),
+        ("export", "~/run", "--to", "~/model"),
+        ("submit", "~/x.yaml", "--setup", "~/no.sh"),
+    ):
+        code, said = call(*arguments)
+        assert code in (2, 3) and "~" not in said, (arguments, said)
+    assert not Path("~").exists()
+
+
+def test_every_fault_of_a_config_reaches_the_terminal() -> None:
+    code, said = call("check", "x.yaml", "train.lerning_rate=1", "model.dtype=bf16", "train.seed=x")
+    assert code == 2 and said.count("\n") == 3
+
+
+def test_the_data_are_shown_as_a_run_would_read_them(elsewhere: Path) -> None:
+    """Rows, what was left out and why, lengths, and the first pairs with what is scored in brackets."""
+    size = save_tokenizer("model")
+    tiny_config("qwen2", size).save_pretrained("model")
+    rows = [{"prompt": f"Say {k}.", "chosen": f"yes {k}", "rejected": f"no {k}"} for k in range(5)] + [{"prompt": "x"}]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"model": {"name_or_path": "model", "init": "random"}, "output_dir": "out"}
+    Path("x.yaml").write_text(json.dumps(values | {"data": {"train": "p.jsonl", "eval": "p.jsonl", "on_bad_row": "drop"}}))
+    code, said = call("check", "--data", "x.yaml")
+    assert code == 0, said
+    assert "data.train  p.jsonl" in said and "data.eval  p.jsonl" in said
+    assert "rows 6, pairs 5 of 6" in said and "left out 1 of 6" in said
+    assert "p.jsonl:1\nprompt    Say 0." in said and "[[yes 0" in said and "[[no 2" in said and "no 3" not in said
+    assert not Path("out").exists()
+    code, said = call("check", "--data", "x.yaml", "data.on_bad_row=error")
+    assert code == 3 and "p.jsonl:6: " in said and "Traceback" not in said
