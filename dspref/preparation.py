@@ -135,10 +135,14 @@ def check_reference(config: Config, vocabulary: int, device_type: str, longest: 
 
 
 def listing_of(section: SourceSection, key: str) -> Listing:
-    """What a source of the config names; `key` is its place there."""
+    """The files that a source of the config names; `key` is its place there."""
+    return find(source_of(section, key))
+
+
+def source_of(section: SourceSection, key: str) -> Source:
     template = section.template.model_dump(exclude_none=True) if section.template else None
     # Keys of the section that say which rows to read, or how, are fields of the source.
     own = ("path", "columns", "template", "as")
     same = {name: getattr(section, name) for name in SourceSection.model_fields if name not in own}
     path = str(shipped(section.path))
-    return find(Source(path, columns=section.columns.named, template=template, as_=section.as_, key=key, **same))
+    return Source(path, columns=section.columns.named, template=template, as_=section.as_, key=key, **same)

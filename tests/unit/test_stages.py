@@ -119,5 +119,5 @@ def test_a_template_with_a_clock_is_named_where_pairs_have_changed(tmp_path):
 def test_every_key_of_a_source_reaches_its_reading():
     keys = {"split": "test", "name": "a", "data_dir": "b", "revision": "c", "max_samples": 3, "weight": 2.0}
     run = config.load(QUICKSTART, [f"data.train.{key}={value}" for key, value in keys.items()])
-    source = preparation.listing_of(run.data.train_sources[0], "data.train").source
+    source = preparation.source_of(run.data.train_sources[0], "data.train")
     assert {key: getattr(source, key) for key in keys} == keys
