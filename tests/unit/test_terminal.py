@@ -18,8 +18,8 @@ from dspref.terminal import command, literal, shown
 HOSTILE = [
     "r$(touch PWNED)", "r`touch PWNED`", 'r"; touch PWNED; "', "r'; touch PWNED; '", "r\\", "!!", "a b", "-n", "~", "*",
     "$HOME", "&& touch PWNED", "r\ntouch PWNED\n", "r\x1b[31m\x07", "r\x9b31m", "r\u202etxt.exe", "r\u2028x",
-    "r\r\ntouch PWNED",
-    "", "{a,b}", "a;touch PWNED", "#x", "r\udc80\udcff", "ä€", "'); __import__('os').system('touch PWNED'); ('",
+    "r\r\ntouch PWNED", "",
+    "{a,b}", "a;touch PWNED", "#x", "r\udc80\udcff", "ä€", "'); __import__('os').system('touch PWNED'); ('",
     '"); __import__("os").system("touch PWNED"); ("', "{{x}}", "r\t", "r\x7f", "r\u200bx",
 ]  # fmt: skip
 
