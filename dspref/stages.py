@@ -24,6 +24,7 @@ from dspref import (
     preflight,
     reference,
 )
+from dspref import weights as weight_files
 from dspref.checkpoint import committed_folders
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.loader import Layout, StepLoader, sharing_pays
@@ -107,6 +108,8 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
     def work():
         model_config = model.load_config(section)
         name = section.tokenizer_name_or_path or section.name_or_path
+        if not shipped(name).is_dir() and (reason := weight_files.no_folder(name)):
+            raise ConfigError(f"model.tokenizer_name_or_path: {name}: {reason}")
         tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
         kernel = admission.check(section, model_config, data.max_length, len(tokenizer), device_type)
         if section.init == "pretrained":
