@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dspref import footprint, inputs, secrets, strategy
+from dspref import footprint, inputs, secrets, strategy, weights
 from dspref.config import cache_folder
 from dspref.explain import dotted
 from dspref.machine import (
@@ -202,6 +202,8 @@ def check_hub(scene: Scene) -> Verdict:
     state = f"{'offline' if offline else 'online'}, {'a token is there' if token else 'no token'}"
     if scene.config and footprint.model_folder(scene.config.model) is None:
         name = scene.config.model.name_or_path
+        if reason := weights.no_folder(name):
+            return Verdict(FAIL, f"model.name_or_path: {name}: {reason}")
         if offline or name.startswith(("/", ".", "~")):
             return Verdict(FAIL, f"model.name_or_path: {name} is neither a folder nor in the cache; hub: {state}")
         return Verdict(OK, f"{state}; {name} is not in the cache and will be downloaded")

@@ -10,13 +10,13 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspref import adapters, admission, distributed, filedigest, model, reference
+from dspref import adapters, admission, distributed, filedigest, model, reference, weights
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.sources import Listing, Source, find, shared_with
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
-from dspref.errors import DataError, UserError
+from dspref.errors import ConfigError, DataError, UserError
 from dspref.export import warn_of_other_tokenizer
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def refuse_other_pairs(keys: Sequence[tuple[str, list[str]]]) -> None:
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     section = config.model
     name = section.tokenizer_name_or_path or section.name_or_path
+    if not shipped(name).is_dir() and (reason := weights.no_folder(name)):
+        raise ConfigError(f"model.tokenizer_name_or_path: {name}: {reason}")
     return load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
 
 

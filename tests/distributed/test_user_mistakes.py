@@ -89,6 +89,7 @@ def test_mistakes_that_only_the_model_shows(model, all_workers, tmp_path):
         described.write_text(json.dumps(json.loads(described.read_text()) | changes))
     cases = [
         (["model.name_or_path=/no/such/folder"], 2, "model.name_or_path: /no/such/folder: no such folder"),
+        ([f"model.tokenizer_name_or_path={model}/tokeniser"], 2, f"no such folder; did you mean {model}/tokenizer?"),
         ([f"model.name_or_path={tmp_path}/fp8"], 2, "quantized (fp8), and only full precision is trained"),
         ([f"reference.name_or_path={tmp_path}/fp8"], 2, "reference.name_or_path: "),
         ([f"reference.name_or_path={tmp_path}/evil"], 2, "holds no model.safetensors"),
