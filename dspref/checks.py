@@ -103,7 +103,7 @@ def _of_strategy(config: Config) -> Iterator[Complaint]:
         for path, reason in strategy.problems(config.strategy, dtype):
             yield ("deepspeed", *path), reason + place
     except ConfigError as error:
-        yield ("deepspeed",), str(error).removeprefix("deepspeed: ")
+        yield ("deepspeed",), str(error).replace("deepspeed: ", "", 1)
 
 
 def _known_strategies(path: str) -> str:

@@ -41,7 +41,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The YAML file, an override or the command line is wrong."""
+    """The YAML file, an override or the command line is wrong. The message may hold several lines, one for each fault."""
 
     exit_code = ExitCode.CONFIG
 

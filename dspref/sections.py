@@ -327,7 +327,7 @@ class TrainSection(Section):
     optim: Literal["adamw", "adamw_8bit", "cpu_adam"] = "adamw"
     """`adamw`: torch's; `adamw_8bit`: bitsandbytes', states in 8 bits, needs CUDA; `cpu_adam`: DeepSpeed's, for offloaded
     states (built with a C++ compiler on first use)."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of data order, sampling, dropout and random weights."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Evaluate every so many steps; null: at the end only."""

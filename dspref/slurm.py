@@ -117,7 +117,7 @@ def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list
                     raise ConfigError(f"output_dir: {folder} is taken by the sweep or a line before; give each run its own")
                 taken.add(folder)
         except (ConfigError, ValueError) as error:  # ValueError: a quote that nobody closes
-            faults.append(f"{sweep}:{number}: {error}")
+            faults += [f"{sweep}:{number}: {fault}" for fault in str(error).splitlines()]
     if faults or not configs:
         raise ConfigError("\n".join(faults) or f"{sweep}: holds no run; write the overrides of one run on each line")
     return configs

@@ -313,12 +313,14 @@ def test_header_values_are_slurms_words_or_refused(option):
 def test_overrides_stay_text(here, capsys):
     """They come back from the config that is written, and are not in the script."""
     sources = [HOSTILE[n : n + 10] for n in range(0, len(HOSTILE), 10)]
-    overrides = [f"data.train={json.dumps([{'path': text} for text in texts])}" for texts in sources]
+    overrides = [
+        f"data.train={json.dumps([{'path': 'p', 'columns': {'chosen': text}} for text in texts])}" for texts in sources
+    ]
     (here / "sweep.txt").write_text("\n".join(map(shlex.quote, overrides)))
     assert submit("--sweep", "sweep.txt") == 0
     for index, texts in enumerate(sources):
         written = config.load(f"runs/a/{index}/submit/config.yaml").data.train_sources
-        assert [source.path for source in written] == texts
+        assert [source.columns.chosen for source in written] == texts
     assert "canary" not in (here / "runs/a/submit/job.sbatch").read_text()
 
 
