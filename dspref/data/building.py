@@ -16,7 +16,7 @@ import numpy as np
 from dspref.data.ahead import ahead
 from dspref.data.cache import Column, seal
 from dspref.data.completions import to_preferences
-from dspref.data.formats import DROP, Preference, RowError, Text
+from dspref.data.formats import DROP, Preference, RowError, Text, one_line
 from dspref.data.sources import BadRow, Listing, Row, Source
 from dspref.data.tokenize import CHUNK_ROWS, Limits, Rendering, TokenizedPair, render, split, truncate
 from dspref.errors import DataError
@@ -161,7 +161,7 @@ class _Build:
         for (k, _), item in zip(rendered, split([item for _, item in rendered], tokenizer), strict=True):
             file, row = chunk[k]
             self.seen += 1
-            if (pair := self._cut(item, limits, row.where)) is not None:
+            if (pair := self._cut(item, limits, row)) is not None:
                 kept.append(pair)
                 rows.append(self.read + k)
                 places.append((first_file + file, row.line))
@@ -169,22 +169,22 @@ class _Build:
         if kept:
             self._write(kept, rows, places)
 
-    def _cut(self, item: TokenizedPair | RowError, limits: Limits, where: str) -> TokenizedPair | None:
+    def _cut(self, item: TokenizedPair | RowError, limits: Limits, row: Row | BadRow) -> TokenizedPair | None:
         if isinstance(item, RowError):
-            return self._leave_out(where, item)
+            return self._leave_out(row, item)
         try:
             pair = truncate(item, limits)
         except RowError as error:
             self.too_long.append(len(item.prompt) + max(len(item.chosen), len(item.rejected)))
-            return self._leave_out(where, error)
+            return self._leave_out(row, error)
         for name in ("prompt", "chosen", "rejected"):
             self.truncated[name] += len(getattr(pair, name)) < len(getattr(item, name))
         return pair
 
-    def _leave_out(self, where: str, error: RowError) -> None:
-        self.dropped.note(where, error)
+    def _leave_out(self, row: Row | BadRow, error: RowError) -> None:
+        self.dropped.note(row, error)
         if not error.droppable:
-            self.bad.note(where, error)
+            self.bad.note(row, error)
 
     def _write(self, pairs: Sequence[TokenizedPair], rows: Sequence[int], places: Sequence[tuple[int, int]]) -> None:
         files, lengths = self.files, np.array([[len(part) for part in pair[:3]] for pair in pairs], dtype=np.int64)
@@ -278,14 +278,14 @@ class Complaints:
     def count(self) -> int:
         return self.times.total()
 
-    def note(self, where: str, error: RowError) -> None:
+    def note(self, row: Row | BadRow, error: RowError) -> None:
         reason = f"{error.field}: {error.reason}"
         if reason not in self.found and len(self.found) >= MAX_KNOWN_REASONS:
             reason = "other reasons"
         complaint = self.found.setdefault(reason, Complaint(error, []))
         self.times[reason] += 1
         if len(complaint.places) < MAX_PLACES:
-            complaint.places.append(where)
+            complaint.places.append(row.where)
 
     def counts(self) -> dict[str, int]:
         common = dict(self.times.most_common(MAX_REASONS))
@@ -311,7 +311,7 @@ class Complaints:
 
 
 def _nothing_left(sources: Sequence[Source], built: _Build) -> str:
-    message = f"{', '.join(source.path for source in sources)}: none of {built.seen} rows is left "
+    message = f"{', '.join(one_line(source.path) for source in sources)}: none of {built.seen} rows is left "
     message += f"({in_words(built.dropped.counts())})"
     if built.too_long:
         least, middle, most = np.percentile(built.too_long, [0, 50, 100]).astype(int)

@@ -19,6 +19,7 @@ import numpy as np
 from dspref.data.building import build, in_words
 from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.formats import check_template
+from dspref.data.rowfiles import place_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
 from dspref.data.tokenize import Limits, TokenizedPair, tokenizer_digest
 
@@ -89,7 +90,7 @@ class PairStore:
     def where(self, index: int) -> str:
         """The file and line of a pair, for messages."""
         file, line = self._places[index].tolist()
-        return f"{self._files[file]}:{line}"
+        return place_of(self._files[file], line)
 
     @property
     def reads_clock(self) -> bool:
