@@ -21,6 +21,7 @@ from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.formats import check_template
 from dspref.data.rowfiles import place_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
+from dspref.data.splits import unusable
 from dspref.data.tokenize import Limits, TokenizedPair, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ def load_pairs(
     if store is None:
         with scratch_folder(cache_dir) as scratch:
             build(listings, tokenizer, limits, on_bad_row, scratch / folder.name, log)
+            if _address(listings, tokenizer, limits, on_bad_row, digest) != folder.name:
+                raise unusable(files[0], "this source changed while it was read", "start again when its files are complete")
             put_in_place(scratch / folder.name, folder)
             store = PairStore(folder, files)
     _log_report(store.report, log)

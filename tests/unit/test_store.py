@@ -441,3 +441,12 @@ def test_contents_are_numbered_alike() -> None:
     numbers = building.numbered(digests)
     assert numbers[0] == numbers[2] and numbers[1] == numbers[5] and len(set(numbers)) == 4
     assert len(building.numbered(digests[:0])) == 0
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """Its rows would be found again under the digest of others."""
+    source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    digests = iter(["before", "after"])
+    with pytest.raises(DataError, match=r"a\.jsonl: this source changed while it was read; fix: "):
+        load([source], cache, digest=lambda path: next(digests))
+    assert not list(cache.iterdir())
