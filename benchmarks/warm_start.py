@@ -111,13 +111,10 @@ def _apart(commit: Path, name: str, pairs: Path, work: Path) -> dict[str, float]
 def _growth(runs: dict[int, list[dict[str, float]]]) -> dict[str, float]:
     """Of the many pairs over the few: warm seconds more, and memory times."""
     few, many = (runs[count] for count in sorted(runs))
-    least = [min(run["seconds"] for run in warm[1:]) for warm in (few, many)]
+    seconds, cpu = ([min(run[name] for run in warm[1:]) for warm in (few, many)] for name in ("seconds", "cpu_seconds"))
     peaks = [max(run["peak_mib"] for run in warm[1:]) for warm in (few, many)]
-    return {
-        "cold_seconds": many[0]["seconds"],
-        "warm_seconds_more": least[1] - least[0],
-        "memory_times": peaks[1] / peaks[0],
-    }
+    more = {"warm_seconds_more": seconds[1] - seconds[0], "warm_cpu_seconds_more": cpu[1] - cpu[0]}
+    return {"cold_seconds": many[0]["seconds"], **more, "memory_times": peaks[1] / peaks[0]}
 
 
 if __name__ == "__main__":

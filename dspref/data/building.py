@@ -18,7 +18,7 @@ from dspref.data.cache import Column, seal
 from dspref.data.completions import is_ranked, to_preferences
 from dspref.data.formats import Preference
 from dspref.data.pieces import Encoder
-from dspref.data.rows import DROP, RowError, Text
+from dspref.data.rows import DROP, RowError, Text, one_line
 from dspref.data.sources import BadRow, Listing, Row, Source
 from dspref.data.template import Manners, Rendering, learn, render
 from dspref.data.tokenize import CHUNK_ROWS, Whole, split
@@ -202,7 +202,7 @@ class _Build:
         for (k, texts), item in zip(rendered, split([item for _, item in rendered], encoder), strict=True):
             file, row = chunk[k]
             self.seen += 1
-            if (pair := self._cut(item, row.where)) is not None and isinstance(texts, Rendering):
+            if (pair := self._cut(item, row)) is not None and isinstance(texts, Rendering):
                 kept.append(pair)
                 rows.append(self.read + k)
                 places.append((first_file + file, row.line))
@@ -212,24 +212,24 @@ class _Build:
         if kept:
             self._write(kept, rows, places)
 
-    def _cut(self, item: Whole | RowError, where: str) -> TokenizedPair | None:
+    def _cut(self, item: Whole | RowError, row: Row | BadRow) -> TokenizedPair | None:
         if isinstance(item, RowError):
-            return self._leave_out(where, item)
+            return self._leave_out(row, item)
         try:
             pair = truncate(item.pair, self.limits, item.head)
         except RowError as error:
             self.too_long.append(len(item.pair.prompt) + max(len(item.pair.chosen), len(item.pair.rejected)))
-            return self._leave_out(where, error)
+            return self._leave_out(row, error)
         for name in PARTS:
             had, kept = (len(getattr(of, name)) for of in (item.pair, pair))
             if kept < had:
                 self.cut[name] = [x + y for x, y in zip(self.cut[name], (1, had - kept, had))]
         return pair
 
-    def _leave_out(self, where: str, error: RowError) -> None:
-        self.dropped.note(where, error)
+    def _leave_out(self, row: Row | BadRow, error: RowError) -> None:
+        self.dropped.note(row, error)
         if not error.droppable:
-            self.bad.note(where, error)
+            self.bad.note(row, error)
 
     def _write(self, pairs: Sequence[TokenizedPair], rows: Sequence[int], places: Sequence[tuple[int, int]]) -> None:
         files, lengths = self.files, np.array([[len(part) for part in pair[:3]] for pair in pairs], dtype=np.int64)
@@ -329,14 +329,14 @@ class Complaints:
     def count(self) -> int:
         return self.times.total()
 
-    def note(self, where: str, error: RowError) -> None:
+    def note(self, row: Row | BadRow, error: RowError) -> None:
         reason = f"{error.field}: {error.reason}"
         if reason not in self.found and len(self.found) >= MAX_KNOWN_REASONS:
             reason = "other reasons"
         complaint = self.found.setdefault(reason, Complaint(error, []))
         self.times[reason] += 1
         if len(complaint.places) < MAX_PLACES:
-            complaint.places.append(where)
+            complaint.places.append(row.where)
 
     def counts(self) -> dict[str, int]:
         common = dict(self.times.most_common(MAX_REASONS))
@@ -362,7 +362,7 @@ class Complaints:
 
 
 def _nothing_left(sources: Sequence[Source], built: _Build) -> str:
-    message = f"{', '.join(source.path for source in sources)}: none of {built.seen} rows is left "
+    message = f"{', '.join(one_line(source.path) for source in sources)}: none of {built.seen} rows is left "
     message += f"({in_words(built.dropped.counts())})"
     if built.too_long:
         least, middle, most = np.percentile(built.too_long, [0, 50, 100]).astype(int)

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-from dspref.data.formats import RowError
+from dspref.data.formats import RowError, one_line
 from dspref.data.splits import SUFFIXES, refuse_irregular, unusable
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return place_of(self.file, self.line)
 
 
 class BadRow(NamedTuple):
@@ -54,7 +54,12 @@ class BadRow(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return place_of(self.file, self.line)
+
+
+def place_of(file: str, line: int) -> str:
+    """A place, for messages: names of files may hold anything."""
+    return f"{one_line(file)}:{line}"
 
 
 def rows_of(path: Path) -> Iterator[Row | BadRow]:

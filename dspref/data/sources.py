@@ -97,7 +97,7 @@ class Listing:
         found = islice(chain.from_iterable(self._selected()), self.source.max_samples)
         first = next(found, None)
         if first is None:
-            raise DataError(f"{self.source.path}: no rows; fix: check the file and data.max_samples")
+            raise unusable(self.source.path, "no rows", "check the file and data.max_samples")
         return chain([first], found)
 
     def _selected(self) -> Iterator[Iterator[tuple[int, Row | BadRow]]]:

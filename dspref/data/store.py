@@ -19,7 +19,9 @@ import numpy as np
 from dspref.data.building import build, in_words
 from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.formats import check_template
+from dspref.data.rowfiles import place_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
+from dspref.data.splits import unusable
 from dspref.data.tokenize import tokenizer_digest
 from dspref.data.truncate import Limits, TokenizedPair
 
@@ -90,7 +92,7 @@ class PairStore:
     def where(self, index: int) -> str:
         """The file and line of a pair, for messages."""
         file, line = self._places[index].tolist()
-        return f"{self._files[file]}:{line}"
+        return place_of(self._files[file], line)
 
     @property
     def reads_clock(self) -> bool:
@@ -126,6 +128,8 @@ def load_pairs(
     if store is None:
         with scratch_folder(cache_dir) as scratch:
             build(listings, tokenizer, limits, scored, on_bad_row, scratch / folder.name, log)
+            if _address(listings, tokenizer, limits, [on_bad_row, scored], digest) != folder.name:
+                raise unusable(files[0], "this source changed while it was read", "start again when its files are complete")
             put_in_place(scratch / folder.name, folder)
             store = PairStore(folder, files)
     _log_report(store.report, log)

@@ -193,3 +193,15 @@ def test_a_damaged_saved_data_set_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(Source(str(tmp_path / "saved")), tmp_path / "cache")
     assert_one_line(str(caught.value), f"{tmp_path}/saved: ", "damaged saved data set")
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J.jsonl", "a\nb.jsonl", "a\u202eb.jsonl", "a" * 200 + ".jsonl"])
+def test_a_name_of_a_file_is_printable_wherever_it_is_told(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    for content in (b"", GOOD + b"{", GOOD + line(rejected=""), None):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            load(Source(str(path)), tmp_path / "cache")
+        assert_one_line(str(caught.value), f"{tmp_path}/a", ".jsonl")

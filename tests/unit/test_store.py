@@ -552,3 +552,12 @@ def test_text_for_a_tokenizer_with_a_chat_template_is_told_unless_it_is_meant(tm
         for _ in range(2):  # a store that is found again tells it too
             load_pairs([Source(path, as_=as_)], tokenizer, Limits(), **how)
         assert ["5 x pair of plain text" in line for line in lines] == [True, True] * told
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """Its rows would be found again under the digest of others."""
+    source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    digests = iter(["before", "after"])
+    with pytest.raises(DataError, match=r"a\.jsonl: this source changed while it was read; fix: "):
+        load([source], cache, digest=lambda path: next(digests))
+    assert not list(cache.iterdir())
