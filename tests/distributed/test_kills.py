@@ -106,8 +106,8 @@ def test_a_folder_that_is_moved_away_ends_the_run_soon(run_file, whole, forked, 
     until(lambda: len(training_records(run)) > 2 if (run / "metrics.jsonl").exists() else False)
     run.rename(away)
     assert forked.wait(ranks) == [7, 7], ranks.said()
-    (line,) = [line for line in ranks.said().splitlines() if "was deleted or moved while the run was in it" in line]
-    assert line.startswith(f"{run}: ") and "put it back" in line
+    (line,) = [line for line in ranks.said().splitlines() if line.startswith(f"{run}: was deleted or moved")]
+    assert "put it back, and the same command goes on" in line and "Traceback" not in ranks.said()
     assert not run.exists()
     away.rename(run)
     assert forked.wait(forked.start(2, arguments(run_file, run, *RUN))) == [0, 0]
