@@ -91,7 +91,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(Text(name), _figure(first), _figure(last))
     console.print(table)
-    with suppress(KeyError):  # a metrics.jsonl that was damaged may lack any
+    with suppress(KeyError, TypeError):  # of a metrics.jsonl that was damaged any may be missing
         where = {**speed_in_words(run_summary["speed"]), **where}
     for name, text in where.items():
         console.print(Text(f"{name:<8}{text}"), soft_wrap=True)
