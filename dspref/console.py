@@ -168,7 +168,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     console.print(table)
     for warning in run_summary.get("warnings", ()):
         console.print(Text(f"warning: {warning}"), soft_wrap=True)
-    with suppress(KeyError):  # a metrics.jsonl that was damaged may lack any
+    with suppress(KeyError, TypeError):  # of a metrics.jsonl that was damaged any may be missing
         where = {**speed_in_words(run_summary["speed"]), **where}
     for name, text in where.items():
         console.print(Text(shown(f"{name:<8}{text}")), soft_wrap=True)

@@ -103,7 +103,8 @@ def link(folder: Path, manifest: Mapping[str, Any], clean: Path) -> None:
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A float, NaN among them, or an integer that can be made one."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300)
 
 
 def is_count(value: Any) -> TypeGuard[int]:

@@ -44,24 +44,29 @@ def sound(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_summary(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    learned, speed = value.get("learned"), value.get("speed", {})
-    return (
-        is_count(value.get("step"))
-        and is_number(value.get("seconds"))
-        and isinstance(learned, dict)
-        and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in learned.values())
-        and all((pair[0] is None or is_number(pair[0])) and is_number(pair[1]) for pair in learned.values())
-        and isinstance(speed, dict)
-        and all(map(is_number, speed.values()))
-    )
+    return isinstance(value, dict) and all(check(value.get(key)) for key, check in SUMMARY.items())
+
+
+def _are_pairs(value: Any) -> bool:
+    pairs = list(value.values()) if isinstance(value, dict) else [None]
+    return all(isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_maybe(is_number), pair)) for pair in pairs)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
 def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+# What is shown of a finished run.
+SUMMARY: dict[str, Callable[[Any], bool]] = {
+    "step": is_count,
+    "seconds": is_number,
+    "learned": _are_pairs,
+    "speed": _maybe(_are_numbers),
+}
 KINDS: dict[str, Callable[[Any], bool]] = {
     "run_id": is_word,
     "state": is_word,

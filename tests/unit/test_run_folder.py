@@ -175,7 +175,7 @@ DAMAGED = [
     "", "{", "{}", "[1]", "null", "7", '"x"', "[" * 100_000, '{"run_id": 7}', '{"run_id": ""}', '{"state": "finished"}',
     *[json.dumps({"run_id": "0123456789ab", **wrong}) for wrong in (
         {"content": None}, {"content": [1]}, {"content": {"train": 7}}, {"state": 1}, {"summary": None},
-        {"summary": {"step": 1}}, {"summary": SUMMARY | {"learned": {"loss": "x"}}}, {"exported": {"../x": [1, "a"]}},
+        {"summary": {"step": 1}}, {"summary": SUMMARY | {"seconds": 10**400}}, {"summary": SUMMARY | {"learned": {"loss": "x"}}}, {"exported": {"../x": [1, "a"]}},
         {"exported": {"final/x": 1}}, {"steps": "many"}, {"pid": [1]}, {"aside": 7},
     )],
 ]  # fmt: skip
@@ -293,6 +293,12 @@ def test_an_unfinished_run_without_a_checkpoint_needs_no_settings(tmp_path):
     run = opened(tmp_path / "run")
     (run.path / "config.resolved.yaml").write_text("half: [")
     assert RunFolder(run.path).refuse_changes(load(run.path, *CHANGED)) == []
+
+
+def test_a_metric_that_is_not_finite_makes_no_checkpoint_unreadable(tmp_path):
+    run, config = opened(tmp_path / "run"), load(tmp_path / "run")
+    commit(run, 4, config, metrics={"eval_loss": float("nan"), "eval_rewards/margins": None})
+    assert resume_step(run) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
