@@ -90,20 +90,24 @@ def _short(value: Any) -> str:
     return repr(value)[:80]
 
 
+def _word(value: Any) -> str:
+    return " ".join(str(value).split())[:80]
+
+
 def _refuse_kind(folder: Path) -> None:
     """Raise ConfigError for an adapter that is not LoRA as it is understood here."""
     from peft import LoraConfig
 
     settings = settings_of(folder)
     if settings["peft_type"] != "LORA":
-        raise ConfigError(f"{folder}: is {str(settings['peft_type'])[:80]}, and only LoRA is trained here")
+        raise ConfigError(f"{folder}: is {_word(settings['peft_type'])}, and only LoRA is trained here")
     plain = LoraConfig().to_dict()
     odd = {key: value for key, value in settings.items() if key not in UNDERSTOOD and value and value != plain.get(key)}
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         odd["init_lora_weights"] = settings["init_lora_weights"]
     for key, value in odd.items():
         remedy = "merge that adapter into its model first"
-        raise ConfigError(f"{folder / CONFIG}: {key[:80]}: {_short(value)} is not supported; {remedy}")
+        raise ConfigError(f"{folder / CONFIG}: {_word(key)}: {_short(value)} is not supported; {remedy}")
     given = {key: settings[key] for key in LoraSection.model_fields if settings.get(key) is not None}
     if isinstance(given.get("layers_to_transform"), int):
         given["layers_to_transform"] = [given["layers_to_transform"]]

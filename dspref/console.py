@@ -166,7 +166,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(Text(shown(name)), _figure(first), _figure(last))
     console.print(table)
-    for warning in run_summary.get("warnings", ()):
+    for warning in run_summary.get("warnings") or ():
         console.print(Text(f"warning: {warning}"), soft_wrap=True)
     with suppress(KeyError, TypeError):  # of a metrics.jsonl that was damaged any may be missing
         where = {**speed_in_words(run_summary["speed"]), **where}
@@ -178,16 +178,14 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
 
 def _length_in_words(run_summary: Mapping[str, Any]) -> str:
     """Of a run that was started once, its time; of another, that of its steps, which lie in several starts."""
-    steps, seconds, starts = run_summary["step"], run_summary["seconds"], run_summary.get("starts", 1)
+    steps, seconds, starts = run_summary["step"], run_summary["seconds"], run_summary.get("starts") or 1
     if starts == 1:
         return f"{steps} steps in {seconds:.0f} s"
-    return (
-        f"{steps} steps in {run_summary['seconds_in_steps']:.0f} s, over {starts} starts (the last one took {seconds:.0f} s)"
-    )
+    return f"{steps} steps in {run_summary.get('seconds_in_steps') or seconds:.0f} s, over {starts} starts (the last one took {seconds:.0f} s)"
 
 
 def _tail_in_words(run_summary: Mapping[str, Any]) -> str:
-    steps, evaluates = run_summary.get("tail", 1), any(name.startswith("eval_") for name in run_summary["learned"])
+    steps, evaluates = run_summary.get("tail") or 1, any(name.startswith("eval_") for name in run_summary["learned"])
     if steps == 1:
         return "last"
     return f"mean of the last {steps} logged" + ("; eval: the last" if evaluates else "")

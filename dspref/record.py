@@ -56,6 +56,10 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_word, value))
+
+
 def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -66,6 +70,11 @@ SUMMARY: dict[str, Callable[[Any], bool]] = {
     "seconds": is_number,
     "learned": _are_pairs,
     "speed": _maybe(_are_numbers),
+    # Those of older runs lack what follows.
+    "tail": _maybe(is_count),
+    "starts": _maybe(is_count),
+    "seconds_in_steps": _maybe(is_number),
+    "warnings": _maybe(_are_words),
 }
 KINDS: dict[str, Callable[[Any], bool]] = {
     "run_id": is_word,

@@ -5,6 +5,7 @@ Any file may be missing, and the last line of a log half-written.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import statistics
@@ -108,7 +109,7 @@ def scoring_of(folder: Path) -> dict[str, Any] | None:
     done, total, left = (said.get(name) for name in ("done", "total", "seconds_left"))
     if not (is_count(done) and is_count(total) and done <= total > 0):
         return None
-    return {"done": done, "total": total, "seconds_left": left if is_number(left) else None}
+    return {"done": done, "total": total, "seconds_left": left if is_number(left) and math.isfinite(left) else None}
 
 
 def is_gone(run: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dspref.data.formats import RowError
 
-RAISE = "raise data.max_length, or set data.on_overlong"
+RAISE = "raise data.max_length"
 
 
 class TokenizedPair(NamedTuple):

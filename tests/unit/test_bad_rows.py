@@ -20,7 +20,7 @@ from dspref.errors import DataError
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
-    "{{ m.content + ' ' }}{% endfor %}"
+    "{{ m.content + ' </s> ' }}{% endfor %}"
 )
 
 

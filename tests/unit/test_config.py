@@ -1230,7 +1230,7 @@ def test_an_override_fills_an_empty_section(write) -> None:
         ("train.²=1", "train.²: unknown key"),
         (f"output_dir={'x' * 256}", "output_dir: longer than a name may be"),
         (f"data.train.0.path={'x/' * 120}{'y' * 256}", "data.train.0.path: longer than a name may be"),
-        ('model.name_or_path="a\\0b"', "model.name_or_path: holds a null character"),
+        ('model.name_or_path="a\\0b"', "model.name_or_path: has characters that do not print"),
         ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
         ("trian.seed=1", "unknown key; did you mean 'train'"),
         ("train.max_steps=1.5", "train.max_steps: must be an integer, not 1.5"),

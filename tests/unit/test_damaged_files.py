@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_run_folder import commit, finished, lines_of, load, resume_step
 
-from dspref import lock, manifest, metrics, performance, stages, status
+from dspref import lock, manifest, metrics, outcome, performance, stages, status
 from dspref.checkpoint import Progress
 from dspref.errors import UserError
 from dspref.run_folder import RunFolder
@@ -103,7 +103,7 @@ def look_at(folder: Path, config: Any) -> None:
         lambda: (folder / ".lock").unlink(missing_ok=True),
         lambda: stages.already_finished(RunFolder(folder), config),
         lambda: RunFolder(folder).refuse_changes(config),
-        lambda: stages.learned(written),
+        lambda: outcome.learned(written),
         lambda: performance.medians(metrics.training_lines(written)),
         lambda: Progress.read(folder / STEP / "state.json"),
         lambda: metrics.Recorder(folder, config, None, 150).close(),

@@ -73,7 +73,7 @@ FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"}
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine", "shards"},
     "torch.distributed": {"distributed", "engine"},
-    "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "checkpoint", "export"},
+    "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "data.pieces", "checkpoint", "export"},
     "peft": {"adapters", "adapter_files"},
     "bitsandbytes": {"engine"},
     "wandb": {"trackers"},
@@ -221,6 +221,7 @@ def test_the_pure_layer_needs_only_torch_and_numpy() -> None:
         "data.rowfiles": {"pyarrow"},
         "data.splits": {"yaml"},
         "data.tokenize": {"transformers"},
+        "data.pieces": {"transformers"},
     }
     import sys
 

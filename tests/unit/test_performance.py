@@ -81,7 +81,7 @@ def test_attention_is_counted_causally() -> None:
     """One sequence of n tokens: n (n + 1) / 2 scores, each 4 operations per channel; a shared prompt once."""
     pairs = grouped_pairs(3)
     same = [[hash((*p.prompt,)), hash((*p.prompt, -1, *p.chosen)), hash((*p.prompt, -1, *p.rejected))] for p in pairs]
-    lengths = [[len(part) for part in pair] for pair in pairs]
+    lengths = [[len(part) for part in pair[:3]] for pair in pairs]
     _, numbers = torch.unique(torch.tensor(same), return_inverse=True)
     groups = group(numbers.numpy(), torch.tensor(lengths).numpy(), 10**6)
     batch = collate(pairs, range(len(pairs)), prefix_sharing=True)

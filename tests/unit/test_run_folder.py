@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dspref import config as configuration
-from dspref import distributed, lock, manifest, metrics, record, stages, status
-from dspref.checkpoint import Progress, facts_of, prune, resume
+from dspref import distributed, lock, manifest, metrics, outcome, record, stages, status
+from dspref.checkpoint import Progress, facts_of, find, prune, resume
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, IOFault
 from dspref.manifest import signed
@@ -175,7 +175,8 @@ DAMAGED = [
     "", "{", "{}", "[1]", "null", "7", '"x"', "[" * 100_000, '{"run_id": 7}', '{"run_id": ""}', '{"state": "finished"}',
     *[json.dumps({"run_id": "0123456789ab", **wrong}) for wrong in (
         {"content": None}, {"content": [1]}, {"content": {"train": 7}}, {"state": 1}, {"summary": None},
-        {"summary": {"step": 1}}, {"summary": SUMMARY | {"seconds": 10**400}}, {"summary": SUMMARY | {"learned": {"loss": "x"}}}, {"exported": {"../x": [1, "a"]}},
+        {"summary": {"step": 1}}, {"summary": SUMMARY | {"seconds": 10**400}}, {"summary": SUMMARY | {"warnings": [1]}},
+        {"summary": SUMMARY | {"learned": {"loss": "x"}}}, {"exported": {"../x": [1, "a"]}},
         {"exported": {"final/x": 1}}, {"steps": "many"}, {"pid": [1]}, {"aside": 7},
     )],
 ]  # fmt: skip
@@ -210,7 +211,7 @@ def resume_step(run: RunFolder) -> int:
 
     plain, checkpoint._load_rng = checkpoint._load_rng, lambda path: None
     try:
-        return resume(run, (), "auto", 0).step
+        return resume(run, find(run, "auto"), (), 0).step
     finally:
         checkpoint._load_rng = plain
         torch.manual_seed(0), np.random.seed(0)
@@ -230,7 +231,7 @@ def test_the_run_json_of_another_run_throws_nothing_away(tmp_path):
     commit(run, 4, config)
     run.update(run_id="another")
     with pytest.raises(ConfigError, match="is not the record of the checkpoints"):
-        resume(run, (), "auto", 0)
+        resume(run, find(run, "auto"), (), 0)
     assert (tmp_path / "run/checkpoints/step-000004").exists()
     commit(run, 2, config)  # of the run that it says
     assert resume_step(run) == 2 and (tmp_path / "run/checkpoints/damaged-step-000004").exists()
@@ -343,9 +344,9 @@ def test_damage_in_the_middle_is_passed_over_by_every_reader(tmp_path):
     rows[2] = b'{"step": 3, "loss": "x", "nll_loss": []}\n'
     path.write_bytes(b"".join(rows) + b'[1]\nnull\n\n{"step": 5, "eval_loss": "x"}\n{"step": 5, "eval_loss": 0.25}\n')
     assert [line["step"] for line in metrics.training_lines(path)] == [1, 4, 5]
-    assert stages.learned(path) == {"loss": (1.0, 0.2), "eval_loss": (None, 0.25)}
+    assert outcome.learned(path)[0] == {"loss": (1.0, 0.2), "eval_loss": (None, 0.25)}
     mend_tail(path)
-    assert stages.learned(tmp_path / "missing.jsonl") == {}
+    assert outcome.learned(tmp_path / "missing.jsonl")[0] == {}
 
 
 def test_an_event_after_half_a_line_has_a_line_of_its_own(tmp_path, capsys):
@@ -407,7 +408,7 @@ def test_every_damaged_checkpoint_is_kept(tmp_path, capsys):
     run, config = opened(tmp_path / "run"), load(tmp_path / "run")
     for _ in range(3):
         (commit(run, 4, config) / "state.json").write_text("damaged")
-        assert resume(run, (), "auto", 0).step == 0
+        assert resume(run, find(run, "auto"), (), 0).step == 0
     kept = sorted(entry.name for entry in run.checkpoints.iterdir())
     assert kept == ["damaged-step-000004", "damaged-step-000004-2", "damaged-step-000004-3"]
 
@@ -431,7 +432,7 @@ def test_files_that_the_manifest_does_not_name_are_not_read(tmp_path, capsys):
 
     plain, checkpoint._load_rng = checkpoint._load_rng, lambda path: None
     try:
-        assert resume(run, (Part(),), "auto", 0).step == 4
+        assert resume(run, find(run, "auto"), (Part(),), 0).step == 4
     finally:
         checkpoint._load_rng = plain
     assert seen == ["state.json"]

@@ -170,6 +170,7 @@ def test_errors_logs_and_run_folders_hide_them(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(MINIMAL + f"# my token: {HUB}\n")
     monkeypatch.chdir(tmp_path)
     run = run_folder.RunFolder("out")
+    run.path.mkdir()  # as the lock does
     run.open(config.load("run.yaml"), Path("run.yaml"), {}, steps=1)
     run.update(error=f"401 for {HUB}")
     run.event("failed", error=f"401 for {HUB}")

@@ -108,9 +108,10 @@ def test_truncation_and_equal_pairs_are_counted_and_logged(tmp_path: Path) -> No
         store = load([source], tmp_path / "cache", Limits(max_length=3), log=lines.append)
     assert store.source_rows == (5,)
     assert store.report["dropped"] == {"rejected: identical to chosen after truncation": 1}
-    assert store.report["truncated"] == {"prompt": 0, "chosen": 4, "rejected": 4}
+    assert store.report["truncated"] == {"prompt": [0, 0, 0], "chosen": [4, 10, 18], "rejected": [4, 10, 18]}
     left_out = "data: left out 1 of 6 rows: 1 x rejected: identical to chosen after truncation"
-    assert lines == [left_out, "data: truncated, of 5 pairs: 4 x chosen, 4 x rejected"] * 2
+    cut = [f"4 {side} answers lost 56% of their tokens (2 of 4 each)" for side in ("chosen", "rejected")]
+    assert lines == [left_out, f"data: beyond max_length 3, of 5 pairs: {'; '.join(cut)}"] * 2
 
 
 def test_bad_rows_are_an_error_or_dropped(tmp_path: Path) -> None:
@@ -389,7 +390,7 @@ def test_a_template_makes_conversations_for_a_tokenizer_that_has_one(tmp_path: P
             tokenizer.chat_template = f"{{% for m in messages %}}{refuse}{{{{ m.content + ' . ' }}}}{{% endfor %}}"
         source = Source(path, template=template | ({"system": system} if system else {}), as_=as_)
         cache = tmp_path / "cache"
-        how: Any = {"on_bad_row": "error", "cache_dir": cache, "log": lambda line: None}
+        how: Any = {"on_bad_row": "error", "cache_dir": cache, "log": lambda line: None, "scored": "all"}
         if expected is None:
             with pytest.raises(DataError, match="System role not supported; fix: write it into the first user message"):
                 load_pairs([source], tokenizer, Limits(), **how)
@@ -407,8 +408,8 @@ def test_what_is_scored_is_kept_and_is_part_of_the_content(tmp_path: Path, monke
     assert np.array_equal(whole.scored, whole.lengths[:, 1:]) and len(set(whole.same[:, 1])) == 1
     unscored = iter(range(3))
 
-    def masked(pair: TokenizedPair, limits: Limits) -> TokenizedPair:
-        pair, k = cut(pair, limits), next(unscored)
+    def masked(pair: TokenizedPair, limits: Limits, head: int) -> TokenizedPair:
+        pair, k = cut(pair, limits, head), next(unscored)
         return pair._replace(chosen_scored=np.arange(len(pair.chosen)) >= k, rejected_scored=None)
 
     monkeypatch.setattr(building, "truncate", masked)
@@ -457,7 +458,7 @@ def test_a_template_with_a_clock_gives_other_content_another_day(tmp_path: Path,
 
     monkeypatch.setattr(chat_template_utils, "datetime", Day)
     tokenizer = words()
-    tokenizer.chat_template = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    tokenizer.chat_template = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content + ' </s> ' }}{% endfor %}"
     turn = lambda role, content: [{"role": role, "content": content}]  # noqa: E731
     row = {"prompt": turn("user", "p3"), "chosen": turn("assistant", "a"), "rejected": turn("assistant", "b")}
     source, cache = write(tmp_path / "a.jsonl", [row]), tmp_path / "cache"
@@ -546,7 +547,7 @@ def test_a_turn_that_stands_twice_is_trained_once_and_told(tmp_path: Path, share
 def test_text_for_a_tokenizer_with_a_chat_template_is_told_unless_it_is_meant(tmp_path: Path) -> None:
     path, tokenizer = write(tmp_path / "a.jsonl", ROWS).path, words()
     for has_template, as_, told in ((True, None, True), (True, "text", False), (True, "chat", False), (False, None, False)):
-        tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' . ' }}{% endfor %}" if has_template else None
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' </s> ' }}{% endfor %}" if has_template else None
         lines: list[str] = []
         how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / f"{has_template}{as_}", "log": lines.append}
         for _ in range(2):  # a store that is found again tells it too
