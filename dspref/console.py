@@ -181,7 +181,8 @@ def _length_in_words(run_summary: Mapping[str, Any]) -> str:
     steps, seconds, starts = run_summary["step"], run_summary["seconds"], run_summary.get("starts") or 1
     if starts == 1:
         return f"{steps} steps in {seconds:.0f} s"
-    return f"{steps} steps in {run_summary.get('seconds_in_steps') or seconds:.0f} s, over {starts} starts (the last one took {seconds:.0f} s)"
+    in_steps = run_summary.get("seconds_in_steps") or seconds
+    return f"{steps} steps in {in_steps:.0f} s, over {starts} starts (the last one took {seconds:.0f} s)"
 
 
 def _tail_in_words(run_summary: Mapping[str, Any]) -> str:
