@@ -103,7 +103,7 @@ def fill(
     what a job that was ended has left: the values are those of one that was not.
     """
     # Rank 0 decides for all: a file system may show a new file to one node before another.
-    todo = distributed.broadcast_object(_todo(store, wanted, share))
+    todo = [Todo(*block) for block in distributed.broadcast_object(_todo(store, wanted, share))]
     if not todo:
         return 0
     distributed.on_main(partial(_refuse_unwritable, store))
