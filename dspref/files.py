@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from dspref import reading
 
 # How the name of a file that is being written begins; a process that was killed leaves it behind.
 DRAFT = ".draft-"
@@ -74,25 +75,9 @@ def flushed_tree(folder: Path) -> Hashes:
 # JSON that may be damaged
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. Raises OSError for what is none: a pipe would be waited for without an end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "is no regular file", str(path))
-    return os.fdopen(descriptor, "rb")
-
-
 def read_json(path: Path) -> Any:
     """The value in a file. Raises OSError where it cannot be read, and ValueError where it holds none."""
-    with open_regular(path) as file:
-        text = file.read(LARGEST + 1)
-    if len(text) > LARGEST:
-        raise ValueError(f"has more than {LARGEST >> 20} MiB")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
+    return reading.read_json(path, LARGEST, strict=False)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -107,7 +92,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. Whatever else stands in its lines is passed over."""
     try:
-        with open_regular(path) as file:
+        with reading.open_regular(path) as file:
             while line := file.readline(LARGEST):
                 if (value := _object(line)) is not None:
                     yield value
@@ -128,7 +113,7 @@ def append_line(path: Path, line: str) -> None:
 def whole_lines(path: Path, end: int) -> tuple[int, dict[str, Any] | None]:
     """(length, last object) of the longest beginning of a JSONL file, up to `end`, that ends with a whole object."""
     length, last, start = 0, None, 0
-    with suppress(FileNotFoundError), open_regular(path) as file:
+    with suppress(FileNotFoundError), reading.open_regular(path) as file:
         while start < end and (line := file.readline(min(LARGEST, end - start))):
             start += len(line)
             value = _object(line) if line.endswith(b"\n") else None

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 # Bytes. A page that a person writes, and what libraries write beside weights: an index of shards, a vocabulary.
 PAGE, TABLE = 10_000_000, 500_000_000
@@ -26,8 +26,8 @@ KINDS = {
 }
 
 
-def read_bytes(path: str | Path, limit: int = PAGE) -> bytes:
-    """A file's content. Raises OSError where there is none, where it is no regular file, or has more than `limit` bytes."""
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError where there is none, and for what is no regular file."""
     try:
         # A pipe would block the opening until somebody writes, and a terminal would become this process's own.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -37,8 +37,18 @@ def read_bytes(path: str | Path, limit: int = PAGE) -> bytes:
         if error.errno == errno.ENXIO:
             raise OSError(errno.EINVAL, "is a socket, not a file", str(path)) from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        refuse_kind(os.fstat(descriptor), path, limit)
+    try:
+        refuse_kind(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | Path, limit: int = PAGE) -> bytes:
+    """A file's content. Raises OSError where there is none, where it is no regular file, or has more than `limit` bytes."""
+    with open_regular(path) as file:
+        refuse_kind(os.fstat(file.fileno()), path, limit)
         content = file.read(limit + 1)  # it may grow, and files of /proc tell no size
     if len(content) > limit:
         _too_large(path, limit)
@@ -70,12 +80,12 @@ def parse_json(text: str, strict: bool = True) -> Any:
     return value
 
 
-def refuse_kind(state: os.stat_result, path: str | Path, limit: int = TABLE) -> None:
+def refuse_kind(state: os.stat_result, path: str | Path, limit: int | None = None) -> None:
     """Raise OSError for what is no regular file, or has more than `limit` bytes."""
     if not stat.S_ISREG(state.st_mode):
         kind = KINDS.get(stat.S_IFMT(state.st_mode), "is of an unknown kind")
         raise OSError(errno.EISDIR if stat.S_ISDIR(state.st_mode) else errno.EINVAL, f"{kind}, not a file", str(path))
-    if state.st_size > limit:
+    if limit is not None and state.st_size > limit:
         _too_large(path, limit)
 
 

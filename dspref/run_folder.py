@@ -22,7 +22,8 @@ from dspref import config as configuration
 from dspref import distributed, filedigest, manifest, record
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, ExitCode
-from dspref.files import DRAFT, append_line, flushed, open_regular, whole_lines, write_atomically
+from dspref.files import DRAFT, append_line, flushed, whole_lines, write_atomically
+from dspref.reading import open_regular
 from dspref.secrets import redact
 from dspref.status import is_foreign
 from dspref.terminal import command

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dspref import reading
 from dspref.data.formats import one_line
 from dspref.errors import DataError
 
@@ -243,8 +244,7 @@ def declared(root: Path) -> dict[str, Mapping[str, Any]]:
     import yaml
 
     try:
-        with open(root / "README.md", encoding="utf-8") as file:
-            text = file.read(MAX_README_BYTES)
+        text = reading.read_text(root / "README.md", MAX_README_BYTES)
     except (OSError, UnicodeDecodeError):
         return {}
     match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.S)

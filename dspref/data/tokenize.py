@@ -42,7 +42,7 @@ def load_tokenizer(
         if os.path.isdir(name_or_path):
             for entry in os.scandir(name_or_path):  # which a library opens by name, and would wait for
                 if not entry.is_dir() and os.path.exists(entry.path):
-                    reading.refuse_kind(entry.stat(), entry.path, 2**63)
+                    reading.refuse_kind(entry.stat(), entry.path)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except BaseException as error:  # missing folder, hub, network: each has its own; Rust's panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest first. A module may import what lies in a lower row; modules of one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("secrets", "terminal"),  # below everything
-    ("errors", "files", "processes", "local_store", "wire", "reading"),
+    ("secrets", "terminal", "reading"),  # below everything
+    ("errors", "files", "processes", "local_store", "wire"),
     ("rendezvous", "manifest"),
     ("record",),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
