@@ -95,6 +95,12 @@ class RunFolder:
         return [f"warning: {self.path / record.NAME}: {said}; run {self.run['run_id']} goes on as its checkpoints tell"]
 
     @property
+    def has_steps(self) -> bool:
+        """Whether a step was made, as far as its metrics or a checkpoint tell."""
+        written = self.path / METRICS
+        return bool(manifest.committed(self.checkpoints)) or (written.is_file() and written.stat().st_size > 0)
+
+    @property
     def is_finished(self) -> bool:
         return self.run.get("state") == "finished" and "summary" in self.run and self.final.exists()
 

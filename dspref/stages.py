@@ -162,8 +162,8 @@ def open_run(
         if not of_random:
             content["reference"] = reference.digest(config, weights)
         content.update(beginnings(config))
-        # Nothing is gone on with before the first checkpoint but random weights: what was mended since is taken as it is.
-        anew = config.checkpoint.resume == "never" or not (random or committed_folders(run))
+        # Before the first step nothing is gone on with but random weights: what was mended since is taken as it is.
+        anew = config.checkpoint.resume == "never" or not (random or run.has_steps)
         began = {} if anew else run.run.get("content", {})
         for name in content:
             if began.get(name, content[name]) != content[name]:

@@ -75,8 +75,10 @@ def explicit(row: Mapping[str, Any]) -> list[Any]:
     if "prompt" in row:
         return [row["prompt"], chosen, rejected]
     split = common(chosen, rejected)
-    if isinstance(chosen, str) and chosen[:split].endswith(" "):
-        split -= 1  # the space belongs to the answers' first word
+    if isinstance(chosen, str):
+        while split and not chosen[split - 1].isspace():  # whole words
+            split -= 1
+        split -= chosen[:split].endswith(" ")  # the space belongs to the answers' first word
     return [chosen[:split], chosen[split:], rejected[split:]]
 
 
