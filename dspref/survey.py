@@ -20,9 +20,16 @@ def report(config: Config, colour: bool = False) -> None:
     """
     model.quiet()
     tokenizer = preparation.tokenizer_of(config)
-    for name, source in {**config.data.source_keys("train"), **config.data.source_keys("eval")}.items():
-        distributed.log(f"\n{name}  {source.path}")
-        store = preparation.load_sources(config, tokenizer, [preparation.listing_of(source, name)])
+    data = config.data
+    train, held_out = (
+        {name: preparation.listing_of(source, name) for name, source in data.source_keys(of).items()}
+        for of in ("train", "eval")
+    )
+    for listing in held_out.values():
+        preparation.refuse_training_rows(listing, list(train.values()))
+    for name, listing in {**train, **held_out}.items():
+        distributed.log(f"\n{name}  {listing.source.path}")
+        store = preparation.load_sources(config, tokenizer, [listing])
         distributed.log(figures(store))
         for index in range(min(SHOWN, len(store))):
             distributed.log(f"\n{store.where(index)}\n{mark(store[index], tokenizer, colour)}")

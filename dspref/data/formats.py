@@ -72,7 +72,9 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             _refuse_without_effect(fields, preference, given(columns))
             preference = _with_system(preference, fields.get("system", ""))
             _check(preference)
-            return replace(preference, tools=_tools(fields), chat_template_kwargs=_template_kwargs(fields))
+            repeats = preference.repeats + fields.get("repeats", 0)
+            more = {"tools": _tools(fields), "chat_template_kwargs": _template_kwargs(fields)}
+            return replace(preference, repeats=repeats, **more)
     raise _why_unrecognised(fields, values, columns)
 
 

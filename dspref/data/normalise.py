@@ -29,6 +29,7 @@ from dspref.data.rows import (
     parse_json,
     what_is,
 )
+from dspref.data.texts import behind_text
 
 Fields = dict[str, Any]
 
@@ -226,6 +227,8 @@ def _spoken(row: Fields, as_: str | None, system: str, ranked: bool) -> Fields:
             raise RowError("prompt", "no such column, and a conversation needs one", "name it: data.train.columns.prompt")
         if not row["prompt"].strip():
             raise RowError("prompt", "empty")
+        if not ranked and (parts := behind_text(row["prompt"], row["chosen"], row["rejected"])) is not None:
+            row = row | {"prompt": parts[0], "chosen": parts[1].lstrip(), "rejected": parts[2].lstrip(), "repeats": 2}
         row = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
     if kind_of(row.get("prompt")) == "chat":
         row = row | {"prompt": messages_of(row["prompt"], "prompt")}

@@ -213,7 +213,9 @@ def _of_glob(pattern: Path, matches: Sequence[Path], source: Source, term: Term)
     for path in files:
         splits.refuse_irregular(path)
     named = [splits.name_of(path, root) for path in files]
-    return Selection(tuple(map(_file_part, splits.choose(named, term.name, source.path, only=source.split is None))), term)
+    return Selection(
+        tuple(map(_file_part, splits.choose(named, term.name, source.path, source.split is None, asked_for=True))), term
+    )
 
 
 def _of_folder(folder: Path, source: Source, term: Term) -> Selection:

@@ -30,7 +30,7 @@ KEYWORDS = frozenset([*SYNONYMS, *(word for words in SYNONYMS.values() for word 
 LINE_FORMATS = (".jsonl", ".json", ".ndjson", ".csv")
 SUFFIXES = (*LINE_FORMATS, *(suffix + ".gz" for suffix in LINE_FORMATS), ".parquet")
 # What a name has behind that of its split: -00000-of-00002, -00000-of-00002-<hash>, _3, .part-07
-SHARD = re.compile(r"(([-_. ]*(part|shard|chunk))?[-_. ]*\d+([-_. ]of[-_. ]\d+)?(-[0-9a-f]{16})?)$")
+SHARD = re.compile(r"(([-_. ]*(part|shard|chunk)[-_. ]*|[-_. ]+)\d+([-_. ]of[-_. ]\d+)?(-[0-9a-f]{16})?)$")
 SHARD_OF = re.compile(r"-\d+-of-\d+(-[0-9a-f]{16})?$")
 TERM = re.compile(r"(?P<name>[^\[\]\s]+?)(\[(?P<start>-?[\d_]+%?)?:(?P<stop>-?[\d_]+%?)?\])?")
 PERCENT = re.compile(r"-?[\d_]+%")
@@ -38,6 +38,8 @@ PERCENT = re.compile(r"-?[\d_]+%")
 NOT_DATA = frozenset(["config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"])
 MAX_README_BYTES = 2**20
 LISTED = 20
+# Number and count of a shard.
+NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})(?=\D|$)")
 
 
 def unusable(where: object, reason: str, fix: str) -> DataError:
@@ -135,10 +137,13 @@ def name_of(path: Path, root: Path) -> Named:
     return Named(path, found, "/".join(folder for folder in before if folder != "data"))
 
 
-def choose(files: Sequence[Named], split: str, where: str, only: bool = False) -> list[Path]:
-    """The files of a split. `only`: where all are of one split, that is the one.
+def choose(files: Sequence[Named], split: str, where: str, only: bool = False, asked_for: bool = False) -> list[Path]:
+    """The files of a split. `only`: the split was not written, so that where all are of one, that is meant, and none may be
+    left out whose name says none. `asked_for`: the files themselves were, by a pattern, so that all that have the split are
+    meant, in whatever folder and with whatever shards.
 
-    Raises DataError where there are none, where names disagree, and where several configs have this split.
+    Raises DataError where there are none, where names disagree, where several configs have this split, and where shards of
+    it are missing.
     """
     there = list(dict.fromkeys(name for file in files for name in file.splits))
     if not there:
@@ -154,10 +159,28 @@ def choose(files: Sequence[Named], split: str, where: str, only: bool = False) -
         folder, name = unclear.splits
         reason = f"its folder says split {folder}, its name says {name}"
         raise unusable(unclear.path, reason, "give the path of the folder or of the files that you mean")
+    if asked_for:
+        if only and (unsaid := next((file for file in files if not file.splits), None)):
+            reason = f"{unsaid.path.name} says no split, and others say {wanted}"
+            raise unusable(where, reason, f"write split: {wanted} for those alone, or a list of sources")
+        return [file.path for file in found]
     configs = sorted({file.config for file in found})
     if len(configs) > 1:
         raise several(where, [config or "." for config in configs])
+    _refuse_missing_shards([file.path for file in found])
     return [file.path for file in found]
+
+
+def _refuse_missing_shards(paths: Sequence[Path]) -> None:
+    """Raise DataError where `-00000-of-00002` is there, and `-00001-of-00002` is not."""
+    there: dict[tuple[Path, str, int], set[int]] = {}
+    for path in paths:
+        if match := NUMBERED.search(path.name):
+            there.setdefault((path.parent, path.name[: match.start()], int(match[2])), set()).add(int(match[1]))
+    for (folder, stem, count), numbers in there.items():
+        if missing := sorted(set(range(count)) - numbers):
+            reason = f"{len(missing)} of {count} shards of {stem} are missing, the first is {missing[0]:05}"
+            raise unusable(folder, reason, "fetch them, or name the files that you mean by a pattern")
 
 
 def matching(split: str, there: Sequence[str]) -> str | None:

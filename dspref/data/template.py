@@ -6,9 +6,10 @@ renders each pair and marks the assistant's turns in it. What a template drops o
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from dspref.data.formats import Preference
@@ -46,12 +47,14 @@ FUNCTION = "functionword"
 
 
 class Turn(NamedTuple):
-    """An assistant's turn in a rendered text: all before what the model writes, the tokens of which any may end it, and how
-    many of these the message itself holds."""
+    """An assistant's turn in a rendered text: all before what the model writes, and the tokens of which one ends it.
+    `closing`: all up to the turn's end, where its last end token counts; None where that is not known, and then of the end
+    tokens behind the opening the one after `inside` others, which the message itself holds."""
 
     opening: str
+    closing: str | None
     ends: tuple[str, ...]
-    inside: int
+    inside: int = 0
 
 
 class Rendering(NamedTuple):
@@ -77,13 +80,15 @@ class Manners:
     asks: bool = True
     """Whether the template has a generation prompt, which opens the turn."""
     ends: tuple[str, ...] = ()
-    """Tokens that end a turn of text; any of them."""
-    tool_ends: tuple[str, ...] = ()
-    """Tokens that end a turn which calls tools."""
+    """Tokens that end a turn; any of them."""
     ends_every_turn: bool = True
     """Whether turns before the last have an end token too."""
+    arguments_as_text: bool = False
+    """Whether it prints the arguments of a tool call as they are, and so wants JSON text of them."""
     unknown: str | None = None
     """Why the template's turns cannot be told; None where they can."""
+    tokens: re.Pattern[str] = field(default=re.compile(r"(?!)"), compare=False, repr=False)
+    """Matches any added token of the tokenizer."""
 
 
 # --------------------------------------------------------------------------------------------------------- the probe
@@ -97,43 +102,62 @@ def learn(tokenizer: PreTrainedTokenizerBase) -> Manners:
     try:
         alone, asked = _rendered(tokenizer, first[:1]), _rendered(tokenizer, first[:1], add_generation_prompt=True)
         answered = _rendered(tokenizer, first)
-        behind_question, middle, tail = (
-            _behind(alone, QUESTION),
-            _between(answered, QUESTION, ANSWER),
-            _behind(answered, ANSWER),
-        )
+        behind_question, middle = _behind(alone, QUESTION), _between(answered, QUESTION, ANSWER)
+        tail = _behind(answered, ANSWER)
     except Exception as error:  # a template is a program: it may raise anything
-        return Manners(unknown=f"it does not render a plain conversation ({one_line(error, 120)})")
-    if not middle.startswith(behind_question):
+        return Manners(unknown=f"it does not render a plain conversation as it is: {one_line(error, 120)}")
+    asks = asked != alone
+    if not middle.startswith(behind_question) and not (asks and answered.startswith(asked)):
         return Manners(unknown="it renders a question otherwise once that is answered")
-    header = middle[len(behind_question) :]
+    header = middle[_shared(behind_question, middle) :]
     tokens = _added(tokenizer)
-    last, opens_always = _first(tokens, tail), behind_question == middle != ""
+    opens_always = behind_question == middle != ""
     try:
         twice = _rendered(tokenizer, [*first, _said("user", AGAIN), _said("assistant", ANSWERED)])
-        every = _first(tokens, _between(twice, ANSWER, AGAIN))
+        between: str | None = _between(twice, ANSWER, AGAIN)
     except Exception:  # it knows conversations of one turn only
-        every = last
-    # What stands right before a question opens a turn, and does not end one; unless it is a beginning-of-text token too.
+        between = None
+    # What stands right before a question opens a turn, and does not end one; unless it is an end-of-text token too.
     opens = [token for token in _all(tokens, alone[: alone.index(QUESTION)])[-1:] if token != tokenizer.eos_token]
-    every = None if every in opens and every != last else every
-    if last in opens or (opens_always and last != every):
-        last = None  # the turn that is always open at the end, and no end before it
+    last, every = _end_of(tokens, tail, between, opens, opens_always)
     ends = tuple(dict.fromkeys(end for end in (last, every) if end)) if last else ()
-    return Manners(header, asked != alone, ends, _tool_ends(tokenizer, tokens, ends, middle), every is not None)
+    as_text, of_tools = _of_tools(tokenizer, tokens, ends, middle)
+    return Manners(header, asks, ends and (*ends, *of_tools), between is None or every is not None, as_text, tokens=tokens)
 
 
-def _tool_ends(tokenizer: Any, tokens: re.Pattern[str], ends: tuple[str, ...], middle: str) -> tuple[str, ...]:
-    """What ends a turn that calls a tool: what ends a turn of text, if that is there, else the last token of all."""
-    call = {"type": "function", "function": {"name": FUNCTION, "arguments": {"x": "y"}}}
+def _end_of(
+    tokens: re.Pattern[str], tail: str, between: str | None, opens: list[str], opens_always: bool
+) -> tuple[str | None, str | None]:
+    """The tokens that end the last turn and any other: the last that is behind every answer, before what opens a turn."""
+    if between is None:
+        found = _all(tokens, tail)
+        return (None if opens_always or found[-1:] == opens else next(iter(found[-1:]), None)), None
+    common = tail[: _shared(tail, between)]
+    behind_all = [token for token in _all(tokens, common) if token not in opens]
+    if behind_all:
+        end = behind_all[0 if opens_always else -1]
+        return end, end
+    last, every = _first(tokens, tail), _first(tokens, between)
+    return (None if last in opens or opens_always else last), (None if every in opens else every)
+
+
+def _of_tools(tokenizer: Any, tokens: re.Pattern[str], ends: tuple[str, ...], middle: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether the template wants the arguments of a tool call as text, and what else than `ends` ends a turn with a call."""
     tool = {"name": FUNCTION, "description": "", "parameters": {"type": "object", "properties": {}}}
-    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-    try:
-        text = _rendered(tokenizer, [_said("user", QUESTION), turn], tools=[{"type": "function", "function": tool}])
-        found = _all(tokens, text[text.rindex(FUNCTION) :].removesuffix(middle))
-    except Exception:  # it has no tools
-        return ends
-    return ends if set(ends) & set(found) or not found else (*ends, found[-1])
+    for as_text in (False, True):
+        arguments = json.dumps({"keyword": "valueword"}) if as_text else {"keyword": "valueword"}
+        call = {"type": "function", "function": {"name": FUNCTION, "arguments": arguments}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            text = _rendered(tokenizer, [_said("user", QUESTION), turn], tools=[{"type": "function", "function": tool}])
+            behind = text[text.rindex(FUNCTION) :].removesuffix(middle)
+        except Exception:  # it has no tools, or cannot print such arguments
+            continue
+        if not as_text and "{'keyword'" in behind:
+            continue  # Python's way to print an object
+        found = _all(tokens, behind)
+        return as_text, () if set(ends) & set(found) else tuple(found[-1:])
+    return False, ()
 
 
 def _said(role: str, content: str) -> Message:
@@ -156,7 +180,8 @@ def _between(text: str, left: str, right: str) -> str:
 def _added(tokenizer: Any) -> re.Pattern[str]:
     """Matches any token that a text is cut at before its words are."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {str(tokenizer.eos_token or "")}
-    return re.compile("|".join(re.escape(token) for token in sorted(added - {""}, key=len, reverse=True)) or r"(?!)")
+    written = sorted((token for token in added if token.strip()), key=len, reverse=True)  # white space ends nothing
+    return re.compile("|".join(map(re.escape, written)) or r"(?!)")
 
 
 def _first(tokens: re.Pattern[str], text: str) -> str | None:
@@ -201,12 +226,13 @@ def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, sco
 
 
 def _render_chat(preference: Preference, tokenizer: Any, manners: Manners, scored: str) -> Rendering:
-    prompt, *answers = (cast("list[Message]", part) for part in (preference.prompt, preference.chosen, preference.rejected))
+    parts = (preference.prompt, preference.chosen, preference.rejected)
+    prompt, *answers = ([_as_templates_read(message, manners) for message in cast("list[Message]", part)] for part in parts)
     how = dict(preference.chat_template_kwargs or {})
     if reserved := sorted(RESERVED_KWARGS & set(how)):
         raise RowError("chat_template_kwargs", f"{reserved[0]!r} is not for a row to set", "remove the key")
     how["tools"] = preference.tools
-    unfinished = prompt[-1]["role"] == "assistant"
+    unfinished = prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
     ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
     asked = _rendered(tokenizer, prompt, **ending, **how)
     chosen, rejected = cast(
@@ -218,17 +244,33 @@ def _render_chat(preference: Preference, tokenizer: Any, manners: Manners, score
     if not manners.asks and not unfinished and all(full.startswith(asked + manners.header) for full in (chosen, rejected)):
         asked += manners.header
     sides, lacking = [], set()
-    for field, full, answer in (("chosen", chosen, answers[0]), ("rejected", rejected, answers[1])):
-        writer = _Conversation(tokenizer, manners, how, prompt, answer, full, field)
+    for side, full, answer in (("chosen", chosen, answers[0]), ("rejected", rejected, answers[1])):
+        writer = _Conversation(tokenizer, manners, how, prompt, answer, full, side)
         sides.append(tuple(writer.turns(scored, asked if manners.asks and not unfinished else None)))
         if not sides[-1]:
-            raise RowError(field, "no assistant message in the answer")
+            raise RowError(side, "no assistant message in the answer")
         if not unfinished and manners.asks:
             lacking.add(asked[_shared(asked, full) :])
     notes = [f"prompt without the {text!r} that the template puts before a new answer" for text in sorted(lacking - {""})]
     if any(answer[-1]["role"] != "assistant" for answer in answers):
         notes.append("pair with turns behind the assistant's last, which are left out")
     return Rendering(asked, chosen, rejected, False, head, (sides[0], sides[1]), tuple(map(one_line, notes)))
+
+
+def _as_templates_read(message: Message, manners: Manners) -> Message:
+    """A message with content that is text, if none, as templates ask for it without a look, and arguments in their form."""
+    message = message if message.get("content") is not None else {**message, "content": ""}
+    calls = message.get("tool_calls")
+    if not calls or not manners.arguments_as_text:
+        return message
+    return {**message, "tool_calls": [_with_text(call) for call in calls]}
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_text(call["function"])}
+    arguments = call.get("arguments")
+    return call if isinstance(arguments, str | None) else {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _before_content(text: str, message: Message) -> str:
@@ -259,10 +301,26 @@ class _Conversation:
             raise RowError("chat_template", reason, "set data.scored: last or all")
         for i in own if scored == "assistant" else own[-1:]:
             opening = self._opening(i, asked if i == 0 else None)
-            message = self.answer[i]
-            ends = self.manners.tool_ends if message.get("tool_calls") else self.manners.ends
-            self._refuse_loss(i, self.full[_shared(opening, self.full) :], message)
-            yield Turn(opening, ends, sum(text.count(end) for text in _texts(message) for end in ends))
+            behind = self.full[_shared(opening, self.full) :]
+            self._refuse_loss(i, opening, behind, self.answer[i])
+            yield self._turn(i, opening)
+
+    def _turn(self, i: int, opening: str) -> Turn:
+        """The turn of message `i`, with the tokens that end it under the settings of this row."""
+        ends = self.manners.ends
+        closing = self.full
+        if i + 1 < len(self.answer):
+            closing = _rendered(self.tokenizer, [*self.prompt, *self.answer[: i + 1]], **self.how)
+        if not self.full.startswith(closing):  # what follows changes it
+            content = str(self.answer[i].get("content"))
+            return Turn(opening, None, ends, sum(content.count(end) for end in ends))
+        own = closing[_shared(opening, closing) :]
+        if not any(end in own for end in ends):
+            found = list(self.manners.tokens.finditer(own.rstrip()))
+            if not found or found[-1].end() < len(own.rstrip()):
+                raise NO_END
+            ends = (found[-1].group(),)
+        return Turn(opening, closing, ends)
 
     def _opening(self, i: int, asked: str | None) -> str:
         """The text before what message `i` of the answer says; `asked`: with the generation prompt, where that is known."""
@@ -277,17 +335,23 @@ class _Conversation:
             raise RowError("chat_template", reason, "set model.chat_template to another, or data.scored: last or all")
         return base + self.manners.header
 
-    def _refuse_loss(self, i: int, rendered: str, message: Message) -> None:
+    def _refuse_loss(self, i: int, opening: str, rendered: str, message: Message) -> None:
         """Raise RowError where the template drops or rewrites text that the model is to write."""
         place = f"{self.field}[{i}]"
         for key in ("content", *REASONING):
             text = message.get(key)
-            if isinstance(text, str) and not _stands_in(text, rendered):
+            if isinstance(text, str) and not _stands_in(text, rendered, opening):
                 raise RowError(f"{place}.{key}", f"the chat template drops or rewrites it: {one_line(text, 80)!r}", DECIDE)
-        for call in message.get("tool_calls") or ():
-            name = (call.get("function") or call).get("name") if isinstance(call, dict) else None
-            if isinstance(name, str) and name not in rendered:
-                raise RowError(f"{place}.tool_calls", f"the chat template drops the call of {name!r}", DECIDE)
+        calls = [call.get("function") or call for call in message.get("tool_calls") or () if isinstance(call, dict)]
+        names = [call["name"] for call in calls if isinstance(call.get("name"), str)]
+        for name in dict.fromkeys(names):
+            if rendered.count(name) < names.count(name):
+                raise RowError(f"{place}.tool_calls", f"the chat template drops the call of {one_line(name, 80)!r}", DECIDE)
+        for call in calls:
+            arguments = call.get("arguments")
+            lost = next((key for key in arguments if key not in rendered), None) if isinstance(arguments, dict) else None
+            if lost is not None:
+                raise RowError(f"{place}.tool_calls", f"the chat template drops the argument {one_line(lost, 80)!r}", DECIDE)
 
 
 def _shared(left: str, right: str) -> int:
@@ -301,17 +365,12 @@ def _shared(left: str, right: str) -> int:
     return low
 
 
-def _stands_in(text: str, rendered: str) -> bool:
-    """Whether a text is there, white space aside."""
-    return text.strip() in rendered or "".join(text.split()) in "".join(rendered.split())
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, Sequence):
-        for inner in value:
-            yield from _texts(inner)
+def _stands_in(text: str, rendered: str, opening: str) -> bool:
+    """Whether a text is there, white space aside; what the opening ends with, such as `<think>`, need not be there again."""
+    if text.strip() in rendered:
+        return True
+    wanted, there, before = ("".join(part.split()) for part in (text, rendered, opening[-200:]))
+    if wanted in there:
+        return True
+    opened = next((n for n in range(min(len(wanted), len(before)), 0, -1) if before.endswith(wanted[:n])), 0)
+    return opened > 0 and there.startswith(wanted[opened:])

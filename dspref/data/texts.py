@@ -57,7 +57,8 @@ def behind_text(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]
         if not repeated.strip():
             continue
         if all(answer.startswith(repeated) and not _in_word(answer, len(repeated)) for answer in (chosen, rejected)):
-            return prompt, chosen[len(repeated) :], rejected[len(repeated) :]
+            kept = prompt if repeated is prompt else prompt.rstrip()  # the space behind the line is the answers'
+            return kept, chosen[len(repeated) :], rejected[len(repeated) :]
         ends = [_end_of_repeat(repeated, answer) for answer in (chosen, rejected)]
         if ends[0] is not None and ends[1] is not None:
             return prompt.rstrip(), chosen[ends[0] :], rejected[ends[1] :]

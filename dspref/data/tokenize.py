@@ -134,7 +134,8 @@ def _ids(renderings: Sequence[Rendering | RowError], encoder: Encoder, special: 
             texts |= dict.fromkeys((item.prompt, item.chosen, item.rejected))
             if not special:
                 texts[item.head] = None
-                texts |= dict.fromkeys(turn.opening for side in item.turns or () for turn in side)
+                turns = [turn for side in item.turns or () for turn in side]
+                texts |= dict.fromkeys(text for turn in turns for text in (turn.opening, turn.closing) if text is not None)
     return dict(zip(texts, encoder(list(texts), special))) if texts else {}
 
 
@@ -167,9 +168,10 @@ def _split(item: Rendering, ids: dict[str, np.ndarray], encoder: Encoder) -> Who
 
 
 def _head(item: Rendering, ids: dict[str, np.ndarray], prompt: np.ndarray, encoder: Encoder) -> int:
+    begins = int(prompt[0] == encoder.special_ids()[0])
     if not item.special:
-        return _common_prefix(ids[item.head], prompt) if item.head else 0
-    return int(prompt[0] == encoder.special_ids()[0]) if len(prompt) else 0
+        return max(begins, _common_prefix(ids[item.head], prompt))
+    return begins
 
 
 def _mask(
@@ -180,10 +182,11 @@ def _mask(
     mask = np.zeros(len(full), dtype=bool)
     for turn in turns:
         start = _common_prefix(ids[turn.opening], full)
-        ends = start + np.flatnonzero(np.logical_or.reduce([full[start:] == end for end in encoder.ids_of(turn.ends)]))
+        stop = len(full) if turn.closing is None else _common_prefix(ids[turn.closing], full)
+        ends = start + np.flatnonzero(np.logical_or.reduce([full[start:stop] == end for end in encoder.ids_of(turn.ends)]))
         if len(ends) <= turn.inside:
             return None
-        mask[start : ends[turn.inside] + 1] = True
+        mask[start : ends[turn.inside if turn.closing is None else -1] + 1] = True
     return mask[boundary:]
 
 

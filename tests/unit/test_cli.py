@@ -89,7 +89,11 @@ def test_the_data_are_shown_as_a_run_would_read_them(elsewhere: Path) -> None:
     rows = [{"prompt": f"Say {k}.", "chosen": f"yes {k}", "rejected": f"no {k}"} for k in range(5)] + [{"prompt": "x"}]
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {"model": {"name_or_path": "model", "init": "random"}, "output_dir": "out"}
-    Path("x.yaml").write_text(json.dumps(values | {"data": {"train": "p.jsonl", "eval": "p.jsonl", "on_bad_row": "drop"}}))
+    data = {"train": "p.jsonl", "eval": "p.jsonl", "on_bad_row": "drop"}
+    Path("x.yaml").write_text(json.dumps(values | {"data": data}))
+    code, said = call("check", "--data", "x.yaml")
+    assert code == 3 and "data.eval: p.jsonl is trained on too" in said, "as the run would say"
+    Path("x.yaml").write_text(json.dumps(values | {"data": data | {"eval": {"path": "p.jsonl", "split": "train"}}}))
     code, said = call("check", "--data", "x.yaml")
     assert code == 0, said
     assert "data.train  p.jsonl" in said and "data.eval  p.jsonl" in said

@@ -756,3 +756,14 @@ def test_messages_do_not_depend_on_the_hash_seed() -> None:
     }
     assert len(outputs) == 1
     assert "did you mean 'choosen'?" in outputs.pop()
+
+
+def test_a_repeat_is_taken_out_before_texts_become_a_conversation() -> None:
+    row = {"prompt": "Count to three:", "chosen": "Count to three: 1 2 3", "rejected": "Count to three: 3"}
+    preference = to_preference(row, as_="chat", chat_model=True)
+    assert [part[0]["content"] for part in (preference.prompt, preference.chosen, preference.rejected)] == [
+        *("Count to three:", "1 2 3", "3")
+    ]
+    assert preference.repeats == 2
+    preference = to_preference({"prompt": "Q: hi\nA: ", "chosen": "A: yes", "rejected": "A: no"})
+    assert (preference.prompt, preference.chosen, preference.rejected) == ("Q: hi\nA:", " yes", " no"), "one space, not two"

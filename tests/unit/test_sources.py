@@ -463,3 +463,22 @@ def test_held_out_files_that_are_trained_on_are_found(tmp_path: Path) -> None:
     assert shared_with(find(Source(str(root / "x"))), train, sha256) == f"{root}/x/train.jsonl"
     assert shared_with(find(Source(str(root / "copy.jsonl"))), train, sha256) == f"{root}/copy.jsonl"
     assert shared_with(find(Source(str(root / "x"), split="test")), train, sha256) is None
+
+
+def test_no_file_and_no_shard_is_left_out_in_silence(tmp_path: Path) -> None:
+    """A pattern that finds more than the split, and half of a download."""
+    for name in ("train.jsonl", "train_extra.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text('{"x": 1}\n')
+    assert len(read(Source(f"{tmp_path}/*.jsonl", split="train"))) == 1, "so it was asked"
+    with pytest.raises(DataError, match=r"more\.jsonl says no split, and others say train; fix: write split: train"):
+        read(Source(f"{tmp_path}/*.jsonl"))
+    half = tmp_path / "half"
+    (half / "data").mkdir(parents=True)
+    (half / "data" / "train-00001-of-00003.jsonl").write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match=r"2 of 3 shards of train are missing, the first is 00000; fix: fetch them"):
+        read(Source(str(half)))
+    assert len(read(Source(f"{half}/data/train-00001-*"))) == 1, "a pattern names it"
+    for language in ("en", "de"):
+        (tmp_path / "z" / language).mkdir(parents=True)
+        (tmp_path / "z" / language / "train.jsonl").write_text('{"x": 1}\n')
+    assert len(read(Source(f"{tmp_path}/z/*/train.jsonl"))) == 2

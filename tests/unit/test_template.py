@@ -57,6 +57,31 @@ R1 = (
 )
 NO_GENERATION_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ALWAYS_OPEN = NO_GENERATION_PROMPT + "<|im_start|>assistant\n"
+# Two tokens end a turn; the model's own stop is the second.
+COMMAND = (
+    "<bos>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+    "{% if m.role == 'assistant' %}<s>{{ m.content }}</s><|eot_id|>{% else %}{{ m.content }}<|eot_id|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|><s>{% endif %}"
+)
+# A message of two parts, each with an end of its own.
+PARTS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking %}<User>analysis\n{{ m.thinking }}<|eot_id|>"
+    "{% endif %}<User>final\n{{ m.content }}<|eot_id|>"
+    "{% else %}<User>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<User>{% endif %}"
+)
+# Ends with the end of the text where it does not ask.
+PHI3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<eos>{% endif %}"
+)
+# Prints arguments as they are, and so wants them as text.
+AS_TEXT = (
+    "{% for m in messages %}<User>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function.name + call.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<User>assistant\n{% endif %}"
+)
+THINKS_FIRST = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 NO_END = "{% for m in messages %}<User>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
 NO_END_OPEN = NO_END + "<User>assistant\n"
 SPECIAL = (
@@ -303,9 +328,85 @@ def test_what_is_learned_of_each_style() -> None:
     learned = {
         name: learn(characters(template)) for name, template in {"chatml": CHATML, "r1": R1, "llama3": LLAMA3}.items()
     }
-    assert learned["chatml"] == Manners("<|im_start|>assistant\n", True, ("<|im_end|>",), ("<|im_end|>",))
-    assert learned["r1"] == Manners("<Assistant>", True, ("<eos>",), ("<eos>",))
-    assert learned["llama3"].ends == ("<|eot_id|>",)
-    assert learned["llama3"].tool_ends == ("<|eot_id|>", "<|eom_id|>")
+    assert learned["chatml"] == Manners("<|im_start|>assistant\n", True, ("<|im_end|>",))
+    assert learned["r1"] == Manners("<Assistant>", True, ("<eos>",))
+    assert learned["llama3"].ends == ("<|eot_id|>", "<|eom_id|>")
     odd = learn(characters("{% for m in messages %}{{ m.content | upper }}<eos>{% endfor %}"))
     assert odd.unknown is not None
+
+
+def test_of_two_end_tokens_the_second_is_the_end() -> None:
+    prompt, chosen, _ = marked(COMMAND, ONE)  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.endswith("assistant<|end_header_id|><s>")
+    assert chosen == "[[Yes.</s><|eot_id|>]]"
+
+
+def test_a_message_of_several_parts_is_scored_to_its_last_end() -> None:
+    row = Preference([user("Hi")], [model("5", thinking="hm"), user("So?"), model("6")], [model("7")])
+    _, chosen, rejected = marked(PARTS, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == (
+        "[[analysis\nhm<|eot_id|><User>final\n5<|eot_id|>]]<User>user\nSo?<|im_end|><User>[[final\n6<|eot_id|>]]"
+    )
+    assert rejected == "[[final\n7<|eot_id|>]]"
+
+
+def test_an_end_that_depends_on_the_settings_of_a_row() -> None:
+    """Llama-3.1 ends a call of a built-in tool otherwise, where the row says that there are such tools."""
+    template = LLAMA3.replace("<|eom_id|>", "{{ '<|eom_id|>' if builtin is defined else '<|eot_id|>' }}")
+    answers = [calls("add", x=2), said("tool", "4"), model("4.")], [model("5.")]
+    row = Preference([user("Hi")], *answers, chat_template_kwargs={"builtin": True})
+    _, chosen, _ = marked(template, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen.startswith('[[<|python_tag|>add({"x": 2})<|eom_id|>]]<|start_header_id|>tool')
+    assert chosen.endswith("[[4.<|eot_id|>]]")
+
+
+def test_keys_of_a_message_that_no_template_reads_change_nothing() -> None:
+    row = Preference([user("Hi")], [model("Yes.", raw="Yes.<|im_end|>"), user("x"), model("y")], [model("No")])
+    _, chosen, _ = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == "[[Yes.<|im_end|>]]\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n[[y<|im_end|>]]"
+
+
+def test_an_end_of_the_text_behind_the_last_turn_is_not_scored() -> None:
+    _, chosen, rejected = marked(PHI3, SEVERAL)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen.startswith("[[Hello, who are you?<|im_end|>]]\n<|im_start|>user\n")
+    assert chosen.endswith("[[Nice!<|im_end|>]]") and rejected.endswith("[[Whatever.<|im_end|>]]")
+
+
+def test_arguments_come_as_text_where_the_template_prints_them_so() -> None:
+    row = Preference([user("Hi")], [calls("add", x="é")], [model("5.")])
+    _, chosen, _ = marked(AS_TEXT, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == '[[<tool_call>add{"x": "é"}<|im_end|>]]'
+    _, chosen, _ = marked(AS_TEXT.replace(" + call.function.arguments }}", " }}{{ call.function.arguments }}"), row)
+    assert chosen == '[[<tool_call>add{"x": "é"}<|im_end|>]]'
+
+
+@pytest.mark.parametrize("call", ["m.tool_calls[:1]", "m.tool_calls"])
+def test_a_second_call_or_arguments_that_are_dropped_are_refused(call: str) -> None:
+    printed = "{{ c.function | tojson }}" if call.endswith("]") else "{{ c.function.name }}"
+    template = CHATML.replace("{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}", "{% for c in "
+                              f"({call} if m.tool_calls else []) %}}<tool_call>{printed}")  # fmt: skip
+    twice = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+    error = marked(template, Preference([user("Hi")], [model("", tool_calls=[twice, twice])], [model("5.")]))
+    assert isinstance(error, RowError) and error.field == "chosen[0].tool_calls", error
+
+
+def test_white_space_ends_no_turn() -> None:
+    """A vocabulary may have newlines among its added tokens."""
+    tokenizer = characters("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n\n{% endfor %}")
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
+    (error,) = encode([ONE], tokenizer, Limits())
+    assert isinstance(error, RowError) and "no end token" in error.reason
+
+
+def test_thinking_that_the_generation_prompt_opens_is_trained_from_there() -> None:
+    row = Preference([user("Hi")], [model("<think>\nadd\n</think>\n\n5")], [model("<think>\nx\n</think>\n\n6")])
+    prompt, chosen, _ = marked(THINKS_FIRST, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert chosen == "[[add\n</think>\n\n5<|im_end|>]]"
+
+
+def test_a_prompt_that_ends_with_a_call_and_no_content() -> None:
+    call = calls("add", x=2) | {"content": None}
+    row = Preference([user("Hi"), call], [said("tool", "4"), model("4.")], [said("tool", "4"), model("5.")])
+    prompt, chosen, _ = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.startswith("<|im_start|>user\nHi<|im_end|>") and chosen.endswith("[[4.<|im_end|>]]")
