@@ -25,7 +25,7 @@ from dspref import config as configuration
 from dspref import distributed, manifest
 from dspref.config import CheckpointSection, Config
 from dspref.errors import ConfigError, IOFault
-from dspref.files import read_json
+from dspref.files import read_json, remove
 from dspref.manifest import is_count, step_of
 from dspref.objectives import RunningMean
 from dspref.run_folder import RunFolder, digest_of, environment
@@ -218,7 +218,7 @@ def _sweep(run: RunFolder) -> None:
         if step is not None and step > newest and (trash / manifest.NAME).exists():
             trash.rename(manifest.folder_of(run.checkpoints, step))
     for folder in left:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def _set_aside(folder: Path) -> None:

@@ -17,7 +17,7 @@ from dspref.errors import ConfigError
 from dspref.explain import yaml_word
 from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, needs_reference
 from dspref.paths import shipped
-from dspref.sections import Config, ReferenceSection, SourceSection
+from dspref.sections import Config, ReferenceSection, Section, SourceSection
 from dspref.sound import KeyPath, sound
 
 # lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
@@ -43,6 +43,9 @@ BOUNDS = {
 RANK_NAME = re.compile(r"(^|[._-])rank(s|ing|ings)?$", re.IGNORECASE)
 
 Complaint = tuple[KeyPath, str]
+
+# Far beyond any count of steps, pairs or tokens, and well within 64 bits.
+MOST = 10**15
 
 # Of model.lora, what goes with a saved adapter, which brings the rest.
 BESIDE_PATH = {"path", "lora_dropout", "merge_on_export"}
@@ -78,6 +81,25 @@ def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ())
     unsound = [*unsound, *([("deepspeed",)] if of_strategy else [])]
     for check in CHECKS:
         yield from new(check(sound(config, unsound)))
+
+
+def _check_numbers(config: Config) -> Iterator[Complaint]:
+    """Counts that no run reaches, and that would overflow where they are counted."""
+    counted = ("data", "train", "checkpoint", "log", "reference")
+    for path, number in _integers({name: getattr(config, name) for name in counted}):
+        if abs(number) > MOST:
+            yield path, f"{number} is more than anything is counted to; the most is {MOST}"
+
+
+def _integers(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, Section):
+        node = {name: getattr(node, name) for name in node.__class__.model_fields}
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, inner in items:
+        if isinstance(inner, int) and not isinstance(inner, bool) and key != "seed":
+            yield (*path, key), inner
+        else:
+            yield from _integers(inner, (*path, key))
 
 
 def _of_secrets(config: Config, document: Any) -> Iterator[Complaint]:
@@ -377,6 +399,7 @@ def _check_optimizer(config: Config) -> Iterator[Complaint]:
 
 
 CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
+    _check_numbers,
     _check_lora,
     _check_losses,
     _check_objective_keys,

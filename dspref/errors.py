@@ -70,11 +70,15 @@ class IOFault(UserError):
     exit_code = ExitCode.IO
 
 
-class Interrupted(UserError):
-    """Somebody asked the run to stop, and what it had is committed: started again, it goes on."""
+class Interrupted(BaseException):
+    """Somebody asked the run to stop, and what it had is committed: started again, it goes on.
+
+    As KeyboardInterrupt, it comes between any two instructions, and is no `Exception`: what a library or a check here
+    catches as a fault of its own must not be this.
+    """
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
-        super().__init__(message)
+        super().__init__(shown(redact(message)))
         self.exit_code = exit_code
 
 
@@ -88,7 +92,7 @@ class Relayed(UserError):
 
 def exit_code_of(error: BaseException) -> ExitCode:
     """What a process that ends by this error returns."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | Interrupted):
         return error.exit_code
     if isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
         return ExitCode.IO  # another without a name is of a library's own making

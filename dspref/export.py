@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from dspref import adapters, distributed, model, reference, run_folder
 from dspref.config import Config, ModelSection, shipped
 from dspref.engine import Engine
 from dspref.errors import IOFault, NumericFault
-from dspref.files import Hashes, flushed_tree, sync_folder
+from dspref.files import Hashes, flushed_tree, remove, sync_folder
 from dspref.model import PackedCausalLM
 from dspref.objectives import describe
 from dspref.run_folder import RunFolder
@@ -83,16 +83,16 @@ def write(
 def _replacing(folder: Path, written: dict[Path, Hashes]) -> Iterator[Path]:
     """A folder to write in, which takes the place of `folder` once it is whole and on disk; `written` says what is in it."""
     draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
+    remove(draft)
     yield draft
     written[folder] = flushed_tree(draft)
     before = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
+    remove(before)
+    if os.path.lexists(folder):
         folder.rename(before)
     draft.rename(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    remove(before)
 
 
 def _write_model(draft: Path, policy: PackedCausalLM, state: dict[str, Tensor], trust_remote_code: bool) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dspref import reading
 from dspref.config import Config, SourceSection, shipped
 from dspref.data.sources import HUB_NAME, SUFFIXES
 from dspref.hints import near
@@ -126,8 +127,12 @@ def _data_file(path: Path) -> Iterator[str]:
     if not path.name.lower().endswith(SUFFIXES):
         yield f"unknown kind of file; name it one of {', '.join(SUFFIXES)}"
         return
-    with open(path, "rb") as file:
-        head = file.read(len(LFS_POINTER))
+    try:
+        with reading.open_regular(path) as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        yield f"{error.strerror}; name a file"
+        return
     if not head:
         yield "the file is empty; write at least one row"
     elif head == LFS_POINTER:
@@ -156,8 +161,8 @@ def _json(path: Path) -> Iterator[str]:
     if not path.is_file():
         return
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < MAX_JSON else None
-    except (ValueError, RecursionError):
+        content = reading.read_json(path, MAX_JSON, strict=False)
+    except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
         yield f"{path.name} is not a JSON object; restore it, or download the model again"
@@ -182,7 +187,12 @@ def _model(folder: Path) -> Iterator[str]:
 def _weights(path: Path) -> Iterator[str]:
     """The header of a safetensors file says how long it is."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    try:
+        opened = reading.open_regular(path)
+    except OSError as error:
+        yield f"{path.name} {error.strerror}; download the model again"
+        return
+    with opened as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         text = file.read(length) if length < min(size, MAX_HEADER) else b""
@@ -208,13 +218,13 @@ def _tokenizer(folder: Path) -> Iterator[str]:
 def _template(path: Path) -> Iterator[str]:
     text = str(path)
     if "{{" not in text and "{%" not in text:
-        if not path.is_file():
-            yield _absent(path, "file") if not path.exists() else "is a folder; give a Jinja file"
+        if not path.exists():
+            yield _absent(path, "file")
             return
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            yield f"not UTF-8 text (byte {error.start}); save it as UTF-8"
+            text = reading.read_text(path)
+        except (OSError, UnicodeDecodeError) as error:
+            yield f"{reading.words(error)}; give a Jinja file"
             return
     yield from syntax_fault(text)
 

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import NoReturn, TextIO
 
 from dspref import config as configuration
 from dspref import rendezvous
-from dspref.errors import ConfigError, ExitCode, UserError, exit_code_of
+from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
 from dspref.secrets import redact
 from dspref.terminal import shown
 
+# A launcher ends all ranks once one has left: so long the others wait, that the first may say why.
+WORD_SECONDS = 2.0
 # What torch reads when it is loaded, where the user has not set it.
 FOR_TORCH = {
     # When a rank dies, torch's sockets on all others would print a page of C++ frames over the line that says why.
@@ -39,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Every rank finds the same fault in the same file; one says so.
         if first_rank(os.environ):
             print(error, file=sys.stderr, flush=True)
+        else:
+            time.sleep(WORD_SECONDS)
         return int(error.exit_code)
     return guarded(lambda: train(config, configuration.shipped(configuration.expand(options.config))))
 
@@ -61,7 +66,7 @@ def guarded(job: Callable[[], None]) -> int:
         distributed.finish()
     except distributed.Relayed as error:
         return int(error.exit_code)
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         if distributed.first_to_say(str(error)):
             print(error, file=terminal, flush=True)
         return int(error.exit_code)

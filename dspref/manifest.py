@@ -9,12 +9,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
-from dspref.files import read_json
+from dspref.files import read_json, remove
 
 NAME = "manifest.json"
 
@@ -96,7 +95,7 @@ def strays(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 def link(folder: Path, manifest: Mapping[str, Any], clean: Path) -> None:
     """Make `clean` a folder with the files that the manifest names, and no others."""
-    shutil.rmtree(clean, ignore_errors=True)
+    remove(clean)
     for name in manifest["files"]:
         (clean / name).parent.mkdir(parents=True, exist_ok=True)
         (clean / name).symlink_to((folder / name).absolute())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import resource
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dspref import footprint, inputs, secrets, strategy, weights
+from dspref import footprint, inputs, reading, secrets, strategy, weights
 from dspref.config import cache_folder
 from dspref.explain import dotted
 from dspref.machine import (
@@ -140,7 +141,8 @@ def check_folders(scene: Scene) -> Verdict:
             return Verdict(FAIL, f"{name}: {folder} cannot be written ({error.strerror}); choose another folder")
     for path in [Path(scene.config.output_dir) / name for name in APPENDED] if scene.config else []:
         try:
-            if path.exists():
+            if os.path.lexists(path):
+                reading.refuse_kind(os.stat(path), path)
                 open(path, "ab").close()
         except OSError as error:
             return Verdict(

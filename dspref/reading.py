@@ -10,8 +10,9 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 # Bytes. A page that a person writes, and what libraries write beside weights: an index of shards, a vocabulary.
 PAGE, TABLE = 10_000_000, 500_000_000
@@ -26,7 +27,7 @@ KINDS = {
 }
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file for reading. Raises OSError where there is none, and for what is no regular file."""
     try:
         # A pipe would block the opening until somebody writes, and a terminal would become this process's own.

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from dspref import reading
 from dspref.errors import NumericFault
 from dspref.files import DRAFT, write_atomically
 
@@ -193,7 +194,7 @@ class ReferenceStore:
         """The columns of a shard; None, and the shard set aside, when it is not what its name says."""
         path = self.folder / name
         try:
-            data = path.read_bytes()
+            data = reading.read_bytes(path, 2**40)
         except FileNotFoundError:  # another job has set it aside at this moment
             return None
         except OSError:  # it may be whole, only not for us: leave it where it is

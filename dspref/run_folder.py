@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from dspref import config as configuration
 from dspref import distributed, filedigest, manifest, record
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, ExitCode
-from dspref.files import DRAFT, append_line, flushed, whole_lines, write_atomically
+from dspref.files import DRAFT, append_line, flushed, remove, whole_lines, write_atomically
 from dspref.reading import open_regular
 from dspref.secrets import redact
 from dspref.status import is_foreign
@@ -138,7 +137,7 @@ class RunFolder:
         for left in self.path.glob(f"{DRAFT}*"):
             left.unlink(missing_ok=True)
         for left in (".final", ".adapter", ".old-final", ".old-adapter"):
-            shutil.rmtree(self.path / left, ignore_errors=True)
+            remove(self.path / left)
         mend_tail(self.path / EVENTS)
         known = self._set_aside(anew=config.checkpoint.resume == "never")
         known = {key: value for key, value in known.items() if key not in ("error", "exit_code", "aside")}
@@ -241,7 +240,7 @@ class RunFolder:
             if said and said["config"] == digest_of(config):
                 return flatten(configuration.resolved(config))
             raise ConfigError(
-                f"{path}: cannot be read, so nothing tells whether the settings are still the run's ({error}); restore it, "
+                f"{path}: cannot be read, so nothing tells whether the settings are still the run's ({first_line(error)}); restore it, "
                 "or start anew with another output_dir= or checkpoint.resume=never"
             ) from None
 
@@ -258,6 +257,10 @@ class RunFolder:
             f"`{command('dspref', 'export', saved[-1])} --to FOLDER` "
             f"and begin there with {key}=FOLDER and another output_dir="
         )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
 
 
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from dspref import checkpoint, distributed, manifest
 from dspref.checkpoint import Part, Progress
 from dspref.config import Config
 from dspref.errors import IOFault
-from dspref.files import Hashes, flushed, sync_folder, write_atomically
+from dspref.files import Hashes, flushed, remove, sync_folder, write_atomically
 from dspref.meeting import Channel, Meeting
 from dspref.run_folder import RunFolder
 from dspref.watch import Ask, Watch
@@ -170,7 +169,7 @@ class Draft:
             self.folder.mkdir(parents=True)
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
     def write_progress(self, progress: Progress) -> None:
         """This rank's random generators, and once for all ranks, how far the run is."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dspref import reading
 from dspref.errors import EnvironmentFault
 from dspref.files import sync_folder
 from dspref.processes import Process, place
@@ -75,7 +76,7 @@ def seal(folder: Path, said: Mapping[str, Any]) -> None:
 def report_of(folder: Path, verify: bool) -> dict[str, Any]:
     """What the report says. Raises ValueError where it, or a file by its size, is not what was written; `verify`: by its
     content. Raises OSError and KeyError too."""
-    report = json.loads((folder / REPORT).read_bytes())
+    report = reading.read_json(folder / REPORT, reading.TABLE)
     if not isinstance(report, dict) or _signed(report)["sha256"] != report["sha256"]:
         raise ValueError("the report is not what was written")
     for name, (size, expected) in report["files"].items():
@@ -86,7 +87,7 @@ def report_of(folder: Path, verify: bool) -> dict[str, Any]:
 
 
 def digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with reading.open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
@@ -141,7 +142,7 @@ def _sweep(cache_dir: Path) -> None:
 
 def _is_left(scratch: Path) -> bool:
     try:
-        holder = json.loads((scratch / HOLDER).read_bytes())
+        holder = reading.read_json(scratch / HOLDER)
         if holder["place"] == place() and holder["process"]:
             return not Process(*holder["process"]).is_alive
     except (OSError, ValueError, KeyError, TypeError):

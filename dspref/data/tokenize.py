@@ -45,8 +45,8 @@ def load_tokenizer(
                     reading.refuse_kind(entry.stat(), entry.path)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except BaseException as error:  # missing folder, hub, network: each has its own; Rust's panics are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # an interruption
         reason = f"no tokenizer loads from {name_or_path!r}: {one_line(error)}"
         raise ConfigError(f"{key}: {reason}; fix: check the folder or the hub name") from None
     if chat_template is not None:

@@ -15,7 +15,7 @@ from dspref import reference as references
 from dspref.data.loader import StepLoader
 from dspref.data.store import PairStore
 from dspref.engine import Engine
-from dspref.errors import UserError
+from dspref.errors import Interrupted, UserError
 from dspref.gradient import Instruments, StepLoss
 from dspref.metrics import Meter
 from dspref.objectives import RunningMean, build_objective
@@ -94,7 +94,7 @@ def run_training(config_path: str, overrides: list[str]) -> int:
     """A whole run, as the launcher makes it, in these ranks; its exit code."""
     try:
         trainer.train(configuration.load(config_path, overrides), Path(config_path))
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         print(error)
         return int(error.exit_code)
     return 0

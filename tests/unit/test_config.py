@@ -1233,6 +1233,8 @@ def test_an_override_fills_an_empty_section(write) -> None:
         ('model.name_or_path="a\\0b"', "model.name_or_path: has characters that do not print"),
         ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
         ("trian.seed=1", "unknown key; did you mean 'train'"),
+        ("train.max_steps=99999999999999999999999", "train.max_steps: 99999999999999999999999 is more than anything"),
+        ("data.tokens_per_pack=99999999999999999999999", "data.tokens_per_pack: 99999999999999999999999 is more than"),
         ("train.max_steps=1.5", "train.max_steps: must be an integer, not 1.5"),
         ("train.seed.x=1", "train.seed"),
         ("output_dir.x=1", "output_dir"),
