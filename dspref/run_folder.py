@@ -240,8 +240,8 @@ class RunFolder:
             if said and said["config"] == digest_of(config):
                 return flatten(configuration.resolved(config))
             raise ConfigError(
-                f"{path}: cannot be read, so nothing tells whether the settings are still the run's ({first_line(error)}); restore it, "
-                "or start anew with another output_dir= or checkpoint.resume=never"
+                f"{path}: cannot be read, so nothing tells whether the settings are still the run's ({first_line(error)}); "
+                "restore it, or start anew with another output_dir= or checkpoint.resume=never"
             ) from None
 
     def _refuse_stage(self, before: int, config: Config) -> None:
