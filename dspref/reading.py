@@ -49,8 +49,10 @@ def open_regular(path: str | Path) -> BufferedReader:
 def read_bytes(path: str | Path, limit: int = PAGE) -> bytes:
     """A file's content. Raises OSError where there is none, where it is no regular file, or has more than `limit` bytes."""
     with open_regular(path) as file:
-        refuse_kind(os.fstat(file.fileno()), path, limit)
-        content = file.read(limit + 1)  # it may grow, and files of /proc tell no size
+        state = os.fstat(file.fileno())
+        refuse_kind(state, path, limit)
+        # It may grow, and files of /proc tell no size.
+        content = file.read(min(limit, max(PAGE, 2 * state.st_size)) + 1)
     if len(content) > limit:
         _too_large(path, limit)
     return content

@@ -530,7 +530,7 @@ def test_unknown_modules_list_the_known_ones(lora: dict[str, Any], reason: str, 
         ("/dev/zero", "is a device, not a file"),
         ("/no/such/file", "No such file"),
         ("x" * 300, "File name too long"),
-        (".", "Is a directory"),
+        (".", "is a folder"),
         ("~nobody/x", "cannot read"),
     ],
 )

@@ -169,7 +169,7 @@ def test_cpo_adds_likelihood_and_simpo_does_not():
     ("chosen", "rejected", "prompt"),
     [
         ("Sky? blue", "Sky? grey", "Sky?"),
-        ("Sky? blue", "Sky? black", "Sky? bl"),
+        ("Sky? blue", "Sky? black", "Sky?"),
         ([{"a": 1}, {"b": 2}, {"c": 3}], [{"a": 1}, {"b": 2}, {"d": 4}], [{"a": 1}, {"b": 2}]),
     ],
 )
