@@ -227,7 +227,8 @@ def _spoken(row: Fields, as_: str | None, system: str, ranked: bool) -> Fields:
             raise RowError("prompt", "no such column, and a conversation needs one", "name it: data.train.columns.prompt")
         if not row["prompt"].strip():
             raise RowError("prompt", "empty")
-        if not ranked and (parts := behind_text(row["prompt"], row["chosen"], row["rejected"])) is not None:
+        both = row.keys() >= set(ANSWERS)
+        if both and (parts := behind_text(row["prompt"], row["chosen"], row["rejected"])) is not None:
             row = row | {"prompt": parts[0], "chosen": parts[1].lstrip(), "rejected": parts[2].lstrip(), "repeats": 2}
         row = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
     if kind_of(row.get("prompt")) == "chat":

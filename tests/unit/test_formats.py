@@ -605,6 +605,8 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         ),
         (TEXT | {"system": ["s"]}, "system", "list, not text"),
         ({"system": "s", "chosen": "x a", "rejected": "x b"}, "prompt", "a conversation needs one"),
+        ({"system": "s", "prompt": "q", "rejected": "b"}, "chosen", "no column 'chosen'"),
+        ({"system": "s", "prompt": "q"}, "chosen", "no column 'chosen'"),
         (TEXT | {"prompt": "[{'role': 'user', 'content': 'q'}]"}, "prompt", "looks like a conversation"),
         (TEXT | {"prompt": '[{"role": "user", "content": "q"}'}, "prompt", "looks like a conversation"),
         ({"messages": [user("q")], "rejected_response": "b"}, "messages[0]", "is to be the chosen answer"),
@@ -718,7 +720,7 @@ def test_a_mutated_row_is_a_preference_or_one_line(random: Random) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(randoms(use_true_random=True))
 def test_2000_mutated_rows_are_preferences_or_one_line_each(random: Random) -> None:
     check_mutated(random)

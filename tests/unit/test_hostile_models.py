@@ -616,7 +616,7 @@ def reads_or_refuses(seed: int, sound: Path, tmp_path: Path) -> None:
         assert len(str(error).splitlines()) == 1, str(error)
 
 
-MANY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+MANY = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 @given(st.integers(0, 2**32))
