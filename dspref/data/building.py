@@ -21,13 +21,15 @@ from dspref.data.pieces import Encoder
 from dspref.data.rows import DROP, RowError, Text, one_line
 from dspref.data.sources import BadRow, Listing, Row, Source
 from dspref.data.template import Manners, Rendering, learn, render
-from dspref.data.tokenize import CHUNK_ROWS, Whole, split
+from dspref.data.tokenize import Ids, Whole, ids_of, split
 from dspref.data.truncate import Limits, TokenizedPair, truncate
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Rows that are read, rendered, encoded or written at a time, each of these while the next rows are in the step before.
+CHUNK_ROWS = 128
 MAX_ERROR_LINES = 20
 MAX_PLACES = 3
 MAX_REASONS = 20
@@ -44,9 +46,16 @@ AS_TEXT = (
 )
 
 Log = Callable[[str], None]
-# (file of its source, row) of each row of a chunk, and of each pair that they give: the row in the chunk, and its texts.
+# (file of its source, row)
 Place = tuple[int, Row | BadRow]
-Chunk = tuple[Sequence[Place], list[tuple[int, Rendering | RowError]]]
+
+
+class Chunk(NamedTuple):
+    """Some rows, and of each pair that they give the row in the chunk, and its texts."""
+
+    rows: Sequence[Place]
+    of: list[int]
+    texts: list[Rendering | RowError]
 
 
 def build(
@@ -65,12 +74,13 @@ def build(
     first_file = 0
     for listing in listings:
         before = built.kept
-        # The tokenizer leaves Python free to read and render the next rows meanwhile.
-        for chunk, rendered in ahead(reader.chunks(listing, built.notes)):
-            built.add(chunk, rendered, reader.encoder, first_file)
+        # The tokenizer leaves Python free to read and render the next rows meanwhile, and to write the last ones.
+        rendered = ahead(reader.chunks(listing, built.notes))
+        for chunk, ids in ahead((chunk, ids_of(chunk.texts, reader.encoder)) for chunk in rendered):
+            built.add(chunk, ids, reader.encoder, first_file)
             if time.monotonic() - told > TELL_EVERY_SECONDS:
                 told = time.monotonic()
-                log(f"data: tokenized {built.read:,} rows, up to {chunk[-1][1].where}")
+                log(f"data: tokenized {built.read:,} rows, up to {chunk.rows[-1][1].where}")
         built.source_rows.append(built.kept - before)
         first_file += len(listing.names)
     if built.bad.count and on_bad_row == "error":
@@ -96,8 +106,8 @@ class Reader:
         return cls(tokenizer, Encoder(tokenizer), learn(tokenizer), scored)
 
     def chunks(self, listing: Listing, notes: Counter[str]) -> Iterator[Chunk]:
-        """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error. Raises
-        DataError in the end where `pairs` had no effect on any row."""
+        """Chunks of rows, with the texts of all their pairs; a bad row gives its error. Raises DataError in the end where
+        `pairs` had no effect on any row."""
         rows, source = listing.rows(), listing.source
         pairs_made = source.pairs == "all"
         while chunk := list(islice(rows, CHUNK_ROWS)):
@@ -105,7 +115,8 @@ class Reader:
             pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
             converted = [(k, item) for k, (_, row) in enumerate(chunk) for item in self._convert(row, source)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
-            yield chunk, [(k, render(item, self.tokenizer, self.manners, self.scored)) for k, item in converted]
+            texts = [render(item, self.tokenizer, self.manners, self.scored) for _, item in converted]
+            yield Chunk(chunk, [k for k, _ in converted], texts)
         if not pairs_made:
             fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
             raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
@@ -190,17 +201,11 @@ class _Build:
     largest_id: int = 0
     longest: int = 0
 
-    def add(
-        self,
-        chunk: Sequence[Place],
-        rendered: Sequence[tuple[int, Rendering | RowError]],
-        encoder: Encoder,
-        first_file: int,
-    ) -> None:
-        """Tokenize and truncate the pairs of a chunk, and keep them or note why they are left out."""
+    def add(self, chunk: Chunk, ids: Ids, encoder: Encoder, first_file: int) -> None:
+        """Split and truncate the pairs of a chunk, and keep them or note why they are left out."""
         kept, rows, places = [], [], []
-        for (k, texts), item in zip(rendered, split([item for _, item in rendered], encoder), strict=True):
-            file, row = chunk[k]
+        for k, texts, item in zip(chunk.of, chunk.texts, split(chunk.texts, ids, encoder), strict=True):
+            file, row = chunk.rows[k]
             self.seen += 1
             if (pair := self._cut(item, row)) is not None and isinstance(texts, Rendering):
                 kept.append(pair)
@@ -208,7 +213,7 @@ class _Build:
                 places.append((first_file + file, row.line))
                 self.notes.update(texts.notes)
                 self.conversations += not texts.special
-        self.read += len(chunk)
+        self.read += len(chunk.rows)
         if kept:
             self._write(kept, rows, places)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Of the texts of a call, so many are encoded whole as well.
-SAMPLE = 8
+SAMPLE = 4
 # Characters of pieces that are remembered; with their ids, some bytes for each.
 REMEMBERED = 16_000_000
 PROBES = ("word", " word", "\nword two", "  ", "\n\n", "é漢字", "a.b 12 'tis")

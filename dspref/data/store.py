@@ -123,12 +123,13 @@ def load_pairs(
         if listing.source.template:
             check_template(listing.source.template)
     files = [name for listing in listings for name in listing.names]
-    folder = cache_dir / _address(listings, tokenizer, limits, [on_bad_row, scored], digest)
+    how = [FORMAT_VERSION, tokenizer_digest(tokenizer), asdict(limits), on_bad_row, scored]
+    folder = cache_dir / _address(listings, how, digest)
     store = _open(folder, files, verify, log)
     if store is None:
         with scratch_folder(cache_dir) as scratch:
             build(listings, tokenizer, limits, scored, on_bad_row, scratch / folder.name, log)
-            if _address(listings, tokenizer, limits, [on_bad_row, scored], digest) != folder.name:
+            if _address(listings, how, digest) != folder.name:
                 raise unusable(files[0], "this source changed while it was read", "start again when its files are complete")
             put_in_place(scratch / folder.name, folder)
             store = PairStore(folder, files)
@@ -136,11 +137,9 @@ def load_pairs(
     return store
 
 
-def _address(
-    listings: Sequence[Listing], tokenizer: PreTrainedTokenizerBase, limits: Limits, how: Sequence[str], digest: Digest
-) -> str:
+def _address(listings: Sequence[Listing], how: Sequence[Any], digest: Digest) -> str:
     """sha256 of all that decides the tokens. File names do not: a moved file is found again."""
-    settings: list[Any] = [FORMAT_VERSION, tokenizer_digest(tokenizer), asdict(limits), *how]
+    settings: list[Any] = [*how]
     for listing in listings:
         keys = {name: value for name, value in vars(listing.source).items() if name not in NOT_DECISIVE and value}
         settings.append([keys, listing.content(digest)])

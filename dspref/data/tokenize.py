@@ -25,8 +25,6 @@ from dspref.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_ROWS = 500
-
 
 def load_tokenizer(
     name_or_path: str,
@@ -102,7 +100,8 @@ def encode(
     """
     manners = learn(tokenizer)
     renderings = [render(preference, tokenizer, manners, scored) for preference in preferences]
-    return [_truncated(item, limits) for item in split(renderings, Encoder(tokenizer))]
+    encoder = Encoder(tokenizer)
+    return [_truncated(item, limits) for item in split(renderings, ids_of(renderings, encoder), encoder)]
 
 
 def _truncated(item: Whole | RowError, limits: Limits) -> TokenizedPair | RowError:
@@ -117,13 +116,18 @@ def _truncated(item: Whole | RowError, limits: Limits) -> TokenizedPair | RowErr
 # ---------------------------------------------------------------------------------------------------------------- split
 
 
-def split(renderings: Sequence[Rendering | RowError], encoder: Encoder) -> list[Whole | RowError]:
-    """Token ids of rendered pairs, by one call of the tokenizer for each kind of them."""
-    results: list[Whole | RowError] = []
-    ids = {special: _ids(renderings, encoder, special) for special in (False, True)}
-    for item in renderings:
-        results.append(item if isinstance(item, RowError) else _split(item, ids[item.special], encoder))
-    return results
+# int32 [n] of each text that some renderings hold, by whether the tokenizer adds its special tokens, and by text.
+Ids = dict[bool, dict[str, np.ndarray]]
+
+
+def ids_of(renderings: Sequence[Rendering | RowError], encoder: Encoder) -> Ids:
+    """The token ids of all texts of rendered pairs, by one call of the tokenizer for each kind of them."""
+    return {special: _ids(renderings, encoder, special) for special in (False, True)}
+
+
+def split(renderings: Sequence[Rendering | RowError], ids: Ids, encoder: Encoder) -> list[Whole | RowError]:
+    """Rendered pairs as token ids: prompt and answers, with what is scored of these."""
+    return [item if isinstance(item, RowError) else _split(item, ids[item.special], encoder) for item in renderings]
 
 
 def _ids(renderings: Sequence[Rendering | RowError], encoder: Encoder, special: bool) -> dict[str, np.ndarray]:

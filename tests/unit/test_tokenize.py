@@ -208,8 +208,7 @@ def test_tools_and_template_kwargs_reach_the_template() -> None:
     assert error.field == "chat_template_kwargs"
 
 
-def test_text_and_chat_rows_keep_their_order_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dspref.data.tokenize.CHUNK_ROWS", 3)
+def test_text_and_chat_rows_keep_their_order() -> None:
     tokenizer = words("b", chat_template="{% for m in messages %}{{ m.content + ' ' }}{% endfor %}")
     letters = "abcdefgh"
     rows = [
