@@ -174,7 +174,7 @@ def check_launcher(content: bytes, arguments: list[str]) -> None:
 
 def anyhow(examples: int) -> Any:
     calm = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=examples, deadline=None, suppress_health_check=calm, database=None)
+    return settings(max_examples=examples, deadline=None, suppress_health_check=calm, database=None, derandomize=True)
 
 
 LISTS = st.lists(OVERRIDES, max_size=3)
