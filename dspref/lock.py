@@ -81,6 +81,13 @@ class Lock:
                 (self.folder / NAME).unlink()
 
 
+def clear(folder: Path) -> None:
+    """Remove what is left of the lock of a run that ended between its last word and its lock."""
+    if (folder / NAME).exists():
+        with contextlib.suppress(OSError, EnvironmentFault):  # a folder that cannot be written, or one that another takes
+            Lock.claim(folder).release()
+
+
 def _attempt() -> list[str | None]:
     """Of a SLURM job, which start of it this is: its older ones are gone."""
     return [os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]

@@ -83,6 +83,8 @@ def already_finished(run: RunFolder, config: Config) -> bool:
                 "start anew with another output_dir= or checkpoint.resume=never"
             )
         verdict["done"] = finished and not longer and not must_export_again(run)
+        if verdict["done"]:
+            lock.clear(run.path)
 
     distributed.on_main(look)
     done = distributed.broadcast_object(verdict.get("done", False))

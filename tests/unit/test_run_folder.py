@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -470,6 +471,17 @@ def test_damage_of_the_exported_model_is_noticed(damage, tmp_path, capsys):
     commit(run, 8, config)
     assert not stages.already_finished(RunFolder(folder), config), "it is exported again"
     assert "exported again from a checkpoint" in capsys.readouterr().out
+
+
+def test_the_lock_that_a_kill_after_the_last_word_left_goes(tmp_path, capsys):
+    run = finished(tmp_path / "run")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = {"token": "x", "place": lock.place(), "process": [gone.pid, "1"]}
+    for name in (".lock", ".lock-x"):
+        (run.path / name).write_text(json.dumps(left))
+    assert stages.already_finished(run, load(run.path))
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".lock")]
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"{}\n", b'{"prompt": 1}\n', b"[1]\nnull\n", b'{"prompt": "x"'])
