@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -65,9 +66,9 @@ def already_finished(run: RunFolder, config: Config) -> bool:
     verdict: dict[str, bool] = {}
 
     def look() -> None:
-        run.refuse_foreign()
-        lock.refuse_held(run.path)
         anew = config.checkpoint.resume == "never"
+        run.refuse_foreign(anew)
+        lock.refuse_held(run.path)
         for warning in [] if anew else run.look():
             distributed.log(warning)
         if config.checkpoint.resume == "required" and not committed_folders(run):
@@ -242,7 +243,7 @@ def introduce(
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
     policy = model.load(config.model, weights, kernel, config.model.dtype, zero3, reference.attach(config))
-    finite.refuse_not_finite(policy.lm, "model.name_or_path", weights, config.model.dtype)
+    finite.refuse_not_finite(policy.lm, config.model.dtype, partial(reference.source_in_policy, config, weights))
     policy = model.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]

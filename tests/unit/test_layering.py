@@ -27,9 +27,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks",),
     ("config",),
     ("status", "weights"),
-    ("slurm",),
     ("machine", "footprint"),  # of `dspref doctor` and the start of a run
     ("inputs",),
+    ("slurm",),
     ("preflight", "agreement"),
     ("doctor",),
     ("distributed", "lock"),
