@@ -121,7 +121,7 @@ def _absent(path: Path, what: str) -> str:
 
 def _data(path: Path) -> Iterator[str]:
     if path.is_dir():
-        if not any(entry.name.lower().endswith((*SUFFIXES, ".arrow")) for entry in path.rglob("*")):
+        if not any(entry.name.lower().endswith((*SUFFIXES, ".arrow")) and entry.is_file() for entry in path.rglob("*")):
             yield "the folder holds no data file; put a .jsonl, .csv or .parquet file there"
     elif path.exists():
         yield from _data_file(path)

@@ -215,7 +215,7 @@ def check_tracker(scene: Scene) -> Verdict:
     if not (scene.config and "wandb" in scene.config.log.trackers):
         return Verdict(OK, "wandb is not asked for")
     netrc = Path(scene.env.get("NETRC", Path.home() / ".netrc"))
-    known = scene.env.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
+    known = scene.env.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
     if known or scene.env.get("WANDB_MODE") in ("offline", "disabled"):
         return Verdict(OK, scene.env.get("WANDB_MODE") or "a key is there")
     return Verdict(WARN, "log.trackers: wandb has no key and will be switched off; wandb login, or WANDB_MODE=offline")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dspref import config as configuration
-from dspref import distributed, inputs, lock, manifest, metrics, outcome, preflight, record, stages, status
+from dspref import distributed, export, inputs, lock, manifest, metrics, outcome, preflight, record, saving, stages, status
 from dspref.checkpoint import Progress, facts_of, find, prune, resume
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, IOFault
@@ -141,6 +141,67 @@ def test_what_is_not_a_draft_stays(tmp_path):
     opened(tmp_path / "run")
     assert (tmp_path / "elsewhere/kept").exists(), "a link goes, not what it leads to"
     assert (tmp_path / "run/.drafts").exists()
+
+
+def strays(*paths: Path) -> None:
+    """At each path something that nobody expects there: a folder with a file, a file, a pipe, a link to nothing, and one to
+    a folder of somebody's."""
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        list(STRAYS.values())[number % len(STRAYS)](path)
+        if path.is_dir() and not path.is_symlink():
+            (path / "inner").touch()
+
+
+@pytest.mark.parametrize("first", range(len(STRAYS)), ids=list(STRAYS))
+def test_whatever_bears_the_name_of_a_save_goes_before_a_run_goes_on(first, tmp_path):
+    run = opened(tmp_path / "run")
+    commit(run, 4, load(run.path))
+    prefixes = (".saving-", ".trash-", ".universal-", ".loading-", ".loading-.saving-")
+    strays(*(run.checkpoints / f"{prefix}step-{number:06d}" for number in range(first + 1, 6) for prefix in prefixes))
+    found = find(run, "auto")
+    assert found and found.folder.name == "step-000004"
+    assert os.listdir(run.checkpoints) == ["step-000004"]
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_a_save_takes_the_place_of_whatever_lies_there(kind, tmp_path):
+    """Of its draft, and of a step that is to be saved again: that is moved, and nothing is lost that somebody put there."""
+    run = opened(tmp_path / "run")
+    draft = saving.Draft(run, 4, facts_of(run, load(run.path)) | {"metrics": {}}, 0.0, True)
+    for path in (draft.folder, draft.committed):
+        STRAYS[kind](path)
+    draft.begin()
+    assert draft.folder.is_dir() and not draft.folder.is_symlink() and not os.listdir(draft.folder)
+    (draft.folder / "state.json").write_text("{}")
+    draft.files.append(draft.folder / "state.json")
+    draft.publish(draft.hashes())
+    assert manifest.committed(run.checkpoints) == [draft.committed] and manifest.read(draft.committed)
+    assert not os.path.lexists(draft.folder)
+    draft.discard()
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_what_is_loaded_past_strays_is_linked_anew(kind, tmp_path):
+    run = opened(tmp_path / "run")
+    folder, clean = commit(run, 4, load(run.path)), run.checkpoints / ".loading-step-000004"
+    said = manifest.read(folder)
+    assert said
+    STRAYS[kind](clean)
+    manifest.link(folder, said, clean)
+    assert os.listdir(clean) == ["state.json"] and not clean.is_symlink()
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_an_export_takes_the_place_of_whatever_lies_there(kind, tmp_path):
+    for name in ("final", ".final", ".old-final"):
+        STRAYS[kind](tmp_path / name)
+    written: dict[Path, Any] = {}
+    with export._replacing(tmp_path / "final", written) as draft:
+        draft.mkdir()
+        (draft / "model").write_text("x")
+    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["model"]
+    assert list(written[tmp_path / "final"]) == ["model"]
 
 
 def test_run_json_is_the_first_file_and_drafts_are_swept(tmp_path):
