@@ -44,6 +44,7 @@ from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
 from dspref.run_folder import RunFolder
 from dspref.watch import Watch
+from dspref.weights import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -271,7 +272,10 @@ def finish(
 
     def close() -> None:
         if config.log.samples and held_out:
-            write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
+            try:
+                write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
+            except (RuntimeError, ValueError, TypeError) as error:  # of transformers: the model is exported all the same
+                distributed.log(f"warning: log.samples: no answers ({type(error).__name__}: {one_line(error)})")
         run.flush()
         run.update(state="finished", summary=summary, exported=exported)
 

@@ -95,6 +95,7 @@ def test_random_weights_are_on_disk_before_they_have_their_name(sound: Path, tmp
     assert flushed[-1] == str(tmp_path)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("stray", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere"), os.mkfifo])
 def test_what_lies_where_random_weights_are_drafted_or_kept_makes_way(stray, sound: Path, tmp_path: Path) -> None:
     stray(tmp_path / ".init.draft")

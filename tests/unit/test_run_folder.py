@@ -101,6 +101,7 @@ IN_THE_WAY = [
 ]
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("name", "kind", "said"), IN_THE_WAY)
 def test_what_lies_in_the_way_of_a_run_is_said_at_its_start(name, kind, said, tmp_path):
     """And to `dspref check`, `doctor` and `submit`; with resume=never all but run.json is set aside."""
@@ -122,6 +123,7 @@ def test_what_lies_in_the_way_of_a_run_is_said_at_its_start(name, kind, said, tm
         RunFolder(run.path).refuse_foreign()
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["folder", "file", "pipe", "dangling"])
 @pytest.mark.parametrize("name", [".draft-x", ".final", ".adapter", ".old-final", ".old-adapter"])
 def test_whatever_bears_the_name_of_a_draft_goes_as_a_run_is_opened(name, kind, tmp_path):
@@ -153,6 +155,7 @@ def strays(*paths: Path) -> None:
             (path / "inner").touch()
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("first", range(len(STRAYS)), ids=list(STRAYS))
 def test_whatever_bears_the_name_of_a_save_goes_before_a_run_goes_on(first, tmp_path):
     run = opened(tmp_path / "run")
@@ -164,6 +167,7 @@ def test_whatever_bears_the_name_of_a_save_goes_before_a_run_goes_on(first, tmp_
     assert os.listdir(run.checkpoints) == ["step-000004"]
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", STRAYS)
 def test_a_save_takes_the_place_of_whatever_lies_there(kind, tmp_path):
     """Of its draft, and of a step that is to be saved again: that is moved, and nothing is lost that somebody put there."""
@@ -181,6 +185,7 @@ def test_a_save_takes_the_place_of_whatever_lies_there(kind, tmp_path):
     draft.discard()
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", STRAYS)
 def test_what_is_loaded_past_strays_is_linked_anew(kind, tmp_path):
     run = opened(tmp_path / "run")
@@ -192,6 +197,7 @@ def test_what_is_loaded_past_strays_is_linked_anew(kind, tmp_path):
     assert os.listdir(clean) == ["state.json"] and not clean.is_symlink()
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", STRAYS)
 def test_an_export_takes_the_place_of_whatever_lies_there(kind, tmp_path):
     for name in ("final", ".final", ".old-final"):
