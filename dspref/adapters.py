@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG", "WEIGHTS", "Adapters", "Saved", "base_of", "check", "digest", "folder_of", "for_training", "frozen",
-    "is_saved", "merged", "own", "plain", "read", "save", "try_on",
+    "is_saved", "merged", "name_in", "own", "plain", "read", "save", "try_on",
 ]  # fmt: skip
 
 
@@ -189,6 +189,12 @@ def _blamed(key: str) -> Iterator[None]:
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
         telling = next((line for line in lines if "size mismatch" in line), weights.one_line(error))
         raise ConfigError(f"{key}: {telling[:500]}") from None
+
+
+def name_in(tensor: str) -> str | None:
+    """The adapter that a tensor of a model belongs to, by its name there; None for one of the model's own."""
+    found = re.search(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)", tensor)
+    return found[1] if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

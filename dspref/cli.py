@@ -90,20 +90,17 @@ def check(
     """Check a run's YAML file without loading a model: keys, types, ranges, what goes together, and what it names."""
     from dspref import config as configuration
     from dspref import inputs
-    from dspref.explain import Complaint, line
     from dspref.objectives import as_list
 
     with faults_in_one_line():
         tell_repeated(overrides)
         config, positions = configuration.read(file, overrides or [])
-        found = inputs.look(config, file.parent)
-        if found.faults:
-            raise ConfigError("\n".join(line(Complaint(*fault), positions) for fault in found.faults))
+        on_hub = inputs.refuse(config, file, positions)
     if show:
         print(configuration.dump(config), end="")
         return
-    if found.on_hub:
-        print(f"not checked (hub): {', '.join(found.on_hub)}")
+    if on_hub:
+        print(f"not checked (hub): {', '.join(on_hub)}")
     said = f"{config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, ZeRO-{config.zero_stage}"
     print(shown(f"{file}: good; {said}, into {config.output_dir}"))
     if data:

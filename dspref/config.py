@@ -26,6 +26,7 @@ from dspref.sections import (
     LoraSection,
     ModelSection,
     SourceSection,
+    in_full,
 )
 from dspref.yaml12 import Position, apply_override, parse
 
@@ -61,7 +62,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
     faults = []
     for override in overrides:
         try:
-            apply_override(document, positions, override)
+            apply_override(document, positions, override, in_full)
         except ConfigError as error:
             faults.append(str(error))
     config, complaints = examine(document)

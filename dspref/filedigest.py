@@ -26,7 +26,7 @@ def sha256(path: Path) -> str:
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     if (entry := _read(memory).get(name)) and entry["state"] == state:
         return entry["sha256"]
-    with open(path, "rb") as file:
+    with reading.open_regular(path) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
         _remember(memory, {name: sealed(name, state, found)})

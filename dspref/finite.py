@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,15 @@ from dspref import distributed
 from dspref.errors import NumericFault
 
 
-def refuse_not_finite(module: nn.Module, key: str, name: str, dtype: str) -> None:
-    """Raise NumericFault, on all ranks, where a weight is NaN or infinite. `key`, `name`: where the weights come
-    from; `dtype`: what they were read as.
+def refuse_not_finite(module: nn.Module, dtype: str, source_of: Callable[[str], tuple[str, str]]) -> None:
+    """Raise NumericFault, on all ranks, where a weight is NaN or infinite. `dtype`: what the weights were read as;
+    `source_of`: by the name of a tensor, the key of the config and the folder that it comes from.
 
     Of weights in shards each rank looks at its own, of others at its share of the tensors.
     """
     bad = next((tensor for tensor, part in own_parts(module) if not is_finite(part)), None)
     if found := next((tensor for tensor in distributed.gather_objects(bad) if tensor), None):
+        key, name = source_of(found)
         raise NumericFault(
             f"{key}: {name}: {found} holds NaN or infinity in {dtype}, before any step; fetch the weights again, or use "
             "another dtype"

@@ -10,17 +10,20 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dspref import reading
+from dspref import reading, record
 from dspref.config import Config, SourceSection, shipped
 from dspref.data.sources import HUB_NAME, SUFFIXES
+from dspref.errors import ConfigError
+from dspref.explain import Complaint, line
 from dspref.hints import near
 from dspref.machine import nearest
 from dspref.sound import KeyPath
 from dspref.status import is_foreign
+from dspref.yaml12 import Position
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -55,6 +58,15 @@ def look(config: Config, beside: Path | None = None) -> Found:
     found.faults.extend(_folders(config))
     first = dict(reversed(found.faults))  # a folder that is no model holds no tokenizer either
     return Found(list(first.items())[::-1], list(dict.fromkeys(found.on_hub)))
+
+
+def refuse(config: Config, file: Path, positions: Mapping[KeyPath, Position]) -> list[str]:
+    """Raise ConfigError, with a line for each, where something that a config names is not there or no good; what was not
+    looked at. `file`: the config, of which `positions` has the keys."""
+    found = look(config, file.parent)
+    if found.faults:
+        raise ConfigError("\n".join(line(Complaint(*fault), positions) for fault in found.faults))
+    return found.on_hub
 
 
 Judge = Callable[[Path], Iterator[str]]
@@ -109,7 +121,7 @@ def _absent(path: Path, what: str) -> str:
 
 def _data(path: Path) -> Iterator[str]:
     if path.is_dir():
-        if not any(entry.name.lower().endswith((*SUFFIXES, ".arrow")) for entry in path.rglob("*")):
+        if not any(entry.name.lower().endswith((*SUFFIXES, ".arrow")) and entry.is_file() for entry in path.rglob("*")):
             yield "the folder holds no data file; put a .jsonl, .csv or .parquet file there"
     elif path.exists():
         yield from _data_file(path)
@@ -154,11 +166,12 @@ def _model_config(folder: Path) -> Iterator[str]:
         yield "is a LoRA adapter; name its model here, and it in model.lora.path"
         return
     yield from _folder(folder, "config.json")
-    yield from _json(folder / "config.json")
+    for name in ("config.json", "generation_config.json"):
+        yield from _json(folder / name)
 
 
 def _json(path: Path) -> Iterator[str]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
     try:
         content = reading.read_json(path, MAX_JSON, strict=False)
@@ -282,6 +295,8 @@ def _folders(config: Config) -> Iterator[tuple[KeyPath, str]]:
             yield path, f"{name}: {reason}; choose another folder"
     if is_foreign(Path(config.output_dir)):
         yield ("output_dir",), f"{config.output_dir}: is not empty and holds no dspref run; choose another folder"
+    elif said := record.misplaced(Path(config.output_dir), config.checkpoint.resume == "never"):
+        yield ("output_dir",), said
 
 
 def unwritable(folder: Path) -> str | None:

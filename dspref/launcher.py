@@ -1,4 +1,6 @@
-"""From the command line to `train`, and from an exception to an exit code. Loads torch only once the config is good."""
+"""From the command line to `train`, and from an exception to an exit code. Loads torch only once the config is good, and
+itself nothing that takes long, so that signals have their exit codes from the first moment.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from dspref import config as configuration
-from dspref import rendezvous
 from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
+from dspref.interruption import first_rank, leaving_at_once
 from dspref.secrets import redact
 from dspref.terminal import shown
+
+if TYPE_CHECKING:
+    from dspref.config import Config
 
 # A launcher ends all ranks once one has left: so long the others wait, that the first may say why.
 WORD_SECONDS = 2.0
@@ -33,11 +37,8 @@ FOR_TORCH = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `train` on this rank and return the exit code."""
     try:
-        rendezvous.announce()
-        options = parse(arguments)
-        for line in configuration.repeated(options.overrides) if first_rank(os.environ) else ():
-            print(line, file=sys.stderr, flush=True)
-        config = configuration.load(options.config, options.overrides)
+        with leaving_at_once():
+            config, source = read(arguments)
     except UserError as error:
         # Every rank finds the same fault in the same file; one says so.
         if first_rank(os.environ):
@@ -45,13 +46,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             time.sleep(WORD_SECONDS)
         return int(error.exit_code)
-    return guarded(lambda: train(config, configuration.shipped(configuration.expand(options.config))))
+    return guarded(lambda: train(config, source))
 
 
-def train(config: configuration.Config, source: Path) -> None:
-    from dspref.trainer import train
+def read(arguments: Sequence[str] | None) -> tuple[Config, Path]:
+    """The config that a command line names, and the file that it is from. Raises UserError."""
+    from dspref import config as configuration
+    from dspref import rendezvous
 
-    train(config, source)
+    rendezvous.announce()
+    options = parse(arguments)
+    for line in configuration.repeated(options.overrides) if first_rank(os.environ) else ():
+        print(line, file=sys.stderr, flush=True)
+    config = configuration.load(options.config, options.overrides)
+    return config, configuration.shipped(configuration.expand(options.config))
+
+
+def train(config: Config, source: Path) -> None:
+    with leaving_at_once():  # until the run has its watch
+        from dspref.trainer import train
+
+        train(config, source)
 
 
 def guarded(job: Callable[[], None]) -> int:
@@ -59,7 +74,8 @@ def guarded(job: Callable[[], None]) -> int:
     for name, value in FOR_TORCH.items():
         os.environ.setdefault(name, value)
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
-    from dspref import distributed
+    with leaving_at_once():
+        from dspref import distributed
 
     try:
         job()
@@ -118,7 +134,3 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.config:
         raise ConfigError("--config: is missing; give the path of a YAML file, such as launch/configs/quickstart.yaml")
     return options
-
-
-def first_rank(env: Mapping[str, str]) -> bool:
-    return env.get("RANK", env.get("SLURM_PROCID", "0")) == "0"

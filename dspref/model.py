@@ -18,7 +18,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from dspref import adapters, filedigest, router, weights
 from dspref.adapters import Adapters
@@ -27,6 +34,7 @@ from dspref.attention import PACKED, Segments
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
+from dspref.files import flushed_tree, remove, sync_folder
 from dspref.logps import HeadTransform, TokenLogps, counted, scored_logps
 from dspref.router import Routing
 
@@ -128,8 +136,24 @@ def load_config(section: ModelSection) -> PretrainedConfig:
         raise ConfigError(
             f"model.name_or_path: {section.name_or_path}: config.json: text_config: holds no settings; fetch it again"
         )
+    _try_generation(folder, section.name_or_path)
     _drop_choices(config)
     return config
+
+
+def _try_generation(folder: Path, name: str) -> None:
+    """Raise ConfigError where what a model says of its generation cannot be read, or not be written as an export will."""
+    if not (folder / weights.GENERATION).is_file():
+        return
+    try:
+        said = GenerationConfig.from_pretrained(str(folder))
+        said.validate()
+        said.to_json_string()
+        if methods := [key for key in vars(said) if callable(getattr(GenerationConfig, key, None))]:
+            raise ValueError(f"{methods[0]} is no setting")
+    except Exception as error:  # a value of a wrong type may fail anywhere in it
+        reason = f"{weights.one_line(error)}; mend it, or fetch it again"
+        raise ConfigError(f"model.name_or_path: {name}: {weights.GENERATION}: {reason}") from None
 
 
 def _of_config(said: Mapping[str, Any], error: Exception) -> str:
@@ -207,8 +231,12 @@ def initialise(section: ModelSection, folder: Path, seed: int) -> str:
         config = load_config(section)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=section.trust_remote_code)
         draft = folder.with_name(f".{folder.name}.draft")
+        remove(draft)
         model.save_pretrained(draft)
+        flushed_tree(draft)
+        remove(folder)  # whatever it is, it holds no model
         draft.rename(folder)
+        sync_folder(folder.parent)
     return str(folder)
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import resource
 import shutil
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dspref import footprint, inputs, reading, secrets, strategy, weights
+from dspref import footprint, inputs, record, secrets, strategy, weights
 from dspref.config import cache_folder
 from dspref.explain import dotted
 from dspref.machine import (
@@ -39,8 +38,8 @@ from dspref.machine import (
 )
 
 OPEN_FILES, SHARED_MEMORY = 4096, 2**30
-# What a run adds to where it goes on.
-APPENDED = ("metrics.jsonl", "events.jsonl")
+# Folders within a run's that it writes to all the time.
+INNER = ("checkpoints", "logs")
 # NCCL takes some 10 MB of shared memory for each connection; docker gives 64 MB unless told otherwise.
 SHARED_MEMORY_PER_RANK = 16 * 2**20
 
@@ -122,27 +121,27 @@ def memory_limit(scene: Scene) -> int | None:
 
 def check_folders(scene: Scene) -> Verdict:
     """A file is made and taken away again: permissions alone say nothing of read-only mounts, and nothing to root."""
-    folders = {"the cache ($DSPREF_CACHE)": cache_folder(""), "$TMPDIR": Path(tempfile.gettempdir())}
+    folders, anew = {"the cache ($DSPREF_CACHE)": cache_folder(""), "$TMPDIR": Path(tempfile.gettempdir())}, False
     if scene.config:
         run = Path(scene.config.output_dir)
-        within = {f"output_dir: {name}": run / name for name in ("checkpoints", "logs") if (run / name).exists()}
+        anew = scene.config.checkpoint.resume == "never"
+        if not run.is_file() and (said := record.misplaced(run, anew)):
+            return Verdict(FAIL, f"output_dir: {said}")
+        within = {} if anew else {f"output_dir: {name}": run / name for name in INNER if (run / name).is_dir()}
         folders = {"output_dir": run, **within, **folders}
     if operators(scene.config):
         folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(scene)
     for name, folder in folders.items():
         if scene.config and name == "output_dir" and folder.is_file():
             continue  # refused where the run folder is opened, with what to do
-        if name.startswith("output_dir: ") and not folder.is_dir():
-            return Verdict(FAIL, f"output_dir: {folder} is no folder, where the run keeps its {folder.name}; move it away")
         try:
             with tempfile.TemporaryFile(dir=nearest(folder)):
                 pass
         except OSError as error:
             return Verdict(FAIL, f"{name}: {folder} cannot be written ({error.strerror}); choose another folder")
-    for path in [Path(scene.config.output_dir) / name for name in APPENDED] if scene.config else []:
+    for path in [folders["output_dir"] / name for name in record.APPENDED] if scene.config and not anew else []:
         try:
-            if os.path.lexists(path):
-                reading.refuse_kind(os.stat(path), path)
+            if path.is_file():
                 open(path, "ab").close()
         except OSError as error:
             return Verdict(
@@ -216,7 +215,7 @@ def check_tracker(scene: Scene) -> Verdict:
     if not (scene.config and "wandb" in scene.config.log.trackers):
         return Verdict(OK, "wandb is not asked for")
     netrc = Path(scene.env.get("NETRC", Path.home() / ".netrc"))
-    known = scene.env.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
+    known = scene.env.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
     if known or scene.env.get("WANDB_MODE") in ("offline", "disabled"):
         return Verdict(OK, scene.env.get("WANDB_MODE") or "a key is there")
     return Verdict(WARN, "log.trackers: wandb has no key and will be switched off; wandb login, or WANDB_MODE=offline")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dspref import reading
 from dspref.files import DRAFT, read_json
 from dspref.manifest import are_files, are_words, is_count, is_number, is_word
 
@@ -17,6 +19,11 @@ LOCK = ".lock"
 STARTING = {
     "submit", "logs", "STOP", "SAVE", LOCK, "config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json",
 }  # fmt: skip
+# What a run writes anew as a whole, what it adds to, and what it keeps in folders; of these the logs of its ranks.
+WHOLE = ("config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "samples.jsonl", "scoring.json")
+APPENDED = ("metrics.jsonl", "events.jsonl")
+FOLDERS = ("checkpoints", "logs", "submit")
+LOG = re.compile(r"rank-\d+(\.log|\.stacks\.txt)")
 # Of files that are being written, of claims of the lock, and of runs that were set aside.
 PASSING = re.compile(rf"{re.escape(DRAFT)}.*|{re.escape(LOCK)}-.*|previous-\d{{8}}-\d{{6}}(-\d+)?")
 
@@ -36,6 +43,42 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
         return found, "has no run_id"
     wrong = [key for key in found if key in KINDS and not KINDS[key](found[key])]
     return found, f"its {wrong[0]} is of the wrong kind" if wrong else ""
+
+
+def misplaced(folder: Path, anew: bool = False) -> str | None:
+    """What lies in a run folder where the run will write something of another kind, in words; `anew`: all but run.json is
+    set aside first."""
+    for path, kind in _kept(folder, anew):
+        if os.path.lexists(path) and (found := _other_kind(path, kind)):
+            return f"{path} {found}, where the run keeps its {path.name}; move it away"
+    return None
+
+
+def _kept(folder: Path, anew: bool) -> Iterator[tuple[Path, str]]:
+    """What a run keeps in its folder: files that are written as a whole, logs that are added to, folders."""
+    yield folder / NAME, "file"
+    if anew:
+        return
+    yield from ((folder / name, "file") for name in WHOLE)
+    yield from ((folder / name, "log") for name in APPENDED)
+    yield from ((folder / name, "folder") for name in FOLDERS)
+    logs = folder / "logs"
+    names = sorted(os.listdir(logs)) if os.path.isdir(logs) and os.access(logs, os.R_OK) else []
+    yield from ((logs / name, "log") for name in names if LOG.fullmatch(name))
+
+
+def _other_kind(path: Path, kind: str) -> str | None:
+    if kind == "file":
+        return "is a folder, not a file" if os.path.isdir(path) else None  # another name can be taken from anything else
+    if not os.path.exists(path):
+        return "is a link that leads nowhere"
+    if kind == "folder":
+        return None if os.path.isdir(path) else "is no folder"
+    try:
+        reading.refuse_kind(os.stat(path), path)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def sound(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -173,6 +173,25 @@ def attach(config: Config) -> Callable[[Any], adapters.Adapters] | None:
     return partial(adapters.for_training, section=config.model, seed=config.train.seed, reference=adapter, live=live)
 
 
+def source_in_policy(config: Config, weights: str, tensor: str) -> tuple[str, str]:
+    """(key of the config, folder) that a tensor of the policy comes from; `weights`: where the policy began."""
+    held, lora = adapters.name_in(tensor), config.model.lora
+    if held is None or lora is None:
+        return "model.name_or_path", weights
+    if held != config.model.adapter_name:
+        return source_in_reference(config, weights, tensor)
+    return ("model.lora.path", lora.path) if lora.path else ("model.lora", "a fresh adapter")
+
+
+def source_in_reference(config: Config, weights: str, tensor: str) -> tuple[str, str]:
+    """The same of a tensor of the reference."""
+    own, (section, adapter) = config.reference, described(config, weights)
+    if adapter and adapters.name_in(tensor):
+        key = "reference.name_or_path" if own.name_or_path else "reference.adapter_name" if own.adapter_name else ""
+        return key or "model.lora.path", adapter.path
+    return ("model.name_or_path" if own.name_or_path is None or adapter else "reference.name_or_path"), section.name_or_path
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Live references
 
@@ -225,8 +244,7 @@ def load_forward(config: Config, weights: str, device_type: str) -> Any:
     zero3 = engine.reference_config(config) if stage == 3 else None
     with_adapter = partial(adapters.frozen, source=adapter) if adapter else None
     reference = model.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)
-    key = "reference.name_or_path" if own.name_or_path else "model.name_or_path"
-    finite.refuse_not_finite(reference.lm, key, section.name_or_path, section.dtype)
+    finite.refuse_not_finite(reference.lm, section.dtype, partial(source_in_reference, config, weights))
     forward = engine.reference_forward(model.prepare_as_reference(reference), config, stage)
     size, where = engine.weight_bytes(forward)
     how = "sharded by ZeRO-3" if stage == 3 else "whole on each rank"

@@ -119,12 +119,15 @@ class RunFolder:
     # -----------------------------------------------------------------------------------------------------------------
     # The beginning and the end of a run
 
-    def refuse_foreign(self) -> None:
-        """Raise ConfigError where the folder holds something that dspref did not make."""
+    def refuse_foreign(self, anew: bool = False) -> None:
+        """Raise ConfigError where the folder holds something that dspref did not make, and EnvironmentFault where something
+        lies in the way of what it will. `anew`: what is there will be set aside."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir: {self.path} is a file; choose another folder")
         if is_foreign(self.path):
             raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
+        if said := record.misplaced(self.path, anew):
+            raise EnvironmentFault(f"output_dir: {said}")
 
     def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any], steps: int) -> None:
         """Write state, config and versions (rank 0, which holds the lock). run.json comes first: from then on a kill leaves
@@ -135,11 +138,13 @@ class RunFolder:
         if self._seen is not None and self._seen != (_content(self.path / record.NAME),):
             raise EnvironmentFault(f"output_dir: another process ran in {self.path} just now; give the same command again")
         for left in self.path.glob(f"{DRAFT}*"):
-            left.unlink(missing_ok=True)
+            remove(left)
         for left in (".final", ".adapter", ".old-final", ".old-adapter"):
             remove(self.path / left)
-        mend_tail(self.path / EVENTS)
-        known = self._set_aside(anew=config.checkpoint.resume == "never")
+        anew = config.checkpoint.resume == "never"
+        if not anew:
+            mend_tail(self.path / EVENTS)
+        known = self._set_aside(anew)
         known = {key: value for key, value in known.items() if key not in ("error", "exit_code", "aside")}
         self._own = {"run_id": _new_id(), "started": _now()} | known
         self.update(steps=steps, **_whereabouts())

@@ -204,7 +204,7 @@ class Draft:
         said["files"] = dict(sorted(hashes.items()))
         self.run.flush()
         write_atomically(self.folder / manifest.NAME, json.dumps(manifest.signed(said), indent=1) + "\n")
-        if self.committed.exists():  # left by a run that was resumed from an earlier step
+        if os.path.lexists(self.committed):  # left by a run that was resumed from an earlier step
             self.committed.rename(self.committed.with_name(f".trash-{self.committed.name}"))
         os.rename(self.folder, self.committed)
         sync_folder(self.run.checkpoints)

@@ -472,6 +472,18 @@ class Config(Section):
         return self.strategy.get("zero_optimization", {}).get("stage", 0)
 
 
+def in_full(path: tuple[str | int, ...], value: Any) -> Any:
+    """What the value at `path` of a document stands for, where it may be a short form."""
+    match path:
+        case ("model", "lora"):
+            return _lora(value)
+        case ("data", "train" | "eval") | ("data", "train", int()):
+            return _source(value)
+        case ("log", "trackers"):
+            return _trackers(value)
+    return value
+
+
 def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | None:
     """The section that the keys at `path` of a document belong to."""
     match path:

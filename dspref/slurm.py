@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from dspref import config as configuration
-from dspref import reading
+from dspref import inputs, reading
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.files import write_atomically
+from dspref.files import read_object, write_atomically
+from dspref.record import misplaced
 from dspref.secrets import is_telling, kind_of
 from dspref.status import is_foreign
 from dspref.terminal import command, shown
@@ -32,6 +33,8 @@ from dspref.terminal import command, shown
 MARKS = "_.,:@/=+-[]&|*()!"
 PLAIN = re.compile(rf"[\w{re.escape(MARKS)}]+")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Of a job, or of one task of an array.
+NUMBER = re.compile(r"[0-9]+(_[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class Job:
 def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = None, dry_run: bool = False) -> None:
     """Check, write and show the job of a run, or of each line of a sweep, and hand it to SLURM.
 
-    Raises ConfigError before anything is written, EnvironmentFault where SLURM refuses, OSError.
+    Raises ConfigError before anything is written, also for what a config names and is not there, EnvironmentFault where
+    SLURM refuses, OSError.
     """
-    config = load(file, overrides)
+    config = load(file, overrides, looks=sweep is None)
     configs = load_sweep(file, [*overrides], sweep, config.output_dir) if sweep else [config]
     folder, runs = absolute(config.output_dir), [absolute(one.output_dir) for one in configs]
     for run in {folder, *runs}:
@@ -90,13 +94,15 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
 # Configs
 
 
-def load(file: Path, overrides: Sequence[str]) -> Config:
-    """A config that can be submitted."""
-    config = configuration.load(file, overrides)
+def load(file: Path, overrides: Sequence[str], looks: bool = True) -> Config:
+    """A config that can be submitted; `looks`: with a look at the files and folders that it names."""
+    config, positions = configuration.read(file, overrides)
     if not config.output_dir or not config.output_dir.isprintable():
         raise ConfigError(f"output_dir: {config.output_dir!r}: is empty or does not print; choose another folder")
     if config.checkpoint.resume == "never":
         raise ConfigError("checkpoint.resume: never would begin again at every requeue; use auto and another output_dir=")
+    if looks:
+        inputs.refuse(config, file, positions)
     return config
 
 
@@ -133,9 +139,10 @@ def refuse_occupied(run: Path) -> None:
         raise ConfigError(f"output_dir: {run} is a file; choose another folder")
     if is_foreign(run):
         raise ConfigError(f"output_dir: {run} is not empty and holds no dspref run; choose another folder")
-    try:
-        job = json.loads((run / "submit" / "job.json").read_text(encoding="utf-8"))["job"]
-    except (OSError, ValueError, KeyError):
+    if said := misplaced(run):
+        raise ConfigError(f"output_dir: {said}")
+    job = read_object(run / "submit" / "job.json").get("job")
+    if not isinstance(job, str) or not NUMBER.fullmatch(job):
         return
     if shutil.which("squeue") and (state := answer(["squeue", "--noheader", "--format=%T", f"--jobs={job}"]).stdout.split()):
         raise ConfigError(f"output_dir: {run} belongs to job {job} ({state[0]}); scancel {job} first, or use another folder")

@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -43,6 +44,7 @@ from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import Origin
 from dspref.run_folder import RunFolder
 from dspref.watch import Watch
+from dspref.weights import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,9 +67,9 @@ def already_finished(run: RunFolder, config: Config) -> bool:
     verdict: dict[str, bool] = {}
 
     def look() -> None:
-        run.refuse_foreign()
-        lock.refuse_held(run.path)
         anew = config.checkpoint.resume == "never"
+        run.refuse_foreign(anew)
+        lock.refuse_held(run.path)
         for warning in [] if anew else run.look():
             distributed.log(warning)
         if config.checkpoint.resume == "required" and not committed_folders(run):
@@ -244,7 +246,7 @@ def introduce(
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
     policy = model.load(config.model, weights, kernel, config.model.dtype, zero3, reference.attach(config))
-    finite.refuse_not_finite(policy.lm, "model.name_or_path", weights, config.model.dtype)
+    finite.refuse_not_finite(policy.lm, config.model.dtype, partial(reference.source_in_policy, config, weights))
     policy = model.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
@@ -272,7 +274,10 @@ def finish(
 
     def close() -> None:
         if config.log.samples and held_out:
-            write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
+            try:
+                write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
+            except (RuntimeError, ValueError, TypeError) as error:  # of transformers: the model is exported all the same
+                distributed.log(f"warning: log.samples: no answers ({type(error).__name__}: {one_line(error)})")
         run.flush()
         run.update(state="finished", summary=summary, exported=exported)
 

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 from dspref import distributed
 from dspref.distributed import Relayed
 from dspref.errors import ExitCode, Interrupted, exit_code_of
+from dspref.interruption import STOPPING
 from dspref.lock import Lock
 from dspref.processes import Process, launchers, place
 from dspref.terminal import shown
 
-STOPPING = {signal.SIGTERM: ExitCode.INTERRUPTED, signal.SIGUSR1: ExitCode.INTERRUPTED, signal.SIGINT: ExitCode.CTRL_C}
 # Wakes the main thread where another rank was asked to stop.
 POKE = signal.SIGUSR2
 LOOK_SECONDS = 0.25

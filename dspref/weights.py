@@ -189,7 +189,11 @@ def described(folder: Path, name: str, remote_code: bool = False) -> dict[str, A
         raise ConfigError(f"model.name_or_path: {name}: holds no {CONFIG}; give the folder of a model")
     said = _settings(folder / CONFIG, blamed)
     if os.path.lexists(folder / GENERATION):
-        _settings(folder / GENERATION, f"model.name_or_path: {name}: {GENERATION}")
+        for_generation = f"model.name_or_path: {name}: {GENERATION}"
+        for key, value in _settings(folder / GENERATION, for_generation).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and abs(number) >= 2**63:
+                    raise ConfigError(f"{for_generation}: {key}: {str(number)[:20]} is no token, no length; fetch it again")
     if not isinstance(said.get("model_type"), str) and not (remote_code and "auto_map" in said):
         raise ConfigError(f"{blamed}: names no model_type; is this a model of transformers?")
     for key in ELSEWHERE:

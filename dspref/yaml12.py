@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -146,10 +147,16 @@ def parse_value(text: str) -> Any:
         raise YamlError(f"not valid YAML: {_reason(error)}") from None
 
 
-def apply_override(document: dict[str, Any], positions: dict[tuple, Position], override: str) -> None:
+def apply_override(
+    document: dict[str, Any],
+    positions: dict[tuple, Position],
+    override: str,
+    in_full: Callable[[tuple, Any], Any] = lambda path, value: value,
+) -> None:
     """Set `section.key=value` in the document; the value is YAML. Numbers in the path count list items from 0.
 
-    Raises ConfigError, with the document as it was.
+    `in_full` gives what the value at a path stands for: below a short form keys are set as below its long one. Raises
+    ConfigError, with the document as it was.
     """
     path, equals, text = override.partition("=")
     where = f"override '{_quoted(override)}'"
@@ -161,8 +168,9 @@ def apply_override(document: dict[str, Any], positions: dict[tuple, Position], o
         raise ConfigError(f"{where}: {error}") from None
     keys = tuple(int(part) if INDEX.match(part) else part for part in path.split("."))
     node: Any = document
+    written_out: list[tuple[Any, str | int, Any]] = []
     for depth, key in enumerate(keys, start=1):
-        if isinstance(node, dict) and isinstance(key, str) and node.get(key) is None:
+        if isinstance(node, dict) and isinstance(key, str) and in_full(keys[:depth], node.get(key)) is None:
             for absent in reversed(keys[depth:]):
                 value = {absent: value}
             if any(isinstance(absent, int) for absent in keys[depth:]):
@@ -173,7 +181,12 @@ def apply_override(document: dict[str, Any], positions: dict[tuple, Position], o
             raise ConfigError(f"{where}: {'.'.join(map(str, keys[:depth]))}: {_no_place(node, keys[: depth - 1])}")
         if depth == len(keys):
             node[key] = value
-        node = node[key]
+            break
+        inner = in_full(keys[:depth], node[key])
+        written_out.append((node, key, inner))
+        node = inner
+    for above, key, inner in written_out:
+        above[key] = inner
     # What the file said below this key is gone; sections that the file lacks come from here too.
     for replaced in [known for known in positions if known[: len(keys)] == keys]:
         del positions[replaced]

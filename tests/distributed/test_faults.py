@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_under_a_launcher_nothing_is_left(launcher, how, run_file, tmp_path):
     said = (tmp_path / "output").read_text()
     blame = "rank 1 died without a word" if how == "kill" else "ValueError: the deliberate fault of this test"
     assert said.count(blame) == 1
+
+
+@pytest.mark.slow
+def test_sample_answers_that_fail_do_not_end_a_run(run_file, forked, tmp_path):
+    """The model is trained and exported by then; what its authors say of generation may be wrong."""
+    shutil.copytree(run_file.parent / "model", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"num_beams": "a"}')
+    changes = (f"model.name_or_path={tmp_path}/model", "log.samples=1", "train.max_steps=1")
+    ranks = forked.start(1, arguments(run_file, tmp_path / "run", *changes))
+    assert forked.wait(ranks) == [0], ranks.said()
+    assert "warning: log.samples: no answers (TypeError: " in ranks.said() and "Traceback" not in ranks.said()
+    assert (tmp_path / "run/final/model.safetensors").exists() and not (tmp_path / "run/samples.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,14 @@ def test_torchrun(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_is_said_under_torchrun_by_the_first_rank_alone(folder, tmp_path):
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launch/train.py"]
+    done = run([*command, "--config", f"{folder}/run.yaml", "train.lerning_rate=1"], tmp_path / "run")
+    assert done.returncode and done.stderr.count("train.lerning_rate: unknown key; did you mean 'learning_rate'?") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_tasks_as_srun_starts_them(nodes, folder, tmp_path):
     """Two tasks, on one node or on two, each with what SLURM sets and the job script exports."""

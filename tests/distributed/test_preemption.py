@@ -101,6 +101,23 @@ def test_a_signal_to_any_rank_in_any_phase(phase, who, name, run_file, whole, fo
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("what", "name", "code"),
+    [("AutoConfig", "TERM", 75), ("AutoTokenizer", "INT", 130), ("AutoModelForCausalLM", "USR1", 75)],
+)
+def test_a_signal_within_what_loads_a_model_is_no_fault_of_the_model(what, name, code, run_file, forked, tmp_path):
+    """What catches the libraries' errors, each of its own kind, must not take this for one."""
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    ranks = forked.start(1, arguments(run_file, run), "hooks:load_for_ever", what=what, into=str(mark))
+    until(mark.exists)
+    ranks.signal(getattr(signal, f"SIG{name}"))
+    assert forked.wait(ranks) == [code], ranks.said()
+    said = ranks.said()
+    assert f"stopped by SIG{name} before the first step; the same command goes on" in said and "Traceback" not in said
+    if what == "AutoModelForCausalLM":
+        assert json.loads((run / "run.json").read_text())["state"] == "interrupted" and not (run / ".lock").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "who", "code"), [("INT", (0, 1), 130), ("TERM", (1,), 75), ("STOP file", (), 75)])
 def test_what_was_scored_before_a_signal_is_kept(name, who, code, run_file, forked, tmp_path):

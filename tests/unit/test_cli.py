@@ -77,6 +77,18 @@ def test_home_is_home_in_every_argument(elsewhere: Path, monkeypatch: pytest.Mon
     assert not Path("~").exists()
 
 
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [launcher.WORD_SECONDS]), ("7", [launcher.WORD_SECONDS])])
+def test_ranks_that_are_silent_give_the_first_time_to_speak(rank, waits, elsewhere, monkeypatch, capsys) -> None:
+    """A launcher ends all ranks as soon as one has left."""
+    where = {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "8", "TMPDIR": str(elsewhere)}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    slept: list[float] = []
+    monkeypatch.setattr(launcher.time, "sleep", slept.append)
+    assert launcher.main(["--config", "x.yaml", "train.sed=3"]) == 2
+    assert slept == waits and bool(capsys.readouterr().err) is (rank == "0")
+
+
 def test_every_fault_of_a_config_reaches_the_terminal() -> None:
     code, said = call("check", "x.yaml", "train.lerning_rate=1", "model.dtype=bf16", "train.seed=x")
     assert code == 2 and said.count("\n") == 3

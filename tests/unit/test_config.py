@@ -1266,6 +1266,64 @@ def test_an_index_into_one_source_says_that_there_is_no_list(write) -> None:
     assert message.startswith("override 'data.train.0.path=q': data.train")
 
 
+SHORT = """model:
+  name_or_path: m
+  lora: true
+data:
+  train: [a.jsonl, b.jsonl]
+  eval: held.jsonl
+log: {trackers: wandb}
+output_dir: o
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["data.train.1.path=q"], {"data.train.0.path": "a.jsonl", "data.train.1.path": "q"}),
+        (["data.train.0.columns.chosen=c"], {"data.train.0.path": "a.jsonl", "data.train.0.columns.chosen": "c"}),
+        (["data.eval.split=test"], {"data.eval.path": "held.jsonl", "data.eval.split": "test"}),
+        (["data.eval.template={prompt: '{p}', chosen: c, rejected: r}"], {"data.eval.template.prompt": "{p}"}),
+        (["model.lora.r=4"], {"model.lora.r": 4, "model.lora.lora_alpha": 32}),
+        (["model.lora=false", "model.lora.r=4"], {"model.lora.r": 4}),
+        (["data.train=c.jsonl", "data.train.weight=2.0"], {"data.train.path": "c.jsonl", "data.train.weight": 2.0}),
+        (["data.train=[c, d]", "data.train.1.weight=2.0"], {"data.train.1.path": "d", "data.train.1.weight": 2.0}),
+        (["log.trackers.0=tensorboard"], {"log.trackers": ["tensorboard"]}),
+        (["data.train.0=c.jsonl", "data.train.0.path=d.jsonl"], {"data.train.0.path": "d.jsonl"}),
+    ],
+)
+def test_keys_below_a_short_form_are_set_as_below_its_long_one(overrides, changes, write) -> None:
+    loaded = config.resolved(config.load(write(SHORT), overrides))
+    for key, value in changes.items():
+        node: Any = loaded
+        for part in key.split("."):
+            node = node[int(part) if part.isdecimal() else part]
+        assert node == value, key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place"),
+    [
+        (["data.train.0.colums.chosen=c"], "override 'data.train.0.colums.chosen=c': data.train.0.colums: unknown key"),
+        (["model.lora.r=x"], "override 'model.lora.r=x': model.lora.r: must be an integer"),
+        (["data.eval.path=$X/a"], "override 'data.eval.path=$X/a': data.eval.path: $X: variables"),
+        (["data.train.2.path=q"], "override 'data.train.2.path=q': data.train.2: no such section or list item"),
+        (["data.train=c", "data.train.0.path=q"], "override 'data.train.0.path=q': data.train.0: no such"),
+        (["log.trackers.1=wandb"], "override 'log.trackers.1=wandb': log.trackers.1: no such"),
+        (["model.name_or_path.x=1"], "override 'model.name_or_path.x=1': model.name_or_path.x: no such"),
+    ],
+)
+def test_what_is_wrong_below_a_short_form_is_blamed_on_the_override(overrides, place, write) -> None:
+    assert refusal(write(SHORT), *overrides).startswith(place)
+
+
+def test_what_the_file_said_in_a_short_form_is_blamed_on_its_line(write) -> None:
+    message = refusal(write(SHORT.replace("held.jsonl", "$X/held.jsonl")), "data.eval.split=test")
+    assert message.startswith("x.yaml:6:3: data.eval.path: $X: variables are not expanded")
+    message = refusal(write(SHORT.replace("b.jsonl", "''")), "data.train.1.weight=2.0")
+    assert message.startswith("x.yaml:5:20: data.train.1.path: is empty")
+
+
 # ---------------------------------------------------------------------------------------------------------- shipped
 
 

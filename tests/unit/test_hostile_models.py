@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from test_adapters import saved
 from tiny import save_tiny, save_tokenizer, tiny_config
 
-from dspref import adapters, admission, filedigest, finite, model, weights
+from dspref import adapters, admission, filedigest, finite, model, reference, weights
 from dspref.adapters import Saved
-from dspref.config import LoraSection, ModelSection
+from dspref.config import Config, LoraSection, ModelSection
 from dspref.data.tokenize import load_tokenizer
 from dspref.errors import ExitCode, UserError
 
@@ -60,8 +61,15 @@ def admitted(of: ModelSection) -> str:
 def begun(of: ModelSection) -> model.PackedCausalLM:
     """And of one that is then loaded."""
     loaded = model.load(of, of.name_or_path, admitted(of), of.dtype, None)
-    finite.refuse_not_finite(loaded.lm, "model.name_or_path", of.name_or_path, of.dtype)
+    finite.refuse_not_finite(loaded.lm, of.dtype, lambda tensor: ("model.name_or_path", of.name_or_path))
     return loaded
+
+
+def run_of(of: ModelSection, **own: Any) -> Config:
+    """A run with this model and this reference."""
+    data = {"train": {"path": "p"}}
+    whole = {"model": of, "reference": own, "data": data, "output_dir": "o"}
+    return Config.model_validate(whole)
 
 
 def refusal(look: Callable[[], Any]) -> UserError:
@@ -69,6 +77,31 @@ def refusal(look: Callable[[], Any]) -> UserError:
         look()
     assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 1000
     return raised.value
+
+
+def test_random_weights_are_on_disk_before_they_have_their_name(sound: Path, tmp_path: Path, monkeypatch) -> None:
+    """A power cut after the first checkpoint, which is flushed, must leave the weights that it began with too."""
+    flushed: list[str] = []
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    model.initialise(section(sound, init="random"), tmp_path / "init", 3)
+    for name in ("model.safetensors", "config.json", ""):
+        assert str(tmp_path / ".init.draft" / name).rstrip("/") in flushed, name
+    assert flushed[-1] == str(tmp_path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stray", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere"), os.mkfifo])
+def test_what_lies_where_random_weights_are_drafted_or_kept_makes_way(stray, sound: Path, tmp_path: Path) -> None:
+    stray(tmp_path / ".init.draft")
+    stray(tmp_path / "init")
+    folder = model.initialise(section(sound, init="random"), tmp_path / "init", 3)
+    assert (Path(folder) / "model.safetensors").is_file() and os.listdir(tmp_path) == ["init"]
 
 
 # ----------------------------------------------------------------------------------------------- what is done to a model
@@ -92,6 +125,10 @@ def without(key: str) -> Change:
 
 def holds(name: str, content: str | bytes) -> Change:
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def generates(**keys: Any) -> Change:
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(keys))
 
 
 def quantized(**keys: Any) -> Change:
@@ -235,6 +272,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "part that is a list": (says(text_config=[1]), "text_config"),
     "odd generation config": (holds("generation_config.json", "[]"), "generation_config.json: holds no settings"),
     "broken generation config": (holds("generation_config.json", "{"), "generation_config.json: not valid JSON"),
+    "negative length of a generation": (generates(max_new_tokens=-1), "generation_config.json: `max_new_tokens` must be"),
+    "text for a length of a generation": (generates(max_new_tokens="a"), "generation_config.json: '<=' not supported"),
+    "text for a token": (generates(pad_token_id="a"), "generation_config.json: "),
+    "unknown cache of a generation": (generates(cache_implementation="evil"), "generation_config.json: Invalid `cache_"),
+    "number for a part of a generation": (generates(watermarking_config=3), "generation_config.json: "),
+    "several greedy answers": (generates(num_return_sequences=3), "generation_config.json: Greedy methods"),
+    "what is no setting of a generation": (generates(stopping_criteria=1), "generation_config.json: Argument"),
+    "a method's name": (generates(save_pretrained=1), "generation_config.json: save_pretrained is no setting"),
+    "a token beyond all": (generates(bos_token_id=10**30), "generation_config.json: bos_token_id: 1000000"),
+    "tokens beyond all": (generates(eos_token_id=[1, 10**30]), "generation_config.json: eos_token_id: 1000000"),
     "config that is a folder": (replaced("config.json", lambda path: path.mkdir()), "config.json: "),
     # Weights
     "nothing": (cut(0), "model.safetensors is damaged"),
@@ -493,9 +540,47 @@ def test_a_nan_in_an_adapter_is_found(sound: Path, tmp_path: Path) -> None:
     adapter_tensors(lambda t: t[FIRST].fill_(float("nan")))(tmp_path / "adapter")
     of = section(sound, lora=LoraSection(path=str(tmp_path / "adapter")))
     lm = model.load(of, str(sound), "sdpa", "float32", None).lm
-    finite.refuse_not_finite(lm, "model.name_or_path", str(sound), "float32")
+    source_of = partial(reference.source_in_policy, run_of(of), str(sound))
+    finite.refuse_not_finite(lm, "float32", source_of)
     adapters.for_training(lm, of, seed=1)
-    assert "lora_A" in str(refusal(lambda: finite.refuse_not_finite(lm, "model.lora.path", "adapter", "float32")))
+    said = str(refusal(lambda: finite.refuse_not_finite(lm, "float32", source_of)))
+    assert said.startswith(f"model.lora.path: {tmp_path}/adapter: ") and "lora_A" in said
+
+
+BAD = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("lora", "ref", "tensor", "key", "folder"),
+    [
+        (None, {}, f"{BAD}.weight", "model.name_or_path", "W"),
+        ({}, {}, f"{BAD}.base_layer.weight", "model.name_or_path", "W"),
+        ({}, {}, f"{BAD}.lora_B.default.weight", "model.lora", "a fresh adapter"),
+        ({"path": "A"}, {}, f"{BAD}.lora_A.default.weight", "model.lora.path", "A"),
+        ({"path": "A"}, {}, f"{BAD}.lora_magnitude_vector.default.weight", "model.lora.path", "A"),
+        ({"path": "A"}, {}, "lm_head.modules_to_save.default.weight", "model.lora.path", "A"),
+        ({"path": "A"}, {}, "lm_head.original_module.weight", "model.name_or_path", "W"),
+        ({"path": "A"}, {"name_or_path": "B"}, f"{BAD}.lora_A.default_reference.weight", "reference.name_or_path", "B"),
+        ({"path": "A"}, {"adapter_name": "b"}, f"{BAD}.lora_A.default_reference.weight", "reference.adapter_name", "A"),
+    ],
+)
+def test_a_nan_is_blamed_on_the_key_that_brought_it(lora, ref, tensor, key, folder) -> None:
+    of = ModelSection(name_or_path="M", lora=None if lora is None else LoraSection(**lora))
+    mode = {"mode": "adapter"} if ref else {}
+    assert reference.source_in_policy(run_of(of, **ref, **mode), "W", tensor) == (key, folder)
+
+
+def test_a_nan_in_the_reference_is_blamed_on_its_own_key() -> None:
+    of = ModelSection(name_or_path="M")
+    plain, adapter = f"{BAD}.weight", f"{BAD}.lora_A.default.weight"
+    blame = reference.source_in_reference
+    assert blame(run_of(of), "W", plain) == ("model.name_or_path", "W")
+    assert blame(run_of(of, name_or_path="R"), "W", plain) == ("reference.name_or_path", "R")
+    with_adapter = run_of(of, name_or_path="B", adapter_name="default")
+    assert blame(with_adapter, "W", adapter) == ("reference.name_or_path", "B")
+    assert blame(with_adapter, "W", plain) == ("model.name_or_path", "W")
+    own = run_of(ModelSection(name_or_path="M", lora=LoraSection(path="A")))
+    assert blame(own, "W", adapter) == ("model.lora.path", "A")
 
 
 @pytest.mark.parametrize(
@@ -602,7 +687,7 @@ def reads_or_refuses(seed: int, sound: Path, tmp_path: Path) -> None:
     def adapter() -> None:
         adapters.check(of)
         lm = model.load(of, str(sound), "sdpa", "float32", None).lm
-        finite.refuse_not_finite(adapters.for_training(lm, of, seed=1).peft, "model.lora.path", "adapter", "float32")
+        finite.refuse_not_finite(adapters.for_training(lm, of, seed=1).peft, "float32", lambda tensor: ("k", "n"))
 
     look: Callable[[], Any] = lambda: begun(of)  # noqa: E731
     if name.startswith("adapter"):

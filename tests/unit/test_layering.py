@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("secrets", "terminal", "reading"),  # below everything
     ("errors", "files", "processes", "local_store", "wire"),
-    ("rendezvous", "manifest"),
+    ("rendezvous", "manifest", "interruption"),
     ("record",),
     ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
     ("reference_store",),
@@ -27,9 +27,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks",),
     ("config",),
     ("status", "weights"),
-    ("slurm",),
     ("machine", "footprint"),  # of `dspref doctor` and the start of a run
     ("inputs",),
+    ("slurm",),
     ("preflight", "agreement"),
     ("doctor",),
     ("distributed", "lock"),
@@ -90,7 +90,7 @@ OWNERS: dict[str, set[str]] = {
 NO_TORCH = {
     "config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12", "errors", "files",
     "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
-    "terminal", "local_store", "rendezvous", "reading", "weights", "manifest", "record",
+    "terminal", "local_store", "rendezvous", "reading", "weights", "manifest", "record", "interruption",
     "machine", "footprint", "inputs", "preflight", "agreement", "doctor",
 }  # fmt: skip
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from dspref import config as configuration
-from dspref import distributed, lock, manifest, metrics, outcome, record, stages, status
+from dspref import distributed, export, inputs, lock, manifest, metrics, outcome, preflight, record, saving, stages, status
 from dspref.checkpoint import Progress, facts_of, find, prune, resume
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, IOFault
+from dspref.machine import FAIL, Scene
 from dspref.manifest import signed
 from dspref.run_folder import RunFolder, digest_of, mend_tail
 
@@ -79,6 +80,135 @@ def test_names_that_only_look_alike_are_foreign(names, tmp_path):
     for name in names:
         (tmp_path / name).mkdir(parents=True) if name.endswith("/") else (tmp_path / name).touch()
     assert status.is_foreign(tmp_path)
+
+
+STRAYS = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "dangling": lambda path: path.symlink_to("nowhere"),
+    "file": Path.touch,
+    "linked": lambda path: path.symlink_to(path.parent.parent),
+}
+# (name, what lies there, what is said of it)
+IN_THE_WAY = [
+    *((name, "folder", "is a folder, not a file") for name in (record.NAME, *record.WHOLE, *record.APPENDED)),
+    *((name, "linked", "is a folder, not a file") for name in ("samples.jsonl", "metrics.jsonl")),
+    *((name, "pipe", "is a pipe, not a file") for name in record.APPENDED),
+    *((name, "dangling", "is a link that leads nowhere") for name in (*record.APPENDED, *record.FOLDERS)),
+    *((name, kind, "is no folder") for name in record.FOLDERS for kind in ("file", "pipe")),
+    ("logs/rank-0.log", "folder", "is a folder, not a file"),
+    ("logs/rank-11.log", "pipe", "is a pipe, not a file"),
+    ("logs/rank-1.stacks.txt", "dangling", "is a link that leads nowhere"),
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("name", "kind", "said"), IN_THE_WAY)
+def test_what_lies_in_the_way_of_a_run_is_said_at_its_start(name, kind, said, tmp_path):
+    """And to `dspref check`, `doctor` and `submit`; with resume=never all but run.json is set aside."""
+    run = opened(tmp_path / "run")
+    (run.path / name).unlink() if (run.path / name).is_file() else shutil.rmtree(run.path / name, ignore_errors=True)
+    STRAYS[kind](run.path / name)
+    line = f"{run.path / name} {said}, where the run keeps its {Path(name).name}; move it away"
+    with pytest.raises(EnvironmentFault) as refusal:
+        RunFolder(run.path).refuse_foreign()
+    assert str(refusal.value) == f"output_dir: {line}"
+    verdict = preflight.check_folders(Scene(load(run.path)))
+    assert (verdict.level, verdict.text) == (FAIL, f"output_dir: {line}")
+    assert (("output_dir",), line) in inputs.look(load(run.path)).faults
+    anew = load(run.path, "checkpoint.resume=never")
+    assert (preflight.check_folders(Scene(anew)).level == FAIL) is (name == record.NAME)
+    if name != record.NAME:
+        RunFolder(run.path).refuse_foreign(anew=True)
+        RunFolder(run.path).open(anew, None, {}, 8)
+        RunFolder(run.path).refuse_foreign()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["folder", "file", "pipe", "dangling"])
+@pytest.mark.parametrize("name", [".draft-x", ".final", ".adapter", ".old-final", ".old-adapter"])
+def test_whatever_bears_the_name_of_a_draft_goes_as_a_run_is_opened(name, kind, tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    STRAYS[kind](tmp_path / "run" / name)
+    if kind == "folder":
+        (tmp_path / "run" / name / "inner").touch()
+    run = opened(tmp_path / "run")
+    assert not os.path.lexists(run.path / name)
+
+
+def test_what_is_not_a_draft_stays(tmp_path):
+    (tmp_path / "run/.drafts").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/kept").touch()
+    (tmp_path / "run/.final").symlink_to(tmp_path / "elsewhere")
+    opened(tmp_path / "run")
+    assert (tmp_path / "elsewhere/kept").exists(), "a link goes, not what it leads to"
+    assert (tmp_path / "run/.drafts").exists()
+
+
+def strays(*paths: Path) -> None:
+    """At each path something that nobody expects there: a folder with a file, a file, a pipe, a link to nothing, and one to
+    a folder of somebody's."""
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        list(STRAYS.values())[number % len(STRAYS)](path)
+        if path.is_dir() and not path.is_symlink():
+            (path / "inner").touch()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("first", range(len(STRAYS)), ids=list(STRAYS))
+def test_whatever_bears_the_name_of_a_save_goes_before_a_run_goes_on(first, tmp_path):
+    run = opened(tmp_path / "run")
+    commit(run, 4, load(run.path))
+    prefixes = (".saving-", ".trash-", ".universal-", ".loading-", ".loading-.saving-")
+    strays(*(run.checkpoints / f"{prefix}step-{number:06d}" for number in range(first + 1, 6) for prefix in prefixes))
+    found = find(run, "auto")
+    assert found and found.folder.name == "step-000004"
+    assert os.listdir(run.checkpoints) == ["step-000004"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", STRAYS)
+def test_a_save_takes_the_place_of_whatever_lies_there(kind, tmp_path):
+    """Of its draft, and of a step that is to be saved again: that is moved, and nothing is lost that somebody put there."""
+    run = opened(tmp_path / "run")
+    draft = saving.Draft(run, 4, facts_of(run, load(run.path)) | {"metrics": {}}, 0.0, True)
+    for path in (draft.folder, draft.committed):
+        STRAYS[kind](path)
+    draft.begin()
+    assert draft.folder.is_dir() and not draft.folder.is_symlink() and not os.listdir(draft.folder)
+    (draft.folder / "state.json").write_text("{}")
+    draft.files.append(draft.folder / "state.json")
+    draft.publish(draft.hashes())
+    assert manifest.committed(run.checkpoints) == [draft.committed] and manifest.read(draft.committed)
+    assert not os.path.lexists(draft.folder)
+    draft.discard()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", STRAYS)
+def test_what_is_loaded_past_strays_is_linked_anew(kind, tmp_path):
+    run = opened(tmp_path / "run")
+    folder, clean = commit(run, 4, load(run.path)), run.checkpoints / ".loading-step-000004"
+    said = manifest.read(folder)
+    assert said
+    STRAYS[kind](clean)
+    manifest.link(folder, said, clean)
+    assert os.listdir(clean) == ["state.json"] and not clean.is_symlink()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", STRAYS)
+def test_an_export_takes_the_place_of_whatever_lies_there(kind, tmp_path):
+    for name in ("final", ".final", ".old-final"):
+        STRAYS[kind](tmp_path / name)
+    written: dict[Path, Any] = {}
+    with export._replacing(tmp_path / "final", written) as draft:
+        draft.mkdir()
+        (draft / "model").write_text("x")
+    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["model"]
+    assert list(written[tmp_path / "final"]) == ["model"]
 
 
 def test_run_json_is_the_first_file_and_drafts_are_swept(tmp_path):

@@ -26,6 +26,8 @@ VALUES = {"model": {"name_or_path": "m"}, "data": {"train": PAIRS}, "checkpoint"
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with run.yaml and a cluster on PATH."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(VALUES))
+    for name in ("pairs.jsonl", "a b.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     cluster = Cluster(tmp_path / "cluster")
     monkeypatch.setenv("PATH", f"{cluster.folder}/bin:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
@@ -141,6 +143,47 @@ def test_no_secret_gets_into_a_file(name, here, capsys):
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD"])
 def test_other_names_are_no_secrets(name):
     assert slurm.named(f"{name}=a=b") == (name, "a=b")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("data.train.path", "absent.jsonl", "no such file or folder"),
+        ("data.eval.path", "run.yaml", "unknown kind of file"),
+        ("model.name_or_path", "./absent", "no such folder"),
+        ("model.chat_template", "absent.jinja", "no such file"),
+        ("reference.name_or_path", "cluster", "holds no config.json"),
+    ],
+)
+def test_what_check_looks_at_is_looked_at_before_a_job_waits_for_it(key, value, said, here, capsys):
+    line = refused(capsys, f"{key}={value}")
+    assert line.startswith(f"override '{key}={value}': {key}: {value}: ") and said in line and len(line.splitlines()) == 1
+    (here / "sweep.txt").write_text(f"train.seed=1\n{key}={value}\n")
+    line = refused(capsys, "--sweep", "sweep.txt")
+    assert line.startswith(f"sweep.txt:2: override '{key}={value}': {key}: ") and len(line.splitlines()) == 1
+
+
+def test_a_sweep_over_data_needs_no_file_of_its_own(here):
+    """What each line replaces need not be there."""
+    (here / "sweep.txt").write_text("data.train.path=pairs.jsonl\n'data.train.path=a b.jsonl'\n")
+    assert submit("data.train.path=absent.jsonl", "--sweep", "sweep.txt") == 0
+
+
+@pytest.mark.parametrize("job", ["[1]", "null", "7", '"1000"', '{"job": null}', '{"job": ["--x"]}', '{"job": "x; y"}', "{"])
+def test_a_record_of_a_job_that_is_none_is_passed_over(job, here):
+    assert submit() == 0
+    (here / "cluster/fault.json").write_text('{"state": "PENDING"}')
+    (here / "runs/a/submit/job.json").write_text(job)
+    assert submit() == 0
+    (here / "runs/a/submit/job.json").unlink()
+    os.mkfifo(here / "runs/a/submit/job.json")
+    assert submit() == 0
+
+
+def test_a_file_where_a_job_keeps_its_own_is_one_line(here, capsys):
+    (here / "runs/a").mkdir(parents=True)
+    (here / "runs/a/submit").touch()
+    assert "runs/a/submit is no folder, where the run keeps its submit; move it away" in refused(capsys)
 
 
 def test_a_run_whose_job_has_not_ended_is_not_submitted_again(here, capsys):

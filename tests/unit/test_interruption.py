@@ -1,0 +1,93 @@
+"""A signal before a run has its watch: the exit code of an interruption, whatever the process is in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dspref.interruption import STOPPING, leaving_at_once
+
+ROOT = Path(__file__).resolve().parents[2]
+CODES = {"TERM": 75, "USR1": 75, "INT": 130}
+# What an import may be in when the signal comes.
+STAND_INS = {
+    "python": "time.sleep(100)",
+    "in C, where no handler of Python's runs": "ctypes.CDLL(None).sleep(100)",
+    "in what catches all": "exec('while True:\\n  try: time.sleep(100)\\n  except BaseException: pass')",
+}
+CASES = [
+    *(("pydantic", "python", name) for name in CODES),
+    *(("torch", how, name) for how in STAND_INS for name in ("TERM", "INT")),
+    ("torch", "python", "USR1"),
+]
+
+
+def started(folder: Path, module: str, how: str, command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """A command that stands in the import of `module`."""
+    (folder / "instead").mkdir(exist_ok=True)
+    mark = folder / "mark"
+    text = f"import ctypes, time\nopen({str(mark)!r}, 'w').close()\n{STAND_INS[how]}\n"
+    (folder / "instead" / f"{module}.py").write_text(text)
+    (folder / "run.yaml").write_text("model: {name_or_path: m}\ndata: {train: p}\noutput_dir: out\n")
+    paths = os.pathsep.join([str(folder / "instead"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    while not mark.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    return process
+
+
+def ended(process: subprocess.Popen[str], name: str) -> tuple[int, str]:
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    try:
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(("module", "how", "name"), CASES)
+def test_a_signal_while_modules_are_loaded(module, how, name, tmp_path) -> None:
+    process = started(tmp_path, module, how, [str(ROOT / "launch/train.py"), "--config", "run.yaml"])
+    line = f"stopped by SIG{name} before the run began; the same command begins it\n"
+    assert ended(process, name) == (CODES[name], line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_rank_speaks(tmp_path) -> None:
+    where = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
+    process = started(tmp_path, "torch", "python", [str(ROOT / "launch/train.py"), "--config", "run.yaml"], **where)
+    assert ended(process, "TERM") == (75, "")
+
+
+def test_the_command_too(tmp_path) -> None:
+    process = started(tmp_path, "torch", "python", ["-m", "dspref", "train", "run.yaml"])
+    assert ended(process, "TERM")[0] == 75
+
+
+def test_signals_are_given_back() -> None:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    with leaving_at_once():
+        assert all(signal.getsignal(number) is not before[number] for number in STOPPING)
+        with leaving_at_once():
+            pass
+        assert all(signal.getsignal(number) is not before[number] for number in STOPPING)
+    assert {number: signal.getsignal(number) for number in STOPPING} == before
+
+
+def test_a_fork_ends_by_the_signal() -> None:
+    """Pools of processes are ended by it."""
+    with leaving_at_once():
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(100)
+            os._exit(0)
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
