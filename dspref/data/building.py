@@ -17,10 +17,11 @@ from dspref.data.ahead import ahead
 from dspref.data.cache import Column, seal
 from dspref.data.completions import is_ranked, to_preferences
 from dspref.data.formats import Preference
+from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.rows import DROP, RowError, Text, one_line
 from dspref.data.sources import BadRow, Listing, Row, Source
-from dspref.data.template import Manners, Rendering, learn, render
+from dspref.data.template import Rendering, render
 from dspref.data.tokenize import CHUNK_ROWS, Whole, split
 from dspref.data.truncate import Limits, TokenizedPair, truncate
 from dspref.errors import DataError
@@ -78,7 +79,7 @@ def build(
     if not built.kept:
         raise DataError(_nothing_left([listing.source for listing in listings], built))
     clock = "strftime_now" in str(tokenizer.chat_template)
-    unknown = reader.manners.unknown if built.conversations and scored != "all" else None
+    unknown = reader.learned.unknown if built.conversations and scored != "all" else None
     seal(folder, built.report() | {"content": built.close(), "clock": clock, "unknown_template": unknown})
 
 
@@ -88,12 +89,12 @@ class Reader:
 
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
-    manners: Manners
+    learned: Learned
     scored: str
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, scored: str) -> Reader:
-        return cls(tokenizer, Encoder(tokenizer), learn(tokenizer), scored)
+        return cls(tokenizer, Encoder(tokenizer), Learned(tokenizer), scored)
 
     def chunks(self, listing: Listing, notes: Counter[str]) -> Iterator[Chunk]:
         """Chunks of rows, each with (number of the row in it, texts) of all its pairs; a bad row gives its error. Raises
@@ -105,7 +106,7 @@ class Reader:
             pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
             converted = [(k, item) for k, (_, row) in enumerate(chunk) for item in self._convert(row, source)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
-            yield chunk, [(k, render(item, self.tokenizer, self.manners, self.scored)) for k, item in converted]
+            yield chunk, [(k, render(item, self.tokenizer, self.learned, self.scored)) for k, item in converted]
         if not pairs_made:
             fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
             raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
