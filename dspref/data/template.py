@@ -39,6 +39,7 @@ PRINT_IT = (
 # What is said of a pair with things that the template ignores.
 IGNORED = {"tools": "tools that the chat template does not print"}
 NOT_READ = "chat_template_kwargs.{} that the chat template does not read"
+ANOTHER = "set model.chat_template to another"
 NO_END = RowError(
     "chat_template",
     "it writes no end token behind an answer, so that the model would never learn to stop",
@@ -49,6 +50,10 @@ NO_EOS = RowError(
     "the tokenizer has no end token (eos_token), so that the model would never learn to stop",
     "give it one, or set data.scored: all to train on the text as it is",
 )
+
+
+class Hidden(RowError):
+    """Where a turn of a conversation lies cannot be told."""
 
 
 class Turn(NamedTuple):
@@ -124,6 +129,9 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     chosen, rejected = cast(
         "list[str]", tokenizer.apply_chat_template([prompt + answer for answer in answers], tokenize=False, **how)
     )
+    if chosen == rejected:
+        reason = "the chat template writes it as it does chosen: it does not print what they differ in"
+        raise RowError("rejected", reason, "mend the row, set data.on_bad_row: drop, or set model.chat_template to another")
     writers = [
         _Conversation(tokenizer, manners, how, prompt, answer, full, side)
         for side, full, answer in (("chosen", chosen, answers[0]), ("rejected", rejected, answers[1]))
@@ -153,7 +161,12 @@ def _marked(
         asked += manners.header
     sides, lacking = [], set()
     for writer in writers:
-        sides.append(tuple(writer.turns(scored, asked if manners.asks and not unfinished else None)))
+        try:
+            sides.append(tuple(writer.turns(scored, asked if manners.asks and not unfinished else None)))
+        except Hidden as error:
+            if scored == "last" or not all(writer.can_score_last() for writer in writers):
+                raise
+            raise RowError(error.field, error.reason, f"{ANOTHER}, or data.scored: last or all") from None
         if not sides[-1]:
             raise RowError(writer.field, "no assistant message in the answer")
         if not unfinished and manners.asks:
@@ -217,12 +230,19 @@ class _Conversation:
             raise NO_END
         if own[:-1] and scored == "assistant" and not self.manners.ends_every_turn:
             reason = "it ends the last turn of a conversation alone, and the answer has several"
-            raise RowError("chat_template", reason, "set data.scored: last or all")
+            raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
         for i in own if scored == "assistant" else own[-1:]:
             opening = self._opening(i, asked if i == 0 else None)
             behind = self.full[shared_length(opening, self.full) :]
             self._refuse_loss(i, opening, behind, self.answer[i])
             yield self._turn(i, opening)
+
+    def can_score_last(self) -> bool:
+        """Whether `data.scored: last` would mend what the other rule cannot."""
+        try:
+            return bool(list(self.turns("last", None)))
+        except RowError:
+            return False
 
     def _turn(self, i: int, opening: str) -> Turn:
         """The turn of message `i`, with the tokens that end it under the settings of this row."""
@@ -251,7 +271,7 @@ class _Conversation:
         base = rendered(self.tokenizer, before, **self.how)
         if not self.full.startswith(base):
             reason = f"it renders what comes before {self.field}[{i}] otherwise than in the whole, which hides the turn"
-            raise RowError("chat_template", reason, "set model.chat_template to another, or data.scored: last or all")
+            raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
         return base + self.manners.header
 
     def _refuse_loss(self, i: int, opening: str, written: str, message: Message) -> None:

@@ -558,3 +558,30 @@ def test_where_turns_cannot_be_told_all_is_scored_and_the_reason_is_true(change:
 def test_an_answer_that_is_rewritten_is_refused_where_turns_cannot_be_told_too() -> None:
     error = marked(CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), ONE)
     assert isinstance(error, RowError) and error.field == "chosen[0].content" and "rewrites" in error.reason
+
+
+# The end of the last turn alone; and one that writes earlier turns otherwise, once others follow.
+LAST_ENDS = (
+    "{% for m in messages %}<User>{{ m.role }}\n{{ m.content }}{% if loop.last and m.role == 'assistant' %}<eos>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<User>assistant\n{% endif %}"
+)
+COUNTS = (
+    "{% for m in messages %}<User>{{ m.role }} of {{ messages | length if messages | length > 2 else 'few' }}\n"
+    "{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<User>assistant of 9\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "fix"), [(LAST_ENDS, "last or all"), (COUNTS, "all")])
+def test_a_rule_that_is_proposed_works(template: str, fix: str) -> None:
+    row = Preference([user("Hi")], [model("a"), user("b"), model("c")], [model("d"), user("b"), model("e")])
+    error = marked(template, row)
+    assert isinstance(error, RowError) and error.fix.endswith(f"data.scored: {fix}"), error
+    assert isinstance(marked(template, row, "last"), RowError) == ("last" not in fix)
+    assert not isinstance(marked(template, row, "all"), RowError)
+
+
+def test_answers_that_differ_in_what_the_template_drops_are_no_pair_by_any_rule() -> None:
+    row = Preference([user("Hi")], [model("<think>a</think>5")], [model("<think>b</think>5")])
+    for rule in ("assistant", "last", "all"):
+        error = marked(R1, row, rule)
+        assert isinstance(error, RowError) and error.field == "rejected" and "scored" not in error.fix
