@@ -105,6 +105,59 @@ def test_implicit_text_prompt_is_what_the_answers_share_in_whole_words(
         assert preference == Preference(prompt, first, second)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "[INST] Is it? [/INST]",
+        "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]",
+        "### Instruction:\nIs it?\n\n### Response:",
+        "Below is an instruction.\n\n### Question:\nIs it?\n\n### Answer:",
+        "Human: Is it?\nAI:",
+        "USER: Is it? ASSISTANT:",
+        "USER: a ASSISTANT: b USER: c ASSISTANT:",
+        "User: Is it? AI:",
+        "User: Is it?\nGPT:",
+        "**User:** Is it?\n\n**Assistant:**",
+        "Q: a\nA: b\nQ: c\nA:",
+        "Question: Is it?\nOptions:\nA: yes\nB: no\nAnswer:",
+        "Customer: Is it?\nAgent:",
+        "<|user|>\nIs it?</s>\n<|assistant|>",
+        "<\uff5cUser\uff5c>Is it?<\uff5cAssistant\uff5c>",
+        "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nIs it?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<bos><start_of_turn>user\nIs it?<end_of_turn>\n<start_of_turn>model\n",
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+    ],
+)
+@pytest.mark.parametrize(
+    ("left", "right"), [(" Yes, it is.", " Yes, it was."), (" Yes.\n\nHuman: So?\n\nAssistant: So.", " Yes")]
+)
+def test_an_implied_prompt_ends_where_the_assistant_begins_to_speak(prompt: str, left: str, right: str) -> None:
+    """Whatever the answers share there, and whatever turns follow."""
+    for answers in ((left, right), (right, left)):
+        row = dict(zip(("chosen", "rejected"), (prompt + answer for answer in answers)))
+        assert to_preference(row) == Preference(prompt, *answers)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        # Letters of choices, headings and words that are no turns.
+        ("Which?\nA: yes\nB: no\nIt is A", "Which?\nA: yes\nB: no\nIt is B", "Which?\nA: yes\nB: no\nIt is"),
+        ("### Responses to war", "### Response: none", "###"),
+        ("The model: a car. It is red", "The model: a car. It is blue", "The model: a car. It is"),
+        # They part within the user's turn: what both say before is no prompt of the assistant's last words.
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: e\n\nAssistant: f",
+            "\n\nHuman: a\n\nAssistant:",
+        ),
+    ],
+)
+def test_what_is_no_turn_ends_no_implied_prompt(chosen: str, rejected: str, prompt: str) -> None:
+    assert to_preference({"chosen": chosen, "rejected": rejected}).prompt == prompt
+
+
 def test_a_conversation_that_is_a_prefix_of_the_other_keeps_an_answer() -> None:
     short = [user("q"), assistant("a")]
     preference = to_preference({"chosen": short, "rejected": [*short, user("more"), assistant("b")]})
