@@ -35,11 +35,11 @@ class RowError(ValueError):
         super().__init__(f"{self.field}: {self.reason}; fix: {self.fix}")
 
     def of(self, key: str) -> RowError:
-        """The same error, with the keys of the source at `key` of the YAML, such as data.eval, in its fix."""
+        """The same error, with the keys of the source at `key` of the YAML, such as data.eval, in its words."""
         if key == "data.train":
             return self
-        fix = self.fix.replace("data.train.", f"{key}.")
-        return RowError(self.field, self.reason, fix, droppable=self.droppable)
+        field, reason, fix = (text.replace("data.train.", f"{key}.") for text in (self.field, self.reason, self.fix))
+        return RowError(field, reason, fix, droppable=self.droppable)
 
 
 def kind_of(value: Any) -> str:

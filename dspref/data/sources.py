@@ -97,7 +97,7 @@ class Listing:
         found = islice(chain.from_iterable(self._selected()), self.source.max_samples)
         first = next(found, None)
         if first is None:
-            raise unusable(self.source.path, "no rows", "check the file and data.max_samples")
+            raise unusable(self.source.path, "no rows", "write at least one row")
         return chain([first], found)
 
     def _selected(self) -> Iterator[Iterator[tuple[int, Row | BadRow]]]:
@@ -150,8 +150,20 @@ def find(source: Source) -> Listing:
     terms = splits.parse(DEFAULT_SPLIT if source.split is None else source.split, source.path)
     try:
         return Listing(source, tuple(_found(source, terms)))
+    except DataError as error:
+        raise DataError(_with_keys(str(error), source.key)) from None
     except (OSError, ValueError) as error:
         raise unusable(source.path, reason_of(error), "check the path and its permissions") from None
+
+
+def _with_keys(message: str, key: str) -> str:
+    """A message whose fix names a key of the source by its place in the YAML, where it might be another's."""
+    if key == "data.train":
+        return message
+    what, fix = message.rsplit("; fix: ", 1) if "; fix: " in message else (message, "")
+    for words, name in (("set split to ", "split"), ("write split: ", "split"), ("choose one by name", "name")):
+        fix = fix.replace(words, words.replace(name, f"{key}.{name}"))
+    return f"{what}; fix: {fix}" if fix else what
 
 
 def _found(source: Source, terms: Sequence[Term]) -> Iterator[Selection]:
@@ -178,7 +190,7 @@ def _refuse_void_keys(source: Source, kind: str) -> None:
     of_hub = {"hub": (), "folder": ("revision",), "files": ("name", "data_dir", "revision")}[kind]
     if given := next((key for key in of_hub if getattr(source, key) is not None), None):
         what = "a folder" if kind == "folder" else "a file"
-        raise unusable(source.path, f"{given} has no effect on {what} of this machine", "drop the key")
+        raise unusable(source.path, f"{given} has no effect on {what} of this machine", f"drop {source.key}.{given}")
 
 
 def _is_hub_name(name: str, path: Path) -> bool:
@@ -201,7 +213,8 @@ def _of_file(path: Path, source: Source, term: Term) -> Selection:
     own = splits.name_of(path, path.parent).splits
     if term.name not in (DEFAULT_SPLIT, *own):
         reason = f"no split {term.name!r} in a single file"
-        raise unusable(source.path, reason, f"write {DEFAULT_SPLIT}, or drop split; a slice is {DEFAULT_SPLIT}[:100]")
+        fix = f"set {source.key}.split: {DEFAULT_SPLIT}, or drop it; a slice is {DEFAULT_SPLIT}[:100]"
+        raise unusable(source.path, reason, fix)
     return Selection((_file_part(path),), term)
 
 
@@ -257,7 +270,7 @@ def _named_folder(root: Path, source: Source) -> Path:
 
 def _refuse_name_of_saved(source: Source) -> None:
     if source.name is not None:
-        raise unusable(source.path, "name has no effect on a saved data set", "drop the key")
+        raise unusable(source.path, "name has no effect on a saved data set", f"drop {source.key}.name")
 
 
 def _of_readme(root: Path, configs: Mapping[str, Mapping[str, Any]], source: Source, term: Term) -> list[Path]:

@@ -121,7 +121,7 @@ def load_pairs(
     listings = [source if isinstance(source, Listing) else find(source) for source in sources]
     for listing in listings:
         if listing.source.template:
-            check_template(listing.source.template)
+            check_template(listing.source.template, listing.source.key)
     files = [name for listing in listings for name in listing.names]
     folder = cache_dir / _address(listings, tokenizer, limits, [on_bad_row, scored], digest)
     store = _open(folder, files, verify, log)

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis.strategies import randoms
 
 from dspref.data.completions import to_preferences
-from dspref.data.formats import FORMATS, Preference, RowError, to_preference
+from dspref.data.formats import FORMATS, Preference, RowError, check_template, to_preference
+from dspref.data.rows import missing
 from dspref.errors import ConfigError
 
 
@@ -556,6 +557,10 @@ def test_errors_name_the_keys_of_their_own_source() -> None:
     error = RowError("chosen", "no column", "set data.train.columns.chosen")
     assert error.of("data.eval.held_out").fix == "set data.eval.held_out.columns.chosen"
     assert str(error.of("data.train")) == str(error)
+    taken = missing("rejected", {"rejected": "x"}, "rejected").of("data.eval")
+    assert "by data.eval.columns" in taken.reason and taken.fix == "set data.eval.columns.rejected"
+    with pytest.raises(ConfigError, match=r"^data\.eval\.template\.chosen: "):
+        check_template({"chosen": "{a.b}", "rejected": "x"}, "data.eval")
 
 
 @pytest.mark.parametrize(
@@ -574,13 +579,13 @@ def test_errors_name_the_keys_of_their_own_source() -> None:
     ],
 )
 def test_template_refuses_anything_but_columns(hostile: str) -> None:
-    with pytest.raises(ConfigError, match=r"^data\.template\.chosen: .*; fix: .*$"):
+    with pytest.raises(ConfigError, match=r"^data\.train\.template\.chosen: .*; fix: .*$"):
         to_preference({"x": "a", "bad": "b"}, None, {"chosen": hostile, "rejected": "{bad}"})
 
 
 @pytest.mark.parametrize("template", [{"chosen": "a"}, {"choosen": "a"}, {"system": "s", "chosen": "a", "rejected": "b"}])
 def test_template_keys_are_checked(template: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"^data\.template\.\w+: .*; fix: "):
+    with pytest.raises(ConfigError, match=r"^data\.train\.template\.\w+: .*; fix: "):
         to_preference({}, None, template)
 
 

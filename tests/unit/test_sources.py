@@ -6,9 +6,11 @@ import csv
 import gzip
 import json
 import os
+import re
 import socket
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -482,3 +484,21 @@ def test_no_file_and_no_shard_is_left_out_in_silence(tmp_path: Path) -> None:
         (tmp_path / "z" / language).mkdir(parents=True)
         (tmp_path / "z" / language / "train.jsonl").write_text('{"x": 1}\n')
     assert len(read(Source(f"{tmp_path}/z/*/train.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "fix"),
+    [
+        (["train.jsonl", "test.jsonl"], {"split": "dev"}, "set data.eval.split to one of test, train"),
+        (["a/train.jsonl", "b/train.jsonl"], {}, "choose one by data.eval.name"),
+        (["train.jsonl"], {"revision": "x"}, "drop data.eval.revision"),
+    ],
+)
+def test_the_keys_of_a_held_out_source_are_its_own(
+    names: list[str], options: dict[str, Any], fix: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match=f"fix: {re.escape(fix)}"):
+        find(Source(str(tmp_path), key="data.eval", **options))
