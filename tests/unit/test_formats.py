@@ -827,3 +827,72 @@ def test_a_repeat_is_taken_out_before_texts_become_a_conversation() -> None:
     assert preference.repeats == 2
     preference = to_preference({"prompt": "Q: hi\nA: ", "chosen": "A: yes", "rejected": "A: no"})
     assert (preference.prompt, preference.chosen, preference.rejected) == ("Q: hi\nA:", " yes", " no"), "one space, not two"
+
+
+Q, X, Y = user("q"), assistant("x"), assistant("y")
+OF_TWO = Preference([Q], [X], [Y])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # Objects around a conversation, as text too.
+        {"chosen": {"messages": [Q, X]}, "rejected": {"messages": [Q, Y]}},
+        {"chosen": {"conversations": [Q, X], "id": 1}, "rejected": {"conversations": [Q, Y], "id": 2}},
+        {"prompt": {"messages": [Q]}, "chosen": {"messages": [X]}, "rejected": "y"},
+        {"chosen": json.dumps({"messages": [Q, X]}), "rejected": json.dumps({"messages": [Q, Y]})},
+        # Whole conversations beside the prompt of other rows.
+        {"prompt": None, "chosen": [Q, X], "rejected": [Q, Y]},
+        {"prompt": [], "chosen": [Q, X], "rejected": [Q, Y]},
+        {"prompt": None, "chosen": {"messages": [Q, X]}, "rejected": {"messages": [Q, Y]}, "completions": None},
+        # Other names of who speaks, and in capitals.
+        *(
+            {"prompt": [{"role": asks, "content": "q"}], "chosen": [{"role": says, "content": "x"}], "rejected": "y"}
+            for asks, says in (
+                ("User", "Assistant"), ("USER", "ASSISTANT"), ("human", "gpt"), ("Human", "AI"), ("user", "model"),
+                ("user", "bot"), ("prompter", "assistant"), ("user", "chatgpt"),
+            )
+        ),
+        *(
+            {"conversations": [{"from": "Human", "value": "q"}], "chosen": {"from": says, "value": "x"}, "rejected": "y"}
+            for says in ("GPT", "Assistant", "model", "bot", "Bard")
+        ),
+    ],
+)  # fmt: skip
+def test_conversations_as_people_store_them(row: dict[str, Any]) -> None:
+    assert to_preference(row) == OF_TWO
+
+
+@pytest.mark.parametrize("role", ["ipython", "Observation", "critic"])
+def test_roles_that_only_a_template_knows_are_left_to_it(role: str) -> None:
+    prompt = [Q, {"role": role, "content": "4"}]
+    found = to_preference({"prompt": prompt, "chosen": "x", "rejected": "y"}).prompt
+    assert [message["role"] for message in found] == ["user", role.lower()]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("prompt", [None, 3])
+def test_a_null_prompt_is_an_error_where_the_answers_do_not_hold_it(prompt: Any) -> None:
+    for answers in (("q x", "q y"), ([X], [Y]), ([Q, X], "y")):
+        with pytest.raises(RowError, match=r"^prompt: (null|int)"):
+            to_preference({"prompt": prompt, **dict(zip(("chosen", "rejected"), answers))})
+    with pytest.raises(RowError, match=r"^prompt: null"):
+        to_preference({"text": None, "chosen": [Q, X], "rejected": [Q, Y]}, {"prompt": "text"})
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_a_system_message_in_a_column_of_its_own(name: str) -> None:
+    row, system = {"prompt": "q", "chosen": "x", "rejected": "y"}, {"role": "system", "content": "Be brief."}
+    expected = Preference([system, Q], [X], [Y])
+    assert to_preference({**row, name: "Be brief."}) == expected
+    assert to_preference({**row, name: "Be brief.", "prompt": [Q]}) == expected
+    assert to_preference({**row, name: None}) == to_preference({**row, name: ""}) == OF_TWO
+    assert to_preference({**row, "system": None, name: "Be brief."}) == expected
+    assert to_preference({**row, name: "x"}, {"prompt": name}).prompt == "x"
+
+
+def test_two_system_messages_are_refused_and_the_fix_works() -> None:
+    row = {"system": "a", "system_prompt": "b", "prompt": "q", "chosen": "x", "rejected": "y"}
+    with pytest.raises(RowError, match=r"system and system_prompt say different things; fix: .*data.train.columns.system"):
+        to_preference(row)
+    assert to_preference(row, {"system": "system_prompt"}).prompt == [{"role": "system", "content": "b"}, Q]
+    assert to_preference(row | {"system_prompt": " a "}).prompt == [{"role": "system", "content": "a"}, Q]
