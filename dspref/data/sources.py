@@ -20,7 +20,7 @@ from dspref.data.rowfiles import BadRow, Row, kind_of_file, numbered, reason_of,
 from dspref.data.splits import DEFAULT_SPLIT, SUFFIXES, Term, unusable
 from dspref.errors import DataError
 
-__all__ = ["BadRow", "Digest", "Listing", "Part", "Row", "Source", "find", "read", "sha256", "shared_with"]
+__all__ = ["BadRow", "Digest", "Listing", "Part", "Row", "Source", "Term", "find", "read", "sha256"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 RELATIVE = "check the path; it is relative to the working directory"
@@ -133,13 +133,6 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def shared_with(one: Listing, others: Sequence[Listing], digest: Digest) -> str | None:
-    """The name of a file or table that a listing reads and one of the others reads too, wherever it lies."""
-    theirs = {found for other in others for found in other.digests(digest)}
-    own = zip(one.names, one.digests(digest))
-    return next((name for name, found in own if found in theirs), None)
 
 
 # ---------------------------------------------------------------------------------------------- what a path names
@@ -274,9 +267,11 @@ def _refuse_name_of_saved(source: Source) -> None:
 
 
 def _of_readme(root: Path, configs: Mapping[str, Mapping[str, Any]], source: Source, term: Term) -> list[Path]:
-    if source.name is None and len(configs) > 1:
+    # As `datasets` has it: the only one, or the one that is called or marked so.
+    default = [one for one, said in configs.items() if len(configs) == 1 or one == "default" or said.get("default") is True]
+    if source.name is None and len(default) != 1:
         raise splits.several(root, list(configs))
-    name = source.name if source.name is not None else next(iter(configs))
+    name = source.name if source.name is not None else default[0]
     if name not in configs:
         raise unusable(root, f"name: no data set {name!r}", f"use one of {', '.join(configs)}")
     files = splits.declared_files(root, configs[name])
