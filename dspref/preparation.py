@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dspref import adapters, admission, distributed, filedigest, model, reference, weights
 from dspref.config import Config, SourceSection, cache_folder, shipped
 from dspref.data.overlap import shared
+from dspref.data.rows import one_line
 from dspref.data.sources import Listing, Source, find
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
@@ -70,7 +71,8 @@ def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
     else:
         rest = "name other rows, such as split: test or train[:5%] with the rest in data.train"
     fix = f"{rest}, or write split: {found.other.name} to evaluate on rows of the training set"
-    what = f"rows {listing.source.split!r} of {found.name} are" if found.term.is_slice else f"{found.name} is"
+    name = one_line(found.name)
+    what = f"rows {listing.source.split!r} of {name} are" if found.term.is_slice else f"{name} is"
     raise DataError(f"{key}: {what} trained on too; fix: {fix}")
 
 

@@ -44,7 +44,7 @@ NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})(?=\D|$)")
 
 
 def unusable(where: object, reason: str, fix: str) -> DataError:
-    return DataError(f"{one_line(where)}: {one_line(reason)}; fix: {fix}")
+    return DataError(f"{one_line(where)}: {one_line(reason)}; fix: {one_line(fix, 1000)}")
 
 
 # ------------------------------------------------------------------------------------------------ the notation

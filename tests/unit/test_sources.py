@@ -566,3 +566,15 @@ def test_of_several_data_sets_a_card_may_name_the_one_that_is_meant(tmp_path: Pa
     for entries in (("a", "b"), ("a", "b\n  default: false"), ("a\n  default: true", marked), ("default", marked)):
         with pytest.raises(DataError, match="several data sets"):
             rows(*entries)
+
+
+def test_what_files_are_called_breaks_no_message(tmp_path: Path) -> None:
+    """A name may hold line breaks, marks that turn the direction of text, and escapes of a terminal."""
+    (tmp_path / "train\n\u202e\x1b[31m.jsonl").write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match="no split 'test'") as error:
+        find(Source(str(tmp_path), split="test"))
+    assert str(error.value).isprintable()
+    (tmp_path / "README.md").write_text('---\nconfigs:\n- config_name: "a\\n\\u202e"\n  data_files: train*\n---\n')
+    with pytest.raises(DataError, match="no data set 'x'") as error:
+        find(Source(str(tmp_path), name="x"))
+    assert str(error.value).isprintable()
