@@ -12,14 +12,43 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 import dspref
 from dspref.errors import ConfigError, ExitCode, UserError
 from dspref.paths import expand
 from dspref.terminal import shown
 
+
+class Commands(TyperGroup):
+    """The commands; a mistake in the command line is one line, as any other, and not a box of several."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except Exception as error:
+            if not standalone_mode or not hasattr(error, "format_message"):
+                raise  # a bug: the fault of a user, or of a disk, is said where the command is
+            code = tell_misuse(error)
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+
+def tell_misuse(error: Any) -> int:
+    """Say what is wrong with a command line. A command that was given nothing at all shows its help."""
+    context = error.ctx if hasattr(error, "ctx") else None
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), end="")  # empty where it has been printed in colours, when the error was made
+        return int(error.exit_code)
+    path = context.command_path if context else "dspref"
+    said = " ".join(error.format_message().split()).removesuffix(".").removeprefix("Invalid value: ")
+    print(ConfigError(f"{path}: {said}; see {path} --help"), file=sys.stderr)
+    return int(error.exit_code)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Preference optimization with DeepSpeed, from one YAML file.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they show the values of variables
@@ -38,6 +67,8 @@ class OfRun(TyperCommand):
             if word.startswith("--config="):
                 args = [word.removeprefix("--config="), *args[:at], *args[at + 1 :]]
                 break
+        if "--config" in args:
+            raise typer.BadParameter("--config: the path of a YAML file is missing behind it", ctx)
         known = {"--help", *(name for option in self.params for name in (*option.opts, *option.secondary_opts))}
         for word in args[: args.index("--") if "--" in args else None]:
             if word.startswith("--") and word.partition("=")[0] not in known:
@@ -98,11 +129,11 @@ def check(
         on_hub = inputs.refuse(config, file, positions)
     if show:
         print(configuration.dump(config), end="")
-        return
-    if on_hub:
-        print(f"not checked (hub): {', '.join(on_hub)}")
-    said = f"{config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, ZeRO-{config.zero_stage}"
-    print(shown(f"{file}: good; {said}, into {config.output_dir}"))
+    else:
+        if on_hub:
+            print(f"not checked (hub): {', '.join(on_hub)}")
+        said = f"{config.objective.name} / {' + '.join(as_list(config.objective.loss_type))}, ZeRO-{config.zero_stage}"
+        print(shown(f"{file}: good; {said}, into {config.output_dir}"))
     if data:
         from dspref import launcher
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dspref import adapters, admission, distributed, filedigest, model, reference, weights
 from dspref.config import Config, SourceSection, cache_folder, shipped
-from dspref.data.sources import Listing, Source, find, shared_with
+from dspref.data.overlap import shared
+from dspref.data.rows import one_line
+from dspref.data.sources import Listing, Source, find
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
@@ -58,12 +60,20 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
 
 
 def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
-    """Raise DataError where a held-out set has rows that are trained on, unless its split says so."""
-    if listing.source.split is None and (file := shared_with(listing, training, filedigest.sha256)):
-        raise DataError(
-            f"{listing.source.key}: {file} is trained on too; fix: name other rows, such as split: test or train[:5%] "
-            "with the rest in data.train, or write split: train to evaluate on rows of the training set"
-        )
+    """Raise DataError where a held-out set has rows that are trained on, unless it names the split, and no slice of it."""
+    found = shared(listing, training, filedigest.sha256)
+    said = listing.source.split is not None
+    if found is None or (said and not found.term.is_slice and found.term.name.casefold() == found.other.name.casefold()):
+        return
+    key = listing.source.key
+    if found.term.is_slice and not found.other.is_slice and len(training) == 1 and found.term.rest is not None:
+        rest = f"set {training[0].source.key}.split: {found.term.rest}"
+    else:
+        rest = "name other rows, such as split: test or train[:5%] with the rest in data.train"
+    fix = f"{rest}, or write split: {found.other.name} to evaluate on rows of the training set"
+    name = one_line(found.name)
+    what = f"rows {listing.source.split!r} of {name} are" if found.term.is_slice else f"{name} is"
+    raise DataError(f"{key}: {what} trained on too; fix: {fix}")
 
 
 def check_tokens(config: Config, model_config: Any, stores: Sequence[PairStore], device_type: str) -> None:

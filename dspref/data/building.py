@@ -17,10 +17,11 @@ from dspref.data.ahead import ahead
 from dspref.data.cache import Column, seal
 from dspref.data.completions import is_ranked, to_preferences
 from dspref.data.formats import Preference
+from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.rows import DROP, RowError, Text, one_line
 from dspref.data.sources import BadRow, Listing, Row, Source
-from dspref.data.template import Manners, Rendering, learn, render
+from dspref.data.template import Rendering, render
 from dspref.data.tokenize import Ids, Whole, ids_of, split
 from dspref.data.truncate import Limits, TokenizedPair, truncate
 from dspref.errors import DataError
@@ -88,7 +89,7 @@ def build(
     if not built.kept:
         raise DataError(_nothing_left([listing.source for listing in listings], built))
     clock = "strftime_now" in str(tokenizer.chat_template)
-    unknown = reader.manners.unknown if built.conversations and scored != "all" else None
+    unknown = reader.learned.unknown if built.conversations and scored != "all" else None
     seal(folder, built.report() | {"content": built.close(), "clock": clock, "unknown_template": unknown})
 
 
@@ -98,12 +99,12 @@ class Reader:
 
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
-    manners: Manners
+    learned: Learned
     scored: str
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, scored: str) -> Reader:
-        return cls(tokenizer, Encoder(tokenizer), learn(tokenizer), scored)
+        return cls(tokenizer, Encoder(tokenizer), Learned(tokenizer), scored)
 
     def chunks(self, listing: Listing, notes: Counter[str]) -> Iterator[Chunk]:
         """Chunks of rows, with the texts of all their pairs; a bad row gives its error. Raises DataError in the end where
@@ -115,7 +116,7 @@ class Reader:
             pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
             converted = [(k, item) for k, (_, row) in enumerate(chunk) for item in self._convert(row, source)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
-            texts = [render(item, self.tokenizer, self.manners, self.scored) for _, item in converted]
+            texts = [render(item, self.tokenizer, self.learned, self.scored) for _, item in converted]
             yield Chunk(chunk, [k for k, _ in converted], texts)
         if not pairs_made:
             fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"

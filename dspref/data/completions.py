@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import combinations
 from math import isfinite
@@ -10,9 +11,12 @@ from typing import Any
 from dspref.data.formats import Preference, pair_of, to_preference
 from dspref.data.messages import answer_of, is_blank, stripped
 from dspref.data.normalise import normalise
-from dspref.data.rows import Columns, RowError, Text, Values, given, missing, parse_json, what_is
+from dspref.data.rows import Columns, RowError, Text, Values, find, given, missing, parse_json, unwrapped, what_is
 
 RANKED_FIELDS = ("completions", "scores", "ranks")
+
+# A number as text. What is more than that, such as `4/5` or `N/A`, is for the user to read.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.A)
 
 # Which of n answers, best first, make a pair. All pairs: InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
@@ -54,7 +58,13 @@ def is_ranked(values: Values, columns: Columns | None) -> bool:
     named = given(columns)
     if named.keys() & set(RANKED_FIELDS):
         return True
-    return named.get("chosen", "chosen") not in values and "completions" in values and "completions" not in named.values()
+    none_chosen = values.get(named.get("chosen", "chosen")) is None  # Arrow gives each row the columns of all
+    return (
+        none_chosen
+        and "chosen" not in named
+        and values.get("completions") is not None
+        and "completions" not in named.values()
+    )
 
 
 def _refuse_beside_template(columns: Columns | None, pairs: str, template: Mapping[str, str] | None) -> None:
@@ -100,7 +110,7 @@ def ranked(
         raise RowError(of_scores, f"{len(scores)} {by} for {len(completions)} completions")
     known, errors = [], []
     for number, (score, completion) in enumerate(zip(scores, completions)):
-        if score is None:
+        if score is None or (isinstance(score, str) and not score.strip()):
             continue
         try:
             better = _number(score, f"{of_scores}[{number}]") * (-1 if by == "ranks" else 1)
@@ -113,7 +123,7 @@ def ranked(
 def _judged_by(values: Values, named: Mapping[str, str]) -> str:
     """scores, of which the higher is the better, or ranks, of which 1 is the best: what is named, or else there."""
     both = [field for field in ("scores", "ranks") if field in named] or [
-        field for field in ("scores", "ranks") if field in values and field not in named.values()
+        field for field in ("scores", "ranks") if values.get(field) is not None and field not in named.values()
     ]
     if len(both) > 1:
         fix = "name one: data.train.columns.scores (higher is better) or data.train.columns.ranks (lower is better)"
@@ -122,6 +132,8 @@ def _judged_by(values: Values, named: Mapping[str, str]) -> str:
 
 
 def _number(value: Any, place: str) -> float:
+    """A score or rank; a number that is written as text, too."""
+    value = float(value) if isinstance(value, str) and NUMBER.fullmatch(value.strip()) else value
     try:
         if not isinstance(value, bool) and isfinite(value):
             return float(value)
@@ -134,25 +146,32 @@ def _answer(value: Any, place: str, as_: str | None) -> Text:
     """One of several answers: a text, a message list, or a single message."""
     if as_ == "text" and not isinstance(value, str):
         raise RowError(place, f"{what_is(value)}, not text, and as: text is set", "drop data.train.as")
-    answer = answer_of(value, place, behind=None)
+    answer = answer_of(unwrapped(value), place, behind=None)
     if is_blank(answer):
         raise RowError(place, "empty answer")
     return answer
 
 
 def _items(values: Values, name: str, field: str) -> list[Any]:
-    """The items of a column that holds a list, or JSON text of one; of `column.key`, that key of each item."""
+    """The items of a column that holds a list, or JSON text of one; of `column.key`, that key of each item, or of an object
+    around the list, at any depth."""
     column, _, key = name.partition(".") if name not in values else (name, "", "")
     if column not in values:
         raise missing(field, values, column)
     items = values[column]
-    if isinstance(items, str) and items.lstrip().startswith("["):
+    if isinstance(items, str) and items.lstrip().startswith(("[", "{") if key else "["):
         items = parse_json(items, column, "write a JSON list")
+    while key and isinstance(items, dict):
+        inner, _, rest = (key, "", "") if key in items else key.partition(".")
+        if inner not in items:
+            raise RowError(column, f"no {inner!r} in it", f"set data.train.columns.{field}")
+        items, key, column = items[inner], rest, f"{column}.{inner}"
     if not isinstance(items, list) or not items:
         raise RowError(column, "an empty list" if items == [] else f"{what_is(items)}, not a list")
     if not key:
         return items
+    found = [find(item, key) if isinstance(item, dict) else (False, None) for item in items]
     # A key that is null in one item is not there where the row comes from Arrow.
-    if not all(isinstance(item, dict) for item in items) or not any(key in item for item in items):
+    if not all(isinstance(item, dict) for item in items) or not any(there for there, _ in found):
         raise RowError(column, f"an item without {key!r}", f"set data.train.columns.{field}")
-    return [item.get(key) for item in items]
+    return [value for _, value in found]

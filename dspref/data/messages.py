@@ -7,19 +7,24 @@ calls as JSON text. Which roles there may be, and in which order, is for the tem
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspref.data.rows import DROP, Message, RowError, Text, kind_of, parse_json, what_is
 
-# ShareGPT's names of who speaks; any other is a role as it stands.
-SPEAKERS = {
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "function_response"), "tool"),
-    "human": "user",
+# Who speaks, by the names of other formats, in small letters: what such a name means to no template, or to few.
+ALIASES = {
+    **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "chatbot", "model", "llm"), "assistant"),
+    **dict.fromkeys(("human", "prompter"), "user"),
 }
-# Of these, what may stand for a role too: it means nothing to a template.
-ALIASES = {"human": "user", "gpt": "assistant"}
+# Roles that templates know, which some data sets write in capitals; any other is as it stands.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation")
+# More of ShareGPT's.
+SPEAKERS = {
+    **ALIASES,
+    **dict.fromkeys(("bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+}
 ROLE = re.compile(r"\w[\w-]*")
 TEXT_PARTS = ("text", "input_text", "output_text")
 WRITE_MESSAGE = 'write {"role": ..., "content": ...}'
@@ -65,11 +70,17 @@ def _message(item: Any, place: str) -> Message:
         raise RowError(f"{place}.role", "missing", "say who speaks: system, user, assistant, tool, ...")
     if not isinstance(message["role"], str) or not ROLE.fullmatch(message["role"]):
         raise RowError(f"{place}.role", f"unknown role {message['role']!r}", "write one word, such as user or assistant")
-    message["role"] = ALIASES.get(message["role"], message["role"])
+    message["role"] = _role(message["role"], ALIASES)
     for key in ("tool_calls", "function_call"):
         if key in message:
             message[key] = _calls(message[key], f"{place}.{key}", key)
     return _with_text(message, place)
+
+
+def _role(name: str, aliases: Mapping[str, str]) -> str:
+    """The role that a name stands for, in whatever case it is written."""
+    small = name.lower()
+    return aliases.get(small, small if small in ROLES else name)
 
 
 def _from_sharegpt(message: Message, place: str) -> Message:
@@ -77,7 +88,7 @@ def _from_sharegpt(message: Message, place: str) -> Message:
     speaker = message["from"]
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     content = message.get("value", message.get("content"))
-    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    role = _role(speaker, SPEAKERS) if isinstance(speaker, str) else speaker
     if speaker != "function_call":
         return {"role": role} | ({"content": content} if "value" in message or "content" in message else {}) | rest
     calls = parse_json(content, f"{place}.value", WRITE_OBJECT) if isinstance(content, str) else content

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from json import JSONDecodeError, JSONDecoder
 from typing import Any, cast
 
-from dspref.data.messages import answer_of, messages_of, says_the_same
+from dspref.data.messages import answer_of, messages_of, says_the_same, squeezed
 from dspref.data.row_template import fill
 from dspref.data.rows import (
+    CONVERSATIONS,
     FIELDS,
     Columns,
     Message,
@@ -27,6 +28,7 @@ from dspref.data.rows import (
     kind_of,
     missing,
     parse_json,
+    unwrapped,
     what_is,
 )
 from dspref.data.texts import behind_text
@@ -35,8 +37,9 @@ Fields = dict[str, Any]
 
 OPTIONAL_FIELDS = ("tools", "chat_template_kwargs")
 ANSWERS = ("chosen", "rejected")
-# Columns of other tools: the conversation so far, and the answer beside the last one in it.
-CONVERSATIONS = ("messages", "conversations", "conversation")
+# Columns that hold a system message.
+SYSTEM = ("system", "system_prompt", "system_message")
+# Columns of other tools for the answer beside the last one in a conversation.
 REJECTED = ("rejected_response", "rejected_messages")
 # Columns that hold a prompt elsewhere: where one is there, what two texts share at their start is not the prompt.
 PROMPT_LIKE = ("instruction", "question", "query", "input", "context", "problem", *CONVERSATIONS)
@@ -92,11 +95,35 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
             continue  # the column is another field's
         there, value = find(values, name) if field in named else (name in values, values.get(name))
         if there:
-            row[field] = value
+            row[field] = unwrapped(value) if field in FIELDS else value
         # A misspelt prompt column would silently turn the row into one with an implicit prompt.
         elif field in named or (field == "prompt" and close_name(name, values, cutoff=0.85) is not None):
             raise missing(field, values, name)
+    if "system" in fields and "system" not in named:
+        row |= _system_column(values, taken)
+    # Arrow gives rows with whole conversations the prompt of others, which is null.
+    if "prompt" not in named and row.get("prompt", "") in (None, []) and all(_is_whole(row.get(field)) for field in ANSWERS):
+        del row["prompt"]
     return row
+
+
+def _system_column(values: Values, taken: set[str]) -> Fields:
+    """The system message of a row, whichever column of that meaning has it."""
+    there = {name: values[name] for name in SYSTEM if name in values and name not in taken}
+    said = {name: value for name, value in there.items() if value is not None and value != ""}
+    if len({squeezed(value) if isinstance(value, str) else repr(value) for value in said.values()}) > 1:
+        names = " and ".join(said)
+        raise RowError("system", f"{names} say different things", "name the one that is meant: data.train.columns.system")
+    return {"system": next(iter(said.values()), None)} if there else {}
+
+
+def _is_whole(answer: Any) -> bool:
+    """Whether an answer is a conversation with its prompt."""
+    opening = answer[0] if isinstance(answer, list) and answer else None
+    try:
+        return is_message(opening) and messages_of([opening], "answer")[0]["role"] != "assistant"
+    except RowError:
+        return False
 
 
 # ------------------------------------------------------------------------------------- conversations as JSON text
@@ -119,10 +146,11 @@ def _conversation(value: Any, field: str) -> Any:
         if not MESSAGES.match(value):
             return value
         raise RowError(field, "looks like a conversation, and is broken JSON", WRITE_CONVERSATION) from None
-    messages = [found] if isinstance(found, dict) else found
+    whole = unwrapped(found)
+    messages = [whole] if isinstance(whole, dict) else whole
     if value[end:].strip() or not all(map(is_message, messages)):
         return value  # a text that begins with an example, or other JSON
-    return parse_json(value, field, WRITE_CONVERSATION)
+    return unwrapped(parse_json(value, field, WRITE_CONVERSATION))
 
 
 # ------------------------------------------------------------------------------------------ conversations as columns

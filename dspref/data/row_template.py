@@ -13,24 +13,26 @@ from dspref.errors import ConfigError
 TEMPLATE_KEYS = ("system", *FIELDS)
 
 
-def check_template(template: Mapping[str, str]) -> None:
-    """Raise ConfigError for unknown or missing keys, and for anything but plain {column} fields."""
+def check_template(template: Mapping[str, str], key: str = "data.train") -> None:
+    """Raise ConfigError for unknown or missing keys, and for anything but plain {column} fields. `key`: the source's in the
+    YAML."""
+    own = f"{key}.template"
     unknown = sorted(set(template) - set(TEMPLATE_KEYS))
     missing = [key for key in ("chosen", "rejected") if key not in template]
     if unknown:
-        raise ConfigError(f"data.template.{unknown[0]}: unknown key; fix: use {', '.join(TEMPLATE_KEYS)}")
+        raise ConfigError(f"{own}.{unknown[0]}: unknown key; fix: use {', '.join(TEMPLATE_KEYS)}")
     if "system" in template and "prompt" not in template:
         missing.append("prompt")
     if missing:
-        raise ConfigError(f"data.template.{missing[0]}: missing; fix: give it a text with {{column}} fields")
-    for key, text in template.items():
-        _parse_template(key, text)
+        raise ConfigError(f"{own}.{missing[0]}: missing; fix: give it a text with {{column}} fields")
+    for name, text in template.items():
+        _parse_template(f"{own}.{name}", text)
 
 
 @lru_cache(maxsize=64)
-def _parse_template(key: str, text: str) -> tuple[tuple[str, str | None], ...]:
+def _parse_template(where: str, text: str) -> tuple[tuple[str, str | None], ...]:
     """(literal, column or None) pieces. Not str.format, which would reach attributes of the values."""
-    where, fix = f"data.template.{key}", "use {column}, and {{ or }} for a brace"
+    fix = "use {column}, and {{ or }} for a brace"
     try:
         pieces = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -48,7 +50,7 @@ def fill(template: Mapping[str, str], values: Values) -> dict[str, str]:
 
 
 def _filled(key: str, text: str, values: Values) -> str:
-    pieces = _parse_template(key, text)
+    pieces = _parse_template(f"data.train.template.{key}", text)
     # A system message that is a column and no more may be null in some rows: those have none.
     may_be_null = key == "system" and not any(literal.strip() for literal, _ in pieces)
     return "".join(literal + _value(key, name, values, may_be_null) for literal, name in pieces)

@@ -12,6 +12,8 @@ Text = str | list[Message]
 Values = Mapping[str, Any]
 Columns = Mapping[str, str | None]
 
+# Names under which a conversation is stored.
+CONVERSATIONS = ("messages", "conversations", "conversation")
 FIELDS = ("prompt", "chosen", "rejected")
 DROP = "mend the row, or set data.on_bad_row: drop"
 
@@ -35,11 +37,11 @@ class RowError(ValueError):
         super().__init__(f"{self.field}: {self.reason}; fix: {self.fix}")
 
     def of(self, key: str) -> RowError:
-        """The same error, with the keys of the source at `key` of the YAML, such as data.eval, in its fix."""
+        """The same error, with the keys of the source at `key` of the YAML, such as data.eval, in its words."""
         if key == "data.train":
             return self
-        fix = self.fix.replace("data.train.", f"{key}.")
-        return RowError(self.field, self.reason, fix, droppable=self.droppable)
+        field, reason, fix = (text.replace("data.train.", f"{key}.") for text in (self.field, self.reason, self.fix))
+        return RowError(field, reason, fix, droppable=self.droppable)
 
 
 def kind_of(value: Any) -> str:
@@ -53,6 +55,14 @@ def is_message(value: Any) -> bool:
     """Whether a value is meant as a message."""
     keys = value.keys() if isinstance(value, dict) else set()
     return bool(keys & {"role", "from"}) and bool(keys & {"content", "value", "tool_calls", "function_call"})
+
+
+def unwrapped(value: Any) -> Any:
+    """The conversation in an object that holds one, such as `{"messages": [...]}`; anything else as it is."""
+    if not isinstance(value, dict) or is_message(value):
+        return value
+    inner = [value[name] for name in CONVERSATIONS if isinstance(value.get(name), list)]
+    return inner[0] if len(inner) == 1 else value
 
 
 def what_is(value: Any) -> str:

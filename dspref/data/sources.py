@@ -20,7 +20,7 @@ from dspref.data.rowfiles import BadRow, Row, kind_of_file, numbered, reason_of,
 from dspref.data.splits import DEFAULT_SPLIT, SUFFIXES, Term, unusable
 from dspref.errors import DataError
 
-__all__ = ["BadRow", "Digest", "Listing", "Part", "Row", "Source", "find", "read", "sha256", "shared_with"]
+__all__ = ["BadRow", "Digest", "Listing", "Part", "Row", "Source", "Term", "find", "read", "sha256"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 RELATIVE = "check the path; it is relative to the working directory"
@@ -97,7 +97,7 @@ class Listing:
         found = islice(chain.from_iterable(self._selected()), self.source.max_samples)
         first = next(found, None)
         if first is None:
-            raise unusable(self.source.path, "no rows", "check the file and data.max_samples")
+            raise unusable(self.source.path, "no rows", "write at least one row")
         return chain([first], found)
 
     def _selected(self) -> Iterator[Iterator[tuple[int, Row | BadRow]]]:
@@ -135,13 +135,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shared_with(one: Listing, others: Sequence[Listing], digest: Digest) -> str | None:
-    """The name of a file or table that a listing reads and one of the others reads too, wherever it lies."""
-    theirs = {found for other in others for found in other.digests(digest)}
-    own = zip(one.names, one.digests(digest))
-    return next((name for name, found in own if found in theirs), None)
-
-
 # ---------------------------------------------------------------------------------------------- what a path names
 
 
@@ -150,8 +143,20 @@ def find(source: Source) -> Listing:
     terms = splits.parse(DEFAULT_SPLIT if source.split is None else source.split, source.path)
     try:
         return Listing(source, tuple(_found(source, terms)))
+    except DataError as error:
+        raise DataError(_with_keys(str(error), source.key)) from None
     except (OSError, ValueError) as error:
         raise unusable(source.path, reason_of(error), "check the path and its permissions") from None
+
+
+def _with_keys(message: str, key: str) -> str:
+    """A message whose fix names a key of the source by its place in the YAML, where it might be another's."""
+    if key == "data.train":
+        return message
+    what, fix = message.rsplit("; fix: ", 1) if "; fix: " in message else (message, "")
+    for words, name in (("set split to ", "split"), ("write split: ", "split"), ("choose one by name", "name")):
+        fix = fix.replace(words, words.replace(name, f"{key}.{name}"))
+    return f"{what}; fix: {fix}" if fix else what
 
 
 def _found(source: Source, terms: Sequence[Term]) -> Iterator[Selection]:
@@ -178,7 +183,7 @@ def _refuse_void_keys(source: Source, kind: str) -> None:
     of_hub = {"hub": (), "folder": ("revision",), "files": ("name", "data_dir", "revision")}[kind]
     if given := next((key for key in of_hub if getattr(source, key) is not None), None):
         what = "a folder" if kind == "folder" else "a file"
-        raise unusable(source.path, f"{given} has no effect on {what} of this machine", "drop the key")
+        raise unusable(source.path, f"{given} has no effect on {what} of this machine", f"drop {source.key}.{given}")
 
 
 def _is_hub_name(name: str, path: Path) -> bool:
@@ -201,7 +206,8 @@ def _of_file(path: Path, source: Source, term: Term) -> Selection:
     own = splits.name_of(path, path.parent).splits
     if term.name not in (DEFAULT_SPLIT, *own):
         reason = f"no split {term.name!r} in a single file"
-        raise unusable(source.path, reason, f"write {DEFAULT_SPLIT}, or drop split; a slice is {DEFAULT_SPLIT}[:100]")
+        fix = f"set {source.key}.split: {DEFAULT_SPLIT}, or drop it; a slice is {DEFAULT_SPLIT}[:100]"
+        raise unusable(source.path, reason, fix)
     return Selection((_file_part(path),), term)
 
 
@@ -257,13 +263,15 @@ def _named_folder(root: Path, source: Source) -> Path:
 
 def _refuse_name_of_saved(source: Source) -> None:
     if source.name is not None:
-        raise unusable(source.path, "name has no effect on a saved data set", "drop the key")
+        raise unusable(source.path, "name has no effect on a saved data set", f"drop {source.key}.name")
 
 
 def _of_readme(root: Path, configs: Mapping[str, Mapping[str, Any]], source: Source, term: Term) -> list[Path]:
-    if source.name is None and len(configs) > 1:
+    # As `datasets` has it: the only one, or the one that is called or marked so.
+    default = [one for one, said in configs.items() if len(configs) == 1 or one == "default" or said.get("default") is True]
+    if source.name is None and len(default) != 1:
         raise splits.several(root, list(configs))
-    name = source.name if source.name is not None else next(iter(configs))
+    name = source.name if source.name is not None else default[0]
     if name not in configs:
         raise unusable(root, f"name: no data set {name!r}", f"use one of {', '.join(configs)}")
     files = splits.declared_files(root, configs[name])

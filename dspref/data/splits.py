@@ -32,6 +32,7 @@ SUFFIXES = (*LINE_FORMATS, *(suffix + ".gz" for suffix in LINE_FORMATS), ".parqu
 # What a name has behind that of its split: -00000-of-00002, -00000-of-00002-<hash>, _3, .part-07
 SHARD = re.compile(r"(([-_. ]*(part|shard|chunk)[-_. ]*|[-_. ]+)\d+([-_. ]of[-_. ]\d+)?(-[0-9a-f]{16})?)$")
 SHARD_OF = re.compile(r"-\d+-of-\d+(-[0-9a-f]{16})?$")
+VERSION = re.compile(r"[-_. ]v\d+([._]\d+)*$", re.I)
 TERM = re.compile(r"(?P<name>[^\[\]\s]+?)(\[(?P<start>-?[\d_]+%?)?:(?P<stop>-?[\d_]+%?)?\])?")
 PERCENT = re.compile(r"-?[\d_]+%")
 # What lies beside data and is none, as `datasets` has it.
@@ -43,7 +44,7 @@ NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})(?=\D|$)")
 
 
 def unusable(where: object, reason: str, fix: str) -> DataError:
-    return DataError(f"{one_line(where)}: {one_line(reason)}; fix: {fix}")
+    return DataError(f"{one_line(where)}: {one_line(reason)}; fix: {one_line(fix, 1000)}")
 
 
 # ------------------------------------------------------------------------------------------------ the notation
@@ -55,6 +56,17 @@ class Term(NamedTuple):
     name: str
     start: str | None = None
     stop: str | None = None
+
+    @property
+    def is_slice(self) -> bool:
+        return self[1:] != (None, None)
+
+    @property
+    def rest(self) -> str | None:
+        """The other rows of the split, in the notation; None where they are no slice of it."""
+        if not self.is_slice or None not in self[1:]:
+            return None
+        return f"{self.name}[{self.stop}:]" if self.start is None else f"{self.name}[:{self.start}]"
 
     @property
     def needs_count(self) -> bool:
@@ -187,7 +199,10 @@ def matching(split: str, there: Sequence[str]) -> str | None:
     """The one of some splits that is meant: by its name, or where `datasets` would take another word for it, by that."""
     if named := [name for name in there if _same(name, split)]:
         return named[0]
-    other = [name for name in there if name.casefold() in SYNONYMS.get(split, ())]
+    # `pairs_train_v2.jsonl` is the split train, as long as there is no other version of it.
+    versions = [name for name in there if _same(VERSION.sub("", name), split)]
+    meant = (split, *SYNONYMS.get(split, ()))
+    other = versions or [name for name in there if VERSION.sub("", name).casefold() in meant]
     return other[0] if len({name.casefold() for name in other}) == 1 else None
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Of a source, what the digests of its rows stand for, or what does not touch a row.
 NOT_DECISIVE = ("key", "path", "split", "max_samples", "weight", "name", "data_dir", "revision")
 
@@ -121,7 +121,7 @@ def load_pairs(
     listings = [source if isinstance(source, Listing) else find(source) for source in sources]
     for listing in listings:
         if listing.source.template:
-            check_template(listing.source.template)
+            check_template(listing.source.template, listing.source.key)
     files = [name for listing in listings for name in listing.names]
     how = [FORMAT_VERSION, tokenizer_digest(tokenizer), asdict(limits), on_bad_row, scored]
     folder = cache_dir / _address(listings, how, digest)

@@ -1,18 +1,18 @@
 """What a chat template does to a conversation: where the model's own text begins and ends in what it renders.
 
-A template is a program, so it is asked and not read: `learn` renders a probe conversation once per tokenizer, and `render`
-renders each pair and marks the assistant's turns in it. What a template drops or rewrites is refused, row by row.
+`manners` has learned how the template writes a turn; `render` renders each pair and marks the assistant's turns in it. What
+a template drops or rewrites of an answer is refused, row by row; so is a message that it does not print at all.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from dspref.data.formats import Preference
+from dspref.data.manners import Learned, Manners, rendered, shared_length
 from dspref.data.messages import refused_by_template
 from dspref.data.rows import Message, RowError, one_line
 from dspref.errors import DataError
@@ -32,6 +32,14 @@ RESERVED_KWARGS = frozenset(
 # Keys of a message that hold text of the model's beside its content, by the names that templates read.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 DECIDE = "set model.chat_template to one that does not, or data.scored: all to train on it as it is"
+PRINT_IT = (
+    "set model.chat_template to one that does, or write it into the user's message (a template can: prompt: "
+    '"{system} {prompt}"), or set data.scored: all to train on what is printed'
+)
+# What is said of a pair with things that the template ignores.
+IGNORED = {"tools": "tools that the chat template does not print"}
+NOT_READ = "chat_template_kwargs.{} that the chat template does not read"
+ANOTHER = "set model.chat_template to another"
 NO_END = RowError(
     "chat_template",
     "it writes no end token behind an answer, so that the model would never learn to stop",
@@ -42,8 +50,10 @@ NO_EOS = RowError(
     "the tokenizer has no end token (eos_token), so that the model would never learn to stop",
     "give it one, or set data.scored: all to train on the text as it is",
 )
-QUESTION, ANSWER, AGAIN, ANSWERED = "first questionword", "first answerword", "second questionword", "second answerword"
-FUNCTION = "functionword"
+
+
+class Hidden(RowError):
+    """Where a turn of a conversation lies cannot be told."""
 
 
 class Turn(NamedTuple):
@@ -71,132 +81,11 @@ class Rendering(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Manners:
-    """How a template writes an assistant's turn."""
-
-    header: str = ""
-    """What stands between the end of a question and the text of its answer."""
-    asks: bool = True
-    """Whether the template has a generation prompt, which opens the turn."""
-    ends: tuple[str, ...] = ()
-    """Tokens that end a turn; any of them."""
-    ends_every_turn: bool = True
-    """Whether turns before the last have an end token too."""
-    arguments_as_text: bool = False
-    """Whether it prints the arguments of a tool call as they are, and so wants JSON text of them."""
-    unknown: str | None = None
-    """Why the template's turns cannot be told; None where they can."""
-    tokens: re.Pattern[str] = field(default=re.compile(r"(?!)"), compare=False, repr=False)
-    """Matches any added token of the tokenizer."""
-
-
-# --------------------------------------------------------------------------------------------------------- the probe
-
-
-def learn(tokenizer: PreTrainedTokenizerBase) -> Manners:
-    """What the template of a tokenizer puts around the text of a turn, seen on a probe conversation."""
-    if tokenizer.chat_template is None:
-        return Manners()
-    first = [_said("user", QUESTION), _said("assistant", ANSWER)]
-    try:
-        alone, asked = _rendered(tokenizer, first[:1]), _rendered(tokenizer, first[:1], add_generation_prompt=True)
-        answered = _rendered(tokenizer, first)
-        behind_question, middle = _behind(alone, QUESTION), _between(answered, QUESTION, ANSWER)
-        tail = _behind(answered, ANSWER)
-    except Exception as error:  # a template is a program: it may raise anything
-        return Manners(unknown=f"it does not render a plain conversation as it is: {one_line(error, 120)}")
-    asks = asked != alone
-    if not middle.startswith(behind_question) and not (asks and answered.startswith(asked)):
-        return Manners(unknown="it renders a question otherwise once that is answered")
-    header = middle[_shared(behind_question, middle) :]
-    tokens = _added(tokenizer)
-    opens_always = behind_question == middle != ""
-    try:
-        twice = _rendered(tokenizer, [*first, _said("user", AGAIN), _said("assistant", ANSWERED)])
-        between: str | None = _between(twice, ANSWER, AGAIN)
-    except Exception:  # it knows conversations of one turn only
-        between = None
-    # What stands right before a question opens a turn, and does not end one; unless it is an end-of-text token too.
-    opens = [token for token in _all(tokens, alone[: alone.index(QUESTION)])[-1:] if token != tokenizer.eos_token]
-    last, every = _end_of(tokens, tail, between, opens, opens_always)
-    ends = tuple(dict.fromkeys(end for end in (last, every) if end)) if last else ()
-    as_text, of_tools = _of_tools(tokenizer, tokens, ends, middle)
-    return Manners(header, asks, ends and (*ends, *of_tools), between is None or every is not None, as_text, tokens=tokens)
-
-
-def _end_of(
-    tokens: re.Pattern[str], tail: str, between: str | None, opens: list[str], opens_always: bool
-) -> tuple[str | None, str | None]:
-    """The tokens that end the last turn and any other: the last that is behind every answer, before what opens a turn."""
-    if between is None:
-        found = _all(tokens, tail)
-        return (None if opens_always or found[-1:] == opens else next(iter(found[-1:]), None)), None
-    common = tail[: _shared(tail, between)]
-    behind_all = [token for token in _all(tokens, common) if token not in opens]
-    if behind_all:
-        end = behind_all[0 if opens_always else -1]
-        return end, end
-    last, every = _first(tokens, tail), _first(tokens, between)
-    return (None if last in opens or opens_always else last), (None if every in opens else every)
-
-
-def _of_tools(tokenizer: Any, tokens: re.Pattern[str], ends: tuple[str, ...], middle: str) -> tuple[bool, tuple[str, ...]]:
-    """Whether the template wants the arguments of a tool call as text, and what else than `ends` ends a turn with a call."""
-    tool = {"name": FUNCTION, "description": "", "parameters": {"type": "object", "properties": {}}}
-    for as_text in (False, True):
-        arguments = json.dumps({"keyword": "valueword"}) if as_text else {"keyword": "valueword"}
-        call = {"type": "function", "function": {"name": FUNCTION, "arguments": arguments}}
-        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-        try:
-            text = _rendered(tokenizer, [_said("user", QUESTION), turn], tools=[{"type": "function", "function": tool}])
-            behind = text[text.rindex(FUNCTION) :].removesuffix(middle)
-        except Exception:  # it has no tools, or cannot print such arguments
-            continue
-        if not as_text and "{'keyword'" in behind:
-            continue  # Python's way to print an object
-        found = _all(tokens, behind)
-        return as_text, () if set(ends) & set(found) else tuple(found[-1:])
-    return False, ()
-
-
-def _said(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _rendered(tokenizer: Any, messages: list[Message], **how: Any) -> str:
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
-
-
-def _behind(text: str, part: str) -> str:
-    return text[text.rindex(part) + len(part) :]
-
-
-def _between(text: str, left: str, right: str) -> str:
-    start = text.index(left) + len(left)
-    return text[start : text.index(right, start)]
-
-
-def _added(tokenizer: Any) -> re.Pattern[str]:
-    """Matches any token that a text is cut at before its words are."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {str(tokenizer.eos_token or "")}
-    written = sorted((token for token in added if token.strip()), key=len, reverse=True)  # white space ends nothing
-    return re.compile("|".join(map(re.escape, written)) or r"(?!)")
-
-
-def _first(tokens: re.Pattern[str], text: str) -> str | None:
-    return found.group() if (found := tokens.search(text)) else None
-
-
-def _all(tokens: re.Pattern[str], text: str) -> list[str]:
-    return tokens.findall(text)
-
-
 # ------------------------------------------------------------------------------------------------------------ a pair
 
 
 def render(
-    preference: Preference | RowError, tokenizer: PreTrainedTokenizerBase, manners: Manners, scored: str = "assistant"
+    preference: Preference | RowError, tokenizer: PreTrainedTokenizerBase, learned: Learned, scored: str = "assistant"
 ) -> Rendering | RowError:
     """The texts of a pair, with the turns of the answers that are `scored` (last | assistant | all), or why there are none.
 
@@ -210,7 +99,7 @@ def render(
         reason = "the rows are conversations and the tokenizer has no chat template"
         raise DataError(f"model.chat_template: {reason}; fix: set model.chat_template to a Jinja file")
     try:
-        return _render_chat(preference, tokenizer, manners, "all" if manners.unknown else scored)
+        return _render_chat(preference, tokenizer, learned, scored)
     except Exception as error:  # a template is a program: it may raise anything
         return error if isinstance(error, RowError) else refused_by_template(error, preference.prompt)
 
@@ -225,36 +114,75 @@ def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, sco
     return Rendering(prompt, chosen, rejected, special=True)
 
 
-def _render_chat(preference: Preference, tokenizer: Any, manners: Manners, scored: str) -> Rendering:
+def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, scored: str) -> Rendering:
+    settings = preference.chat_template_kwargs or {}
+    if reserved := sorted(RESERVED_KWARGS & set(settings)):
+        raise RowError("chat_template_kwargs", f"{reserved[0]!r} is not for a row to set", "remove the key")
+    how = {**settings, "tools": preference.tools or None}
+    _refuse_unnamed(tokenizer, preference.tools)
+    manners = learned.of(cast("list[Message]", preference.prompt), preference.tools, settings)
     parts = (preference.prompt, preference.chosen, preference.rejected)
     prompt, *answers = ([_as_templates_read(message, manners) for message in cast("list[Message]", part)] for part in parts)
-    how = dict(preference.chat_template_kwargs or {})
-    if reserved := sorted(RESERVED_KWARGS & set(how)):
-        raise RowError("chat_template_kwargs", f"{reserved[0]!r} is not for a row to set", "remove the key")
-    how["tools"] = preference.tools
     unfinished = prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
     ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
-    asked = _rendered(tokenizer, prompt, **ending, **how)
+    asked = rendered(tokenizer, prompt, **ending, **how)
     chosen, rejected = cast(
         "list[str]", tokenizer.apply_chat_template([prompt + answer for answer in answers], tokenize=False, **how)
     )
-    head = _before_content(asked, prompt[0])
-    if scored == "all":
-        return Rendering(asked, chosen, rejected, special=False, head=head)
-    if not manners.asks and not unfinished and all(full.startswith(asked + manners.header) for full in (chosen, rejected)):
+    if chosen == rejected:
+        reason = "the chat template writes it as it does chosen: it does not print what they differ in"
+        raise RowError("rejected", reason, "mend the row, set data.on_bad_row: drop, or set model.chat_template to another")
+    writers = [
+        _Conversation(tokenizer, manners, how, prompt, answer, full, side)
+        for side, full, answer in (("chosen", chosen, answers[0]), ("rejected", rejected, answers[1]))
+    ]
+    strict = scored != "all" and not manners.unknown
+    notes = [f"pair with {IGNORED.get(name, NOT_READ.format(name))}" for name in manners.ignores]
+    notes += _unprinted("prompt", prompt, asked, lambda messages: rendered(tokenizer, messages, **ending, **how), strict)
+    for writer in writers:
+        notes += _unprinted(writer.field, writer.answer, writer.full, writer.again, strict)
+    rendering = Rendering(asked, chosen, rejected, False, _before_content(asked, prompt[0]))
+    if strict:
+        rendering, more = _marked(rendering, writers, scored, unfinished)
+        notes += more
+    elif scored != "all":
+        learned.unknown = learned.unknown or manners.unknown
+        for writer in writers:
+            writer.refuse_losses()
+    return rendering._replace(notes=tuple(dict.fromkeys(map(one_line, notes))))
+
+
+def _marked(
+    rendering: Rendering, writers: Sequence[_Conversation], scored: str, unfinished: bool
+) -> tuple[Rendering, list[str]]:
+    """A rendering with its turns, and what is to be said of it. `unfinished`: the prompt ends within an assistant's turn."""
+    asked, manners = rendering.prompt, writers[0].manners
+    if not manners.asks and not unfinished and all(writer.full.startswith(asked + manners.header) for writer in writers):
         asked += manners.header
     sides, lacking = [], set()
-    for side, full, answer in (("chosen", chosen, answers[0]), ("rejected", rejected, answers[1])):
-        writer = _Conversation(tokenizer, manners, how, prompt, answer, full, side)
-        sides.append(tuple(writer.turns(scored, asked if manners.asks and not unfinished else None)))
+    for writer in writers:
+        try:
+            sides.append(tuple(writer.turns(scored, asked if manners.asks and not unfinished else None)))
+        except Hidden as error:
+            if scored == "last" or not all(writer.can_score_last() for writer in writers):
+                raise
+            raise RowError(error.field, error.reason, f"{ANOTHER}, or data.scored: last or all") from None
         if not sides[-1]:
-            raise RowError(side, "no assistant message in the answer")
+            raise RowError(writer.field, "no assistant message in the answer")
         if not unfinished and manners.asks:
-            lacking.add(asked[_shared(asked, full) :])
+            lacking.add(asked[shared_length(asked, writer.full) :])
     notes = [f"prompt without the {text!r} that the template puts before a new answer" for text in sorted(lacking - {""})]
-    if any(answer[-1]["role"] != "assistant" for answer in answers):
+    if any(writer.answer[-1]["role"] != "assistant" for writer in writers):
         notes.append("pair with turns behind the assistant's last, which are left out")
-    return Rendering(asked, chosen, rejected, False, head, (sides[0], sides[1]), tuple(map(one_line, notes)))
+    return rendering._replace(prompt=asked, turns=(sides[0], sides[1])), notes
+
+
+def _refuse_unnamed(tokenizer: Any, tools: list[Any] | None) -> None:
+    """Raise RowError where a tokenizer has several templates, and none for such a row."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
+        reason = f"the tokenizer has several ({', '.join(sorted(own))}), and none is called default"
+        raise RowError("chat_template", one_line(reason), "set model.chat_template to a Jinja file")
 
 
 def _as_templates_read(message: Message, manners: Manners) -> Message:
@@ -291,6 +219,10 @@ class _Conversation:
     full: str
     field: str
 
+    def again(self, answer: list[Message]) -> str:
+        """The whole text with another answer."""
+        return rendered(self.tokenizer, [*self.prompt, *answer], **self.how)
+
     def turns(self, scored: str, asked: str | None) -> Iterator[Turn]:
         """The assistant's turns of the answer, or the last of them. Raises RowError where the template hides one."""
         own = [i for i, message in enumerate(self.answer) if message["role"] == "assistant"]
@@ -298,23 +230,30 @@ class _Conversation:
             raise NO_END
         if own[:-1] and scored == "assistant" and not self.manners.ends_every_turn:
             reason = "it ends the last turn of a conversation alone, and the answer has several"
-            raise RowError("chat_template", reason, "set data.scored: last or all")
+            raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
         for i in own if scored == "assistant" else own[-1:]:
             opening = self._opening(i, asked if i == 0 else None)
-            behind = self.full[_shared(opening, self.full) :]
+            behind = self.full[shared_length(opening, self.full) :]
             self._refuse_loss(i, opening, behind, self.answer[i])
             yield self._turn(i, opening)
+
+    def can_score_last(self) -> bool:
+        """Whether `data.scored: last` would mend what the other rule cannot."""
+        try:
+            return bool(list(self.turns("last", None)))
+        except RowError:
+            return False
 
     def _turn(self, i: int, opening: str) -> Turn:
         """The turn of message `i`, with the tokens that end it under the settings of this row."""
         ends = self.manners.ends
         closing = self.full
         if i + 1 < len(self.answer):
-            closing = _rendered(self.tokenizer, [*self.prompt, *self.answer[: i + 1]], **self.how)
+            closing = self.again(self.answer[: i + 1])
         if not self.full.startswith(closing):  # what follows changes it
             content = str(self.answer[i].get("content"))
             return Turn(opening, None, ends, sum(content.count(end) for end in ends))
-        own = closing[_shared(opening, closing) :]
+        own = closing[shared_length(opening, closing) :]
         if not any(end in own for end in ends):
             found = list(self.manners.tokens.finditer(own.rstrip()))
             if not found or found[-1].end() < len(own.rstrip()):
@@ -326,50 +265,77 @@ class _Conversation:
         """The text before what message `i` of the answer says; `asked`: with the generation prompt, where that is known."""
         before = [*self.prompt, *self.answer[:i]]
         if self.manners.asks:
-            asked = asked or _rendered(self.tokenizer, before, add_generation_prompt=True, **self.how)
+            asked = asked or rendered(self.tokenizer, before, add_generation_prompt=True, **self.how)
             if self.full.startswith(asked):
                 return asked
-        base = _rendered(self.tokenizer, before, **self.how)
+        base = rendered(self.tokenizer, before, **self.how)
         if not self.full.startswith(base):
             reason = f"it renders what comes before {self.field}[{i}] otherwise than in the whole, which hides the turn"
-            raise RowError("chat_template", reason, "set model.chat_template to another, or data.scored: last or all")
+            raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
         return base + self.manners.header
 
-    def _refuse_loss(self, i: int, opening: str, rendered: str, message: Message) -> None:
+    def _refuse_loss(self, i: int, opening: str, written: str, message: Message) -> None:
         """Raise RowError where the template drops or rewrites text that the model is to write."""
         place = f"{self.field}[{i}]"
         for key in ("content", *REASONING):
             text = message.get(key)
-            if isinstance(text, str) and not _stands_in(text, rendered, opening):
+            if isinstance(text, str) and not _stands_in(text, written, opening):
                 raise RowError(f"{place}.{key}", f"the chat template drops or rewrites it: {one_line(text, 80)!r}", DECIDE)
         calls = [call.get("function") or call for call in message.get("tool_calls") or () if isinstance(call, dict)]
         names = [call["name"] for call in calls if isinstance(call.get("name"), str)]
         for name in dict.fromkeys(names):
-            if rendered.count(name) < names.count(name):
+            if written.count(name) < names.count(name):
                 raise RowError(f"{place}.tool_calls", f"the chat template drops the call of {one_line(name, 80)!r}", DECIDE)
         for call in calls:
             arguments = call.get("arguments")
-            lost = next((key for key in arguments if key not in rendered), None) if isinstance(arguments, dict) else None
+            lost = next((key for key in arguments if key not in written), None) if isinstance(arguments, dict) else None
             if lost is not None:
                 raise RowError(f"{place}.tool_calls", f"the chat template drops the argument {one_line(lost, 80)!r}", DECIDE)
 
-
-def _shared(left: str, right: str) -> int:
-    """How many leading characters are equal."""
-    low, high = 0, min(len(left), len(right))
-    if left[:high] == right[:high]:
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle)
-    return low
+    def refuse_losses(self) -> None:
+        """The same of all turns, where it is not known where each stands."""
+        for i, message in enumerate(self.answer):
+            if message["role"] == "assistant":
+                self._refuse_loss(i, "", self.full, message)
 
 
-def _stands_in(text: str, rendered: str, opening: str) -> bool:
-    """Whether a text is there, white space aside; what the opening ends with, such as `<think>`, need not be there again."""
-    if text.strip() in rendered:
+def _unprinted(
+    field: str, messages: Sequence[Message], text: str, again: Callable[[list[Message]], str], strict: bool
+) -> Iterator[str]:
+    """Notes on messages that are not the assistant's and do not stand in their rendering `text`; `again` renders them anew.
+    Raises RowError for one that does not come in there at all, where `strict`."""
+    for i, message in enumerate(messages):
+        content, role = message.get("content") or "", message["role"]
+        if role == "assistant" or _is_printed(content, text):
+            continue
+        if not _same_text(again, [*messages[:i], {**message, "content": "otherword"}, *messages[i + 1 :]], text):
+            yield f"pair with a message ({role}) that the chat template rewrites"
+        elif strict:
+            reason = f"the chat template does not print it ({role}): {one_line(content, 80)!r}"
+            raise RowError(f"{field}[{i}].content", reason, PRINT_IT)
+        else:
+            yield f"pair with a message ({role}) that the chat template does not print"
+
+
+def _is_printed(content: str, text: str) -> bool:
+    """Whether a text stands in a rendering, white space aside, or as JSON, as templates print what tools say."""
+    if content.strip() in text or _stands_in(content, text, ""):
         return True
-    wanted, there, before = ("".join(part.split()) for part in (text, rendered, opening[-200:]))
+    return any(json.dumps(content.strip(), ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
+def _same_text(again: Callable[[list[Message]], str], messages: list[Message], text: str) -> bool:
+    try:
+        return again(messages) == text
+    except Exception:  # a template is a program: it may raise anything
+        return False
+
+
+def _stands_in(text: str, written: str, opening: str) -> bool:
+    """Whether a text is there, white space aside; what the opening ends with, such as `<think>`, need not be there again."""
+    if text.strip() in written:
+        return True
+    wanted, there, before = ("".join(part.split()) for part in (text, written, opening[-200:]))
     if wanted in there:
         return True
     opened = next((n for n in range(min(len(wanted), len(before)), 0, -1) if before.endswith(wanted[:n])), 0)

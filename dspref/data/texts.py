@@ -3,27 +3,70 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from os.path import commonprefix
 
-# HH-RLHF: where the assistant begins to speak, if possible at the start of a line.
-ASSISTANT_SPEAKS = (re.compile(r"(?:^|\n)[ \t]*(Assistant|ASSISTANT):"), re.compile(r"(?<!\w)(Assistant|ASSISTANT):"))
+# Where the assistant begins to speak, in texts that hold a conversation: tokens of chat formats with all of their header,
+TOKENS = re.compile(
+    r"<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>(?:\n\n)?|<start_of_turn>model\n"
+    r"|<\|start\|>assistant(?:<\|channel\|>\w+)?<\|message\|>|\[/INST\]|<\|CHATBOT_TOKEN\|>"
+    r"|<(?P<bar>[|\uff5c])(?:assistant|bot|gpt|model)(?P=bar)>|<assistant>",
+    re.I,
+)
+# and labels at the start of a line, of HH-RLHF, Alpaca and others,
+LABELS = re.compile(
+    r"(?:^|\n)[ \t]*(?:#+ *(?:response|assistant)\b:?|(?:\*\*)?(?:assistant|ai|gpt|chatgpt)(?:\*\*)?:(?:\*\*)?)", re.I
+)
+# some of them where the other side has one too, as they may mean other things;
+OF_PAIRS = (
+    (re.compile(r"(?:^|\n)[ \t]*Q:"), re.compile(r"(?:^|\n)[ \t]*A:")),
+    (
+        re.compile(r"(?:^|\n)[ \t]*(?:#+ *)?(?:human|user|question|instruction|input|query|prompt|customer)\b *:", re.I),
+        re.compile(r"(?:^|\n)[ \t]*(?:#+ *)?(?:answer|response|output|bot|chatbot|model|agent|claude|llm)\b *:", re.I),
+    ),
+)
+# and where no line begins so, within one (Vicuna).
+WITHIN = (
+    (None, re.compile(r"(?<!\w)(?:Assistant|ASSISTANT):")),
+    (
+        re.compile(r"(?<!\w)(?:Human|HUMAN|User|USER):"),
+        re.compile(r"(?<!\w)(?:AI|GPT|ChatGPT|Bot|BOT):"),
+    ),
+)
+LINES = ((None, TOKENS), (None, LABELS), *OF_PAIRS)
 # Scripts that put no space between words: CJK signs and kana, not Hangul.
 UNSPACED = re.compile("[\u2e80-\u312f\u3190-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 
 
 def shared_start(left: str, right: str) -> int:
-    """Length of the prompt that two texts share: up to the last `Assistant:` that both have, else in whole words, less one
-    space at its end; 0 for none. A text that is the start of the other keeps its last word."""
+    """Length of the prompt that two texts share: up to the last place where both have the assistant begin to speak, else in
+    whole words, less one space at its end; 0 for none. A text that is the start of the other keeps its last word."""
     common = len(commonprefix([left, right]))
-    for speaks in ASSISTANT_SPEAKS:
-        if marks := list(speaks.finditer(left, 0, common)):
-            return marks[-1].end()
+    if spoken := _speech_begins(left, right, common):
+        return spoken
     end = _whole_words(left, right, common)
     end -= end > 0 and left[end - 1] == " "
     if end in (len(left), len(right)):
         end = _word_start(left, end)
         end -= end > 0 and left[end - 1] == " "
     return end if left[:end].strip() else 0
+
+
+def _speech_begins(left: str, right: str, common: int) -> int:
+    """Where, within what two texts share, the assistant begins to speak for the last time in both; 0 for nowhere."""
+    for patterns in (LINES, WITHIN):
+        both = [{end for other, own in patterns for end in _ends(text, common, other, own)} for text in (left, right)]
+        if ends := both[0] & both[1]:
+            return max(ends)
+    return 0
+
+
+def _ends(text: str, common: int, other: re.Pattern[str] | None, own: re.Pattern[str]) -> Iterator[int]:
+    """Where matches of `own` end; with `other`, of those behind its first match."""
+    first = other.search(text) if other is not None else None
+    if other is None or first:
+        found = own.finditer(text, max(first.end() - 1, 0) if first else 0)
+        yield from (match.end() for match in found if match.end() <= common)
 
 
 def _whole_words(left: str, right: str, end: int) -> int:

@@ -17,8 +17,9 @@ import numpy as np
 
 from dspref import reading
 from dspref.data.formats import Preference, RowError, one_line
+from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
-from dspref.data.template import NO_END, Rendering, Turn, learn, render
+from dspref.data.template import NO_END, Rendering, Turn, render
 from dspref.data.truncate import Limits, TokenizedPair, truncate, written
 from dspref.errors import ConfigError
 
@@ -98,9 +99,8 @@ def encode(
 
     Raises DataError when chat rows meet a tokenizer without a chat template.
     """
-    manners = learn(tokenizer)
-    renderings = [render(preference, tokenizer, manners, scored) for preference in preferences]
-    encoder = Encoder(tokenizer)
+    learned, encoder = Learned(tokenizer), Encoder(tokenizer)
+    renderings = [render(preference, tokenizer, learned, scored) for preference in preferences]
     return [_truncated(item, limits) for item in split(renderings, ids_of(renderings, encoder), encoder)]
 
 

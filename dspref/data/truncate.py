@@ -9,8 +9,6 @@ import numpy as np
 
 from dspref.data.formats import RowError
 
-RAISE = "raise data.max_length"
-
 
 class TokenizedPair(NamedTuple):
     """Token ids, int32 `[n]` each, and which tokens of the answers are scored, bool `[n]`; None: all of them.
@@ -65,23 +63,44 @@ def truncate(pair: TokenizedPair, limits: Limits, head: int = 0) -> TokenizedPai
         _cut(rejected, pair.rejected_scored),
     )
     cut = TokenizedPair(prompt, chosen, rejected, chosen_scored, rejected_scored)
-    shorter = [len(after) < len(before) for before, after in zip(pair[:3], cut[:3])]
-    if any(shorter) and limits.on_overlong != "truncate":
-        _refuse(pair, limits)
-    for field, answer in (("chosen", cut.chosen), ("rejected", cut.rejected)):
-        if len(answer) == 0:
-            raise RowError(field, "no scored token is left after truncation", RAISE)
-    if np.array_equal(cut.chosen, cut.rejected):
-        raise RowError("rejected", "identical to chosen after truncation", RAISE, droppable=True)
+    fault = _fault_of(cut, _raise(pair, limits))
+    shorter = any(len(after) < len(before) for before, after in zip(pair[:3], cut[:3]))
+    if shorter and limits.on_overlong != "truncate":
+        raise _overlong(pair, limits, may_be_cut=fault is None)
+    if fault is not None:
+        raise fault
     return cut
 
 
-def _refuse(pair: TokenizedPair, limits: Limits) -> None:
-    """Raise RowError for a pair beyond the limits; without its length, so that equal reasons are counted together."""
-    asked = {name: getattr(limits, name) for name in ("max_length", "max_prompt_length", "max_completion_length")}
-    beyond = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
-    fix = f"raise {' or '.join(f'data.{name}' for name, value in asked.items() if value is not None)}"
-    raise RowError("row", f"longer than {beyond}", f"{fix}, or set data.on_overlong", droppable=limits.on_overlong == "drop")
+def _fault_of(cut: TokenizedPair, fix: str) -> RowError | None:
+    """Why a pair that was cut cannot be used."""
+    for field, answer in (("chosen", cut.chosen), ("rejected", cut.rejected)):
+        if len(answer) == 0:
+            return RowError(field, "no scored token is left after truncation", fix)
+    if np.array_equal(cut.chosen, cut.rejected):
+        return RowError("rejected", "identical to chosen after truncation", fix, droppable=True)
+    return None
+
+
+def _exceeded(pair: TokenizedPair, limits: Limits) -> list[str]:
+    """The limits that a pair is beyond."""
+    prompt, answer = len(pair.prompt), max(len(pair.chosen), len(pair.rejected))
+    sizes = {"max_length": prompt + answer, "max_prompt_length": prompt, "max_completion_length": answer}
+    asked = {name: getattr(limits, name) for name in sizes}
+    return [name for name, value in asked.items() if value is not None and sizes[name] > value]
+
+
+def _raise(pair: TokenizedPair, limits: Limits) -> str:
+    return f"raise {' and '.join(f'data.{name}' for name in _exceeded(pair, limits))}"
+
+
+def _overlong(pair: TokenizedPair, limits: Limits, may_be_cut: bool) -> RowError:
+    """The error of a pair beyond the limits; without its length, so that equal reasons are counted together. `may_be_cut`:
+    what truncation would leave of it can be used."""
+    beyond = ", ".join(f"{name} {getattr(limits, name)}" for name in _exceeded(pair, limits))
+    others = ["truncate"] * may_be_cut + ["drop"] * (limits.on_overlong == "error")
+    fix = _raise(pair, limits) + (f", or set data.on_overlong: {' or '.join(others)}" if others else "")
+    return RowError("row", f"longer than {beyond}", fix, droppable=limits.on_overlong == "drop")
 
 
 def _kept(prompt: np.ndarray, size: int, truncation_mode: str, head: int) -> np.ndarray:

@@ -26,7 +26,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def call(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(app, arguments, prog_name="dspref")
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, result.output
 
@@ -114,3 +114,45 @@ def test_the_data_are_shown_as_a_run_would_read_them(elsewhere: Path) -> None:
     assert not Path("out").exists()
     code, said = call("check", "--data", "x.yaml", "data.on_bad_row=error")
     assert code == 3 and "p.jsonl:6: " in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check"], "dspref check: Missing argument 'X.yaml'; see dspref check --help"),
+        (["check", "-x", "x.yaml"], "dspref check: No such option: -x"),
+        (["chek", "x.yaml"], "dspref: No such command 'chek'. Did you mean 'check'"),
+        (["check", "x.yaml", "--data=3"], "Option '--data' does not take a value"),
+        (["check", "x.yaml", "--nope"], "--nope: no such option; a value of the run is changed by section.key=value"),
+        (["check", "x.yaml", "--config"], "--config: the path of a YAML file is missing"),
+        (["submit", "x.yaml", "--nodes", "zero"], "'--nodes'"),
+        (["submit", "x.yaml", "--nodes", "0"], "'--nodes'"),
+        (["submit", "x.yaml", "--time"], "Option '--time' requires an argument"),
+        (["score", "x.yaml", "--verify", "-1"], "'--verify'"),
+        (["export", "x"], "dspref export: Missing option '--to'"),
+        (["export", "x", "--to", "y", "--dtype", "int8"], "'int8' is not one of 'bfloat16'"),
+        (["check", "a\nb.yaml"], "has characters that do not print"),
+        (["check", "~nobody-here/x.yaml"], "no such user"),
+        (["check", "--no\u202e\npe\x1b[31m", "x.yaml"], "no such option"),
+        (["n\u202eope\x1b[31m"], "No such command"),
+        (["check", "x.yaml", "--token=hf_" + "a1" * 17], "--token=***: no such option"),
+        (["--nope"], "dspref: No such option: --nope"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_line(arguments: list[str], said: str) -> None:
+    code, told = call(*arguments)
+    assert (code, told.count("\n")) == (2, 1), told
+    assert said in told and told[:-1].isprintable()
+
+
+def test_help_is_shown_where_nothing_is_asked() -> None:
+    assert call()[1].strip() == call("--help")[1].strip() != ""
+
+
+def test_keys_and_data_are_both_shown_where_both_are_asked_for(elsewhere: Path) -> None:
+    tiny_config("qwen2", save_tokenizer("model")).save_pretrained("model")
+    Path("p.jsonl").write_text(json.dumps({"prompt": "q", "chosen": " yes", "rejected": " no"}) + "\n")
+    values = {"model": {"name_or_path": "model", "init": "random"}, "data": {"train": "p.jsonl"}, "output_dir": "out"}
+    Path("x.yaml").write_text(json.dumps(values))
+    code, said = call("check", "--show", "--data", "x.yaml")
+    assert code == 0 and "  on_overlong: truncate\n" in said and "rows 1, pairs 1 of 1" in said

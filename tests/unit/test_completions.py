@@ -85,7 +85,10 @@ def test_bad_scored_answers_are_one_line(change: dict[str, Any], columns: dict[s
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"scores": [1, 2, "3", 4]}, "scores[2]: not a finite number: '3'"),
+        ({"scores": [1, 2, "three", 4]}, "scores[2]: not a finite number: 'three'"),
+        ({"scores": [1, 2, "3/5", 4]}, "scores[2]: not a finite number: '3/5'"),
+        ({"scores": [1, 2, "nan", 4]}, "scores[2]: not a finite number: 'nan'"),
+        ({"scores": [1, 2, "1e999", 4]}, "scores[2]: not a finite number: inf"),
         ({"scores": [1, 2, float("nan"), 4]}, "scores[2]: not a finite number: nan"),
         ({"scores": [1, 2, 10**400, 4]}, "not a finite number: 1000"),
         ({"scores": [1, 2, True, 4]}, "scores[2]: not a finite number: True"),
@@ -190,3 +193,46 @@ def test_what_is_for_several_answers_is_refused_beside_a_template(columns: dict[
     with pytest.raises(RowError) as refusal:
         to_preferences(TEMPLATED, columns, TEMPLATE, pairs)
     assert refusal.value.field == field
+
+
+def best_and_worst(row: dict[str, Any], **columns: str) -> tuple[Any, Any]:
+    made = to_preferences(row, columns, pairs="best_against_worst")
+    assert len(made) == 1 and isinstance(made[0], Preference), made
+    return made[0].chosen, made[0].rejected
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        # Numbers as text, UltraFeedback's form; what is blank is no score.
+        ({"completions": ["x", "y", "z"], "scores": ["2", " 10 ", "4.5e0"]}, {}),
+        ({"completions": ["x", "z", "y", "u"], "scores": ["-.5", " ", "+5.", None]}, {}),
+        ({"completions": ["x", "y", "z"], "ranks": ["3", "1", "2"]}, {}),
+        ({"completions": ["x", "y"], "scores": '["1", "2"]'}, {}),
+        # Names within objects and lists, however deep.
+        ({"completions": ["x", "y"], "ratings": {"overall": [1, 2]}}, {"scores": "ratings.overall"}),
+        ({"completions": ["x", "y"], "ratings": [{"overall": 1}, {"overall": 2}]}, {"scores": "ratings.overall"}),
+        ({"completions": ["x", "y"], "ratings.overall": [1, 2]}, {"scores": "ratings.overall"}),
+        ({"completions": ["x", "y"], "ratings": '{"overall": [1, 2]}'}, {"scores": "ratings.overall"}),
+        (
+            {"all": {"answers": [{"t": "x", "by": {"h": "1"}}, {"t": "y", "by": {"h": "2"}}]}},
+            {"completions": "all.answers.t", "scores": "all.answers.by.h"},
+        ),
+        # Arrow gives each row the columns of all of them.
+        ({"completions": ["x", "y"], "scores": [1, 2], "ranks": None, "chosen": None, "rejected": None}, {}),
+    ],
+)
+def test_scores_are_found_and_read_as_people_write_them(row: dict[str, Any], columns: dict[str, str]) -> None:
+    assert best_and_worst({"prompt": "q", **row}, **columns) == ("y", "x")
+
+
+def test_a_nested_name_that_is_not_there_is_named() -> None:
+    row = {"prompt": "q", "completions": ["x", "y"], "ratings": {"overall": [1, 2]}}
+    with pytest.raises(RowError, match=r"ratings: no 'total' in it; fix: set data.eval.columns.scores"):
+        to_preferences(row, {"scores": "ratings.total"}, key="data.eval")
+
+
+def test_answers_that_are_objects_around_a_conversation() -> None:
+    answers = [{"messages": [{"role": "Model", "content": text}], "id": 3} for text in ("x", "y")]
+    row = {"prompt": [{"role": "User", "content": "q"}], "completions": answers, "scores": [1, 2]}
+    assert best_and_worst(row) == tuple([{"role": "assistant", "content": text}] for text in ("y", "x"))

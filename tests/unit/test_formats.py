@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis.strategies import randoms
 
 from dspref.data.completions import to_preferences
-from dspref.data.formats import FORMATS, Preference, RowError, to_preference
+from dspref.data.formats import FORMATS, Preference, RowError, check_template, to_preference
+from dspref.data.rows import missing
 from dspref.errors import ConfigError
 
 
@@ -103,6 +104,59 @@ def test_implicit_text_prompt_is_what_the_answers_share_in_whole_words(
         preference = to_preference(dict(zip(("chosen", "rejected"), answers)))
         first, second = (answer[len(prompt) :] for answer in answers)
         assert preference == Preference(prompt, first, second)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "[INST] Is it? [/INST]",
+        "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]",
+        "### Instruction:\nIs it?\n\n### Response:",
+        "Below is an instruction.\n\n### Question:\nIs it?\n\n### Answer:",
+        "Human: Is it?\nAI:",
+        "USER: Is it? ASSISTANT:",
+        "USER: a ASSISTANT: b USER: c ASSISTANT:",
+        "User: Is it? AI:",
+        "User: Is it?\nGPT:",
+        "**User:** Is it?\n\n**Assistant:**",
+        "Q: a\nA: b\nQ: c\nA:",
+        "Question: Is it?\nOptions:\nA: yes\nB: no\nAnswer:",
+        "Customer: Is it?\nAgent:",
+        "<|user|>\nIs it?</s>\n<|assistant|>",
+        "<\uff5cUser\uff5c>Is it?<\uff5cAssistant\uff5c>",
+        "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nIs it?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<bos><start_of_turn>user\nIs it?<end_of_turn>\n<start_of_turn>model\n",
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+    ],
+)
+@pytest.mark.parametrize(
+    ("left", "right"), [(" Yes, it is.", " Yes, it was."), (" Yes.\n\nHuman: So?\n\nAssistant: So.", " Yes")]
+)
+def test_an_implied_prompt_ends_where_the_assistant_begins_to_speak(prompt: str, left: str, right: str) -> None:
+    """Whatever the answers share there, and whatever turns follow."""
+    for answers in ((left, right), (right, left)):
+        row = dict(zip(("chosen", "rejected"), (prompt + answer for answer in answers)))
+        assert to_preference(row) == Preference(prompt, *answers)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        # Letters of choices, headings and words that are no turns.
+        ("Which?\nA: yes\nB: no\nIt is A", "Which?\nA: yes\nB: no\nIt is B", "Which?\nA: yes\nB: no\nIt is"),
+        ("### Responses to war", "### Response: none", "###"),
+        ("The model: a car. It is red", "The model: a car. It is blue", "The model: a car. It is"),
+        # They part within the user's turn: what both say before is no prompt of the assistant's last words.
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: e\n\nAssistant: f",
+            "\n\nHuman: a\n\nAssistant:",
+        ),
+    ],
+)
+def test_what_is_no_turn_ends_no_implied_prompt(chosen: str, rejected: str, prompt: str) -> None:
+    assert to_preference({"chosen": chosen, "rejected": rejected}).prompt == prompt
 
 
 def test_a_conversation_that_is_a_prefix_of_the_other_keeps_an_answer() -> None:
@@ -503,6 +557,10 @@ def test_errors_name_the_keys_of_their_own_source() -> None:
     error = RowError("chosen", "no column", "set data.train.columns.chosen")
     assert error.of("data.eval.held_out").fix == "set data.eval.held_out.columns.chosen"
     assert str(error.of("data.train")) == str(error)
+    taken = missing("rejected", {"rejected": "x"}, "rejected").of("data.eval")
+    assert "by data.eval.columns" in taken.reason and taken.fix == "set data.eval.columns.rejected"
+    with pytest.raises(ConfigError, match=r"^data\.eval\.template\.chosen: "):
+        check_template({"chosen": "{a.b}", "rejected": "x"}, "data.eval")
 
 
 @pytest.mark.parametrize(
@@ -521,13 +579,13 @@ def test_errors_name_the_keys_of_their_own_source() -> None:
     ],
 )
 def test_template_refuses_anything_but_columns(hostile: str) -> None:
-    with pytest.raises(ConfigError, match=r"^data\.template\.chosen: .*; fix: .*$"):
+    with pytest.raises(ConfigError, match=r"^data\.train\.template\.chosen: .*; fix: .*$"):
         to_preference({"x": "a", "bad": "b"}, None, {"chosen": hostile, "rejected": "{bad}"})
 
 
 @pytest.mark.parametrize("template", [{"chosen": "a"}, {"choosen": "a"}, {"system": "s", "chosen": "a", "rejected": "b"}])
 def test_template_keys_are_checked(template: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"^data\.template\.\w+: .*; fix: "):
+    with pytest.raises(ConfigError, match=r"^data\.train\.template\.\w+: .*; fix: "):
         to_preference({}, None, template)
 
 
@@ -769,3 +827,72 @@ def test_a_repeat_is_taken_out_before_texts_become_a_conversation() -> None:
     assert preference.repeats == 2
     preference = to_preference({"prompt": "Q: hi\nA: ", "chosen": "A: yes", "rejected": "A: no"})
     assert (preference.prompt, preference.chosen, preference.rejected) == ("Q: hi\nA:", " yes", " no"), "one space, not two"
+
+
+Q, X, Y = user("q"), assistant("x"), assistant("y")
+OF_TWO = Preference([Q], [X], [Y])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # Objects around a conversation, as text too.
+        {"chosen": {"messages": [Q, X]}, "rejected": {"messages": [Q, Y]}},
+        {"chosen": {"conversations": [Q, X], "id": 1}, "rejected": {"conversations": [Q, Y], "id": 2}},
+        {"prompt": {"messages": [Q]}, "chosen": {"messages": [X]}, "rejected": "y"},
+        {"chosen": json.dumps({"messages": [Q, X]}), "rejected": json.dumps({"messages": [Q, Y]})},
+        # Whole conversations beside the prompt of other rows.
+        {"prompt": None, "chosen": [Q, X], "rejected": [Q, Y]},
+        {"prompt": [], "chosen": [Q, X], "rejected": [Q, Y]},
+        {"prompt": None, "chosen": {"messages": [Q, X]}, "rejected": {"messages": [Q, Y]}, "completions": None},
+        # Other names of who speaks, and in capitals.
+        *(
+            {"prompt": [{"role": asks, "content": "q"}], "chosen": [{"role": says, "content": "x"}], "rejected": "y"}
+            for asks, says in (
+                ("User", "Assistant"), ("USER", "ASSISTANT"), ("human", "gpt"), ("Human", "AI"), ("user", "model"),
+                ("user", "bot"), ("prompter", "assistant"), ("user", "chatgpt"),
+            )
+        ),
+        *(
+            {"conversations": [{"from": "Human", "value": "q"}], "chosen": {"from": says, "value": "x"}, "rejected": "y"}
+            for says in ("GPT", "Assistant", "model", "bot", "Bard")
+        ),
+    ],
+)  # fmt: skip
+def test_conversations_as_people_store_them(row: dict[str, Any]) -> None:
+    assert to_preference(row) == OF_TWO
+
+
+@pytest.mark.parametrize("role", ["ipython", "Observation", "critic"])
+def test_roles_that_only_a_template_knows_are_left_to_it(role: str) -> None:
+    prompt = [Q, {"role": role, "content": "4"}]
+    found = to_preference({"prompt": prompt, "chosen": "x", "rejected": "y"}).prompt
+    assert [message["role"] for message in found] == ["user", role.lower()]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("prompt", [None, 3])
+def test_a_null_prompt_is_an_error_where_the_answers_do_not_hold_it(prompt: Any) -> None:
+    for answers in (("q x", "q y"), ([X], [Y]), ([Q, X], "y")):
+        with pytest.raises(RowError, match=r"^prompt: (null|int)"):
+            to_preference({"prompt": prompt, **dict(zip(("chosen", "rejected"), answers))})
+    with pytest.raises(RowError, match=r"^prompt: null"):
+        to_preference({"text": None, "chosen": [Q, X], "rejected": [Q, Y]}, {"prompt": "text"})
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_a_system_message_in_a_column_of_its_own(name: str) -> None:
+    row, system = {"prompt": "q", "chosen": "x", "rejected": "y"}, {"role": "system", "content": "Be brief."}
+    expected = Preference([system, Q], [X], [Y])
+    assert to_preference({**row, name: "Be brief."}) == expected
+    assert to_preference({**row, name: "Be brief.", "prompt": [Q]}) == expected
+    assert to_preference({**row, name: None}) == to_preference({**row, name: ""}) == OF_TWO
+    assert to_preference({**row, "system": None, name: "Be brief."}) == expected
+    assert to_preference({**row, name: "x"}, {"prompt": name}).prompt == "x"
+
+
+def test_two_system_messages_are_refused_and_the_fix_works() -> None:
+    row = {"system": "a", "system_prompt": "b", "prompt": "q", "chosen": "x", "rejected": "y"}
+    with pytest.raises(RowError, match=r"system and system_prompt say different things; fix: .*data.train.columns.system"):
+        to_preference(row)
+    assert to_preference(row, {"system": "system_prompt"}).prompt == [{"role": "system", "content": "b"}, Q]
+    assert to_preference(row | {"system_prompt": " a "}).prompt == [{"role": "system", "content": "a"}, Q]

@@ -6,15 +6,18 @@ import csv
 import gzip
 import json
 import os
+import re
 import socket
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dspref.data import rowfiles
 from dspref.data.formats import to_preference
-from dspref.data.sources import BadRow, Row, Source, find, read, sha256, shared_with
+from dspref.data.overlap import shared
+from dspref.data.sources import BadRow, Row, Source, find, read, sha256
 from dspref.data.splits import parse
 from dspref.errors import DataError
 
@@ -456,13 +459,57 @@ def test_lists_on_lines_of_their_own_are_rows(tmp_path: Path) -> None:
     assert [type(row) for row in read(Source(str(tmp_path / "a.json")))] == [BadRow, BadRow]
 
 
-def test_held_out_files_that_are_trained_on_are_found(tmp_path: Path) -> None:
-    root = Path(_tree(tmp_path, {"x/train.jsonl": 3, "x/test.jsonl": 2, "y.jsonl": 3}))
+def test_held_out_rows_that_are_trained_on_are_found(tmp_path: Path) -> None:
+    """By content, whatever the files are called, and by place, where slices are read."""
+    root = Path(_tree(tmp_path, {"x/train.jsonl": 10, "x/test.jsonl": 2, "y.jsonl": 3}))
     (root / "copy.jsonl").write_bytes((root / "x/train.jsonl").read_bytes())
-    train = [find(Source(str(root / "y.jsonl"))), find(Source(str(root / "x"), split="train[:50%]"))]
-    assert shared_with(find(Source(str(root / "x"))), train, sha256) == f"{root}/x/train.jsonl"
-    assert shared_with(find(Source(str(root / "copy.jsonl"))), train, sha256) == f"{root}/copy.jsonl"
-    assert shared_with(find(Source(str(root / "x"), split="test")), train, sha256) is None
+    (root / "x/more").mkdir()
+
+    def meet(held_out: Source, *training: Source) -> str | None:
+        found = shared(find(held_out), [find(source) for source in training], sha256)
+        return found and found.name
+
+    x, y, copy = f"{root}/x", Source(f"{root}/y.jsonl"), f"{root}/copy.jsonl"
+    train, half = f"{root}/x/train.jsonl", Source(x, split="train[:50%]")
+    assert meet(Source(x), y, half) == train
+    assert meet(Source(copy), y, half) == copy
+    assert meet(Source(x, split="test"), y, half) is None
+    for rows, most in zip(
+        ("train[:10%]", "train[4:]", "train[-6:]", "train[50%:]+train[:1]", "train"), (None, None, None, None, 1)
+    ):
+        assert meet(Source(x, split=rows, max_samples=most), half) == train, rows
+        assert meet(Source(x, split=rows, max_samples=most), Source(x)) == train, rows
+    for rows in ("train[50%:]", "train[5:]", "train[-5:]", "train[7:9]", "train[-5:-2]"):
+        assert meet(Source(x, split=rows), half) is None, rows
+        assert meet(Source(copy, split=rows), half) is None, rows
+    assert meet(Source(x, split="train[5:]"), Source(x, max_samples=5)) is None
+    assert meet(Source(x, split="train[5:]"), Source(x, max_samples=6)) == train
+    # A place in a split of several files is one in a file.
+    both = f"{root}/[cy]*.jsonl"
+    assert meet(Source(both, split="train[:10]"), y) is None
+    assert meet(Source(both, split="train[:11]"), y) == f"{root}/y.jsonl"
+    assert meet(Source(both, split="train[10:]"), Source(copy)) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "rows"),
+    [
+        (["pairs_train_v2", "pairs_test_v2"], "train", 1),
+        (["pairs_train_v2", "pairs_test_v2"], None, 1),
+        (["pairs-train-v1.1", "pairs-valid-v1.1"], "validation", 2),
+        (["pairs_train_v1", "pairs_train_v2"], "train", "set split to one of train_v1, train_v2"),
+        (["pairs_train", "pairs_train_v2"], "train", 1),
+        (["pairs_train_v1", "pairs_train_v2"], "train_v2", 2),
+        (["train_prefs", "test_prefs"], "train", "set split to one of test_prefs, train_prefs"),
+    ],
+)
+def test_a_version_behind_the_name_of_a_split(files: list[str], split: str | None, rows: int | str, tmp_path: Path) -> None:
+    root = _tree(tmp_path, {f"{name}.jsonl": k for k, name in enumerate(files, start=1)})
+    if isinstance(rows, int):
+        assert len(read(Source(root, split=split))) == rows
+    else:
+        with pytest.raises(DataError, match=rows):
+            read(Source(root, split=split))
 
 
 def test_no_file_and_no_shard_is_left_out_in_silence(tmp_path: Path) -> None:
@@ -482,3 +529,52 @@ def test_no_file_and_no_shard_is_left_out_in_silence(tmp_path: Path) -> None:
         (tmp_path / "z" / language).mkdir(parents=True)
         (tmp_path / "z" / language / "train.jsonl").write_text('{"x": 1}\n')
     assert len(read(Source(f"{tmp_path}/z/*/train.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "fix"),
+    [
+        (["train.jsonl", "test.jsonl"], {"split": "dev"}, "set data.eval.split to one of test, train"),
+        (["a/train.jsonl", "b/train.jsonl"], {}, "choose one by data.eval.name"),
+        (["train.jsonl"], {"revision": "x"}, "drop data.eval.revision"),
+    ],
+)
+def test_the_keys_of_a_held_out_source_are_its_own(
+    names: list[str], options: dict[str, Any], fix: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match=f"fix: {re.escape(fix)}"):
+        find(Source(str(tmp_path), key="data.eval", **options))
+
+
+def test_of_several_data_sets_a_card_may_name_the_one_that_is_meant(tmp_path: Path) -> None:
+    """As `datasets` has it: `default: true`, or the name `default`."""
+    for k, name in enumerate(("a", "b", "default"), start=1):
+        (tmp_path / f"{name}.jsonl").write_text('{"x": 1}\n' * k)
+
+    def rows(*entries: str, **options: Any) -> int:
+        text = "".join(f"- config_name: {entry}\n  data_files: {entry.split()[0]}.jsonl\n" for entry in entries)
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n{text}---\n")
+        return len(read(Source(str(tmp_path), **options)))
+
+    marked = "b\n  default: true"
+    assert rows("a", marked) == 2
+    assert rows("a", marked, name="a") == 1
+    assert rows("a", "default") == 3
+    for entries in (("a", "b"), ("a", "b\n  default: false"), ("a\n  default: true", marked), ("default", marked)):
+        with pytest.raises(DataError, match="several data sets"):
+            rows(*entries)
+
+
+def test_what_files_are_called_breaks_no_message(tmp_path: Path) -> None:
+    """A name may hold line breaks, marks that turn the direction of text, and escapes of a terminal."""
+    (tmp_path / "train\n\u202e\x1b[31m.jsonl").write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match="no split 'test'") as error:
+        find(Source(str(tmp_path), split="test"))
+    assert str(error.value).isprintable()
+    (tmp_path / "README.md").write_text('---\nconfigs:\n- config_name: "a\\n\\u202e"\n  data_files: train*\n---\n')
+    with pytest.raises(DataError, match="no data set 'x'") as error:
+        find(Source(str(tmp_path), name="x"))
+    assert str(error.value).isprintable()

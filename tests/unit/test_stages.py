@@ -98,8 +98,17 @@ def test_rows_that_are_trained_on_are_no_held_out_set_unless_that_is_said(tmp_pa
     for path, most in ((folder, None), (f"{folder}/train.jsonl", None), (f"{folder}/tr*", None), (folder, 1)):
         with pytest.raises(DataError, match=r"^data\.eval\.own: .*train\.jsonl is trained on too; fix: name other rows"):
             preparation.refuse_training_rows(find(Source(path, max_samples=most, key=key)), train)
-    for source in (Source(folder, split="train"), Source(folder, split="train[:1]"), Source(folder, split="test")):
+    for source in (Source(folder, split="train"), Source(folder, split="test")):
         preparation.refuse_training_rows(find(source), train)
+    with pytest.raises(
+        DataError, match=r"rows 'train\[:1\]' of .* trained on too; fix: set data\.train\.split: train\[1:\]"
+    ):
+        preparation.refuse_training_rows(find(Source(folder, split="train[:1]", key="data.eval")), train)
+    preparation.refuse_training_rows(find(Source(folder, split="train[:1]")), [find(Source(folder, split="train[1:]"))])
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "test.jsonl", [{"name": "train"}, {"name": "train"}])
+    with pytest.raises(DataError, match=r"other/test\.jsonl is trained on too"):  # a copy by the name of a test set
+        preparation.refuse_training_rows(find(Source(f"{folder}/other", split="test")), train)
     preparation.refuse_training_rows(find(Source(f"{folder}/test.jsonl")), train)
 
 

@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dspref.data.formats import Preference, RowError
-from dspref.data.template import Manners, learn
+from dspref.data.manners import Learned, Manners, learn
+from dspref.data.template import Rendering, render
 from dspref.data.tokenize import encode
 from dspref.data.truncate import Limits, TokenizedPair
 
@@ -410,3 +411,177 @@ def test_a_prompt_that_ends_with_a_call_and_no_content() -> None:
     row = Preference([user("Hi"), call], [said("tool", "4"), model("4.")], [said("tool", "4"), model("5.")])
     prompt, chosen, _ = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
     assert prompt.startswith("<|im_start|>user\nHi<|im_end|>") and chosen.endswith("[[4.<|im_end|>]]")
+
+
+# ------------------------------------------------------------------------- several templates, and what they leave out
+
+# The same family with other turns for rows with tools: another header, another end.
+TOOL_USE = (
+    "<bos>{{ tools | tojson }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<end_of_turn>"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+ADD = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def with_tools(row: Preference, tools: list[Any] | None = ADD, **settings: Any) -> Preference:
+    return Preference(row.prompt, row.chosen, row.rejected, tools, settings or None)
+
+
+@pytest.mark.parametrize(
+    ("template", "plain", "tooled"),
+    [
+        ({"default": CHATML, "tool_use": TOOL_USE}, "<|im_end|>", "<end_of_turn>"),
+        ({"default": CHATML, "tool_use": TOOL_USE, "rag": NO_END}, "<|im_end|>", "<end_of_turn>"),
+        ({"default": NO_END, "tool_use": TOOL_USE}, None, "<end_of_turn>"),
+        ({"default": CHATML}, "<|im_end|>", "<|im_end|>"),
+        # One text that writes otherwise where there are tools.
+        ("{% if tools %}" + TOOL_USE + "{% else %}" + CHATML + "{% endif %}", "<|im_end|>", "<end_of_turn>"),
+    ],
+)
+def test_the_template_that_a_row_is_rendered_with_is_the_one_that_is_learned(
+    template: Any, plain: str | None, tooled: str
+) -> None:
+    for row, end in ((ONE, plain), (with_tools(ONE), tooled), (with_tools(ONE, []), plain)):
+        found = marked(template, row)
+        if end is None:
+            assert isinstance(found, RowError) and found.field == "chat_template", found
+        else:
+            assert found[1:] == (f"[[Yes.{end}]]", f"[[No{end}]]")
+
+
+def test_settings_of_a_row_that_change_how_turns_end_are_learned() -> None:
+    template = CHATML.replace("<|im_end|>\n", "{{ '<eos>' if plain is defined else '<|im_end|>\n' }}")
+    both = (ONE, with_tools(ONE, None, plain=True))
+    (first, second) = encode(both, characters(template), Limits())
+    assert isinstance(first, TokenizedPair) and isinstance(second, TokenizedPair)
+    decoded = [characters(template).decode(pair.chosen) for pair in (first, second)]
+    assert decoded == ["Yes.<|im_end|>", "Yes.<eos>"]
+
+
+def test_a_template_that_wants_a_system_message_is_learned_with_one() -> None:
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    row = Preference([said("system", "Be brief."), *ONE.prompt], ONE.chosen, ONE.rejected)
+    assert marked(template, row)[1:] == ("[[Yes.<|im_end|>]]", "[[No<|im_end|>]]")
+
+
+def test_several_templates_without_one_for_the_row_are_refused_in_words() -> None:
+    error = marked({"tool_use": TOOL_USE, "rag": CHATML}, ONE)  # pyright: ignore[reportArgumentType]
+    assert isinstance(error, RowError)
+    assert "none is called default" in error.reason and error.fix == "set model.chat_template to a Jinja file"
+    found = marked({"tool_use": TOOL_USE, "rag": CHATML}, with_tools(ONE))  # pyright: ignore[reportArgumentType]
+    assert found[1:] == ("[[Yes.<end_of_turn>]]", "[[No<end_of_turn>]]")
+
+
+USERS_ONLY = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}")
+SYSTEM = [said("system", "Be brief, please."), *ONE.prompt]
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "place"),
+    [
+        (USERS_ONLY, Preference(SYSTEM, ONE.chosen, ONE.rejected), "prompt[0].content"),
+        (R1, Preference([said("developer", "Be brief."), *ONE.prompt], ONE.chosen, ONE.rejected), "prompt[0].content"),
+        # Of several questions, the first is lost.
+        (
+            CHATML.replace("in messages %}", "in messages[-2:] %}", 1),
+            Preference([user("One"), model("two"), *ONE.prompt], ONE.chosen, ONE.rejected),
+            "prompt[0].content",
+        ),
+        (
+            USERS_ONLY,
+            Preference(ONE.prompt, [calls("add", x=2), said("tool", "4.5 apples"), model("4.")], ONE.rejected),
+            "chosen[1].content",
+        ),
+    ],
+)
+def test_a_message_that_the_template_does_not_print_is_refused(template: str, row: Preference, place: str) -> None:
+    error = marked(template, row)
+    assert isinstance(error, RowError), error
+    assert error.field == place and "does not print it" in error.reason and "data.scored: all" in error.fix
+    tokenizer = characters(template)
+    rendering = render(row, tokenizer, Learned(tokenizer), "all")  # the fix works, and it is counted
+    role = "tool" if place.startswith("chosen") else row.prompt[0]["role"]  # pyright: ignore[reportArgumentType]
+    assert isinstance(rendering, Rendering)
+    assert f"pair with a message ({role}) that the chat template does not print" in rendering.notes
+
+
+def notes(template: str, row: Preference) -> tuple[str, ...]:
+    tokenizer = characters(template)
+    rendering = render(row, tokenizer, Learned(tokenizer))
+    assert isinstance(rendering, Rendering), rendering
+    return rendering.notes
+
+
+def test_tools_and_settings_without_effect_are_told() -> None:
+    ignored = "pair with tools that the chat template does not print"
+    assert notes(CHATML, with_tools(ONE)) == (ignored,)
+    assert notes(LLAMA3, with_tools(ONE)) == ()
+    assert notes(LLAMA3, with_tools(ONE, [ADD[0]["function"]])) == ()
+    unread = "pair with chat_template_kwargs.thinking that the chat template does not read"
+    assert notes(QWEN3, with_tools(ONE, None, thinking=False)) == (unread,)
+    # The template's own default changes nothing, and is no key without effect.
+    assert notes(QWEN3, with_tools(ONE, None, enable_thinking=True)) == ()
+    assert notes(CHATML, with_tools(ONE, enable_thinking=False)) == (ignored, unread.replace("thinking", "enable_thinking"))
+
+
+def test_messages_that_come_in_another_form_are_no_loss() -> None:
+    """Spaces, JSON, and flags that a template obeys instead of printing them."""
+    as_json = CHATML.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    result = [calls("add", x=2), said("tool", 'a "b"\n\u00e9'), model("4.")]
+    assert notes(as_json, Preference(ONE.prompt, result, ONE.rejected)) == ()
+    folded = CHATML.replace("{{ m.content }}", "{{ m.content | replace('  ', ' ') | trim }}")
+    assert notes(folded, Preference([user(" two  words ")], ONE.chosen, ONE.rejected)) == ()
+    obeyed = CHATML.replace("{{ m.content }}", "{{ m.content | replace('/no_think', '') }}")
+    flagged = Preference([said("system", "/no_think Be brief."), *ONE.prompt], ONE.chosen, ONE.rejected)
+    assert notes(obeyed, flagged) == ("pair with a message (system) that the chat template rewrites",)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("{{ m.content | upper if m.role == 'user' else m.content }}", "drops or rewrites"),
+        ("{{ m.content | replace('word', ' word') if m.role == 'user' else m.content }}", "drops or rewrites"),
+        ("{{ m.content if loop.last or messages[-1].role == 'user' else 'x' }}", "drops or rewrites"),
+        ("{{ m.content }}{{ 'more' if loop.last and m.role == 'user' }}", "otherwise once"),
+        ("{{ raise_exception('no') if m.content.startswith('first q') }}{{ m.content }}", "does not render"),
+    ],
+)
+def test_where_turns_cannot_be_told_all_is_scored_and_the_reason_is_true(change: str, reason: str) -> None:
+    tokenizer = characters(CHATML.replace("{{ m.content }}", change))
+    learned = Learned(tokenizer)
+    rendering = render(ONE, tokenizer, learned)
+    assert isinstance(rendering, Rendering) and rendering.turns is None
+    assert learned.unknown is not None and reason in learned.unknown
+
+
+def test_an_answer_that_is_rewritten_is_refused_where_turns_cannot_be_told_too() -> None:
+    error = marked(CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), ONE)
+    assert isinstance(error, RowError) and error.field == "chosen[0].content" and "rewrites" in error.reason
+
+
+# The end of the last turn alone; and one that writes earlier turns otherwise, once others follow.
+LAST_ENDS = (
+    "{% for m in messages %}<User>{{ m.role }}\n{{ m.content }}{% if loop.last and m.role == 'assistant' %}<eos>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<User>assistant\n{% endif %}"
+)
+COUNTS = (
+    "{% for m in messages %}<User>{{ m.role }} of {{ messages | length if messages | length > 2 else 'few' }}\n"
+    "{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<User>assistant of 9\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "fix"), [(LAST_ENDS, "last or all"), (COUNTS, "all")])
+def test_a_rule_that_is_proposed_works(template: str, fix: str) -> None:
+    row = Preference([user("Hi")], [model("a"), user("b"), model("c")], [model("d"), user("b"), model("e")])
+    error = marked(template, row)
+    assert isinstance(error, RowError) and error.fix.endswith(f"data.scored: {fix}"), error
+    assert isinstance(marked(template, row, "last"), RowError) == ("last" not in fix)
+    assert not isinstance(marked(template, row, "all"), RowError)
+
+
+def test_answers_that_differ_in_what_the_template_drops_are_no_pair_by_any_rule() -> None:
+    row = Preference([user("Hi")], [model("<think>a</think>5")], [model("<think>b</think>5")])
+    for rule in ("assistant", "last", "all"):
+        error = marked(R1, row, rule)
+        assert isinstance(error, RowError) and error.field == "rejected" and "scored" not in error.fix

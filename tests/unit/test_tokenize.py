@@ -396,3 +396,40 @@ def test_a_missing_tokenizer_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"^model\.tokenizer_name_or_path: .*; fix: .*$"):
         load_tokenizer(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "fix"),
+    [
+        (
+            Limits(6, on_overlong="drop"),
+            "longer than max_length 6",
+            "raise data.max_length, or set data.on_overlong: truncate",
+        ),
+        (
+            Limits(6, on_overlong="error"),
+            "longer than max_length 6",
+            "raise data.max_length, or set data.on_overlong: truncate or drop",
+        ),
+        # What is left would be equal: cutting is no way out.
+        (
+            Limits(None, None, 2, on_overlong="drop"),
+            "longer than max_completion_length 2",
+            "raise data.max_completion_length",
+        ),
+        (
+            Limits(100, None, 2, on_overlong="error"),
+            "longer than max_completion_length 2",
+            "raise data.max_completion_length, or set data.on_overlong: drop",
+        ),
+        (Limits(None, None, 2), "identical to chosen after truncation", "raise data.max_completion_length"),
+        (Limits(100, 90, 2), "identical to chosen after truncation", "raise data.max_completion_length"),
+        (Limits(6, 2, 2), "identical to chosen after truncation", "raise data.max_length and data.max_prompt_length and "),
+    ],
+)
+def test_the_limits_that_are_named_are_those_that_a_pair_is_beyond(limits: Limits, reason: str, fix: str) -> None:
+    pair = TokenizedPair(*(np.array(ids, dtype=np.int32) for ids in ([1, 2, 3], [4, 5, 6, 7], [4, 5, 8])))
+    with pytest.raises(RowError) as error:
+        truncate(pair, limits)
+    assert error.value.reason == reason
+    assert error.value.fix == fix or (fix.endswith(" ") and error.value.fix.startswith(fix))
