@@ -302,6 +302,9 @@ def _folders(config: Config) -> Iterator[tuple[KeyPath, str]]:
 def unwritable(folder: Path) -> str | None:
     """Why nothing can be written to a folder, or to where it would be made; a file is made and taken away again, as
     permissions alone say nothing of read-only mounts, and nothing to root."""
+    whole = folder.absolute()
+    if links := [part for part in (whole, *whole.parents) if os.path.islink(part) and not os.path.exists(part)]:
+        return f"{'is' if links[0] == whole else f'{os.path.relpath(links[0])} is'} a link that leads nowhere"
     there = nearest(folder)
     if not there.is_dir():
         return "is a file" if there == folder.absolute() else f"{os.path.relpath(there)} is a file"

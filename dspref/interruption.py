@@ -40,7 +40,7 @@ def leaving_at_once() -> Iterator[None]:
     finally:
         _depth -= 1
         for number, before in handlers.items():
-            signal.signal(number, before)
+            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: not of Python's making
         signal.set_wakeup_fd(wakeup)
         os.write(writer, b"\0")
         thread.join()

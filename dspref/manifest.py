@@ -38,7 +38,7 @@ def committed(checkpoints: Path) -> list[Path]:
     try:
         with os.scandir(checkpoints) as entries:
             found = [Path(entry) for entry in entries if step_of(Path(entry)) is not None and entry.is_dir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(found, key=lambda folder: step_of(folder) or 0)
 

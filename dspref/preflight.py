@@ -129,16 +129,15 @@ def check_folders(scene: Scene) -> Verdict:
             return Verdict(FAIL, f"output_dir: {said}")
         within = {} if anew else {f"output_dir: {name}": run / name for name in INNER if (run / name).is_dir()}
         folders = {"output_dir": run, **within, **folders}
+        if scene.config.reference.store:
+            folders["reference.store"] = Path(scene.config.reference.store)
     if operators(scene.config):
         folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(scene)
     for name, folder in folders.items():
         if scene.config and name == "output_dir" and folder.is_file():
             continue  # refused where the run folder is opened, with what to do
-        try:
-            with tempfile.TemporaryFile(dir=nearest(folder)):
-                pass
-        except OSError as error:
-            return Verdict(FAIL, f"{name}: {folder} cannot be written ({error.strerror}); choose another folder")
+        if reason := inputs.unwritable(folder):
+            return Verdict(FAIL, f"{name}: {folder} {reason}; choose another folder")
     for path in [folders["output_dir"] / name for name in record.APPENDED] if scene.config and not anew else []:
         try:
             if path.is_file():

@@ -122,8 +122,9 @@ class RunFolder:
     def refuse_foreign(self, anew: bool = False) -> None:
         """Raise ConfigError where the folder holds something that dspref did not make, and EnvironmentFault where something
         lies in the way of what it will. `anew`: what is there will be set aside."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir: {self.path} is a file; choose another folder")
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+            kind = "a file" if os.path.exists(self.path) else "a link that leads nowhere"
+            raise ConfigError(f"output_dir: {self.path} is {kind}; choose another folder")
         if is_foreign(self.path):
             raise ConfigError(f"output_dir: {self.path} is not empty and holds no dspref run; choose another folder")
         if said := record.misplaced(self.path, anew):

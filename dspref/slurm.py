@@ -135,8 +135,9 @@ def absolute(folder: str) -> Path:
 
 def refuse_occupied(run: Path) -> None:
     """Raise ConfigError for a folder of somebody else, and for a run whose job has not ended: two would write one run."""
-    if os.path.exists(run) and not os.path.isdir(run):
-        raise ConfigError(f"output_dir: {run} is a file; choose another folder")
+    if os.path.lexists(run) and not os.path.isdir(run):
+        kind = "a file" if os.path.exists(run) else "a link that leads nowhere"
+        raise ConfigError(f"output_dir: {run} is {kind}; choose another folder")
     if is_foreign(run):
         raise ConfigError(f"output_dir: {run} is not empty and holds no dspref run; choose another folder")
     if said := misplaced(run):

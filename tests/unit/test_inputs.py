@@ -60,6 +60,9 @@ def prepare(models: Path) -> None:
     for folder in ("nothing", "foreign", "taken/final", "pickled", "cut", "adapter", "broken", "shards", "lfs"):
         Path(folder).mkdir(parents=True)
     Path("foreign/thesis.tex").write_text("x")
+    Path("dangling").symlink_to("nowhere")
+    Path("odd").mkdir()
+    Path("odd/checkpoints").touch()
     weights = Path(models / "whole" / "model.safetensors").read_bytes()
     for folder in ("taken/final", "pickled", "cut", "shards", "lfs"):
         Path(folder, "config.json").write_bytes((models / "bare" / "config.json").read_bytes())
@@ -116,6 +119,10 @@ CASES = {
     "reference.name_or_path=pickled": "reference.name_or_path: pickled: holds no *.safetensors",
     "reference.name_or_path=adapter": "holds no adapter_model.safetensors",
     "reference.store=p.jsonl": "reference.store: p.jsonl: is a file",
+    "output_dir=dangling": "output_dir: dangling: is a link that leads nowhere",
+    "output_dir=dangling/x/y": "output_dir: dangling/x/y: dangling is a link that leads nowhere",
+    "reference.store=dangling": "reference.store: dangling: is a link that leads nowhere",
+    "output_dir=odd": "holds no dspref run",
     "output_dir=p.jsonl": "output_dir: p.jsonl: is a file",
     "output_dir=p.jsonl/x": "p.jsonl is a file",
     "output_dir=/proc/no/run": "output_dir: /proc/no/run: cannot be written",

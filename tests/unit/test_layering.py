@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("foreign", "sound"),
     ("hints",),
     ("explain",),
+    ("objective_checks",),
     ("checks",),
     ("config",),
     ("status", "weights"),
@@ -63,7 +64,10 @@ WITHIN_PURE: dict[str, set[str]] = {
 }
 
 # The pure layer never sees a rank, a device string or a config object, and config stands apart from the rest.
-CONFIG = ("config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12")
+CONFIG = (
+    "config", "sections", "checks", "objective_checks", "explain", "foreign", "hints", "sound", "paths", "strategy",
+    "yaml12",
+)  # fmt: skip
 FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"} for module in PURE} | {
     **{name: {*PURE, "distributed"} - {"objectives", "families", "losses"} for name in CONFIG},
     "distributed": {*PURE, "config", "sections", "strategy", "yaml12"},
@@ -88,7 +92,7 @@ OWNERS: dict[str, set[str]] = {
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
 NO_TORCH = {
-    "config", "sections", "checks", "explain", "foreign", "hints", "sound", "paths", "strategy", "yaml12", "errors", "files",
+    *CONFIG, "errors", "files",
     "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
     "terminal", "local_store", "rendezvous", "reading", "weights", "manifest", "record", "interruption",
     "machine", "footprint", "inputs", "preflight", "agreement", "doctor",

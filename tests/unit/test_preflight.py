@@ -232,6 +232,21 @@ def test_folders_that_cannot_be_written(tmp_path):
     assert verdict.level == FAIL and "output_dir: /proc/no/run cannot be written" in verdict.text
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("output_dir={}/link/run", "output_dir: {0}/link/run"),
+        ("reference.store={}/link", "reference.store: {0}/link is a link that leads nowhere"),
+        ("reference.store={}/run.yaml", "reference.store: {0}/run.yaml is a file"),
+        ("reference.store=/proc/no/store", "reference.store: /proc/no/store cannot be written"),
+    ],
+)
+def test_folders_that_lead_nowhere(override, said, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    verdict = CHECKS["folders"](Scene(run_of(tmp_path, override.format(tmp_path))))
+    assert verdict.level == FAIL and verdict.text.startswith(said.format(tmp_path)), verdict.text
+
+
 def test_folders_of_a_network(tmp_path, monkeypatch):
     (tmp_path / "mounts").write_text(f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n")
     scene = Scene(run_of(tmp_path, *OFFLOAD), {"TORCH_EXTENSIONS_DIR": f"{tmp_path}/builds"}, proc=tmp_path)

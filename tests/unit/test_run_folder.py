@@ -146,6 +146,14 @@ def test_what_is_not_a_draft_stays(tmp_path):
     assert (tmp_path / "run/.drafts").exists()
 
 
+def test_a_run_folder_that_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, kind in (("file", "a file"), ("link", "a link that leads nowhere")):
+        with pytest.raises(ConfigError, match=f"{name} is {kind}; choose another folder"):
+            RunFolder(tmp_path / name).refuse_foreign()
+
+
 def strays(*paths: Path) -> None:
     """At each path something that nobody expects there: a folder with a file, a file, a pipe, a link to nothing, and one to
     a folder of somebody's."""

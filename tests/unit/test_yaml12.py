@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dspref import reading, strategy
 from dspref.errors import ConfigError
+from dspref.sections import in_full
 from dspref.yaml12 import MAX_DEPTH, Position, apply_override, parse
 
 DOCUMENT = "train: {seed: 1}\ndata:\n  train:\n    - path: a\n"
@@ -79,6 +80,17 @@ def test_what_is_no_index_is_a_name(key: str) -> None:
     assert document["train"] == {key: 1}
     with pytest.raises(ConfigError, match="no such section or list item"):
         apply_override(document, {(): Position("x.yaml")}, f"list.{key}=1")
+
+
+def test_a_short_form_is_written_out_only_by_an_override_that_is_taken() -> None:
+    document: dict[str, Any] = {"data": {"train": "a.jsonl"}}
+    with pytest.raises(ConfigError, match="a mapping of keys, not a list"):
+        apply_override(document, {(): Position("x.yaml")}, "data.train.0.path=b", in_full)
+    assert document == {"data": {"train": "a.jsonl"}}
+    positions = {(): Position("x.yaml"), ("data",): Position("x.yaml", 1, 1), ("data", "train"): Position("x.yaml", 2, 3)}
+    apply_override(document, positions, "data.train.split=test", in_full)
+    assert document == {"data": {"train": {"path": "a.jsonl", "split": "test"}}}
+    assert positions["data", "train"] == Position("x.yaml", 2, 3) and positions["data", "train", "split"].line == 0
 
 
 @pytest.mark.parametrize(
