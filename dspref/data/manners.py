@@ -83,12 +83,13 @@ def learn(
         answered = rendered(tokenizer, first, **how)
     except Exception as error:  # a template is a program: it may raise anything
         return Manners(unknown=f"it does not render a plain conversation: {one_line(error, 120)}")
+    ignores = tuple(_ignored(tokenizer, alone, tools, settings or {}))
     if QUESTION not in alone or not re.search(f"{QUESTION}.*{ANSWER}", answered, re.S):
-        return Manners(unknown="it drops or rewrites the text of a plain conversation")
+        return Manners(unknown="it drops or rewrites the text of a plain conversation", ignores=ignores)
     behind_question, middle, tail = _behind(alone, QUESTION), _between(answered, QUESTION, ANSWER), _behind(answered, ANSWER)
     asks = asked != alone
     if not middle.startswith(behind_question) and not (asks and answered.startswith(asked)):
-        return Manners(unknown="it renders a question otherwise once that is answered")
+        return Manners(unknown="it renders a question otherwise once that is answered", ignores=ignores)
     header = middle[shared_length(behind_question, middle) :]
     tokens = _added(tokenizer)
     opens_always = behind_question == middle != ""
@@ -104,7 +105,7 @@ def learn(
     as_text, of_tools = _of_tools(tokenizer, tokens, ends, middle, opening, how)
     return Manners(
         header, asks, ends and (*ends, *of_tools), between is None or every is not None, as_text,
-        ignores=tuple(_ignored(tokenizer, alone, tools, settings or {})), tokens=tokens,
+        ignores=ignores, tokens=tokens,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def normalise(
         row |= fill(template, values)
     else:
         if as_ != "text":
-            row = _with_conversations(row)
+            row = _without_null_prompt(_with_conversations(row), named)
         row = _with_history(row, values, named, ranked)
         _refuse_implied(row, values, named)
         _refuse_lost(row, values, named)
@@ -101,9 +101,6 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
             raise missing(field, values, name)
     if "system" in fields and "system" not in named:
         row |= _system_column(values, taken)
-    # Arrow gives rows with whole conversations the prompt of others, which is null.
-    if "prompt" not in named and row.get("prompt", "") in (None, []) and all(_is_whole(row.get(field)) for field in ANSWERS):
-        del row["prompt"]
     return row
 
 
@@ -115,6 +112,14 @@ def _system_column(values: Values, taken: set[str]) -> Fields:
         names = " and ".join(said)
         raise RowError("system", f"{names} say different things", "name the one that is meant: data.train.columns.system")
     return {"system": next(iter(said.values()), None)} if there else {}
+
+
+def _without_null_prompt(row: Fields, named: Mapping[str, str]) -> Fields:
+    """The row without a prompt that is null beside whole conversations: Arrow gives a row the columns of others."""
+    null = "prompt" not in named and row.get("prompt", "") in (None, [])
+    if not null or not all(_is_whole(row.get(field)) for field in ANSWERS):
+        return row
+    return {field: value for field, value in row.items() if field != "prompt"}
 
 
 def _is_whole(answer: Any) -> bool:

@@ -844,6 +844,7 @@ OF_TWO = Preference([Q], [X], [Y])
         # Whole conversations beside the prompt of other rows.
         {"prompt": None, "chosen": [Q, X], "rejected": [Q, Y]},
         {"prompt": [], "chosen": [Q, X], "rejected": [Q, Y]},
+        {"prompt": None, "chosen": json.dumps([Q, X]), "rejected": json.dumps([Q, Y])},
         {"prompt": None, "chosen": {"messages": [Q, X]}, "rejected": {"messages": [Q, Y]}, "completions": None},
         # Other names of who speaks, and in capitals.
         *(

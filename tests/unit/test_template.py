@@ -523,6 +523,8 @@ def test_tools_and_settings_without_effect_are_told() -> None:
     # The template's own default changes nothing, and is no key without effect.
     assert notes(QWEN3, with_tools(ONE, None, enable_thinking=True)) == ()
     assert notes(CHATML, with_tools(ONE, enable_thinking=False)) == (ignored, unread.replace("thinking", "enable_thinking"))
+    louder = CHATML.replace("{{ m.content }}", "{{ m.content | upper if m.role == 'user' else m.content }}")
+    assert notes(louder, with_tools(ONE)) == (ignored, "pair with a message (user) that the chat template rewrites")
 
 
 def test_messages_that_come_in_another_form_are_no_loss() -> None:
