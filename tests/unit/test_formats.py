@@ -846,6 +846,13 @@ OF_TWO = Preference([Q], [X], [Y])
         {"prompt": [], "chosen": [Q, X], "rejected": [Q, Y]},
         {"prompt": None, "chosen": json.dumps([Q, X]), "rejected": json.dumps([Q, Y])},
         {"prompt": None, "chosen": {"messages": [Q, X]}, "rejected": {"messages": [Q, Y]}, "completions": None},
+        # Two forms of messages in one file: Arrow gives each the keys of both.
+        {
+            "prompt": [{"role": None, "content": None, "from": "human", "value": "q"}],
+            "chosen": [{"role": "assistant", "content": "x", "from": None, "value": None}],
+            "rejected": "y",
+        },
+        {"messages": {"messages": [Q]}, "chosen": "x", "rejected": "y"},
         # Other names of who speaks, and in capitals.
         *(
             {"prompt": [{"role": asks, "content": "q"}], "chosen": [{"role": says, "content": "x"}], "rejected": "y"}
@@ -897,3 +904,11 @@ def test_two_system_messages_are_refused_and_the_fix_works() -> None:
         to_preference(row)
     assert to_preference(row, {"system": "system_prompt"}).prompt == [{"role": "system", "content": "b"}, Q]
     assert to_preference(row | {"system_prompt": " a "}).prompt == [{"role": "system", "content": "a"}, Q]
+
+
+def test_a_name_may_lead_into_objects_and_lists() -> None:
+    columns = {"prompt": "ask.text", "chosen": "answers.0", "rejected": "answers.1.text"}
+    row = {"ask": {"text": "q"}, "answers": ["x", {"text": "y"}]}
+    assert to_preference(row, columns) == Preference("q", "x", "y")
+    with pytest.raises(RowError, match=r"no column 'answers\.2'"):
+        to_preference(row, columns | {"chosen": "answers.2"})
