@@ -310,7 +310,7 @@ def _unprinted(
         if not _same_text(again, [*messages[:i], {**message, "content": "otherword"}, *messages[i + 1 :]], text):
             yield f"pair with a message ({role}) that the chat template rewrites"
         elif strict:
-            reason = f"the chat template does not print it ({role}): {one_line(content, 80)!r}"
+            reason = f"the chat template does not print this message ({role})"
             fix = MERGE_IT if role in ("system", "developer") else PRINT_IT
             raise RowError(f"{field}[{i}].content", reason, fix)
         else:
