@@ -112,7 +112,8 @@ def learn(
 def _ignored(tokenizer: Any, alone: str, tools: list[Any] | None, settings: Mapping[str, Any]) -> Iterator[str]:
     """`tools` where none is named in what was rendered, and settings whose names the template does not have: their values
     may be its defaults, so that the text would be no other without them."""
-    if tools and not any(name in alone for name in map(_name_of, tools) if name):
+    names = [name for name in map(_name_of, tools or ()) if name]
+    if names and not any(name in alone for name in names):
         yield "tools"
     source = tokenizer.get_chat_template(tools=tools)
     yield from (name for name in settings if not re.search(rf"\b{re.escape(name)}\b", source))

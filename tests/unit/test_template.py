@@ -523,6 +523,7 @@ def test_tools_and_settings_without_effect_are_told() -> None:
     assert notes(CHATML, with_tools(ONE)) == (ignored,)
     assert notes(LLAMA3, with_tools(ONE)) == ()
     assert notes(LLAMA3, with_tools(ONE, [ADD[0]["function"]])) == ()
+    assert notes(LLAMA3, with_tools(ONE, [{"type": "web_search"}])) == ()
     unread = "pair with chat_template_kwargs.thinking that the chat template does not read"
     assert notes(QWEN3, with_tools(ONE, None, thinking=False)) == (unread,)
     # The template's own default changes nothing, and is no key without effect.
