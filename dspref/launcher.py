@@ -130,7 +130,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise ConfigError(f"{unknown[0]}: no such option; a value is changed by section.key=value, without dashes")
+        word = " ".join(unknown[0].split())
+        raise ConfigError(f"{word}: no such option; a value is changed by section.key=value, without dashes")
     if not options.config:
         raise ConfigError("--config: is missing; give the path of a YAML file, such as launch/configs/quickstart.yaml")
     return options

@@ -10,8 +10,8 @@ from typing import Any
 
 from dspref.data.formats import Preference, pair_of, to_preference
 from dspref.data.messages import answer_of, is_blank, stripped
-from dspref.data.normalise import normalise
-from dspref.data.rows import Columns, RowError, Text, Values, find, given, missing, parse_json, unwrapped, what_is
+from dspref.data.normalise import conversation_in, normalise, without_null_prompt
+from dspref.data.rows import Columns, RowError, Text, Values, find, given, kind_of, missing, parse_json, unwrapped, what_is
 
 RANKED_FIELDS = ("completions", "scores", "ranks")
 
@@ -93,7 +93,7 @@ def _pair(fields: Values, best: Text, worst: Text, values: Values, columns: Colu
     prompt = fields.get("prompt")
     answers = {"chosen": answer_of(best, "chosen", prompt), "rejected": answer_of(worst, "rejected", prompt)}
     try:
-        return pair_of({**fields, **answers}, values, columns)
+        return pair_of(without_null_prompt({**fields, **answers}, given(columns)), values, columns)
     except RowError as error:
         return error
 
@@ -108,6 +108,9 @@ def ranked(
     completions, scores = _items(values, of_answers, "completions"), _items(values, of_scores, by)
     if len(completions) != len(scores):
         raise RowError(of_scores, f"{len(scores)} {by} for {len(completions)} completions")
+    if as_ != "text":
+        read = [conversation_in(completion, f"{of_answers}[{number}]") for number, completion in enumerate(completions)]
+        completions = read if all(kind_of(unwrapped(item)) == "chat" for item in read) else completions
     known, errors = [], []
     for number, (score, completion) in enumerate(zip(scores, completions)):
         if score is None or (isinstance(score, str) and not score.strip()):

@@ -83,12 +83,13 @@ def learn(
         answered = rendered(tokenizer, first, **how)
     except Exception as error:  # a template is a program: it may raise anything
         return Manners(unknown=f"it does not render a plain conversation: {one_line(error, 120)}")
+    ignores = tuple(_ignored(tokenizer, alone, tools, settings or {}))
     if QUESTION not in alone or not re.search(f"{QUESTION}.*{ANSWER}", answered, re.S):
-        return Manners(unknown="it drops or rewrites the text of a plain conversation")
+        return Manners(unknown="it drops or rewrites the text of a plain conversation", ignores=ignores)
     behind_question, middle, tail = _behind(alone, QUESTION), _between(answered, QUESTION, ANSWER), _behind(answered, ANSWER)
     asks = asked != alone
     if not middle.startswith(behind_question) and not (asks and answered.startswith(asked)):
-        return Manners(unknown="it renders a question otherwise once that is answered")
+        return Manners(unknown="it renders a question otherwise once that is answered", ignores=ignores)
     header = middle[shared_length(behind_question, middle) :]
     tokens = _added(tokenizer)
     opens_always = behind_question == middle != ""
@@ -104,14 +105,15 @@ def learn(
     as_text, of_tools = _of_tools(tokenizer, tokens, ends, middle, opening, how)
     return Manners(
         header, asks, ends and (*ends, *of_tools), between is None or every is not None, as_text,
-        ignores=tuple(_ignored(tokenizer, alone, tools, settings or {})), tokens=tokens,
+        ignores=ignores, tokens=tokens,
     )  # fmt: skip
 
 
 def _ignored(tokenizer: Any, alone: str, tools: list[Any] | None, settings: Mapping[str, Any]) -> Iterator[str]:
     """`tools` where none is named in what was rendered, and settings whose names the template does not have: their values
     may be its defaults, so that the text would be no other without them."""
-    if tools and not any(name in alone for name in map(_name_of, tools) if name):
+    names = [name for name in map(_name_of, tools or ()) if name]
+    if names and not any(name in alone for name in names):
         yield "tools"
     source = tokenizer.get_chat_template(tools=tools)
     yield from (name for name in settings if not re.search(rf"\b{re.escape(name)}\b", source))

@@ -86,7 +86,7 @@ def _role(name: str, aliases: Mapping[str, str]) -> str:
 def _from_sharegpt(message: Message, place: str) -> Message:
     """`from` and `value` as role and content; a function call as the tool call that it is."""
     speaker = message["from"]
-    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    rest = {key: value for key, value in message.items() if key not in ("from", "value", "content")}
     content = message.get("value", message.get("content"))
     role = _role(speaker, SPEAKERS) if isinstance(speaker, str) else speaker
     if speaker != "function_call":

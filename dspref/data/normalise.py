@@ -69,7 +69,7 @@ def normalise(
         row |= fill(template, values)
     else:
         if as_ != "text":
-            row = _with_conversations(row)
+            row = without_null_prompt(_with_conversations(row), named)
         row = _with_history(row, values, named, ranked)
         _refuse_implied(row, values, named)
         _refuse_lost(row, values, named)
@@ -101,9 +101,6 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
             raise missing(field, values, name)
     if "system" in fields and "system" not in named:
         row |= _system_column(values, taken)
-    # Arrow gives rows with whole conversations the prompt of others, which is null.
-    if "prompt" not in named and row.get("prompt", "") in (None, []) and all(_is_whole(row.get(field)) for field in ANSWERS):
-        del row["prompt"]
     return row
 
 
@@ -115,6 +112,14 @@ def _system_column(values: Values, taken: set[str]) -> Fields:
         names = " and ".join(said)
         raise RowError("system", f"{names} say different things", "name the one that is meant: data.train.columns.system")
     return {"system": next(iter(said.values()), None)} if there else {}
+
+
+def without_null_prompt(row: Fields, named: Mapping[str, str]) -> Fields:
+    """The row without a prompt that is null beside whole conversations: Arrow gives a row the columns of others."""
+    null = "prompt" not in named and row.get("prompt", "") in (None, [])
+    if not null or not all(_is_whole(row.get(field)) for field in ANSWERS):
+        return row
+    return {field: value for field, value in row.items() if field != "prompt"}
 
 
 def _is_whole(answer: Any) -> bool:
@@ -131,13 +136,14 @@ def _is_whole(answer: Any) -> bool:
 
 def _with_conversations(row: Fields) -> Fields:
     """The row with conversations that are JSON text, as a cell of a CSV file has them, as what they are."""
-    read = {field: _conversation(row[field], field) if field in row else None for field in FIELDS}
+    read = {field: conversation_in(row[field], field) if field in row else None for field in FIELDS}
     if kind_of(read["prompt"]) != "chat" and len({kind_of(read[field]) for field in ANSWERS if field in row}) > 1:
         read |= {field: row.get(field) for field in ANSWERS}  # one answer happens to look like it
     return row | {field: read[field] for field in FIELDS if field in row}
 
 
-def _conversation(value: Any, field: str) -> Any:
+def conversation_in(value: Any, field: str) -> Any:
+    """The conversation that a text is JSON of; anything else as it is."""
     if not isinstance(value, str) or not OBJECTS.match(value):
         return value
     try:
@@ -164,7 +170,7 @@ def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked:
     name = next((name for name in CONVERSATIONS if values.get(name) is not None and name not in named.values()), None)
     if name is None:
         return row
-    history = _conversation(values[name], name)
+    history = unwrapped(conversation_in(values[name], name))
     if kind_of(history) != "chat":
         return row
     other = next((column for column in REJECTED if values.get(column) is not None and column not in named.values()), None)
@@ -215,7 +221,7 @@ def _refuse_lost(row: Fields, values: Values, named: Mapping[str, str]) -> None:
 def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, other: str) -> Fields:
     """ms-swift: the conversation with its chosen answer, and beside it the rejected one: a text or message in the place of
     the last message, messages in the place of all that follows the last user's, or the other conversation whole."""
-    rejected = _conversation(rejected, other)
+    rejected = conversation_in(rejected, other)
     if other == "rejected_messages":
         return {"chosen": messages, "rejected": messages_of(rejected, other)}
     if messages[-1]["role"] != "assistant":

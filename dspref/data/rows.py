@@ -76,11 +76,13 @@ def given(columns: Columns | None) -> dict[str, str]:
 
 
 def find(values: Values, name: str) -> tuple[bool, Any]:
-    """Whether there is such a column, and what it holds; `column.key` is a key of an object."""
+    """Whether a column is there, and what it holds; `column.key` is a key of an object, `column.0` one item of a list."""
     if name in values:
         return True, values[name]
     column, dot, key = name.partition(".")
     inner = values.get(column)
+    if isinstance(inner, list):
+        inner = {str(number): item for number, item in enumerate(inner)}
     return find(inner, key) if dot and isinstance(inner, dict) else (False, None)
 
 

@@ -32,10 +32,9 @@ RESERVED_KWARGS = frozenset(
 # Keys of a message that hold text of the model's beside its content, by the names that templates read.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 DECIDE = "set model.chat_template to one that does not, or data.scored: all to train on it as it is"
-PRINT_IT = (
-    "set model.chat_template to one that does, or write it into the user's message (a template can: prompt: "
-    '"{system} {prompt}"), or set data.scored: all to train on what is printed'
-)
+PRINT_IT = "set model.chat_template to one that does, or data.scored: all to train on what is printed"
+# A system message may have another place.
+MERGE_IT = f'{PRINT_IT}, or write it into the user\'s message (a template can: prompt: "{{system}} {{prompt}}")'
 # What is said of a pair with things that the template ignores.
 IGNORED = {"tools": "tools that the chat template does not print"}
 NOT_READ = "chat_template_kwargs.{} that the chat template does not read"
@@ -311,8 +310,9 @@ def _unprinted(
         if not _same_text(again, [*messages[:i], {**message, "content": "otherword"}, *messages[i + 1 :]], text):
             yield f"pair with a message ({role}) that the chat template rewrites"
         elif strict:
-            reason = f"the chat template does not print it ({role}): {one_line(content, 80)!r}"
-            raise RowError(f"{field}[{i}].content", reason, PRINT_IT)
+            reason = f"the chat template does not print this message ({role})"
+            fix = MERGE_IT if role in ("system", "developer") else PRINT_IT
+            raise RowError(f"{field}[{i}].content", reason, fix)
         else:
             yield f"pair with a message ({role}) that the chat template does not print"
 

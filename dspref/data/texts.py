@@ -13,13 +13,13 @@ TOKENS = re.compile(
     r"|<(?P<bar>[|\uff5c])(?:assistant|bot|gpt|model)(?P=bar)>|<assistant>",
     re.I,
 )
-# and labels at the start of a line, of HH-RLHF, Alpaca and others,
+# and labels at the start of a line, of HH-RLHF, Alpaca, summaries and others,
 LABELS = re.compile(
-    r"(?:^|\n)[ \t]*(?:#+ *(?:response|assistant)\b:?|(?:\*\*)?(?:assistant|ai|gpt|chatgpt)(?:\*\*)?:(?:\*\*)?)", re.I
+    r"(?:^|\n)[ \t]*(?:#+ *(?:response|assistant)\b:?|(?:\*\*)?(?:assistant|ai|gpt|chatgpt|tl;dr)(?:\*\*)?:(?:\*\*)?)", re.I
 )
 # some of them where the other side has one too, as they may mean other things;
 OF_PAIRS = (
-    (re.compile(r"(?:^|\n)[ \t]*Q:"), re.compile(r"(?:^|\n)[ \t]*A:")),
+    (re.compile(r"(?:^|\n)[ \t]*[QH]:"), re.compile(r"(?:^|\n)[ \t]*A:")),
     (
         re.compile(r"(?:^|\n)[ \t]*(?:#+ *)?(?:human|user|question|instruction|input|query|prompt|customer)\b *:", re.I),
         re.compile(r"(?:^|\n)[ \t]*(?:#+ *)?(?:answer|response|output|bot|chatbot|model|agent|claude|llm)\b *:", re.I),

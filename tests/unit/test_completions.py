@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -236,3 +237,21 @@ def test_answers_that_are_objects_around_a_conversation() -> None:
     answers = [{"messages": [{"role": "Model", "content": text}], "id": 3} for text in ("x", "y")]
     row = {"prompt": [{"role": "User", "content": "q"}], "completions": answers, "scores": [1, 2]}
     assert best_and_worst(row) == tuple([{"role": "assistant", "content": text}] for text in ("y", "x"))
+
+
+@pytest.mark.parametrize(
+    "prompt", [{}, {"prompt": None}, {"prompt": "q"}, {"prompt": None, "messages": [{"role": "user", "content": "q"}]}]
+)
+@pytest.mark.parametrize("form", [list, json.dumps, lambda messages: {"messages": messages}])
+def test_answers_that_are_whole_conversations(prompt: dict[str, Any], form: Any) -> None:
+    asked = {"role": "user", "content": "q"}
+    answers = [form([asked, {"role": "assistant", "content": text}]) for text in ("x", "y")]
+    (pair,) = to_preferences({**prompt, "completions": answers, "scores": [1, 2]})
+    assert isinstance(pair, Preference)
+    said = tuple([{"role": "assistant", "content": text}] for text in ("y", "x"))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([asked], *said)
+
+
+def test_one_text_that_looks_like_a_conversation_is_a_text() -> None:
+    row = {"prompt": "q", "completions": ['[{"role": "user", "content": "x"}]', "y"], "scores": [1, 2]}
+    assert best_and_worst(row) == ("y", row["completions"][0])

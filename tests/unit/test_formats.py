@@ -122,6 +122,10 @@ def test_implicit_text_prompt_is_what_the_answers_share_in_whole_words(
         "Q: a\nA: b\nQ: c\nA:",
         "Question: Is it?\nOptions:\nA: yes\nB: no\nAnswer:",
         "Customer: Is it?\nAgent:",
+        "\n\nH: a\n\nA: b\n\nH: c\n\nA:",
+        "SUBREDDIT: r/x\nPOST: It was cold.\nTL;DR:",
+        "GPT4 Correct User: Is it?<|end_of_turn|>GPT4 Correct Assistant:",
+        "### Human: Is it?### Assistant:",
         "<|user|>\nIs it?</s>\n<|assistant|>",
         "<\uff5cUser\uff5c>Is it?<\uff5cAssistant\uff5c>",
         "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n",
@@ -844,7 +848,15 @@ OF_TWO = Preference([Q], [X], [Y])
         # Whole conversations beside the prompt of other rows.
         {"prompt": None, "chosen": [Q, X], "rejected": [Q, Y]},
         {"prompt": [], "chosen": [Q, X], "rejected": [Q, Y]},
+        {"prompt": None, "chosen": json.dumps([Q, X]), "rejected": json.dumps([Q, Y])},
         {"prompt": None, "chosen": {"messages": [Q, X]}, "rejected": {"messages": [Q, Y]}, "completions": None},
+        # Two forms of messages in one file: Arrow gives each the keys of both.
+        {
+            "prompt": [{"role": None, "content": None, "from": "human", "value": "q"}],
+            "chosen": [{"role": "assistant", "content": "x", "from": None, "value": None}],
+            "rejected": "y",
+        },
+        {"messages": {"messages": [Q]}, "chosen": "x", "rejected": "y"},
         # Other names of who speaks, and in capitals.
         *(
             {"prompt": [{"role": asks, "content": "q"}], "chosen": [{"role": says, "content": "x"}], "rejected": "y"}
@@ -896,3 +908,11 @@ def test_two_system_messages_are_refused_and_the_fix_works() -> None:
         to_preference(row)
     assert to_preference(row, {"system": "system_prompt"}).prompt == [{"role": "system", "content": "b"}, Q]
     assert to_preference(row | {"system_prompt": " a "}).prompt == [{"role": "system", "content": "a"}, Q]
+
+
+def test_a_name_may_lead_into_objects_and_lists() -> None:
+    columns = {"prompt": "ask.text", "chosen": "answers.0", "rejected": "answers.1.text"}
+    row = {"ask": {"text": "q"}, "answers": ["x", {"text": "y"}]}
+    assert to_preference(row, columns) == Preference("q", "x", "y")
+    with pytest.raises(RowError, match=r"no column 'answers\.2'"):
+        to_preference(row, columns | {"chosen": "answers.2"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dspref.data.formats import Preference, RowError
 from dspref.data.manners import Learned, Manners, learn
+from dspref.data.sources import Source
+from dspref.data.store import load_pairs
 from dspref.data.template import Rendering, render
 from dspref.data.tokenize import encode
 from dspref.data.truncate import Limits, TokenizedPair
+from dspref.errors import DataError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -498,7 +503,7 @@ SYSTEM = [said("system", "Be brief, please."), *ONE.prompt]
 def test_a_message_that_the_template_does_not_print_is_refused(template: str, row: Preference, place: str) -> None:
     error = marked(template, row)
     assert isinstance(error, RowError), error
-    assert error.field == place and "does not print it" in error.reason and "data.scored: all" in error.fix
+    assert error.field == place and "does not print" in error.reason and "data.scored: all" in error.fix
     tokenizer = characters(template)
     rendering = render(row, tokenizer, Learned(tokenizer), "all")  # the fix works, and it is counted
     role = "tool" if place.startswith("chosen") else row.prompt[0]["role"]  # pyright: ignore[reportArgumentType]
@@ -518,11 +523,14 @@ def test_tools_and_settings_without_effect_are_told() -> None:
     assert notes(CHATML, with_tools(ONE)) == (ignored,)
     assert notes(LLAMA3, with_tools(ONE)) == ()
     assert notes(LLAMA3, with_tools(ONE, [ADD[0]["function"]])) == ()
+    assert notes(LLAMA3, with_tools(ONE, [{"type": "web_search"}])) == ()
     unread = "pair with chat_template_kwargs.thinking that the chat template does not read"
     assert notes(QWEN3, with_tools(ONE, None, thinking=False)) == (unread,)
     # The template's own default changes nothing, and is no key without effect.
     assert notes(QWEN3, with_tools(ONE, None, enable_thinking=True)) == ()
     assert notes(CHATML, with_tools(ONE, enable_thinking=False)) == (ignored, unread.replace("thinking", "enable_thinking"))
+    louder = CHATML.replace("{{ m.content }}", "{{ m.content | upper if m.role == 'user' else m.content }}")
+    assert notes(louder, with_tools(ONE)) == (ignored, "pair with a message (user) that the chat template rewrites")
 
 
 def test_messages_that_come_in_another_form_are_no_loss() -> None:
@@ -585,3 +593,38 @@ def test_answers_that_differ_in_what_the_template_drops_are_no_pair_by_any_rule(
     for rule in ("assistant", "last", "all"):
         error = marked(R1, row, rule)
         assert isinstance(error, RowError) and error.field == "rejected" and "scored" not in error.fix
+
+
+def told(template: Any, rows: list[dict[str, Any]], folder: Path, **settings: Any) -> list[str]:
+    """What a run says of such rows."""
+    lines: list[str] = []
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: Any = {"on_bad_row": "error", "cache_dir": folder / "cache", "log": lines.append} | settings
+    load_pairs([Source(str(folder / "rows.jsonl"))], characters(template), Limits(), **options)
+    return lines
+
+
+def test_the_log_speaks_of_the_templates_that_were_used(tmp_path: Path) -> None:
+    louder = CHATML.replace("{{ m.content }}", "{{ m.content | upper if m.role == 'user' else m.content }}")
+    plain = {"prompt": [user("Hi")], "chosen": "Yes", "rejected": "No"}
+    tooled = plain | {"tools": ADD}
+    templates = {"default": louder, "tool_use": TOOL_USE}
+    assert told(templates, [tooled], tmp_path) == []
+    (warning, note) = told(templates, [tooled, plain], tmp_path)
+    assert "it drops or rewrites the text of a plain conversation" in warning and "data.scored: all" in warning
+    assert note == "data: 1 x pair with a message (user) that the chat template rewrites"
+    assert told(louder, [plain], tmp_path, scored="all") == [note]
+    assert told(CHATML, [tooled, plain], tmp_path) == ["data: 1 x pair with tools that the chat template does not print"]
+
+
+def test_a_message_that_is_lost_is_said_by_file_and_row_and_may_be_dropped(tmp_path: Path) -> None:
+    plain = {"prompt": [user("Hi")], "chosen": "Yes", "rejected": "No"}
+    rows = [plain, plain | {"system_prompt": "Be brief."}]
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:2: prompt\[0\]\.content: the chat template does not print this message \(system\)"
+    ):
+        told(USERS_ONLY, rows, tmp_path)
+    (line,) = told(USERS_ONLY, rows, tmp_path, on_bad_row="drop")
+    assert line.startswith(
+        "data: left out 1 of 2 rows: 1 x prompt[0].content: the chat template does not print this message (system)"
+    )
