@@ -16,9 +16,7 @@ from typing import Any
 
 from benchmarks.processes import ENVIRONMENT, Failed, failure
 from benchmarks.workload import ROOT
-
-# Long and short packs in turn leave holes that no later tensor fits into.
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+from dspref.launcher import ALLOCATOR  # for all variants alike
 
 
 class TimedOut(Failed):

@@ -102,3 +102,14 @@ def test_the_data_are_shown_as_a_run_would_read_them(elsewhere: Path) -> None:
     assert not Path("out").exists()
     code, said = call("check", "--data", "x.yaml", "data.on_bad_row=error")
     assert code == 3 and "p.jsonl:6: " in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}, {"GOMP_SPINCOUNT": "9"}])
+def test_what_torch_reads_is_set_where_the_user_has_not(own: dict[str, str]) -> None:
+    """Segments of GPU memory that grow; a user's own setting stands, under either of its names, and alone."""
+    environment = dict(own)
+    launcher.prepare(environment)
+    allocator = {name: value for name, value in environment.items() if name in launcher.ALLOCATOR}
+    given = {name: value for name, value in own.items() if name in launcher.ALLOCATOR}
+    assert allocator == (given or dict.fromkeys(launcher.ALLOCATOR, "expandable_segments:True"))
+    assert environment["GOMP_SPINCOUNT"] == own.get("GOMP_SPINCOUNT", "1000")
