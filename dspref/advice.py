@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from dspref import attention, engine, performance
+from dspref import admission, attention, engine, performance
 from dspref.config import Config
 from dspref.data.loader import StepLoader, place
 from dspref.engine import Engine
@@ -80,7 +80,7 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
         tokens_per_rank=round(per_rank),
         largest_pack=max(p.largest for p in placed),
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
-        faster_kernel=_faster_kernel(config, policy.device.type, kernel),
+        faster_kernel=_faster_kernel(config, policy, kernel),
         sparsity=engine.count_weights(lm) / max(size.body + size.head, 1),
         checkpointing=config.model.gradient_checkpointing,
         kept_bytes=round(kept_per_token(hidden, mlp, layers, value)),
@@ -89,8 +89,10 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
     return list(lines(facts))
 
 
-def _faster_kernel(config: Config, device_type: str, kernel: str) -> str | None:
-    others = [name for name in attention.available(device_type) if name != "sdpa"]
+def _faster_kernel(config: Config, policy: Engine, kernel: str) -> str | None:
+    sizes = admission.head_sizes(policy.module.lm)
+    able = [name for name in attention.available(policy.device.type) if not attention.cannot(name, sizes)]
+    others = [name for name in able if name != "sdpa"]
     if kernel != "sdpa" or not others:
         return None
     if config.model.dtype == "float32":

@@ -287,6 +287,7 @@ _VALUES = {
         "auto": "flex_attention null none",
         "flash_attention_2": "flash_attention flash_attn flash fa2 flash_attn_2 kernels-community/flash-attn",
         "flash_attention_3": "fa3 flash_attn_3",
+        "flash_attention_4": "fa4 flash_attn_4",
         "sdpa": "eager xformers",
     },
     "lr_scheduler_type": {"cosine": "cosine_with_warmup cosine_annealing", "linear": "linear_with_warmup"},

@@ -203,14 +203,28 @@ def _needs_cuda(config: Config | None) -> str | None:
 
 
 def check_attention(scene: Scene) -> Verdict:
-    modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    present = [name for name, module in modules.items() if find_spec(module)]
+    modules = {
+        "flash_attention_2": "flash_attn.flash_attn_interface",
+        "flash_attention_3": "flash_attn_interface",
+        "flash_attention_4": "flash_attn.cute",
+    }
+    present = [name for name, module in modules.items() if _is_here(module)]
     asked = scene.config.model.attn_implementation if scene.config else "auto"
     if asked in modules and asked not in present:
         return Verdict(
             FAIL, f"model.attn_implementation: {asked} is not installed; pip install -e '.[flash-attn]', or use auto"
         )
     return Verdict(OK, f"flash-attn: {', '.join(present) or 'not installed'}; torch_varlen and sdpa come with torch")
+
+
+def _is_here(module: str) -> bool:
+    """Whether a module lies here; its package, which would load torch, is left alone."""
+    package, _, part = module.partition(".")
+    spec = find_spec(package)
+    if spec is None or not part:
+        return spec is not None
+    folders = [Path(folder) / part for folder in spec.submodule_search_locations or ()]
+    return any(folder.is_dir() or folder.with_suffix(".py").is_file() for folder in folders)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_the_pure_layer_needs_only_torch_and_numpy() -> None:
     """Besides what reads files (datasets, pyarrow) and text (transformers), and the kernels of `attention`."""
     allowed = {"torch", "numpy", "dspref", "jaxtyping", "__future__"}
     readers = {
-        "attention": {"transformers", "flash_attn", "flash_attn_interface"},
+        "attention": {"transformers", "flash_attn", "flash_attn_interface", "flash_attn_config"},
         "data.sources": {"datasets"},
         "data.rowfiles": {"pyarrow"},
         "data.splits": {"yaml"},
