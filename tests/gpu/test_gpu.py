@@ -67,8 +67,8 @@ def test_log_probs_never_hold_all_logits():
     whole = 8192 * 128_000 * 4
     assert torch.cuda.max_memory_allocated() - before < whole / 4
     some = slice(0, 64)
-    plain = torch.log_softmax((hidden[some] @ weight.t()).float(), -1).gather(-1, targets[some, None])[:, 0]
-    assert torch.allclose(logps[some], plain, atol=2e-2)
+    plain = torch.log_softmax(hidden[some].double() @ weight.double().t(), -1).gather(-1, targets[some, None])[:, 0]
+    assert (logps[some] - plain).abs().max() < 1e-3  # rounded to bf16, logits alone would be off by more
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
