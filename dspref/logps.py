@@ -198,7 +198,7 @@ class _ScoredLogps(torch.autograd.Function):
                     of_biases += grad.sum(dim=0, dtype=torch.float32)
             if grad_weight is not None and of_words is not None:
                 grad_weight[words] = of_words
-            if grad_bias is not None:
+            if grad_bias is not None and of_biases is not None:
                 grad_bias[words] = of_biases
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
