@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from dspref import attention, weights
+from dspref import attention, liger, weights
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
 
@@ -33,6 +33,8 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if section.load_in_4bit:
         require_bitsandbytes("model.load_in_4bit", device_type)
     text = config.get_text_config()
+    if section.liger:
+        liger.check(text.model_type, device_type)
     refuse_unknown_tokens(config, vocabulary - 1)
     positions = number(text, "max_position_embeddings")
     if positions and max_length and max_length > positions:

@@ -150,6 +150,16 @@ def test_objectives_on_one_gpu(objective, model_type, tmp_path: Path):
     run(tmp_path, 3, "bfloat16", model_type, objective)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_liger_gives_the_same_losses(model_type, tmp_path: Path):
+    pytest.importorskip("liger_kernel", reason="it comes with dspref[liger]")
+    plain, liger = (
+        run(tmp_path / f"{flag}", 2, "bfloat16", model_type, {"name": "dpo"}, {"model": {"liger": flag}})
+        for flag in (False, True)
+    )
+    assert np.allclose(plain, liger, atol=1e-3)
+
+
 LORA = {"lora": {"r": 8}}
 FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 2}
 

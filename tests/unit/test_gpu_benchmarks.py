@@ -327,11 +327,12 @@ def test_every_race_leaves_room_for_its_pairs(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_all_eight_run_on_tiny_shapes(tmp_path: Path):
     pytest.importorskip("trl", reason="TRL is the peer of the races; it comes with dspref[bench]")
     out = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--work", str(tmp_path), "--out", str(out)]
+    options = ["--tiny", "--minutes", "25", "--work", str(tmp_path), "--out", str(out)]  # however slow this machine is
+    command = [sys.executable, "-m", "benchmarks.gpu", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text(), parse_constant=lambda name: {"NaN": inf}[name])
