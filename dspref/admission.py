@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from dspref import attention, weights
+from dspref import attention, liger, weights
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
 
@@ -33,6 +33,8 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if section.load_in_4bit:
         require_bitsandbytes("model.load_in_4bit", device_type)
     text = config.get_text_config()
+    if section.liger:
+        liger.check(text.model_type, device_type)
     refuse_unknown_tokens(config, vocabulary - 1)
     positions = number(text, "max_position_embeddings")
     if positions and max_length and max_length > positions:
@@ -43,6 +45,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         raise ConfigError(
             f"model.name_or_path: {text.model_type} has {kinds} layers, which would leak between packed sequences"
         )
+    sizes = {number(text, "head_dim") or 0}  # of code that comes with the model, which is not run before it is loaded
     family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if family is not None and not family._supports_attention_backend:
         raise ConfigError(f"model.name_or_path: {text.model_type} {NOT_PACKED}")
@@ -53,6 +56,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         refuse_layers_before_head(skeleton)
         if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
             raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
+        sizes = head_sizes(skeleton)
         router_coefficient(section, skeleton)
         if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
@@ -61,6 +65,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     return _choose_kernel(
         section,
         device_type,
+        sizes,
         window=window if window and (max_length is None or max_length > window) else None,
         softcap=number(text, "attn_logit_softcapping"),
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
@@ -143,7 +148,14 @@ def _attention_dropout(text: PretrainedConfig) -> float:
     return max(number(text, name) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
 
 
-def _choose_kernel(section: ModelSection, device_type: str, **asked: float | None) -> str:
+def head_sizes(lm: PreTrainedModel) -> set[int]:
+    """Sizes of the queries' heads in a model's attention layers, as far as these tell them."""
+    layers = [part for part in lm.modules() if "Attention" in type(part).__name__]
+    told = (getattr(part, "qk_head_dim", None) or getattr(part, "head_dim", None) for part in layers)  # latent, or plain
+    return {size for size in told if isinstance(size, int)}
+
+
+def _choose_kernel(section: ModelSection, device_type: str, sizes: set[int], **asked: float | None) -> str:
     """The kernel that the config names, or for `auto` the fastest here that can do what the model asks."""
     able = attention.available(device_type)
     if section.attn_implementation not in ("auto", *able):
@@ -155,7 +167,7 @@ def _choose_kernel(section: ModelSection, device_type: str, **asked: float | Non
         candidates = [section.attn_implementation]
     else:
         candidates = able if section.dtype in ("bfloat16", "float16") else ["sdpa"]  # the varlen kernels know no fp32
-    reasons = {kernel: attention.cannot(kernel, **asked) for kernel in candidates}
+    reasons = {kernel: attention.cannot(kernel, sizes, **asked) for kernel in candidates}
     for kernel, reason in reasons.items():
         if reason is None:
             return kernel

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from dspref import attention, engine, performance
+from dspref import admission, attention, engine, performance
 from dspref.config import Config
 from dspref.data.loader import StepLoader, place
 from dspref.engine import Engine
@@ -16,8 +16,9 @@ WORTH_SAYING = 0.10
 # Tokens per rank and gather at which compute hides ZeRO-3's traffic in a dense bf16 model: 6 FLOPs a weight at half of an
 # H100's peak against three transfers of 2 bytes at 350 GB/s. With slower links it takes more.
 TOKENS_PER_GATHER = 1_100
-# Without checkpointing, a layer keeps about 6 vectors of its hidden size and 4 of its MLP's for each token.
-HIDDEN_KEPT, MLP_KEPT = 6, 4
+# Without checkpointing, a layer keeps about so many vectors of its hidden size for each token, by bytes per value (in 16
+# bits two norms keep their inputs in fp32), and 4 of its MLP's: counted on transformers' layers with grouped heads.
+HIDDEN_KEPT, MLP_KEPT = {2: 10.5, 4: 8.5}, 4
 # Steps of the first epoch that are planned to see how packs come out: it takes milliseconds.
 STEPS_LOOKED_AT = 20
 # Of a budget over the tokens that it is for, as pairs cannot be cut.
@@ -80,7 +81,7 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
         tokens_per_rank=round(per_rank),
         largest_pack=max(p.largest for p in placed),
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
-        faster_kernel=_faster_kernel(config, policy.device.type, kernel),
+        faster_kernel=_faster_kernel(config, policy, kernel),
         sparsity=engine.count_weights(lm) / max(size.body + size.head, 1),
         checkpointing=config.model.gradient_checkpointing,
         kept_bytes=round(kept_per_token(hidden, mlp, layers, value)),
@@ -89,8 +90,10 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
     return list(lines(facts))
 
 
-def _faster_kernel(config: Config, device_type: str, kernel: str) -> str | None:
-    others = [name for name in attention.available(device_type) if name != "sdpa"]
+def _faster_kernel(config: Config, policy: Engine, kernel: str) -> str | None:
+    sizes = admission.head_sizes(policy.module.lm)
+    able = [name for name in attention.available(policy.device.type) if not attention.cannot(name, sizes)]
+    others = [name for name in able if name != "sdpa"]
     if kernel != "sdpa" or not others:
         return None
     if config.model.dtype == "float32":
@@ -129,9 +132,8 @@ def lines(facts: Facts) -> Iterator[str]:
 
 
 def kept_per_token(hidden: float, mlp: float, layers: float, bytes_per_value: int) -> float:
-    """Bytes of activations for each token (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2, without the scores of attention
-    that fused kernels do not keep, and for gated MLPs)."""
-    return layers * bytes_per_value * (HIDDEN_KEPT * hidden + MLP_KEPT * mlp)
+    """Bytes of activations for each token, with gated MLPs; scores of attention are kept by no fused kernel."""
+    return layers * bytes_per_value * (HIDDEN_KEPT[bytes_per_value] * hidden + MLP_KEPT * mlp)
 
 
 def _size(count: float) -> str:

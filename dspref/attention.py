@@ -7,11 +7,10 @@ the pack comes along as `segments`. T queries, K keys, H heads, G key-value head
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +64,10 @@ class Kernel:
     installed: Callable[[], bool]
     capability: tuple[int, int] = (0, 0)
     """Lowest CUDA compute capability."""
+    below: tuple[int, int] = (1000, 0)
+    """The first capability beyond those that it is written for."""
+    takes: Callable[[int], bool] = lambda size: True
+    """Whether it can compute heads of this size, D."""
 
 
 def packed_attention(
@@ -95,7 +98,7 @@ def packed_attention(
         sliding_window = None  # no segment is long enough for the window to matter
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = Options(scale, dropout, sliding_window, softcap)
-    if reason := cannot(segments.kernel, window=sliding_window, softcap=softcap, dropout=dropout):
+    if reason := cannot(segments.kernel, {query.shape[-1]}, window=sliding_window, softcap=softcap, dropout=dropout):
         raise ConfigError(f"model.attn_implementation: {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if batch.kv_index is not None:
@@ -105,8 +108,13 @@ def packed_attention(
     return KERNELS[segments.kernel].compute(q, k, v, segments, options)[None, ..., : value.shape[-1]], None
 
 
-def cannot(kernel: str, **asked: float | None) -> str | None:
-    """The first option that is set and that `kernel` does not honour, as a reason; None if it can do all."""
+def cannot(kernel: str, head_sizes: Iterable[int] = (), **asked: float | None) -> str | None:
+    """The first head size that `kernel` does not take, or option that it does not honour and that is set, as a reason; None
+    if it can do all."""
+    for size in sorted(head_sizes):
+        if not KERNELS[kernel].takes(size):
+            able = [other for other, row in KERNELS.items() if row.takes(size)]
+            return f"attention kernel {kernel} takes no heads of size {size}; kernels that do: {', '.join(able)}"
     for name, value in asked.items():
         if value and name not in KERNELS[kernel].honours:
             able = [other for other, row in KERNELS.items() if name in row.honours]
@@ -116,12 +124,16 @@ def cannot(kernel: str, **asked: float | None) -> str | None:
 
 def available(device_type: str) -> list[str]:
     """Kernels that run on a device of this type here, fastest first."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
+    here = _capability()
     return [
         name
         for name, row in KERNELS.items()
-        if row.device in (None, device_type) and capability >= row.capability and row.installed()
+        if row.device in (None, device_type) and row.capability <= here < row.below and row.installed()
     ]
+
+
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,24 +159,37 @@ def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments, opti
     return output[0] if isinstance(output, tuple) else output  # some builds add the normalizers
 
 
+def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = _lengths(segments)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, softmax_scale=options.scale, causal=True, window_size=_window(options),
+    )[0]  # fmt: skip
+
+
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Three signatures so far: is_causal (2.10), window_size (2.11), window_size with enable_gqa (2.12 on).
-    takes = inspect.signature(varlen_attn).parameters
+    takes = _parameters(varlen_attn)
     left = -1 if options.window is None else options.window - 1
     causal: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in takes else {"is_causal": True}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in takes:
-            causal["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if q.shape[1] != k.shape[1] and "enable_gqa" in takes:  # before, fewer key-value heads are taken without a word
+        causal["enable_gqa"] = True
     if "scale" in takes:
         causal["scale"] = options.scale
     elif options.scale != q.shape[-1] ** -0.5:
         q = q * (options.scale * q.shape[-1] ** 0.5)
     compute: Any = varlen_attn
     return compute(q.contiguous(), k.contiguous(), v.contiguous(), *_lengths(segments), **causal)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Of varlen_attn, which had three signatures so far: is_causal (torch 2.10), window_size (2.11), window_size with
+    enable_gqa (2.12 on)."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
@@ -203,26 +228,61 @@ def _window(options: Options) -> tuple[int, int]:
 
 
 def _has(module: str, function: str) -> Callable[[], bool]:
-    # Asks for the function too: PyPI holds an unrelated package under FlashAttention 3's module name.
+    # Asks for the function too: PyPI holds an unrelated package under FlashAttention 3's module name, and FlashAttention 4
+    # lies within that of 2, which need not be there.
     def installed() -> bool:
-        if importlib.util.find_spec(module) is None:
-            return False
         try:
             return hasattr(importlib.import_module(module), function)
-        except Exception:  # built for another torch: its import raises whatever its loader raises
+        except Exception:  # not there, or built for another torch: its import raises whatever its loader raises
             return False
 
     return installed
 
 
-AMPERE, HOPPER = (8, 0), (9, 0)
+def _trains_3() -> bool:
+    """Whether FlashAttention 3 is here, and built with all that a row of the table promises: wheels on PyPI have no
+    backward."""
+    lacks = {flag for flag, off in _build_of_3().items() if off}
+    needs = {f"FLASHATTENTION_DISABLE_{part}" for part in ("BACKWARD", "VARLEN", "LOCAL", "SOFTCAP")}
+    return _has("flash_attn_interface", "flash_attn_varlen_func")() and not lacks & needs
+
+
+def _build_of_3() -> dict[str, bool]:
+    """What was left out of this build of FlashAttention 3, as far as it says."""
+    try:
+        return dict(importlib.import_module("flash_attn_config").CONFIG["build_flags"])
+    except Exception:  # older builds say nothing, and have all
+        return {}
+
+
+def _eights(size: int, largest: int = 256) -> bool:
+    return size % 8 == 0 and size <= largest
+
+
+def _takes_3(size: int) -> bool:
+    build = _build_of_3()
+    built = (n for n in (64, 96, 128, 192, 256) if not build.get(f"FLASHATTENTION_DISABLE_HDIM{n}"))
+    return _eights(size, max(built, default=0))
+
+
+def _takes_4(size: int) -> bool:
+    return _eights(size) if _capability() < BLACKWELL else _eights(size, 128) or size == 256
+
+
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 KERNELS: dict[str, Kernel] = {  # fastest first
     "flash_attention_3": Kernel(
-        _flash_attention_3,
-        frozenset({"window", "softcap"}),
+        _flash_attention_3, frozenset({"window", "softcap"}), "cuda", _trains_3, HOPPER, BLACKWELL, _takes_3
+    ),
+    # Of its backward, softcaps with heads of 256 are left out; heads of 256 do not fit the memory of what comes after 11.0.
+    "flash_attention_4": Kernel(
+        _flash_attention_4,
+        frozenset({"window"}),
         "cuda",
-        _has("flash_attn_interface", "flash_attn_varlen_func"),
+        _has("flash_attn.cute", "flash_attn_varlen_func"),
         HOPPER,
+        (12, 0),
+        _takes_4,
     ),
     "flash_attention_2": Kernel(
         _flash_attention_2,
@@ -230,9 +290,15 @@ KERNELS: dict[str, Kernel] = {  # fastest first
         "cuda",
         _has("flash_attn", "flash_attn_varlen_func"),
         AMPERE,
+        takes=_eights,
     ),
     "torch_varlen": Kernel(
-        _torch_varlen, frozenset({"window"}), "cuda", _has("torch.nn.attention.varlen", "varlen_attn"), AMPERE
+        _torch_varlen,
+        frozenset({"window"}),
+        "cuda",
+        _has("torch.nn.attention.varlen", "varlen_attn"),
+        AMPERE,
+        takes=_eights,
     ),
     "sdpa": Kernel(_sdpa, frozenset({"window", "dropout"}), None, lambda: True),
 }

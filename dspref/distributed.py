@@ -263,7 +263,7 @@ def sum_over_ranks(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def gather_rows(table: torch.Tensor) -> tuple[torch.Tensor, slice]:
     """The rows of all ranks' tables [n, k] behind one another, and which of them are this rank's."""
-    sizes = torch.zeros(_world.size, dtype=torch.int64, device=table.device)
+    sizes = torch.zeros(_world.size, dtype=torch.int64)  # on the CPU: hosts agree, and wait for no device
     sizes[_world.rank] = len(table)
     counts = all_sum(sizes).tolist()
     start = sum(counts[: _world.rank])

@@ -55,6 +55,7 @@ def bring_up(dtype: str) -> torch.device:
             f"model.dtype: {dtype} is not supported on this device ({ACCELERATOR.device_name()}); use float32"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    keep_peak_memory()
     if ACCELERATOR.device_name() == "cpu":
         # Serves tensor-parallel inference only, yet is compiled at every start: 30 s, or a hang on a stale lock.
         # (`import deepspeed.comm.torch as m` would give the real torch: deepspeed.comm imports it under that name.)
@@ -62,6 +63,14 @@ def bring_up(dtype: str) -> torch.device:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=ACCELERATOR.communication_backend_name(), auto_mpi_discovery=False)
     return torch.device(ACCELERATOR.current_device_name())
+
+
+def keep_peak_memory() -> None:
+    """Leave out DeepSpeed's reports of memory: its bf16 optimizer prints several at every start, and each collects garbage
+    and sets back the peak that `perf/memory_gib` tells."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("deepspeed.") and hasattr(module, "see_memory_usage"):
+            module.see_memory_usage = lambda *_, **__: None  # type: ignore[attr-defined]
 
 
 def training_config(config: Config) -> dict[str, Any]:
@@ -91,6 +100,8 @@ def _complete(user_strategy: dict[str, Any], dtype: str, optim: str = "") -> dic
         "gradient_accumulation_steps": 1,
         # `step()` is the boundary: any number of backwards, one update.
         "managed_gradient_accumulation": False,
+        # It would wait for the GPU at every forward; `performance.Clock` waits for nothing.
+        "timers": {"throughput": {"enabled": False}},
     }
     if zero.get("stage") == 1:
         zero["overlap_comm"] = False

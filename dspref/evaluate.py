@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dspref import gradient
+from dspref.data.ahead import ahead
 from dspref.data.loader import Layout, sweep
 from dspref.data.store import PairStore
 from dspref.engine import Engine
@@ -35,7 +36,7 @@ def evaluate(
         meter = Meter(policy.device, loss.router_coef)
         seen: list[tuple[PairLogps, PairLogps | None]] = []
         with policy.evaluating():
-            for _, batch in sweep(store, layout):
+            for batch in ahead(batch.pinned() for _, batch in sweep(store, layout)):
                 if must_stop():
                     return None
                 batch = batch.to(policy.device)

@@ -17,6 +17,7 @@ import torch
 
 from dspref import distributed
 from dspref.data.ahead import ahead
+from dspref.data.batch import PackedBatch
 from dspref.data.loader import Layout, Placement, place
 from dspref.data.store import PairStore
 from dspref.errors import EnvironmentFault
@@ -223,13 +224,19 @@ def score(
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Run packs: after each micro-step its pairs, on all ranks, ascending, and their log-prob sums, fp32 [n, columns] on the
     CPU of every rank."""
-    for rows, batch in zip(together(placed), ahead(placed.packs(store, layout))):
+    micro_steps = zip(together(placed), placed.packs(store, layout))
+    for rows, at, batch in ahead((rows, _places(batch, rows), batch.pinned()) for rows, batch in micro_steps):
         sums = torch.zeros(len(rows), len(COLUMNS), device=device)
         batch = batch.to(device)
         logps = pair_logps(forward(batch)[0], batch)
-        at = torch.searchsorted(torch.from_numpy(rows).to(device), batch.pair_ids)
-        sums[at] = torch.stack([getattr(logps, name) for name in COLUMNS], dim=1)
+        sums[at.to(device, non_blocking=True)] = torch.stack([getattr(logps, name) for name in COLUMNS], dim=1)
         yield rows, distributed.all_sum(sums).cpu()  # each pair was scored by one rank, and is zero on the others
+
+
+def _places(batch: PackedBatch, rows: np.ndarray) -> torch.Tensor:
+    """Where a pack's pairs are in `rows`, where a GPU can fetch it by itself."""
+    places = torch.from_numpy(np.searchsorted(rows, batch.pair_ids.numpy()))
+    return places.pin_memory() if torch.cuda.is_available() else places
 
 
 def score_rows(forward: Any, store: PairStore, rows: np.ndarray, layout: Layout, device: torch.device) -> torch.Tensor:

@@ -47,6 +47,7 @@ _FOREIGN_KEYS = {
         "flash_attn flash_attention flash_attention_2 use_flash_attn use_flash_attention_2 sdp_attention "
         "xformers_attention attention_implementation attn_impl"
     ),
+    "model.liger": "use_liger_kernel enable_liger_kernel use_liger",
     "model.router_aux_loss_coef": "moe_aux_loss_coef aux_loss_coef",
     "model.load_in_4bit (8 bits are not supported)": "load_in_8bit",
     "model.load_in_4bit": "quantization_bit use_qlora",
@@ -135,7 +136,6 @@ _NOT_NEEDED = {
     "the launcher says it": "local_rank nproc_per_node num_processes",
     "it is off while training": "use_cache",
     "DeepSpeed trains, not DDP": "ddp_find_unused_parameters",
-    "log-probs are computed by a kernel that never holds all logits": "use_liger_kernel enable_liger_kernel",
     "models are those of transformers": "use_unsloth",
     "dspref chooses what works with DeepSpeed": "use_reentrant gradient_checkpointing_kwargs",
     "model.dtype, model.revision and model.attn_implementation have keys of their own": "model_init_kwargs",
@@ -287,6 +287,7 @@ _VALUES = {
         "auto": "flex_attention null none",
         "flash_attention_2": "flash_attention flash_attn flash fa2 flash_attn_2 kernels-community/flash-attn",
         "flash_attention_3": "fa3 flash_attn_3",
+        "flash_attention_4": "fa4 flash_attn_4",
         "sdpa": "eager xformers",
     },
     "lr_scheduler_type": {"cosine": "cosine_with_warmup cosine_annealing", "linear": "linear_with_warmup"},

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -32,6 +32,9 @@ FOR_TORCH = {
     # runs too. So many turns are some microseconds; docs/LOG.md has the figures.
     "GOMP_SPINCOUNT": "1000",
 }
+# How it keeps a GPU's memory, under both names that this has had: packs of all lengths in turn leave holes that no later
+# tensor fits into, unless segments can grow. A user's own words, under either name, stay alone.
+ALLOCATOR = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,8 +74,7 @@ def train(config: Config, source: Path) -> None:
 
 def guarded(job: Callable[[], None]) -> int:
     """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback."""
-    for name, value in FOR_TORCH.items():
-        os.environ.setdefault(name, value)
+    prepare(os.environ)
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
     with leaving_at_once():
         from dspref import distributed
@@ -99,6 +101,12 @@ def guarded(job: Callable[[], None]) -> int:
     except Exception:
         return report_bug(terminal)
     return int(ExitCode.DONE)
+
+
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """Set what torch reads when it is loaded, where the user has not."""
+    for name, value in (FOR_TORCH if ALLOCATOR.keys() & environment.keys() else FOR_TORCH | ALLOCATOR).items():
+        environment.setdefault(name, value)
 
 
 def remedy_of(error: OSError) -> str:

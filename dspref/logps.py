@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 # fp32 logits alive at once, whatever the batch and the vocabulary: 128 MB feed a GPU, 16 MB stay near a CPU's caches.
 LOGITS_PER_CHUNK = 2**25
 LOGITS_PER_CPU_CHUNK = 2**22
+# Rows of the head that the backward pass meets at a time, at least: each part of the vocabulary is added to the gradients of
+# all hidden states, so that many small ones would cost more than their matrix products.
+PART = 4096
+# GPUs multiply in tiles.
+TILE = 128
 # fp32 probabilities that may stay until the backward pass, which then needs no second look at the head: 512 and 256 MB.
 KEPT, KEPT_ON_CPU = 2**27, 2**26
 
@@ -146,15 +151,12 @@ class _ScoredLogps(torch.autograd.Function):
             logits = transform(_raw_logits(hidden[rows], weight, bias, None if kept is None else kept[rows]))
             if transform.softcap is not None:
                 mean_logit[rows] = logits.mean(dim=-1)
-            largest, of_target = logits.amax(dim=-1), logits.gather(-1, targets[rows, None])[:, 0]
-            powers = logits.sub_(largest[:, None]).exp_()
-            log_normalizer[rows] = largest + powers.sum(dim=-1).log()
+            of_target = logits.gather(-1, targets[rows, None])[:, 0]
+            normalize = _by_powers if hidden.is_cpu else _by_log_softmax
+            log_normalizer[rows], squares = normalize(logits, None if kept is None else kept[rows], with_collision)
             logps[rows] = of_target - log_normalizer[rows]
-            if with_collision:
-                square = torch.linalg.vector_norm(powers, dim=-1).log() + largest
-                collision[rows] = 2 * (log_normalizer[rows] - square)
-            if kept is not None:
-                powers.mul_((largest - log_normalizer[rows]).exp_()[:, None])  # in `kept`
+            if squares is not None:
+                collision[rows] = squares
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
         ctx.transform, ctx.probabilities = transform, kept
         ctx.mark_non_differentiable(mean_logit, collision)
@@ -171,21 +173,33 @@ class _ScoredLogps(torch.autograd.Function):
         kept, ctx.probabilities = ctx.probabilities, None
         # By parts of the vocabulary: each row of the head gets its whole gradient at once, and no sum of the head's size in
         # fp32 is needed beside it.
-        for words in _parts(hidden, weight) if kept is None else [slice(0, weight.shape[0])]:
-            slope = grad_logps[:, None]
-            if kept is None:
-                logits = ctx.transform(_raw_logits(hidden, weight[words], None if bias is None else bias[words]))
-                slope = slope * ctx.transform.derivative(logits)
-                grad = logits.sub_(log_normalizer[:, None]).exp_()
-            else:
-                slope, grad = slope * ctx.transform.scale, kept
-            grad = _with_target(grad.mul_(-slope), slope, targets - words.start).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden += grad @ weight[words]
-            if grad_weight is not None:
-                torch.mm(grad.t(), hidden, out=grad_weight[words])
-            if grad_bias is not None:
-                grad_bias[words] = grad.sum(dim=0, dtype=torch.float32)
+        parts, blocks = _blocks(hidden, weight) if kept is None else ([slice(0, len(weight))], [slice(0, len(hidden))])
+        for words in parts:
+            of_words = None  # summed in fp32 where the tokens come in several chunks
+            if grad_weight is not None and len(blocks) != 1:
+                of_words = torch.zeros_like(weight[words], dtype=torch.float32)
+            of_biases = None if grad_bias is None else torch.zeros_like(grad_bias[words], dtype=torch.float32)
+            for rows in blocks:
+                slope = grad_logps[rows, None]
+                if kept is None:
+                    logits = ctx.transform(_raw_logits(hidden[rows], weight[words], None if bias is None else bias[words]))
+                    slope = slope * ctx.transform.derivative(logits)
+                    grad = logits.sub_(log_normalizer[rows, None]).exp_()
+                else:
+                    slope, grad = slope * ctx.transform.scale, kept
+                grad = _with_target(grad.mul_(-slope), slope, targets[rows] - words.start).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] += _product(grad, weight[words])
+                if of_words is not None:
+                    of_words += _product(grad.t(), hidden[rows])
+                elif grad_weight is not None:
+                    torch.mm(grad.t(), hidden, out=grad_weight[words])
+                if of_biases is not None:
+                    of_biases += grad.sum(dim=0, dtype=torch.float32)
+            if grad_weight is not None and of_words is not None:
+                grad_weight[words] = of_words
+            if grad_bias is not None and of_biases is not None:
+                grad_bias[words] = of_biases
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight,
@@ -197,6 +211,35 @@ class _ScoredLogps(torch.autograd.Function):
         )
 
 
+def _by_powers(
+    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
+) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
+    """(log of the sum of exp, collision entropies where asked for) of logits, in whose place (which is `kept`) come their
+    probabilities: no other memory is touched, which is what counts near a CPU's caches."""
+    largest = logits.amax(dim=-1)
+    powers = logits.sub_(largest[:, None]).exp_()
+    log_normalizer = largest + powers.sum(dim=-1).log()
+    collision = None
+    if with_collision:
+        square = torch.linalg.vector_norm(powers, dim=-1).log() + largest
+        collision = 2 * (log_normalizer - square)
+    if kept is not None:
+        powers.mul_((largest - log_normalizer).exp_()[:, None])
+    return log_normalizer, collision
+
+
+def _by_log_softmax(
+    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
+) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
+    """The same by torch's own kernel, with half the reading and writing of memory."""
+    chances = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    largest, place = logits.max(dim=-1, keepdim=True)  # where the difference is the least rounded
+    log_normalizer = (largest - chances.gather(-1, place))[:, 0]
+    if kept is not None:
+        torch.exp(chances, out=kept)
+    return log_normalizer, -chances.mul_(2).logsumexp(dim=-1) if with_collision else None
+
+
 def _with_target(grad: Float[Tensor, "C v"], slope: Tensor, place: Int[Tensor, "C"]) -> Float[Tensor, "C v"]:
     """Add each row's slope at its target, where the target's `place` lies in this part of the vocabulary."""
     inside, column = (place >= 0) & (place < grad.shape[1]), place.clamp(0, grad.shape[1] - 1)[:, None]
@@ -206,12 +249,29 @@ def _with_target(grad: Float[Tensor, "C v"], slope: Tensor, place: Int[Tensor, "
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """fp32 logits, in `out` where that is given."""
+    if hidden.dtype != torch.float32 and _multiplies_into_fp32(hidden):
+        logits = _product(hidden, weight.t(), out)
+        return logits if bias is None else logits.add_(bias)
     if out is None:
         return torch.nn.functional.linear(hidden, weight, bias).float()
     if hidden.dtype == torch.float32:
         torch.mm(hidden, weight.t(), out=out)
         return out if bias is None else out.add_(bias)
     return out.copy_(torch.nn.functional.linear(hidden, weight, bias))
+
+
+def _product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Tensor | None = None) -> Float[Tensor, "n m"]:
+    """The fp32 product of two matrices of one type. What is summed in fp32 is not rounded to 16 bits first, where torch and
+    the device can: bf16 has a logit of 20 to 0.06."""
+    if a.dtype != torch.float32 and _multiplies_into_fp32(a):
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload, arg-type]
+    product = torch.mm(a, b).float()
+    return product if out is None else out.copy_(product)
+
+
+def _multiplies_into_fp32(matrix: Tensor) -> bool:
+    """Whether torch has a product of 16-bit matrices with an fp32 result here: from 2.8 on, on CUDA alone."""
+    return matrix.is_cuda and torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def _room_for_all(hidden: Tensor, weight: Tensor) -> Tensor | None:
@@ -226,13 +286,26 @@ def fits(scored: int, vocabulary: int, device_type: str) -> bool:
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    count = hidden.shape[0]
-    size = max(1, (LOGITS_PER_CPU_CHUNK if hidden.is_cpu else LOGITS_PER_CHUNK) // weight.shape[0])
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+    """The scored tokens, a chunk at a time with the whole vocabulary."""
+    size = max(1, _room(hidden) // weight.shape[0])
+    return _slices(hidden.shape[0], size if hidden.is_cpu else -(-size // TILE) * TILE)
 
 
-def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """The vocabulary in parts, for all scored tokens at once."""
-    count = weight.shape[0]
-    size = max(1, (LOGITS_PER_CPU_CHUNK if hidden.is_cpu else LOGITS_PER_CHUNK) // max(hidden.shape[0], 1))
+def _blocks(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice]]:
+    """(parts of the vocabulary, chunks of the scored tokens): all tokens at once where they are few."""
+    room, words, rows = _room(hidden), weight.shape[0], max(hidden.shape[0], 1)
+    part = min(max(_in_tiles(room // rows), PART), words)
+    chunk = rows if room // part >= rows else _in_tiles(max(room // part, 1))
+    return _slices(words, part), _slices(hidden.shape[0], chunk)
+
+
+def _room(hidden: Tensor) -> int:
+    return LOGITS_PER_CPU_CHUNK if hidden.is_cpu else LOGITS_PER_CHUNK
+
+
+def _in_tiles(size: int) -> int:
+    return size // TILE * TILE or size
+
+
+def _slices(count: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -38,7 +38,7 @@ VERSIONS = {
 }
 TRACKERS = ("wandb", "tensorboard")
 CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
-OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "wandb", "tensorboard")
+OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "liger-kernel", "wandb", "tensorboard")
 # A build takes a minute or two, perhaps in another container of this machine, whose processes are not seen here.
 BUILD_SECONDS = 300
 # The engine removes locks of cpu_adam that are older.
@@ -112,7 +112,8 @@ def check_packages(scene: Scene) -> Verdict:
     needed = packages_of(scene.config) if scene.config else {}
     absent = {package: key for package, key in needed.items() if find_spec(package) is None}
     for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
-        remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{package}]'"
+        extra = "liger" if package == "liger_kernel" else package
+        remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{extra}]'"
         ends = package not in TRACKERS
         effect = "needs it" if ends else "will be switched off without it"
         return Verdict(FAIL if ends else WARN, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key")
@@ -124,6 +125,7 @@ def packages_of(config: Config) -> dict[str, str]:
     asked = {
         "peft": ("model.lora", config.model.lora is not None),
         "bitsandbytes": ("model.load_in_4bit", config.model.load_in_4bit),
+        "liger_kernel": ("model.liger", config.model.liger),
         **{name: (f"log.trackers: {name}", name in config.log.trackers) for name in TRACKERS},
     }
     if config.train.optim == "adamw_8bit":
@@ -195,6 +197,7 @@ def _needs_cuda(config: Config | None) -> str | None:
         return None
     needs = {
         "model.load_in_4bit": config.model.load_in_4bit,
+        "model.liger": config.model.liger,
         "train.optim: adamw_8bit": config.train.optim == "adamw_8bit",
         f"model.attn_implementation: {config.model.attn_implementation}": config.model.attn_implementation
         not in ("auto", "sdpa"),
@@ -203,14 +206,28 @@ def _needs_cuda(config: Config | None) -> str | None:
 
 
 def check_attention(scene: Scene) -> Verdict:
-    modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    present = [name for name, module in modules.items() if find_spec(module)]
+    modules = {
+        "flash_attention_2": "flash_attn.flash_attn_interface",
+        "flash_attention_3": "flash_attn_interface",
+        "flash_attention_4": "flash_attn.cute",
+    }
+    present = [name for name, module in modules.items() if _is_here(module)]
     asked = scene.config.model.attn_implementation if scene.config else "auto"
     if asked in modules and asked not in present:
         return Verdict(
             FAIL, f"model.attn_implementation: {asked} is not installed; pip install -e '.[flash-attn]', or use auto"
         )
     return Verdict(OK, f"flash-attn: {', '.join(present) or 'not installed'}; torch_varlen and sdpa come with torch")
+
+
+def _is_here(module: str) -> bool:
+    """Whether a module lies here; its package, which would load torch, is left alone."""
+    package, _, part = module.partition(".")
+    spec = find_spec(package)
+    if spec is None or not part:
+        return spec is not None
+    folders = [Path(folder) / part for folder in spec.submodule_search_locations or ()]
+    return any(folder.is_dir() or folder.with_suffix(".py").is_file() for folder in folders)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ class Meter:
 
     def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Add `total` over `count` things to the mean called `name`."""
-        pair = torch.stack([torch.as_tensor(x, device=self._device, dtype=torch.float64) for x in (total.detach(), count)])
+        # A number is made on the device: to copy it there would wait for all that is under way.
+        many = count if isinstance(count, torch.Tensor) else torch.full((), count, device=self._device)
+        pair = torch.stack([x.detach().to(torch.float64) for x in (total, many)])
         self._totals[name] = self._totals[name] + pair if name in self._totals else pair
 
     def add_pairs(self, loss: PairLoss, pairs: PairLogps) -> None:

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dspref import adapters, filedigest, router, weights
+from dspref import adapters, filedigest, liger, router, weights
 from dspref.adapters import Adapters
 from dspref.admission import NOT_PACKED, build_skeleton, refuse_layers_before_head, router_coefficient
 from dspref.attention import PACKED, Segments
@@ -209,6 +209,8 @@ def load(
             raise ConfigError(f"model.name_or_path: {source}: {_of_weights(error)}") from None
         lm, report = loaded
         _refuse_missing(lm, report, source)
+        if section.liger:
+            liger.put_into(lm)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
     return PackedCausalLM(lm, kernel, published, attached)

@@ -129,6 +129,7 @@ def described(config: Config, weights: str) -> Described:
         adapter = Saved(path, name)
     elif path:
         changes |= {"revision": None, "load_in_4bit": False}
+        changes["liger"] = False  # which may not know its family
         return Described(policy.model_copy(update=changes | {"name_or_path": path}), None)
     elif own.adapter_name == "base" or policy.lora is None or policy.lora.path is None:
         adapter = None

@@ -33,7 +33,8 @@ METRICS, EVENTS, RESOLVED = "metrics.jsonl", "events.jsonl", "config.resolved.ya
 # with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
 # loss with scope `micro` is the exception: other packs balance experts over other tokens.)
 MAY_CHANGE = (
-    "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.gradient_checkpointing",
+    "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.liger",
+    "model.gradient_checkpointing",
     "model.name_or_path", "model.lora.path", "model.lora.merge_on_export", "reference.store",
     "train.max_steps", "train.num_train_epochs", "train.eval_every", "train.max_skipped_steps", "train.hang_timeout",
     "train.spike_sigmas",

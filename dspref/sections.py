@@ -84,8 +84,12 @@ class ModelSection(Section):
     """`random`: weights are drawn from the config alone, with `train.seed`."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Type of the weights in forward and backward; the optimizer keeps fp32 masters."""
-    attn_implementation: Literal["auto", "flash_attention_2", "flash_attention_3", "torch_varlen", "sdpa"] = "auto"
+    attn_implementation: Literal[
+        "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen", "sdpa"
+    ] = "auto"
     """Kernel of the packed attention; `auto`: the fastest that this machine has."""
+    liger: bool = False
+    """Liger's kernels for norms, rotary positions and gated MLPs: less memory, some speed. CUDA, with `dspref[liger]`."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a quarter more compute."""
     disable_dropout: bool | Literal["all"] = True

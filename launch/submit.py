@@ -6,6 +6,9 @@ python launch/submit.py X.yaml [section.key=value ...] --nodes 4 --time 24:00:00
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in train.py
 
 from dspref.cli import app
 

@@ -9,6 +9,9 @@ python launch/train.py --config X.yaml
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: where dspref is not installed, it lies beside this folder
 
 from dspref.launcher import main
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,17 @@ sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
 from forked import Forked  # noqa: E402  (needs the path above)
 from workers import Workers  # noqa: E402
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """GPU tests share no ranks, and spend their time in processes of their own: `pytest -m gpu -n 8` runs eight at a time,
+    though all lie in one file."""
+    if config.option.markexpr != "gpu":
+        return None
+    from xdist.scheduler import LoadScheduling
+
+    return LoadScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -23,13 +23,14 @@ from typing import Any
 from benchmarks.gpu.child import ask
 from benchmarks.gpu.figures import Sizes, tiny_sizes
 from benchmarks.gpu.micro import PARTS, Left
-from benchmarks.gpu.races import longest_pair, run_race, wish
+from benchmarks.gpu.races import Found, longest_pair, run_race, wish
 from benchmarks.processes import Failed
 from benchmarks.workload import ROOT
 
-# Seconds of ten minutes, in the order in which they run: what is short and sure first. What one leaves, the next ones have.
-SHARES = {"G5": 55, "G6": 35, "G3": 50, "G1": 125, "G2": 65, "G4": 105, "G7": 90, "G8": 75}
-PREPARATION = 50
+# Seconds of eight minutes, in the order in which they run: what is asked first. What one leaves, the next ones have; and
+# where one took more, each still has its own, until all time is over.
+SHARES = {"G3": 40, "preparation": 40, "G1": 100, "G2": 55, "G4": 75, "G7": 70, "G5": 35, "G6": 25, "G8": 40}
+NAMES = [name for name in SHARES if name != "preparation"]
 TITLES = {
     "preparation": "models, tokenizers and pairs",
     "G1": "DPO, 1.5B shape, live reference",
@@ -43,11 +44,16 @@ TITLES = {
 }
 
 
-def deadlines(wanted: list[str], minutes: float) -> dict[str, float]:
-    """Seconds after the start by which the preparation and each wanted benchmark must be done, in order."""
-    shares = {"preparation": PREPARATION} | {name: share for name, share in SHARES.items() if name in wanted}
-    total = sum(shares.values())
-    return {name: 60 * minutes * end / total for name, end in zip(shares, accumulate(shares.values()))}
+def shares_of(wanted: list[str], minutes: float) -> dict[str, float]:
+    """Seconds of the preparation and of each wanted benchmark, in order."""
+    shares = {name: share for name, share in SHARES.items() if name in ("preparation", *wanted)}
+    return {name: 60 * minutes * share / sum(shares.values()) for name, share in shares.items()}
+
+
+def deadline(name: str, now: float, shares: dict[str, float]) -> float:
+    """Seconds after the start by which a benchmark that begins `now` must be done."""
+    planned = dict(zip(shares, accumulate(shares.values())))
+    return min(max(planned[name], now + shares[name]), sum(shares.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,11 +61,15 @@ def deadlines(wanted: list[str], minutes: float) -> dict[str, float]:
 
 
 def run(wanted: list[str], sizes: Sizes, minutes: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """All wanted benchmarks; the result so far is saved after each."""
-    began, until = time.monotonic(), deadlines(wanted, minutes)
+    """All wanted benchmarks; the result so far is saved after each, and after each variant of a race."""
+    began, shares = time.monotonic(), shares_of(wanted, minutes)
 
-    def left(name: str) -> float:
-        return until[name] - (time.monotonic() - began)
+    def time_of(name: str) -> Left:
+        until = began + deadline(name, time.monotonic() - began, shares)
+        return lambda: until - time.monotonic()
+
+    def so_far(name: str, found: Found) -> None:
+        save(result | {"unfinished": {"id": name, "found": found}})
 
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,11 +80,14 @@ def run(wanted: list[str], sizes: Sizes, minutes: float, save: Callable[[dict[st
     }
     wishes = {name: wish(sizes, name) for name in wanted if name not in PARTS}
     setup = {"tiny": sizes.tiny, "device": sizes.device, "dtype": sizes.dtype, "work": str(sizes.work), "races": wishes}
-    made = judged("preparation", partial(prepared, setup, sizes, partial(left, "preparation")))
-    result |= {"hardware": made.get("hardware"), "versions": made.get("versions")}
-    for name in [name for name in SHARES if name in wanted]:
-        job = partial(one, name, sizes, made, partial(left, name))
-        result["benchmarks"].append(judged(name, job, tiny=sizes.tiny))
+    made: dict[str, Any] = {}
+    for name in shares:
+        if name == "preparation":
+            made = judged(name, partial(prepared, setup, sizes, time_of(name)))
+            result |= {"hardware": made.get("hardware"), "versions": made.get("versions")}
+        else:
+            job = partial(one, name, sizes, made, time_of(name), partial(so_far, name))
+            result["benchmarks"].append(judged(name, job, tiny=sizes.tiny))
         result["seconds"] = time.monotonic() - began
         save(result)
     return result
@@ -85,13 +98,13 @@ def prepared(setup: dict[str, Any], sizes: Sizes, left: Left) -> dict[str, Any]:
     return ask("prepare", setup, work=sizes.work, device=sizes.device, limit=3 * left())
 
 
-def one(name: str, sizes: Sizes, made: dict[str, Any], left: Left) -> dict[str, Any]:
+def one(name: str, sizes: Sizes, made: dict[str, Any], left: Left, tell: Callable[[Found], None]) -> dict[str, Any]:
     if name in PARTS:
         return PARTS[name](sizes, left)
     of_race = made.get("races", {}).get(name, {"reason": made.get("void")})
     if reason := of_race.get("reason"):
         raise Failed(f"preparation: {reason}")
-    return longest_pair(sizes, of_race, left) if name == "G8" else run_race(name, sizes, of_race, left)
+    return longest_pair(sizes, of_race, left, tell) if name == "G8" else run_race(name, sizes, of_race, left, tell)
 
 
 def judged(name: str, job: Callable[[], dict[str, Any]], tiny: bool = False) -> dict[str, Any]:
@@ -124,8 +137,8 @@ def line_of(figure: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="dspref and its peers on one GPU.")
-    parser.add_argument("--only", nargs="+", metavar="G1", choices=sorted(SHARES), default=sorted(SHARES))
-    parser.add_argument("--minutes", type=float, default=10.0, help="time for all of them together")
+    parser.add_argument("--only", nargs="+", metavar="G1", choices=NAMES, default=NAMES)
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all of them together")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on the CPU, in fp32")
     default = Path(tempfile.gettempdir()) / "dspref-gpu-benchmarks"
     parser.add_argument("--work", type=Path, default=default, help="folder for models and runs; 16 GB")

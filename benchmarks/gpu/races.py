@@ -140,8 +140,11 @@ def failed(error: Failed) -> dict[str, Any]:
     return {"reason": str(error).splitlines()[0][:300], "said": str(error)}
 
 
-def trained(race: Race, sizes: Sizes, lengths: Any, made: dict[str, Any], left: Callable[[], float]) -> Found:
-    """All variants one after another, each with its share of the time that is left, and half as much again."""
+def trained(
+    race: Race, sizes: Sizes, lengths: Any, made: dict[str, Any], left: Callable[[], float], tell: Callable[[Found], None]
+) -> Found:
+    """All variants one after another, each with its share of the time that is left, and half as much again; what is found is
+    told after each."""
     found: Found = {}
     variants = variants_of(race, sizes)
     for k, (variant, (kind, values)) in enumerate(variants.items()):
@@ -151,14 +154,17 @@ def trained(race: Race, sizes: Sizes, lengths: Any, made: dict[str, Any], left: 
             found[variant] = ask("train", {"variant": kind, "spec": spec}, work=sizes.work, device=sizes.device, limit=limit)
         except Failed as error:
             found[variant] = failed(error)
+        tell(found)
     return found
 
 
-def run_race(name: str, sizes: Sizes, made: dict[str, Any], left: Callable[[], float]) -> dict[str, Any]:
+def run_race(
+    name: str, sizes: Sizes, made: dict[str, Any], left: Callable[[], float], tell: Callable[[Found], None]
+) -> dict[str, Any]:
     """The figures of a race, and all about it."""
     race = RACES[name]
     lengths = race.lengths(sizes, race.pairs)
-    found = trained(race, sizes, lengths, made, left)
+    found = trained(race, sizes, lengths, made, left, tell)
     useful = models.separate(models.with_template(lengths))[0]
     tolerances = TOLERANCES[sizes.dtype]
     for result in found.values():
@@ -244,7 +250,9 @@ def absolute(variant: str, result: dict[str, Any], made: dict[str, Any], warmups
 # G8: the longest pair
 
 
-def longest_pair(sizes: Sizes, made: dict[str, Any], left: Callable[[], float]) -> dict[str, Any]:
+def longest_pair(
+    sizes: Sizes, made: dict[str, Any], left: Callable[[], float], tell: Callable[[Found], None]
+) -> dict[str, Any]:
     """Every step trains on one pair, twice as long as the one before, until the memory or the time is used up."""
     lengths = models.doubling(*sizes.longest_pairs)
     race = Race("1.5B", lambda *_: lengths, {}, (), {})
@@ -263,6 +271,7 @@ def longest_pair(sizes: Sizes, made: dict[str, Any], left: Callable[[], float]) 
             if losses:
                 ended = "time" if isinstance(error, TimedOut) else "failure"
                 found[variant] = {"ended": ended, "losses": losses, "said": str(error)}
+        tell(found)
     totals = models.with_template(lengths)[:, :2].sum(axis=1).tolist()
     figures = longest_figures(found, totals, TOLERANCES[sizes.dtype])
     raw = {"shape": "1.5B", "tokens": totals, "found": found}

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
 
 from dspref.advice import Facts, kept_per_token, lines
+from dspref.attention import PACKED
+from dspref.data.batch import collate
+from dspref.data.truncate import TokenizedPair
+from dspref.model import PackedCausalLM
 
 GIB = 2**30
 GOOD = Facts(
@@ -38,9 +46,29 @@ def test_each_advice_names_its_setting_and_comes_alone(bad, mended, said) -> Non
     assert list(lines(replace(GOOD, **{**bad, **mended}))) == []
 
 
-def test_activations_of_a_layer_are_near_the_papers() -> None:
-    """34 bytes x hidden size for each token of a layer in 16 bits, an MLP of 4 x hidden and no scores kept; here without the
-    dropout masks and with a gated MLP of 8/3."""
-    per_token = kept_per_token(hidden=4096, mlp=4096 * 8 // 3, layers=1, bytes_per_value=2)
-    assert per_token / 4096 == pytest.approx(34, rel=0.05)
-    assert kept_per_token(4096, 11008, 32, 4) == 64 * kept_per_token(4096, 11008, 1, 2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("family", "mlp"), [("llama", 1792), ("qwen2", 2816)])
+def test_activations_are_those_that_a_layer_keeps(family: str, mlp: int, dtype: torch.dtype) -> None:
+    """Counted in real layers, with the proportions of Llama-3.1-8B and Qwen2.5-1.5B: the second and third of three."""
+    kept = {layers: kept_by(family, dtype, layers, 512, mlp) for layers in (1, 3)}
+    expected = kept_per_token(512, mlp, 2, torch.finfo(dtype).bits // 8)
+    assert kept[3] - kept[1] == pytest.approx(expected, rel=0.1)
+
+
+def kept_by(family: str, dtype: torch.dtype, layers: int, hidden: int, mlp: int) -> float:
+    """Bytes for each token that a forward keeps for the backward pass."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
+    config = tiny_config(family, 256, hidden_size=hidden, intermediate_size=mlp, **heads)
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED).train()
+    batch = collate([TokenizedPair(*[np.arange(n, dtype=np.int32) for n in (40, 80, 80)])], [0], prefix_sharing=False)
+    weights, seen = {p.untyped_storage().data_ptr() for p in lm.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage  # which holds its address, so that no other gets it
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        PackedCausalLM(lm, "sdpa")(batch)
+    return sum(storage.nbytes() for storage in seen.values()) / len(batch.input_ids)

@@ -219,7 +219,7 @@ def test_sdpa_kernel_against_softmax_query_by_query(sharing: bool, window: int |
 
 def call(kernel: str = "sdpa", batch: PackedBatch | None = None, **options: Any) -> Tensor:
     batch = batch or collate(some_pairs(1), [0], prefix_sharing=False)
-    query = torch.ones(1, 2, len(batch.input_ids), 4)
+    query = torch.ones(1, 2, len(batch.input_ids), 8)
     given: dict[str, Any] = {"attention_mask": None, "segments": Segments(batch, kernel)} | options
     return packed_attention(torch.nn.Identity(), query, query, query, **given)[0]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import dspref
 from dspref import launcher
 from dspref.cli import app
 
+ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": {"name_or_path": "some/model"}, "data": {"train": "some/data"}, "output_dir": "out"}
 
 
@@ -156,3 +159,26 @@ def test_keys_and_data_are_both_shown_where_both_are_asked_for(elsewhere: Path) 
     Path("x.yaml").write_text(json.dumps(values))
     code, said = call("check", "--show", "--data", "x.yaml")
     assert code == 0 and "  on_overlong: truncate\n" in said and "rows 1, pairs 1 of 1" in said
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}, {"GOMP_SPINCOUNT": "9"}])
+def test_what_torch_reads_is_set_where_the_user_has_not(own: dict[str, str]) -> None:
+    """Segments of GPU memory that grow; a user's own setting stands, under either of its names, and alone."""
+    environment = dict(own)
+    launcher.prepare(environment)
+    allocator = {name: value for name, value in environment.items() if name in launcher.ALLOCATOR}
+    given = {name: value for name, value in own.items() if name in launcher.ALLOCATOR}
+    assert allocator == (given or dict.fromkeys(launcher.ALLOCATOR, "expandable_segments:True"))
+    assert environment["GOMP_SPINCOUNT"] == own.get("GOMP_SPINCOUNT", "1000")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code", "said"),
+    [("train.py", [], 2, "--config: is missing"), ("submit.py", ["--help"], 0, "--nodes")],
+)
+def test_the_scripts_find_the_package_beside_them(script: str, arguments: list[str], code: int, said: str) -> None:
+    """Without an install: `-S` leaves out what pip noted beside the packages, which are found by name."""
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "COLUMNS": "200"}
+    command = [sys.executable, "-S", str(ROOT / "launch" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr

@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("doctor",),
     ("distributed", "lock"),
     ("watch", "meeting"),
-    ("adapter_files",),
+    ("adapter_files", "liger"),
     ("admission", "filedigest", "adapters", "trust_region", "filling", "finite"),
     ("model", "shards"),
     ("engine",),
@@ -80,6 +80,7 @@ OWNERS: dict[str, set[str]] = {
     "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "data.pieces", "checkpoint", "export"},
     "peft": {"adapters", "adapter_files"},
     "bitsandbytes": {"engine"},
+    "liger_kernel": {"liger"},
     "wandb": {"trackers"},
     "torch.utils.tensorboard": {"trackers"},
     "tensorboard": {"trackers"},
@@ -220,7 +221,7 @@ def test_the_pure_layer_needs_only_torch_and_numpy() -> None:
     """Besides what reads files (datasets, pyarrow) and text (transformers), and the kernels of `attention`."""
     allowed = {"torch", "numpy", "dspref", "jaxtyping", "__future__"}
     readers = {
-        "attention": {"transformers", "flash_attn", "flash_attn_interface"},
+        "attention": {"transformers", "flash_attn", "flash_attn_interface", "flash_attn_config"},
         "data.sources": {"datasets"},
         "data.rowfiles": {"pyarrow"},
         "data.splits": {"yaml"},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspref import logps as module
 from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch, collate
@@ -22,13 +25,15 @@ TRANSFORMS = [
 ]
 
 
-@pytest.fixture(params=["kept", "made again"])
+@pytest.fixture(params=["kept", "made again", "made again in blocks"])
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows at a time: 23 scored tokens make four whole chunks and a rest; with probabilities that stay until the
-    backward pass, and with ones that are made again, ten words of the vocabulary at a time."""
+    backward pass, and with ones that are made again, for ten words of the vocabulary and all tokens at a time, or for thirty
+    words and eight tokens."""
     monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 5 * V + 1)
-    if request.param == "made again":
+    if request.param != "kept":
         monkeypatch.setattr(module, "KEPT_ON_CPU", 0)
+        monkeypatch.setattr(module, "PART", 30 if request.param == "made again in blocks" else 1)
 
 
 def head(
@@ -163,10 +168,11 @@ def test_bf16_inputs_are_reduced_in_fp32(small_chunks: None) -> None:
         assert_close(mine.float(), reference, 2e-2)
 
 
-@pytest.mark.parametrize("kept", [0, 10**6])
-def test_gradients_accumulate_in_fp32(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kept", "part"), [(0, 1), (0, 2), (10**6, 1)])
+def test_gradients_accumulate_in_fp32(kept: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, 128 + 0.5 is 128: hundreds of equal shares, of tokens or of parts of the vocabulary, would stop adding up."""
     monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 1)
+    monkeypatch.setattr(module, "PART", part)
     monkeypatch.setattr(module, "KEPT_ON_CPU", kept)
     count = 400
     hidden = torch.ones(count, 1, dtype=torch.bfloat16)
@@ -181,6 +187,96 @@ def test_gradients_accumulate_in_fp32(kept: int, monkeypatch: pytest.MonkeyPatch
     scored_logps(one, words, None, torch.zeros(1, dtype=torch.int64)).logps.sum().backward()
     assert one.grad is not None
     assert one.grad.item() == pytest.approx(-0.5 * 511, rel=2**-8)
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that operators write."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements += result.numel() if isinstance(result, Tensor) and not func.is_view else 0
+        return result
+
+
+def test_the_work_of_the_backward_pass_grows_with_the_scored_tokens() -> None:
+    """Twice the tokens of a large step write twice as much, and little beside the logits themselves. Nothing is computed on
+    the meta device, which takes a GPU's sizes."""
+    width, vocabulary, written = 4096, 151_936, {}
+    for count in (225_000, 450_000):
+        hidden = torch.empty(count, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        weight = torch.empty(vocabulary, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        logps = scored_logps(hidden, weight, None, torch.empty(count, dtype=torch.int64, device="meta")).logps
+        with Written() as counter:
+            logps.sum().backward()
+        written[count] = counter.elements
+        assert counter.elements < 15 * count * vocabulary
+    assert written[450_000] < 2.05 * written[225_000]
+
+
+def test_blocks_are_whole_tiles_on_a_gpu() -> None:
+    """Of at least 4,096 words, and all tokens at once where they are few; every token and every word is in one."""
+    for count, vocabulary in ((450_000, 151_936), (2_000, 128_256), (9, 151_936), (8_192, 262_144), (3_000, 700), (0, 999)):
+        hidden, weight = (torch.empty(n, 8, device="meta") for n in (count, vocabulary))
+        chunks = module._chunks(hidden, weight)
+        parts, blocks = module._blocks(hidden, weight)
+        for slices, of in ((chunks, count), (parts, vocabulary), (blocks, count)):
+            assert [s.start for s in slices] == [0, *(s.stop for s in slices)][: len(slices)]
+            assert of == (slices[-1].stop if slices else 0)
+            assert all((s.stop - s.start) % 128 == 0 for s in slices[:-1])
+        assert parts[0].stop >= min(4096, vocabulary)
+        assert len(blocks) <= 1 or parts[0].stop == 4096
+        assert parts[0].stop * max((b.stop - b.start for b in blocks), default=0) <= module.LOGITS_PER_CHUNK
+
+
+@pytest.mark.parametrize("with_collision", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_both_ways_to_normalize_agree(keep: bool, with_collision: bool) -> None:
+    """In place, as on a CPU, and by torch's kernel, as elsewhere."""
+    logits = 30 * torch.randn(C, V, generator=torch.Generator().manual_seed(3))
+    logits[:, 0] = -1e6  # a word that is masked out
+    found = []
+    for normalize in (module._by_powers, module._by_log_softmax):
+        kept = logits.clone()
+        found.append((*normalize(kept, kept if keep else None, with_collision), kept if keep else None))
+    for ours, theirs in zip(*found):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+@pytest.mark.parametrize("bias", [False, True])
+def test_16_bit_logits_are_rounded_only_where_torch_must(bias: bool, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no product of bf16 matrices into fp32: there logits are what bf16 has of them. A GPU has one, for which the
+    fp32 product of the same numbers stands in: log-probs are off by what fp32 rounds."""
+    monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 5 * V + 1)
+    monkeypatch.setattr(module, "KEPT_ON_CPU", kept)
+    monkeypatch.setattr(module, "PART", 30)
+    hidden, weight, offset, targets = head(bias=bias, dtype=torch.bfloat16)
+    inputs = [x for x in (hidden, weight, offset) if x is not None]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = plain(exact[0], exact[1], exact[2] if bias else None, targets, HeadTransform())[0]
+    gradients = torch.autograd.grad(expected.sum(), exact)
+
+    rounded = torch.nn.functional.linear(hidden, weight, offset).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(scored_logps(hidden, weight, offset, targets).logps, rounded, rtol=1e-6, atol=1e-6)
+    assert (rounded - expected).abs().max() > 5e-3
+
+    def into_fp32(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        if out_dtype is None:
+            return multiply(a, b) if out is None else multiply(a, b, out=out)
+        product = multiply(a.to(out_dtype), b.to(out_dtype))
+        return product if out is None else out.copy_(product)
+
+    multiply = torch.mm
+    monkeypatch.setattr(module, "_multiplies_into_fp32", lambda matrix: True)
+    monkeypatch.setattr(torch, "mm", into_fp32)
+    ours = scored_logps(hidden, weight, offset, targets).logps
+    assert (ours - expected).abs().max() < 2e-5
+    for mine, reference in zip(torch.autograd.grad(ours.sum(), inputs), gradients):
+        assert_close(mine.double(), reference, 1e-2)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

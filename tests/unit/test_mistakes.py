@@ -404,8 +404,7 @@ def test_a_template_written_out_is_no_path() -> None:
     ],
 )
 def test_short_forms_are_the_long_ones(key: str, short: Any, long: Any) -> None:
-    import jsonschema
-
+    jsonschema = pytest.importorskip("jsonschema")
     first, second = load(with_(key, short)), load(with_(key, long))
     assert first == second and config.dump(first) == config.dump(second)
     jsonschema.validate(with_(key, short), json.loads(config.schema()))

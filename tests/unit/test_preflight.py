@@ -97,8 +97,9 @@ def test_what_a_config_asks_of_a_machine_without_gpu(tmp_path):
     for override in ("train.optim=adamw_8bit", "model.attn_implementation=flash_attention_2"):
         verdict = CHECKS["gpu"](Scene(run_of(tmp_path, override)))
         assert verdict.level == FAIL and override.split("=")[0] in verdict.text
-    asked = run_of(tmp_path, "model.attn_implementation=flash_attention_3")
-    assert CHECKS["attention"](Scene(asked)).level == FAIL
+    for kernel in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
+        asked = run_of(tmp_path, f"model.attn_implementation={kernel}")
+        assert CHECKS["attention"](Scene(asked)).level == FAIL
 
 
 def test_compiler(tmp_path):
