@@ -45,7 +45,6 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         raise ConfigError(
             f"model.name_or_path: {text.model_type} has {kinds} layers, which would leak between packed sequences"
         )
-    sizes = {number(text, "head_dim") or 0}  # of code that comes with the model, which is not run before it is loaded
     family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if family is not None and not family._supports_attention_backend:
         raise ConfigError(f"model.name_or_path: {text.model_type} {NOT_PACKED}")
@@ -60,6 +59,8 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         router_coefficient(section, skeleton)
         if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
+    else:  # of code that comes with the model, which is not run before it is loaded
+        sizes = {number(text, "head_dim") or 0}
     _refuse_scaled_positions(text, max_length)
     window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(

@@ -15,14 +15,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from test_waits import Undistributed, packs_of, policy_of
 from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_model
 
-from dspref import attention
+from dspref import attention, gradient
 from dspref.data.batch import collate
+from dspref.data.loader import Step
 from dspref.data.truncate import TokenizedPair
-from dspref.logps import scored_logps
+from dspref.gradient import Instruments, StepLoss
+from dspref.logps import pair_logps, scored_logps
+from dspref.metrics import Meter
 from dspref.model import PackedCausalLM
+from dspref.numbers import Suspects
+from dspref.objectives import RunningMean, build_objective
+from dspref.performance import Clock
+from dspref.reference import Reference
 
+CUDA = torch.device("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
@@ -126,6 +135,28 @@ def test_log_probs_never_hold_all_logits():
     some = slice(0, 64)
     plain = torch.log_softmax(hidden[some].double() @ weight.double().t(), -1).gather(-1, targets[some, None])[:, 0]
     assert (logps[some] - plain).abs().max() < 1e-3  # rounded to bf16, logits alone would be off by more
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
+def test_a_logged_step_waits_for_nothing(loss_type, device=CUDA):
+    """The second one: the first compiles and fills caches. DeepSpeed's own part is left out."""
+    model = policy_of("qwen2", hidden_size=256, num_attention_heads=4).to(device, torch.bfloat16)
+    model.kernel = attention.available(device.type)[0]
+    made, packs = build_objective("dpo", loss_type), [batch.pinned() for batch in packs_of(False)]
+    with torch.no_grad():
+        base = [pair_logps(model(batch, only_logps=True)[0], batch) for batch in (batch.to(device) for batch in packs)]
+    counts = {"pairs": 6, "chosen_tokens": 60, "rejected_tokens": 60, "chosen_and_prompt_tokens": 90, "tokens": 300}
+    for mode in ("default", "error"):
+        asked = iter(base * 2)
+        reference = Reference(lambda name, batch, asked=asked: next(asked))
+        looking = Instruments(Meter(device), Clock(device), Suspects())
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            step = Step(1, 1.0, len(packs), packs, counts, 1.0)
+            gradient.accumulate(step, Undistributed(model, device), StepLoss(made), reference, RunningMean(), looking)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

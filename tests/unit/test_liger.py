@@ -69,7 +69,8 @@ def test_liger_needs_a_gpu_and_its_package(like_liger: None, monkeypatch: pytest
         check(tiny_config("llama"), liger=True, device="cuda")
 
 
-def test_the_key_and_its_names_elsewhere() -> None:
+def test_the_key_and_its_names_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     config = load(with_("model.liger", True))
     assert config.model.liger and not load(MINIMAL).model.liger
     assert machine.packages_of(config) == {"liger_kernel": "model.liger"}

@@ -215,6 +215,21 @@ def test_the_work_of_the_backward_pass_grows_with_the_scored_tokens() -> None:
     assert written[450_000] < 2.05 * written[225_000]
 
 
+@pytest.mark.parametrize("transform", [HeadTransform(), HeadTransform(2.0, 30.0)])
+@pytest.mark.parametrize("count", [0, 640, 20_000])
+def test_torch_has_the_operators_that_a_gpu_is_asked_for(
+    count: int, transform: HeadTransform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of bf16 matrices into fp32, into a tensor that is there too. Types and shapes alone are computed."""
+    monkeypatch.setattr(module, "_multiplies_into_fp32", lambda matrix: True)
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
+    inputs = [torch.empty(*shape, **kind) for shape in ((count, 256), (32_064, 256), (32_064,))]
+    ours = scored_logps(*inputs, torch.empty(count, dtype=torch.int64, device="meta"), transform, with_collision=True)
+    assert ours.collision is not None and ours.logps.dtype == ours.mean_logits.dtype == ours.collision.dtype == torch.float32
+    for one, gradient in zip(inputs, torch.autograd.grad(ours.logps.sum(), inputs)):
+        assert gradient.dtype == torch.bfloat16 and gradient.shape == one.shape
+
+
 def test_blocks_are_whole_tiles_on_a_gpu() -> None:
     """Of at least 4,096 words, and all tokens at once where they are few; every token and every word is in one."""
     for count, vocabulary in ((450_000, 151_936), (2_000, 128_256), (9, 151_936), (8_192, 262_144), (3_000, 700), (0, 999)):

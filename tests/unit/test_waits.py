@@ -110,10 +110,8 @@ def test_the_watch_lets_pass_what_does_not_wait():
 class Undistributed:
     """The policy as `gradient` asks it, without DeepSpeed, which waits once a step for reasons of its own."""
 
-    device = CPU
-
-    def __init__(self, model: PackedCausalLM) -> None:
-        self.forward = model
+    def __init__(self, model: PackedCausalLM, device: torch.device = CPU) -> None:
+        self.forward, self.device = model, device
 
     def backward(self, share: torch.Tensor) -> None:
         share.backward()
