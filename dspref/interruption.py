@@ -8,13 +8,15 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from threading import Thread, current_thread, main_thread
+from threading import Lock, Thread, current_thread, main_thread
 from typing import Any
 
 from dspref.errors import ExitCode
 
 STOPPING = {signal.SIGTERM: ExitCode.INTERRUPTED, signal.SIGUSR1: ExitCode.INTERRUPTED, signal.SIGINT: ExitCode.CTRL_C}
 _depth = 0  # how often it is open
+_leaving = Lock()
+_muted: int | None = None  # during a fork, where signals are told
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def leaving_at_once() -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _left_to_the_thread) for number in STOPPING}
+    handlers = {number: signal.signal(number, _leave) for number in STOPPING}
     _depth += 1
     thread = Thread(target=_leave_when_asked, args=(reader,), name="interruption", daemon=True)
     thread.start()
@@ -48,29 +50,50 @@ def leaving_at_once() -> Iterator[None]:
         os.close(writer)
 
 
-def _left_to_the_thread(number: int, frame: Any) -> None:
-    """Without a handler of Python's, the system would end the process by the signal."""
+# ------------------------------------------------------------------------------------------------------------- forks
+
+
+def _mute() -> None:
+    """Until a fork has its own handlers, it has this process's pipe: a signal to it would end this process."""
+    global _muted
+    if _depth and current_thread() is main_thread():
+        _muted = signal.set_wakeup_fd(-1)
+
+
+def _unmute() -> None:
+    global _muted
+    if _muted is not None:
+        signal.set_wakeup_fd(_muted, warn_on_full_buffer=False)
+        _muted = None
 
 
 def _forget() -> None:
-    """In a fork, which has the pipe and no thread, signals are what they are to any process: pools are ended by them, and
-    what they write there would end this process."""
+    """In a fork, which has no thread, signals are what they are to any process: pools are ended by them."""
     if _depth:
         signal.set_wakeup_fd(-1)
         for number in STOPPING:
             signal.signal(number, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_mute, after_in_parent=_unmute, after_in_child=_forget)
+
+# ----------------------------------------------------------------------------------------------------------- leaving
 
 
 def _leave_when_asked(reader: int) -> None:
     while (number := os.read(reader, 1)[0]) != 0:
         if number in {*STOPPING}:
-            name = signal.Signals(number).name
-            if first_rank(os.environ):
-                os.write(2, f"stopped by {name} before the run began; the same command begins it\n".encode())
-            os._exit(int(STOPPING[signal.Signals(number)]))
+            _leave(number)
+
+
+def _leave(number: int, frame: Any = None) -> None:
+    """The main thread comes here too, where it can: while it forks, the other is not told. The first of them speaks."""
+    if not _leaving.acquire(blocking=False):
+        return
+    name = signal.Signals(number).name
+    if first_rank(os.environ):
+        os.write(2, f"stopped by {name} before the run began; the same command begins it\n".encode())
+    os._exit(int(STOPPING[signal.Signals(number)]))
 
 
 def first_rank(env: Mapping[str, str]) -> bool:

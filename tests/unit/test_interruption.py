@@ -82,12 +82,30 @@ def test_signals_are_given_back() -> None:
     assert {number: signal.getsignal(number) for number in STOPPING} == before
 
 
-def test_a_fork_ends_by_the_signal() -> None:
-    """Pools of processes are ended by it."""
-    with leaving_at_once():
-        pid = os.fork()
-        if pid == 0:
+FORKS = """
+import os, signal, time
+from dspref.interruption import leaving_at_once
+with leaving_at_once():
+    for wait in [True] * 3 + [False] * 30:
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.write(writer, b"x")
             time.sleep(100)
             os._exit(0)
+        if wait:
+            os.read(reader, 1)
         os.kill(pid, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        if not wait:  # it may come before the fork has any handler, and is lost then
+            os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code == -signal.SIGTERM if wait else code in (-signal.SIGTERM, -signal.SIGKILL), code
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(100)
+"""
+
+
+def test_a_fork_ends_by_a_signal_to_it_and_alone() -> None:
+    """Pools of processes are ended by it."""
+    done = subprocess.run([sys.executable, "-c", FORKS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    line = "stopped by SIGUSR1 before the run began; the same command begins it\n"
+    assert (done.returncode, done.stderr) == (75, line)
