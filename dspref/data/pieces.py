@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Of the texts of a call, so many are encoded whole as well.
 SAMPLE = 4
-# Characters of pieces that are remembered; with their ids, some bytes for each.
-REMEMBERED = 16_000_000
+# Bytes of pieces that are remembered, about: a piece has so many beside its characters and ids.
+REMEMBERED, BYTES_PER_PIECE = 2**26, 300
 PROBES = ("word", " word", "\nword two", "  ", "\n\n", "é漢字", "a.b 12 'tis")
 
 
@@ -104,7 +104,7 @@ class Encoder:
         """Encode pieces that follow an added token."""
         skipped = int(bool(self._before))
         self._known |= zip(pieces, (ids[skipped:] for ids in self._arrays([self._before + piece for piece in pieces])))
-        self._room -= sum(map(len, pieces))
+        self._room -= sum(2 * len(piece) + BYTES_PER_PIECE for piece in pieces)
 
     def _arrays(self, texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(ids, dtype=np.int32) for ids in self._whole(texts, special=False)]
