@@ -131,6 +131,7 @@ class Watch:
                 self._stacks = open(self._folder / "logs" / f"rank-{self._world.rank}.stacks.txt", "w", encoding="utf-8")
         self.beat("start")
         self._limit = limit
+        self._set_timer()
 
     def steps_end(self, may_leave: bool) -> None:
         """What follows may take as long as it takes. `may_leave`: all is committed, and a wish to stop ends this at once."""
@@ -290,14 +291,18 @@ class Watch:
             self._poke()
 
     def _keep_time(self) -> None:
-        """Has this rank moved lately? A timer in C stands behind, for a main thread that holds Python's lock."""
-        with self._timer:
-            if self._stacks and self._limit:
-                faulthandler.dump_traceback_later(self._limit + GIL_SECONDS, exit=True, file=self._stacks)
+        """Has this rank moved lately?"""
+        self._set_timer()
         if self._verdict is None and self._limit and self._idle > self._limit:
             message = self._blame()
             if self._idle > self._limit and self._limit and self._judge(ExitCode.HANG, message):
                 print(shown(message), file=sys.__stderr__, flush=True)
+
+    def _set_timer(self) -> None:
+        """One in C stands behind, for a main thread that holds Python's lock."""
+        with self._timer:
+            if self._stacks and self._limit:
+                faulthandler.dump_traceback_later(self._limit + GIL_SECONDS, exit=True, file=self._stacks)
 
     def _talk(self) -> None:
         """Tell the others where this rank is; hear what they wish, and whether one has left."""
