@@ -36,12 +36,7 @@ class LocalStore:
     def __init__(self, folder: Path, prefix: str = "") -> None:
         """`folder`: of the socket. Raises OSError where nobody serves there."""
         self._folder, self._prefix, self._lock = folder, prefix, Lock()
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.connect(str(folder / SOCKET))
-        except OSError:
-            self._socket.close()
-            raise
+        self._socket, self._is_clean = _connected(folder), True
 
     def own(self, prefix: str) -> LocalStore:
         """Another connection, for a thread; its keys stand apart."""
@@ -77,19 +72,46 @@ class LocalStore:
     def _ask(self, what: str, key: str, *values: Any) -> Any:
         try:
             with self._lock:
-                self._socket.sendall(_framed([what, self._prefix + key, *values]))
-                (size,) = _SIZE.unpack(self._receive(_SIZE.size))
-                return json.loads(self._receive(size))
+                if not self._is_clean:
+                    self._connect_anew()
+                self._is_clean = False
+                answer = _exchange(self._socket, [what, self._prefix + key, *values])
+                self._is_clean = True
+                return answer
         except OSError as error:
             raise ContactLost(f"the connection to the store of the ranks is broken: {error.strerror}") from None
 
-    def _receive(self, size: int) -> bytes:
-        parts = b""
-        while len(parts) < size:
-            if not (part := self._socket.recv(size - len(parts))):
-                raise ConnectionResetError(0, "its server has ended")
-            parts += part
-        return parts
+    def _connect_anew(self) -> None:
+        """A signal ended a question before its answer was read, which would be taken for that of the next one."""
+        fresh = _connected(self._folder)
+        _exchange(fresh, ["get", ""])  # the server knows it before the other is closed: it ends with its last client
+        left, self._socket = self._socket, fresh
+        left.close()
+
+
+def _connected(folder: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(folder / SOCKET))
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _exchange(connection: socket.socket, question: list[Any]) -> Any:
+    connection.sendall(_framed(question))
+    (size,) = _SIZE.unpack(_receive(connection, _SIZE.size))
+    return json.loads(_receive(connection, size))
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    parts = b""
+    while len(parts) < size:
+        if not (part := connection.recv(size - len(parts))):
+            raise ConnectionResetError(0, "its server has ended")
+        parts += part
+    return parts
 
 
 def serve(folder: Path) -> LocalStore:

@@ -258,6 +258,34 @@ def test_the_store(tmp_path):
         other.get("a")
 
 
+def test_a_question_that_a_signal_ends_leaves_no_answer_behind(tmp_path):
+    """The next one must not take it for its own."""
+
+    class Asked(BaseException):
+        pass
+
+    def ask(number, frame):
+        raise Asked
+
+    store, before = local_store.serve(tmp_path), signal.signal(signal.SIGALRM, ask)
+    store.set("long", "x" * 1_000_000)
+    interrupted = 0
+    try:
+        for turn in range(300):
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + turn % 20 * 0.0001)
+            try:
+                while True:
+                    store.get("long")
+            except Asked:
+                interrupted += 1
+            assert store.add("turns", 1) == turn + 1 and store.get("long") == "x" * 1_000_000
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        store.close()
+    assert interrupted == 300
+
+
 def test_the_server_outlives_signals_and_whoever_started_it(tmp_path):
     store = local_store.serve(tmp_path)
     store.set("a", "1")
