@@ -35,6 +35,12 @@ class Manners:
     """Tokens that end a turn; any of them."""
     ends_every_turn: bool = True
     """Whether turns before the last have an end token too."""
+    head: str = ""
+    """What stands before the content of the first message."""
+    frame: str = field(default="", compare=False, repr=False)
+    """What it writes between and around the texts behind the first question."""
+    joints: Mapping[tuple[str, str], str] = field(default_factory=dict, compare=False, repr=False)
+    """What it writes between two messages, by their roles."""
     arguments_as_text: bool = False
     """Whether it prints the arguments of a tool call as they are, and so wants JSON text of them."""
     unknown: str | None = None
@@ -93,20 +99,41 @@ def learn(
     header = middle[shared_length(behind_question, middle) :]
     tokens = _added(tokenizer)
     opens_always = behind_question == middle != ""
+    twice, between = answered, None
     try:
         twice = rendered(tokenizer, [*first, _said("user", AGAIN), _said("assistant", ANSWERED)], **how)
-        between: str | None = _between(twice, ANSWER, AGAIN)
+        between = _between(twice, ANSWER, AGAIN)
     except Exception:  # it knows conversations of one turn only
-        between = None
+        pass
     # What stands right before a question opens a turn, and does not end one; unless it is an end-of-text token too.
     opens = [token for token in tokens.findall(alone[: alone.index(QUESTION)])[-1:] if token != tokenizer.eos_token]
     last, every = _end_of(tokens, tail, between, opens, opens_always)
     ends = tuple(dict.fromkeys(end for end in (last, every) if end)) if last else ()
-    as_text, of_tools = _of_tools(tokenizer, tokens, ends, middle, opening, how)
+    as_text, of_tools, calling = _of_tools(tokenizer, tokens, ends, middle, opening, how)
     return Manners(
-        header, asks, ends and (*ends, *of_tools), between is None or every is not None, as_text,
+        header, asks, ends and (*ends, *of_tools), between is None or every is not None, _head(alone),
+        "\0".join(map(_frame, (answered, twice, calling))), _joints(alone, middle, between), as_text,
         ignores=ignores, tokens=tokens,
     )  # fmt: skip
+
+
+def _frame(text: str) -> str:
+    """What a probe has behind its first question, without the words of the probe."""
+    return re.sub(f"{ANSWER}|{AGAIN}|{ANSWERED}|{FUNCTION}|keyword|valueword", "\0", text.rpartition(QUESTION)[2])
+
+
+def _joints(alone: str, middle: str, between: str | None) -> dict[tuple[str, str], str]:
+    found = {("user", "assistant"): middle}
+    if between is not None:
+        found["assistant", "user"] = between
+    if SYSTEM in alone[: alone.index(QUESTION)]:
+        found["system", "user"] = _between(alone, SYSTEM, QUESTION)
+    return found
+
+
+def _head(alone: str) -> str:
+    """What a probe has before its first message, which may be a system message that the template leaves out."""
+    return alone[: min(alone.index(word) for word in (SYSTEM, QUESTION) if word in alone)]
 
 
 def _ignored(tokenizer: Any, alone: str, tools: list[Any] | None, settings: Mapping[str, Any]) -> Iterator[str]:
@@ -148,8 +175,9 @@ def _of_tools(
     middle: str,
     opening: Sequence[Message],
     how: Mapping[str, Any],
-) -> tuple[bool, tuple[str, ...]]:
-    """Whether the template wants the arguments of a tool call as text, and what else than `ends` ends a turn with a call."""
+) -> tuple[bool, tuple[str, ...], str]:
+    """Whether the template wants the arguments of a tool call as text, what else than `ends` ends a turn with a call, and
+    the probe that shows it."""
     for as_text in (False, True):
         arguments = json.dumps({"keyword": "valueword"}) if as_text else {"keyword": "valueword"}
         call = {"type": "function", "function": {"name": FUNCTION, "arguments": arguments}}
@@ -162,8 +190,8 @@ def _of_tools(
         if not as_text and "{'keyword'" in behind:
             continue  # Python's way to print an object
         found = tokens.findall(behind)
-        return as_text, () if set(ends) & set(found) else tuple(found[-1:])
-    return False, ()
+        return as_text, () if set(ends) & set(found) else tuple(found[-1:]), text
+    return False, (), ""
 
 
 def _said(role: str, content: str) -> Message:

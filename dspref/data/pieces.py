@@ -63,6 +63,10 @@ class Encoder:
         """The ids of tokens by their names."""
         return [self._tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
+    def names_of(self, ids: np.ndarray) -> list[str]:
+        """Tokens as the tokenizer's vocabulary writes them: together, the same for a text however it is cut."""
+        return self._tokenizer.convert_ids_to_tokens(ids.tolist()) if len(ids) else []
+
     def _settle(self) -> None:
         """Choose what stands before a piece; without any that is exact, encode whole texts."""
         (cut,) = list(self._cuts)[:1]

@@ -7,13 +7,14 @@ a template drops or rewrites of an answer is refused, row by row; so is a messag
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from dspref.data.formats import Preference
 from dspref.data.manners import Learned, Manners, rendered, shared_length
 from dspref.data.messages import refused_by_template
+from dspref.data.printed import Printed, called, passed, said
 from dspref.data.rows import Message, RowError, one_line
 from dspref.errors import DataError
 
@@ -29,9 +30,11 @@ RESERVED_KWARGS = frozenset(
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
-# Keys of a message that hold text of the model's beside its content, by the names that templates read.
-REASONING = ("reasoning_content", "reasoning", "thinking")
 DECIDE = "set model.chat_template to one that does not, or data.scored: all to train on it as it is"
+GO_ON = (
+    "let the answer go on from there, take out of chat_template_kwargs what writes that, or set data.scored: all to train "
+    "on it as it is"
+)
 PRINT_IT = "set model.chat_template to one that does, or data.scored: all to train on what is printed"
 # A system message may have another place.
 MERGE_IT = f'{PRINT_IT}, or write it into the user\'s message (a template can: prompt: "{{system}} {{prompt}}")'
@@ -109,8 +112,15 @@ def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, sco
         return NO_EOS
     prompt = cast(str, preference.prompt)
     answers = (cast(str, preference.chosen), cast(str, preference.rejected))
-    chosen, rejected = (prompt + (text if text.endswith(eos) else text + eos) for text in answers)
+    chosen, rejected = (prompt + _ended(text, eos, scored) for text in answers)
     return Rendering(prompt, chosen, rejected, special=True)
+
+
+def _ended(text: str, eos: str, scored: str) -> str:
+    """An answer with its end token. White space behind one that it has is not the model's, and nothing follows it."""
+    if scored != "all" and text.rstrip().endswith(eos):
+        return text.rstrip()
+    return text if text.endswith(eos) else text + eos
 
 
 def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, scored: str) -> Rendering:
@@ -137,10 +147,12 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     ]
     strict = scored != "all" and not manners.unknown
     notes = [f"pair with {IGNORED.get(name, NOT_READ.format(name))}" for name in manners.ignores]
-    notes += _unprinted("prompt", prompt, asked, lambda messages: rendered(tokenizer, messages, **ending, **how), strict)
+    head = manners.head if manners.head and asked.startswith(manners.head) else _before_content(asked, prompt[0])
+    printed = Printed(prompt, asked, asked[len(head) :], manners, lambda again: rendered(tokenizer, again, **ending, **how))
+    notes += _unprinted("prompt", printed, (), strict)
     for writer in writers:
-        notes += _unprinted(writer.field, writer.answer, writer.full, writer.again, strict)
-    rendering = Rendering(asked, chosen, rejected, False, _before_content(asked, prompt[0]))
+        notes += _unprinted(writer.field, writer.printed(asked), writer.scored_by(scored), strict)
+    rendering = Rendering(asked, chosen, rejected, False, head)
     if strict:
         rendering, more = _marked(rendering, writers, scored, unfinished)
         notes += more
@@ -224,17 +236,26 @@ class _Conversation:
 
     def turns(self, scored: str, asked: str | None) -> Iterator[Turn]:
         """The assistant's turns of the answer, or the last of them. Raises RowError where the template hides one."""
-        own = [i for i, message in enumerate(self.answer) if message["role"] == "assistant"]
+        own = self.scored_by(scored)
         if own and not self.manners.ends:
             raise NO_END
-        if own[:-1] and scored == "assistant" and not self.manners.ends_every_turn:
+        if own[:-1] and not self.manners.ends_every_turn:
             reason = "it ends the last turn of a conversation alone, and the answer has several"
             raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
-        for i in own if scored == "assistant" else own[-1:]:
+        for i in own:
             opening = self._opening(i, asked if i == 0 else None)
-            behind = self.full[shared_length(opening, self.full) :]
-            self._refuse_loss(i, opening, behind, self.answer[i])
+            self._refuse_loss(i, opening)
             yield self._turn(i, opening)
+
+    def scored_by(self, scored: str) -> list[int]:
+        """The messages of the answer that a rule scores turn by turn."""
+        own = [i for i, message in enumerate(self.answer) if message["role"] == "assistant"]
+        return {"assistant": own, "last": own[-1:], "all": []}[scored]
+
+    def printed(self, asked: str) -> Printed:
+        """The answer in its rendering, behind what is `asked`."""
+        own = self.full[shared_length(asked + self.manners.header * (not self.manners.asks), self.full) :]
+        return Printed(self.answer, self.full, own, self.manners, self.again)
 
     def can_score_last(self) -> bool:
         """Whether `data.scored: last` would mend what the other rule cannot."""
@@ -273,70 +294,51 @@ class _Conversation:
             raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
         return base + self.manners.header
 
-    def _refuse_loss(self, i: int, opening: str, written: str, message: Message) -> None:
-        """Raise RowError where the template drops or rewrites text that the model is to write."""
-        place = f"{self.field}[{i}]"
-        for key in ("content", *REASONING):
-            text = message.get(key)
-            if isinstance(text, str) and not _stands_in(text, written, opening):
-                raise RowError(f"{place}.{key}", f"the chat template drops or rewrites it: {one_line(text, 80)!r}", DECIDE)
-        calls = [call.get("function") or call for call in message.get("tool_calls") or () if isinstance(call, dict)]
-        names = [call["name"] for call in calls if isinstance(call.get("name"), str)]
-        for name in dict.fromkeys(names):
-            if written.count(name) < names.count(name):
-                raise RowError(f"{place}.tool_calls", f"the chat template drops the call of {one_line(name, 80)!r}", DECIDE)
-        for call in calls:
-            arguments = call.get("arguments")
-            lost = next((key for key in arguments if key not in written), None) if isinstance(arguments, dict) else None
-            if lost is not None:
-                raise RowError(f"{place}.tool_calls", f"the chat template drops the argument {one_line(lost, 80)!r}", DECIDE)
+    def _refuse_loss(self, i: int, opening: str) -> None:
+        """Raise RowError where the template drops or rewrites text that the model is to write in message `i`."""
+        place, own = f"{self.field}[{i}]", self.full[shared_length(opening, self.full) :]
+        there = Printed(self.answer[i:], self.full, own, self.manners, lambda rest: self.again([*self.answer[:i], *rest]))
+        for part in said(self.answer[i]):
+            if not there.has(0, part, opening):
+                if not self.full.startswith(opening) and replace(there, own=self._behind_header(opening)).has(0, part):
+                    reason = f"it does not go on from what opens an answer in the chat template: {self.manners.header!r}"
+                    raise RowError(f"{place}.{part.key}", reason, GO_ON)
+                reason = f"the chat template drops or rewrites it: {one_line(part.text, 80)!r}"
+                raise RowError(f"{place}.{part.key}", reason, DECIDE)
+        for parts, what in ((called, "call of"), (passed, "argument")):
+            for part in parts(self.answer[i]):
+                if not there.has(0, part):
+                    reason = f"the chat template drops the {what} {one_line(part.text, 80)!r}"
+                    raise RowError(f"{place}.tool_calls", reason, DECIDE)
+
+    def _behind_header(self, opening: str) -> str:
+        return self.full[len(opening) - len(self.manners.header) :]
 
     def refuse_losses(self) -> None:
         """The same of all turns, where it is not known where each stands."""
-        for i, message in enumerate(self.answer):
-            if message["role"] == "assistant":
-                self._refuse_loss(i, "", self.full, message)
+        for i in self.scored_by("assistant"):
+            self._refuse_loss(i, "")
 
 
-def _unprinted(
-    field: str, messages: Sequence[Message], text: str, again: Callable[[list[Message]], str], strict: bool
-) -> Iterator[str]:
-    """Notes on messages that are not the assistant's and do not stand in their rendering `text`; `again` renders them anew.
-    Raises RowError for one that does not come in there at all, where `strict`."""
-    for i, message in enumerate(messages):
-        content, role = message.get("content") or "", message["role"]
-        if role == "assistant" or _is_printed(content, text):
-            continue
-        if not _same_text(again, [*messages[:i], {**message, "content": "otherword"}, *messages[i + 1 :]], text):
-            yield f"pair with a message ({role}) that the chat template rewrites"
-        elif strict:
-            reason = f"the chat template does not print this message ({role})"
-            fix = MERGE_IT if role in ("system", "developer") else PRINT_IT
-            raise RowError(f"{field}[{i}].content", reason, fix)
-        else:
-            yield f"pair with a message ({role}) that the chat template does not print"
-
-
-def _is_printed(content: str, text: str) -> bool:
-    """Whether a text stands in a rendering, white space aside, or as JSON, as templates print what tools say."""
-    if content.strip() in text or _stands_in(content, text, ""):
-        return True
-    return any(json.dumps(content.strip(), ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
-
-
-def _same_text(again: Callable[[list[Message]], str], messages: list[Message], text: str) -> bool:
-    try:
-        return again(messages) == text
-    except Exception:  # a template is a program: it may raise anything
-        return False
-
-
-def _stands_in(text: str, written: str, opening: str) -> bool:
-    """Whether a text is there, white space aside; what the opening ends with, such as `<think>`, need not be there again."""
-    if text.strip() in written:
-        return True
-    wanted, there, before = ("".join(part.split()) for part in (text, written, opening[-200:]))
-    if wanted in there:
-        return True
-    opened = next((n for n in range(min(len(wanted), len(before)), 0, -1) if before.endswith(wanted[:n])), 0)
-    return opened > 0 and there.startswith(wanted[opened:])
+def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) -> Iterator[str]:
+    """Notes on what messages say that is not in their rendering, but for those that are `scored`, which are
+    looked at elsewhere. Raises RowError for a message that does not come in there at all and is not the assistant's, where
+    `strict`."""
+    noted: set[tuple[str, str]] = set()
+    for i, message in enumerate(there.messages):
+        role = message["role"]
+        parts = [] if i in scored else [*said(message), *called(message)]
+        for part in parts:
+            if (role, part.key) in noted or there.has(i, part):
+                continue
+            what = f"a message ({role})" if part.key == "content" else f"{part.key} ({role})"
+            if there.shows(i, part):
+                yield f"pair with {what} that the chat template rewrites"
+            elif strict and role != "assistant":
+                reason = f"the chat template does not print this message ({role})"
+                fix = MERGE_IT if role in ("system", "developer") else PRINT_IT
+                raise RowError(f"{field}[{i}].{part.key}", reason, fix)
+            else:
+                yield f"pair with {what} that the chat template does not print"
+            if role == "assistant":
+                noted.add((role, part.key))  # one word for all: to look is to render anew

@@ -185,13 +185,25 @@ def _mask(
     None where that is missing."""
     mask = np.zeros(len(full), dtype=bool)
     for turn in turns:
-        start = _common_prefix(ids[turn.opening], full)
+        start = _behind(ids[turn.opening], full, encoder)
         stop = len(full) if turn.closing is None else _common_prefix(ids[turn.closing], full)
         ends = start + np.flatnonzero(np.logical_or.reduce([full[start:stop] == end for end in encoder.ids_of(turn.ends)]))
         if len(ends) <= turn.inside:
             return None
         mask[start : ends[turn.inside if turn.closing is None else -1] + 1] = True
     return mask[boundary:]
+
+
+def _behind(opening: np.ndarray, full: np.ndarray, encoder: Encoder) -> int:
+    """How many tokens of a text its opening takes up. They are others than the opening's own where a word follows its end,
+    such as two line ends that are one token by themselves; a token with text of both is the answer's."""
+    stop = _common_prefix(opening, full)
+    left = "".join(encoder.names_of(opening[stop:]))
+    for token in encoder.names_of(full[stop : stop + len(left)]):
+        if not left.startswith(token):
+            break
+        left, stop = left[len(token) :], stop + 1
+    return stop
 
 
 def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:

@@ -105,10 +105,10 @@ SPECIAL = (
 )
 
 
-def characters(template: str, eos: str = "<eos>") -> PreTrainedTokenizerFast:
-    """A token per character, and one for each special token and tag."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+def characters(template: str, eos: str = "<eos>", merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+    """A token per character, one for each special token and tag, and those that are merged."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [*merges]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -334,8 +334,8 @@ def test_what_is_learned_of_each_style() -> None:
     learned = {
         name: learn(characters(template)) for name, template in {"chatml": CHATML, "r1": R1, "llama3": LLAMA3}.items()
     }
-    assert learned["chatml"] == Manners("<|im_start|>assistant\n", True, ("<|im_end|>",))
-    assert learned["r1"] == Manners("<Assistant>", True, ("<eos>",))
+    assert learned["chatml"] == Manners("<|im_start|>assistant\n", True, ("<|im_end|>",), head="<|im_start|>user\n")
+    assert learned["r1"] == Manners("<Assistant>", True, ("<eos>",), head="<bos><User>")
     assert learned["llama3"].ends == ("<|eot_id|>", "<|eom_id|>")
     odd = learn(characters("{% for m in messages %}{{ m.content | upper }}<eos>{% endfor %}"))
     assert odd.unknown is not None
@@ -509,6 +509,114 @@ def test_a_message_that_the_template_does_not_print_is_refused(template: str, ro
     role = "tool" if place.startswith("chosen") else row.prompt[0]["role"]  # pyright: ignore[reportArgumentType]
     assert isinstance(rendering, Rendering)
     assert f"pair with a message ({role}) that the chat template does not print" in rendering.notes
+
+
+NO_CALLS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_ARGUMENTS = CHATML.replace("call.function | tojson", "call.function.name")
+LAST_ALONE = NO_CALLS.replace("messages %}", "messages %}{% if m.role != 'assistant' or loop.last %}", 1).replace(
+    "{% endfor %}", "{% endif %}{% endfor %}", 1
+)
+TWICE = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}] * 2}
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "answer", "place"),
+    [
+        (LAST_ALONE, ONE.prompt, [model("ok"), user("ok then, more"), model("good")], "chosen[0].content"),
+        (LAST_ALONE, ONE.prompt, [model("a"), user("b"), model("a")], "chosen[0].content"),
+        (LAST_ALONE, ONE.prompt, [model("user"), user("b"), model("c")], "chosen[0].content"),
+        (NO_CALLS, ONE.prompt, [model("Paris is nice", reasoning_content="Paris")], "chosen[0].reasoning_content"),
+        (NO_CALLS, ONE.prompt, [model("I add now", tool_calls=calls("add")["tool_calls"])], "chosen[0].tool_calls"),
+        (NO_ARGUMENTS, ONE.prompt, [model("x is 2", tool_calls=calls("add", x=2)["tool_calls"])], "chosen[0].tool_calls"),
+        (
+            CHATML.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+            ONE.prompt,
+            [model("", **TWICE)],
+            "chosen[0].tool_calls",
+        ),
+        (USERS_ONLY, [said("system", "Be terse"), user("Be terse. Who?")], ONE.chosen, "prompt[0].content"),
+        (USERS_ONLY, [said("system", "user"), user("Who?")], ONE.chosen, "prompt[0].content"),
+        (USERS_ONLY, [said("system", "assistant"), user("Who?")], ONE.chosen, "prompt[0].content"),
+    ],
+)
+def test_what_is_dropped_is_found_though_its_words_stand_elsewhere(
+    template: str, prompt: Any, answer: Any, place: str
+) -> None:
+    error = marked(template, Preference(prompt, answer, ONE.rejected))
+    assert isinstance(error, RowError) and error.field == place, error
+
+
+def test_words_that_stand_twice_are_no_loss() -> None:
+    """Roles, tags and names of the format, and what another message says too."""
+    for words in ("user", "assistant", "im_end", "ok", "name", "function"):
+        prompt = [said("system", words), user(words), model(words), user(words)]
+        call = {"type": "function", "function": {"name": words, "arguments": {words: words}}}
+        assert notes(CHATML, Preference(prompt, [model(words, tool_calls=[call])], [model("No")])) == ()
+
+
+def test_what_the_template_leaves_out_of_the_history_is_told() -> None:
+    """It is the prompt's, and nothing of it is trained."""
+    thought, called = model("<think>a</think>5"), model("", **TWICE)
+    assert notes(QWEN3, Preference([user("a"), thought, user("b")], ONE.chosen, ONE.rejected)) == (
+        "pair with a message (assistant) that the chat template rewrites",
+    )
+    assert notes(NO_CALLS, Preference([user("a"), called, said("tool", "5"), user("b")], ONE.chosen, ONE.rejected)) == (
+        "pair with tool_calls (assistant) that the chat template does not print",
+    )
+    assert notes(CHATML, Preference([user("a"), called, said("tool", "5"), user("b")], ONE.chosen, ONE.rejected)) == ()
+    reasoned = model("5", reasoning_content="a")
+    assert notes(CHATML, Preference([user("a"), reasoned, user("b")], ONE.chosen, ONE.rejected)) == (
+        "pair with reasoning_content (assistant) that the chat template does not print",
+    )
+    assert notes(LAST_ALONE, Preference([user("a"), model("ok"), user("ok")], ONE.chosen, ONE.rejected)) == (
+        "pair with a message (assistant) that the chat template does not print",
+    )
+
+
+def test_thinking_that_a_setting_has_ended_is_refused_for_what_it_is() -> None:
+    row = with_tools(
+        Preference(ONE.prompt, [model("<think>\nadd\n</think>\n\n5")], ONE.rejected), None, enable_thinking=False
+    )
+    error = marked(QWEN3, row)
+    assert isinstance(error, RowError) and error.field == "chosen[0].content"
+    assert "does not go on from what opens an answer" in error.reason and "chat_template_kwargs" in error.fix
+    assert not isinstance(marked(QWEN3, row, "all"), RowError)
+
+
+@pytest.mark.parametrize("words", ["s", "a", "system", "user", "", "m"])
+def test_the_opening_is_the_templates_whatever_the_first_message_says(words: str) -> None:
+    """Case F4: it survives truncation."""
+    for template in (CHATML, LLAMA3, GEMMA):
+        tokenizer = characters(template)
+        rendering = render(Preference([user(words)], ONE.chosen, ONE.rejected), tokenizer, Learned(tokenizer))
+        assert isinstance(rendering, Rendering)
+        assert rendering.head == PROMPTS[template].split("Hi")[0]
+
+
+def test_the_end_of_a_header_is_no_answer_in_whatever_tokens_it_comes() -> None:
+    """Two line ends are one token where no word follows them, and two where one does."""
+    tokenizer = characters(LLAMA3, merges=(("\u010a", "\u010a"),))
+    row = Preference([user("Hi")], [model("Yes."), user("b"), model("\u00e9")], [model("No")])
+    (pair,) = encode([row], tokenizer, Limits())
+    assert isinstance(pair, TokenizedPair)
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert parts(tokenizer, pair.chosen, pair.chosen_scored) == [
+        "\n\n",
+        "[[Yes.<|eot_id|>]]",
+        f"<|start_header_id|>user<|end_header_id|>\n\nb<|eot_id|>{header}",
+        "[[\u00e9<|eot_id|>]]",
+    ]
+    assert parts(tokenizer, pair.rejected, pair.rejected_scored) == ["\n\n", "[[No<|eot_id|>]]"]
+
+
+def test_text_that_has_its_end_gets_no_second_one() -> None:
+    tokenizer = characters(CHATML, "<|im_end|>")
+    row = Preference("Q: Hi\n", "Yes.<|im_end|>\n", "No<|im_end|>")
+    (pair,) = encode([row], tokenizer, Limits())
+    assert isinstance(pair, TokenizedPair)
+    assert (tokenizer.decode(pair.chosen), tokenizer.decode(pair.rejected)) == ("Yes.<|im_end|>", "No<|im_end|>")
 
 
 def notes(template: str, row: Preference) -> tuple[str, ...]:
