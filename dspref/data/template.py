@@ -324,21 +324,22 @@ def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) 
     """Notes on what messages say that is not in their rendering, but for those that are `scored`, which are
     looked at elsewhere. Raises RowError for a message that does not come in there at all and is not the assistant's, where
     `strict`."""
-    noted: set[tuple[str, str]] = set()
     for i, message in enumerate(there.messages):
         role = message["role"]
-        parts = [] if i in scored else [*said(message), *called(message)]
-        for part in parts:
-            if (role, part.key) in noted or there.has(i, part):
+        if role == "assistant" and i not in scored:
+            lost = {part.key for part in said(message) if not there.has(i, part)}
+            lost |= {part.key for part in called(message) if part.text not in there.own}
+            yield from (
+                f"pair with {key} of an assistant's turn that the chat template drops or rewrites" for key in sorted(lost)
+            )
+        for part in said(message) if role != "assistant" else ():
+            if there.has(i, part):
                 continue
-            what = f"a message ({role})" if part.key == "content" else f"{part.key} ({role})"
             if there.shows(i, part):
-                yield f"pair with {what} that the chat template rewrites"
-            elif strict and role != "assistant":
+                yield f"pair with a message ({role}) that the chat template rewrites"
+            elif strict:
                 reason = f"the chat template does not print this message ({role})"
                 fix = MERGE_IT if role in ("system", "developer") else PRINT_IT
                 raise RowError(f"{field}[{i}].{part.key}", reason, fix)
             else:
-                yield f"pair with {what} that the chat template does not print"
-            if role == "assistant":
-                noted.add((role, part.key))  # one word for all: to look is to render anew
+                yield f"pair with a message ({role}) that the chat template does not print"

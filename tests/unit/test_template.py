@@ -560,18 +560,18 @@ def test_what_the_template_leaves_out_of_the_history_is_told() -> None:
     """It is the prompt's, and nothing of it is trained."""
     thought, called = model("<think>a</think>5"), model("", **TWICE)
     assert notes(QWEN3, Preference([user("a"), thought, user("b")], ONE.chosen, ONE.rejected)) == (
-        "pair with a message (assistant) that the chat template rewrites",
+        "pair with content of an assistant's turn that the chat template drops or rewrites",
     )
     assert notes(NO_CALLS, Preference([user("a"), called, said("tool", "5"), user("b")], ONE.chosen, ONE.rejected)) == (
-        "pair with tool_calls (assistant) that the chat template does not print",
+        "pair with tool_calls of an assistant's turn that the chat template drops or rewrites",
     )
     assert notes(CHATML, Preference([user("a"), called, said("tool", "5"), user("b")], ONE.chosen, ONE.rejected)) == ()
     reasoned = model("5", reasoning_content="a")
     assert notes(CHATML, Preference([user("a"), reasoned, user("b")], ONE.chosen, ONE.rejected)) == (
-        "pair with reasoning_content (assistant) that the chat template does not print",
+        "pair with reasoning_content of an assistant's turn that the chat template drops or rewrites",
     )
     assert notes(LAST_ALONE, Preference([user("a"), model("ok"), user("ok")], ONE.chosen, ONE.rejected)) == (
-        "pair with a message (assistant) that the chat template does not print",
+        "pair with content of an assistant's turn that the chat template drops or rewrites",
     )
 
 
