@@ -77,6 +77,10 @@ class OfRun(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+# Said of a command that a signal stopped, and that has written nothing by then.
+NOTHING_LOST = "before it was done; the same command begins anew"
+
+
 def whole(path: Path | None) -> Path | None:
     """A path with the home folder in place of `~`, where the shell left it."""
     try:
@@ -142,7 +146,7 @@ def check(
 
             survey.report(config, colour=sys.stdout.isatty())
 
-        raise typer.Exit(launcher.guarded(job))
+        raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
 @app.command(cls=OfRun)
@@ -207,7 +211,7 @@ def score(
 
         scorer.score(config, part, verify)
 
-    raise typer.Exit(launcher.guarded(job))
+    raise typer.Exit(launcher.guarded(job, "while it scored; the same command goes on"))
 
 
 @app.command(cls=OfRun)
@@ -314,7 +318,7 @@ def export(
         consolidate(checkpoint, to, dtype.value if dtype else None)
         print(shown(f"{checkpoint} -> {to}"))
 
-    raise typer.Exit(launcher.guarded(job))
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""Signals that come before a run has its watch: the process leaves with the exit code of an interruption, and not by the
-signal. Loads nothing that takes long, as that is when such a signal comes.
+"""Signals that come before a run has its watch, or to a command that has none: the process leaves with the exit code of an
+interruption, and not by the signal. Loads nothing that takes long, as that is when such a signal comes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 from dspref.errors import ExitCode
 
 STOPPING = {signal.SIGTERM: ExitCode.INTERRUPTED, signal.SIGUSR1: ExitCode.INTERRUPTED, signal.SIGINT: ExitCode.CTRL_C}
+BEFORE_RUN = "before the run began; the same command begins it"
 _depth = 0  # how often it is open
+_what = BEFORE_RUN
 _leaving = Lock()
 _muted: int | None = None  # during a fork, where signals are told
 
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """While open, a signal ends this process. There is nothing to commit yet.
+def leaving_at_once(what: str = BEFORE_RUN) -> Iterator[None]:
+    """While open, a signal ends this process: there is nothing to commit. `what`: was stopped, and the way on.
 
     It is a thread that ends it: the main one may be in C for minutes, waiting for other ranks, and what it imports may
     catch whatever is raised there. Does nothing where this is not the main thread, which alone may catch signals.
@@ -29,7 +31,8 @@ def leaving_at_once() -> Iterator[None]:
     if current_thread() is not main_thread():
         yield
         return
-    global _depth
+    global _depth, _what
+    outer, _what = _what, what
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -41,6 +44,7 @@ def leaving_at_once() -> Iterator[None]:
         yield
     finally:
         _depth -= 1
+        _what = outer
         for number, before in handlers.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)  # None: not of Python's making
         signal.set_wakeup_fd(wakeup)
@@ -92,7 +96,7 @@ def _leave(number: int, frame: Any = None) -> None:
         return
     name = signal.Signals(number).name
     if first_rank(os.environ):
-        os.write(2, f"stopped by {name} before the run began; the same command begins it\n".encode())
+        os.write(2, f"stopped by {name} {_what}\n".encode())
     os._exit(int(STOPPING[signal.Signals(number)]))
 
 

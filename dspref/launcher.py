@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
-from dspref.interruption import first_rank, leaving_at_once
+from dspref.interruption import BEFORE_RUN, first_rank, leaving_at_once
 from dspref.secrets import redact
 from dspref.terminal import shown
 
@@ -66,21 +66,22 @@ def read(arguments: Sequence[str] | None) -> tuple[Config, Path]:
 
 
 def train(config: Config, source: Path) -> None:
-    with leaving_at_once():  # until the run has its watch
-        from dspref.trainer import train
+    from dspref.trainer import train
 
-        train(config, source)
+    train(config, source)
 
 
-def guarded(job: Callable[[], None]) -> int:
-    """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback."""
+def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:
+    """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback.
+    `what`: was stopped, by a signal while the job has no watch of its own."""
     prepare(os.environ)
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
     with leaving_at_once():
         from dspref import distributed
 
     try:
-        job()
+        with leaving_at_once(what):
+            job()
         distributed.finish()
     except distributed.Relayed as error:
         return int(error.exit_code)

@@ -67,9 +67,21 @@ def test_one_rank_speaks(tmp_path) -> None:
     assert ended(process, "TERM") == (75, "")
 
 
-def test_the_command_too(tmp_path) -> None:
-    process = started(tmp_path, "torch", "python", ["-m", "dspref", "train", "run.yaml"])
-    assert ended(process, "TERM")[0] == 75
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train", "run.yaml"], "before the run began; the same command begins it"),
+        (["score", "run.yaml"], "while it scored; the same command goes on"),
+        (["export", "step-1", "--to", "out"], "before it was done; the same command begins anew"),
+    ],
+)
+def test_the_commands_too(command, words, tmp_path) -> None:
+    """Those without a watch as well, in whatever they load for their work."""
+    late = {"train": "torch", "score": "deepspeed", "export": "safetensors"}[command[0]]
+    process = started(tmp_path, late, "python", ["-m", "dspref", *command])
+    code, said = ended(process, "TERM")
+    assert (code, said.splitlines()[-1]) == (75, f"stopped by SIGTERM {words}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_signals_are_given_back() -> None:
