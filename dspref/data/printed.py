@@ -76,15 +76,22 @@ class Printed:
         # Every place where the messages have those words is there, and none of the template's is among them.
         needed = self._everything.count(forms[0])
         certain = forms[0] not in self.manners.frame and any(self.own.count(form) >= needed for form in forms)
-        return certain or self.shows(i, part)
+        if certain or part.key == "tool_calls":
+            return certain or self.shows(i, part)
+        if (other := self._with_other(i, part)) is None:
+            return True
+        return WORD in other and any(_squeezed(other.replace(WORD, form)) == _squeezed(self.text) for form in forms)
 
     def shows(self, i: int, part: Part) -> bool:
         """Whether the rendering is another one where that part of message `i` is."""
-        other = _with_word(self.messages[i], part.path)
+        return self._with_other(i, part) != self.text
+
+    def _with_other(self, i: int, part: Part) -> str | None:
+        """The rendering with another word in place of a part; None where there is none."""
         try:
-            return self.again([*self.messages[:i], other, *self.messages[i + 1 :]]) != self.text
+            return self.again([*self.messages[:i], _with_word(self.messages[i], part.path), *self.messages[i + 1 :]])
         except Exception:  # a template is a program: it may raise anything
-            return True
+            return None
 
     @cached_property
     def _in_line(self) -> bool:
@@ -127,9 +134,13 @@ def _in_json(text: str) -> tuple[str, str]:
     return json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
 
 
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
 def _stands_in(text: str, written: str, opening: str) -> bool:
     """Whether a text is there, white space aside."""
-    wanted, there, before = ("".join(part.split()) for part in (text, written, opening[-200:]))
+    wanted, there, before = map(_squeezed, (text, written, opening[-200:]))
     if wanted in there:
         return True
     opened = next((n for n in range(min(len(wanted), len(before)), 0, -1) if before.endswith(wanted[:n])), 0)

@@ -244,8 +244,9 @@ class _Conversation:
             raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
         for i in own:
             opening = self._opening(i, asked if i == 0 else None)
-            self._refuse_loss(i, opening)
-            yield self._turn(i, opening)
+            closing = self._closing(i)
+            self._refuse_loss(i, opening, closing)
+            yield self._turn(i, opening, closing)
 
     def scored_by(self, scored: str) -> list[int]:
         """The messages of the answer that a rule scores turn by turn."""
@@ -264,13 +265,15 @@ class _Conversation:
         except RowError:
             return False
 
-    def _turn(self, i: int, opening: str) -> Turn:
+    def _closing(self, i: int) -> str | None:
+        """The text up to the end of message `i`; None where what follows changes it."""
+        closing = self.full if i + 1 == len(self.answer) else self.again(self.answer[: i + 1])
+        return closing if self.full.startswith(closing) else None
+
+    def _turn(self, i: int, opening: str, closing: str | None) -> Turn:
         """The turn of message `i`, with the tokens that end it under the settings of this row."""
         ends = self.manners.ends
-        closing = self.full
-        if i + 1 < len(self.answer):
-            closing = self.again(self.answer[: i + 1])
-        if not self.full.startswith(closing):  # what follows changes it
+        if closing is None:
             content = str(self.answer[i].get("content"))
             return Turn(opening, None, ends, sum(content.count(end) for end in ends))
         own = closing[shared_length(opening, closing) :]
@@ -294,10 +297,11 @@ class _Conversation:
             raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
         return base + self.manners.header
 
-    def _refuse_loss(self, i: int, opening: str) -> None:
+    def _refuse_loss(self, i: int, opening: str, closing: str | None) -> None:
         """Raise RowError where the template drops or rewrites text that the model is to write in message `i`."""
-        place, own = f"{self.field}[{i}]", self.full[shared_length(opening, self.full) :]
-        there = Printed(self.answer[i:], self.full, own, self.manners, lambda rest: self.again([*self.answer[:i], *rest]))
+        place, text = f"{self.field}[{i}]", closing or self.full
+        own, messages = text[shared_length(opening, text) :], self.answer[i : i + 1 if closing else None]
+        there = Printed(messages, text, own, self.manners, lambda rest: self.again([*self.answer[:i], *rest]))
         for part in said(self.answer[i]):
             if not there.has(0, part, opening):
                 if not self.full.startswith(opening) and replace(there, own=self._behind_header(opening)).has(0, part):
@@ -317,7 +321,7 @@ class _Conversation:
     def refuse_losses(self) -> None:
         """The same of all turns, where it is not known where each stands."""
         for i in self.scored_by("assistant"):
-            self._refuse_loss(i, "")
+            self._refuse_loss(i, "", None)
 
 
 def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) -> Iterator[str]:

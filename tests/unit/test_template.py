@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -736,3 +738,68 @@ def test_a_message_that_is_lost_is_said_by_file_and_row_and_may_be_dropped(tmp_p
     assert line.startswith(
         "data: left out 1 of 2 rows: 1 x prompt[0].content: the chat template does not print this message (system)"
     )
+
+
+WORDS = (
+    "user",
+    "assistant",
+    "model",
+    "system",
+    "s",
+    "a",
+    "role",
+    "content",
+    "INST",
+    "im_end",
+    "name",
+    "Hi",
+    "Hi Hi",
+    "x\n\ny",
+)
+FAMILIES = (
+    CHATML,
+    LLAMA3,
+    GEMMA,
+    MISTRAL,
+    QWEN3,
+    R1,
+    NO_GENERATION_PROMPT,
+    ALWAYS_OPEN,
+    COMMAND,
+    PHI3,
+    LAST_ALONE,
+    USERS_ONLY,
+)
+
+
+@pytest.mark.parametrize("template", FAMILIES)
+def test_of_random_conversations_what_is_scored_is_what_the_assistant_says(template: str) -> None:
+    """In words that templates have too, and that are said more than once; or the row is refused."""
+    draws = random.Random(FAMILIES.index(template))
+    tokenizers = [characters(template, merges=merges) for merges in ((), (("\u010a", "\u010a"), ("H", "i")))]
+    used = 0
+    for _ in range(60):
+        prompt, chosen, rejected = ([model(draws.choice(WORDS))] for _ in range(3))
+        for messages in (chosen, rejected, prompt):
+            for _ in range(draws.choice((0, 0, 1, 2))):
+                messages += [user(draws.choice(WORDS)), model(draws.choice(WORDS))]
+        opening = [said("system", draws.choice(WORDS))] * (template in (CHATML, USERS_ONLY) and draws.random() < 0.3)
+        row = Preference([*opening, user("Q"), *prompt, user(draws.choice(WORDS))], chosen, rejected)
+        tokenizer = draws.choice(tokenizers)
+        (pair,) = encode([row], tokenizer, Limits())
+        if isinstance(pair, RowError):
+            assert "does not print" in pair.reason or "drops" in pair.reason or "as it does chosen" in pair.reason, pair
+            continue
+        used += 1
+        for answer, ids, mask in (
+            (chosen, pair.chosen, pair.chosen_scored),
+            (rejected, pair.rejected, pair.rejected_scored),
+        ):
+            runs = [run[2:-2] for run in parts(tokenizer, ids, mask) if run.startswith("[[")]
+            own = [
+                re.sub(r"^<think>\n\n</think>\n\n|(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<eos>|</s>)+$", "", run)
+                for run in runs
+            ]
+            assert [run.strip() for run in own] == [message["content"] for message in answer[::2]], row
+            assert all(run != text for run, text in zip(runs, own)), "each with its end"
+    assert used > 10
