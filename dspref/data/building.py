@@ -125,7 +125,8 @@ class Reader:
     def _notes(self, preferences: Sequence[Preference], source: Source) -> dict[str, int]:
         unasked = source.as_ is None and self.tokenizer.chat_template is not None
         as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
-        return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text}
+        told = Counter(note for preference in preferences for note in preference.unused)
+        return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text, **told}
 
     def _convert(self, row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:
         if isinstance(row, BadRow):
