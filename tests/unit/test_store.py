@@ -651,4 +651,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     digests = iter(["before", "after"])
     with pytest.raises(DataError, match=r"a\.jsonl: this source changed while it was read; fix: "):
         load([source], cache, digest=lambda path: next(digests))
+    digests = iter(["same", "before", "same", "after"])
+    with pytest.raises(DataError, match=r"b\.jsonl: this source changed while it was read; fix: "):
+        load([source, write(tmp_path / "b.jsonl", ROWS)], cache, digest=lambda path: next(digests))
     assert not list(cache.iterdir())
