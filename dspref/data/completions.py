@@ -54,10 +54,12 @@ def to_preferences(
     except RowError as error:
         raise error.of(key) from None
     named = None if template else given(columns)
-    return [
-        item.of(key) if isinstance(item, RowError) else replace(item, unused=unused(values, named, item, ranked))
-        for item in made
-    ]
+    return [item.of(key) if isinstance(item, RowError) else _told(item, values, named, ranked) for item in made]
+
+
+def _told(pair: Preference, values: Values, named: Mapping[str, str] | None, ranked: bool) -> Preference:
+    notes = unused(values, named, pair, ranked)
+    return replace(pair, unused=notes) if notes else pair
 
 
 def is_ranked(values: Values, columns: Columns | None) -> bool:

@@ -234,7 +234,7 @@ def says_the_same(left: Message, right: Message) -> bool:
 def said_again(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
     """How many of the assistant's messages at the end of a prompt both answers say once more. Raises RowError where an
     answer says nothing else, or goes on in the same message: the prompt holds a part of the answer."""
-    if prompt[-1]["role"] != "assistant":
+    if prompt[-1]["role"] != "assistant" or not chosen or not rejected:
         return 0
     begins = squeezed(prompt[-1].get("content"))
     for name, answer in (("chosen", chosen), ("rejected", rejected)):

@@ -599,6 +599,7 @@ def test_a_turn_of_the_assistant_that_ends_the_prompt_is_not_said_twice() -> Non
         ("hm, a", "hm, b", None),
         ("hm so", "hm no", "^prompt: ends with a message of the assistant that both answers repeat and go on with"),
         ("hm so", "no", None),
+        ([user("q"), hm], [assistant("b")], "^chosen: empty answer"),
     ):
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         if reason is None:
