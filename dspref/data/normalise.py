@@ -187,14 +187,19 @@ def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked:
     if kind_of(history) != "chat":
         return row
     other = next((column for column in REJECTED if values.get(column) is not None and column not in named.values()), None)
-    rejected = row.get("rejected") if row.get("rejected") is not None else values.get(other) if other else None
+    rejected = row.get("rejected")
+    if rejected is None and other:
+        rejected = unwrapped(conversation_in(values[other], other))
     both = chosen is not None and rejected is not None
-    if asked is not None if ranked or both else rejected is None or chosen is not None or "chosen" in named:
+    complete = ranked or both
+    if complete and asked is not None:
+        return row | ({"rejected": rejected} if both else {})
+    if not complete and (rejected is None or chosen is not None or "chosen" in named):
         return row
     if both and isinstance(history, list) and not all(map(is_message, history)) and all(map(_is_whole, (chosen, rejected))):
         return row  # a column of another kind, beside whole conversations
     messages, row = messages_of(history, name), _beside(holder, name, row)
-    if ranked or both:
+    if complete:
         return row | ({"prompt": messages} if ranked else _before_answers(messages, chosen, rejected))
     if other is None and messages[-1]["role"] != "assistant":
         return row  # the chosen answer is missing
@@ -209,7 +214,7 @@ def _before_answers(messages: list[dict[str, Any]], chosen: Any, rejected: Any) 
     answer = answer_of(chosen, "chosen", messages)
     ended = messages[-1]["role"] == "assistant"
     if ended and isinstance(chosen, list | dict) and says_the_same(cast(Message, answer[0]), messages[0]):
-        return {}  # the answers are whole conversations
+        return {"rejected": rejected}  # the answers are whole conversations
     if ended and len(messages) > 1 and says_the_same(cast(Message, answer[0]), messages[-1]):
         messages = messages[:-1]
     return {"prompt": messages, "rejected": rejected}
@@ -239,7 +244,6 @@ def _refuse_lost(row: Fields, values: Values, named: Mapping[str, str]) -> None:
 def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, other: str) -> Fields:
     """ms-swift: the conversation with its chosen answer, and beside it the rejected one: a text or message in the place of
     the last message, messages in the place of all that follows the last user's, or the other conversation whole."""
-    rejected = unwrapped(conversation_in(rejected, other))
     if other == "rejected_messages":
         return {"chosen": messages, "rejected": messages_of(rejected, other)}
     if messages[-1]["role"] != "assistant":

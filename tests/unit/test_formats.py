@@ -546,7 +546,12 @@ def test_messages_hold_the_chosen_answer_beside_a_prompt_too() -> None:
     nulls = {"prompt": None, "chosen": None, "rejected": None}
     for more in ({"prompt": "q"}, {"prompt": " q "}, {"prompt": [user("q")]}, nulls, {"prompt": "s q", "chosen": None}):
         assert to_preference(row | more) == expected
+    with_chosen = {"prompt": "q", "messages": [user("q")], "chosen": [assistant("a")], "rejected_response": "b"}
+    assert to_preference(with_chosen | {"rejected_response": [assistant("b")]}) == PAIR
+    assert to_preference(with_chosen | {"prompt": [user("q")]}) == PAIR
+    assert to_preference(with_chosen | {"prompt": None, "rejected_response": json.dumps([assistant("b")])}) == PAIR
     by_messages = {"messages": [user("q"), assistant("a")], "rejected_messages": [user("q"), assistant("b")]}
+    assert to_preference(by_messages | {"chosen": by_messages["messages"]}) == PAIR
     for more in ({"prompt": "q"}, nulls):
         assert to_preference(by_messages | more) == PAIR
     assert to_preference({"messages": None, "rejected_response": None, **TEXT}) == to_preference(TEXT)
