@@ -15,7 +15,8 @@ import numpy as np
 
 from dspref.data.ahead import ahead
 from dspref.data.cache import Column, seal
-from dspref.data.completions import is_ranked, to_preferences
+from dspref.data.completions import is_ranked
+from dspref.data.converting import Converter, Place
 from dspref.data.formats import Preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
@@ -36,6 +37,7 @@ MAX_PLACES = 3
 MAX_REASONS = 20
 # So many different reasons are told apart; more come from texts that the reasons quote.
 MAX_KNOWN_REASONS = 1000
+OTHER = "other reasons"
 TELL_EVERY_SECONDS = 20.0
 PARTS = ("prompt", "chosen", "rejected")
 # Characters of one pair: beyond any model's context, and tokenizing takes about a second for each million.
@@ -47,8 +49,6 @@ AS_TEXT = (
 )
 
 Log = Callable[[str], None]
-# (file of its source, row)
-Place = tuple[int, Row | BadRow]
 
 
 class Chunk(NamedTuple):
@@ -111,10 +111,11 @@ class Reader:
         `pairs` had no effect on any row."""
         rows, source = listing.rows(), listing.source
         pairs_made = source.pairs == "all"
+        convert = Converter(listing, chat_model=self.tokenizer.chat_template is not None)
         while chunk := list(islice(rows, CHUNK_ROWS)):
             own = [row for _, row in chunk if isinstance(row, Row)]
             pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
-            converted = [(k, item) for k, (_, row) in enumerate(chunk) for item in self._convert(row, source)]
+            converted = [(k, _within_reason(item)) for k, item in convert(chunk)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
             texts = [render(item, self.tokenizer, self.learned, self.scored) for _, item in converted]
             yield Chunk(chunk, [k for k, _ in converted], texts)
@@ -125,20 +126,13 @@ class Reader:
     def _notes(self, preferences: Sequence[Preference], source: Source) -> dict[str, int]:
         unasked = source.as_ is None and self.tokenizer.chat_template is not None
         as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
-        return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text}
-
-    def _convert(self, row: Row | BadRow, source: Source) -> Sequence[Preference | RowError]:
-        if isinstance(row, BadRow):
-            return [row.error]
-        how = {"as_": source.as_, "chat_model": self.tokenizer.chat_template is not None, "key": source.key}
-        try:
-            found = to_preferences(row.values, source.columns, source.template, source.pairs, **how)
-        except RowError as error:
-            return [error]
-        return [_within_reason(item) if isinstance(item, Preference) else item for item in found]
+        told = Counter(note for preference in preferences for note in preference.unused)
+        return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text, **told}
 
 
-def _within_reason(preference: Preference) -> Preference | RowError:
+def _within_reason(preference: Preference | RowError) -> Preference | RowError:
+    if isinstance(preference, RowError):
+        return preference
     for name in PARTS:
         if (size := _characters(getattr(preference, name))) > MAX_CHARACTERS:
             return RowError(name, f"{size:,} characters, more than the {MAX_CHARACTERS:,} that are read", "cut the text")
@@ -325,29 +319,33 @@ class Complaint(NamedTuple):
 
 
 class Complaints:
-    """Reasons why rows cannot be used, counted, with the first places of each."""
+    """Reasons why rows cannot be used, counted, with the first places of each. Of two sources one reason may have two fixes,
+    each with the keys of its own."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Complaint] = {}
-        self.times: Counter[str] = Counter()
+        self.found: dict[tuple[str, str], Complaint] = {}
+        self.times: Counter[tuple[str, str]] = Counter()
 
     @property
     def count(self) -> int:
         return self.times.total()
 
     def note(self, row: Row | BadRow, error: RowError) -> None:
-        reason = f"{error.field}: {error.reason}"
+        reason = (f"{error.field}: {error.reason}", error.fix)
         if reason not in self.found and len(self.found) >= MAX_KNOWN_REASONS:
-            reason = "other reasons"
+            reason = (OTHER, "")
         complaint = self.found.setdefault(reason, Complaint(error, []))
         self.times[reason] += 1
         if len(complaint.places) < MAX_PLACES:
             complaint.places.append(row.where)
 
     def counts(self) -> dict[str, int]:
-        common = dict(self.times.most_common(MAX_REASONS))
-        if other := self.times.total() - sum(common.values()):
-            common["other reasons"] = common.get("other reasons", 0) + other
+        times: Counter[str] = Counter()
+        for (reason, _), count in self.times.items():
+            times[reason] += count
+        common = dict(times.most_common(MAX_REASONS))
+        if other := times.total() - sum(common.values()):
+            common[OTHER] = common.get(OTHER, 0) + other
         return common
 
     def lines(self) -> str:

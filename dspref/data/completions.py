@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import combinations
 from math import isfinite
 from typing import Any
 
+from dspref.data.beside import unused
 from dspref.data.formats import Preference, pair_of, to_preference
-from dspref.data.messages import answer_of, is_blank, stripped
+from dspref.data.messages import answer_of, is_blank, stripped, unwrapped
 from dspref.data.normalise import conversation_in, normalise, without_null_prompt
-from dspref.data.rows import Columns, RowError, Text, Values, find, given, kind_of, missing, parse_json, unwrapped, what_is
+from dspref.data.rows import Columns, RowError, Text, Values, find, given, kind_of, missing, parse_json, what_is
 
 RANKED_FIELDS = ("completions", "scores", "ranks")
 
@@ -43,13 +45,21 @@ def to_preferences(
     try:
         if template or not is_ranked(values, columns):
             _refuse_beside_template(columns, pairs, template)
-            return [to_preference(values, columns, template, as_=as_, chat_model=chat_model)]
-        made = _pairs_of(values, columns, pairs, as_)
+            made = [to_preference(values, columns, template, as_=as_, chat_model=chat_model)]
+            ranked = False
+        else:
+            made, ranked = _pairs_of(values, columns, pairs, as_), True
     except RecursionError:
         raise RowError("row", "nested too deeply", "write a plainer row") from None
     except RowError as error:
         raise error.of(key) from None
-    return [item.of(key) if isinstance(item, RowError) else item for item in made]
+    named = None if template else given(columns)
+    return [item.of(key) if isinstance(item, RowError) else _told(item, values, named, ranked) for item in made]
+
+
+def _told(pair: Preference, values: Values, named: Mapping[str, str] | None, ranked: bool) -> Preference:
+    notes = unused(values, named, pair, ranked)
+    return replace(pair, unused=notes) if notes else pair
 
 
 def is_ranked(values: Values, columns: Columns | None) -> bool:

@@ -10,11 +10,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dspref.data.messages import behind, is_blank, says_the_same, squeezed, stripped
+from dspref.data.messages import behind, is_blank, is_said, said_again, says_the_same, stripped
 from dspref.data.normalise import Fields, no_pair, normalise
 from dspref.data.row_template import check_template as check_template
 from dspref.data.rows import DROP as DROP
-from dspref.data.rows import FIELDS, Columns, Message, RowError, Text, Values, given, kind_of, missing, parse_json, what_is
+from dspref.data.rows import (
+    FIELDS,
+    Columns,
+    Message,
+    RowError,
+    Text,
+    Values,
+    given,
+    kind_of,
+    missing,
+    parse_json,
+    squeezed,
+    what_is,
+)
 from dspref.data.rows import one_line as one_line
 from dspref.data.texts import behind_text, shared_start
 
@@ -32,6 +45,8 @@ class Preference:
     chat_template_kwargs: dict[str, Any] | None = None
     repeats: int = field(default=0, compare=False)
     """How many of the two answers repeated the prompt, or its end, in the row."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """What is to be said of columns of the row that are no part of the pair."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
 def _why_unrecognised(fields: Fields, values: Values, columns: Columns | None) -> RowError:
     """The error for a row that no format fits: the first thing that is wrong with it."""
     named = given(columns)
-    no_answers = not (fields.keys() | named.keys()) & {"chosen", "rejected"}
+    no_answers = all(fields.get(name) is None and name not in named for name in ("chosen", "rejected"))
     if no_answers and (what := no_pair(values)):
         fix = "use a set of pairs, or name the columns: data.train.columns.chosen, data.train.columns.rejected"
         return RowError("row", f"{what}; chosen and rejected are missing: a pair needs two answers", fix)
@@ -96,18 +111,17 @@ def _why_unrecognised(fields: Fields, values: Values, columns: Columns | None) -
 
 
 def _refuse_without_effect(fields: Fields, preference: Preference, named: Mapping[str, str]) -> None:
-    """A column that the user has named: tools of a text; a prompt that does not stand in answers that are conversations."""
+    """Refuse a column that the user has named and a text has no place for, and a text prompt beside whole conversations
+    that do not say it."""
     prompt = fields.get("prompt")
     if isinstance(preference.prompt, str):
         if lost := sorted(named.keys() & {"tools", "chat_template_kwargs"}):
             raise RowError(f"columns.{lost[0]}", "has no effect: the row is text", "drop it, or set data.train.as: chat")
-    elif (
-        "prompt" in named
-        and isinstance(prompt, str)
-        and not any(squeezed(prompt) in squeezed(message.get("content")) for message in preference.prompt)
-    ):
+    elif isinstance(prompt, str) and not is_said(prompt, preference.prompt):
         reason = "has no effect: the answers are whole conversations, and it does not stand in them"
-        raise RowError("columns.prompt", reason, "drop data.train.columns.prompt, or mend the row")
+        if "prompt" in named:
+            raise RowError("columns.prompt", reason, "drop data.train.columns.prompt, or mend the row")
+        raise RowError("prompt", reason)
 
 
 def _with_system(preference: Preference, system: str) -> Preference:
@@ -162,6 +176,8 @@ def chat(row: Values) -> Preference:
     ):
         prompt = [opening[0], *prompt]  # the answers are whole conversations, the prompt lacks the system message
     chosen, rejected = (behind(prompt, answer) for answer in answers)
+    size = said_again(prompt, chosen, rejected)
+    chosen, rejected = chosen[size:], rejected[size:]
     shorter = [len(chosen) < len(answers[0]), len(rejected) < len(answers[1])]
     return Preference(prompt, chosen, rejected, repeats=sum(shorter))
 

@@ -10,7 +10,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspref.data.rows import DROP, Message, RowError, Text, kind_of, parse_json, what_is
+from dspref.data.rows import (
+    CONVERSATIONS,
+    DROP,
+    SYSTEM,
+    Message,
+    RowError,
+    Text,
+    is_message,
+    kind_of,
+    one_system,
+    parse_json,
+    squeezed,
+    what_is,
+)
 
 # Who speaks, by the names of other formats, in small letters: what such a name means to no template, or to few.
 ALIASES = {
@@ -25,6 +38,9 @@ SPEAKERS = {
     **dict.fromkeys(("bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function_response"), "tool"),
 }
+# Words and marks of who speaks, in a transcript.
+_MARKS = ("q", "a", "h", "s", "sys", "inst", "im", "start", "end", "header", "id", "eot", "turn", "of", "text", "bos", "eos")
+SPEAKING = frozenset([*SPEAKERS, *ROLES, *_MARKS])
 ROLE = re.compile(r"\w[\w-]*")
 TEXT_PARTS = ("text", "input_text", "output_text")
 WRITE_MESSAGE = 'write {"role": ..., "content": ...}'
@@ -40,6 +56,38 @@ def messages_of(value: Any, field: str) -> list[Message]:
     if not items:
         raise RowError(field, "empty message list")
     return [_message(item, f"{field}[{index}]") for index, item in enumerate(items)]
+
+
+def unwrapped(value: Any) -> Any:
+    """The conversation in an object that holds one, such as `{"messages": [...]}`, behind the system message that lies
+    beside it there; anything else as it is. Raises RowError for one that has no place."""
+    if not isinstance(value, dict) or is_message(value):
+        return value
+    inner = [value[name] for name in CONVERSATIONS if isinstance(value.get(name), list)]
+    if len(inner) != 1:
+        return value
+    system = system_text(one_system({name: value.get(name) for name in SYSTEM}))
+    return _behind_system(system, inner[0]) if system else inner[0]
+
+
+def system_text(value: Any) -> str:
+    """The text of a system message that is a column or a key, '' for none."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError("system", f"{what_is(value)}, not text", "write the text of the system message")
+    return value if value.strip() else ""
+
+
+def _behind_system(system: str, items: list[Any]) -> list[Any]:
+    messages = messages_of(items, "messages")
+    if messages[0]["role"] == "system":
+        if squeezed(messages[0].get("content")) != squeezed(system):
+            raise RowError("system", "the conversation has another system message", "keep one of them")
+        return items
+    if all(message["role"] != "user" for message in messages):
+        raise RowError("system", "lies beside an answer alone", "write it before the prompt, or in a column of its own")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _apart(value: dict[str, Any]) -> list[Any]:
@@ -158,10 +206,14 @@ def _call(call: Any, place: str) -> dict[str, Any]:
 
 
 def refused_by_template(error: Exception, prompt: Text) -> RowError:
-    """What a chat template raised. Some have no place for a system message: that has a remedy of its own."""
-    system = not isinstance(prompt, str) and any(message["role"] == "system" for message in prompt)
+    """What a chat template raised. Some have no place for a system message: that has a remedy of its own. Some of these
+    count it as a turn, and only say that turns must alternate."""
+    roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
+    turns = [role for role in roles if role != "system"]
+    alternate = turns == (["user", "assistant"] * len(turns))[: len(turns)]
+    said = str(error).lower()
     fix = DROP
-    if system and "system" in str(error).lower():
+    if "system" in roles and ("system" in said or (alternate and re.search("alternat|role|user", said))):
         fix = (
             'write it into the first user message (a template can: prompt: "{system} {prompt}"), or set model.chat_template'
         )
@@ -171,17 +223,57 @@ def refused_by_template(error: Exception, prompt: Text) -> RowError:
 # ------------------------------------------------------------------------------------------ comparing what was said
 
 
-def squeezed(text: str | None) -> str:
-    """Text with every run of white space as one space, and none at its ends."""
-    return " ".join((text or "").split())
-
-
 def says_the_same(left: Message, right: Message) -> bool:
     """Whether two messages are one, up to white space in their text."""
     if any(left.get(key) != right.get(key) for key in ("role", "tool_calls", "function_call")):
         return False
     one, other = left.get("content") or "", right.get("content") or ""
     return one == other or squeezed(one) == squeezed(other)
+
+
+def said_again(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """How many of the assistant's messages at the end of a prompt both answers say once more. Raises RowError where an
+    answer says nothing else, or goes on in the same message: the prompt holds a part of the answer."""
+    if prompt[-1]["role"] != "assistant" or not chosen or not rejected:
+        return 0
+    begins = squeezed(prompt[-1].get("content"))
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if len(answer) == 1 and says_the_same(answer[0], prompt[-1]):
+            raise RowError(name, "repeats the assistant's message that the prompt ends with", "keep it in one of them")
+    longest = min(len(prompt), len(chosen) - 1, len(rejected) - 1)
+    for size in range(longest, 0, -1):
+        end = prompt[-size:]
+        if all(says_the_same(*pair) for answer in (chosen, rejected) for pair in zip(end, answer)):
+            return size
+    openings = [answer[0] for answer in (chosen, rejected)]
+    goes_on = [f"{squeezed(message.get('content'))} ".startswith(f"{begins} ") for message in openings]
+    if begins and all(goes_on) and all(message["role"] == "assistant" for message in openings):
+        reason = "ends with a message of the assistant that both answers repeat and go on with"
+        raise RowError("prompt", reason, "end it with the user's message")
+    return 0
+
+
+def is_said(prompt: Any, conversation: Sequence[Message]) -> bool:
+    """Whether a conversation says all of a prompt, up to white space: a text stands in one of its messages, or is a
+    transcript of them; of messages, each is there."""
+    if not isinstance(prompt, str):
+        return all(any(says_the_same(message, other) for other in conversation) for message in messages_of(prompt, "prompt"))
+    said = [squeezed(message.get("content")) for message in conversation]
+    wanted = squeezed(prompt)
+    return any(wanted in text for text in said) or any(_is_transcript(wanted, said[start:]) for start in (0, 1))
+
+
+def _is_transcript(text: str, said: Sequence[str]) -> bool:
+    """Whether a text is some others one behind the other, with no word between them but who speaks."""
+    for content in filter(None, said):
+        before, found, text = text.partition(content)
+        if not found or not _names_speakers(before):
+            return False
+    return bool(said) and _names_speakers(text)
+
+
+def _names_speakers(text: str) -> bool:
+    return set(re.findall(r"[^\W_]+", text.lower())) <= SPEAKING
 
 
 def is_blank(answer: Text) -> bool:

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from json import JSONDecodeError, JSONDecoder
 from typing import Any, cast
 
-from dspref.data.messages import answer_of, messages_of, says_the_same, squeezed
+from dspref.data.messages import answer_of, is_said, messages_of, says_the_same, system_text, unwrapped
 from dspref.data.row_template import fill
 from dspref.data.rows import (
     CONVERSATIONS,
     FIELDS,
+    REJECTED,
+    SYSTEM,
     Columns,
     Message,
     RowError,
@@ -27,9 +29,8 @@ from dspref.data.rows import (
     is_message,
     kind_of,
     missing,
+    one_system,
     parse_json,
-    unwrapped,
-    what_is,
 )
 from dspref.data.texts import behind_text
 
@@ -37,10 +38,6 @@ Fields = dict[str, Any]
 
 OPTIONAL_FIELDS = ("tools", "chat_template_kwargs")
 ANSWERS = ("chosen", "rejected")
-# Columns that hold a system message.
-SYSTEM = ("system", "system_prompt", "system_message")
-# Columns of other tools for the answer beside the last one in a conversation.
-REJECTED = ("rejected_response", "rejected_messages")
 # Columns that hold a prompt elsewhere: where one is there, what two texts share at their start is not the prompt.
 PROMPT_LIKE = ("instruction", "question", "query", "input", "context", "problem", *CONVERSATIONS)
 # The start of a conversation in JSON, or in Python's writing.
@@ -68,14 +65,15 @@ def normalise(
         _refuse_columns(named)
         row |= fill(template, values)
     else:
+        row = _opened(_with_conversations(row) if as_ != "text" else row)
         if as_ != "text":
-            row = without_null_prompt(_with_conversations(row), named)
+            row = without_null_prompt(row, named)
         row = _with_history(row, values, named, ranked)
         _refuse_implied(row, values, named)
         _refuse_lost(row, values, named)
     # A source speaks one way: where some rows have a system message, those without one are conversations too.
     speaks = "system" in row or (template is not None and chat_model)
-    system = _system(row.pop("system", None))
+    system = system_text(row.pop("system", None))
     row = _spoken(row, as_ or ("chat" if speaks else None), system, ranked)
     return row | ({"system": system} if system else {})
 
@@ -95,7 +93,7 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
             continue  # the column is another field's
         there, value = find(values, name) if field in named else (name in values, values.get(name))
         if there:
-            row[field] = unwrapped(value) if field in FIELDS else value
+            row[field] = value
         # A misspelt prompt column would silently turn the row into one with an implicit prompt.
         elif field in named or (field == "prompt" and close_name(name, values, cutoff=0.85) is not None):
             raise missing(field, values, name)
@@ -107,11 +105,7 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
 def _system_column(values: Values, taken: set[str]) -> Fields:
     """The system message of a row, whichever column of that meaning has it."""
     there = {name: values[name] for name in SYSTEM if name in values and name not in taken}
-    said = {name: value for name, value in there.items() if value is not None and value != ""}
-    if len({squeezed(value) if isinstance(value, str) else repr(value) for value in said.values()}) > 1:
-        names = " and ".join(said)
-        raise RowError("system", f"{names} say different things", "name the one that is meant: data.train.columns.system")
-    return {"system": next(iter(said.values()), None)} if there else {}
+    return {"system": one_system(there)} if there else {}
 
 
 def without_null_prompt(row: Fields, named: Mapping[str, str]) -> Fields:
@@ -137,13 +131,14 @@ def _is_whole(answer: Any) -> bool:
 def _with_conversations(row: Fields) -> Fields:
     """The row with conversations that are JSON text, as a cell of a CSV file has them, as what they are."""
     read = {field: conversation_in(row[field], field) if field in row else None for field in FIELDS}
-    if kind_of(read["prompt"]) != "chat" and len({kind_of(read[field]) for field in ANSWERS if field in row}) > 1:
+    kinds = {field: kind_of(unwrapped(read[field])) for field in FIELDS if field in row}
+    if kinds.get("prompt") != "chat" and len({kinds[field] for field in ANSWERS if field in row}) > 1:
         read |= {field: row.get(field) for field in ANSWERS}  # one answer happens to look like it
     return row | {field: read[field] for field in FIELDS if field in row}
 
 
 def conversation_in(value: Any, field: str) -> Any:
-    """The conversation that a text is JSON of; anything else as it is."""
+    """The conversation that a text is JSON of, or the object that holds it; anything else as it is."""
     if not isinstance(value, str) or not OBJECTS.match(value):
         return value
     try:
@@ -156,7 +151,25 @@ def conversation_in(value: Any, field: str) -> Any:
     messages = [whole] if isinstance(whole, dict) else whole
     if value[end:].strip() or not all(map(is_message, messages)):
         return value  # a text that begins with an example, or other JSON
-    return unwrapped(parse_json(value, field, WRITE_CONVERSATION))
+    return parse_json(value, field, WRITE_CONVERSATION)
+
+
+def _opened(row: Fields) -> Fields:
+    """The row with conversations that lie in objects taken out of these, and what lies beside them there."""
+    for field in FIELDS:
+        if field in row:
+            row = _beside(row[field], field, row) | {field: unwrapped(row[field])}
+    return row
+
+
+def _beside(holder: Any, field: str, row: Fields) -> Fields:
+    """The row with the tools and settings that an object around a conversation holds, as OpenAI writes them."""
+    if not isinstance(holder, dict) or unwrapped(holder) is holder:
+        return row
+    own = {name: holder[name] for name in OPTIONAL_FIELDS if holder.get(name)}
+    if other := next((name for name in own if row.get(name) and row[name] != own[name]), None):
+        raise RowError(f"{field}.{other}", f"the row has other {other}", "keep one of them")
+    return row | own
 
 
 # ------------------------------------------------------------------------------------------ conversations as columns
@@ -165,25 +178,35 @@ def conversation_in(value: Any, field: str) -> Any:
 def _with_history(row: Fields, values: Values, named: Mapping[str, str], ranked: bool) -> Fields:
     """The row with a prompt from `messages` or the like, where it has none of its own; and where only the rejected answer
     is given beside them, with the last message as the chosen one."""
-    if row.get("prompt") is not None or "prompt" in named:
-        return row
     name = next((name for name in CONVERSATIONS if values.get(name) is not None and name not in named.values()), None)
-    if name is None:
+    asked, chosen = row.get("prompt"), row.get("chosen")
+    if name is None or (asked is None and "prompt" in named):
         return row
-    history = unwrapped(conversation_in(values[name], name))
+    holder = conversation_in(values[name], name)
+    history = unwrapped(holder)
     if kind_of(history) != "chat":
         return row
     other = next((column for column in REJECTED if values.get(column) is not None and column not in named.values()), None)
-    rejected = row.get("rejected") if row.get("rejected") is not None else values.get(other) if other else None
-    if ranked or (row.get("chosen") is not None and rejected is not None):
-        messages = messages_of(history, name)
-        return row | ({"prompt": messages} if ranked else _before_answers(messages, row["chosen"], rejected))
-    if rejected is None or "chosen" in row:
+    rejected = row.get("rejected")
+    if rejected is None and other:
+        rejected = unwrapped(conversation_in(values[other], other))
+    both = chosen is not None and rejected is not None
+    complete = ranked or both
+    if complete and asked is not None:
+        return row | ({"rejected": rejected} if both else {})
+    if not complete and (rejected is None or chosen is not None or "chosen" in named):
         return row
-    messages = messages_of(history, name)
+    if both and isinstance(history, list) and not all(map(is_message, history)) and all(map(_is_whole, (chosen, rejected))):
+        return row  # a column of another kind, beside whole conversations
+    messages, row = messages_of(history, name), _beside(holder, name, row)
+    if complete:
+        return row | ({"prompt": messages} if ranked else _before_answers(messages, chosen, rejected))
     if other is None and messages[-1]["role"] != "assistant":
         return row  # the chosen answer is missing
-    return {**row, **_beside_the_last(messages, rejected, name, other or "rejected")}
+    made = _beside_the_last(messages, rejected, name, other or "rejected")
+    if asked and "prompt" in made and not is_said(asked, made["prompt"]):
+        raise RowError("prompt", f"says other things than {name}", f"drop it, or write it into {name}")
+    return {field: value for field, value in row.items() if field != "prompt" or asked} | made
 
 
 def _before_answers(messages: list[dict[str, Any]], chosen: Any, rejected: Any) -> Fields:
@@ -191,7 +214,7 @@ def _before_answers(messages: list[dict[str, Any]], chosen: Any, rejected: Any) 
     answer = answer_of(chosen, "chosen", messages)
     ended = messages[-1]["role"] == "assistant"
     if ended and isinstance(chosen, list | dict) and says_the_same(cast(Message, answer[0]), messages[0]):
-        return {}  # the answers are whole conversations
+        return {"rejected": rejected}  # the answers are whole conversations
     if ended and len(messages) > 1 and says_the_same(cast(Message, answer[0]), messages[-1]):
         messages = messages[:-1]
     return {"prompt": messages, "rejected": rejected}
@@ -221,7 +244,6 @@ def _refuse_lost(row: Fields, values: Values, named: Mapping[str, str]) -> None:
 def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, other: str) -> Fields:
     """ms-swift: the conversation with its chosen answer, and beside it the rejected one: a text or message in the place of
     the last message, messages in the place of all that follows the last user's, or the other conversation whole."""
-    rejected = conversation_in(rejected, other)
     if other == "rejected_messages":
         return {"chosen": messages, "rejected": messages_of(rejected, other)}
     if messages[-1]["role"] != "assistant":
@@ -236,15 +258,6 @@ def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, o
 
 
 # ------------------------------------------------------------------------------------------------- text or chat
-
-
-def _system(value: Any) -> str:
-    """The text of a system column, '' for none."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RowError("system", f"{what_is(value)}, not text", "write the text of the system message")
-    return value if value.strip() else ""
 
 
 def _spoken(row: Fields, as_: str | None, system: str, ranked: bool) -> Fields:
@@ -276,7 +289,7 @@ def _spoken(row: Fields, as_: str | None, system: str, ranked: bool) -> Fields:
 
 def no_pair(values: Values) -> str | None:
     """What a row without chosen and rejected is, where it is something else that is well known."""
-    keys = set(values)
+    keys = {name for name, value in values.items() if value is not None}
     history = next((name for name in CONVERSATIONS if name in keys), None)
     if keys & {"label", "kto_tag"} and keys & {"completion", "response", "output", *CONVERSATIONS}:
         return "a KTO row (one answer and a label)"

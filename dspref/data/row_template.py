@@ -43,6 +43,13 @@ def _parse_template(where: str, text: str) -> tuple[tuple[str, str | None], ...]
     return tuple((literal, name) for literal, name, _, _ in pieces)
 
 
+def columns_of(template: Mapping[str, str]) -> set[str]:
+    """The columns whose texts a template takes."""
+    return {
+        name for key, text in template.items() for _, name in _parse_template(f"data.train.template.{key}", text) if name
+    }
+
+
 def fill(template: Mapping[str, str], values: Values) -> dict[str, str]:
     """The fields of one row. Raises RowError for a column that is not there or holds no text."""
     check_template(template)

@@ -15,6 +15,10 @@ Columns = Mapping[str, str | None]
 # Names under which a conversation is stored.
 CONVERSATIONS = ("messages", "conversations", "conversation")
 FIELDS = ("prompt", "chosen", "rejected")
+# Names under which a system message is.
+SYSTEM = ("system", "system_prompt", "system_message")
+# Columns of other tools for the answer beside the last one in a conversation.
+REJECTED = ("rejected_response", "rejected_messages")
 DROP = "mend the row, or set data.on_bad_row: drop"
 
 
@@ -57,14 +61,6 @@ def is_message(value: Any) -> bool:
     return bool(keys & {"role", "from"}) and bool(keys & {"content", "value", "tool_calls", "function_call"})
 
 
-def unwrapped(value: Any) -> Any:
-    """The conversation in an object that holds one, such as `{"messages": [...]}`; anything else as it is."""
-    if not isinstance(value, dict) or is_message(value):
-        return value
-    inner = [value[name] for name in CONVERSATIONS if isinstance(value.get(name), list)]
-    return inner[0] if len(inner) == 1 else value
-
-
 def what_is(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
@@ -84,6 +80,21 @@ def find(values: Values, name: str) -> tuple[bool, Any]:
     if isinstance(inner, list):
         inner = {str(number): item for number, item in enumerate(inner)}
     return find(inner, key) if dot and isinstance(inner, dict) else (False, None)
+
+
+def squeezed(text: str | None) -> str:
+    """Text with every run of white space as one space, and none at its ends."""
+    return " ".join((text or "").split())
+
+
+def one_system(said: Mapping[str, Any]) -> Any:
+    """What some places, by name, all say the system message is; None where none says one. Raises RowError where they say
+    different things."""
+    there = {name: value for name, value in said.items() if value is not None and value != ""}
+    if len({squeezed(value) if isinstance(value, str) else repr(value) for value in there.values()}) > 1:
+        names = " and ".join(there)
+        raise RowError("system", f"{names} say different things", "name the one that is meant: data.train.columns.system")
+    return next(iter(there.values()), None)
 
 
 def close_name(name: str, values: Values, cutoff: float = 0.6) -> str | None:

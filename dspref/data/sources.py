@@ -63,6 +63,8 @@ class Part:
     digest: Callable[[Digest], str]
     count: int | None = None
     """Rows, where that is known without reading."""
+    same_columns: bool = False
+    """Whether each row has the columns of all."""
 
 
 class Selection(NamedTuple):
@@ -91,6 +93,16 @@ class Listing:
         """All that decides which rows are read, in plain values."""
         parts = [[*selection.term[1:], *(part.digest(digest) for part in selection.parts)] for selection in self.selections]
         return [self.source.max_samples, parts]
+
+    def columns(self, wanted: set[str]) -> set[str]:
+        """Which of some columns there are in any row of the files, read or not. Raises DataError."""
+        found: set[str] = set()
+        for part in (part for selection in self.selections for part in selection.parts):
+            for row in islice(part.rows(), 1 if part.same_columns else None):
+                found |= wanted & row.values.keys() if isinstance(row, Row) else set()
+                if found == wanted:
+                    return found
+        return found
 
     def rows(self) -> Iterator[tuple[int, Row | BadRow]]:
         """Each row with the number of its file. Raises DataError where there is none, or a file cannot be used."""
@@ -292,7 +304,7 @@ def _file_part(path: Path) -> Part:
         except OSError as error:
             raise unusable(path, reason_of(error), "check the file and its permissions") from None
 
-    return Part(str(path), lambda: rows_of(path), content)
+    return Part(str(path), lambda: rows_of(path), content, same_columns=kind_of_file(path) in ("csv", "parquet"))
 
 
 def _of_saved_folders(root: Path, found: splits.Found, source: Source, term: Term) -> tuple[Part, ...]:
@@ -357,4 +369,4 @@ def _table_part(table: Any, name: str, content: Callable[[Digest], str]) -> Part
             columns = list(batch)
             yield from (dict(zip(columns, values)) for values in zip(*batch.values()))
 
-    return Part(name, lambda: numbered(rows(), name), content, len(table))
+    return Part(name, lambda: numbered(rows(), name), content, len(table), same_columns=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # Of a source, what the digests of its rows stand for, or what does not touch a row.
 NOT_DECISIVE = ("key", "path", "split", "max_samples", "weight", "name", "data_dir", "revision")
 
@@ -124,25 +124,28 @@ def load_pairs(
             check_template(listing.source.template, listing.source.key)
     files = [name for listing in listings for name in listing.names]
     how = [FORMAT_VERSION, tokenizer_digest(tokenizer), asdict(limits), on_bad_row, scored]
-    folder = cache_dir / _address(listings, how, digest)
+    contents = [listing.content(digest) for listing in listings]
+    folder = cache_dir / _address(listings, contents, how)
     store = _open(folder, files, verify, log)
     if store is None:
         with scratch_folder(cache_dir) as scratch:
             build(listings, tokenizer, limits, scored, on_bad_row, scratch / folder.name, log)
-            if _address(listings, how, digest) != folder.name:
-                raise unusable(files[0], "this source changed while it was read", "start again when its files are complete")
+            for listing, content in zip(listings, contents):
+                if listing.content(digest) != content:
+                    reason, fix = "this source changed while it was read", "start again when its files are complete"
+                    raise unusable(listing.names[0], reason, fix)
             put_in_place(scratch / folder.name, folder)
             store = PairStore(folder, files)
     _log_report(store.report, log)
     return store
 
 
-def _address(listings: Sequence[Listing], how: Sequence[Any], digest: Digest) -> str:
+def _address(listings: Sequence[Listing], contents: Sequence[Any], how: Sequence[Any]) -> str:
     """sha256 of all that decides the tokens. File names do not: a moved file is found again."""
     settings: list[Any] = [*how]
-    for listing in listings:
+    for listing, content in zip(listings, contents):
         keys = {name: value for name, value in vars(listing.source).items() if name not in NOT_DECISIVE and value}
-        settings.append([keys, listing.content(digest)])
+        settings.append([keys, content])
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 

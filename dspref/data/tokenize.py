@@ -150,6 +150,11 @@ def _split(item: Rendering, ids: dict[str, np.ndarray], encoder: Encoder) -> Who
     if boundary == 0:
         # The first token of a text has no predecessor that could predict it. It may differ between the sides.
         if not np.array_equal(chosen[:1], rejected[:1]):
+            if len(prompt) and item.special:
+                reason = "its tokens become others where an answer follows, so that none precedes the answers"
+                return RowError(
+                    "prompt", reason, "begin the answers with a space or a new line, or use a tokenizer with BOS"
+                )
             return RowError("prompt", "no token precedes the answers", "write a prompt, or use a tokenizer with BOS")
         boundary = 1
     if np.array_equal(chosen, rejected):

@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
+from test_tokenize import merging
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from dspref.data.sources import Source
-from dspref.data.store import load_pairs
+from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits
 from dspref.errors import DataError
 
@@ -155,6 +156,24 @@ def test_bad_data_is_one_line_with_place_reason_and_fix(case: str, tmp_path: Pat
         load(Source(str(tmp_path / name)), tmp_path / "cache")
     place = f"{tmp_path / name}:{number}: " if number else f"{tmp_path / name}: "
     assert_one_line(str(caught.value), place, reason)
+
+
+@pytest.mark.parametrize("prompt", ["s", "i"])
+def test_a_prompt_that_the_tokenizer_joins_with_the_answers_is_one_line_and_its_fix_works(
+    prompt: str, tmp_path: Path
+) -> None:
+    def loaded(before: str) -> PairStore:
+        (tmp_path / "a.jsonl").write_bytes(line(prompt=prompt, chosen=f"{before}k", rejected=f"{before}n"))
+        how = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": print}
+        return load_pairs([Source(str(tmp_path / "a.jsonl"))], merging(), Limits(), **how)
+
+    with pytest.raises(DataError) as caught:
+        loaded("")
+    assert_one_line(
+        str(caught.value), f"{tmp_path / 'a.jsonl'}:1: prompt: ", "its tokens become others where an answer follows"
+    )
+    assert "fix: begin the answers with a space" in str(caught.value)
+    assert loaded(" ").lengths.tolist() == [[1, 3, 3]]
 
 
 def test_a_folder_without_data_is_one_line(tmp_path: Path) -> None:

@@ -255,3 +255,52 @@ def test_answers_that_are_whole_conversations(prompt: dict[str, Any], form: Any)
 def test_one_text_that_looks_like_a_conversation_is_a_text() -> None:
     row = {"prompt": "q", "completions": ['[{"role": "user", "content": "x"}]', "y"], "scores": [1, 2]}
     assert best_and_worst(row) == ("y", row["completions"][0])
+
+
+TWO, SCORES = {"chosen": "x", "rejected": "y"}, {"completions": ["x", "y"], "scores": [2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "q", **TWO, "messages": [user("o"), assistant("p"), user("q")]}, ["messages"]),
+        ({"prompt": "q", **TWO, "messages": [user("q"), assistant("x")]}, []),
+        ({"prompt": "q", **TWO, "messages": [user("q"), assistant("y")], "conversations": [user("r")]}, ["conversations"]),
+        ({"prompt": [user("q")], **TWO, "messages": [user("o"), assistant("p"), user("q")]}, ["messages"]),
+        ({"prompt": [user("q")], **TWO, "messages": json.dumps([user("o"), user("q")])}, ["messages"]),
+        ({"prompt": [user("q")], **TWO, "messages": [user("q"), assistant("gold")]}, ["messages"]),
+        ({"prompt": [user("q")], **TWO, "messages": [user(" q")], "conversation": [{"input": "q"}]}, []),
+        ({"messages": [user("o"), assistant("p"), user("q"), assistant("x")], "chosen": [user("o"), assistant("x")],
+          "rejected": [user("o"), assistant("y")]}, ["messages"]),
+        ({"prompt": "q", **TWO, **SCORES}, ["completions"]),
+        ({"prompt": "q", **TWO, "completions": ["x", "y"]}, []),
+        ({"prompt": "q", **SCORES, "rejected": "z"}, ["rejected"]),
+        ({"prompt": "q", **SCORES, "chosen": None, "rejected": None}, []),
+        ({"prompt": "q", **SCORES, "messages": [user("q"), assistant("gold")]}, []),
+        ({"prompt": "q", **SCORES, "messages": [user("r")]}, ["messages"]),
+        ({"prompt": "q", **TWO, "rejected_response": "y"}, []),
+        ({"prompt": "q", **TWO, "rejected_response": "z"}, ["rejected_response"]),
+        ({"prompt": [user("q")], **TWO, "rejected_messages": [user("q"), assistant("z")]}, ["rejected_messages"]),
+        ({"prompt": "q", **TWO, "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}},
+         ["tools", "chat_template_kwargs"]),
+        ({"prompt": "q", **TWO, "tools": [], "chat_template_kwargs": None}, []),
+        ({"prompt": [user("q")], **TWO, "tools": [{"name": "f"}]}, []),
+    ],
+)  # fmt: skip
+def test_what_is_no_part_of_the_pair_is_told(row: dict[str, Any], told: list[str]) -> None:
+    (pair,) = to_preferences(row)
+    assert isinstance(pair, Preference)
+    assert [note.split(" beside ")[1].split()[0].strip(",:") for note in pair.unused] == [
+        {"completions": "scored", "rejected": "a"}.get(name, name) for name in told
+    ]
+
+
+def test_the_fix_of_what_is_told_uses_it() -> None:
+    row = {"prompt": "q", **TWO, **SCORES, "messages": [user("o"), assistant("p"), user("r")]}
+    (pair,) = to_preferences(row, {"prompt": "messages", "completions": "completions"})
+    assert isinstance(pair, Preference) and pair.prompt == row["messages"] and not pair.unused
+    (pair,) = to_preferences({"prompt": "q", **TWO, "tools": [{"name": "f"}]}, as_="chat")
+    assert isinstance(pair, Preference) and pair.tools and not pair.unused
+    template = {"prompt": "{prompt}", "chosen": "{chosen}", "rejected": "{rejected}"}
+    (pair,) = to_preferences(row, None, template)
+    assert isinstance(pair, Preference) and not pair.unused, "a template says what is used"

@@ -16,7 +16,8 @@ from hypothesis.strategies import randoms
 
 from dspref.data.completions import to_preferences
 from dspref.data.formats import FORMATS, Preference, RowError, check_template, to_preference
-from dspref.data.rows import missing
+from dspref.data.messages import refused_by_template
+from dspref.data.rows import DROP, missing
 from dspref.errors import ConfigError
 
 
@@ -500,6 +501,125 @@ def test_white_space_does_not_part_the_turns_that_answers_share() -> None:
     assert to_preference(row | {"prompt": "q"}).prompt == [SYSTEM, user("q")]
 
 
+COLOURS = {
+    "chosen": [SYSTEM, user("Hi"), assistant("Yo"), user("Name a colour."), assistant("Blue")],
+    "rejected": [SYSTEM, user("Hi"), assistant("Yo"), user("Name a colour."), assistant("Red")],
+}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Name a  colour.", "Hi", "a colour", "", "s Hi Yo Name a colour.",
+        "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Name a colour.\n\nAssistant:",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\nUser: Name a colour.",
+    ],
+)  # fmt: skip
+def test_a_prompt_that_whole_conversations_say_goes_with_them(prompt: str) -> None:
+    expected = Preference(COLOURS["chosen"][:4], [assistant("Blue")], [assistant("Red")])
+    assert to_preference({"prompt": prompt, **COLOURS}) == expected
+    as_text = {field: json.dumps({"messages": messages}) for field, messages in COLOURS.items()}
+    assert to_preference({"prompt": prompt, **as_text}) == expected
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "What is two plus two?",
+        "Name a colour. Be quick.",
+        "Hi and name a colour.",
+        "User: Hi\nUser: Never\nUser: Name a colour.",
+    ],
+)
+def test_a_prompt_that_whole_conversations_do_not_say_is_refused(prompt: str) -> None:
+    """The row says two things; trained on the conversations alone it would lose one without a word."""
+    as_text = {field: json.dumps({"messages": messages}) for field, messages in COLOURS.items()}
+    for answers in (COLOURS, as_text):
+        with pytest.raises(RowError, match=r"^prompt: .* and it does not stand in them; fix: mend the row, or set data\.on"):
+            to_preference({"prompt": prompt, **answers})
+
+
+def test_messages_hold_the_chosen_answer_beside_a_prompt_too() -> None:
+    """And where another row of the file has answers of its own, so that Arrow gives this one nulls."""
+    row = {"messages": [SYSTEM, user("q"), assistant("a")], "rejected_response": "b"}
+    expected = Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")])
+    nulls = {"prompt": None, "chosen": None, "rejected": None}
+    for more in ({"prompt": "q"}, {"prompt": " q "}, {"prompt": [user("q")]}, nulls, {"prompt": "s q", "chosen": None}):
+        assert to_preference(row | more) == expected
+    with_chosen = {"prompt": "q", "messages": [user("q")], "chosen": [assistant("a")], "rejected_response": "b"}
+    assert to_preference(with_chosen | {"rejected_response": [assistant("b")]}) == PAIR
+    assert to_preference(with_chosen | {"prompt": [user("q")]}) == PAIR
+    assert to_preference(with_chosen | {"prompt": None, "rejected_response": json.dumps([assistant("b")])}) == PAIR
+    by_messages = {"messages": [user("q"), assistant("a")], "rejected_messages": [user("q"), assistant("b")]}
+    assert to_preference(by_messages | {"chosen": by_messages["messages"]}) == PAIR
+    for more in ({"prompt": "q"}, nulls):
+        assert to_preference(by_messages | more) == PAIR
+    assert to_preference({"messages": None, "rejected_response": None, **TEXT}) == to_preference(TEXT)
+    for prompt in ("else", [user("q"), user("r")]):
+        with pytest.raises(RowError, match=r"^prompt: says other things than messages; fix: drop it"):
+            to_preference(row | {"prompt": prompt})
+    with pytest.raises(RowError, match="a chat row"):
+        to_preference({"messages": [user("q"), assistant("a")], **nulls})
+
+
+def test_what_lies_beside_a_conversation_in_its_object_is_used() -> None:
+    def held(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"messages": list(messages), **more}
+
+    expected = Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")])
+    both = [held(user("q"), assistant(text), system="s") for text in "ab"]
+    for form in (lambda value: value, json.dumps):
+        assert to_preference({"chosen": form(both[0]), "rejected": form(both[1])}) == expected
+        row = {"prompt": form(held(user("q"), system_prompt="s", tools=[{"name": "f"}])), "chosen": "a", "rejected": "b"}
+        assert to_preference(row) == Preference(expected.prompt, expected.chosen, expected.rejected, [{"name": "f"}])
+        assert to_preference(row | {"tools": [{"name": "f"}]}).tools == [{"name": "f"}]
+        with pytest.raises(RowError, match=r"^prompt\.tools: the row has other tools"):
+            to_preference(row | {"tools": [{"name": "g"}]})
+    same = held(SYSTEM, user("q"), assistant("a"), system=" s ")
+    assert to_preference({"chosen": same, "rejected": both[1]}) == expected
+    for chosen, reason in (
+        (held({"role": "system", "content": "t"}, user("q"), assistant("a"), system="s"), "another system message"),
+        (held(assistant("a"), system="s"), "beside an answer alone"),
+        (held(user("q"), assistant("a"), system=3), "int, not text"),
+        (held(user("q"), assistant("a"), system="s", system_prompt="t"), "say different things"),
+        (held(user("q"), assistant("a")), "share no first message"),
+    ):
+        with pytest.raises(RowError, match=reason):
+            to_preference({"chosen": chosen, "rejected": both[1]})
+
+
+def test_a_turn_of_the_assistant_that_ends_the_prompt_is_not_said_twice() -> None:
+    prompt, hm = [user("q"), assistant("hm")], assistant(" hm")
+    for more in ([], [user("and?")]):
+        made = to_preference(
+            {"prompt": prompt, "chosen": [hm, *more, assistant("a")], "rejected": [hm, *more, assistant("b")]}
+        )
+        assert made == Preference(prompt, [*more, assistant("a")], [*more, assistant("b")]) and made.repeats == 2
+    two = [*prompt, assistant("well")]
+    row = {field: [hm, assistant("well"), assistant(text)] for field, text in (("chosen", "a"), ("rejected", "b"))}
+    assert to_preference({"prompt": two, **row}) == Preference(two, [assistant("a")], [assistant("b")])
+    for chosen, rejected, reason in (
+        ([hm], [assistant("b")], "^chosen: repeats the assistant's message that the prompt ends with"),
+        ("a", "hm", "^rejected: repeats the assistant's message"),
+        ("hm, a", "hm, b", None),
+        ("hm so", "hm no", "^prompt: ends with a message of the assistant that both answers repeat and go on with"),
+        ("hm so", "no", None),
+        ([user("q"), hm], [assistant("b")], "^chosen: empty answer"),
+    ):
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        if reason is None:
+            assert to_preference(row).prompt == prompt
+        else:
+            with pytest.raises(RowError, match=reason):
+                to_preference(row)
+
+
+def test_a_column_of_another_kind_that_is_called_conversation_takes_no_part() -> None:
+    assert to_preference(WHOLE | {"conversation": [{"input": "q", "output": "a"}]}) == PAIR
+    with pytest.raises(RowError, match=r"^conversation\[0\]\.role: missing"):
+        to_preference({"conversation": [{"input": "q", "output": "a"}], "chosen": "a", "rejected": "b"})
+
+
 TEMPLATE = {"prompt": "Translate {{}}: {input text}", "chosen": "{good}", "rejected": "{bad}"}
 TEMPLATED = {"input text": "x{y}", "good": "g", "bad": 3, "prompts": "unused"}
 
@@ -916,3 +1036,22 @@ def test_a_name_may_lead_into_objects_and_lists() -> None:
     assert to_preference(row, columns) == Preference("q", "x", "y")
     with pytest.raises(RowError, match=r"no column 'answers\.2'"):
         to_preference(row, columns | {"chosen": "answers.2"})
+
+
+@pytest.mark.parametrize(
+    ("said", "prompt", "merge"),
+    [
+        ("Conversation roles must alternate user/assistant/user/assistant/...", [SYSTEM, Q], True),
+        ("After the optional system message, conversation roles must alternate", [SYSTEM, Q, X, Q], True),
+        ("Only user and assistant roles are supported!", [SYSTEM, Q], True),
+        ("System role not supported", [SYSTEM, Q, Q], True),
+        ("Conversation roles must alternate user/assistant/user/assistant/...", [Q, Q], False),
+        ("Conversation roles must alternate user/assistant/user/assistant/...", [SYSTEM, Q, Q], False),
+        ("no bad words", [SYSTEM, Q], False),
+        ("Conversation roles must alternate", "q", False),
+    ],
+)
+def test_a_template_without_a_place_for_a_system_message_has_a_remedy(said: str, prompt: Any, merge: bool) -> None:
+    """Mistral's counts it as a turn. Where turns do not alternate by themselves, that is what is wrong."""
+    error = refused_by_template(ValueError(said), prompt)
+    assert ("into the first user message" in error.fix) == merge and (error.fix == DROP) != merge

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dspref.data import rowfiles
+from dspref.data import sources as sources_module
 from dspref.data.formats import to_preference
 from dspref.data.overlap import shared
 from dspref.data.sources import BadRow, Row, Source, find, read, sha256
@@ -489,6 +490,94 @@ def test_held_out_rows_that_are_trained_on_are_found(tmp_path: Path) -> None:
     assert meet(Source(both, split="train[:10]"), y) is None
     assert meet(Source(both, split="train[:11]"), y) == f"{root}/y.jsonl"
     assert meet(Source(both, split="train[10:]"), Source(copy)) is None
+
+
+SAID = [{"prompt": f"q{k}", "chosen": "caf\u00e9", "rejected": "b", "n": k} for k in range(20)]
+
+
+def _lines_of(rows: list[dict[str, Any]], end: str = "\n", **how: Any) -> bytes:
+    return "".join(json.dumps(row, **how) + end for row in rows).encode()
+
+
+# Ways to write the rows of one file once more.
+COPIES: dict[str, bytes] = {
+    "train.jsonl.gz": gzip.compress(_lines_of(SAID)),
+    "blank.jsonl": _lines_of(SAID) + b"\n",
+    "between.jsonl": b"\n" + _lines_of(SAID, "\n\n"),
+    "lines.jsonl": _lines_of(SAID, "\r\n"),
+    "no_end.jsonl": _lines_of(SAID)[:-1],
+    "mark.jsonl": b"\xef\xbb\xbf" + _lines_of(SAID),
+    "order.jsonl": _lines_of(SAID, sort_keys=True, separators=(" ,", " : ")),
+    "escapes.jsonl": _lines_of(SAID, ensure_ascii=False),
+    "kind.ndjson": _lines_of(SAID),
+    "array.json": json.dumps(SAID, indent=1).encode(),
+    "more.jsonl": _lines_of([row | {"id": k, "none": None} for k, row in enumerate(SAID)]),
+    "table.csv": b"rejected,chosen,prompt\n" + "".join(f'b,"{row["chosen"]}",{row["prompt"]}\n' for row in SAID).encode(),
+}
+
+
+@pytest.mark.parametrize("name", [*COPIES, "table.parquet", "saved"])
+def test_rows_that_are_written_in_another_way_are_the_same_rows(tmp_path: Path, name: str) -> None:
+    from datasets import Dataset
+
+    (tmp_path / "train.jsonl").write_bytes(_lines_of(SAID))
+    if name in COPIES:
+        (tmp_path / name).write_bytes(COPIES[name])
+    elif name == "saved":
+        Dataset.from_list(SAID).save_to_disk(str(tmp_path / name))
+    else:
+        Dataset.from_list(SAID).to_parquet(str(tmp_path / name))
+
+    def meet(split: str | None = None, of_train: str | None = None) -> bool:
+        training = find(Source(str(tmp_path / "train.jsonl"), split=of_train))
+        return shared(find(Source(str(tmp_path / name), split=split)), [training], sha256) is not None
+
+    assert meet() and meet("train[:1]") and meet("train[9:]", "train[:10]")
+    assert not meet("train[10:]", "train[:50%]")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        SAID[:-1], [*SAID, SAID[0] | {"prompt": "else"}], SAID[1:], [*SAID[:19], SAID[19] | {"chosen": "c"}],
+        SAID[::-1], [SAID[0] | {"prompt": "Q0"}, *SAID[1:]],
+    ],
+)  # fmt: skip
+def test_other_rows_are_no_copy(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    (tmp_path / "train.jsonl").write_bytes(_lines_of(SAID))
+    (tmp_path / "other.jsonl").write_bytes(_lines_of(rows))
+    both = [find(Source(str(tmp_path / name))) for name in ("other.jsonl", "train.jsonl")]
+    assert shared(both[0], both[1:], sha256) is None
+
+
+def test_rows_that_are_split_into_files_anew_are_the_same_rows(tmp_path: Path) -> None:
+    for name, rows in {"whole": SAID, "parts/train-0": SAID[:7], "parts/train-1": SAID[7:]}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_bytes(_lines_of(rows))
+    whole, parts = Source(f"{tmp_path}/whole.jsonl"), Source(f"{tmp_path}/parts")
+    for held_out, training in ((whole, parts), (parts, whole)):
+        found = shared(find(held_out), [find(training)], sha256)
+        assert found and found.name == held_out.path
+    assert shared(find(whole), [find(Source(f"{tmp_path}/parts/train-1.jsonl"))], sha256) is None
+
+
+def test_of_files_that_differ_one_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every start looks at them, also one that finds its tokens in the cache."""
+    read_rows: list[int] = []
+    plain = sources_module.rows_of
+
+    def counted(path: Path):
+        for row in plain(path):
+            read_rows.append(row.line)
+            yield row
+
+    monkeypatch.setattr(sources_module, "rows_of", counted)
+    for k in range(3):
+        (tmp_path / f"{k}.jsonl").write_bytes(_lines_of([row | {"prompt": f"{k} {row['prompt']}"} for row in SAID]))
+    listings = [find(Source(f"{tmp_path}/{k}.jsonl")) for k in range(3)]
+    assert shared(listings[0], listings[1:], sha256) is None and read_rows == [1, 1, 1]
+    read_rows.clear()
+    assert shared(listings[0], listings[:1], sha256) is not None and not read_rows
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -555,10 +556,102 @@ def test_text_for_a_tokenizer_with_a_chat_template_is_told_unless_it_is_meant(tm
         assert ["5 x pair of plain text" in line for line in lines] == [True, True] * told
 
 
+SPOKEN = "{% for m in messages %}{{ m.content + ' </s> ' }}{% endfor %}"
+PLAIN = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(300)]
+
+
+def as_parquet(path: Path, rows: list[dict[str, Any]]) -> Source:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.Table.from_pylist([dict.fromkeys({key: None for row in rows for key in row}) | row for row in rows]), path
+    )
+    return Source(str(path))
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "own"])
+@pytest.mark.parametrize("places", [[0], [299], range(0, 300, 2)])
+def test_a_source_speaks_one_way_whichever_of_its_rows_have_a_system_message(
+    tmp_path: Path, name: str, places: Sequence[int]
+) -> None:
+    """As in a parquet file, which gives every row the column: all are conversations."""
+    rows = [row | ({name: "c"} if i in places else {}) for i, row in enumerate(PLAIN)]
+    tokenizer, columns = words(), {"system": "own"} if name == "own" else None
+    tokenizer.chat_template = SPOKEN
+    sources = [write(tmp_path / "a.jsonl", rows), as_parquet(tmp_path / "a.parquet", rows)]
+    lines: list[str] = []
+    how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lines.append, "scored": "all"}
+    stores = [load_pairs([replace(source, columns=columns)], tokenizer, Limits(), **how) for source in sources]
+    assert stores[0].key == stores[1].key and not lines
+    for i in (0, 1, 299):
+        system = [4, 0] if i in places else []
+        assert contents(stores[0])[i] == [[*system, 5 + i if i < 100 else 1, 0], [2, 0], [3, 0]]
+    as_text = load_pairs([replace(write(tmp_path / "b.jsonl", PLAIN), columns=None)], tokenizer, Limits(), **how)
+    assert contents(as_text)[0] == [[5], [2, 0], [3, 0]] and "300 x pair of plain text" in lines[0]
+
+
+def test_a_row_without_the_prompt_that_others_have_is_a_bad_row_in_every_kind_of_file(tmp_path: Path) -> None:
+    """The start that its answers share would be taken for one."""
+    rows = [{"prompt": "p1", "chosen": "a b", "rejected": "a c"}, {"chosen": "a b", "rejected": "a c"}]
+    for source in (
+        write(tmp_path / "a.jsonl", rows),
+        write(tmp_path / "b.jsonl", rows[::-1]),
+        as_parquet(tmp_path / "a.parquet", rows),
+    ):
+        with pytest.raises(
+            DataError, match=r":[12]: prompt: (null|missing, and other rows of the source have one); fix: mend"
+        ):
+            load([source], tmp_path / "cache")
+    assert len(load([write(tmp_path / "c.jsonl", rows[1:])], tmp_path / "cache")) == 1
+    turns = [[{"role": "user", "content": "p1"}, {"role": "assistant", "content": text}] for text in "ab"]
+    whole = [{"chosen": turns[0], "rejected": turns[1]}, {"prompt": "p1", "chosen": turns[0], "rejected": turns[1]}]
+    tokenizer = words()
+    tokenizer.chat_template = SPOKEN
+    how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": print, "scored": "all"}
+    assert len(load_pairs([write(tmp_path / "d.jsonl", whole)], tokenizer, Limits(), **how)) == 2
+
+
+def test_a_column_of_a_template_or_of_columns_that_a_row_lacks_is_null_there(tmp_path: Path) -> None:
+    rows = [{"q": "p1", "x": "a", "y": "b"}, {"q": "p2", "x": "a", "y": "b", "sys": "c"}]
+    template = {"system": "{sys}", "prompt": "{q}", "chosen": "{x}", "rejected": "{y}"}
+    tokenizer = words()
+    tokenizer.chat_template = SPOKEN
+    how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": print, "scored": "all"}
+    for source in (write(tmp_path / "a.jsonl", rows), as_parquet(tmp_path / "a.parquet", rows)):
+        store = load_pairs([replace(source, template=template)], tokenizer, Limits(), **how)
+        assert contents(store) == [[[6, 0], [2, 0], [3, 0]], [[4, 0, 7, 0], [2, 0], [3, 0]]]
+    with pytest.raises(DataError, match="its template's column 'sys' is missing"):
+        load_pairs([replace(write(tmp_path / "b.jsonl", rows[:1]), template=template)], tokenizer, Limits(), **how)
+
+
+def test_of_one_reason_in_two_sources_each_has_the_keys_of_its_own(tmp_path: Path) -> None:
+    bad = {"prompt": "p1", "choosen": " a", "rejected": " b"}
+    sources = [replace(write(tmp_path / f"{k}.jsonl", [bad, ROWS[0]]), key=f"data.train.{k}") for k in range(2)]
+    with pytest.raises(DataError) as error:
+        load(sources, tmp_path / "cache")
+    first, second = str(error.value).splitlines()
+    for k, line in enumerate((first, second)):
+        assert f"{k}.jsonl:1: chosen: no column" in line and f"set data.train.{k}.columns.chosen: choosen" in line
+    lines: list[str] = []
+    load(sources, tmp_path / "cache", on_bad_row="drop", log=lines.append)
+    assert "left out 2 of 4 rows: 2 x chosen: no column" in lines[0]
+
+
+def test_what_rows_hold_besides_is_told(tmp_path: Path) -> None:
+    lines: list[str] = []
+    row = ROWS[0] | {"tools": [{"name": "f"}], "completions": ["a", "b"], "scores": [1, 2]}
+    load([write(tmp_path / "a.jsonl", [row, ROWS[1]])], tmp_path / "cache", log=lines.append)
+    assert "1 x pair of text beside tools" in lines[0] and "1 x pair beside scored completions" in lines[0]
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     """Its rows would be found again under the digest of others."""
     source, cache = write(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
     digests = iter(["before", "after"])
     with pytest.raises(DataError, match=r"a\.jsonl: this source changed while it was read; fix: "):
         load([source], cache, digest=lambda path: next(digests))
+    digests = iter(["same", "before", "same", "after"])
+    with pytest.raises(DataError, match=r"b\.jsonl: this source changed while it was read; fix: "):
+        load([source, write(tmp_path / "b.jsonl", ROWS)], cache, digest=lambda path: next(digests))
     assert not list(cache.iterdir())

@@ -1,0 +1,70 @@
+"""The rows of one source become preferences.
+
+A source speaks one way: where some rows have a column that decides what the others are, those have it too, empty. So it is
+in Arrow's tables and in CSV, whose rows all have the same columns; in JSON a row may lack one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dspref.data.completions import to_preferences
+from dspref.data.formats import Preference
+from dspref.data.normalise import OPTIONAL_FIELDS
+from dspref.data.row_template import columns_of
+from dspref.data.rows import SYSTEM, RowError, given
+from dspref.data.sources import BadRow, Listing, Row
+
+# (file of its source, row)
+Place = tuple[int, Row | BadRow]
+Made = list[tuple[int, Preference | RowError]]
+
+
+class Converter:
+    """Makes preferences of the rows of a listing, a few at a time. Its files are read through once more where it depends on
+    other rows what a row is: only then, and once."""
+
+    def __init__(self, listing: Listing, chat_model: bool) -> None:
+        self.listing, self.source = listing, listing.source
+        self.how = {"as_": self.source.as_, "chat_model": chat_model, "key": self.source.key}
+        self.lacking: dict[str, None] | None = None
+        """Columns that a row has, with null, where it lacks them; None while it has not been looked for them."""
+
+    def __call__(self, rows: Sequence[Place]) -> Made:
+        """(row, preference or why there is none) of each pair of some rows."""
+        made = self._all(rows)
+        if self.lacking is None and any(self._hangs_on_others(rows[k][1], item) for k, item in made):
+            self.lacking = dict.fromkeys(sorted(self.listing.columns(self._decisive())))
+            made = self._all(rows) if self.lacking else made
+        return made
+
+    def _decisive(self) -> set[str]:
+        named = given(self.source.columns)
+        own = {named[field] for field in ("system", *OPTIONAL_FIELDS) if field in named}
+        if self.source.template:
+            return own | columns_of(self.source.template)
+        return own | ({"prompt", *SYSTEM} - set(named.values()))
+
+    def _hangs_on_others(self, row: Row | BadRow, item: Preference | RowError) -> bool:
+        """Whether a row might be something else with a column that it lacks: a text might be a conversation, or have no
+        prompt, and what is missing might be null."""
+        if isinstance(row, BadRow) or isinstance(item, RowError):
+            return isinstance(row, Row)
+        named = given(self.source.columns)
+        is_text = isinstance(item.prompt, str) and not self.source.template
+        return is_text and (self.source.as_ is None or named.get("prompt", "prompt") not in row.values)
+
+    def _all(self, rows: Sequence[Place]) -> Made:
+        return [(k, item) for k, (_, row) in enumerate(rows) for item in self._one(row)]
+
+    def _one(self, row: Row | BadRow) -> Sequence[Preference | RowError]:
+        if isinstance(row, BadRow):
+            return [row.error]
+        values: dict[str, Any] = {**self.lacking, **row.values} if self.lacking else row.values
+        try:
+            return to_preferences(values, self.source.columns, self.source.template, self.source.pairs, **self.how)
+        except RowError as error:
+            if (error.field, error.reason) == ("prompt", "null") and "prompt" not in row.values:
+                return [RowError("prompt", "missing, and other rows of the source have one", error.fix)]
+            return [error]
