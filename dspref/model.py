@@ -91,7 +91,8 @@ class PackedCausalLM(nn.Module):
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:
-            raise ConfigError("model.router_aux_loss_coef: no layer of this model has experts; set 0")
+            untold = f"transformers {transformers.__version__} does not tell what they did"
+            raise ConfigError(f"model.router_aux_loss_coef: no layer of this model has experts, or {untold}; set 0")
         top_k: Any = self.lm.num_experts_per_tok
         return router.routing(outputs.router_logits, top_k, batch.multiplicity.float())
 
@@ -273,8 +274,14 @@ def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_coll
     model.with_collision = with_collision
     model.router_aux_loss_coef = router_coefficient(section, model.lm)
     if section.gradient_checkpointing:
-        model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_activations(model.lm)
     return model
+
+
+def _recompute_activations(lm: PreTrainedModel) -> None:
+    # transformers 5.23 warns of the second name, and 5.17 has no other.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _freeze_again(lm: PreTrainedModel) -> None:

@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         section = ModelSection(name_or_path=str(tmp_path), dtype="float32", gradient_checkpointing=checkpointing)
         packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
         packed = model.prepare_for_training(packed, section, with_collision=False)
-        assert packed.lm.is_activation_checkpointing == checkpointing
+        assert {layer.gradient_checkpointing for layer in packed.lm.base_model.layers} == {checkpointing}
         (logps, *_), _ = packed(batch)
         results.append((logps.detach(), gradients(packed.lm, logps)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
