@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -194,6 +195,7 @@ def load(
         _zero_dropout(config)
     weights.fetch(section)
     folder = weights.folder_of(section)
+    computed = _computed_buffers(section, config, dtype) if zero3 else {}
     with _partitioned(zero3):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -210,11 +212,28 @@ def load(
             raise ConfigError(f"model.name_or_path: {source}: {_of_weights(error)}") from None
         lm, report = loaded
         _refuse_missing(lm, report, source)
+        for name, buffer in computed.items():
+            module, _, own = name.rpartition(".")
+            place = lm.get_submodule(module)
+            setattr(place, own, buffer.to(getattr(place, own).device))
         if section.liger:
             liger.put_into(lm)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
     return PackedCausalLM(lm, kernel, published, attached)
+
+
+def _computed_buffers(section: ModelSection, config: PretrainedConfig, dtype: str) -> dict[str, Tensor]:
+    """What a model computes of its config and no file holds, such as the frequencies of rotary positions, by name.
+
+    Made outside zero.Init, which rounds to the weights' dtype what is made within (transformers 5.23 spares `arange`, 5.17
+    nothing): in bf16 every frequency would be up to 0.4 % off, and the positions of long sequences whole turns.
+    """
+    with init_empty_weights(include_buffers=False):
+        twin: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=getattr(torch, dtype), trust_remote_code=section.trust_remote_code
+        )
+    return dict(twin.named_non_persistent_buffers())
 
 
 def _in_4bit(dtype: str) -> transformers.BitsAndBytesConfig:
