@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
