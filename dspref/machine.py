@@ -29,7 +29,7 @@ OK, WARN, FAIL = "OK", "WARN", "FAIL"
 VERSIONS = {
     "torch": ("2.8", "2.13.0"),
     "deepspeed": ("0.19.8", "0.19.8"),
-    "transformers": ("5.23", "5.23.0"),
+    "transformers": ("5.17", "5.23.0"),
     "datasets": ("5", "5.2.0"),
     "accelerate": ("1.10", "1.15.0"),
     "pydantic": ("2.12", "2.14.3"),

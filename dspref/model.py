@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -91,7 +92,8 @@ class PackedCausalLM(nn.Module):
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:
-            raise ConfigError("model.router_aux_loss_coef: no layer of this model has experts; set 0")
+            untold = f"transformers {transformers.__version__} does not tell what they did"
+            raise ConfigError(f"model.router_aux_loss_coef: no layer of this model has experts, or {untold}; set 0")
         top_k: Any = self.lm.num_experts_per_tok
         return router.routing(outputs.router_logits, top_k, batch.multiplicity.float())
 
@@ -193,6 +195,7 @@ def load(
         _zero_dropout(config)
     weights.fetch(section)
     folder = weights.folder_of(section)
+    computed = _computed_buffers(section, config, dtype) if zero3 else {}
     with _partitioned(zero3):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -209,11 +212,28 @@ def load(
             raise ConfigError(f"model.name_or_path: {source}: {_of_weights(error)}") from None
         lm, report = loaded
         _refuse_missing(lm, report, source)
+        for name, buffer in computed.items():
+            module, _, own = name.rpartition(".")
+            place = lm.get_submodule(module)
+            setattr(place, own, buffer.to(getattr(place, own).device))
         if section.liger:
             liger.put_into(lm)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
     return PackedCausalLM(lm, kernel, published, attached)
+
+
+def _computed_buffers(section: ModelSection, config: PretrainedConfig, dtype: str) -> dict[str, Tensor]:
+    """What a model computes of its config and no file holds, such as the frequencies of rotary positions, by name.
+
+    Made outside zero.Init, which rounds to the weights' dtype what is made within (transformers 5.23 spares `arange`, 5.17
+    nothing): in bf16 every frequency would be up to 0.4 % off, and the positions of long sequences whole turns.
+    """
+    with init_empty_weights(include_buffers=False):
+        twin: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=getattr(torch, dtype), trust_remote_code=section.trust_remote_code
+        )
+    return dict(twin.named_non_persistent_buffers())
 
 
 def _in_4bit(dtype: str) -> transformers.BitsAndBytesConfig:
@@ -273,8 +293,14 @@ def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_coll
     model.with_collision = with_collision
     model.router_aux_loss_coef = router_coefficient(section, model.lm)
     if section.gradient_checkpointing:
-        model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_activations(model.lm)
     return model
+
+
+def _recompute_activations(lm: PreTrainedModel) -> None:
+    # transformers 5.23 warns of the second name, and 5.17 has no other.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _freeze_again(lm: PreTrainedModel) -> None:

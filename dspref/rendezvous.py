@@ -262,11 +262,6 @@ class Waiting:
         unheard = [rank for rank in missing if rank not in self.seen]
         which, limit = (unheard, UNHEARD_MINUTES) if unheard else (missing, MEETING_MINUTES)
         ranks = f"rank{'s' * (len(which) > 1)} {', '.join(map(str, which[:8]))}{', ...' * (len(which) > 8)}"
-        if waited > 60 * limit:
-            raise EnvironmentFault(
-                f"{ranks} of {self._world.size} did not come within {limit} minutes; start one process for each rank, "
-                "all by one launcher or shell, with the same WORLD_SIZE, MASTER_PORT and TMPDIR"
-            )
         if waited > WORD_SECONDS and not self._told:
             self._told = True
             if self._world.rank < min(self.seen, default=self._world.size):  # one of those who wait speaks
@@ -274,6 +269,11 @@ class Waiting:
                 self._say(
                     f"rank {self._world.rank} waits for {ranks} of {self._world.size}: {what}; at most {limit} minutes"
                 )
+        if waited > 60 * limit:
+            raise EnvironmentFault(
+                f"{ranks} of {self._world.size} did not come within {limit} minutes; start one process for each rank, "
+                "all by one launcher or shell, with the same WORLD_SIZE, MASTER_PORT and TMPDIR"
+            )
 
 
 def _sweep(spot: Spot) -> None:

@@ -10,7 +10,8 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -70,9 +71,13 @@ def fetch(section: ModelSection) -> list[Path]:
 def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
+    get = partial(snapshot_download, name, revision=revision, allow_patterns=list(patterns))
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        return Path(get())
     except Exception as error:  # offline, gated, misspelt: each has its own exception
+        # Of a commit by its hash, huggingface_hub 1 asks the hub what is in it though all is here; 2 looks here by itself.
+        with suppress(Exception):
+            return Path(get(local_files_only=True))
         reason = f"is no folder here, and not had from the hub: {one_line(error)}"
         raise ConfigError(f"model.name_or_path: {name}: {reason}") from None
 

@@ -107,6 +107,27 @@ def test_sequences_are_long_enough_to_cross_the_windows() -> None:
         assert (plain_logps(narrow, some_pairs()) - plain_logps(wide, some_pairs())).abs().max() > 1e-3
 
 
+YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}}
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("llama", {}), ("llama", YARN), ("gemma2", {})])
+def test_what_no_file_holds_is_put_into_shards_as_a_whole_model_has_it(family, overrides, tmp_path) -> None:
+    """In bf16 the frequencies of positions are fp32. `test_half_precision_follows_fp32` has the shards."""
+    config = (
+        AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=4)
+        if family == "gpt2"
+        else tiny_config(family, **overrides)
+    )
+    save_tiny(tmp_path, config, seed=1)
+    section = ModelSection(name_or_path=str(tmp_path), dtype="bfloat16")
+    whole = model.load(section, str(tmp_path), "sdpa", "bfloat16", zero3=None).lm
+    computed = model._computed_buffers(section, model.load_config(section), "bfloat16")
+    assert computed.keys() == {name for name, _ in whole.named_non_persistent_buffers()}
+    for name, buffer in computed.items():
+        assert buffer.dtype == whole.get_buffer(name).dtype and torch.equal(buffer, whole.get_buffer(name)), name
+        assert buffer.dtype == torch.float32 or not name.endswith("inv_freq")
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     """The layout of the pack reaches attention in the recomputation too."""
     save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
@@ -116,7 +137,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         section = ModelSection(name_or_path=str(tmp_path), dtype="float32", gradient_checkpointing=checkpointing)
         packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
         packed = model.prepare_for_training(packed, section, with_collision=False)
-        assert packed.lm.is_activation_checkpointing == checkpointing
+        assert {layer.gradient_checkpointing for layer in packed.lm.base_model.layers} == {checkpointing}
         (logps, *_), _ = packed(batch)
         results.append((logps.detach(), gradients(packed.lm, logps)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 from test_store import load, write
@@ -261,6 +261,7 @@ few_keys = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(few_keys, min_size=1, max_size=8), max_size=4), st.lists(few_keys, max_size=8))
 def test_look_up_is_that_of_a_dict(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[Keys]], asked: list[Keys]
