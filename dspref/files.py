@@ -132,6 +132,17 @@ def whole_lines(path: Path, end: int) -> tuple[int, dict[str, Any] | None]:
     return length, last
 
 
+def end_line(path: Path) -> None:
+    """Give a last line that is whole the end that it lacks: editors leave it out."""
+    with suppress(OSError), open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LARGEST))
+        tail = file.read()
+        line = tail[tail.rfind(b"\n") + 1 :]
+        if line and _object(line) is not None:
+            file.write(b"\n")
+
+
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)

@@ -215,7 +215,8 @@ def _commit(
         store.append(keys[own], values[own], pairs.lengths[rows, 1:][own])
     except OSError as error:
         raise EnvironmentFault(
-            f"{store.folder}: cannot write the reference store ({error.strerror}); free the space, or set reference.store"
+            f"{error.filename2 or error.filename or store.folder}: cannot write the reference store ({error.strerror}); "
+            "free the space, move away what is in the way, or set reference.store"
         ) from None
 
 

@@ -15,6 +15,8 @@ from dspref.errors import ExitCode
 
 STOPPING = {signal.SIGTERM: ExitCode.INTERRUPTED, signal.SIGUSR1: ExitCode.INTERRUPTED, signal.SIGINT: ExitCode.CTRL_C}
 BEFORE_RUN = "before the run began; the same command begins it"
+# Of the rank, and of how many there are.
+NUMBERS = (("RANK", "SLURM_PROCID", "0"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"))
 _depth = 0  # how often it is open
 _what = BEFORE_RUN
 _leaving = Lock()
@@ -101,5 +103,6 @@ def _leave(number: int, frame: Any = None) -> None:
 
 
 def first_rank(env: Mapping[str, str]) -> bool:
-    """Whether a launcher started this process as rank 0, or none did."""
-    return env.get("RANK", env.get("SLURM_PROCID", "0")) == "0"
+    """Whether a launcher started this process as rank 0, or none did; or as none that there is, which it has to say."""
+    rank, size = (env.get(name, env.get(of_slurm, plain)) for name, of_slurm, plain in NUMBERS)
+    return rank == "0" or not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size))

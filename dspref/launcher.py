@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
 from dspref.interruption import BEFORE_RUN, first_rank, leaving_at_once
 from dspref.secrets import redact
-from dspref.terminal import shown
+from dspref.terminal import outlive_streams, shown
 
 if TYPE_CHECKING:
     from dspref.config import Config
@@ -39,6 +39,7 @@ ALLOCATOR = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "ex
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `train` on this rank and return the exit code."""
+    outlive_streams()
     try:
         with leaving_at_once():
             config, source = read(arguments)
@@ -74,6 +75,7 @@ def train(config: Config, source: Path) -> None:
 def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:
     """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback.
     `what`: was stopped, by a signal while the job has no watch of its own."""
+    outlive_streams()
     prepare(os.environ)
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
     with leaving_at_once():

@@ -42,6 +42,7 @@ class Lock:
         draft = folder / f"{NAME}-{token}"  # whole before it has its name: nobody reads an empty one
         draft.write_text(json.dumps(text), encoding="utf-8")
         taken = folder / f"{NAME}-{token}-taken"
+        failed = None
         try:
             for _ in range(3):
                 with contextlib.suppress(FileExistsError):
@@ -49,14 +50,21 @@ class Lock:
                     _sweep(folder, draft)
                     return cls(folder, token)
                 refuse_held(folder)
-                with contextlib.suppress(OSError):
+                try:
                     path.rename(taken)
-                    if holder := _live_holder(taken):  # another has claimed it since we looked
+                except OSError as error:
+                    failed = error
+                    continue
+                if holder := _live_holder(taken):  # another has claimed it since we looked
+                    with contextlib.suppress(OSError):
                         os.link(taken, path)
                         raise _held(folder, holder)
         finally:
             for left in (draft, taken):
                 left.unlink(missing_ok=True)
+        if failed is not None and os.path.lexists(path):
+            reason = f"is left from a run that is gone, and cannot be removed ({failed.strerror})"
+            raise EnvironmentFault(f"output_dir: {path} {reason}; remove it")
         raise EnvironmentFault(f"output_dir: {folder} was taken by another run just now; use another folder")
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,6 +158,7 @@ class Recorder:
             return
         mend_tail(self._path, offset or 0)
         self._file = open(self._path, "a", encoding="utf-8")
+        self._length = self._path.stat().st_size
         for name in config.log.trackers:
             courier = Courier(name, folder, config, tracker_id)
             self._trackers.append(courier)
@@ -172,10 +174,27 @@ class Recorder:
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._refind()
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+        self._length = os.fstat(self._file.fileno()).st_size
         for courier in self._trackers:
             courier.send(record)
+
+    def _refind(self) -> None:
+        """Begin the file anew where it was removed or cut while it was open, and say so."""
+        assert self._file is not None
+        own, there = os.fstat(self._file.fileno()), _stat(self._path)
+        if there is not None and (there.st_ino, there.st_dev) == (own.st_ino, own.st_dev) and there.st_size >= self._length:
+            return
+        if not self._path.parent.is_dir():
+            return  # the whole folder: the watch knows what to do
+        self._file.close()
+        distributed.log(f"warning: {self._path} was removed or cut while the run wrote it; lines before this step are lost")
+        if there is not None:
+            mend_tail(self._path)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._length = self._path.stat().st_size
 
     def close(self) -> None:
         if self._file is None:
@@ -184,6 +203,13 @@ class Recorder:
         self._file = None
         for courier in self._trackers:
             courier.close()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def training_lines(path: Path) -> Iterator[dict[str, Any]]:

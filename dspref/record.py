@@ -23,6 +23,7 @@ STARTING = {
 WHOLE = ("config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "samples.jsonl", "scoring.json")
 APPENDED = ("metrics.jsonl", "events.jsonl")
 FOLDERS = ("checkpoints", "logs", "submit")
+MODELS = ("final", "adapter")
 LOG = re.compile(r"rank-\d+(\.log|\.stacks\.txt)")
 # Of files that are being written, of claims of the lock, and of runs that were set aside.
 PASSING = re.compile(rf"{re.escape(DRAFT)}.*|{re.escape(LOCK)}-.*|previous-\d{{8}}-\d{{6}}(-\d+)?")
@@ -62,6 +63,8 @@ def _kept(folder: Path, anew: bool) -> Iterator[tuple[Path, str]]:
     yield from ((folder / name, "file") for name in WHOLE)
     yield from ((folder / name, "log") for name in APPENDED)
     yield from ((folder / name, "folder") for name in FOLDERS)
+    if not {"exported", "aside"} & read(folder)[0].keys():
+        yield from ((folder / name, "model") for name in MODELS)
     logs = folder / "logs"
     names = sorted(os.listdir(logs)) if os.path.isdir(logs) and os.access(logs, os.R_OK) else []
     yield from ((logs / name, "log") for name in names if LOG.fullmatch(name))
@@ -72,6 +75,9 @@ def _other_kind(path: Path, kind: str) -> str | None:
         return "is a folder, not a file" if os.path.isdir(path) else None  # another name can be taken from anything else
     if not os.path.exists(path):
         return "is a link that leads nowhere"
+    if kind == "model":
+        ours = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+        return None if ours else "is none of the run's models"
     if kind == "folder":
         return None if os.path.isdir(path) else "is no folder"
     try:

@@ -9,7 +9,7 @@ import os
 import platform
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dspref import config as configuration
 from dspref import distributed, filedigest, manifest, record
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, ExitCode
-from dspref.files import DRAFT, append_line, flushed, remove, whole_lines, write_atomically
+from dspref.files import DRAFT, append_line, end_line, flushed, remove, whole_lines, write_atomically
 from dspref.reading import open_regular
 from dspref.secrets import redact
 from dspref.status import is_foreign
@@ -171,8 +171,8 @@ class RunFolder:
         return (self.path / record.NAME).exists()
 
     def event(self, kind: str, **details: Any) -> None:
-        """Append to events.jsonl (rank 0)."""
-        if distributed.world().rank == 0:
+        """Append to events.jsonl (rank 0), unless the folder has been deleted."""
+        if distributed.world().rank == 0 and self.is_there:
             append_line(self.path / EVENTS, redact(json.dumps({"time": _now(), "event": kind, **details})))
 
     def flush(self) -> None:
@@ -226,10 +226,10 @@ class RunFolder:
         changed = [key for key in sorted({*old, *new}) if not _alike(old.get(key), new.get(key))]
         refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
         if refused:
-            key = refused[0]
+            asked = flatten(config.model_dump(mode="json", exclude_unset=True))
             raise ConfigError(
-                f"{key}: {new.get(key)!r}, but the run in {self.path} has {old.get(key)!r}; restore it, or start anew with "
-                "another output_dir= or checkpoint.resume=never"
+                f"{_difference(refused, old, new, asked, self.path)}, or start anew with another output_dir= or "
+                "checkpoint.resume=never"
             )
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
@@ -288,6 +288,38 @@ def digest_of(config: Config) -> str:
     return hashlib.sha256(configuration.dump(config).encode()).hexdigest()
 
 
+# What other settings depend on, with defaults that differ: named first, as a change of it changes these too.
+SELECTING = ("objective.name", "objective.loss_type", "reference.mode")
+
+
+def _difference(
+    keys: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any], asked: Mapping[str, Any], folder: Path
+) -> str:
+    """The settings that differ from those of the run in a folder, and what restores the first, which is one that the user
+    has set (`asked`), where there is any. A section that one of them lacks is one difference."""
+    found = list(dict.fromkeys(_section_of(key, old, new) for key in keys))
+    found.sort(key=lambda key: (key not in SELECTING, not any(name == key or name.startswith(f"{key}.") for name in asked)))
+    key, *others = found
+    more = f" ({', '.join(others[:5])}{', ...' if others[5:] else ''} too)" if others else ""
+    before, now = (_in_words(key, values) for values in (old, new))
+    restore = f"restore it{more}" if before != "null" else f"leave it out{more}"
+    return f"{key}: {now}, but the run in {folder} has {before}; {restore}"
+
+
+def _section_of(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The outermost section of a key that only one of two settings has, else the key."""
+    parts = key.split(".")
+    sections = (".".join(parts[:n]) for n in range(1, len(parts)))
+    lacking = (name for name in sections if any(name in values and values[name] is None for values in (old, new)))
+    return next(lacking, key)
+
+
+def _in_words(key: str, values: Mapping[str, Any]) -> str:
+    if any(name.startswith(f"{key}.") for name in values):
+        return "one with settings"
+    return repr(value) if (value := values.get(key)) is not None else "null"
+
+
 def _alike(before: Any, now: Any) -> bool:
     """Equal, but for secrets, which no file of a run holds."""
     return before == now or (isinstance(before, str) and isinstance(now, str) and before == redact(now))
@@ -295,6 +327,7 @@ def _alike(before: Any, now: Any) -> bool:
 
 def mend_tail(path: Path, end: int | None = None) -> None:
     """Cut off what lies behind `end` of a JSONL file, and what is no whole object at its end; damage is told."""
+    end_line(path)
     size = path.stat().st_size if path.exists() else 0
     end = size if end is None else end
     kept, last = whole_lines(path, min(end, size))

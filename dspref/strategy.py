@@ -73,6 +73,7 @@ NUMBERS = (
     "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
     "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "zero_hpz_partition_size",
 )  # fmt: skip
+LEAST: dict[str, int] = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "sub_group_size"), 1)  # of others 0
 KNOWN = {
     (): TOP_LEVEL,
     ("zero_optimization",): ZERO,
@@ -156,7 +157,8 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
         return
     for key, value in zero.items():
         if key != "stage" and key in ZERO and not _fits(key, value):
-            kind = "a mapping" if key in SECTIONS else "a whole number" if key in NUMBERS else "true or false"
+            least = f"a whole number, {LEAST.get(key, 0)} or more"
+            kind = "a mapping" if key in SECTIONS else least if key in NUMBERS else "true or false"
             yield Problem((*where, key), f"must be {kind}, not {value!r}")
     devices = {offload: _device(zero, offload) for offload in ("offload_param", "offload_optimizer")}
     for offload, device in devices.items():
@@ -189,7 +191,7 @@ def _fits(key: str, value: Any) -> bool:
         return value is None or isinstance(value, Mapping)
     if key in NUMBERS:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return whole and not isinstance(value, bool) and abs(value) < 2**63  # what DeepSpeed's own numbers hold
+        return whole and not isinstance(value, bool) and LEAST.get(key, 0) <= value < 2**63  # what DeepSpeed's own hold
     return isinstance(value, bool) or (key == "overlap_comm" and value is None)
 
 

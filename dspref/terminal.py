@@ -6,10 +6,14 @@ layer: errors and logs pass what they say through `shown`.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
+import sys
+from typing import Any
 
 # Among what is not printable: escapes and other control characters, marks that turn the direction of text, what has no
 # width, halves of characters (which cannot be written at all).
@@ -21,6 +25,42 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in LINES else _escaped(c) for c in text.replace("\r\n", "\n"))
+
+
+class _Unfailing(io.FileIO):
+    """A descriptor for text that people may read and nothing depends on: what cannot be written is dropped."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:  # its reader has gone, or its disk is full
+            return len(memoryview(data).cast("B"))
+
+
+def outlive_streams() -> None:
+    """From now on a closed standard output or error, one without a reader, or on a full disk, ends nothing."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed: nothing else may get its number, as libraries would write into that
+            opened = os.open(os.devnull, os.O_WRONLY)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            stream = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+        elif stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+            continue  # somebody else's
+        elif isinstance(getattr(stream.buffer, "raw", stream.buffer), _Unfailing):
+            continue
+        else:
+            with contextlib.suppress(OSError):
+                stream.flush()
+        own: Any = _Unfailing(descriptor, "w", closefd=False)
+        if isinstance(stream.buffer, io.BufferedWriter):
+            own = io.BufferedWriter(own)
+        by_line, at_once = stream.line_buffering, stream.write_through
+        found = io.TextIOWrapper(own, stream.encoding, stream.errors, line_buffering=by_line, write_through=at_once)
+        setattr(sys, name, found)
+        setattr(sys, f"__{name}__", found)
 
 
 def command(*words: object) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dspref.interruption import STOPPING, leaving_at_once
+from dspref.interruption import STOPPING, first_rank, leaving_at_once
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {"TERM": 75, "USR1": 75, "INT": 130}
@@ -65,6 +65,26 @@ def test_one_rank_speaks(tmp_path) -> None:
     where = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
     process = started(tmp_path, "torch", "python", [str(ROOT / "launch/train.py"), "--config", "run.yaml"], **where)
     assert ended(process, "TERM") == (75, "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        # None of these is a rank of a job, and nobody else would say so.
+        ({"RANK": "x", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1"}, True),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "x"}, True),
+    ],
+)
+def test_who_speaks(environment, speaks) -> None:
+    assert first_rank(environment) is speaks
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ LEFT = [
     ["config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "logs/", "checkpoints/"],
     ["previous-20260101-000000/", "previous-20260101-000000-2/"],
     ["STOP", "SAVE"],
+    ["events.jsonl"],
 ]
 
 
@@ -99,6 +100,7 @@ IN_THE_WAY = [
     ("logs/rank-0.log", "folder", "is a folder, not a file"),
     ("logs/rank-11.log", "pipe", "is a pipe, not a file"),
     ("logs/rank-1.stacks.txt", "dangling", "is a link that leads nowhere"),
+    *((name, kind, "is none of the run's models") for name in record.MODELS for kind in ("file", "folder")),
 ]
 
 
@@ -420,6 +422,26 @@ def test_changed_settings_are_refused_whatever_became_of_the_file(old, damage, t
         assert line.startswith("train.max_steps: ") and line.endswith("-> 99")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["objective.loss_type=hinge"], "objective.loss_type: 'hinge', but the run in {} has 'sigmoid'; restore it"),
+        (["train.warmup_steps=1"], "train.warmup_steps: 1, but the run in {} has null; leave it out"),
+        (["model.lora.r=4"], "model.lora: one with settings, but the run in {} has null; leave it out"),
+        (
+            ["objective.beta=0.7", "train.seed=9"],
+            "objective.beta: 0.7, but the run in {} has 0.1; restore it (train.seed too)",
+        ),
+    ],
+)
+def test_of_changed_settings_the_one_that_the_user_has_set_is_named(change, said, tmp_path):
+    folder = tmp_path / "run"
+    commit(opened(folder), 4, load(folder))
+    with pytest.raises(ConfigError) as refusal:
+        RunFolder(folder).refuse_changes(load(folder, *change))
+    assert str(refusal.value).startswith(said.format(folder)), refusal.value
+
+
 def test_a_new_key_with_its_default_is_no_change(tmp_path):
     """A manifest of an older dspref lacks it."""
     run, config = opened(tmp_path / "run"), load(tmp_path / "run")
@@ -456,6 +478,7 @@ TAILS = {
     "zeroed": (lambda whole: whole[:-20] + b"\0" * 20, 3, True),
     "an invalid byte": (lambda whole: whole[:-10] + b"\xff" + whole[-9:], 3, True),
     "no object": (lambda whole: whole[:-4] + b"]]]\n", 3, True),
+    "its last end": (lambda whole: whole[:-1], 4, False),
     "empty": (lambda whole: b"", 0, True),
     "gone": (lambda whole: None, 0, True),
 }
@@ -474,6 +497,25 @@ def test_a_damaged_tail_is_cut_to_whole_lines_and_told(name, tmp_path, capsys):
     assert path.read_bytes().endswith(b"\n")
     assert capsys.readouterr().out.count("warning: ") == told
     assert status.training(path)[0] == 5
+
+
+@pytest.mark.parametrize("what", ["removed", "cut", "replaced"])
+def test_metrics_that_are_lost_under_a_run_are_begun_anew_and_told(what, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    recorder = metrics.Recorder(tmp_path, load(tmp_path), None, None)
+    for step in (1, 2):
+        recorder.write({"step": step, "loss": 0.1})
+    if what == "cut":
+        os.truncate(path, path.stat().st_size - 7)
+    else:
+        path.unlink()
+        path.write_bytes(lines_of(range(1, 2))) if what == "replaced" else None
+    for step in (3, 4):
+        recorder.write({"step": step, "loss": 0.1})
+    recorder.close()
+    left = {"removed": [], "cut": [1], "replaced": [1]}[what]
+    assert [line["step"] for line in metrics.training_lines(path)] == [*left, 3, 4] and path.read_bytes().endswith(b"\n")
+    assert capsys.readouterr().out.count("was removed or cut while the run wrote it") == 1
 
 
 def test_damage_in_the_middle_is_passed_over_by_every_reader(tmp_path):
@@ -665,6 +707,19 @@ def test_a_lock_of_another_machine_whose_clock_is_ahead(tmp_path):
     os.utime(path, (time.time() + 7200, time.time() + 7200))
     with pytest.raises(EnvironmentFault, match=r"process 7 on elsewhere, by .*\.lock, of a time .* ahead.*delete it"):
         lock.refuse_held(tmp_path)
+
+
+def test_a_lock_that_cannot_be_removed(tmp_path, monkeypatch):
+    (tmp_path / ".lock").write_text(json.dumps({"place": lock.place(), "process": [2**22, "1"]}))
+
+    def refuse(path, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(
+        EnvironmentFault, match=r"\.lock is left from a run that is gone, and cannot be removed \(Operation not"
+    ):
+        lock.Lock.claim(tmp_path)
 
 
 def test_a_lock_that_is_a_folder(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from dspref import config, distributed, launcher, slurm, stages
 from dspref.errors import ConfigError, DataError, EnvironmentFault
 from dspref.run_folder import RunFolder
 from dspref.terminal import command, literal, shown
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HOSTILE = [
     "r$(touch PWNED)", "r`touch PWNED`", 'r"; touch PWNED; "', "r'; touch PWNED; '", "r\\", "!!", "a b", "-n", "~", "*",
@@ -30,6 +33,32 @@ def test_what_is_shown_has_no_control_characters(text):
     said.encode()
     assert all(c.isprintable() or c in "\n\t" for c in said)
     assert shown(said) == said
+
+
+SPEAKS = """
+import sys
+from dspref.terminal import outlive_streams
+outlive_streams()
+outlive_streams()
+for line in range(20_000):
+    print("ä line of text", flush=line % 100 == 0)
+print(sys.stdout.isatty(), file=sys.stderr)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["", "-u"])
+@pytest.mark.parametrize("end", [">&-", ">/dev/full", "| head -1; exit ${PIPESTATUS[0]}", "2>&-", ">&- 2>&-", "> out"])
+def test_nothing_ends_by_streams_that_nobody_reads(end, how, tmp_path):
+    (tmp_path / "speaks.py").write_text(SPEAKS)
+    line = f"{shlex.quote(sys.executable)} {how} speaks.py {end}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    if end == "> out":
+        assert (tmp_path / "out").read_text() == "ä line of text\n" * 20_000
+    if "2>" not in end:
+        assert done.stderr == "False\n"
 
 
 def test_legitimate_text_stays():
