@@ -44,16 +44,14 @@ class Converter:
         own = {named[field] for field in ("system", *OPTIONAL_FIELDS) if field in named}
         if self.source.template:
             return own | columns_of(self.source.template)
-        return own | ({"prompt", *SYSTEM} - set(named.values()))
+        return own | ({*SYSTEM} - set(named.values()))
 
     def _hangs_on_others(self, row: Row | BadRow, item: Preference | RowError) -> bool:
-        """Whether a row might be something else with a column that it lacks: a text might be a conversation, or have no
-        prompt, and what is missing might be null."""
+        """Whether a row might be something else with a column that it lacks: a text might be a conversation, and what is
+        missing might be null."""
         if isinstance(row, BadRow) or isinstance(item, RowError):
             return isinstance(row, Row)
-        named = given(self.source.columns)
-        is_text = isinstance(item.prompt, str) and not self.source.template
-        return is_text and (self.source.as_ is None or named.get("prompt", "prompt") not in row.values)
+        return isinstance(item.prompt, str) and not self.source.template and self.source.as_ is None
 
     def _all(self, rows: Sequence[Place]) -> Made:
         return [(k, item) for k, (_, row) in enumerate(rows) for item in self._one(row)]
@@ -65,6 +63,4 @@ class Converter:
         try:
             return to_preferences(values, self.source.columns, self.source.template, self.source.pairs, **self.how)
         except RowError as error:
-            if (error.field, error.reason) == ("prompt", "null") and "prompt" not in row.values:
-                return [RowError("prompt", "missing, and other rows of the source have one", error.fix)]
             return [error]
