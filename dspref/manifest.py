@@ -96,6 +96,7 @@ def strays(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 def link(folder: Path, manifest: Mapping[str, Any], clean: Path) -> None:
     """Make `clean` a folder with the files that the manifest names, and no others."""
     remove(clean)
+    clean.mkdir()
     for name in manifest["files"]:
         (clean / name).parent.mkdir(parents=True, exist_ok=True)
         (clean / name).symlink_to((folder / name).absolute())

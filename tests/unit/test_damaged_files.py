@@ -143,6 +143,16 @@ def check(whole: dict[str, bytes], cases: int) -> None:
         shutil.rmtree(root)
 
 
+def test_a_manifest_that_names_no_files_is_no_traceback(whole, tmp_path):
+    folder = tmp_path / "run"
+    for name, content in whole.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    path = folder / STEP / "manifest.json"
+    path.write_text(json.dumps(manifest.signed(json.loads(path.read_text()) | {"files": {}})))
+    look_at(folder, load(folder))
+
+
 def test_no_damage_of_small_files_finds_a_traceback(whole):
     check(whole, 100)
 
