@@ -134,12 +134,13 @@ def whole_lines(path: Path, end: int) -> tuple[int, dict[str, Any] | None]:
 
 def end_line(path: Path) -> None:
     """Give a last line that is whole the end that it lacks: editors leave it out."""
-    with suppress(OSError), open(path, "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - LARGEST))
+    tail = b""
+    with suppress(FileNotFoundError), reading.open_regular(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LARGEST))
         tail = file.read()
-        line = tail[tail.rfind(b"\n") + 1 :]
-        if line and _object(line) is not None:
+    line = tail[tail.rfind(b"\n") + 1 :]
+    if line and _object(line) is not None:
+        with open(path, "ab") as file:
             file.write(b"\n")
 
 
