@@ -272,8 +272,8 @@ def test_a_question_that_a_signal_ends_leaves_no_answer_behind(tmp_path):
     interrupted = 0
     try:
         for turn in range(300):
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + turn % 20 * 0.0001)
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + turn % 20 * 0.0001)
                 while True:
                     store.get("long")
             except Asked:
