@@ -98,7 +98,8 @@ def _leave(number: int, frame: Any = None) -> None:
         return
     name = signal.Signals(number).name
     if first_rank(os.environ):
-        os.write(2, f"stopped by {name} {_what}\n".encode())
+        with contextlib.suppress(OSError):  # whoever read it has gone: the process ends all the same
+            os.write(2, f"stopped by {name} {_what}\n".encode())
     os._exit(int(STOPPING[signal.Signals(number)]))
 
 

@@ -38,10 +38,7 @@ def is_foreign(folder: Path) -> bool:
     if any((folder / name).exists() for name in (record.NAME, "submit/config.yaml", "submit/job.sbatch")):
         return False
     passing = record.PASSING.fullmatch
-    known = {
-        *record.STARTING,
-        "events.jsonl",
-    }  # which a run adds to, and may have left in a folder that was deleted under it
+    known = {*record.STARTING, "events.jsonl"}  # a run may add to it in a folder that was deleted under it
     entries = [entry for entry in folder.iterdir() if entry.name not in known and not passing(entry.name)]
     if [entry.name for entry in entries] == ["checkpoints"] and entries[0].is_dir() and not any(entries[0].iterdir()):
         return False

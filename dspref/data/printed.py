@@ -99,10 +99,8 @@ class Printed:
         their content: the most frequent case, and soon seen."""
         place, before = 0, None
         for message in self.messages:
-            content, joint = (
-                message.get("content"),
-                "" if before is None else self.manners.joints.get((before, message["role"])),
-            )
+            content = message.get("content")
+            joint = "" if before is None else self.manners.joints.get((before, message["role"]))
             if not isinstance(content, str) or joint is None or not self.own.startswith(joint, place):
                 return False
             content = content if self.own.startswith(content, place + len(joint)) else content.strip()

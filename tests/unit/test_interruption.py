@@ -61,6 +61,17 @@ def test_a_signal_while_modules_are_loaded(module, how, name, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_signal_ends_a_process_whose_reader_has_gone(tmp_path) -> None:
+    process = started(tmp_path, "torch", "python", [str(ROOT / "launch/train.py"), "--config", "run.yaml"])
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(timeout=60) == 75
+    finally:
+        process.kill()
+
+
 def test_one_rank_speaks(tmp_path) -> None:
     where = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
     process = started(tmp_path, "torch", "python", [str(ROOT / "launch/train.py"), "--config", "run.yaml"], **where)
