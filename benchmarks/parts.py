@@ -78,9 +78,9 @@ def attention(setup: Setup) -> Outcome:
 
 
 def _packed(lengths: Sequence[int]) -> Callable[[], None]:
-    from dspref.attention import KERNELS, Options, Segments
     from dspref.data.batch import collate
     from dspref.data.truncate import TokenizedPair
+    from dspref.model.attention import KERNELS, Options, Segments
 
     prompt = np.zeros(16, dtype=np.int32)
     answers = [np.zeros(length - len(prompt), dtype=np.int32) for length in lengths]
@@ -193,7 +193,7 @@ KNOWN_PAIRS = 20_000
 
 def lookup(setup: Setup) -> Outcome:
     """What a later run pays for a reference that is stored: keys of its pairs, opening the store, finding the values."""
-    from dspref.reference_store import BLOCK_PAIRS, KEY_BYTES, ReferenceStore, sequence_keys
+    from dspref.reference.store import BLOCK_PAIRS, KEY_BYTES, ReferenceStore, sequence_keys
 
     draws = np.random.default_rng(SEED)
     lengths = draws.integers(50, 500, 3 * KNOWN_PAIRS)

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dspref import families, losses
-from dspref.families import Loss
-from dspref.objectives import ASKS, MEANINGS, OBJECTIVES, Family, keys_of
+from dspref.objectives import ASKS, MEANINGS, OBJECTIVES, Family, families, keys_of, losses
+from dspref.objectives.families import Loss
 
 INTRODUCTION = """\
 # Objectives
 
-<!-- Written by docs/make_objectives.py from dspref/{losses,families,objectives}.py. Edit those, and run it again. -->
+<!-- Written by docs/make_objectives.py from dspref/objectives/. Edit those, and run it again. -->
 
 The keys of the YAML's `objective` section. w is the chosen answer, l the rejected one; S is the sum of an answer's log-probs
 under the policy, R under the reference, n its scored tokens, A = S / n; log u = S - R; sigma is the logistic function.

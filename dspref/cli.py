@@ -15,8 +15,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import dspref
+from dspref.config import expand
 from dspref.errors import ConfigError, ExitCode, UserError
-from dspref.paths import expand
 from dspref.terminal import shown
 
 
@@ -124,7 +124,7 @@ def check(
 ) -> None:
     """Check a run's YAML file without loading a model: keys, types, ranges, what goes together, and what it names."""
     from dspref import config as configuration
-    from dspref import inputs
+    from dspref.machine import inputs
     from dspref.objectives import as_list
 
     with faults_in_one_line():
@@ -142,7 +142,7 @@ def check(
         from dspref import launcher
 
         def job() -> None:
-            from dspref import survey
+            from dspref.training import survey
 
             survey.report(config, colour=sys.stdout.isatty())
 
@@ -159,7 +159,7 @@ def doctor(
 ) -> None:
     """Check this machine: versions, GPUs, room, folders, locks. The report holds no secrets; paste it into an issue."""
     from dspref import config as configuration
-    from dspref import doctor
+    from dspref.machine import doctor
 
     with faults_in_one_line():
         tell_repeated(overrides)
@@ -207,7 +207,7 @@ def score(
         raise typer.Exit(int(error.exit_code)) from None
 
     def job() -> None:
-        from dspref import scorer
+        from dspref.training import scorer
 
         scorer.score(config, part, verify)
 
@@ -262,7 +262,7 @@ def status(
     """Show how far a run is: state, step, time left, last checkpoint, goodput, restarts. Reads its files and no more."""
     import json
 
-    from dspref import status
+    from dspref.run import status
 
     with faults_in_one_line():
         about = status.read(run)
@@ -313,7 +313,7 @@ def export(
     from dspref import launcher
 
     def job() -> None:
-        from dspref.consolidate import consolidate
+        from dspref.training.consolidate import consolidate
 
         consolidate(checkpoint, to, dtype.value if dtype else None)
         print(shown(f"{checkpoint} -> {to}"))

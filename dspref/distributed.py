@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
-from dspref import rendezvous, wire
 from dspref.errors import EnvironmentFault, Relayed, exit_code_of
-from dspref.local_store import ContactLost, LocalStore
-from dspref.rendezvous import MEETING_MINUTES, World, read_environment
+from dspref.ranks import rendezvous, wire
+from dspref.ranks.local_store import ContactLost, LocalStore
+from dspref.ranks.rendezvous import MEETING_MINUTES, World, read_environment
 from dspref.secrets import redact
 from dspref.terminal import shown
 

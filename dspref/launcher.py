@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
-from dspref.interruption import BEFORE_RUN, first_rank, leaving_at_once
 from dspref.secrets import redact
 from dspref.terminal import outlive_streams, shown
+from dspref.watch.interruption import BEFORE_RUN, first_rank, leaving_at_once
 
 if TYPE_CHECKING:
     from dspref.config import Config
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read(arguments: Sequence[str] | None) -> tuple[Config, Path]:
     """The config that a command line names, and the file that it is from. Raises UserError."""
     from dspref import config as configuration
-    from dspref import rendezvous
+    from dspref.ranks import rendezvous
 
     rendezvous.announce()
     options = parse(arguments)
@@ -67,7 +67,7 @@ def read(arguments: Sequence[str] | None) -> tuple[Config, Path]:
 
 
 def train(config: Config, source: Path) -> None:
-    from dspref.trainer import train
+    from dspref.training.trainer import train
 
     train(config, source)
 

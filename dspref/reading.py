@@ -12,7 +12,7 @@ import os
 import stat
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 # Bytes. A page that a person writes, and what libraries write beside weights: an index of shards, a vocabulary.
 PAGE, TABLE = 10_000_000, 500_000_000
@@ -120,3 +120,24 @@ def _without_equal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _items(node: dict | list) -> Any:
     return node.values() if isinstance(node, dict) else node
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a value of a small file may be
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """A float, NaN among them, or an integer that can be made one."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300)
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18
+
+
+def is_word(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def are_words(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(inner, str) for inner in value.values())

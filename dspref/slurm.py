@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dspref import config as configuration
-from dspref import inputs, reading
+from dspref import reading
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import read_object, write_atomically
-from dspref.record import misplaced
+from dspref.machine import inputs
+from dspref.run.record import misplaced
+from dspref.run.status import is_foreign
 from dspref.secrets import is_telling, kind_of
-from dspref.status import is_foreign
 from dspref.terminal import command, shown
 
 # What a value in an #SBATCH line may be made of: SLURM's own words, and nothing that ends or splits the line.

@@ -73,6 +73,25 @@ def literal(text: str) -> str:
     return "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(text, ensure_ascii=False))
 
 
+def duration(seconds: float) -> str:
+    """90 -> '1 min 30 s': the two largest units."""
+    parts = []
+    rest = max(round(seconds), 0)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2]) or "0 s"
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """One line of text without control characters."""
+    line = "".join(c if c.isprintable() else " " for c in text).strip()
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
 def _word(text: str) -> str:
     if text.isprintable():
         return shlex.quote(text)

@@ -26,7 +26,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+# Files of tests help each other, by their names alone.
+sys.path[:0] = [str(ROOT / "tests" / "distributed"), *map(str, (ROOT / "tests" / "unit").glob("[a-z]*/"))]
 
 from forked import Forked  # noqa: E402  (needs the path above)
 from workers import Workers  # noqa: E402

@@ -76,8 +76,8 @@ def prepare_race(
     from transformers import AutoModelForCausalLM
 
     from benchmarks.gpu import models
-    from dspref.model import PackedCausalLM
-    from dspref.performance import Work, peak_flops, size_of
+    from dspref.model.packed import PackedCausalLM
+    from dspref.report.performance import Work, peak_flops, size_of
 
     folder = models.model_folder(work, shape, tiny, device, dtype)
     config = models.config_of(shape, tiny)

@@ -46,9 +46,9 @@ def micro_steps(
     """Forward, DPO loss and backward of one pack, without an update: of UltraFeedback-like and of prompt-heavy pairs."""
     from transformers import AutoModelForCausalLM
 
-    from dspref import attention
-    from dspref.model import PackedCausalLM
-    from dspref.performance import peak_flops
+    from dspref.model import attention
+    from dspref.model.packed import PackedCausalLM
+    from dspref.report.performance import peak_flops
 
     torch.manual_seed(SEED)
     config = models.config_of(shape, tiny)
@@ -77,8 +77,8 @@ def filling(lengths: np.ndarray, tokens: int) -> np.ndarray:
 
 def micro_step(model: Any, lengths: np.ndarray, warmups: int, steps: int) -> dict[str, Any]:
     from dspref.data.batch import collate
-    from dspref.logps import pair_logps
-    from dspref.performance import Work, size_of
+    from dspref.model.logps import pair_logps
+    from dspref.report.performance import Work, size_of
 
     weight = next(model.parameters())
     batch = collate(random_pairs(lengths, weight.shape[0]), range(len(lengths)), prefix_sharing=True).to(weight.device)
@@ -168,7 +168,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def kernels(lengths: Sequence[int], device: str) -> dict[str, Callable[[], Attend]]:
     """Makers of `attend(q [T,H,D], k [T,G,D], v [T,G,D])` for sequences of these lengths, each of which is there twice."""
-    from dspref.attention import KERNELS
+    from dspref.model.attention import KERNELS
 
     rows = np.array([[n // 2, n - n // 2, n - n // 2] for n in lengths])
     varlen = {name: partial(packed_kernel, name, rows, device) for name in sorted(KERNELS, key="sdpa".__ne__)}
@@ -177,8 +177,8 @@ def kernels(lengths: Sequence[int], device: str) -> dict[str, Callable[[], Atten
 
 
 def packed_kernel(name: str, rows: np.ndarray, device: str) -> Attend:
-    from dspref.attention import KERNELS, Options, Segments, available
     from dspref.data.batch import collate
+    from dspref.model.attention import KERNELS, Options, Segments, available
 
     if name not in available(device):
         raise RuntimeError(f"{name} is not available here")
@@ -287,7 +287,7 @@ def head(
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from dspref.logps import scored_logps
+    from dspref.model.logps import scored_logps
 
     return scored_logps(hidden, weight, None, targets).logps
 

@@ -34,7 +34,7 @@ def dspref(spec: Spec, folder: Path) -> dict[str, Any]:
     extra: dict[str, float] = {}
 
     def run() -> None:
-        from dspref import stages
+        from dspref.training import stages
 
         stages.finish = lambda *_, **__: None  # the export, which is on nobody's clock
         dspref_run.train(spec, folder, extra)

@@ -50,7 +50,9 @@ def document(spec: Spec, folder: Path) -> dict[str, Any]:
 def train(spec: Spec, folder: Path, extra: dict[str, float]) -> list[dict[str, float]]:
     """Do the run in this process; its lines of metrics.jsonl, one per step."""
     os.environ["DSPREF_CACHE"] = str(folder / "cache")
-    from dspref import config, filling, preparation, trainer
+    from dspref import config
+    from dspref.reference import filling
+    from dspref.training import preparation, trainer
 
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(document(spec, folder), sort_keys=False), encoding="utf-8")

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 
 from dspref import config as configuration
-from dspref import distributed, engine, gradient, launcher, model, preparation, stages, trainer
-from dspref import reference as references
+from dspref import distributed, launcher
 from dspref.data.loader import StepLoader
 from dspref.data.store import PairStore
-from dspref.engine import Engine
+from dspref.engine import engine
+from dspref.engine.engine import Engine
 from dspref.errors import Interrupted, UserError
-from dspref.gradient import Instruments, StepLoss
-from dspref.metrics import Meter
+from dspref.model import packed
 from dspref.objectives import RunningMean, build_objective
+from dspref.reference import modes as references
+from dspref.report.metrics import Meter
+from dspref.training import gradient, preparation, stages, trainer
+from dspref.training.gradient import Instruments, StepLoss
 
 
 def first_steps(config_path: str, variants: list[list[str]], gradients: bool = True) -> list[dict[str, Any]]:
@@ -56,7 +59,7 @@ def _load_policy(
 ) -> tuple[Engine, PairStore, dict[str, PairStore], StepLoader, str]:
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
-    model.quiet()
+    packed.quiet()
     kernel, _, pairs, held_out = preparation.prepare(config, device.type)
     _, loader = stages.plan(config, pairs)
     weights = config.model.name_or_path
@@ -119,7 +122,7 @@ def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float
     config = configuration.load(config_path, overrides)
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
-    model.quiet()
+    packed.quiet()
     kernel = preparation.prepare(config, device.type)[0]
     objective = build_objective(**config.objective.model_dump())
     before = _private_mb()
@@ -200,8 +203,8 @@ def _reference_values(config: configuration.Config) -> dict[str, np.ndarray]:
     import torch
 
     from dspref.data.loader import place
-    from dspref.filling import COLUMNS
-    from dspref.logps import pair_logps
+    from dspref.model.logps import pair_logps
+    from dspref.reference.filling import COLUMNS
 
     policy, reference, loader, _ = _start(config, 1)
     pairs, layout = loader.store, loader.layout
@@ -235,7 +238,7 @@ def score_reference(
     import contextlib
     import io
 
-    from dspref import scorer
+    from dspref.training import scorer
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

@@ -100,7 +100,7 @@ def until(found: Callable[[], Any], seconds: float = 90) -> Any:
 
 
 def serve() -> None:
-    from dspref import launcher, scorer, trainer  # noqa: F401  (what takes long to import)
+    from dspref.training import trainer  # noqa: F401  (what takes long to import)
 
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)

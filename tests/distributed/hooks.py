@@ -116,7 +116,7 @@ def fail_to_flush(rank: int, victim: int, below: str, step: int) -> None:
 
 def write_elsewhere(rank: int, victim: int, below: str, into: str) -> None:
     """The victim's files are moved away when they are flushed, as if it wrote to a disk of its own."""
-    from dspref import saving
+    from dspref.run import saving
 
     saving.SEEN_SECONDS = 1.0
     if rank != victim:
@@ -136,7 +136,7 @@ def write_elsewhere(rank: int, victim: int, below: str, into: str) -> None:
 
 def _after_step(step: int, act: Any) -> None:
     """Call `act` when the optimizer has made so many steps."""
-    from dspref.engine import Engine
+    from dspref.engine.engine import Engine
 
     counter, plain = itertools.count(1), Engine.step
 
@@ -213,7 +213,7 @@ def poison(rank: int, victim: int, steps: list[int], what: str) -> None:
     """A loss, a gradient or one logit that is not a number, on one rank in some steps (from 1)."""
     import torch
 
-    from dspref import gradient
+    from dspref.training import gradient
 
     plain, counter = gradient.accumulate, itertools.count(1)
 
@@ -244,8 +244,10 @@ def poison(rank: int, victim: int, steps: list[int], what: str) -> None:
 
 def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> None:
     """Write a file `into`/PHASE-RANK when a phase begins, and stay in the phase `slow` a little."""
-    from dspref import checkpoint, evaluate, filling, preparation, stages
-    from dspref.engine import Engine
+    from dspref.engine.engine import Engine
+    from dspref.reference import filling
+    from dspref.run import checkpoint
+    from dspref.training import evaluate, preparation, stages
 
     def mark(name: str) -> None:
         Path(into, f"{name}-{rank}").touch()
@@ -285,7 +287,7 @@ def load_for_ever(rank: int, what: str, into: str) -> None:
 
 def slow_scoring(rank: int, seconds: float) -> None:
     """Every pack of a scoring takes so long, and is committed at once."""
-    from dspref import filling
+    from dspref.reference import filling
 
     filling.COMMIT_SECONDS = filling.FIRST_COMMIT_SECONDS = -1.0
     plain = filling._Tally.is_due

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from dspref import config as configuration
-from dspref import distributed, trainer
+from dspref import distributed
+from dspref.training import trainer
 
 if __name__ == "__main__":
     for path, overrides in json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8")):

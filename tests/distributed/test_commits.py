@@ -304,7 +304,7 @@ def _take_the_whole_of_another_step(folder: Path) -> None:
 
 def _take_the_whole_of_another_run(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    from dspref.manifest import signed
+    from dspref.run.manifest import signed
 
     (folder / "manifest.json").write_text(json.dumps(signed(manifest | {"run_id": "000000000000"})))
 

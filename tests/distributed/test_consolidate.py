@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dspref.cli import app
-from dspref.manifest import signed
+from dspref.run.manifest import signed
 
 STEP = "checkpoints/step-000002"
 ADAPTER = "adapter_config.json"

@@ -19,7 +19,7 @@ from test_resume import training_records
 from tiny import write_run
 from workers import ROOT
 
-from dspref import status
+from dspref.run import status
 
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 FAR = ("train.max_steps=2000", "train.eval_every=1000000")

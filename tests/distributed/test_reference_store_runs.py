@@ -28,7 +28,7 @@ from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
 from transformers import AutoTokenizer, PretrainedConfig
 from workers import Workers
 
-from dspref.reference_store import ReferenceStore
+from dspref.reference.store import ReferenceStore
 
 LN2 = math.log(2)
 TRAIN, HELD_OUT = 12, 5

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from tiny import preference_rows, save_tokenizer, tiny_config
 
-from dspref import config, footprint
+from dspref import config
+from dspref.machine import footprint
 
 pytestmark = pytest.mark.slow  # whole processes, as a user starts them
 
@@ -32,7 +33,8 @@ SECRETS = {  # made up
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from dspref import config, distributed, launcher, trainer
+from dspref import config, distributed, launcher
+from dspref.training import trainer
 
 def job():
     trainer.train(config.load("run.yaml"), Path("run.yaml"))

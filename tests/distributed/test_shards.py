@@ -14,9 +14,10 @@ import torch
 from test_elastic import SLOW, refusal, run_file, stage, train  # noqa: F401  (the fixture)
 from test_resume import forget_everything_after
 
-from dspref import consolidate, shards
+from dspref.engine import shards
 from dspref.errors import IOFault
-from dspref.manifest import signed
+from dspref.run.manifest import signed
+from dspref.training import consolidate
 
 
 class Payload:

@@ -14,7 +14,8 @@ import yaml
 from fake_slurm import Cluster
 from tiny import preference_rows, save_tokenizer, tiny_config
 
-from dspref import slurm, status
+from dspref import slurm
+from dspref.run import status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 24

@@ -18,18 +18,19 @@ import yaml
 from test_waits import Undistributed, packs_of, policy_of
 from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_model
 
-from dspref import attention, gradient
 from dspref.data.batch import collate
 from dspref.data.loader import Step
 from dspref.data.truncate import TokenizedPair
-from dspref.gradient import Instruments, StepLoss
-from dspref.logps import pair_logps, scored_logps
-from dspref.metrics import Meter
-from dspref.model import PackedCausalLM
-from dspref.numbers import Suspects
+from dspref.model import attention
+from dspref.model.logps import pair_logps, scored_logps
+from dspref.model.packed import PackedCausalLM
 from dspref.objectives import RunningMean, build_objective
-from dspref.performance import Clock
-from dspref.reference import Reference
+from dspref.reference.modes import Reference
+from dspref.report.metrics import Meter
+from dspref.report.performance import Clock
+from dspref.training import gradient
+from dspref.training.gradient import Instruments, StepLoss
+from dspref.training.numbers import Suspects
 
 CUDA = torch.device("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

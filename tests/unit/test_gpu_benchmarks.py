@@ -26,11 +26,11 @@ from benchmarks.processes import Failed
 from benchmarks.races import at_least, at_most
 from benchmarks.variants import loop, padded
 from benchmarks.workload import ROOT, Spec, Tokens
-from dspref.attention import KERNELS, PACKED, Options, Segments
 from dspref.data.batch import collate
 from dspref.data.truncate import TokenizedPair
-from dspref.logps import pair_logps
-from dspref.model import PackedCausalLM
+from dspref.model.attention import KERNELS, PACKED, Options, Segments
+from dspref.model.logps import pair_logps
+from dspref.model.packed import PackedCausalLM
 
 LENGTHS = [[9, 5, 3], [4, 2, 7]]
 

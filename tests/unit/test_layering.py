@@ -1,8 +1,10 @@
-"""Who may import whom, read from the source: the table of the design, section 1."""
+"""Who may enter which room, read from the source and from the doors: the table of the design, section 1."""
 
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,93 +12,52 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "dspref"
 
-# Lowest first. A module may import what lies in a lower row; modules of one row do not know each other.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("secrets", "terminal", "reading"),  # below everything
-    ("errors", "files", "processes", "local_store", "wire"),
-    ("rendezvous", "manifest", "interruption"),
-    ("record",),
-    ("data", "logps", "attention", "objectives", "families", "losses", "router"),  # the pure layer
-    ("reference_store",),
-    ("yaml12", "strategy", "paths"),  # what config is made of
-    ("sections",),
-    ("foreign", "sound"),
-    ("hints",),
-    ("explain",),
-    ("objective_checks",),
-    ("checks",),
-    ("config",),
-    ("status", "weights"),
-    ("machine", "footprint"),  # of `dspref doctor` and the start of a run
-    ("inputs",),
-    ("slurm",),
-    ("preflight", "agreement"),
-    ("doctor",),
-    ("distributed", "lock"),
-    ("watch", "meeting"),
-    ("adapter_files", "liger"),
-    ("admission", "filedigest", "adapters", "trust_region", "filling", "finite"),
-    ("model", "shards"),
-    ("engine",),
-    ("reference",),
-    ("performance",),
-    ("run_folder", "trackers"),
-    ("checkpoint", "metrics", "console", "numbers"),
-    ("saving", "export", "gradient", "advice", "outcome"),
-    ("preparation",),
-    ("stages", "evaluate"),
-    ("trainer", "scorer", "consolidate", "survey"),
-    ("launcher",),
-    ("cli",),
+# What lies below the rooms, lowest first. A file may import what stands in a lower row, and any room imports these.
+GROUND: tuple[tuple[str, ...], ...] = (
+    ("secrets", "terminal", "reading"),
+    ("errors", "files", "processes"),
 )
-PURE = {"data", "logps", "attention", "objectives", "families", "losses", "router"}
-
-# Within the pure layer: who may import whom there. `data` is one package, and its modules know each other.
-WITHIN_PURE: dict[str, set[str]] = {
-    "logps": {"data", "objectives", "families"},
-    "attention": {"data"},
-    "router": {"data"},
-    "objectives": {"losses", "families"},
-    "families": {"losses"},
-    "losses": set(),
-    "data": set(),
-}
-
-# The pure layer never sees a rank, a device string or a config object, and config stands apart from the rest.
-CONFIG = (
-    "config", "sections", "checks", "objective_checks", "explain", "foreign", "hints", "sound", "paths", "strategy",
-    "yaml12",
-)  # fmt: skip
-FORBIDDEN = {module: {"config", "sections", "strategy", "yaml12", "distributed"} for module in PURE} | {
-    **{name: {*PURE, "distributed"} - {"objectives", "families", "losses"} for name in CONFIG},
-    "distributed": {*PURE, "config", "sections", "strategy", "yaml12"},
+# Of these, `distributed` is entered as a room is.
+ABOVE = {
+    "distributed": {"ranks"},
+    "slurm": {"config", "machine", "run"},
+    "launcher": {"config", "distributed", "ranks", "training", "watch"},
+    "cli": {"config", "launcher", "machine", "objectives", "run", "slurm", "training"},
+    "__main__": {"cli"},
 }
 
 # Packages that only some modules may import.
 OWNERS: dict[str, set[str]] = {
-    "deepspeed": {"engine", "shards"},
-    "torch.distributed": {"distributed", "engine"},
-    "transformers": {"admission", "adapters", "model", "attention", "data.tokenize", "data.pieces", "checkpoint", "export"},
-    "peft": {"adapters", "adapter_files"},
-    "bitsandbytes": {"engine"},
-    "liger_kernel": {"liger"},
-    "wandb": {"trackers"},
-    "torch.utils.tensorboard": {"trackers"},
-    "tensorboard": {"trackers"},
+    "deepspeed": {"engine.engine", "engine.shards"},
+    "torch.distributed": {"distributed", "engine.engine"},
+    "transformers": {
+        "data.pieces", "data.tokenize", "model.adapters", "model.admission", "model.attention", "model.packed",
+        "run.checkpoint", "run.export",
+    },
+    "peft": {"model.adapter_files", "model.adapters"},
+    "bitsandbytes": {"engine.engine"},
+    "liger_kernel": {"model.liger"},
+    "wandb": {"report.trackers"},
+    "torch.utils.tensorboard": {"report.trackers"},
+    "tensorboard": {"report.trackers"},
     "typer": {"cli"},
-    "rich": {"console", "cli"},
-    "pydantic": {"config", "sections", "explain", "paths"},
+    "rich": {"cli", "report.console"},
+    "pydantic": {"config.explain", "config.load", "config.paths", "config.sections"},
     "datasets": {"data.sources"},
-    "huggingface_hub": {"data.sources", "weights", "adapter_files"},
-}
+    "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
+}  # fmt: skip
 
-# `check` and `submit` answer at once on a login node: none of these loads torch, however deep. The store needs none.
+# The pure rooms never see a rank, a device string or a config object.
+PURE = {"data", "objectives"}
+PURE_FILES = {"model.attention", "model.logps", "model.router"}
+
+# `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
+NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks"}
 NO_TORCH = {
-    *CONFIG, "errors", "files",
-    "objectives", "families", "losses", "launcher", "cli", "reference_store", "slurm", "status", "secrets", "processes",
-    "terminal", "local_store", "rendezvous", "reading", "weights", "manifest", "record", "interruption",
-    "machine", "footprint", "inputs", "preflight", "agreement", "doctor",
+    "cli", "engine.builds", "errors", "files", "launcher", "model.weights", "processes", "reading", "reference.store",
+    "run.manifest", "run.record", "run.status", "secrets", "slurm", "terminal", "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 
@@ -139,13 +100,14 @@ def imports_of(path: Path, importer: str) -> Iterator[Import]:
 
 
 def modules() -> dict[str, Path]:
-    package = ROOT / "dspref"
-    paths = {path: path.relative_to(package).with_suffix("").parts for path in sorted(package.rglob("*.py"))}
+    paths = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py"))}
     return {".".join(parts).removesuffix(".__init__") or "__init__": path for path, parts in paths.items()}
 
 
 MODULES = modules()
 IMPORTS = [found for name, path in MODULES.items() for found in imports_of(path, name)]
+ROOMS = {name for name in MODULES if MODULES[name].name == "__init__.py"} - {"__init__"}
+BESIDE = {name for name in MODULES if "." not in name} - ROOMS - {"__init__"}
 
 
 def top(module: str) -> str:
@@ -153,15 +115,22 @@ def top(module: str) -> str:
 
 
 def ours(found: Import) -> str | None:
-    """The top-level module of dspref that an import reaches, if any; the package itself holds only its version."""
+    """The module of dspref that an import reaches, if any; the package itself holds only its version."""
     parts = found.imported.split(".")
     if parts[0] != "dspref" or len(parts) == 1:
         return None
-    return parts[1] if (ROOT / "dspref" / parts[1]).is_dir() or parts[1] in MODULES else None
+    names = [".".join(parts[1:n]) for n in range(len(parts), 1, -1)]
+    return next((name for name in names if name in MODULES), None)
 
 
-def rank(module: str) -> int:
-    return next(i for i, layer in enumerate(LAYERS) if module in layer)
+def listed(room: str, label: str) -> set[str]:
+    """What the door of a room says behind `Enters:` or `Shows:`."""
+    text = ast.get_docstring(ast.parse(MODULES[room].read_text(encoding="utf-8"))) or ""
+    found = re.search(rf"^{label}: ([^.]*)\.$", text, re.MULTILINE)
+    return set(re.split(r",\s+", found[1])) - {"nothing"} if found else set()
+
+
+ENTERS = {room: listed(room, "Enters") for room in ROOMS} | ABOVE
 
 
 def belongs(imported: str, package: str) -> bool:
@@ -173,32 +142,79 @@ def shown(violations: list[Import]) -> str:
 
 
 def test_every_module_has_its_place() -> None:
-    known = {module for layer in LAYERS for module in layer}
-    assert {top(name) for name in MODULES} - {"__init__", "__main__"} <= known
+    assert {*(name for row in GROUND for name in row), *ABOVE} == BESIDE
     assert len(IMPORTS) > 200  # the walk sees the package
     assert any(found.lazy for found in IMPORTS)
     assert any(found.typing_only for found in IMPORTS)
 
 
-def test_modules_import_only_what_lies_below_them() -> None:
-    """Types count too: a lower layer has no words for what lies above it."""
+def test_every_door_says_what_its_room_is_for() -> None:
+    for room in ROOMS:
+        prose = ast.get_docstring(ast.parse(MODULES[room].read_text(encoding="utf-8"))) or ""
+        chapters = {name.split(".")[1] for name in MODULES if top(name) == room and "." in name}
+        if room != "data":  # tells the whole path
+            assert len(prose.split("\n\nEnters:")[0].splitlines()) <= 15, room
+        assert f"Enters: {', '.join(sorted(ENTERS[room])) or 'nothing'}." in " ".join(prose.split()), f"{room}: in order"
+        assert all(f"`{chapter}`" in prose for chapter in chapters), f"{room} does not tell of {chapters}"
+        assert listed(room, "Shows") <= chapters
+
+
+def test_rooms_are_entered_from_above_only() -> None:
+    """As each door says; and no door leads back. Types count too: a lower room has no words for what lies above it."""
+    ground = {name for row in GROUND for name in row}
     violations = []
     for found in IMPORTS:
-        importer, imported = top(found.importer), ours(found)
-        if imported is None or importer in ("__init__", "__main__") or importer == imported:
+        importer, imported = top(found.importer), top(ours(found) or "")
+        if imported in ("", importer) or importer == "__init__":
             continue
-        if importer in PURE and imported in PURE:
-            allowed = imported in WITHIN_PURE[importer]
+        if importer in ground:
+            rank = {name: n for n, row in enumerate(GROUND) for name in row}
+            allowed = rank.get(imported, len(GROUND)) < rank[importer]
         else:
-            allowed = rank(imported) < rank(importer)
+            allowed = imported in ground or imported in ENTERS[importer]
         if not allowed:
             violations.append(found)
     assert not violations, shown(violations)
+    reached = {room: set(rooms) for room, rooms in ENTERS.items()}
+    for _ in reached:
+        reached = {room: rooms.union(*(reached[other] for other in rooms)) for room, rooms in reached.items()}
+    assert not [room for room, rooms in reached.items() if room in rooms], "a circle of rooms"
 
 
-@pytest.mark.parametrize("module", sorted(FORBIDDEN))
-def test_modules_that_stand_apart(module: str) -> None:
-    violations = [f for f in IMPORTS if top(f.importer) == module and ours(f) in FORBIDDEN[module]]
+def test_a_door_names_no_room_that_is_not_entered() -> None:
+    for room, rooms in ENTERS.items():
+        used = {top(name) for found in IMPORTS if top(found.importer) == room and (name := ours(found))}
+        assert rooms <= used, f"{room} does not enter {rooms - used}"
+
+
+def test_only_what_a_room_shows_is_imported_from_outside() -> None:
+    violations, used = [], set()
+    for found in IMPORTS:
+        name = ours(found) or ""
+        if top(name) not in ROOMS or top(name) == top(found.importer) or "." not in name:
+            continue
+        used.add(name)
+        if name.split(".")[1] not in listed(top(name), "Shows"):
+            violations.append(found)
+    assert not violations, shown(violations)
+    assert {f"{room}.{chapter}" for room in ROOMS for chapter in listed(room, "Shows")} == used, "shown, and not used"
+
+
+def test_no_circle_between_files() -> None:
+    """Doors aside: an import of a chapter goes through its door, which python takes as it finds it."""
+    below = {
+        name: {n for f in IMPORTS if f.importer == name and not f.lazy and (n := ours(f)) in MODULES} for name in MODULES
+    }
+    below = {name: {n for n in names if MODULES[n].name != "__init__.py"} for name, names in below.items()}
+    done: set[str] = set()
+    while ready := [name for name in below if name not in done and below[name] <= done]:
+        done.update(ready)
+    assert not set(below) - done
+
+
+@pytest.mark.parametrize("room", sorted(PURE))
+def test_the_pure_rooms_stand_apart(room: str) -> None:
+    violations = [f for f in IMPORTS if top(f.importer) == room and top(ours(f) or room) not in {room, *sum(GROUND, ())}]
     assert not violations, shown(violations)
 
 
@@ -217,32 +233,33 @@ def test_owners_are_found_where_they_are(package: str) -> None:
     assert any(belongs(f.imported, package) and f.importer in OWNERS[package] for f in IMPORTS)
 
 
-def test_the_pure_layer_needs_only_torch_and_numpy() -> None:
+def test_pure_files_need_only_torch_and_numpy() -> None:
     """Besides what reads files (datasets, pyarrow) and text (transformers), and the kernels of `attention`."""
-    allowed = {"torch", "numpy", "dspref", "jaxtyping", "__future__"}
+    allowed = {"torch", "numpy", "dspref", "jaxtyping", "__future__", *sys.stdlib_module_names}
     readers = {
-        "attention": {"transformers", "flash_attn", "flash_attn_interface", "flash_attn_config"},
+        "model.attention": {"transformers", "flash_attn", "flash_attn_interface", "flash_attn_config"},
         "data.sources": {"datasets"},
         "data.rowfiles": {"pyarrow"},
         "data.splits": {"yaml"},
         "data.tokenize": {"transformers"},
         "data.pieces": {"transformers"},
     }
-    import sys
-
     violations = [
         f
         for f in IMPORTS
-        if top(f.importer) in PURE
+        if (top(f.importer) in PURE or f.importer in PURE_FILES)
         and not f.typing_only
-        and top(f.imported) not in allowed | set(sys.stdlib_module_names) | readers.get(f.importer, set())
+        and top(f.imported) not in allowed | readers.get(f.importer, set())
+    ]
+    violations += [
+        f for f in IMPORTS if f.importer in PURE_FILES and top(ours(f) or "data") not in {"model", *PURE, *sum(GROUND, ())}
     ]
     assert not violations, shown(violations)
 
 
-@pytest.mark.parametrize("module", sorted(NO_TORCH & set(MODULES)))
+@pytest.mark.parametrize("module", sorted({*NO_TORCH, *ROOMS} | {name for name in MODULES if top(name) in NO_TORCH_ROOMS}))
 def test_no_torch_before_the_config_is_good(module: str) -> None:
-    """Followed through dspref's own imports, those in functions aside."""
+    """Followed through dspref's own imports and the doors on the way, those in functions aside."""
     seen, queue = set(), [module]
     while queue:
         current = queue.pop()
@@ -251,15 +268,12 @@ def test_no_torch_before_the_config_is_good(module: str) -> None:
             if found.importer != current or found.lazy or found.typing_only:
                 continue
             assert not any(belongs(found.imported, p) for p in ("torch", "transformers", "deepspeed")), shown([found])
-            parts = found.imported.split(".")[1:] if belongs(found.imported, "dspref") else []
-            names = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-            queue += [name for name in names & set(MODULES) if name not in seen]
+            name = ours(found)
+            queue += list({name, top(name)} - seen) if name else []
 
 
 def test_launch_knows_only_the_entrance() -> None:
     """launch/*.py are thin: they import the launcher and the standard library."""
-    import sys
-
     paths = sorted((ROOT / "launch").glob("*.py"))
     assert paths
     for path in paths:

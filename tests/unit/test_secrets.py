@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from test_config import MINIMAL
 
-from dspref import config, distributed, launcher, run_folder, secrets
+from dspref import config, distributed, launcher, secrets
 from dspref.errors import ConfigError, EnvironmentFault
+from dspref.run import folder as run_folder
 
 # Made up. (text, the part that must go)
 SECRETS = [

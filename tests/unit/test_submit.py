@@ -95,13 +95,13 @@ def test_what_sbatch_refuses_is_one_line(here, capsys):
 
 
 def test_the_script_under_launch_is_the_same_command(here):
-    launch = Path(config.__file__).parents[1] / "launch" / "submit.py"
+    launch = Path(cli.__file__).parents[1] / "launch" / "submit.py"
     done = subprocess.run([sys.executable, launch, "run.yaml", "--nodes", "0"], capture_output=True, text=True)
     assert done.returncode == 2 and "--nodes" in done.stderr
 
 
 def test_submitting_loads_no_torch(here):
-    program = "import sys; from dspref import slurm, status; print('torch' in sys.modules)"
+    program = "import sys; from dspref import slurm; from dspref.run import status; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dspref import config, distributed, launcher, slurm, stages
+from dspref import config, distributed, launcher, slurm
 from dspref.errors import ConfigError, DataError, EnvironmentFault
-from dspref.run_folder import RunFolder
+from dspref.run.folder import RunFolder
 from dspref.terminal import command, literal, shown
+from dspref.training import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,146 @@
+"""What to write instead of a key or a value that is not known: one of another tool, a slip of the keyboard, or a key of
+dspref's own in the wrong section.
+
+A hint names what exists and loads; where nothing is close, there is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+from dspref.config.foreign import FOREIGN_KEYS, NOT_NEEDED, VALUES, WHOLE_VALUES, WITHIN
+from dspref.config.sections import OBJECTIVE_SECTIONS, Config, LoraSection, Section, SourceSection
+from dspref.objectives import KTO, OBJECTIVES, Family, defaults
+
+SECTIONS = "model|reference|data|objective|train|checkpoint|log"
+NAMED = re.compile(rf"\b(?:(?:{SECTIONS})(?:\.\w+)+|output_dir\b|deepspeed\b)")
+
+Path = tuple[str | int, ...]
+
+
+def of_key(key: str, parent: Path, section: type[Section] | None) -> tuple[str, set[Path]]:
+    """What to say of a key that a section does not know, behind a semicolon, and the keys that were meant by it."""
+    siblings = list(section.model_fields) if section else []
+    owners = [name for name, family in OBJECTIVES.items() if key in family_keys(name, family)]
+    if section and (hint := WITHIN.get(section, {}).get(key)):
+        here = {(*parent, hint.split(":")[0].split(" ")[0])} if section is SourceSection else named(hint)
+        return f"in dspref this is {hint}", here
+    if owners and parent == ("objective",):
+        return f"it belongs to objective {' or '.join(owners)}", set()
+    if hint := FOREIGN_KEYS.get(key):
+        return f"in dspref this is {hint}", named(hint)
+    if why := NOT_NEEDED.get(key):
+        return f"drop it: {why}", set()
+    if homes := [home for home in homes_of(key) if home != ".".join(map(str, (*parent, key)))]:
+        return f"in dspref this is {' or '.join(homes)}", named(" or ".join(homes))
+    if close := near(key, siblings):
+        return f"did you mean '{close}'?", {(*parent, close)}
+    if parent == () and (close := near(key, all_homes())) and len(homes_of(close)) == 1:
+        return f"did you mean {homes_of(close)[0]}?", named(homes_of(close)[0])
+    return f"known here: {', '.join(siblings)}" if siblings else "", set()
+
+
+def of_value(key: str, value: Any, choices: Sequence[str]) -> str:
+    """What to write for a value that is none of the choices, behind a semicolon, or nothing."""
+    word = "null" if value is None else str(value).lower()
+    if choices and (whole := WHOLE_VALUES.get(key, {}).get(word)):
+        return f"; write {whole}"
+    meant = VALUES.get(key, {}).get(word)
+    close = meant if meant in choices else near(word, choices) if isinstance(value, str) else None
+    if not close:
+        return ""
+    return f"; write {close}" if close.isdecimal() else f"; did you mean '{close}'?"
+
+
+def objective_of(word: Any) -> str:
+    """The objective section that a word stands for."""
+    name = word.lower() if isinstance(word, str) else ""
+    name = VALUES["loss_type"].get(name, name)
+    family = name if name in OBJECTIVES else next((f for f, about in OBJECTIVES.items() if name in about.losses), None)
+    return f"{{name: {family or 'dpo'}}}" if family in (None, name) else f"{{name: {family}, loss_type: {name}}}"
+
+
+def of_objective(name: Any) -> str:
+    """What to write for a name that is no objective but perhaps a loss of one, behind a semicolon, or nothing."""
+    if not isinstance(name, str):
+        return ""
+    word = VALUES["loss_type"].get(name.lower(), name.lower())
+    if word in ("kto", "kto_pair"):
+        return f"; {KTO.replace('kto_pair', 'kto', 1)}"
+    if word not in OBJECTIVES and any(word in about.losses for about in OBJECTIVES.values()):
+        return f"; write objective: {objective_of(word)}"
+    for family, about in OBJECTIVES.items():
+        if word not in OBJECTIVES and (instead := about.refused.get(word)):
+            return "; " + instead.replace("write loss_type:", f"write name: {family} with loss_type:")
+    close = near(word, [choice for choice in OBJECTIVES if word == choice or len(choice) > 4])
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def family_keys(name: str, family: Family) -> set[str]:
+    return {*defaults(name, family.losses), *(["loss_weights"] if family.mixes else [])}
+
+
+def named(hint: str) -> set[Path]:
+    """The keys that a hint names."""
+    return {tuple(path.split(".")) for path in NAMED.findall(hint)}
+
+
+def homes_of(key: str) -> list[str]:
+    """Where dspref has a key of this name; nothing for names that are common to many."""
+    found = all_homes().get(key, [])
+    return found if len(found) <= 2 else []
+
+
+@cache
+def all_homes() -> dict[str, list[str]]:
+    homes: dict[str, list[str]] = {}
+
+    def note(prefix: str, names: Iterable[str]) -> None:
+        for name in names:
+            if f"{prefix}.{name}" not in homes.setdefault(name, []):
+                homes[name].append(f"{prefix}.{name}")
+
+    for name, field in Config.model_fields.items():
+        homes.setdefault(name, []).append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            note(name, field.annotation.model_fields)
+    note("model.lora", LoraSection.model_fields)
+    note("data.train", SourceSection.model_fields)
+    for section in OBJECTIVE_SECTIONS.values():
+        note("objective", section.model_fields)
+    return homes
+
+
+def near(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that a word is a slip of the keyboard away from, or begins with; None where no one is meant for sure."""
+    folded, choices = word.lower().replace("-", "_"), list(choices)
+    if same := [choice for choice in choices if choice.lower() == folded]:
+        return same[0]
+    ranked = sorted((slips(folded, choice.lower()), choice) for choice in choices)
+    if ranked and ranked[0][0] <= _allowed(max(len(folded), len(ranked[0][1]))):
+        return ranked[0][1]
+    longer = [choice for choice in choices if len(folded) > 3 and choice.lower().startswith(folded + "_")]
+    return longer[0] if len(longer) == 1 else None
+
+
+def _allowed(length: int) -> int:
+    """Slips that a word of this length may have: none of three letters, among which dpo, cpo and ipo differ by one."""
+    return 0 if length < 4 else 1 if length < 7 else 2 if length < 12 else 3
+
+
+def slips(a: str, b: str) -> int:
+    """Letters added, left out, exchanged or swapped with their neighbour between two words (Damerau-Levenshtein)."""
+    if abs(len(a) - len(b)) > 3:
+        return abs(len(a) - len(b))
+    rows = [list(range(len(b) + 1))]
+    for i, letter in enumerate(a, start=1):
+        row = [i]
+        for j, other in enumerate(b, start=1):
+            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != other)))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                row[j] = min(row[j], rows[-2][j - 2] + 1)
+        rows.append(row)
+    return rows[-1][-1]

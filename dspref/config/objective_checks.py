@@ -1,0 +1,151 @@
+"""What must hold between the keys of an objective and of its reference: the part of `checks` that knows losses."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+
+from dspref.config import strategy
+from dspref.config.explain import yaml_word
+from dspref.config.sections import Config, ReferenceSection
+from dspref.config.sound import KeyPath
+from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, losses, needs_reference
+
+Complaint = tuple[KeyPath, str]
+
+# Bounds of a key's range, in pydantic's words.
+BOUNDS = {
+    "gt": (operator.gt, "greater than"),
+    "ge": (operator.ge, "at least"),
+    "lt": (operator.lt, "less than"),
+    "le": (operator.le, "at most"),
+}
+
+# Of reference, what is for some modes only.
+ONLY_FOR = {
+    "offload": ("engine",),
+    "zero_stage": ("engine", "stored"),
+    "dtype": ("engine", "stored"),
+    "store": ("stored",),
+    "tokens_per_pack": ("stored",),
+    "sync_ref_model": ("engine",),
+}
+
+
+def _check_losses(config: Config) -> Iterator[Complaint]:
+    section = config.objective
+    names, weights = as_list(section.loss_type), getattr(section, "loss_weights", None)
+    family = OBJECTIVES[section.name]
+    functions = [family.losses[name].function for name in names]
+    if repeated := next((name for i, name in enumerate(names) if functions[i] in functions[:i]), None):
+        yield ("objective", "loss_type"), f"{repeated} is there twice; give each loss once, with a loss_weight"
+    if "sft" in names and section.rpo_alpha is not None:
+        yield ("objective", "rpo_alpha"), "adds the loss sft once more; give its weight in loss_weights"
+    if weights is not None and not any(weights) and section.rpo_alpha is None:
+        yield ("objective", "loss_weights"), "are all 0: nothing would be trained"
+    if weights is not None and len(weights) != len(names):
+        yield ("objective", "loss_weights"), f"{len(weights)} given, {len(names)} needed: one for each loss of loss_type"
+
+
+def _check_objective_keys(config: Config) -> Iterator[Complaint]:
+    section = config.objective
+    family, names = OBJECTIVES[section.name], as_list(section.loss_type)
+    given = {key: getattr(section, key) for key in section.model_fields_set if getattr(section, key) is not None}
+    applicable = {"name", "loss_type", "loss_weights", *defaults(section.name, names)}
+    for key in sorted(given.keys() - applicable):
+        takers = [name for name, loss in family.losses.items() if key in keys_of(loss.function)]
+        yield ("objective", key), f"does not apply to loss_type {', '.join(names)}; it is for {', '.join(takers)}"
+    for key, (suits, why) in ASKS.items():
+        neutral = keys_of(family.assemble)[key].default if key in keys_of(family.assemble) else None
+        unfit = next((name for name in names if not suits(family.losses[name])), None)
+        if key in given and given[key] != neutral and unfit:
+            yield ("objective", key), f"{yaml_word(given[key])} does not go with loss_type {unfit}, which {why}"
+    if names == ["sft"]:
+        for key in sorted(given.keys() & {"use_weighting", "ld_alpha", "f_divergence_type"}):
+            if given[key] != keys_of(family.assemble)[key].default:
+                yield ("objective", key), "has no effect on loss_type sft, which compares nothing"
+    for name in names:
+        for key, parameter in keys_of(family.losses[name].function).items():
+            if key in given and (bound := exceeded(given[key], parameter.annotation)):
+                yield ("objective", key), f"must be {bound} for loss_type {name}, not {given[key]}"
+    for key in sorted(given.keys() & MUTE.keys() & applicable):
+        if not MUTE[key][0](section.model_dump()):
+            yield ("objective", key), f"has no effect: {MUTE[key][1]}"
+
+
+def exceeded(value: float, annotation: str) -> str | None:
+    """The bound of a key's own range that `value` breaks, in words; None if it lies within."""
+    ranges = getattr(vars(losses).get(annotation), "__metadata__", ({},))[0]
+    return next(
+        (
+            f"{word} {ranges[key]:g}"
+            for key, (holds, word) in BOUNDS.items()
+            if key in ranges and not holds(value, ranges[key])
+        ),
+        None,
+    )
+
+
+def _check_reference_needed(config: Config) -> Iterator[Complaint]:
+    section, reference = config.objective, config.reference
+    needed = needs_reference(**section.model_dump())
+    name = f"{section.name} with reference_free" if getattr(section, "reference_free", False) else section.name
+    if needed and reference.mode == "none":
+        yield ("reference", "mode"), f"objective {name} needs a reference; use auto, stored or engine"
+    if not needed and reference.mode not in ("auto", "none"):
+        yield ("reference", "mode"), f"objective {name} uses no reference; drop the key, or set none"
+    for key, field in ReferenceSection.model_fields.items():
+        if not needed and key != "mode" and getattr(reference, key) != field.default:
+            yield ("reference", key), f"objective {name} uses no reference; drop the key"
+
+
+def _check_reference(config: Config) -> Iterator[Complaint]:
+    reference = config.reference
+    if reference.offload == "cpu" and reference.zero_stage == 0:
+        yield ("reference", "offload"), "cpu offload needs reference.zero_stage 3"
+    if reference.mode == "stored" and reference.offload == "cpu":
+        yield (
+            ("reference", "offload"),
+            "stored log-probs leave no reference in memory; drop offload or use mode: engine",
+        )
+    if reference.mode == "stored" and reference.sync_ref_model:
+        yield ("reference", "sync_ref_model"), "moves the reference, and stored log-probs are those of one; use mode: engine"
+    if reference.mode == "adapter" and config.model.lora is None:
+        yield ("reference", "mode"), "adapter needs a policy with an adapter (model.lora); use stored or engine"
+    live = reference.offload == "cpu" or reference.sync_ref_model  # what makes `auto` an engine
+    mode = reference.mode if reference.mode != "auto" else "engine" if live else "stored"
+    for key, modes in ONLY_FOR.items():
+        unset = ReferenceSection.model_fields[key].default
+        if mode not in ("none", *modes) and getattr(reference, key) != unset:
+            yield ("reference", key), f"has no effect with mode: {mode}; it is for {' and '.join(modes)}"
+    if reference.adapter_name == "base" and reference.name_or_path:
+        yield ("reference", "adapter_name"), "base is the policy's own model; drop it, or reference.name_or_path"
+    if reference.adapter_name and reference.name_or_path is None:
+        if config.model.lora is None:
+            yield ("reference", "adapter_name"), "names no adapter without model.lora or reference.name_or_path"
+        elif config.model.lora.path is None and reference.adapter_name != "base":
+            yield ("reference", "adapter_name"), "needs the folder it lies in: reference.name_or_path or model.lora.path"
+
+
+def _check_sync(config: Config) -> Iterator[Complaint]:
+    reference = config.reference
+    if not reference.sync_ref_model:
+        for key in sorted(reference.model_fields_set & {"ref_model_mixup_alpha", "ref_model_sync_steps"}):
+            if getattr(reference, key) != ReferenceSection.model_fields[key].default:
+                yield ("reference", key), "has no effect without sync_ref_model: true"
+        return
+    blamed = ("reference", "sync_ref_model")
+    if config.model.lora:
+        yield blamed, "mixes weights of policy and reference; the mean of two adapters is not the adapter of the mean"
+    if config.zero_stage == 3 and reference.zero_stage == 0:
+        yield blamed, "under ZeRO-3 the policy is in shards, and so must be what follows it; drop reference.zero_stage"
+    if strategy.device_of(config.strategy, "offload_param") == "nvme":
+        yield blamed, "reads the policy's shards, which offload_param puts on nvme; use device: cpu"
+
+
+CHECKS_OF_LOSSES: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
+    _check_losses,
+    _check_objective_keys,
+    _check_reference_needed,
+)
+CHECKS_OF_REFERENCE: tuple[Callable[[Config], Iterator[Complaint]], ...] = (_check_reference, _check_sync)

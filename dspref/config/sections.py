@@ -1,0 +1,510 @@
+"""The sections of a run's YAML file, each a strict, frozen pydantic model whose docstrings explain its keys.
+
+The config refuses; it does not rewrite what the user wrote. Two things are read as what they stand for, here and nowhere
+else, so that runs, locks and resolved configs agree: `~` in a path (`FilePath`), and the short forms `train: file.jsonl`,
+`lora: true`, `trackers: wandb`. `dspref.config` reads files into these.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, cast, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
+
+from dspref.config import strategy
+from dspref.config.paths import FilePath, TemplatePath, shipped
+from dspref.objectives import MEANINGS, OBJECTIVES, Family, defaults, keys_of, losses
+
+
+class Section(BaseModel):
+    """A part of the config: strict types, no unknown keys, immutable, each key documented by the text below it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class LoraSection(Section):
+    """A LoRA adapter; names and meaning of the keys are peft's."""
+
+    path: FilePath | None = None
+    """Folder or hub id of a saved adapter to go on training. It brings its own settings, and is the reference by default."""
+    r: Annotated[int, Field(gt=0)] = 16
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout on the adapter's input; default: none, or what a saved adapter says."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: names, a regular expression, or all-linear (every linear layer but the head)."""
+    exclude_modules: str | list[str] | None = None
+    """Modules that get none: names or a regular expression."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole, and saved with the adapter."""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the layers that get an adapter; default: all."""
+    rank_pattern: dict[str, int] = {}
+    """Module name or pattern -> its own r."""
+    alpha_pattern: dict[str, float] = {}
+    """Module name or pattern -> its own lora_alpha."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """How A is drawn: true, Kaiming-uniform; gaussian. B starts at 0, so the first policy is the base model; with false
+    B is random too."""
+    merge_on_export: bool = False
+    """Add the adapter to the weights of the exported model, which then needs no peft; the adapter goes to RUN/adapter."""
+
+
+def _lora(value: Any) -> Any:
+    """`true`: an adapter with every default; `false`: none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class ModelSection(Section):
+    name_or_path: FilePath
+    """Folder or hub id of the model to train."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    tokenizer_name_or_path: FilePath | None = None
+    """Tokenizer, where it is not the model's own."""
+    chat_template: TemplatePath | None = None
+    """Path of a Jinja chat template; default: the tokenizer's."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random`: weights are drawn from the config alone, with `train.seed`."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Type of the weights in forward and backward; the optimizer keeps fp32 masters."""
+    attn_implementation: Literal[
+        "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen", "sdpa"
+    ] = "auto"
+    """Kernel of the packed attention; `auto`: the fastest that this machine has."""
+    liger: bool = False
+    """Liger's kernels for norms, rotary positions and gated MLPs: less memory, some speed. CUDA, with `dspref[liger]`."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a quarter more compute."""
+    disable_dropout: bool | Literal["all"] = True
+    """true: no dropout in the base model; false: as the model's config says; all: adapters too."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the MoE load-balancing loss; default: the model's own; 0 turns it off."""
+    router_aux_scope: Literal["micro", "step"] = "micro"
+    """Tokens over which experts are balanced: `micro`, packs that run at the same time on all ranks; `step`, the whole step,
+    exact on every layout, for one more forward."""
+    lora: Annotated[LoraSection | None, BeforeValidator(_lora, json_schema_input_type=LoraSection | bool | None)] = None
+    """Train a LoRA adapter and leave the model as it is; true: one with every default; default: train the whole model."""
+    adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "default"
+    """Name of the adapter that is trained."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the model in 4 bits (nf4, double quantization, bitsandbytes) below the adapter. Needs CUDA."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+
+
+class ReferenceSection(Section):
+    mode: Literal["auto", "stored", "engine", "adapter", "none"] = "auto"
+    """Where reference log-probs come from. `stored`: computed once before training; `engine`: a second model, live;
+    `adapter`: the policy's model with its adapter off, or with another adapter on."""
+    name_or_path: FilePath | None = None
+    """The reference: a model, or a LoRA adapter of the policy's model (one on the hub needs adapter_name or
+    `mode: adapter` to be taken as such); default: the policy's initial weights."""
+    adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
+    """Which saved adapter the reference has, of those in reference.name_or_path or model.lora.path; `base`: none."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu`: a live reference keeps its weights in host memory."""
+    zero_stage: Literal[0, 3] | None = None
+    """Stage of a live reference: 3 shards it, 0 keeps a whole copy on each rank. Default: 3 if the policy is at 3."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """Type of the reference's weights; default: the policy's."""
+    store: FilePath | None = None
+    """Folder of the stored log-probs, which runs share; default: in the cache ($DSPREF_CACHE/reference)."""
+    tokens_per_pack: Annotated[int, Field(ge=1)] | None = None
+    """Computed tokens per rank and pack while log-probs are scored for the store; default: twice data.tokens_per_pack, as
+    nothing is kept for a backward pass; on a CPU once."""
+    sync_ref_model: bool = False
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every ref_model_sync_steps the reference moves to the policy."""
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """TR-DPO: share of the policy in the new reference."""
+    ref_model_sync_steps: Annotated[int, Field(gt=0)] = 512
+    """TR-DPO: optimizer steps between two syncs."""
+
+
+class Columns(Section):
+    prompt: str = "prompt"
+    """Column that holds the prompt."""
+    chosen: str = "chosen"
+    """Column that holds the better answer."""
+    rejected: str = "rejected"
+    """Column that holds the worse answer."""
+    system: str | None = None
+    """Column that holds a system message; default: `system`, where there is one. With it texts become a conversation."""
+    tools: str | None = None
+    """Column that holds the tools of a conversation, a list or JSON text of one; default: `tools`."""
+    completions: str | None = None
+    """Column that holds a list of answers, in place of chosen and rejected; `column.key`: a key of each item. Default:
+    `completions`, in rows without a chosen answer."""
+    scores: str | None = None
+    """Column that holds their scores, higher is better; `column.key`: a key of each item. Default: `scores`."""
+    ranks: str | None = None
+    """Column that holds their ranks, 1 is the best; `column.key`: a key of each item. Default: `ranks`, without `scores`."""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns with other names than they have by default."""
+        return {
+            key: getattr(self, key) for key, field in Columns.model_fields.items() if getattr(self, key) != field.default
+        }
+
+
+class Template(Section):
+    prompt: str
+    """Text of the prompt, with {column} fields."""
+    chosen: str
+    """Text of the better answer."""
+    rejected: str
+    """Text of the worse answer."""
+    system: str | None = None
+    """System message; with it the row becomes a conversation. Rows in which it is empty have none."""
+
+
+AS = """What texts are: `chat`, a user's message and an assistant's; `text`, taken as they are. Default: `chat` for a
+`template` where the tokenizer has a chat template, and for rows with a system message; else `text`."""
+# `as` is a keyword of Python, and no attribute that a class could declare.
+_As: type[Section] = create_model(
+    "_As", __base__=Section, **cast(Any, {"as": (Annotated[Literal["chat", "text"] | None, Field(description=AS)], None)})
+)
+
+
+class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
+    path: FilePath
+    """File, glob, folder or hub id."""
+    split: str | None = None
+    """Split of a hub data set, folder or glob, or a part of one: train, train[:1000], train[10%:], train+test. Default:
+    train, or what a single file or all files of a glob are."""
+    name: str | None = None
+    """Which data set, where a hub id or a folder holds several (configs)."""
+    data_dir: str | None = None
+    """Folder within a hub data set or a local folder."""
+    revision: str | None = None
+    """Hub revision of the data set (branch, tag or commit)."""
+    max_samples: Annotated[int, Field(gt=0)] | None = None
+    """Use only the first so many rows."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over this source per epoch; a fraction is sampled by the seed."""
+    columns: Columns = Columns()
+    """Names of the columns in this source."""
+    template: Template | None = None
+    """Texts made from columns, instead of columns taken as they are."""
+    pairs: Literal["all", "best_against_rest", "best_against_worst"] = "all"
+    """Of a row with several scored answers, which two make a pair; equal scores make none."""
+
+    @property
+    def as_(self) -> str | None:
+        return getattr(self, "as")
+
+
+def _source(value: Any) -> Any:
+    """A text is the path of a source."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+# A source as the file may have it, and in the schema.
+OneSource = Annotated[SourceSection, BeforeValidator(_source, json_schema_input_type=SourceSection | str)]
+
+
+def _one_or_list(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+def _one_or_named(value: Any) -> str:
+    named = isinstance(value, Mapping) and all(isinstance(v, Mapping | SourceSection) for v in value.values())
+    return "many" if named else "one"
+
+
+OneOrList = Annotated[
+    Union[
+        Annotated[OneSource, Tag("one")],
+        Annotated[Annotated[list[OneSource], Field(min_length=1)], Tag("many")],
+    ],
+    Discriminator(_one_or_list),
+]
+OneOrNamed = Annotated[
+    Union[Annotated[OneSource, Tag("one")], Annotated[dict[str, SourceSection], Tag("many")]],
+    Discriminator(_one_or_named),
+]
+
+
+class DataSection(Section):
+    train: OneOrList
+    """A source, or a list of sources: a mixture. A source that is only a path may be written as such."""
+    eval: OneOrNamed | None = None
+    """Held-out pairs: one source, or `name: source` for several."""
+    max_length: Annotated[int, Field(ge=2)] | None = 2048
+    """Longest prompt + answer in tokens; of longer ones the prompt is cut first, then the answers."""
+    max_prompt_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt in tokens."""
+    max_completion_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest answer in tokens; its head is kept."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of a long prompt survives; with keep_end, what the template puts before the first message stays too."""
+    min_prompt_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of a prompt that stay before answers are cut to max_length; default: a quarter of max_length."""
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with a pair that is beyond max_length, max_prompt_length or max_completion_length."""
+    scored: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens of a conversation that are scored. `assistant`: what the model itself writes in every turn of the answer, each
+    with the token that ends it; `last`: the same of the last turn alone; `all`: everything behind the prompt, headers and
+    other roles' turns too, as in TRL."""
+    tokens_per_pack: Annotated[int, Field(ge=1)] = 16384
+    """Computed tokens per rank and micro-step. A longer pair gets a pack of its own."""
+    prefix_sharing: bool | Literal["auto"] = "auto"
+    """Compute the prompt once for both answers; `auto`: when it saves more than 3 % of the tokens."""
+    shuffle: bool = True
+    """Shuffle each epoch by the seed; false: the order of the files."""
+    keep_together: Literal["row", "prompt", "none"] = "row"
+    """Pairs that stay side by side when shuffled, so that what they share is computed once: those of one row, those of one
+    prompt, or none."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What to do with a row that cannot be used: stop and name it, or leave it out and count it."""
+
+    def source_keys(self, of: Literal["train", "eval"]) -> dict[str, SourceSection]:
+        """The sources of train or eval by their keys in the YAML."""
+        part, key = getattr(self, of), f"data.{of}"
+        if isinstance(part, list):
+            return {f"{key}.{number}": source for number, source in enumerate(part)}
+        if isinstance(part, dict):
+            return {f"{key}.{name}": source for name, source in part.items()}
+        return {key: part} if part else {}
+
+    @property
+    def train_sources(self) -> list[SourceSection]:
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @property
+    def eval_sources(self) -> dict[str, SourceSection]:
+        """Held-out sets by the prefix of their metrics: `eval_`, or `eval_<name>_` where there are several."""
+        if self.eval is None:
+            return {}
+        if isinstance(self.eval, SourceSection):
+            return {"eval_": self.eval}
+        return {f"eval_{name}_": source for name, source in self.eval.items()}
+
+
+class TrainSection(Section):
+    pairs_per_step: Annotated[int, Field(gt=0)] = 128
+    """Pairs per optimizer step over all ranks: the global batch."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training data; a fraction ends within an epoch."""
+    max_steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-7
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "cosine_with_min_lr",
+    ] = "linear"  # fmt: skip
+    """Schedule after warm-up, by its name in transformers."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Further arguments of the schedule, such as min_lr_rate."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises from 0, which is that of the first step, as in transformers."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The same as a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 turns it off."""
+    optim: Literal["adamw", "adamw_8bit", "cpu_adam"] = "adamw"
+    """`adamw`: torch's; `adamw_8bit`: bitsandbytes', states in 8 bits, needs CUDA; `cpu_adam`: DeepSpeed's, for offloaded
+    states (built with a C++ compiler on first use)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Seed of data order, sampling, dropout and random weights."""
+    eval_every: Annotated[int, Field(gt=0)] | None = None
+    """Evaluate every so many steps; null: at the end only."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    """A step whose loss or gradient is not finite changes nothing; so many in a row, and the next ends the run."""
+    spike_sigmas: Annotated[float, Field(gt=0)] | None = None
+    """Warn of a logged loss so many standard deviations above the 128 before it, such as 6; null: no watch."""
+    hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds without progress within a step or an evaluation after which the run is taken for hung; 0: never."""
+
+
+class CheckpointSection(Section):
+    save_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between two checkpoints; null: none during training."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, Field(gt=0)] | None = None
+    """Keep every checkpoint whose step is a multiple of this."""
+    keep_best: str | None = None
+    """Also keep the best checkpoint by this metric of an evaluation at its step, such as eval_rewards/margins."""
+    resume: Literal["auto", "required", "never"] = "auto"
+    """`auto`: go on from the newest checkpoint if there is one; `required`: fail without one; `never`: start anew."""
+
+
+def _trackers(value: Any) -> Any:
+    """One tracker may stand without its list."""
+    return [value] if isinstance(value, str) else value
+
+
+Tracker = Literal["wandb", "tensorboard"]
+
+
+class LogSection(Section):
+    every: Annotated[int, Field(gt=0)] = 1
+    """Steps between two lines of metrics."""
+    trackers: Annotated[list[Tracker], BeforeValidator(_trackers, json_schema_input_type=list[Tracker] | Tracker)] = []
+    """Where metrics go beside metrics.jsonl."""
+    project: str = "dspref"
+    """The tracker's project."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts to answer with the initial and the final model at the end, by plain transformers on rank 0."""
+    run_name: str | None = None
+    """The tracker's name for this run; default: the name of the run folder."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective section comes from the table of losses: a loss's keyword-only arguments are its YAML keys
+
+
+DEFAULT_OBJECTIVE = "dpo"
+
+
+def _objective_section(name: str, family: Family) -> type[Section]:
+    loss_type: Any = Literal[tuple(family.losses)]
+    named = Annotated[Literal[name], Field(description="The family of objectives; the other keys depend on it.")]
+    fields: dict[str, Any] = {"name": (named, DEFAULT_OBJECTIVE if name == DEFAULT_OBJECTIVE else ...)}
+    first = next(iter(family.losses))
+    about = Field(description=MEANINGS["loss_type"])
+    fields["loss_type"] = (Annotated[_one_or_several(loss_type) if family.mixes else loss_type, about], first)
+    if family.mixes:
+        weights = list[Annotated[float, Field(ge=0)]] | None
+        fields["loss_weights"] = (Annotated[weights, Field(description=MEANINGS["loss_weights"])], None)
+    functions = (family.assemble, *(loss.function for loss in family.losses.values()))
+    for key, of in defaults(name, family.losses).items():
+        kinds = [_named(keys_of(function)[key].annotation) for function in functions if key in keys_of(function)]
+        # Where losses differ in their default, None stands for the loss's own.
+        default = of[0] if len(of) == 1 else None
+        fields[key] = (_as_field(kinds, key, optional=len(of) > 1), default)
+    return create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
+
+
+def _objective_name(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return value.get("name", DEFAULT_OBJECTIVE)
+    return getattr(value, "name", None)
+
+
+def _one_or_several(kind: Any) -> Any:
+    several = Annotated[list[kind], Field(min_length=1)]
+    return Annotated[Union[Annotated[kind, Tag("one")], Annotated[several, Tag("many")]], Discriminator(_one_or_list)]
+
+
+def _named(annotation: Any) -> Any:
+    """The type that an annotation's source text names: one of `dspref.objectives.losses`, or a built-in one."""
+    return annotation if not isinstance(annotation, str) else vars(losses).get(annotation) or vars(builtins)[annotation]
+
+
+def _as_field(kinds: Sequence[Any], key: str, optional: bool) -> Any:
+    """The pydantic type of a key that some losses take, with None as a value where `optional`.
+
+    Of ranges such as `Annotated[float, {"gt": 0}]` it has what all share; `checks` holds each loss to its own.
+    """
+    bounds = [kind.__metadata__[0] if get_origin(kind) is Annotated else {} for kind in kinds]
+    if any("ge" in bound for bound in bounds):  # the weaker of >= 0 and > 0
+        bounds = [{"ge" if name == "gt" else name: limit for name, limit in bound.items()} for bound in bounds]
+    shared = {bound: limit for bound, limit in bounds[0].items() if all(other.get(bound) == limit for other in bounds)}
+    inner = kinds[0].__origin__ if get_origin(kinds[0]) is Annotated else kinds[0]
+    return Annotated[inner | None if optional else inner, Field(**shared, description=MEANINGS[key])]
+
+
+OBJECTIVE_SECTIONS = {name: _objective_section(name, family) for name, family in OBJECTIVES.items()}
+ObjectiveSection = Annotated[
+    Union[tuple(Annotated[section, Tag(name)] for name, section in OBJECTIVE_SECTIONS.items())],
+    Discriminator(_objective_name),
+]
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelSection
+    """What is trained."""
+    reference: ReferenceSection = ReferenceSection()
+    """What it is compared with."""
+    data: DataSection
+    """The preference pairs."""
+    objective: ObjectiveSection = Field(default_factory=OBJECTIVE_SECTIONS[DEFAULT_OBJECTIVE])  # type: ignore[valid-type]
+    """The loss."""
+    train: TrainSection = TrainSection()
+    """Steps, optimizer, schedule."""
+    deepspeed: FilePath | dict[str, Any] = "ds_configs/zero3.json"
+    """Path of a DeepSpeed JSON, or the mapping itself: memory and communication strategy only."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Saving and resuming."""
+    log: LogSection = LogSection()
+    """Metrics and trackers."""
+    output_dir: FilePath
+    """The run folder."""
+
+    @property
+    def has_strategy_file(self) -> bool:
+        """False where `deepspeed` is a path at which nothing lies."""
+        return not isinstance(self.deepspeed, str) or os.path.exists(shipped(self.deepspeed))
+
+    @property
+    def strategy(self) -> dict[str, Any]:
+        """The DeepSpeed strategy as a mapping, read from its file where `deepspeed` is a path."""
+        return strategy.load(shipped(self.deepspeed)) if isinstance(self.deepspeed, str) else self.deepspeed
+
+    @property
+    def zero_stage(self) -> int:
+        return self.strategy.get("zero_optimization", {}).get("stage", 0)
+
+
+def in_full(path: tuple[str | int, ...], value: Any) -> Any:
+    """What the value at `path` of a document stands for, where it may be a short form."""
+    match path:
+        case ("model", "lora"):
+            return _lora(value)
+        case ("data", "train" | "eval") | ("data", "train", int()):
+            return _source(value)
+        case ("log", "trackers"):
+            return _trackers(value)
+    return value
+
+
+def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | None:
+    """The section that the keys at `path` of a document belong to."""
+    match path:
+        case ():
+            return Config
+        case ("objective",):
+            name = _objective_name(document.get("objective")) if isinstance(document, Mapping) else None
+            return OBJECTIVE_SECTIONS.get(name) if isinstance(name, str) else None
+        case ("model", "lora"):
+            return LoraSection
+        case ("data", "train" | "eval", *_, "columns"):
+            return Columns
+        case ("data", "train" | "eval", *_, "template"):
+            return Template
+        case ("data", "train" | "eval", *_):
+            return SourceSection
+        case (str(name),) if name in Config.model_fields:
+            kind = Config.model_fields[name].annotation
+            return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    return None

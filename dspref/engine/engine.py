@@ -1,0 +1,382 @@
+"""DeepSpeed, and the only module that imports it.
+
+An `Engine` adds to gradients (`backward`) and applies them (`step`), nothing else. What DeepSpeed 0.19.8 does that one would
+not expect is handled here; docs/deepspeed.md lists it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from dspref import distributed
+from dspref.config import Config, strategy
+from dspref.data.batch import PackedBatch
+from dspref.engine import builds, shards
+from dspref.errors import EnvironmentFault
+from dspref.model import packed
+from dspref.model.logps import TokenLogps
+from dspref.model.packed import PackedCausalLM
+from dspref.model.router import Routing
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+ACCELERATOR: Any = get_accelerator()
+
+
+def bring_up(dtype: str) -> torch.device:
+    """Make DeepSpeed use the process group that `distributed.init` made; this rank's device.
+
+    Raises EnvironmentFault where the device cannot train in `dtype`.
+    """
+    able = {
+        "float16": ACCELERATOR.is_fp16_supported,
+        "bfloat16": ACCELERATOR.is_bf16_supported,
+        "float32": lambda: True,
+    }
+    if not able[dtype]():
+        raise EnvironmentFault(
+            f"model.dtype: {dtype} is not supported on this device ({ACCELERATOR.device_name()}); use float32"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    keep_peak_memory()
+    if ACCELERATOR.device_name() == "cpu":
+        # Serves tensor-parallel inference only, yet is compiled at every start: 30 s, or a hang on a stale lock.
+        # (`import deepspeed.comm.torch as m` would give the real torch: deepspeed.comm imports it under that name.)
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=ACCELERATOR.communication_backend_name(), auto_mpi_discovery=False)
+    return torch.device(ACCELERATOR.current_device_name())
+
+
+def keep_peak_memory() -> None:
+    """Leave out DeepSpeed's reports of memory: its bf16 optimizer prints several at every start, and each collects garbage
+    and sets back the peak that `perf/memory_gib` tells."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("deepspeed.") and hasattr(module, "see_memory_usage"):
+            module.see_memory_usage = lambda *_, **__: None  # type: ignore[attr-defined]
+
+
+def training_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config of the policy: the user's strategy, and what the YAML's other sections say."""
+    return _complete(config.strategy, config.model.dtype, config.train.optim) | {
+        "gradient_clipping": config.train.max_grad_norm
+    }
+
+
+def reference_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config of a live sharded reference: ZeRO-3 without an optimizer, its parameters on CPU if asked."""
+    policy = config.strategy.get("zero_optimization", {})
+    zero: dict[str, Any] = {"stage": 3}
+    # The same threshold as the policy: what is too small to shard there is too small here.
+    if "stage3_param_persistence_threshold" in policy:
+        zero["stage3_param_persistence_threshold"] = policy["stage3_param_persistence_threshold"]
+    if config.reference.offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return _complete({"zero_optimization": zero}, config.reference.dtype or config.model.dtype)
+
+
+def _complete(user_strategy: dict[str, Any], dtype: str, optim: str = "") -> dict[str, Any]:
+    resolved = copy.deepcopy(user_strategy)
+    zero = resolved.setdefault("zero_optimization", {"stage": 0})
+    resolved |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # `step()` is the boundary: any number of backwards, one update.
+        "managed_gradient_accumulation": False,
+        # It would wait for the GPU at every forward; `performance.Clock` waits for nothing.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if zero.get("stage") == 1:
+        zero["overlap_comm"] = False
+    if dtype in ("bfloat16", "float16"):
+        resolved["bf16" if dtype == "bfloat16" else "fp16"] = {"enabled": True}
+        resolved["data_types"] = {"grad_accum_dtype": "fp32"}
+    if optim == "adamw_8bit":
+        resolved["zero_allow_untested_optimizer"] = True  # DeepSpeed knows bitsandbytes' only by its 32-bit name
+    if strategy.offloads_optimizer(resolved):
+        # torch's AdamW works on offloaded states, without a compiler.
+        resolved["zero_force_ds_cpu_optimizer"] = False
+    return resolved
+
+
+class Engine:
+    """The policy under DeepSpeed. Every rank must call each method the same number of times."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self._engine = engine
+        self._files = engine.checkpoint_engine = shards.SafeCheckpointEngine(engine._config)
+        # It would copy scripts that unpickle (`dspref export` takes their place), and fail on a full disk on one rank alone.
+        engine._copy_recovery_script = lambda save_path: None
+        self.device = torch.device(ACCELERATOR.current_device_name())
+        self._grad_norm: float | None = None
+        if engine.zero_optimization_stage() == 0:
+            # DeepSpeed gives no gradient norm at stage 0, so there we clip, after its reduction and before the update.
+            optimizer.register_step_pre_hook(lambda *_: self._clip_stage0(optimizer, max_grad_norm))
+
+    @classmethod
+    def for_training(cls, policy: PackedCausalLM, config: Config, total_steps: int) -> Engine:
+        resolved = training_config(config)
+        if resolved["zero_optimization"]["stage"] == 0:
+            resolved["gradient_clipping"] = 0.0
+        if resolved["zero_optimization"]["stage"] == 3:
+            _mark_leaves(policy)
+        optimizer = _optimizer(policy, config)
+        train = config.train
+        warmup = train.warmup_steps if train.warmup_steps is not None else _ceil(train.warmup_ratio * total_steps)
+        scheduler = packed.schedule(optimizer, train.lr_scheduler_type, warmup, total_steps, train.lr_scheduler_kwargs)
+        if resolved["zero_optimization"]["stage"] != 3:
+            policy.to(ACCELERATOR.current_device_name())
+        engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=resolved)
+        _announce_dora(policy)
+        return cls(engine, optimizer, train.max_grad_norm)
+
+    def forward(self, batch: PackedBatch) -> tuple[TokenLogps, Routing | None]:
+        """Log-probs of the scored tokens, and what the routers did, where their loss is trained."""
+        return self._engine(batch)
+
+    def score(self, batch: PackedBatch) -> tuple[TokenLogps, None]:
+        """Log-probs of the scored tokens and nothing else."""
+        return self._engine(batch, only_logps=True)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout and no gradient inside."""
+        training = self.module.training  # the engine's own flag never changes
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train(training)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model is the reference that it holds: adapters off or exchanged, no dropout, no gradient."""
+        adapters = self.module.adapters
+        with self.evaluating(), adapters.as_reference() if adapters else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """No gradient inside, and afterwards the same random numbers again: a pass before the one that counts, with the
+        same dropout."""
+        devices = [torch.cuda.current_device()] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+
+    def backward(self, share: Float[Tensor, ""]) -> None:
+        """Add the gradient of a share of the step's loss. Shares of all packs and ranks add up; nothing is averaged."""
+        # DeepSpeed averages over ranks, so each share counts world-size fold. This is the only place that knows.
+        self._engine.backward(share * distributed.world().size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule. Returns the L2 norm of the loss's gradient before clipping; where that is not
+        finite nothing is updated or advanced, on any rank, and `applied` is False."""
+        self._engine.step()
+        norm = self._grad_norm if self._engine.zero_optimization_stage() == 0 else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last `step` changed the weights."""
+        return self._engine.was_step_applied()
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next `step` uses."""
+        return self._engine.get_lr()[0]
+
+    @property
+    def module(self) -> PackedCausalLM:
+        return self._engine.module  # type: ignore[return-value]
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's part of weights, optimizer and schedule below `folder`; its files. Raises OSError."""
+        self._files.forget()
+        adapted = self.module.adapters is not None
+        # Beside an adapter the model is as it was: the checkpoint leaves it out.
+        self._engine.save_checkpoint(str(folder), tag=shards.FOLDER, save_latest=False, exclude_frozen_parameters=adapted)
+        # Optimizer states on NVMe are copied past the checkpoint engine.
+        copied = (folder / shards.FOLDER / "offloaded_tensors").glob(f"rank{distributed.world().rank:02d}/**/*")
+        return [*self._files.written(), *(path for path in copied if path.is_file())]
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, on any number of ranks."""
+        shards.restore(self._engine, folder, strict=self.module.adapters is None)
+
+    def full_state(self, trained_only: bool = False) -> dict[str, Tensor]:
+        """All weights of the inner model by name, or those that are trained, on the CPU of rank 0; empty on the others."""
+        return full_state(self.module.lm, trained_only)
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _clip_stage0(self, optimizer: Any, max_grad_norm: float) -> None:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+        self._grad_norm = norm.item()
+        # DeepSpeed would update in fp32 whatever the gradient is. It reads this flag, and what has no gradient stays.
+        optimizer.overflow = not math.isfinite(self._grad_norm)
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None
+
+
+def reference_forward(reference: PackedCausalLM, config: Config, stage: int):
+    """A frozen model as a function from packs to log-probs: sharded by its own ZeRO-3 engine, or whole on the device."""
+    if stage != 3:
+        return reference.to(ACCELERATOR.current_device_name())
+    _mark_leaves(reference)
+    engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config))
+    _announce_dora(reference)
+    return engine
+
+
+def discard(forward: Any) -> None:
+    """Free what `reference_forward` made."""
+    if isinstance(forward, deepspeed.DeepSpeedEngine):
+        forward.destroy()
+    parameter: Any
+    for parameter in forward.parameters():
+        parameter.data = parameter.data.new_empty(0)
+        if hasattr(parameter, "ds_tensor"):  # the shard, which the engine's own end leaves alive
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+
+
+def weight_bytes(module: nn.Module) -> tuple[int, str]:
+    """Bytes of weights that this rank holds, between forwards, and the device they lie on."""
+    held = [getattr(p, "ds_tensor", p) for p in module.parameters()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held), held[0].device.type
+
+
+def count_weights(module: nn.Module) -> int:
+    """All weights of a module, those of other ranks too."""
+    return sum(torch.Size(getattr(p, "ds_shape", p.shape)).numel() for p in module.parameters())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or that this rank may have of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines() if Path("/proc/meminfo").exists() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    with contextlib.suppress(OSError, ValueError):  # of a container, which may have less
+        limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free // distributed.world().local_size
+
+
+@torch.no_grad()
+def full_state(lm: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a possibly partitioned model on the CPU of rank 0; empty elsewhere.
+
+    `trained_only`: the parameters that have a gradient. One module is gathered at a time, so no device holds more than
+    the largest of them.
+    """
+    state: dict[str, Tensor] = {}
+    main = distributed.world().rank == 0
+    for prefix, part in lm.named_modules():
+        own = {k: p for k, p in part.named_parameters(recurse=False) if p.requires_grad or not trained_only}
+        partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
+            if main:
+                kept = {k: b for k, b in part.named_buffers(recurse=False) if k not in part._non_persistent_buffers_set}
+                for name, tensor in {**own, **({} if trained_only else kept)}.items():
+                    state[f"{prefix}.{name}".lstrip(".")] = tensor.detach().to("cpu", copy=True)
+    if main:
+        # Tied weights were met once; give each name that the model's own state has its tensor.
+        by_parameter = {id(p): state[name] for name, p in lm.named_parameters() if name in state}
+        tied = lm.named_parameters(remove_duplicate=False)
+        state |= {name: by_parameter[id(p)] for name, p in tied if id(p) in by_parameter}
+    return state
+
+
+def _optimizer(policy: PackedCausalLM, config: Config) -> torch.optim.Optimizer:
+    train = config.train
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    # Weight decay is for matrices; under ZeRO-3 `p.shape` is empty and `ds_shape` tells.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if train.weight_decay == 0:
+        groups = [{"params": trained, "weight_decay": 0.0}]
+    betas = train.adam_beta1, train.adam_beta2
+    options: dict[str, Any] = {"lr": train.learning_rate, "betas": betas, "eps": train.adam_epsilon}
+    groups = [g for g in groups if g["params"]]
+    if train.optim == "cpu_adam":
+        return _cpu_adam(groups, options)
+    if train.optim == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for states in host memory, compiled on first use."""
+    folder = builds.folder(os.environ, own=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    for lock, age in builds.locks(folder):
+        if age > builds.STALE_SECONDS:
+            distributed.log(f"removed the stale build lock {lock}")
+            lock.unlink(missing_ok=True)
+    try:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    except Exception as error:  # the builder raises whatever its tools raise
+        reason = str(error).strip().splitlines()[0]
+        raise EnvironmentFault(
+            f"train.optim: cpu_adam cannot be built here ({reason}); install g++ and ninja, or use adamw"
+        ) from None
+
+
+def _mark_leaves(policy: nn.Module) -> None:
+    """Under ZeRO-3, gather modules with experts whole: ranks route differently, so the experts' hooks would run apart.
+
+    Experts are, by family: 3-D weights of one module, or a child called `experts` without such weights.
+    """
+    found = {type(part) for part in policy.modules() if _has_experts(part)}
+    if found:
+        deepspeed.utils.set_z3_leaf_modules(policy, list(found))
+        distributed.log(f"ZeRO-3 gathers whole: {', '.join(sorted(kind.__name__ for kind in found))}")
+
+
+def _has_experts(part: nn.Module) -> bool:
+    child = getattr(part, "experts", None)
+    listed = isinstance(child, nn.Module) and not _three_dimensional(child.parameters())
+    return listed or _three_dimensional(part.parameters(recurse=False))
+
+
+def _announce_dora(model: nn.Module) -> None:
+    """Tell ZeRO-3 that DoRA's magnitudes read the weights beside them, which their hooks would not gather: a forward that is
+    recomputed after a resume would find them empty."""
+    part: Any
+    for part in model.modules():
+        for name, magnitude in getattr(part, "lora_magnitude_vector", {}).items():
+            for read in (part.lora_A[name].weight, part.lora_B[name].weight, part.get_base_layer().weight):
+                if hasattr(read, "ds_id"):
+                    deepspeed.zero.register_external_parameter(magnitude, read)
+
+
+def _three_dimensional(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in parameters)
+
+
+def _ceil(x: float) -> int:
+    return -int(-x // 1)

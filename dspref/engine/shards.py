@@ -1,0 +1,241 @@
+"""What DeepSpeed wrote in a checkpoint, read as data: a file makes tensors, plain values and four classes of DeepSpeed.
+
+Files that were written by another number of ranks, or between ZeRO 1 and 2, go through DeepSpeed's universal format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from dspref import distributed
+from dspref.errors import EnvironmentFault, IOFault
+
+# DeepSpeed's own folder within a checkpoint.
+FOLDER = "engine"
+# For the whole process: torch's own context for this ends, within another, what the outer one allowed.
+torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+
+
+class Layout(NamedTuple):
+    """How weights and optimizer states are spread."""
+
+    stage: int
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"ZeRO-{self.stage} on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@contextlib.contextmanager
+def as_data() -> Iterator[None]:
+    """While open, torch.load builds no other classes than the four above, whatever its caller asks for.
+
+    DeepSpeed asks for `weights_only=False` in forty places, the universal format's among them.
+    """
+    load = torch.load
+    torch.load = lambda *args, **options: load(*args, **(options | {"weights_only": True}))
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """How DeepSpeed reads and writes a file: as data. `dspref.run.saving` flushes what is written.
+
+    A failure to write is kept for `written`: raised within DeepSpeed, it would leave the other ranks in a barrier.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.forget()
+
+    def forget(self) -> None:
+        """A save begins."""
+        self._failure: OSError | None = None
+        self._written: list[Path] = []
+
+    def written(self) -> list[Path]:
+        """The files of this rank since the save began. Raises what went wrong with any."""
+        if self._failure is not None:
+            raise self._failure
+        return self._written
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._trying(lambda: os.makedirs(path, exist_ok=exist_ok))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._trying(lambda: self._write(state_dict, path))
+
+    def _write(self, state_dict: Any, path: str) -> None:
+        with open(path, "wb") as file:
+            torch.save(state_dict, file)
+        self._written.append(Path(path))
+
+    def _trying(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            self._failure = error if isinstance(error, OSError) else OSError(str(error).split("\n", 1)[0])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One file, on the CPU; tensors stay on disk until they are used."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def layout(folder: Path) -> Layout:
+    """How the files in DeepSpeed's folder were spread."""
+    state = read(model_files(folder)[0])
+    return Layout(state["ds_config"].get("zero_optimization", {}).get("stage", 0), state["dp_world_size"])
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files with weights, by rank; at stages 0 to 2 there is one."""
+    return sorted(folder.glob("*model_states.pt"), key=_rank)
+
+
+def optimizer_files(folder: Path) -> list[Path]:
+    """The files with fp32 weights and optimizer states, by rank; none at stage 0."""
+    return sorted(folder.glob("*optim_states.pt"), key=_rank)
+
+
+def _rank(file: Path) -> int:
+    _, found, rest = file.name.partition("zero_pp_rank_")
+    return int(rest.partition("_")[0]) if found else 0
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise IOFault, on every rank, where a file names what a checkpoint does not hold: loading that could run code.
+
+    Looked for before anything is loaded: a rank that failed alone would leave the others waiting.
+    """
+    rank, size = distributed.world().rank, distributed.world().size
+    mine = [complaint for file in sorted(folder.rglob("*.pt"))[rank::size] if (complaint := _complaint(file))]
+    for complaint in [found for part in distributed.gather_objects(mine) for found in part][:1]:
+        raise IOFault(f"{complaint}; nothing of it was loaded or run; restore that checkpoint, or delete it")
+
+
+def _complaint(file: Path) -> str | None:
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return f"{file}: is not in torch's format"
+    return f"{file}: names {foreign[0]}, which is no part of a checkpoint" if foreign else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into an engine
+
+
+def restore(engine: DeepSpeedEngine, folder: Path, strict: bool) -> None:
+    """Load a checkpoint into an engine of the same stage, or from ZeRO 1 into 2 and back; on any number of ranks.
+
+    `strict`: the checkpoint holds every weight. Raises IOFault for files that cannot be had as data.
+    """
+    refuse_foreign(folder / FOLDER)
+    saved = layout(folder / FOLDER)
+    here = Layout(int(engine.zero_optimization_stage()), distributed.world().size)
+    with as_data():
+        if saved == here or saved.stage == here.stage == 0:  # at stage 0 every rank holds everything
+            _load(engine, folder, strict)
+            return
+        _refuse_inconvertible(engine, saved, here)
+        distributed.log(f"{folder.name} was saved by {saved}; converting it for {here}")
+        universal = _universal(folder)
+        distributed.on_main(lambda: _convert(folder, universal))
+        with _mending(engine), _reading_universal(engine):
+            _load(engine, universal, strict)
+        distributed.barrier()
+        distributed.on_main(lambda: shutil.rmtree(universal))
+
+
+def _load(engine: DeepSpeedEngine, folder: Path, strict: bool) -> None:
+    loaded, _ = engine.load_checkpoint(str(folder), tag=FOLDER, load_module_strict=strict)
+    if loaded is None:
+        raise EnvironmentFault(f"{folder}: DeepSpeed found no checkpoint there")
+
+
+def _refuse_inconvertible(engine: DeepSpeedEngine, saved: Layout, here: Layout) -> None:
+    reason = ""
+    if saved.stage != here.stage and {saved.stage, here.stage} != {1, 2}:
+        reason = "only stages 1 and 2 can be exchanged"
+    elif getattr(engine.optimizer, "round_robin_gradients", False):
+        reason = "with round_robin_gradients DeepSpeed notes wrong addresses"
+    elif engine.zero_nvme_offload_optimizer():
+        reason = "optimizer states on NVMe cannot be spread anew"
+    elif type(engine.basic_optimizer) not in (torch.optim.AdamW, DeepSpeedCPUAdam):
+        reason = f"the states of {type(engine.basic_optimizer).__name__} cannot be spread anew"
+    if reason:
+        raise EnvironmentFault(f"the checkpoint was saved by {saved}, and this run has {here}: {reason}; start it as it was")
+
+
+def _universal(folder: Path) -> Path:
+    """Beside the checkpoint, under a name that no checkpoint has."""
+    return folder.with_name(f".universal-{folder.name}")
+
+
+def _convert(folder: Path, universal: Path) -> None:
+    """Raises IOFault where it fails. In this process: others would not read as data."""
+    arguments = SimpleNamespace(
+        input_folder=str(folder / FOLDER), output_folder=str(universal / FOLDER), num_extract_workers=1, num_merge_workers=1,
+        keep_temp_folder=False, strict=True, inject_missing_state=True,
+    )  # fmt: skip
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(arguments)
+    except Exception as error:  # a full disk, and whatever DeepSpeed asserts: each has its own type
+        shutil.rmtree(universal, ignore_errors=True)
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise IOFault(
+            f"{folder}: cannot be converted for this number of ranks ({reason}); "
+            f"free the space of another such checkpoint, or start the run as it was"
+        ) from None
+
+
+@contextlib.contextmanager
+def _reading_universal(engine: DeepSpeedEngine) -> Iterator[None]:
+    config: Any = engine._config
+    config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        config.load_universal_checkpoint = False
+
+
+@contextlib.contextmanager
+def _mending(engine: DeepSpeedEngine) -> Iterator[None]:
+    """What loading the universal format gets wrong. At stage 3 all groups of parameters are given what the first one has,
+    so that norms would decay, and one step counter, which each would count up. Counters come back on the CPU."""
+    optimizer: Any = engine.optimizer.optimizer  # type: ignore[union-attr]
+    own = [{key: group[key] for key in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+    for parameter, state in optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(parameter.device, copy=True)

@@ -1,0 +1,122 @@
+"""How much a run will write, estimated before anything is loaded: from headers of weight files, or the model's config."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from dspref import reading
+from dspref.config import Config, ModelSection, shipped
+from dspref.errors import UserError
+from dspref.model import weights
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# How families call the number of experts in a layer.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def of_run(config: Config) -> int | None:
+    """Bytes that a run is still to write; None where the model is not on this machine yet.
+
+    Checkpoints (one more than are kept, as the oldest goes last), the export, and the weights of a random model.
+    """
+    weights = count_weights(config.model)
+    if weights is None:
+        return None
+    lora = config.model.lora
+    size, trained = BYTES[config.model.dtype], weights if lora is None else _adapted(config, weights)
+    whole = lora is None or lora.merge_on_export
+    drawn = 4 * weights if config.model.init == "random" else 0
+    return _checkpoints(config) * trained * per_weight(config) + (weights if whole else trained) * size + drawn
+
+
+def per_weight(config: Config) -> int:
+    """Bytes that a checkpoint has for each trained weight: fp32 masters, Adam's two moments, and at the stages that do not
+    shard the weights these too."""
+    moments = 2 if config.train.optim == "adamw_8bit" else 8
+    return 4 + moments + (BYTES[config.model.dtype] if config.zero_stage in (1, 2) else 0)
+
+
+def _checkpoints(config: Config) -> int:
+    """How many more will lie side by side at most."""
+    rules, steps = config.checkpoint, config.train.max_steps
+    if rules.save_every is None:
+        return 0
+    saved = math.ceil(steps / rules.save_every) if steps else rules.keep_last + 1
+    there = len(list(Path(config.output_dir).glob("checkpoints/step-*"))) if rules.resume != "never" else 0
+    return max(min(saved, rules.keep_last + 1) - there, 0)
+
+
+def _adapted(config: Config, weights: int) -> int:
+    """Weights of a LoRA adapter on every linear layer: two thin matrices of rank r in place of a square one."""
+    lora, text = config.model.lora, read_config(config.model)
+    hidden = _number(text, "hidden_size", "n_embd", default=weights)
+    return round(weights * min(1.0, 2 * (lora.r if lora else 0) / hidden))
+
+
+def model_folder(section: ModelSection) -> Path | None:
+    """Where a model's files lie: its own folder, or the newest snapshot in the hub's cache."""
+    folder = shipped(section.name_or_path)
+    if os.path.isdir(folder):
+        return folder
+    snapshots = hub_cache() / f"models--{section.name_or_path.replace('/', '--')}" / "snapshots"
+    found = [path.parent for path in snapshots.glob("*/config.json")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def count_weights(section: ModelSection) -> int | None:
+    """Weights of a model; None where neither its files nor its config are here."""
+    folder = model_folder(section)
+    if folder is None:
+        return None
+    try:
+        there = any(os.path.lexists(folder / name) for name in (weights.WEIGHTS, weights.INDEX))
+        if section.init == "random" or not there:
+            return _by_config(read_config(section))
+        headers = [weights.header(path, section.name_or_path) for path in weights.files_of(folder)]
+        return sum(math.prod(shape) for tensors in headers for _, shape in tensors.values())
+    # Broken files are reported where they are read.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError):
+        return None
+
+
+def read_config(section: ModelSection) -> dict[str, Any]:
+    """A model's config.json, of several parts that of the text; {} where there is none that can be read."""
+    folder = model_folder(section)
+    try:
+        content = reading.read_json(folder / weights.CONFIG, strict=False) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    content = content.get("text_config") or content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _by_config(text: dict[str, Any]) -> int | None:
+    """Embeddings, attention and MLPs of a decoder; biases and norms are too few to count."""
+    hidden, layers = _number(text, "hidden_size", "n_embd"), _number(text, "num_hidden_layers", "n_layer")
+    if not (hidden and layers):
+        return None
+    heads = _number(text, "num_attention_heads", "n_head", default=1)
+    width = _number(text, "head_dim", default=hidden // heads)
+    shared = _number(text, "num_key_value_heads", default=heads)
+    inner = _number(text, "intermediate_size", "n_inner", default=4 * hidden)
+    experts = _number(text, *EXPERTS, default=1)
+    if experts > 1:
+        inner = _number(text, "moe_intermediate_size", default=inner)
+    gpt2 = "n_embd" in text  # whose MLP has no gate, and whose head is its embedding
+    attention = 2 * hidden * width * (heads + shared)
+    mlp = (2 if gpt2 else 3) * hidden * inner * experts
+    heads_of_vocabulary = 1 if text.get("tie_word_embeddings", gpt2) else 2
+    return layers * (attention + mlp) + heads_of_vocabulary * hidden * _number(text, "vocab_size")
+
+
+def _number(text: dict[str, Any], *names: str, default: int = 0) -> int:
+    found = (text[name] for name in names if isinstance(text.get(name), int) and text[name] > 0)
+    return next(found, default)

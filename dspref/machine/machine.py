@@ -1,0 +1,310 @@
+"""What a machine has for a run: packages, GPUs, compilers. Each check says OK, WARN or FAIL, with the remedy.
+
+Loads neither torch nor DeepSpeed, which take seconds: `preflight` has the table of checks, and those of room and folders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from dspref.config import Config, strategy
+from dspref.engine import builds
+from dspref.terminal import command
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+
+# Package -> (lowest that pyproject.toml allows, newest that is tested: constraints.txt).
+VERSIONS = {
+    "torch": ("2.8", "2.13.0"),
+    "deepspeed": ("0.19.8", "0.19.8"),
+    "transformers": ("5.17", "5.23.0"),
+    "datasets": ("5", "5.2.0"),
+    "accelerate": ("1.10", "1.15.0"),
+    "pydantic": ("2.12", "2.14.3"),
+    "safetensors": ("0.5", "0.8.0"),
+    "numpy": ("2", "2.4.6"),
+}
+TRACKERS = ("wandb", "tensorboard")
+CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
+OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "liger-kernel", "wandb", "tensorboard")
+# A build takes a minute or two, perhaps in another container of this machine, whose processes are not seen here.
+BUILD_SECONDS = 300
+# The engine removes locks of cpu_adam that are older.
+# Their locks may be held by other machines.
+NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs", "afs", "wekafs")
+
+
+class Verdict(NamedTuple):
+    """OK, WARN or FAIL, and one line that says why and what to do."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the checks look at; without a config, the machine alone."""
+
+    config: Config | None = None
+    env: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    ranks: int = 1
+    """Ranks on this machine."""
+    on_gpu: bool = False
+    shared_memory: Path = Path("/dev/shm")
+    proc: Path = Path("/proc")
+    cgroup: Path = Path("/sys/fs/cgroup")
+
+
+class Gpus(NamedTuple):
+    names: list[str]
+    driver: str = ""
+    cuda: str = ""
+    """The newest CUDA that the driver knows."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packages and devices
+
+
+def installed(names: Iterable[str] = (*VERSIONS, *OPTIONAL)) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_versions(scene: Scene) -> Verdict:
+    return judge_versions(installed(VERSIONS))
+
+
+def judge_versions(found: Mapping[str, str]) -> Verdict:
+    remedy = "pip install -c constraints.txt -e ."
+    for name, (lowest, _) in VERSIONS.items():
+        if name not in found:
+            return Verdict(FAIL, f"{name} is not installed; {remedy}")
+        if _numbers(found[name]) < _numbers(lowest):
+            flaw = CVE if name == "torch" and _numbers(found[name]) < (2, 6) else ""
+            return Verdict(FAIL, f"{name} {found[name]} is older than {lowest}{flaw}; {remedy}")
+    newer = [f"{n} {found[n]} ({tested})" for n, (_, tested) in VERSIONS.items() if _minor(found[n]) > _minor(tested)]
+    if newer:
+        return Verdict(WARN, f"newer than tested (in brackets): {', '.join(newer)}; if it misbehaves, {remedy}")
+    return Verdict(OK, "within the tested range")
+
+
+def check_packages(scene: Scene) -> Verdict:
+    """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
+    needed = packages_of(scene.config) if scene.config else {}
+    absent = {package: key for package, key in needed.items() if find_spec(package) is None}
+    for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
+        extra = "liger" if package == "liger_kernel" else package
+        remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{extra}]'"
+        ends = package not in TRACKERS
+        effect = "needs it" if ends else "will be switched off without it"
+        return Verdict(FAIL if ends else WARN, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key")
+    return Verdict(OK, f"installed: {', '.join(needed)}" if needed else "none beyond those of every run")
+
+
+def packages_of(config: Config) -> dict[str, str]:
+    """Package -> the key that asks for it."""
+    asked = {
+        "peft": ("model.lora", config.model.lora is not None),
+        "bitsandbytes": ("model.load_in_4bit", config.model.load_in_4bit),
+        "liger_kernel": ("model.liger", config.model.liger),
+        **{name: (f"log.trackers: {name}", name in config.log.trackers) for name in TRACKERS},
+    }
+    if config.train.optim == "adamw_8bit":
+        asked["bitsandbytes"] = ("train.optim: adamw_8bit", True)
+    return {package: key for package, (key, needs) in asked.items() if needs}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text.split("+")[0])))
+
+
+def _minor(text: str) -> tuple[int, ...]:
+    return _numbers(text)[:2]
+
+
+@cache
+def gpus() -> Gpus:
+    """The NVIDIA GPUs that the driver names."""
+    if not shutil.which("nvidia-smi"):
+        return Gpus([])
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        lines, overview = (
+            subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            for command in (query, ["nvidia-smi"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return Gpus([])
+    rows = [line.rsplit(", ", 1) for line in lines.splitlines() if ", " in line]
+    cuda = re.search(r"CUDA Version:\s*([\d.]+)", overview)
+    return Gpus([name for name, _ in rows], rows[0][1] if rows else "", cuda[1] if cuda else "")
+
+
+def torch_cuda() -> str:
+    """The CUDA that torch was built for; empty for a torch without. Read from its file: importing torch takes seconds."""
+    spec = find_spec("torch")
+    path = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    found = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", path.read_text(), flags=re.M) if path and path.exists() else None
+    return found[1] if found else ""
+
+
+def check_gpu(scene: Scene) -> Verdict:
+    return judge_gpu(gpus(), torch_cuda(), _needs_cuda(scene.config))
+
+
+def judge_gpu(found: Gpus, built_for: str, needed_by: str | None) -> Verdict:
+    if not found.names:
+        if needed_by:
+            return Verdict(FAIL, f"none here, and {needed_by} needs CUDA; drop the key, or run on a machine with a GPU")
+        return Verdict(OK, "none that nvidia-smi names; training runs on the CPU")
+    kinds = ", ".join(f"{found.names.count(name)} x {name}" for name in dict.fromkeys(found.names))
+    if not built_for:
+        level = FAIL if needed_by else WARN
+        return Verdict(level, f"{kinds}, but torch is built without CUDA; install torch from pytorch.org for this driver")
+    if found.cuda and _numbers(built_for)[0] > _numbers(found.cuda)[0]:
+        return Verdict(
+            FAIL,
+            f"torch is built for CUDA {built_for}, driver {found.driver} knows {found.cuda}; update the driver, or install "
+            f"torch for CUDA {_numbers(found.cuda)[0]}",
+        )
+    if len(set(found.names)) > 1:
+        return Verdict(WARN, f"{kinds}: ranks wait for the slowest; choose equal ones with CUDA_VISIBLE_DEVICES")
+    return Verdict(OK, f"{kinds}, driver {found.driver} (CUDA {found.cuda}), torch for CUDA {built_for}")
+
+
+def _needs_cuda(config: Config | None) -> str | None:
+    """The key that asks for a GPU."""
+    if config is None:
+        return None
+    needs = {
+        "model.load_in_4bit": config.model.load_in_4bit,
+        "model.liger": config.model.liger,
+        "train.optim: adamw_8bit": config.train.optim == "adamw_8bit",
+        f"model.attn_implementation: {config.model.attn_implementation}": config.model.attn_implementation
+        not in ("auto", "sdpa"),
+    }
+    return next((key for key, needed in needs.items() if needed), None)
+
+
+def check_attention(scene: Scene) -> Verdict:
+    modules = {
+        "flash_attention_2": "flash_attn.flash_attn_interface",
+        "flash_attention_3": "flash_attn_interface",
+        "flash_attention_4": "flash_attn.cute",
+    }
+    present = [name for name, module in modules.items() if _is_here(module)]
+    asked = scene.config.model.attn_implementation if scene.config else "auto"
+    if asked in modules and asked not in present:
+        return Verdict(
+            FAIL, f"model.attn_implementation: {asked} is not installed; pip install -e '.[flash-attn]', or use auto"
+        )
+    return Verdict(OK, f"flash-attn: {', '.join(present) or 'not installed'}; torch_varlen and sdpa come with torch")
+
+
+def _is_here(module: str) -> bool:
+    """Whether a module lies here; its package, which would load torch, is left alone."""
+    package, _, part = module.partition(".")
+    spec = find_spec(package)
+    if spec is None or not part:
+        return spec is not None
+    folders = [Path(folder) / part for folder in spec.submodule_search_locations or ()]
+    return any(folder.is_dir() or folder.with_suffix(".py").is_file() for folder in folders)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators that are compiled on first use
+
+
+def operators(config: Config | None) -> list[str]:
+    """What DeepSpeed will compile for a run."""
+    if config is None:
+        return []
+    nvme = "nvme" in (strategy.device_of(config.strategy, name) for name in ("offload_param", "offload_optimizer"))
+    return (["cpu_adam"] if config.train.optim == "cpu_adam" else []) + (["async_io"] if nvme else [])
+
+
+def builds_folder(scene: Scene) -> Path:
+    """Where compiled operators go; dspref has a folder of its own for cpu_adam."""
+    return builds.folder(scene.env, own="cpu_adam" in operators(scene.config))
+
+
+def check_compiler(scene: Scene) -> Verdict:
+    tools = {"g++": scene.env.get("CXX", "g++"), "ninja": "ninja", **({"nvcc": "nvcc"} if torch_cuda() else {})}
+    missing = [name for name, command in tools.items() if not shutil.which(command, path=scene.env.get("PATH"))]
+    built = operators(scene.config)
+    if missing and built:
+        remedy = "install it (ninja: pip install ninja; nvcc: the CUDA toolkit), or use train.optim: adamw"
+        return Verdict(FAIL, f"{' and '.join(missing)} not found, and {built[0]} is compiled on first use; {remedy}")
+    what = f"for {', '.join(built)}" if built else "only cpu_adam and nvme offload would be compiled"
+    return Verdict(OK, f"{', '.join(name for name in tools if name not in missing) or 'none'} found; {what}")
+
+
+def check_locks(scene: Scene) -> Verdict:
+    """A killed build leaves its lock, and every later start waits for it for ever, silently."""
+    built, folder = operators(scene.config), builds_folder(scene)
+    if folder.exists() and (whose := others_may_write(folder)):
+        remedy = "remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
+        return Verdict(FAIL, f"{folder}: {whose}, and code is loaded from there; {remedy}")
+    if scene.config and not built:
+        return Verdict(OK, "nothing will be compiled")
+    for lock, age in builds.locks(folder):
+        removed = "cpu_adam" in built and age > builds.STALE_SECONDS
+        if removed or holder_of(lock, scene.proc):
+            continue
+        elsewhere = file_system(lock, scene.proc) in NETWORK
+        who = "no process of this machine" if elsewhere else "no process"
+        level = FAIL if built and not elsewhere and age > BUILD_SECONDS else WARN
+        return Verdict(
+            level, f"{lock}: {who} holds it ({age / 60:.0f} minutes old), and builds wait for it: {command('rm', lock)}"
+        )
+    return Verdict(OK, f"none in the way in {folder}")
+
+
+def others_may_write(folder: Path) -> str:
+    """Why another user may put files there; empty where none may. A group is trusted: it may be the user's own."""
+    about = folder.stat()
+    if about.st_uid not in (0, os.geteuid()):
+        return f"it belongs to user {about.st_uid}"
+    return "every user may write there" if about.st_mode & stat.S_IWOTH else ""
+
+
+def holder_of(path: Path, proc: Path = Path("/proc")) -> int | None:
+    """A process of this machine that has the file open."""
+    for link in proc.glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == str(path.resolve()):
+                return int(link.parts[-3])
+        except OSError:  # it ended, or is another user's
+            continue
+    return None
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def file_system(path: Path, proc: Path = Path("/proc")) -> str:
+    """Type of the file system that holds a path, as the mount table has it."""
+    table, inside = proc / "mounts", str(nearest(path).resolve())
+    rows = [line.split()[1:3] for line in table.read_text().splitlines()] if table.exists() else []
+    holding = [row for row in rows if inside == row[0] or inside.startswith(row[0].rstrip("/") + "/")]
+    return max(holding, key=lambda row: len(row[0]), default=["", ""])[1]

@@ -1,0 +1,289 @@
+"""What would end a run after its first hour, found before it starts: the table of checks of a machine.
+
+`dspref doctor` asks all of CHECKS, a run those of AT_START.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import resource
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from dspref import secrets
+from dspref.config import cache_folder, strategy
+from dspref.config.explain import dotted
+from dspref.machine import footprint, inputs
+from dspref.machine.machine import (
+    FAIL,
+    NETWORK,
+    OK,
+    WARN,
+    Scene,
+    Verdict,
+    builds_folder,
+    check_attention,
+    check_compiler,
+    check_gpu,
+    check_locks,
+    check_packages,
+    check_versions,
+    file_system,
+    gpus,
+    nearest,
+    operators,
+)
+from dspref.model import weights
+from dspref.run import record
+
+OPEN_FILES, SHARED_MEMORY = 4096, 2**30
+# Folders within a run's that it writes to all the time.
+INNER = ("checkpoints", "logs")
+# NCCL takes some 10 MB of shared memory for each connection; docker gives 64 MB unless told otherwise.
+SHARED_MEMORY_PER_RANK = 16 * 2**20
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room
+
+
+def check_disk(scene: Scene) -> Verdict:
+    usage = shutil.disk_usage(nearest(Path(scene.config.output_dir if scene.config else ".")))
+    free, needed = usage.free, footprint.of_run(scene.config) if scene.config else None
+    if scene.config is None:
+        return Verdict(WARN if free < 2**30 else OK, f"{_size(free)} free in the working directory")
+    where = f"output_dir: {scene.config.output_dir}"
+    if usage.total == 0:
+        return Verdict(OK, f"{where}: this file system does not tell its size")
+    if needed is None:
+        return Verdict(OK, f"{where}: {_size(free)} free; what is needed shows when the model is here")
+    if needed > free:
+        remedy = "free some, lower checkpoint.keep_last, raise save_every, or use another output_dir="
+        return Verdict(FAIL, f"{where}: checkpoints and export need about {_size(needed)}, {_size(free)} are free; {remedy}")
+    return Verdict(OK, f"{where}: {_size(free)} free, about {_size(needed)} needed")
+
+
+def check_shared_memory(scene: Scene) -> Verdict:
+    if not scene.shared_memory.exists():
+        return Verdict(
+            WARN if scene.on_gpu else OK, f"{scene.shared_memory} is absent, which NCCL uses; mount a tmpfs there"
+        )
+    usage = shutil.disk_usage(scene.shared_memory)
+    return judge_shared_memory(usage.free, scene.ranks if scene.on_gpu else 1, scene.shared_memory)
+
+
+def judge_shared_memory(free: int, ranks: int, where: Path = Path("/dev/shm")) -> Verdict:
+    text = f"{where}: {_size(free)} free"
+    if ranks > 1 and free < SHARED_MEMORY:
+        level = FAIL if free < ranks * SHARED_MEMORY_PER_RANK else WARN
+        return Verdict(level, f"{text} for the NCCL of {ranks} ranks; docker run --shm-size=8g, or --ipc=host")
+    return Verdict(OK, text)
+
+
+def check_open_files(scene: Scene) -> Verdict:
+    return judge_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def judge_open_files(limit: int) -> Verdict:
+    if 0 <= limit < OPEN_FILES:
+        return Verdict(WARN, f"ulimit -n is {limit}, too few for many ranks and shards; ulimit -n 65536 before the start")
+    return Verdict(OK, f"ulimit -n is {limit}")
+
+
+def check_memory(scene: Scene) -> Verdict:
+    """Of the container, where it has a limit; offloaded states and training on CPU live there."""
+    limit = memory_limit(scene)
+    weights = footprint.count_weights(scene.config.model) if scene.config else None
+    if limit is None:
+        return Verdict(WARN, f"{scene.proc}/meminfo cannot be read")
+    in_host = scene.config and (strategy.offloads_optimizer(scene.config.strategy) or not gpus().names)
+    # fp32 masters, gradients and two moments
+    if in_host and weights and scene.config and scene.config.model.lora is None and 16 * weights > limit:
+        remedy = "raise the container's limit, or use more machines"
+        return Verdict(WARN, f"{_size(limit)} for this job, the optimizer's states take {_size(16 * weights)}; {remedy}")
+    return Verdict(OK, f"{_size(limit)} for this job")
+
+
+def memory_limit(scene: Scene) -> int | None:
+    """Bytes: the machine's, or the cgroup's where that is less."""
+    limits = []
+    for path in (scene.cgroup / "memory.max", scene.cgroup / "memory" / "memory.limit_in_bytes"):
+        text = path.read_text().strip() if path.exists() else ""
+        limits += [int(text)] if text.isdecimal() else []
+    path = scene.proc / "meminfo"
+    total = re.search(r"MemTotal:\s*(\d+) kB", path.read_text()) if path.exists() else None
+    return min([*limits, *([int(total[1]) * 1024] if total else [])], default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and names
+
+
+def check_folders(scene: Scene) -> Verdict:
+    """A file is made and taken away again: permissions alone say nothing of read-only mounts, and nothing to root."""
+    folders, anew = {"the cache ($DSPREF_CACHE)": cache_folder(""), "$TMPDIR": Path(tempfile.gettempdir())}, False
+    if scene.config:
+        run = Path(scene.config.output_dir)
+        anew = scene.config.checkpoint.resume == "never"
+        if not run.is_file() and (said := record.misplaced(run, anew)):
+            return Verdict(FAIL, f"output_dir: {said}")
+        within = {} if anew else {f"output_dir: {name}": run / name for name in INNER if (run / name).is_dir()}
+        folders = {"output_dir": run, **within, **folders}
+        if scene.config.reference.store:
+            folders["reference.store"] = Path(scene.config.reference.store)
+    if operators(scene.config):
+        folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(scene)
+    for name, folder in folders.items():
+        if scene.config and name == "output_dir" and folder.is_file():
+            continue  # refused where the run folder is opened, with what to do
+        if reason := inputs.unwritable(folder):
+            return Verdict(FAIL, f"{name}: {folder} {reason}; choose another folder")
+    for path in [folders["output_dir"] / name for name in record.APPENDED] if scene.config and not anew else []:
+        try:
+            if path.is_file():
+                open(path, "ab").close()
+        except OSError as error:
+            return Verdict(
+                FAIL, f"output_dir: {path} cannot be written ({error.strerror}); mend it, or choose another folder"
+            )
+    return Verdict(OK, f"can be written: {', '.join(map(str, folders.values()))}")
+
+
+def check_inputs(scene: Scene) -> Verdict:
+    """What the config names: of a machine, these are the user's files."""
+    if scene.config is None:
+        return Verdict(OK, "no config was given")
+    found = inputs.look(scene.config)
+    if found.faults:
+        return Verdict(FAIL, "; ".join(f"{dotted(path)}: {reason}" for path, reason in found.faults))
+    aside = f"; not checked (hub): {', '.join(found.on_hub)}" if found.on_hub else ""
+    return Verdict(OK, f"what the config names is there{aside}")
+
+
+def check_network_folders(scene: Scene) -> Verdict:
+    folders = {"$TMPDIR": Path(tempfile.gettempdir())}
+    if operators(scene.config):
+        folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(scene)
+    for name, folder in folders.items():
+        if (kind := file_system(folder, scene.proc)) in NETWORK:
+            return Verdict(WARN, f"{name}: {folder} is on {kind}, where machines share locks and builds; use a local disk")
+    return Verdict(OK, f"local: {', '.join(map(str, folders.values()))}")
+
+
+def check_meeting(scene: Scene) -> Verdict:
+    """Where ranks of several machines meet."""
+    address, port = scene.env.get("MASTER_ADDR"), scene.env.get("MASTER_PORT", "")
+    try:
+        socket.gethostbyname(name := address or socket.gethostname())
+    except OSError:
+        if address is None:
+            return Verdict(
+                WARN, f"this machine's name, {name}, cannot be resolved; add it to /etc/hosts for runs of several"
+            )
+        return Verdict(FAIL, f"MASTER_ADDR: {name} cannot be resolved; use a name or address that all machines know")
+    if address and port.isdecimal():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, int(port)))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return Verdict(WARN, f"MASTER_PORT: {port} is in use here; a run of several machines needs another")
+            except OverflowError:
+                return Verdict(FAIL, f"MASTER_PORT: {port} is no port; use 1024 to 65535")
+    return Verdict(OK, f"{name} resolves" + (f", port {port}" if port else ""))
+
+
+def check_hub(scene: Scene) -> Verdict:
+    token = any(scene.env.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    home = footprint.hub_cache().parent
+    token = token or Path(scene.env.get("HF_TOKEN_PATH", home / "token")).exists()
+    offline = scene.env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    state = f"{'offline' if offline else 'online'}, {'a token is there' if token else 'no token'}"
+    if scene.config and footprint.model_folder(scene.config.model) is None:
+        name = scene.config.model.name_or_path
+        if reason := weights.no_folder(name):
+            return Verdict(FAIL, f"model.name_or_path: {name}: {reason}")
+        if offline or name.startswith(("/", ".", "~")):
+            return Verdict(FAIL, f"model.name_or_path: {name} is neither a folder nor in the cache; hub: {state}")
+        return Verdict(OK, f"{state}; {name} is not in the cache and will be downloaded")
+    return Verdict(OK, state)
+
+
+def check_tracker(scene: Scene) -> Verdict:
+    if not (scene.config and "wandb" in scene.config.log.trackers):
+        return Verdict(OK, "wandb is not asked for")
+    netrc = Path(scene.env.get("NETRC", Path.home() / ".netrc"))
+    known = scene.env.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+    if known or scene.env.get("WANDB_MODE") in ("offline", "disabled"):
+        return Verdict(OK, scene.env.get("WANDB_MODE") or "a key is there")
+    return Verdict(WARN, "log.trackers: wandb has no key and will be switched off; wandb login, or WANDB_MODE=offline")
+
+
+def check_deepspeed_env(scene: Scene) -> Verdict:
+    """DeepSpeed's launcher puts these lines on the command lines of other machines, for all to see, and logs them."""
+    name = scene.env.get("DS_ENV_FILE", ".deepspeed_env")
+    for path in (Path.home() / name, Path(name)):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else [], start=1):
+            key, _, value = line.partition("=")
+            if value.strip() and (secrets.is_telling(key.strip()) or secrets.kind_of(value, scene.env)):
+                remedy = "DeepSpeed shows it on command lines; take it out, and set it in the job's environment"
+                return Verdict(FAIL, f"{path}:{number}: {key.strip()} looks like a secret; {remedy}")
+    return Verdict(OK, "no secrets in it")
+
+
+def check_slurm(scene: Scene) -> Verdict:
+    path = shutil.which("sbatch", path=scene.env.get("PATH"))
+    return Verdict(OK, f"sbatch: {path}" if path else "no sbatch here: jobs of several machines are submitted elsewhere")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+CHECKS: dict[str, Callable[[Scene], Verdict]] = {
+    "versions": check_versions,
+    "packages": check_packages,
+    "gpu": check_gpu,
+    "attention": check_attention,
+    "compiler": check_compiler,
+    "build locks": check_locks,
+    "shared memory": check_shared_memory,
+    "open files": check_open_files,
+    "memory": check_memory,
+    "folders": check_folders,
+    "disk": check_disk,
+    "inputs": check_inputs,
+    "local folders": check_network_folders,
+    "meeting": check_meeting,
+    "hub": check_hub,
+    "wandb": check_tracker,
+    ".deepspeed_env": check_deepspeed_env,
+    "slurm": check_slurm,
+}
+AT_START = ("versions", "build locks", "shared memory", "folders", "disk")
+
+
+def examine(scene: Scene, names: Iterable[str] = tuple(CHECKS)) -> dict[str, Verdict]:
+    """The verdict of each check."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = CHECKS[name](scene)
+        except OSError as error:
+            found[name] = Verdict(WARN, f"could not be looked at: {error}")
+    return found
+
+
+def complaints(of_ranks: Sequence[Mapping[str, Verdict]], hosts: Sequence[str]) -> list[tuple[str, str]]:
+    """(WARN or FAIL, line) of the checks of all ranks, each by the first machine that says so, failures first."""
+    found: dict[tuple[str, str], str] = {}
+    for host, verdicts in zip(hosts, of_ranks):
+        where = f" on {host}" if len(set(hosts)) > 1 else ""
+        for name, verdict in verdicts.items():
+            if verdict.level != OK:
+                found.setdefault((verdict.level, name), f"{name}{where}: {verdict.text}")
+    return sorted((level, line) for (level, _), line in found.items())

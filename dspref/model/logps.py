@@ -1,0 +1,311 @@
+"""Hidden states and LM head -> log-probs of the scored tokens, in fp32, without a (tokens x vocabulary) matrix.
+
+C scored tokens, N of them counted for each pair that has them, d hidden size, V vocabulary, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dspref.data.batch import PROMPT, PackedBatch
+from dspref.objectives.families import PairLogps
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+# fp32 logits alive at once, whatever the batch and the vocabulary: 128 MB feed a GPU, 16 MB stay near a CPU's caches.
+LOGITS_PER_CHUNK = 2**25
+LOGITS_PER_CPU_CHUNK = 2**22
+# Rows of the head that the backward pass meets at a time, at least: each part of the vocabulary is added to the gradients of
+# all hidden states, so that many small ones would cost more than their matrix products.
+PART = 4096
+# GPUs multiply in tiles.
+TILE = 128
+# fp32 probabilities that may stay until the backward pass, which then needs no second look at the head: 512 and 256 MB.
+KEPT, KEPT_ON_CPU = 2**27, 2**26
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What a family does to its logits after the matrix product: multiply by `scale`, in place, then softcap x
+    tanh(z / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def derivative(self, transformed: Float[Tensor, "c V"]) -> Float[Tensor, "c V"] | float:
+        """d transformed / d raw: s (1 - (z / softcap)^2) at the capped logit z."""
+        return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap) ** 2)
+
+
+class TokenLogps(NamedTuple):
+    """What a forward says of the scored tokens of a pack, all fp32; a token that several pairs share is there for each."""
+
+    logps: Float[Tensor, "N"]
+    """log p of each token."""
+    mean_logits: Float[Tensor, "N"]
+    """Mean over the vocabulary of the logits at its position, without gradient."""
+    collision: Float[Tensor, "N"] | None = None
+    """Collision entropy -log sum_v p(v)^2 at its position, without gradient, where it was asked for."""
+
+
+def scored_logps(
+    hidden: Float[Tensor, "C d"],
+    weight: Float[Tensor, "V d"],
+    bias: Float[Tensor, "V"] | None,
+    targets: Int[Tensor, "C"],
+    transform: HeadTransform = HeadTransform(),
+    with_collision: bool = False,
+) -> TokenLogps:
+    """log p(target) at each position, with what else is asked for.
+
+    Logits are made chunk by chunk, and made again in the backward pass unless few enough to keep. `weight` and `bias` are
+    read once: under ZeRO-3 they must be the parameters themselves, read inside the forward of the module that the engine
+    wraps.
+    """
+    logps, mean_logits, collision = _ScoredLogps.apply(  # type: ignore[misc]
+        hidden, weight, bias, targets, transform, with_collision, torch.is_grad_enabled()
+    )
+    return TokenLogps(logps, mean_logits, collision if with_collision else None)
+
+
+def counted(tokens: TokenLogps, batch: PackedBatch) -> TokenLogps:
+    """Computed tokens [C] -> tokens of every answer of every pair [N]: gradients of all that share a token add up."""
+    if batch.scored_index is None:
+        return tokens
+    logps, mean_logits, collision = (x if x is None else x[batch.scored_index] for x in tokens)
+    return TokenLogps(logps, mean_logits, collision)  # type: ignore[arg-type]
+
+
+def pair_logps(tokens: TokenLogps, batch: PackedBatch) -> PairLogps:
+    """Sums and counts of the scored tokens of each answer of a pack, and of its prompts where they are scored."""
+    pairs, span, counts = batch.num_pairs, batch.span_index, scored_tokens(batch)
+    common = torch.minimum(counts[0], counts[1])
+    # Each span in two: within the length that both answers of the pair have, and beyond.
+    beyond = batch.place_in_span >= common.repeat(3)[span]
+    sums = _by_span(tokens.logps, span + beyond * 3 * pairs, 6 * pairs).view(2, 3, pairs)
+    chosen, rejected, prompt = sums.sum(dim=0)
+    collision: list[Any] = [None, None]
+    if tokens.collision is not None:
+        collision = list(_by_span(tokens.collision, span, 3 * pairs).view(3, pairs)[:PROMPT])
+    return PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_tokens=counts[0],
+        rejected_tokens=counts[1],
+        chosen_common=sums[0, 0],
+        rejected_common=sums[0, 1],
+        prompt=prompt,
+        prompt_tokens=counts[2],
+        chosen_collision=collision[0],
+        rejected_collision=collision[1],
+    )
+
+
+def scored_tokens(batch: PackedBatch) -> Int[Tensor, "3 P"]:
+    """Numbers of scored tokens of the chosen answers, the rejected answers and the prompts."""
+    # Not bincount, which would wait for the GPU.
+    return _by_span(torch.ones_like(batch.span_index), batch.span_index, 3 * batch.num_pairs).view(3, -1)
+
+
+def _by_span(values: Tensor, span: Int[Tensor, "N"], spans: int) -> Tensor:
+    return values.new_zeros(spans).index_add(0, span, values)
+
+
+class _ScoredLogps(torch.autograd.Function):
+    """log softmax at the targets: d logp / d logit_v = [v = target] - p_v. Probabilities are kept for the backward pass
+    where all of them fit, and else made again, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: HeadTransform,
+        with_collision: bool,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = hidden.shape[0]
+        logps = hidden.new_empty(count, dtype=torch.float32)
+        log_normalizer = torch.empty_like(logps)
+        mean_logit = torch.empty_like(logps)
+        collision = torch.empty_like(logps) if with_collision else logps.new_empty(0)
+        if transform.softcap is None:
+            # The mean of h . w over the vocabulary is h . mean(w): one pass over the head instead of one over all logits.
+            mean_bias = 0.0 if bias is None else bias.float().mean()
+            mean_logit = transform.scale * (hidden.float() @ weight.mean(dim=0, dtype=torch.float32) + mean_bias)
+        trained = with_gradient and any(ctx.needs_input_grad)  # which are asked for under no_grad too
+        kept = _room_for_all(hidden, weight) if trained and transform.softcap is None else None
+        for rows in _chunks(hidden, weight):
+            logits = transform(_raw_logits(hidden[rows], weight, bias, None if kept is None else kept[rows]))
+            if transform.softcap is not None:
+                mean_logit[rows] = logits.mean(dim=-1)
+            of_target = logits.gather(-1, targets[rows, None])[:, 0]
+            normalize = _by_powers if hidden.is_cpu else _by_log_softmax
+            log_normalizer[rows], squares = normalize(logits, None if kept is None else kept[rows], with_collision)
+            logps[rows] = of_target - log_normalizer[rows]
+            if squares is not None:
+                collision[rows] = squares
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
+        ctx.transform, ctx.probabilities = transform, kept
+        ctx.mark_non_differentiable(mean_logit, collision)
+        return logps, mean_logit, collision
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(bias) if needs_bias else None
+        # Used up: a second backward pass makes them again.
+        kept, ctx.probabilities = ctx.probabilities, None
+        # By parts of the vocabulary: each row of the head gets its whole gradient at once, and no sum of the head's size in
+        # fp32 is needed beside it.
+        parts, blocks = _blocks(hidden, weight) if kept is None else ([slice(0, len(weight))], [slice(0, len(hidden))])
+        for words in parts:
+            of_words = None  # summed in fp32 where the tokens come in several chunks
+            if grad_weight is not None and len(blocks) != 1:
+                of_words = torch.zeros_like(weight[words], dtype=torch.float32)
+            of_biases = None if grad_bias is None else torch.zeros_like(grad_bias[words], dtype=torch.float32)
+            for rows in blocks:
+                slope = grad_logps[rows, None]
+                if kept is None:
+                    logits = ctx.transform(_raw_logits(hidden[rows], weight[words], None if bias is None else bias[words]))
+                    slope = slope * ctx.transform.derivative(logits)
+                    grad = logits.sub_(log_normalizer[rows, None]).exp_()
+                else:
+                    slope, grad = slope * ctx.transform.scale, kept
+                grad = _with_target(grad.mul_(-slope), slope, targets[rows] - words.start).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] += _product(grad, weight[words])
+                if of_words is not None:
+                    of_words += _product(grad.t(), hidden[rows])
+                elif grad_weight is not None:
+                    torch.mm(grad.t(), hidden, out=grad_weight[words])
+                if of_biases is not None:
+                    of_biases += grad.sum(dim=0, dtype=torch.float32)
+            if grad_weight is not None and of_words is not None:
+                grad_weight[words] = of_words
+            if grad_bias is not None and of_biases is not None:
+                grad_bias[words] = of_biases
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            grad_weight,
+            grad_bias,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _by_powers(
+    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
+) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
+    """(log of the sum of exp, collision entropies where asked for) of logits, in whose place (which is `kept`) come their
+    probabilities: no other memory is touched, which is what counts near a CPU's caches."""
+    largest = logits.amax(dim=-1)
+    powers = logits.sub_(largest[:, None]).exp_()
+    log_normalizer = largest + powers.sum(dim=-1).log()
+    collision = None
+    if with_collision:
+        square = torch.linalg.vector_norm(powers, dim=-1).log() + largest
+        collision = 2 * (log_normalizer - square)
+    if kept is not None:
+        powers.mul_((largest - log_normalizer).exp_()[:, None])
+    return log_normalizer, collision
+
+
+def _by_log_softmax(
+    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
+) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
+    """The same by torch's own kernel, with half the reading and writing of memory."""
+    chances = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    largest, place = logits.max(dim=-1, keepdim=True)  # where the difference is the least rounded
+    log_normalizer = (largest - chances.gather(-1, place))[:, 0]
+    if kept is not None:
+        torch.exp(chances, out=kept)
+    return log_normalizer, -chances.mul_(2).logsumexp(dim=-1) if with_collision else None
+
+
+def _with_target(grad: Float[Tensor, "C v"], slope: Tensor, place: Int[Tensor, "C"]) -> Float[Tensor, "C v"]:
+    """Add each row's slope at its target, where the target's `place` lies in this part of the vocabulary."""
+    inside, column = (place >= 0) & (place < grad.shape[1]), place.clamp(0, grad.shape[1] - 1)[:, None]
+    own = slope if slope.shape[1] == 1 else slope.gather(-1, column)
+    return grad.scatter_add_(-1, column, own * inside[:, None])
+
+
+def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """fp32 logits, in `out` where that is given."""
+    if hidden.dtype != torch.float32 and _multiplies_into_fp32(hidden):
+        logits = _product(hidden, weight.t(), out)
+        return logits if bias is None else logits.add_(bias)
+    if out is None:
+        return torch.nn.functional.linear(hidden, weight, bias).float()
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight.t(), out=out)
+        return out if bias is None else out.add_(bias)
+    return out.copy_(torch.nn.functional.linear(hidden, weight, bias))
+
+
+def _product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Tensor | None = None) -> Float[Tensor, "n m"]:
+    """The fp32 product of two matrices of one type. What is summed in fp32 is not rounded to 16 bits first, where torch and
+    the device can: bf16 has a logit of 20 to 0.06."""
+    if a.dtype != torch.float32 and _multiplies_into_fp32(a):
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload, arg-type]
+    product = torch.mm(a, b).float()
+    return product if out is None else out.copy_(product)
+
+
+def _multiplies_into_fp32(matrix: Tensor) -> bool:
+    """Whether torch has a product of 16-bit matrices with an fp32 result here: from 2.8 on, on CUDA alone."""
+    return matrix.is_cuda and torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _room_for_all(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """A place for the probabilities of every scored token, where they are few enough to keep."""
+    shape = hidden.shape[0], weight.shape[0]
+    return hidden.new_empty(shape, dtype=torch.float32) if fits(*shape, hidden.device.type) else None
+
+
+def fits(scored: int, vocabulary: int, device_type: str) -> bool:
+    """Whether the probabilities of so many tokens are kept for the backward pass."""
+    return scored * vocabulary <= (KEPT_ON_CPU if device_type == "cpu" else KEPT)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """The scored tokens, a chunk at a time with the whole vocabulary."""
+    size = max(1, _room(hidden) // weight.shape[0])
+    return _slices(hidden.shape[0], size if hidden.is_cpu else -(-size // TILE) * TILE)
+
+
+def _blocks(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice]]:
+    """(parts of the vocabulary, chunks of the scored tokens): all tokens at once where they are few."""
+    room, words, rows = _room(hidden), weight.shape[0], max(hidden.shape[0], 1)
+    part = min(max(_in_tiles(room // rows), PART), words)
+    chunk = rows if room // part >= rows else _in_tiles(max(room // part, 1))
+    return _slices(words, part), _slices(hidden.shape[0], chunk)
+
+
+def _room(hidden: Tensor) -> int:
+    return LOGITS_PER_CPU_CHUNK if hidden.is_cpu else LOGITS_PER_CHUNK
+
+
+def _in_tiles(size: int) -> int:
+    return size // TILE * TILE or size
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

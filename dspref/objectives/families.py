@@ -1,0 +1,296 @@
+"""What an objective is made of: log-probs of pairs, terms of a loss, and the families that feed and weigh the losses.
+
+A family (`dpo`, `cpo`, ...) gives the losses (`losses`) what they see of policy and reference; its keyword-only arguments
+are YAML keys. P is the number of pairs. No torch is imported (tensor methods suffice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dspref.objectives import losses
+from dspref.objectives.losses import (
+    Divergence,
+    LossFunction,
+    NonNegative,
+    OpenShare,
+    OptionalNonNegative,
+    OptionalShare,
+    Positive,
+    Ratios,
+    logsigmoid,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probs of P pairs under one model: sums over each answer's scored tokens in nats, and the token counts.
+
+    What only some objectives ask for is None where it was not computed.
+    """
+
+    chosen: Float[Tensor, "P"]
+    rejected: Float[Tensor, "P"]
+    chosen_tokens: Int[Tensor, "P"]
+    rejected_tokens: Int[Tensor, "P"]
+    chosen_common: Float[Tensor, "P"] | None = None
+    """Sum over the first min(n_w, n_l) tokens: the length that both answers have in common."""
+    rejected_common: Float[Tensor, "P"] | None = None
+    prompt: Float[Tensor, "P"] | None = None
+    """Sum over the prompt's tokens 2..n, scored once per pair."""
+    prompt_tokens: Int[Tensor, "P"] | None = None
+    chosen_collision: Float[Tensor, "P"] | None = None
+    """Sum of the collision entropies -log sum_v p(v)^2 at the answer's tokens, without gradient."""
+    rejected_collision: Float[Tensor, "P"] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PairLogps:
+        """The same with `function` applied to every tensor that is there."""
+        return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})
+
+    def detach(self) -> PairLogps:
+        return self.map(lambda values: values.detach())
+
+    def count(self, what: str) -> Tensor | int:
+        """How many `pairs`, `chosen_tokens` or `chosen_and_prompt_tokens` these are."""
+        if what == "pairs":
+            return len(self.chosen)
+        if what == "chosen_and_prompt_tokens":
+            assert self.prompt_tokens is not None
+            return (self.chosen_tokens + self.prompt_tokens).sum()
+        return getattr(self, what).sum()
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss: `values` [P] unreduced, to be summed and divided by the *global* count named `per`."""
+
+    values: Float[Tensor, "P"]
+    per: str = "pairs"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """What an objective says of P pairs: its terms by component name, and what is logged as means over pairs, detached."""
+
+    terms: Mapping[str, Term]
+    metrics: Mapping[str, Float[Tensor, "P"]]
+    """`rewards/chosen`, `rewards/rejected` (implicit rewards), `logps/chosen`, `logps/rejected`, and more by objective."""
+
+
+def total(loss: PairLoss, counts: Mapping[str, int]) -> Float[Tensor, ""]:
+    """The share of these pairs in the loss of the whole step: sum of weight x sum(values) / global count.
+
+    `counts` holds the counts of the *step* over all ranks (`pairs`, `chosen_tokens`, ...); shares of packs and ranks
+    therefore add up to the loss, whatever the layout.
+    """
+    return sum(term.weight * term.values.sum() / counts[term.per] for term in loss.terms.values())  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses of a family, and one of them with its keys bound
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One row of the table: a loss, and what must be known of it beyond its equation."""
+
+    function: LossFunction
+    normaliser: str = "sum"
+    """What it sees of an answer's log-prob: `sum`, `mean` (per token), or `tokens`: it is a mean over the step's tokens."""
+    couples: bool = False
+    """A pair's value depends on the other pairs of the step: the whole step is looked at before any gradient."""
+    ordered: bool = False
+    """Its values are ordered by size: they belong to no pair, and no pair can be weighed."""
+    running_mean: bool = False
+    """It reads the running mean of the rewards."""
+    divergent: bool = False
+    """Built on the margin, so that another f-divergence may take the place of the log-ratios."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A loss within an objective: its name, weight and keys."""
+
+    name: str
+    loss: Loss
+    weight: float
+    keys: Mapping[str, Any]
+
+    def term(self, *inputs: Any, scale: Float[Tensor, "P"] | float = 1.0) -> Term:
+        """The loss of these inputs as a term; `scale` weighs the pairs of a preference term."""
+        if self.loss.normaliser == "tokens":
+            return Term(self.loss.function(*inputs), per="chosen_tokens", weight=self.weight)
+        return Term(scale * self.loss.function(*inputs, **self.keys), weight=self.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families
+
+
+def dpo(
+    parts: Sequence[Part],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    delta: float,
+    *,
+    beta: Positive = 0.1,
+    reference_free: bool = False,
+    f_divergence_type: Divergence = "reverse_kl",
+    f_alpha_divergence_coef: OpenShare = 0.5,
+    rpo_alpha: OptionalNonNegative = None,
+    use_weighting: bool = False,
+    ld_alpha: OptionalShare = None,
+) -> PairLoss:
+    """Direct preference optimization and its kin: losses of the ratios between policy and reference.
+
+    `reference_free`: log u = S, a uniform reference. `ld_alpha`: S and R count the tokens beyond the shorter answer's length
+    by this share (LD-DPO). `f_divergence_type`: f'(u) takes the place of log u. `use_weighting`: pairs are weighed by the
+    policy's own probability of them (WPO). `rpo_alpha`: adds the chosen answer's NLL with this weight (RPO).
+    """
+    if reference_free or reference is None:
+        reference = policy.map(lambda values: 0 * values.detach())
+    seen, base = policy, reference
+    if ld_alpha is not None:
+        seen, base = desensitized(policy, ld_alpha), desensitized(reference, ld_alpha)
+    ratios = log_ratios(seen, base, delta)
+    chosen, rejected = (
+        losses.divergence(x, f_divergence_type, f_alpha_divergence_coef) for x in (ratios.chosen, ratios.rejected)
+    )
+    scores = replace(ratios, chosen=chosen, rejected=rejected)
+    scale = own_probability(policy) if use_weighting else 1.0
+    terms = {
+        part.name: part.term(policy.chosen if part.loss.normaliser == "tokens" else scores, scale=scale) for part in parts
+    }
+    if rpo_alpha is not None:
+        terms["nll"] = Term(losses.negative_log_likelihood(policy.chosen), per="chosen_tokens", weight=rpo_alpha)
+    logged = {
+        "rewards/chosen": beta * ratios.chosen,
+        "rewards/rejected": beta * ratios.rejected,
+        "logps/chosen": seen.chosen,
+        "logps/rejected": seen.rejected,
+        "kl/chosen": ratios.chosen,
+        "kl/rejected": ratios.rejected,
+    }
+    if any(part.loss.running_mean for part in parts):
+        logged["bco_delta"] = 0 * ratios.chosen + delta
+    if use_weighting:
+        logged["wpo_weight"] = 0 * ratios.chosen + scale
+    return PairLoss(terms, _detached(logged))
+
+
+def log_ratios(policy: PairLogps, reference: PairLogps, delta: float) -> Ratios:
+    """log u = S - R of both answers."""
+    return Ratios(
+        policy.chosen - reference.chosen,
+        policy.rejected - reference.rejected,
+        policy.chosen_tokens,
+        policy.rejected_tokens,
+        reference.chosen - reference.rejected,
+        delta,
+    )
+
+
+def desensitized(logps: PairLogps, alpha: float) -> PairLogps:
+    """LD-DPO (Liu et al. 2024, arXiv:2409.06411): tokens beyond the shorter answer's length count by `alpha`."""
+    assert logps.chosen_common is not None and logps.rejected_common is not None
+    chosen = logps.chosen_common + alpha * (logps.chosen - logps.chosen_common)
+    rejected = logps.rejected_common + alpha * (logps.rejected - logps.rejected_common)
+    return replace(logps, chosen=chosen, rejected=rejected)
+
+
+def own_probability(policy: PairLogps) -> Float[Tensor, "P"]:
+    """WPO's weight of a pair (Zhou et al. 2024, arXiv:2406.11827, eq. 2), at most 1 as in the authors' code.
+
+    w = min(1, w_w w_l),  w_y = exp(mean over tokens of log p(y_t) - log sum_v p(v)^2); without gradient.
+    """
+    assert policy.chosen_collision is not None and policy.rejected_collision is not None
+    chosen = (policy.chosen + policy.chosen_collision) / policy.chosen_tokens
+    rejected = (policy.rejected + policy.rejected_collision) / policy.rejected_tokens
+    return (chosen + rejected).clamp(max=0).exp().detach()
+
+
+def cpo(
+    parts: Sequence[Part],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    delta: float,
+    *,
+    cpo_alpha: NonNegative = 1.0,
+    alpha: float = 0.0,
+) -> PairLoss:
+    """Contrastive preference optimization: losses of the policy's own scores, and the chosen answer's NLL.
+
+    The score of an answer is its sum S, or its mean A for losses per token. `cpo_alpha`: weight of the NLL (a mean over
+    tokens, as in the authors' code). `alpha`: AlphaPO, where (1 - e^(-alpha A)) / alpha takes the place of A.
+    """
+    (part,) = parts
+    averages = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+    logps = averages if part.loss.normaliser == "mean" else (policy.chosen, policy.rejected)
+    scores = [losses.power_reward(x, alpha) for x in logps]
+    terms = {
+        part.name: part.term(*scores),
+        "nll": Term(losses.negative_log_likelihood(policy.chosen), per="chosen_tokens", weight=cpo_alpha),
+    }
+    rewards = [part.keys["beta"] * score for score in scores]
+    return PairLoss(terms, _logged(rewards, logps))
+
+
+def simpo(
+    parts: Sequence[Part],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    delta: float,
+    *,
+    alpha: float = 0.0,
+) -> PairLoss:
+    """Simple preference optimization: CPO's `simpo` loss alone; the NLL is logged, with weight 0.
+
+    `alpha`: AlphaPO, where (1 - e^(-alpha A)) / alpha takes the place of A.
+    """
+    return cpo(parts, policy, reference, delta, cpo_alpha=0.0, alpha=alpha)
+
+
+def orpo(
+    parts: Sequence[Part],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    delta: float,
+    *,
+    beta: Positive = 0.1,
+    nll_on_prompt: bool = True,
+) -> PairLoss:
+    """Odds-ratio preference optimization: NLL of the chosen side + beta x the odds-ratio term (the paper's lambda).
+
+    `nll_on_prompt`: the NLL covers prompt and answer, as the paper's results have it, not the answer alone.
+    """
+    (part,) = parts
+    averages = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+    likelihood = policy.chosen
+    if nll_on_prompt:
+        assert policy.prompt is not None
+        likelihood = policy.chosen + policy.prompt
+    counted = "chosen_and_prompt_tokens" if nll_on_prompt else "chosen_tokens"
+    terms = {
+        part.name: replace(part.term(*averages), weight=beta),
+        "nll": Term(losses.negative_log_likelihood(likelihood), per=counted),
+    }
+    log_odds = losses.log_odds_ratio(*averages)
+    rewards = [beta * average for average in averages]
+    odds = {"log_odds_chosen": log_odds, "log_odds_ratio": logsigmoid(log_odds)}
+    return PairLoss(terms, _logged(rewards, averages) | _detached(odds))
+
+
+def _logged(rewards: Sequence[Tensor], logps: Sequence[Tensor]) -> dict[str, Tensor]:
+    names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    return _detached(dict(zip(names, (*rewards, *logps))))
+
+
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}

@@ -1,0 +1,238 @@
+"""Objectives by name: one table, `OBJECTIVES`, and what a YAML section makes of it.
+
+The keyword-only arguments of families and losses are the keys of the YAML's `objective` section; their annotations are the
+ranges that the config checks. No torch is imported, so that a config is checked on a login node in a moment.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspref.objectives import losses
+from dspref.objectives.families import Loss, PairLogps, PairLoss, Part, cpo, dpo, orpo, simpo
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True)
+class Family:
+    """The losses under one `objective.name`, and the function that feeds and weighs them."""
+
+    assemble: Callable[..., PairLoss]
+    losses: Mapping[str, Loss]
+    needs_reference: bool = False
+    mixes: bool = False
+    """`loss_type` may be a list, with `loss_weights` (as in MPO, Wang et al. 2024, arXiv:2411.10442)."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Names that people will type, with what to write instead."""
+
+
+KTO = "kto_pair needs no pairs; use a KTO trainer, or apo_zero or bco_pair, which push rewards on their own too"
+_AOT_PAIR = Loss(losses.aot_pair, couples=True, ordered=True)
+_SIGMOID_NORM = Loss(losses.sigmoid_norm, "mean", divergent=True)
+
+OBJECTIVES: dict[str, Family] = {
+    "dpo": Family(
+        dpo,
+        {
+            "sigmoid": Loss(losses.sigmoid, divergent=True),
+            "sigmoid_norm": _SIGMOID_NORM,
+            "dpo_norm": _SIGMOID_NORM,  # its name in open-instruct
+            "hinge": Loss(losses.hinge, divergent=True),
+            "ipo": Loss(losses.ipo, "mean", divergent=True),
+            "exo_pair": Loss(losses.exo_pair, divergent=True),
+            "nca_pair": Loss(losses.nca_pair),
+            "robust": Loss(losses.robust, divergent=True),
+            "bco_pair": Loss(losses.bco_pair, couples=True, running_mean=True),
+            "sppo_hard": Loss(losses.sppo_hard),
+            "aot": Loss(losses.aot, couples=True, ordered=True),
+            "aot_pair": _AOT_PAIR,
+            "aot_unpaired": _AOT_PAIR,  # its name since TRL 0.28
+            "apo_zero": Loss(losses.apo_zero),
+            "apo_down": Loss(losses.apo_down),
+            "discopop": Loss(losses.discopop, divergent=True),
+            "sft": Loss(losses.negative_log_likelihood, "tokens", divergent=True),
+        },
+        needs_reference=True,
+        mixes=True,
+        refused={
+            "kto_pair": KTO,
+            "cdpo": "write loss_type: sigmoid with label_smoothing",
+            "rpo": "write loss_type: sigmoid with rpo_alpha",
+            "simpo": "write name: simpo",
+            "orpo": "write name: orpo",
+        },
+    ),
+    "cpo": Family(
+        cpo,
+        {
+            "sigmoid": Loss(losses.cpo_sigmoid),
+            "hinge": Loss(losses.cpo_hinge),
+            "ipo": Loss(losses.cpo_ipo, "mean"),
+            "simpo": Loss(losses.simpo, "mean"),
+        },
+        refused={"kto_pair": KTO, "alphapo": "write name: simpo with alpha"},
+    ),
+    "simpo": Family(simpo, {"simpo": Loss(losses.simpo, "mean")}),
+    "orpo": Family(orpo, {"orpo": Loss(losses.orpo, "mean")}),
+}
+
+# Keys whose effect only some losses can have: what each asks of every loss, and why the others have it not.
+ASKS: dict[str, tuple[Callable[[Loss], bool], str]] = {
+    "f_divergence_type": (lambda loss: loss.divergent, "is not built on a margin"),
+    "use_weighting": (lambda loss: not loss.ordered, "sorts its values: none belongs to a pair that could be weighed"),
+    "alpha": (lambda loss: loss.normaliser == "mean", "sums log-probs: p^-alpha of an answer overflows; use simpo or ipo"),
+}
+# What each key means, for editors and docs/objectives.md.
+MEANINGS = {
+    "loss_type": "The loss; in dpo also a list of losses, added up.",
+    "loss_weights": "Weights of a list of losses; 1 each by default.",
+    "beta": "Strength of the implicit reward; in orpo the weight of the odds-ratio term (the paper's lambda).",
+    "label_smoothing": "Probability that a label is wrong.",
+    "ipo_length_normalize": "Log-ratios per token; false: their sums, as the paper prints it.",
+    "discopop_tau": "Temperature of DiscoPOP's modulation.",
+    "reference_free": "A uniform reference: R = 0 everywhere, and no reference model.",
+    "f_divergence_type": "The divergence whose f'(u) takes the place of log u.",
+    "f_alpha_divergence_coef": "The paper's alpha of alpha_divergence (TRL's coefficient since 0.29 is 1 - alpha).",
+    "rpo_alpha": "Weight of the chosen answer's NLL, a mean over tokens of the step, beside the loss.",
+    "use_weighting": "WPO: weigh each pair by the policy's own probability of it.",
+    "ld_alpha": "LD-DPO: share by which tokens beyond the shorter answer's length count.",
+    "cpo_alpha": "Weight of the chosen answer's NLL, a mean over tokens of the step.",
+    "alpha": "AlphaPO: shape of the reward (1 - e^(-alpha A)) / alpha; 0 is A.",
+    "simpo_gamma": "SimPO's target margin, absolute.",
+    "gamma_beta_ratio": "SimPO's target margin as a multiple of beta.",
+    "nll_on_prompt": "Whether ORPO's NLL covers the prompt too.",
+}
+
+# Keys that the value of another can leave without effect: when they have one, and why else not.
+MUTE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
+    "gamma_beta_ratio": (lambda section: section.get("simpo_gamma") is None, "simpo_gamma gives the margin; drop one"),
+    "f_alpha_divergence_coef": (
+        lambda section: section["f_divergence_type"] == "alpha_divergence",
+        "it is for f_divergence_type: alpha_divergence",
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys
+
+
+def keys_of(function: Callable) -> dict[str, inspect.Parameter]:
+    """Keyword-only arguments: the YAML keys of a loss or a family, with annotation and default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def defaults(name: str, loss_types: Iterable[str]) -> dict[str, list[Any]]:
+    """The keys that apply to an objective with these losses, each with its defaults: several where losses differ."""
+    family = OBJECTIVES[name]
+    found: dict[str, list[Any]] = {}
+    # A loss's own default goes before the family's.
+    for function in (*(family.losses[t].function for t in loss_types), family.assemble):
+        for key, parameter in keys_of(function).items():
+            known = found.setdefault(key, [])
+            if parameter.default not in known and not (known and function is family.assemble):
+                known.append(parameter.default)
+    return found
+
+
+def as_list(loss_type: str | Sequence[str]) -> list[str]:
+    return [loss_type] if isinstance(loss_type, str) else list(loss_type)
+
+
+def resolved(name: str, loss_type: str | Sequence[str], **keys: Any) -> dict[str, Any]:
+    """An `objective` section with the value of every key that applies; keys at None are left to the defaults."""
+    given = {key: value for key, value in keys.items() if value is not None}
+    known = defaults(name, as_list(loss_type))
+    section = {"name": name, "loss_type": loss_type} | {key: of[0] for key, of in known.items() if len(of) == 1} | given
+    mute = {key for key in known if key in MUTE and not MUTE[key][0](section)}
+    applicable = {"name", "loss_type", "loss_weights", *known} - mute
+    return {key: value for key, value in section.items() if key in applicable and value is not None}
+
+
+def describe(name: str, loss_type: str | Sequence[str], **keys: Any) -> str:
+    """An objective in one line: its losses and every key that is in force, as the YAML has them."""
+    section = resolved(name, loss_type, **keys)
+    kind = section.get("f_divergence_type", "reverse_kl")
+    instead = f"; f'(u) = {losses.DERIVATIVES[kind]} for log u" if kind != "reverse_kl" else ""
+    silent = {"name": name, "loss_type": loss_type, "f_divergence_type": "reverse_kl"}
+    shown = {key: value for key, value in section.items() if silent.get(key) != value and value is not False}
+    values = ", ".join(f"{key} {'true' if value is True else value}" for key, value in shown.items())
+    return f"{name} / {' + '.join(as_list(loss_type))}  {values}{instead}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An objective
+
+
+@dataclass(frozen=True)
+class Objective:
+    """(policy, reference) -> PairLoss, with every key bound. The reference is None where none is needed."""
+
+    family: Family
+    parts: tuple[Part, ...]
+    keys: Mapping[str, Any]
+
+    def __call__(self, policy: PairLogps, reference: PairLogps | None, delta: float = 0.0) -> PairLoss:
+        """`delta`: the running mean of the rewards, for losses that read it."""
+        return self.family.assemble(self.parts, policy, reference, delta, **self.keys)
+
+    @property
+    def couples(self) -> bool:
+        """Whether the loss is a function of the whole step, not a sum over its pairs."""
+        return any(part.loss.couples for part in self.parts)
+
+    @property
+    def has_running_mean(self) -> bool:
+        return any(part.loss.running_mean for part in self.parts)
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.keys.get("nll_on_prompt"))
+
+    @property
+    def needs_collision(self) -> bool:
+        return bool(self.keys.get("use_weighting"))
+
+
+def needs_reference(name: str, reference_free: bool = False, **_: Any) -> bool:
+    """Whether an objective section asks for reference log-probs."""
+    return OBJECTIVES[name].needs_reference and not reference_free
+
+
+def build_objective(
+    name: str, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None, **keys: Any
+) -> Objective:
+    """The objective of a YAML section: `name`, `loss_type` and their keys. Keys that are None keep their defaults."""
+    family = OBJECTIVES[name]
+    names = as_list(loss_type)
+    given = {key: value for key, value in keys.items() if value is not None}
+
+    def part(loss_name: str, weight: float) -> Part:
+        loss = family.losses[loss_name]
+        own = {key: given.get(key, parameter.default) for key, parameter in keys_of(loss.function).items()}
+        return Part(loss_name, loss, weight, own)
+
+    parts = tuple(part(n, w) for n, w in zip(names, loss_weights or [1.0] * len(names)))
+    own = {key: given.get(key, parameter.default) for key, parameter in keys_of(family.assemble).items()}
+    return Objective(family, parts, own)
+
+
+@dataclass(frozen=True)
+class RunningMean:
+    """Cumulative mean over steps, exact in a checkpoint: BCO's delta."""
+
+    total: float = 0.0
+    steps: int = 0
+
+    @property
+    def value(self) -> float:
+        return self.total / self.steps if self.steps else 0.0
+
+    def updated(self, value: float) -> RunningMean:
+        return RunningMean(self.total + value, self.steps + 1)

@@ -1,0 +1,220 @@
+"""What a person sees: the banner, one progress bar on a terminal (plain lines elsewhere), the closing summary.
+
+Text that comes from data is shown as text: no markup, no control characters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from dspref import distributed
+from dspref.files import write_atomically
+from dspref.report.performance import PHASES
+from dspref.run import status
+from dspref.secrets import redact
+from dspref.terminal import duration, printable, shown
+
+# metric name -> its short form. A terminal has room for three beside the bar.
+ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+# How often a scoring says how far it is, in lines and in the run folder.
+TELL_EVERY_SECONDS, WRITE_EVERY_SECONDS = 20.0, 5.0
+IN_LINES = ON_TERMINAL | {"nll_loss": "nll", "grad_norm": "grad", "learning_rate": "lr"}
+
+
+def banner(rows: Mapping[str, str]) -> None:
+    """The run in a few lines, before anything slow happens."""
+    width = max(map(len, rows))
+    distributed.log("\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows.items()))
+
+
+def first_pair(show: Callable[[bool], str]) -> None:
+    """A pair as text; scored tokens are green on a terminal, and between brackets in a log."""
+    if distributed.world().rank != 0:
+        return
+    if sys.stdout.isatty():
+        print(redact(f"the first pair, scored tokens in green\n{show(True)}"), flush=True)
+    else:
+        distributed.log(f"the first pair, scored tokens in [[ ]]\n{show(False)}")
+
+
+class ProgressView:
+    """One bar on a terminal; a line per logged step anywhere else, never a carriage return."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._total = total
+        self._bar: Progress | None = None
+        if distributed.world().rank == 0 and sys.stdout.isatty():
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1))
+            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            columns = (TextColumn("step"), count, BarColumn(bar_width=16), TimeRemainingColumn(compact=True), figures)
+            self._bar = Progress(*columns, console=Console())
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, record: Mapping[str, float]) -> None:
+        """The figures of a logged step."""
+        names = ON_TERMINAL if self._bar else IN_LINES
+        figures = "  ".join(f"{short} {record[name]:.4g}" for name, short in names.items() if name in record)
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=figures)
+        else:
+            throughput = f"{record.get('perf/tokens_per_second', 0):,.0f} tok/s"
+            distributed.log(f"step {step}/{self._total}  {figures}  {throughput}", stamp=True)
+
+    def note(self, text: str) -> None:
+        """A line between the steps: an evaluation, a checkpoint."""
+        if self._bar:
+            self._bar.console.print(Text(shown(text)))
+        else:
+            distributed.log(text)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+@contextlib.contextmanager
+def scoring(folder: Path | None = None) -> Iterator[Callable[[int, int, float | None], None]]:
+    """A view of the scoring of a reference store, for (pairs scored, pairs to score, seconds left): one bar on a terminal, a
+    line now and then anywhere else, and with `folder`, the run's, a file there for `dspref status`. Nothing is shown before
+    the first call."""
+    view = _ScoringView(folder)
+    try:
+        yield view.show
+    finally:
+        view.close()
+
+
+class _ScoringView:
+    def __init__(self, folder: Path | None) -> None:
+        self._file = folder / status.SCORING if folder and distributed.world().rank == 0 else None
+        self._bar: Progress | None = None
+        self._told = self._written = 0.0
+        self._forget()  # what a run that was killed has left
+
+    def show(self, done: int, total: int, seconds_left: float | None) -> None:
+        if distributed.world().rank == 0 and sys.stdout.isatty():
+            self._draw(done, total, seconds_left)
+        elif not self._told or time.monotonic() - self._told > TELL_EVERY_SECONDS:
+            self._told = time.monotonic()
+            left = f", about {duration(seconds_left)} left" if seconds_left is not None else ""
+            said = f"scored {done:,} of {total:,} pairs so far{left}" if done else f"{total:,} pairs to score"
+            distributed.log(f"reference: {said}", stamp=True)
+        if self._file and (not done or time.monotonic() - self._written > WRITE_EVERY_SECONDS):
+            self._written = time.monotonic()
+            with contextlib.suppress(OSError):  # a full disk is told by what must be written
+                write_atomically(self._file, json.dumps({"done": done, "total": total, "seconds_left": seconds_left}))
+
+    def _draw(self, done: int, total: int, seconds_left: float | None) -> None:
+        if self._bar is None:
+            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            self._bar = Progress(
+                TextColumn("reference: scoring"), count, TextColumn("pairs"), BarColumn(bar_width=16), figures,
+                console=Console(), transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        left = f"about {duration(seconds_left)} left" if seconds_left is not None else ""
+        self._bar.update(self._task, completed=done, description=left)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._file:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+
+def evaluation_line(step: int, record: Mapping[str, float], prefixes: Sequence[str]) -> str:
+    """One evaluation, each held-out set behind its name."""
+    sets = []
+    for prefix in prefixes:
+        figures = "  ".join(f"{short} {record[prefix + name]:.4g}" for name, short in ON_TERMINAL.items())
+        sets.append(f"{prefix.rstrip('_')}  {figures}")
+    return f"step {step}: {'; '.join(sets)}"
+
+
+def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_commands: Sequence[str]) -> None:
+    """What was learned, where the model is, what to run next."""
+    if distributed.world().rank != 0:
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table(title=_length_in_words(run_summary), title_justify="left", box=None)
+    table.add_column("")
+    table.add_column("first logged", justify="right")
+    table.add_column(_tail_in_words(run_summary), justify="right")
+    for name, (first, last) in run_summary["learned"].items():
+        table.add_row(Text(shown(name)), _figure(first), _figure(last))
+    console.print(table)
+    for warning in run_summary.get("warnings") or ():
+        console.print(Text(f"warning: {warning}"), soft_wrap=True)
+    with suppress(KeyError, TypeError):  # of a metrics.jsonl that was damaged any may be missing
+        where = {**speed_in_words(run_summary["speed"]), **where}
+    for name, text in where.items():
+        console.print(Text(shown(f"{name:<8}{text}")), soft_wrap=True)
+    # One line each, however narrow the terminal: a command is there to be copied.
+    console.print(Text(shown("next    " + "\n        ".join(next_commands))), soft_wrap=True)
+
+
+def _length_in_words(run_summary: Mapping[str, Any]) -> str:
+    """Of a run that was started once, its time; of another, that of its steps, which lie in several starts."""
+    steps, seconds, starts = run_summary["step"], run_summary["seconds"], run_summary.get("starts") or 1
+    if starts == 1:
+        return f"{steps} steps in {seconds:.0f} s"
+    in_steps = run_summary.get("seconds_in_steps") or seconds
+    return f"{steps} steps in {in_steps:.0f} s, over {starts} starts (the last one took {seconds:.0f} s)"
+
+
+def _tail_in_words(run_summary: Mapping[str, Any]) -> str:
+    steps, evaluates = run_summary.get("tail") or 1, any(name.startswith("eval_") for name in run_summary["learned"])
+    if steps == 1:
+        return "last"
+    return f"mean of the last {steps} logged" + ("; eval: the last" if evaluates else "")
+
+
+def speed_in_words(speed: Mapping[str, float]) -> dict[str, str]:
+    """Medians of the `perf/*` metrics -> what a person wants to know of them."""
+    rates = (("tokens", "real"), ("response_tokens", "scored"), ("computed_tokens", "computed"))
+    figures = [", ".join(f"{speed[f'{name}_per_second']:,.0f} {word}" for name, word in rates) + " tokens/s"]
+    figures.append(f"{speed['tflops_per_rank']:.3g} TFLOP/s per rank")
+    if "mfu" in speed:
+        figures.append(f"MFU {speed['mfu']:.1%} ({speed['hfu']:.1%} with recomputation and reference)")
+    figures += [f"packs {speed['pack_fill']:.0%} full", f"peak memory {speed['memory_gib']:.1f} GiB"]
+    phases = {name: speed.get(f"{name}_seconds", 0) for name in PHASES}
+    total = sum(phases.values()) or 1
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in phases.items())
+    return {"speed": "; ".join(figures), "time": f"{speed['seconds']:.3g} s a step: {shares}"}
+
+
+def samples(rows: Sequence[Mapping[str, str]]) -> None:
+    """Answers to held-out prompts before and after training, beside the preferred answer."""
+    table = Table(title="Held-out prompts, answered before and after", title_justify="left", show_lines=False)
+    for name in ("prompt", "before", "after", "chosen"):
+        table.add_column(name, overflow="fold", max_width=44)
+    for row in rows:
+        table.add_row(*(Text(printable(row[name], limit=80)) for name in ("prompt", "before", "after", "chosen")))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,219 @@
+"""Metrics: summed without a sync, reduced once, written to metrics.jsonl first and to trackers second.
+
+Every value is a mean over the whole global batch: sums and counts are added over packs and ranks, then divided.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dspref import distributed
+from dspref.config import Config
+from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
+from dspref.files import read_lines
+from dspref.model.logps import TokenLogps
+from dspref.model.router import Routing, balance, load_metrics
+from dspref.objectives.families import PairLogps, PairLoss
+from dspref.reading import is_number
+from dspref.report.trackers import Courier
+from dspref.run.folder import METRICS, mend_tail
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Meter:
+    """Sums and counts by name, on the device. All ranks must add the same names in the same order."""
+
+    def __init__(self, device: torch.device, router_coef: float = 0.0) -> None:
+        """`router_coef`: weight of `aux_loss` in the loss."""
+        self._device = device
+        self._totals: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {"aux_loss": router_coef} if router_coef else {}
+        self._routing: Routing | None = None
+
+    def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+        """Add `total` over `count` things to the mean called `name`."""
+        # A number is made on the device: to copy it there would wait for all that is under way.
+        many = count if isinstance(count, torch.Tensor) else torch.full((), count, device=self._device)
+        pair = torch.stack([x.detach().to(torch.float64) for x in (total, many)])
+        self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+
+    def add_pairs(self, loss: PairLoss, pairs: PairLogps) -> None:
+        """The metrics of some pairs under their TRL names, and each term of the loss as `loss/<component>`."""
+        for component, term in loss.terms.items():
+            self.add(f"loss/{component}", term.values.sum(), pairs.count(term.per))
+            self._weights[f"loss/{component}"] = term.weight
+        margins = loss.metrics["rewards/chosen"] - loss.metrics["rewards/rejected"]
+        values = {
+            **loss.metrics,
+            "rewards/accuracies": margins > 0,
+            "rewards/margins": margins,
+            "lengths/chosen": pairs.chosen_tokens,
+            "lengths/rejected": pairs.rejected_tokens,
+        }
+        for name, of_pairs in values.items():
+            self.add(name, of_pairs.sum(), pairs.count("pairs"))
+
+    def add_logits(self, tokens: TokenLogps, pairs: PairLogps, batch: PackedBatch) -> None:
+        """Mean logits of a pack's scored answer tokens."""
+        side = batch.span_index // max(batch.num_pairs, 1)
+        self.add("logits/chosen", (tokens.mean_logits * (side == CHOSEN)).sum(), pairs.count("chosen_tokens"))
+        self.add("logits/rejected", (tokens.mean_logits * (side == REJECTED)).sum(), pairs.count("rejected_tokens"))
+
+    def add_gap(self, pairs: PairLogps, reference: PairLogps) -> None:
+        """How far policy and reference are apart, as `gap`: the mean over answers of |log-ratio| per token."""
+        chosen = (pairs.chosen - reference.chosen).abs() / pairs.chosen_tokens
+        rejected = (pairs.rejected - reference.rejected).abs() / pairs.rejected_tokens
+        self.add("gap", (chosen + rejected).sum() / 2, pairs.count("pairs"))
+
+    def add_load(self, routing: Routing) -> None:
+        """What the routers did with a pack, for the load of each expert and the balance of all tokens together."""
+        kept = [x.detach().double() for x in (routing.probabilities, routing.load, routing.tokens)]
+        self._routing = Routing(*(a + b for a, b in zip(self._routing, kept)) if self._routing else kept)
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all ranks since the last call, with `loss` first: one all-reduce, one device sync."""
+        if not self._totals:
+            return {}
+        sums = [torch.stack(list(self._totals.values())), *(self._routing or ())]
+        table, *routing = (part.cpu() for part in distributed.sum_over_ranks(*sums))
+        means = {name: _mean(*row) for name, row in zip(self._totals, table.tolist())}
+        if routing:
+            load = Routing(*routing)
+            # An evaluation asks for no share of a step: there the balance is that of all its tokens.
+            means.setdefault("aux_loss", balance(load.probabilities, load.load, load.tokens, load.tokens).item())
+            means |= load_metrics(load.load)
+        self._totals.clear()
+        self._routing = None
+        loss = sum(weight * means[name] for name, weight in self._weights.items())
+        for component in ("loss/nll", "loss/sft"):
+            if component in means:
+                means["nll_loss"] = means[component]
+        return {"loss": loss, **means}
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else float("nan")
+
+
+class Displacement:
+    """Watches for likelihood displacement: chosen answers grow less likely while the margin still grows."""
+
+    STEPS = 30
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque(maxlen=self.STEPS)
+        self._told = False
+
+    def watch(self, record: Mapping[str, float]) -> str | None:
+        """A warning, once, when the last 30 logged steps show it."""
+        self._seen.append((record["rewards/chosen"], record["rewards/margins"]))
+        chosen, margins = zip(*self._seen)
+        if self._told or len(chosen) < self.STEPS or not (falls(chosen) and falls([-m for m in margins])):
+            return None
+        self._told = True
+        return (
+            f"warning: chosen answers have grown less likely over {self.STEPS} logged steps (rewards/chosen "
+            f"{chosen[0]:.3g} to {chosen[-1]:.3g}) while the margin grew: likelihood displacement; a smaller learning rate, "
+            "a larger beta, or an NLL term where the objective has one, holds them"
+        )
+
+
+def falls(values: Sequence[float]) -> bool:
+    """Whether the thirds of a series fall one below the other, by more than its noise."""
+    if not all(map(math.isfinite, values)):
+        return False
+    size = len(values) // 3
+    thirds = [values[:size], values[size : 2 * size], values[2 * size :]]
+    first, middle, last = map(statistics.fmean, thirds)
+    noise = math.sqrt(sum(statistics.variance(third) / len(third) for third in (thirds[0], thirds[2])))
+    return first > middle > last and first - last > 3 * noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where metrics go
+
+
+class Recorder:
+    """metrics.jsonl, and trackers beside it. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, config: Config, tracker_id: str | None, offset: int | None) -> None:
+        """`offset`: the length of metrics.jsonl at the checkpoint that is resumed; what came after it is cut off, so that
+        each step stands there once."""
+        self._path = folder / METRICS
+        self._file = None
+        self._trackers: list[Courier] = []
+        self.tracker_id = tracker_id
+        if distributed.world().rank != 0:
+            return
+        mend_tail(self._path, offset or 0)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._length = self._path.stat().st_size
+        for name in config.log.trackers:
+            courier = Courier(name, folder, config, tracker_id)
+            self._trackers.append(courier)
+            self.tracker_id = courier.run_id or self.tracker_id
+
+    @property
+    def offset(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object, flushed at once; then hand it to the trackers."""
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._refind()
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        self._length = os.fstat(self._file.fileno()).st_size
+        for courier in self._trackers:
+            courier.send(record)
+
+    def _refind(self) -> None:
+        """Begin the file anew where it was removed or cut while it was open, and say so."""
+        assert self._file is not None
+        own, there = os.fstat(self._file.fileno()), _stat(self._path)
+        if there is not None and (there.st_ino, there.st_dev) == (own.st_ino, own.st_dev) and there.st_size >= self._length:
+            return
+        if not self._path.parent.is_dir():
+            return  # the whole folder: the watch knows what to do
+        self._file.close()
+        distributed.log(f"warning: {self._path} was removed or cut while the run wrote it; lines before this step are lost")
+        if there is not None:
+            mend_tail(self._path)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._length = self._path.stat().st_size
+
+    def close(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        for courier in self._trackers:
+            courier.close()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def training_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The training lines of a metrics.jsonl: those that have `loss`, a number, or null where it was not finite."""
+    for line in read_lines(path):
+        if "loss" in line and (line["loss"] is None or is_number(line["loss"])):
+            yield line

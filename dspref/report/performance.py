@@ -1,0 +1,231 @@
+"""How fast a run is, and why: time by phase, tokens and floating-point operations per second, memory.
+
+Operations are counted, not measured: 2 per weight and token of every matrix product, 4 per query, key and attention channel;
+the backward pass costs the same again for activations, and again for weights that are trained.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from dspref import distributed
+from dspref.config import Config
+from dspref.data.loader import Step
+from dspref.engine.engine import Engine
+from dspref.machine.footprint import EXPERTS
+from dspref.model.logps import fits
+from dspref.model.packed import PackedCausalLM
+from dspref.reference.modes import Reference
+
+PHASES = ("data", "forward", "reference", "backward", "update")
+
+# Dense bf16 matrix products, TFLOP/s, by words of the device's name, from data sheets. The first match counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "GB200": 2500, "H200": 989, "GH200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989,
+    "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A10G": 70, "A10": 125, "RTX A6000": 155, "L40S": 362, "L40": 181,
+    "L4": 121, "MI300X": 1307, "MI250X": 383,
+}  # fmt: skip
+
+
+class Clock:
+    """Where the time of a step goes. On CUDA the device keeps the time, and nothing waits for it before `read`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.start()
+
+    def start(self) -> None:
+        """A new step begins."""
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+        self._cpu = time.process_time()
+
+    def lap(self, phase: str) -> None:
+        """What was done since the last lap belongs to `phase`."""
+        self._marks.append((phase, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each phase of PHASES, of all together (`total`), and of this process's CPU (`cpu`)."""
+        if self._cuda:
+            self._marks[-1][1].synchronize()
+        found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in pairwise(self._marks):
+            found[phase] += before.elapsed_time(after) / 1000 if self._cuda else after - before
+        return found | {"total": sum(found.values()), "cpu": time.process_time() - self._cpu}
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Work(NamedTuple):
+    """What a model is asked to compute: tokens through its layers, tokens scored by its head, and (query, key) pairs."""
+
+    tokens: int
+    scored: int
+    attention: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Weights that one token meets in matrix products: of the layers, of the head; how many of them are trained; and the
+    channels of attention over all layers."""
+
+    body: float
+    head: float
+    trained_body: float
+    trained_head: float
+    channels: float
+
+    def forward(self, work: Work) -> float:
+        """FLOPs of a forward pass."""
+        return 2 * (self.body * work.tokens + self.head * work.scored) + 4 * self.channels * work.attention
+
+    def recomputed(self, work: Work) -> float:
+        """FLOPs of the forward pass that gradient checkpointing repeats: all but the head."""
+        return self.forward(work._replace(scored=0))
+
+    def backward(self, work: Work) -> float:
+        """FLOPs of a backward pass."""
+        weights = 2 * (self.trained_body * work.tokens + self.trained_head * work.scored)
+        return self.forward(work) + weights + 4 * self.channels * work.attention
+
+
+def size_of(model: PackedCausalLM) -> ModelSize:
+    """The size of a model, of which this rank may hold a shard only."""
+    lm, text = model.lm, model.lm.config.get_text_config()
+    head: Any = lm.get_output_embeddings()
+    inputs: Any = lm.get_input_embeddings()
+    experts = number_in(text, *EXPERTS, default=1)
+    per_token = number_in(text, "num_experts_per_tok", "moe_k", default=experts) / experts
+    body = trained = 0.0
+    for name, parameter in lm.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if len(shape) < 2 or parameter is head.weight or parameter is inputs.weight:
+            continue
+        weights = _elements(parameter, shape) * (per_token if ".experts." in name else 1)
+        body += weights
+        trained += weights * parameter.requires_grad
+    size = _elements(head.weight, tuple(getattr(head.weight, "ds_shape", head.weight.shape)))
+    heads, hidden = number_in(text, "num_attention_heads", default=1), number_in(text, "hidden_size", default=0)
+    width = number_in(text, "head_dim", default=hidden / heads)
+    channels = number_in(text, "num_hidden_layers", default=0) * heads * width
+    return ModelSize(body, size, trained, size * head.weight.requires_grad, channels)
+
+
+def number_in(text: Any, *names: str, default: float) -> float:
+    """The first of these that a model's config has; of a value for each layer, the mean. A figure in a report is no reason
+    to refuse a family that names things otherwise."""
+    for name in names:
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple) and value and all(isinstance(x, int | float) for x in value):
+            return statistics.fmean(value)
+        if isinstance(value, int | float) and value > 0:
+            return value
+    return default
+
+
+def _elements(parameter: Any, shape: tuple[int, ...]) -> int:
+    packed = getattr(parameter, "quant_state", None)  # of weights in 4 bits, whose own shape is that of bytes
+    return torch.Size(packed.shape if packed is not None else shape).numel()
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a run computes, for its `perf/*` metrics. `reference`: of a live one; None where nothing is computed for it."""
+
+    policy: ModelSize
+    reference: ModelSize | None
+    recomputes: bool
+    device: torch.device
+    dtype: str
+    vocabulary: int = 0
+    looks_ahead: bool = False
+    """Whether a step of several packs is computed once without gradient first."""
+
+    @classmethod
+    def of(cls, config: Config, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
+        live = size_of(reference.module) if reference.module else None
+        vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
+        own, recomputes, dtype = size_of(policy.module), config.model.gradient_checkpointing, config.model.dtype
+        return cls(own, live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
+
+    def record(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Of all ranks together: pairs, real tokens (prompt + answer, of both answers), scored ones and computed ones per
+        second, between the steps' own beginnings and ends: evaluation, checkpoints and reports are not in them. `mfu`: model
+        FLOPs of the policy, `hfu`: all that are executed, with recomputation and a live reference, over the devices' peak.
+        Sliding windows are counted as full causal attention."""
+        counts, total = step.counts, max(seconds["total"], 1e-9)
+        answers = counts["chosen_tokens"] + counts["rejected_tokens"]
+        useful, executed = self.flops(step)
+        world = distributed.world().size
+        found = {
+            "pairs_per_second": counts["pairs"] / total,
+            "tokens_per_second": counts["tokens"] / total,
+            "response_tokens_per_second": answers / total,
+            "computed_tokens_per_second": step.computed_tokens / total,
+            "tflops_per_rank": executed / total / world / 1e12,
+            "pack_fill": step.fill,
+            "packs": step.num_packs,
+            "seconds": total,
+            "cpu_seconds": seconds["cpu"],
+            **{f"{phase}_seconds": seconds[phase] for phase in PHASES},
+            "memory_gib": peak_memory(self.device) / 2**30,
+        }
+        if peak := peak_flops(self.device, self.dtype):
+            found |= {"mfu": useful / total / world / peak, "hfu": executed / total / world / peak}
+        return {f"perf/{name}": value for name, value in found.items()}
+
+    def flops(self, step: Step) -> tuple[float, float]:
+        """(of the policy's forward and backward, of all that is executed) in a step, on all ranks."""
+        work = Work(step.computed_tokens, step.scored_tokens, step.attention_pairs)
+        useful = executed = self.policy.forward(work) + self.policy.backward(work)
+        packs = step.num_packs * distributed.world().size
+        if self.recomputes:
+            executed += self.policy.recomputed(work)
+        if not fits(step.scored_tokens // packs, self.vocabulary, self.device.type):
+            executed += 2 * self.policy.head * work.scored  # the head is met again in the backward pass
+        if self.looks_ahead and packs > 1:
+            executed += self.policy.forward(work)
+        if self.reference:
+            executed += self.reference.forward(work)
+        return useful, executed
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Dense FLOP/s of the device in 16 bits; None where it is not known, as of CPUs, or where fp32 is asked for."""
+    if device.type != "cuda" or dtype == "float32":
+        return None
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s of a device of this name: whole words, as an RTX A1000 is no A100."""
+    return next((1e12 * tflops for words, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this rank has allocated on its GPU, or of the process's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def medians(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The `perf/*` of a run, without their prefix: medians over its logged steps, the first left out where it can be."""
+    lines = list(records)
+    lines = lines[1:] or lines
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("perf/"))
+    found = {name: [line[name] for line in lines if isinstance(line.get(name), int | float)] for name in names}
+    return {name.removeprefix("perf/"): statistics.median(values) for name, values in found.items() if values}

@@ -1,0 +1,240 @@
+"""What a run folder says of its run, read from its files alone: on a login node, without torch, while the run goes on.
+
+Any file may be missing, and the last line of a log half-written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import statistics
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dspref.config import yaml12
+from dspref.errors import ConfigError
+from dspref.files import read_lines, read_object
+from dspref.reading import is_count, is_number
+from dspref.run import manifest, record
+from dspref.terminal import duration, printable
+
+# The file of a run folder that says how far the scoring of its reference is, while that lasts.
+SCORING = "scoring.json"
+# Step times that the estimate of the end is made of.
+RECENT = 50
+# States of a run that goes on.
+ALIVE = ("running", "scoring")
+# A run that says nothing for so long may have lost its node.
+SILENT_SECONDS = 600
+# No step takes so many seconds.
+LONGEST = 1e9
+
+
+def is_foreign(folder: Path) -> bool:
+    """True for a folder that holds something which dspref did not make."""
+    if not os.path.isdir(folder):
+        return False
+    if any((folder / name).exists() for name in (record.NAME, "submit/config.yaml", "submit/job.sbatch")):
+        return False
+    passing = record.PASSING.fullmatch
+    known = {*record.STARTING, "events.jsonl"}  # a run may add to it in a folder that was deleted under it
+    entries = [entry for entry in folder.iterdir() if entry.name not in known and not passing(entry.name)]
+    if [entry.name for entry in entries] == ["checkpoints"] and entries[0].is_dir() and not any(entries[0].iterdir()):
+        return False
+    return bool(entries) and manifest.newest(folder / "checkpoints") is None
+
+
+def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
+    """Everything that is known of a run; None for what is not. Raises ConfigError where there is no run."""
+    now = now or datetime.now(UTC)
+    (found, damage), job = record.read(folder), read_object(folder / "submit" / "job.json")
+    run = record.sound(found)
+    if not run and not damage and not job and not os.path.exists(folder / "submit" / "config.yaml"):
+        raise ConfigError(f"{folder}: holds no dspref run; give the output_dir of one")
+    if damage and not run:
+        run = {"state": "damaged", "error": f"{record.NAME}: {damage}"}
+    events = [event for event in read_lines(folder / "events.jsonl") if moment(event.get("time"))]
+    step, effective, recent = training(folder / "metrics.jsonl")
+    commit_step, commit_time = newest_commit(folder, events)
+    scoring = scoring_of(folder)
+    state = state_of(run, job, events)
+    if state == "running" and scoring:
+        state = "scoring"
+    begin = moment(run.get("started")) or (moment(events[0]["time"]) if events else None)
+    sign = last_sign(folder, events)
+    end = now if state in ALIVE else sign
+    wall = (end - begin).total_seconds() if begin and end else 0
+    step, planned = max(step, commit_step or 0), run.get("steps")
+    steps = planned if is_count(planned) else max_steps(folder)
+    runs = job.get("runs")
+    return {
+        "run": str(folder),
+        "state": state,
+        "host": run.get("host"),
+        "pid": run.get("pid"),
+        "world_size": run.get("world_size"),
+        "job": next((found for found in (job.get("job"), run.get("job")) if isinstance(found, str)), None),
+        "step": step,
+        "steps": steps,
+        "seconds_per_step": recent,
+        "scoring": scoring if state == "scoring" else None,
+        "eta_seconds": recent * (steps - step) if state == "running" and steps and recent else None,
+        "commit_step": commit_step,
+        "commit_age_seconds": (now - commit_time).total_seconds() if commit_time else None,
+        "silent_seconds": (now - sign).total_seconds() if sign else None,
+        "wall_seconds": wall or None,
+        "goodput": min(effective / wall, 1.0) if wall > 0 else None,
+        "restarts": max(sum(event.get("event") == "start" for event in events) - 1, 0),
+        "error": run.get("error"),
+        "log": job.get("log") if isinstance(job.get("log"), str) else None,
+        "runs": [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else None,
+    }
+
+
+def state_of(run: Mapping[str, Any], job: Mapping[str, Any], events: list[dict[str, Any]]) -> str:
+    """run.json's word, but `stopped` where its process is gone, `submitted` where a job waits to begin or to go on, and
+    `prepared` where a job script was only written."""
+    submitted, last = moment(job.get("submitted")), moment(events[-1]["time"]) if events else None
+    if not run and not job:
+        return "prepared"
+    if not run or (submitted and last and submitted > last and run.get("state") != "finished"):
+        return "submitted"
+    state = run.get("state", "unknown")
+    return "stopped" if state == "running" and is_gone(run) else state
+
+
+def scoring_of(folder: Path) -> dict[str, Any] | None:
+    """Pairs whose reference is scored (`done`) and is to be (`total`), and `seconds_left`, which may be None."""
+    said = read_object(folder / SCORING)
+    done, total, left = (said.get(name) for name in ("done", "total", "seconds_left"))
+    if not (is_count(done) and is_count(total) and done <= total > 0):
+        return None
+    return {"done": done, "total": total, "seconds_left": left if is_number(left) and math.isfinite(left) else None}
+
+
+def is_gone(run: Mapping[str, Any]) -> bool:
+    """True where the process would be on this host, and is not."""
+    if run.get("host") != socket.gethostname() or not isinstance(run.get("pid"), int):
+        return False
+    try:
+        os.kill(run["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # somebody else's, and alive
+        pass
+    return False
+
+
+def training(path: Path) -> tuple[int, float, float | None]:
+    """(last step, seconds of all steps, median seconds of the recent ones), from the steps that metrics.jsonl keeps."""
+    step, effective = 0, 0.0
+    recent: list[float] = []
+    for line in read_lines(path):
+        number, seconds = line.get("step"), line.get("perf/seconds")
+        if "loss" not in line or not is_count(number):
+            continue
+        if is_number(seconds) and 0 <= seconds < LONGEST:
+            effective += seconds * (number - step)  # steps without a line of their own took as long
+            recent = [*recent[1 - RECENT :], seconds]
+        step = number
+    return step, effective, statistics.median(recent) if recent else None
+
+
+def newest_commit(folder: Path, events: list[dict[str, Any]]) -> tuple[int | None, datetime | None]:
+    """(step, time) of the newest committed checkpoint that is there."""
+    try:
+        found = [path for path in manifest.committed(folder / "checkpoints") if (path / manifest.NAME).exists()]
+    except OSError:
+        found = []
+    if not found:
+        return None, None
+    step = manifest.step_of(found[-1])
+    times = [event["time"] for event in events if event.get("event") == "commit" and event.get("step") == step]
+    return step, moment(times[-1]) if times else modified(found[-1] / manifest.NAME)
+
+
+def last_sign(folder: Path, events: list[dict[str, Any]]) -> datetime | None:
+    """When the run last left a trace."""
+    signs = [moment(events[-1]["time"])] if events else []
+    signs += [modified(folder / name) for name in ("metrics.jsonl", SCORING)]
+    return max((sign for sign in signs if sign), default=None)
+
+
+def max_steps(folder: Path) -> int | None:
+    """The steps that the config names, if it does: of a run that has not planned them yet."""
+    for path in (folder / "config.resolved.yaml", folder / "submit" / "config.yaml"):
+        try:
+            train = yaml12.parse(path)[0].get("train")
+        except ConfigError:
+            continue
+        steps = train.get("max_steps") if isinstance(train, dict) else None
+        return steps if is_count(steps) else None
+    return None
+
+
+def modified(path: Path) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except (OSError, ValueError, OverflowError):
+        return None
+
+
+def moment(text: Any) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    if not 1970 <= found.year < 9000:  # at the ends of what can be written no other time can be compared with it
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def show(status: Mapping[str, Any]) -> str:
+    """One screen, aligned."""
+    where = [f"on {status['host']}"] if status["host"] and status["state"] in (*ALIVE, "stopped") else []
+    where += [f"{status['world_size']} ranks"] if status["world_size"] else []
+    where += [f"job {status['job']}"] if status["job"] else []
+    if status["state"] in ALIVE and (status["silent_seconds"] or 0) > SILENT_SECONDS:
+        where.append(f"no sign of life for {duration(status['silent_seconds'])}")
+    left = f", about {duration(status['eta_seconds'])} left" if status["eta_seconds"] is not None else ""
+    rows = {
+        "run": status["run"],
+        "state": ", ".join([status["state"], *where]),
+        "step": steps_in_words(status) + left,
+        "commit": "none yet",
+        "goodput": "unknown",
+        "restarts": str(status["restarts"]),
+    }
+    if scoring := status["scoring"]:
+        done, total, seconds = scoring["done"], scoring["total"], scoring["seconds_left"]
+        left = f", about {duration(seconds)} left" if seconds is not None else ""
+        rows["scoring"] = f"{done:,} of {total:,} pairs ({done / total:.0%}){left}, by the reference, before the next step"
+    if status["commit_step"] is not None:
+        rows["commit"] = f"step {status['commit_step']:,}, {duration(status['commit_age_seconds'])} ago"
+    if status["goodput"] is not None:
+        rows["goodput"] = f"{status['goodput']:.0%} of {duration(status['wall_seconds'])} went into steps that were kept"
+    rows |= {name: str(status[name]) for name in ("error", "log") if status[name]}
+    if status["state"] in ("interrupted", "stopped"):
+        rows["next"] = "the same command again goes on from the newest checkpoint"
+    return "\n".join(f"{name:<8}  {printable(text, limit=500)}" for name, text in rows.items())
+
+
+def show_sweep(statuses: list[dict[str, Any]]) -> str:
+    """A line per run."""
+    width = max(len(status["run"]) for status in statuses)
+    return "\n".join(
+        printable(f"{status['run']:<{width}}  {status['state']:<11}  step {steps_in_words(status)}", limit=width + 60)
+        for status in statuses
+    )
+
+
+def steps_in_words(status: Mapping[str, Any]) -> str:
+    step, steps = status["step"], status["steps"]
+    return f"{step:,} of {steps:,} ({step / steps:.0%})" if steps else f"{step:,}"

@@ -1,0 +1,162 @@
+"""What a run reads before it begins: model config, tokenizer and pairs, each checked against the others.
+
+Everything that can be wrong with the user's files is found here, before a run folder exists.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dspref import distributed
+from dspref.config import Config, SourceSection, cache_folder, shipped
+from dspref.data.overlap import shared
+from dspref.data.rows import one_line
+from dspref.data.sources import Listing, Source, find
+from dspref.data.store import PairStore, load_pairs
+from dspref.data.tokenize import load_tokenizer
+from dspref.data.truncate import Limits
+from dspref.errors import ConfigError, DataError, UserError
+from dspref.model import adapters, admission, digests, packed, weights
+from dspref.reference import modes
+from dspref.run.export import warn_of_other_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerBase, PairStore, dict[str, PairStore]]:
+    """(attention kernel, tokenizer, training pairs, held-out sets by metric prefix), each checked.
+
+    Rank 0 goes first and the others find its work in the cache; nobody waits in a collective.
+    """
+    section, data = config.model, config.data
+
+    def work():
+        model_config = packed.load_config(section)
+        tokenizer = tokenizer_of(config)
+        kernel = admission.check(section, model_config, data.max_length, 0, device_type)
+        if section.init == "pretrained":
+            admission.check_weights(section, model_config)
+        check_adapters(config, device_type)
+        if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
+            check_reference(config, 0, device_type)
+        if section.tokenizer_name_or_path and distributed.world().rank == 0:
+            warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
+        listed = [listing_of(source, key) for key, source in data.source_keys("train").items()]
+        of_eval = zip(data.eval_sources, data.source_keys("eval").items())
+        apart = {prefix: listing_of(source, key) for prefix, (key, source) in of_eval}
+        for listing in apart.values():
+            refuse_training_rows(listing, listed)
+        pairs = load_sources(config, tokenizer, listed)
+        held_out = {prefix: load_sources(config, tokenizer, [listing]) for prefix, listing in apart.items()}
+        check_tokens(config, model_config, [pairs, *held_out.values()], device_type)
+        return kernel, tokenizer, pairs, held_out
+
+    found = distributed.in_turn(work)
+    keys = [store.key for store in (found[2], *found[3].values())]
+    refuse_other_pairs(distributed.gather_objects((socket.gethostname(), keys)))
+    return found
+
+
+def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
+    """Raise DataError where a held-out set has rows that are trained on, unless it names the split, and no slice of it."""
+    found = shared(listing, training, digests.sha256)
+    said = listing.source.split is not None
+    if found is None or (said and not found.term.is_slice and found.term.name.casefold() == found.other.name.casefold()):
+        return
+    key = listing.source.key
+    if found.term.is_slice and not found.other.is_slice and len(training) == 1 and found.term.rest is not None:
+        rest = f"set {training[0].source.key}.split: {found.term.rest}"
+    else:
+        rest = "name other rows, such as split: test or train[:5%] with the rest in data.train"
+    fix = f"{rest}, or write split: {found.other.name} to evaluate on rows of the training set"
+    name = one_line(found.name)
+    what = f"rows {listing.source.split!r} of {name} are" if found.term.is_slice else f"{name} is"
+    raise DataError(f"{key}: {what} trained on too; fix: {fix}")
+
+
+def check_tokens(config: Config, model_config: Any, stores: Sequence[PairStore], device_type: str) -> None:
+    """Refuse tokens and lengths that the model, or a reference that is another model, has no embedding for."""
+    largest, longest = (max(store.report[name] for store in stores) for name in ("largest_id", "longest"))
+    admission.refuse_unknown_tokens(model_config, largest)
+    if config.data.max_length is None:
+        admission.refuse_long_pairs(model_config, longest)
+    if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
+        check_reference(config, largest + 1, device_type, longest)
+
+
+def refuse_other_pairs(keys: Sequence[tuple[str, list[str]]]) -> None:
+    """Raise DataError where a rank has other pairs than rank 0: other files, or another moment of a template's clock.
+
+    `keys`: of each rank, its machine and the keys of its stores."""
+    other = next((rank for rank, (_, own) in enumerate(keys) if own != keys[0][1]), None)
+    if other is not None:
+        raise DataError(
+            f"data: rank {other} on {keys[other][0]} has other pairs than rank 0 on {keys[0][0]}; give all machines the "
+            "same files, and a token cache (DSPREF_CACHE) that they share"
+        )
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    section = config.model
+    name = section.tokenizer_name_or_path or section.name_or_path
+    if not shipped(name).is_dir() and (reason := weights.no_folder(name)):
+        raise ConfigError(f"model.tokenizer_name_or_path: {name}: {reason}")
+    return load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
+
+
+def load_sources(config: Config, tokenizer: PreTrainedTokenizerBase, listings: Sequence[Listing]) -> PairStore:
+    """The pairs of some sources, tokenized and cut as the config says."""
+    data = config.data
+    limits = Limits(
+        data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode, data.min_prompt_length,
+        data.on_overlong,
+    )  # fmt: skip
+    return load_pairs(
+        listings, tokenizer, limits, scored=data.scored, on_bad_row=data.on_bad_row, cache_dir=cache_folder("tokens"),
+        log=distributed.log, digest=digests.sha256, verify=distributed.world().local_rank == 0,
+    )  # fmt: skip
+
+
+def check_adapters(config: Config, device_type: str) -> None:
+    """Refuse what an adapter or 8-bit states need and this machine, or the disk, has not."""
+    adapters.check(config.model)
+    if config.model.lora:
+        adapters.try_on(packed.skeleton(config.model), config.model)
+    if config.train.optim == "adamw_8bit":
+        admission.require_bitsandbytes("train.optim: adamw_8bit", device_type)
+
+
+def check_reference(config: Config, vocabulary: int, device_type: str, longest: int = 0) -> None:
+    """The checks of the policy, for a reference that is another model or has an adapter of its own."""
+    section, adapter = modes.described(config, "")
+    try:
+        if adapter:
+            adapters.folder_of(adapter)
+        else:
+            described = packed.load_config(section)
+            admission.check(section, described, config.data.max_length, vocabulary, device_type)
+            if config.data.max_length is None:
+                admission.refuse_long_pairs(described, longest)
+            admission.check_weights(section, described)
+    except UserError as error:
+        named = "reference.name_or_path" if config.reference.name_or_path else "reference.adapter_name"
+        blamed = re.sub(r"^(model\.(tokenizer_)?name_or_path: )?", f"{named}: ", str(error))
+        raise type(error)(blamed) from None
+
+
+def listing_of(section: SourceSection, key: str) -> Listing:
+    """The files that a source of the config names; `key` is its place there."""
+    return find(source_of(section, key))
+
+
+def source_of(section: SourceSection, key: str) -> Source:
+    template = section.template.model_dump(exclude_none=True) if section.template else None
+    # Keys of the section that say which rows to read, or how, are fields of the source.
+    own = ("path", "columns", "template", "as")
+    same = {name: getattr(section, name) for name in SourceSection.model_fields if name not in own}
+    path = str(shipped(section.path))
+    return Source(path, columns=section.columns.named, template=template, as_=section.as_, key=key, **same)

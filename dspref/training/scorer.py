@@ -1,0 +1,93 @@
+"""score(config): the reference's log-probs ahead of the run that needs them. Every rank runs this; no policy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
+
+import numpy as np
+import torch
+
+from dspref import distributed
+from dspref.config import Config
+from dspref.data.loader import Layout
+from dspref.data.store import PairStore
+from dspref.engine import engine
+from dspref.errors import ConfigError, NumericFault
+from dspref.model import packed
+from dspref.reference import filling, modes
+from dspref.reference.store import ReferenceStore
+from dspref.report import console
+from dspref.training import preparation, stages
+
+
+def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> None:
+    """Fill the reference store with what it lacks of the run's data sets.
+
+    `share` = (k, n): the k-th of n jobs that fill it together. `verify`: how many pairs, drawn at random, to score once
+    more and compare; raises NumericFault where one differs by more than rounding.
+    """
+    refuse_without_store(config)
+    distributed.init(config.train.seed)
+    device = engine.bring_up(config.model.dtype)
+    packed.quiet()
+    _, _, pairs, held_out = preparation.prepare(config, device.type)
+    layout = modes.scoring_layout(config, stages.plan(config, pairs)[0], device.type)
+    sets = {"train": pairs, **held_out}
+    weights = config.model.name_or_path
+
+    digest = distributed.on_main(lambda: modes.digest(config, weights))
+    store = modes.open_store(config, digest or "")
+    wanted = filling.wanted_of(store, sets)
+    scorer = partial(modes.scorer, config, None, weights, device.type)
+    with ExitStack() as stack:
+        forward = stack.enter_context(scorer()) if verify else None
+        ready = (lambda: nullcontext(forward)) if forward else scorer
+        with console.scoring() as view:
+            scored = filling.fill(store, wanted, sets, ready, layout, device, share, view)
+        filling.report(store, wanted, scored)
+        if forward:
+            _verify(config, forward, store, wanted, sets, verify, layout, device)
+
+
+def refuse_without_store(config: Config) -> None:
+    mode = modes.resolve_mode(config)
+    if mode == "none":
+        raise ConfigError(f"objective.name: {config.objective.name} needs no reference here; there is nothing to score")
+    if mode != "stored":
+        raise ConfigError(f"reference.mode: {mode} keeps its reference in memory and stores nothing; use stored")
+    if config.model.init == "random" and config.reference.name_or_path is None:
+        raise ConfigError("model.init: random weights are drawn when the run begins; there is nothing to score before")
+
+
+def _verify(
+    config: Config,
+    forward: modes.Forward,
+    store: ReferenceStore | None,
+    wanted: Mapping[str, filling.Wanted],
+    sets: Mapping[str, PairStore],
+    count: int,
+    layout: Layout,
+    device: torch.device,
+) -> None:
+    """Score a sample again, and compare per answer token."""
+    draws = distributed.broadcast_object(int(np.random.SeedSequence().generate_state(1)[0]))
+    total = sum(len(pairs) for pairs in sets.values())
+    sample = np.sort(np.random.default_rng(draws).choice(total, min(count, total), replace=False))
+    stored, worst, start, missing = filling.tables(store, wanted, sets, device), 0.0, 0, 0
+    for name, pairs in sets.items():
+        rows = sample[(sample >= start) & (sample < start + len(pairs))] - start
+        start += len(pairs)
+        known = stored[name][rows].cpu()
+        here = ~known.isnan().any(dim=1)
+        missing += int((~here).sum())
+        fresh = filling.score_rows(forward, pairs, rows, layout, device)
+        tokens = torch.from_numpy(pairs.lengths[rows, 1:]).float().repeat(1, 2)
+        off = ((fresh - known).abs() / tokens)[here]
+        worst = float(np.maximum(worst, off.max().item() if len(off) else 0.0))  # a NaN stays one
+    section = modes.described(config, "").section
+    line = f"reference: {len(sample) - missing} pairs scored again, largest difference {worst:.2g} nats per token"
+    if not worst <= modes.ROUNDING[section.dtype]:
+        raise NumericFault(f"{line}; allowed: {modes.ROUNDING[section.dtype]:g}. Delete the store and score anew")
+    distributed.log(line)

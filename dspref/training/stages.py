@@ -1,0 +1,331 @@
+"""What happens before and after the training loop, one function per stage, in the order of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from dspref import distributed, terminal
+from dspref.config import Config
+from dspref.data.loader import Layout, StepLoader, sharing_pays
+from dspref.data.plan import rows_per_epoch
+from dspref.data.show import mark
+from dspref.data.store import PairStore
+from dspref.engine import engine, finite
+from dspref.engine.engine import Engine
+from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
+from dspref.files import read_lines, write_atomically
+from dspref.machine import agreement, preflight
+from dspref.machine.machine import FAIL, Scene, Verdict
+from dspref.model import adapters, packed
+from dspref.model.packed import PackedCausalLM
+from dspref.model.weights import one_line
+from dspref.objectives import Objective, build_objective, describe
+from dspref.reference import modes
+from dspref.reference.filling import Need, whole
+from dspref.reference.modes import Origin
+from dspref.report import console
+from dspref.run.checkpoint import committed_folders
+from dspref.run.export import adapter_in_words, export
+from dspref.run.folder import RunFolder
+from dspref.training import outcome
+from dspref.watch import lock
+from dspref.watch.watch import Watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What data.scored means for conversations, in the banner.
+SCORED = {
+    "assistant": "of conversations, what the assistant writes, each turn with its end token (data.scored: assistant)",
+    "last": "of conversations, the assistant's last turn with its end token (data.scored: last)",
+    "all": "everything behind the prompt, as TRL has it (data.scored: all)",
+}
+# What samples.jsonl has of each prompt.
+SAMPLE = ("prompt", "before", "after", "chosen")
+# Tokens that a sample answer may have.
+SAMPLE_TOKENS = 64
+
+
+def already_finished(run: RunFolder, config: Config) -> bool:
+    """True, with the summary printed, if this very run is done. Raises ConfigError for a foreign folder, and for a run
+    that would go on with other settings."""
+    verdict: dict[str, bool] = {}
+
+    def look() -> None:
+        anew = config.checkpoint.resume == "never"
+        run.refuse_foreign(anew)
+        lock.refuse_held(run.path)
+        for warning in [] if anew else run.look():
+            distributed.log(warning)
+        if config.checkpoint.resume == "required" and not committed_folders(run):
+            raise ConfigError(f"checkpoint.resume: required, but {run.path} holds no checkpoint; use auto to start anew")
+        changes = [] if anew else run.refuse_changes(config)
+        for change in changes:
+            distributed.log(f"changed since this run began: {change}")
+        finished = not anew and run.is_finished
+        longer = any(change.startswith(("train.max_steps", "train.num_train_epochs")) for change in changes)
+        if finished and longer and not committed_folders(run):
+            raise ConfigError(
+                f"train.max_steps: the run in {run.path} left no checkpoint to go on from (checkpoint.save_every); "
+                "start anew with another output_dir= or checkpoint.resume=never"
+            )
+        verdict["done"] = finished and not longer and not must_export_again(run)
+        if verdict["done"]:
+            lock.clear(run.path)
+
+    distributed.on_main(look)
+    done = distributed.broadcast_object(verdict.get("done", False))
+    if done:
+        show_summary(run)
+        distributed.log("this run is finished; start anew with checkpoint.resume=never, or elsewhere with output_dir=")
+    return done
+
+
+def must_export_again(run: RunFolder) -> bool:
+    """Whether the model of a finished run is no longer what the run wrote. Raises IOFault where it cannot be had again."""
+    damaged = run.damage_of_export()
+    if damaged and not committed_folders(run):
+        raise IOFault(
+            f"{run.path / damaged}: is not what the run wrote, and no checkpoint has the model (checkpoint.save_every); "
+            "restore it, or train again with checkpoint.resume=never"
+        )
+    if damaged:
+        distributed.log(f"warning: {run.path / damaged} is not what the run wrote; it is exported again from a checkpoint")
+    return damaged is not None
+
+
+def check_environment(config: Config, device_type: str) -> None:
+    """Refuse what would fail later: a machine without room or write access, ranks that are not alike."""
+    world, own = distributed.world(), agreement.identity(config)
+    scene = Scene(config, ranks=world.local_size, on_gpu=device_type == "cuda")
+    looked = preflight.examine(scene, preflight.AT_START) if world.local_rank == 0 else {}
+    distributed.gather_objects(None)  # all read their clocks at one moment; no barrier, as NCCL may lack what is checked
+    gathered = distributed.gather_objects((socket.gethostname(), time.time(), own, looked))
+    hosts, clocks, identities, verdicts = zip(*gathered)
+    if different := agreement.difference(identities, hosts):
+        raise EnvironmentFault(different)
+    verdicts = [{name: Verdict(*verdict) for name, verdict in found.items()} for found in verdicts]
+    for level, line in preflight.complaints(verdicts, hosts):
+        if level == FAIL:
+            raise EnvironmentFault(line)
+        distributed.log(f"warning: {line}")
+    if off := agreement.skew(clocks, hosts):
+        distributed.log(f"warning: {off}")
+
+
+def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
+    """How packs are laid out over the ranks, and the steps of the run."""
+    data, world = config.data, distributed.world()
+    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
+    sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
+    prompts = build_objective(**config.objective.model_dump()).scores_prompt
+    layout = Layout(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt=prompts)
+    weights = [source.weight for source in data.train_sources]
+    if not rows_per_epoch(pairs.source_rows, weights):
+        raise DataError("data.train: the weights leave no pair per epoch; raise them")
+    return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout, together)
+
+
+def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, steps: int) -> dict[str, Need]:
+    """The pairs that the reference is asked about: those of all steps of the run, of which the ones after `done` are needed
+    now, and the held-out pairs, as every run ends with an evaluation."""
+    rows = loader.pairs_of(0, steps)
+    now = np.isin(rows, loader.pairs_of(done, steps)) if done else np.ones(len(rows), dtype=bool)
+    return {"train": Need(rows, now), **{name: whole(pairs) for name, pairs in held_out.items()}}
+
+
+def open_run(
+    run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore], steps: int, watch: Watch
+) -> Origin:
+    """Make the run folder, and the weights of a random model; where the run begins.
+
+    Raises DataError where the folder holds a run that began with other pairs or another reference.
+    """
+    random = config.model.init == "random"
+    weights = str(run.path / "init") if random else config.model.name_or_path
+    content = {name: store.key for name, store in sets.items()}
+
+    def work() -> None:
+        # An adapter of a random model is complete only when that is drawn.
+        of_random = random and modes.described(config, "").section.name_or_path == config.model.name_or_path
+        if not of_random:
+            content["reference"] = modes.digest(config, weights)
+        content.update(beginnings(config))
+        # Before the first step nothing is gone on with but random weights: what was mended since is taken as it is.
+        anew = config.checkpoint.resume == "never" or not (random or run.has_steps)
+        began = {} if anew else run.run.get("content", {})
+        for name in content:
+            if began.get(name, content[name]) != content[name]:
+                raise DataError(f"{run.path}: {changed(name, sets)}; restore, or use another output_dir=")
+        watch.lock = lock.Lock.claim(run.path)
+        run.open(config, source, engine.training_config(config), steps)
+        if random:
+            packed.initialise(config.model, run.path / "init", config.train.seed)
+            content.setdefault("reference", modes.digest(config, weights))
+        run.update(content=content)
+
+    distributed.on_main(work)
+    # What was drawn so far depends on what a start before this one left: random weights are drawn once, on rank 0.
+    distributed.set_seed(config.train.seed)
+    distributed.log_to(run.path / "logs")
+    run.event("start", world_size=distributed.world().size)
+    return Origin(weights, distributed.broadcast_object(content.get("reference", "")))
+
+
+def changed(name: str, sets: Mapping[str, PairStore]) -> str:
+    """What a run began with and is another now, in words."""
+    models = {"reference": "the reference model", "model": "the model", "adapter": "the saved adapter"}
+    if name in models:
+        return f"{models[name]} has changed since this run began"
+    cause = " (the chat template writes the date by strftime_now: the likely cause)" if sets[name].reads_clock else ""
+    return f"the pairs of {name.rstrip('_')} have changed since this run began{cause}"
+
+
+def beginnings(config: Config) -> dict[str, str]:
+    """Digests of what no checkpoint holds: the model's config, the weights below an adapter, a saved adapter's settings."""
+    section = config.model
+    whole = section.lora is not None and section.init == "pretrained"
+    found = {"model": packed.content_digest(section) if whole else packed.config_digest(section)}
+    adapter = adapters.own(section)
+    return found | ({"adapter": adapters.digest(adapter)} if adapter else {})
+
+
+def refuse_fewer_steps(run: RunFolder, done: int, steps: int) -> None:
+    """Raise ConfigError where the checkpoint that was resumed is beyond the last step."""
+    if done > steps:
+        raise ConfigError(
+            f"train.max_steps: {steps}, but {run.path} is at step {done}; raise it, or use another output_dir="
+        )
+
+
+def introduce(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PairStore,
+    held_out: Mapping[str, PairStore],
+    loader: StepLoader,
+    steps: int,
+    kernel: str,
+) -> None:
+    """The banner: what is about to happen, in numbers, and the first pair as text with its scored tokens marked."""
+    world, train = distributed.world(), config.train
+    prompt, chosen, rejected = pairs.lengths.mean(axis=0)
+    evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
+    sharing = "on" if loader.layout.prefix_sharing else "off"
+    rows = {
+        "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
+        **({"adapter": adapter_in_words(config)} if config.model.lora else {}),
+        "objective": describe(**config.objective.model_dump()),
+        "reference": modes.describe(config),
+        "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
+        "scored": SCORED[config.data.scored],
+        "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
+        "steps": f"{steps} of {train.pairs_per_step} pairs ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}",
+        "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
+        "run": config.output_dir,
+    }
+    console.banner(rows)
+    console.first_pair(lambda colour: mark(pairs[0], tokenizer, colour))
+
+
+def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
+    zero3 = engine.training_config(config) if config.zero_stage == 3 else None
+    policy = packed.load(config.model, weights, kernel, config.model.dtype, zero3, modes.attach(config))
+    finite.refuse_not_finite(policy.lm, config.model.dtype, partial(modes.source_in_policy, config, weights))
+    policy = packed.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
+    if coefficient := policy.router_aux_loss_coef:
+        over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
+        distributed.log(f"experts: load-balancing loss x {coefficient:g}, over the tokens of {over} on all ranks")
+    return policy
+
+
+def finish(
+    run: RunFolder,
+    config: Config,
+    policy: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: str,
+    held_out: Mapping[str, PairStore],
+    steps: int,
+    seconds: float,
+) -> None:
+    """Export and verify the model, record the summary, show it, answer sample prompts."""
+    vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
+
+    # Rank 0 wrote that file: another would read half of a line that is still on its way.
+    summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
+    exported = export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": outcome.of_card(summary)})
+    run.event("finish", step=steps)
+
+    def close() -> None:
+        if config.log.samples and held_out:
+            try:
+                write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
+            except (RuntimeError, ValueError, TypeError) as error:  # of transformers: the model is exported all the same
+                distributed.log(f"warning: log.samples: no answers ({type(error).__name__}: {one_line(error)})")
+        run.flush()
+        run.update(state="finished", summary=summary, exported=exported)
+
+    distributed.on_main(close)
+    show_summary(run)
+
+
+def show_summary(run: RunFolder) -> None:
+    if distributed.world().rank != 0:
+        return
+    rows = [row for row in read_lines(run.path / "samples.jsonl") if all(isinstance(row.get(name), str) for name in SAMPLE)]
+    if rows:
+        console.samples(rows)
+    final = terminal.literal(str(run.final))
+    prompt = terminal.literal(harmless(console.printable(rows[0]["prompt"] if rows else "Hello", limit=60)))
+    more, loaded = "", final
+    if adapters.is_saved(str(run.final), ""):
+        # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
+        more = "from peft import AutoPeftModelForCausalLM as LM; "
+        loaded = f"LM.from_pretrained({final}), tokenizer={final}"
+    ask = f'pipeline("text-generation", {loaded})([{{"role": "user", "content": {prompt}}}])'
+    console.summary(
+        run.run["summary"],
+        {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
+        [terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})")],
+    )
+
+
+def harmless(text: str) -> str:
+    """Text from data in a command that people paste into a shell: letters, digits and plain punctuation."""
+    return re.sub(r"[^\w ,.:;?()+*=-]", "", text)
+
+
+def write_samples(
+    run: RunFolder, config: Config, tokenizer: PreTrainedTokenizerBase, weights: str, store: PairStore
+) -> None:
+    """Answer the first held-out prompts with the initial and the final model, by plain transformers (samples.jsonl)."""
+    pairs = [store[i] for i in range(min(config.log.samples, len(store)))]
+    prompts = [pair.prompt.tolist() for pair in pairs]
+    stop = cast(int, tokenizer.eos_token_id)
+    answers = [
+        packed.generate(load(), prompts, SAMPLE_TOKENS, stop)
+        for load in (
+            lambda: packed.load_beginning(config.model, weights),
+            lambda: packed.load_plain(str(run.final), config.model.trust_remote_code),
+        )
+    ]
+    rows = [
+        {
+            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+            "before": tokenizer.decode(before, skip_special_tokens=True),
+            "after": tokenizer.decode(after, skip_special_tokens=True),
+            "chosen": tokenizer.decode(pair.chosen, skip_special_tokens=True),
+        }
+        for prompt, pair, before, after in zip(prompts, pairs, *answers)
+    ]
+    write_atomically(run.path / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,204 @@
+"""train(config): a preference run, read aloud. The stages around the loop are in `dspref.training.stages`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dspref import distributed
+from dspref.config import Config
+from dspref.data.loader import Layout, StepLoader
+from dspref.data.store import PairStore
+from dspref.engine import engine
+from dspref.engine.engine import Engine
+from dspref.model import packed
+from dspref.objectives import build_objective
+from dspref.reference import modes as references
+from dspref.reference.modes import Reference
+from dspref.report import advice, console
+from dspref.report.metrics import Displacement, Meter, Recorder
+from dspref.report.performance import Account, Clock
+from dspref.run import checkpoint
+from dspref.run.checkpoint import Progress
+from dspref.run.folder import RunFolder
+from dspref.run.saving import Saver
+from dspref.training import gradient, preparation, stages
+from dspref.training.evaluate import evaluate
+from dspref.training.gradient import Instruments, StepLoss
+from dspref.training.numbers import Skips, Spikes, Suspects, check_first_step, check_loss
+from dspref.watch.watch import Ask, Watch, watching
+
+
+def train(config: Config, source: Path | None = None) -> None:
+    """Train a policy on preference pairs, from a checked config to an exported model. Every rank runs this.
+
+    `source` is the file that the config came from; the run folder keeps a copy.
+    """
+    distributed.init(config.train.seed, config.train.hang_timeout)
+    device = engine.bring_up(config.model.dtype)
+    packed.quiet()
+    run = RunFolder(config.output_dir)
+    if not stages.already_finished(run, config):
+        with watching(run.path, run.left) as watch:
+            _train(config, source, device.type, run, watch)
+
+
+def _train(config: Config, source: Path | None, device_type: str, run: RunFolder, watch: Watch) -> None:
+    started = time.monotonic()
+    stages.check_environment(config, device_type)
+    # Everything that can be wrong with the user's files is found here, before the run folder exists.
+    kernel, tokenizer, pairs, held_out = preparation.prepare(config, device_type)
+    layout, loader = stages.plan(config, pairs)
+    steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
+    sets = {"train": pairs, **held_out}
+    origin = stages.open_run(run, config, source, sets, steps, watch)
+    stages.introduce(config, tokenizer, pairs, held_out, loader, steps, kernel)
+    found = checkpoint.find(run, config.checkpoint.resume)
+    done = found.progress.step if found else 0
+    stages.refuse_fewer_steps(run, done, steps)
+
+    objective = build_objective(**config.objective.model_dump())
+    policy = Engine.for_training(stages.load_policy(config, objective, origin.weights, kernel), config, steps)
+    loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
+    # The reference is scored or loaded while the policy still has its initial weights: before any resume.
+    with console.scoring(run.path) as view:
+        needs = stages.needs(loader, held_out, done, steps)
+        reference = references.build(config, policy, origin, sets, layout, needs, view)
+    for line in advice.of_run(config, policy, loader, kernel):
+        distributed.log(f"advice: {line}")
+    progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
+    recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
+    view, saver = console.ProgressView(progress.step, steps), Saver(run, (policy, reference), config, watch)
+
+    session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, saver)
+    watch.steps_begin(config.train.hang_timeout)
+    try:
+        run_steps(session, loader, progress, steps)
+    except BaseException as error:
+        saver.leave()
+        watch.report(error)  # before trackers are waited for
+        raise
+    finally:
+        view.close()
+        recorder.close()
+    watch.steps_end(may_leave=config.checkpoint.save_every is not None)
+    stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
+    policy.close()
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the steps of a run work with, made once."""
+
+    config: Config
+    run: RunFolder
+    policy: Engine
+    reference: Reference
+    loss: StepLoss
+    pairs: PairStore
+    held_out: Mapping[str, PairStore]
+    layout: Layout
+    recorder: Recorder
+    view: console.ProgressView
+    watch: Watch
+    saver: Saver
+
+
+def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> None:
+    """Steps `progress.step` + 1 to `steps`, with what is due between them.
+
+    Raises Interrupted, with a checkpoint committed, where the run was asked to stop, and NumericFault.
+    """
+    config, policy, recorder, watch = session.config, session.policy, session.recorder, session.watch
+    meter, displacement, clock = Meter(policy.device, session.loss.router_coef), Displacement(), Clock(policy.device)
+    account = Account.of(config, policy, session.reference, session.loss.looks_ahead)
+    suspects, spikes, sound = Suspects(), Spikes(config.train.spike_sigmas), progress
+    skips = Skips(config.train.max_skipped_steps, config.model.dtype == "float16", progress.skipped)
+    if progress.owes_evaluation:
+        progress = settle(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
+
+    for step in loader.steps(progress.step, steps):
+        last = step.number == steps
+        logged = step.number == 1 or last or step.number % config.log.every == 0
+        watch.beat("batches", step.number)
+        suspects.clear()
+        looking = Instruments(meter if logged else None, clock, suspects, watch.beat)
+        rewards = gradient.accumulate(step, policy, session.loss, session.reference, progress.rewards, looking)
+        learning_rate, grad_norm = policy.learning_rate, policy.step()
+        if policy.applied:
+            session.reference.follow(step.number)
+        looking.lap("update")
+        if logged:
+            means = meter.reduce()
+            check_loss(step.number, means["loss"], policy.applied)
+            if step.number == 1:
+                check_first_step(config, means, policy.applied)
+            record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
+            record |= {"learning_rate": learning_rate, **means, **account.record(step, clock.read())}
+            recorder.write(record)
+            session.view.show(step.number, record)
+            for warning in (displacement.watch(record), spikes.watch(step.number, record["loss"])):
+                if warning:
+                    session.view.note(warning)
+        session.view.advance(step.number)
+
+        if skips.judge(step.number, policy.applied, suspects, session.pairs, session.run):
+            session.saver.wait()
+            if checkpoint.newest_step(session.run) < sound.step:  # of later ones the weights are the same
+                save(session, sound, {}, at_once=True)
+            tell(session)
+            raise skips.fault(step.number, sound.step)
+        rewards = rewards if policy.applied else progress.rewards
+        evaluates = bool(session.held_out) and (last or due(step.number, config.train.eval_every))
+        progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards, evaluates, skips.in_a_row)
+        progress = settle(session, progress, step.epoch, last)
+        sound = progress if policy.applied else sound
+        clock.start()
+
+
+def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
+    """What is due after a step: an evaluation, a checkpoint, and the end where somebody asks for it."""
+    watch, ask = session.watch, session.watch.agreed(session.saver.wish)
+    tell(session)
+    found: dict[str, float] | None = {}
+    if progress.owes_evaluation and ask is not Ask.STOP:
+        found = evaluate(
+            session.policy, session.loss, session.reference, progress.rewards, session.held_out, session.layout,
+            must_stop=lambda: watch.agreed() is Ask.STOP,
+        )  # fmt: skip
+        if found is None:
+            ask = Ask.STOP
+        else:
+            session.recorder.write(header(progress.step, epoch) | found)
+            session.view.note(console.evaluation_line(progress.step, found, list(session.held_out)))
+            progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset)
+    every = session.config.checkpoint.save_every
+    if ask or due(progress.step, every) or (last and every):
+        save(session, progress, found or {}, at_once=bool(ask) or last)
+        watch.granted()
+    if ask is Ask.STOP:
+        raise watch.interruption(f"after step {progress.step}")
+    return progress
+
+
+def save(session: Session, progress: Progress, evaluation: Mapping[str, float], at_once: bool) -> None:
+    try:
+        session.saver.save(progress, evaluation, at_once)
+    finally:
+        tell(session)
+
+
+def tell(session: Session) -> None:
+    """What the saver has done beside the steps."""
+    for line in session.saver.news():
+        session.view.note(line)
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def header(step: int, epoch: float) -> dict[str, float]:
+    return {"step": step, "epoch": round(epoch, 6)}

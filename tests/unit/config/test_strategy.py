@@ -1,0 +1,292 @@
+"""The tables of what a DeepSpeed JSON may say, held against DeepSpeed's own config."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, KeysView, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp())
+
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+from dspref.config import strategy
+from dspref.config.strategy import OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, OWNED, TOP_LEVEL, ZERO
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# Keys that DeepSpeed knows and dspref refuses on purpose. A new DeepSpeed that brings a key fails the tests below until
+# somebody decides where it belongs.
+REFUSED_ZERO = {
+    "load_from_fp32_weights",  # concerns DeepSpeed's own checkpoints, which dspref does not load
+    "elastic_checkpoint",  # likewise, and no longer supported at stage 3
+    "pipeline_loading_checkpoint",  # likewise
+    "legacy_stage1",  # an old implementation, "at your own risk"
+    "enable_sanity_checks",  # for DeepSpeed's developers
+    "save_muon_momentum_buffer_in_memory",  # there is no Muon here
+    "compute_grad_norm",  # without the norm there is neither clipping nor `grad_norm`
+}
+REFUSED_TOP_LEVEL = {
+    *("bfloat16", "dataloader_drop_last", "vocabulary_size", "gradient_allreduce_op"),  # another section's
+    *("comet", "nebula", "datastates_ckpt", "log_level", "timers"),  # metrics, checkpoints and logs are dspref's
+    *("data_efficiency", "curriculum_learning", "progressive_layer_drop", "sparse_attention"),  # change what is trained
+    *("compression_training", "quantize_training", "weight_quantization", "eigenvalue", "sparse_gradients"),  # likewise
+    *("pipeline", "tensor_parallel", "expert_parallel", "hybrid_engine", "autotuning"),  # other engines
+    *("use_data_before_expert_parallelism",),  # likewise
+    *("seq_parallel_communication_data_type", "elasticity", "graph_harvesting", "compile"),  # likewise
+}
+
+
+def names(model: type[BaseModel]) -> set[str]:
+    """The keys of a DeepSpeed section that are not deprecated, as users write them."""
+    return {
+        field.alias or name
+        for name, field in model.model_fields.items()
+        if not (isinstance(field.json_schema_extra, Mapping) and field.json_schema_extra.get("deprecated"))
+    }
+
+
+class Recorded(dict):
+    """A DeepSpeed config that remembers which keys it was asked for."""
+
+    asked: set[str]
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.asked = set()
+
+    def __copy__(self) -> Recorded:
+        return self
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> KeysView[str]:
+        return KeysView(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+
+@pytest.fixture(scope="module")
+def asked() -> set[str]:
+    """Top-level keys that DeepSpeed looks for in its config."""
+    recorded = Recorded({"train_micro_batch_size_per_gpu": 1})
+    deepspeed_config.DeepSpeedConfig(recorded)
+    assert {"zero_optimization", "gradient_clipping", "bf16"} <= recorded.asked
+    return recorded.asked
+
+
+@pytest.mark.parametrize(
+    ("table", "model"),
+    [
+        (ZERO, DeepSpeedZeroConfig),
+        (OFFLOAD_PARAM, DeepSpeedZeroOffloadParamConfig),
+        (OFFLOAD_OPTIMIZER, DeepSpeedZeroOffloadOptimizerConfig),
+    ],
+    ids=["ZERO", "OFFLOAD_PARAM", "OFFLOAD_OPTIMIZER"],
+)
+def test_the_tables_name_what_deepspeed_knows(table: tuple[str, ...], model: type[BaseModel]) -> None:
+    """Nothing that DeepSpeed lacks (it would raise), nothing deprecated, and nothing of its own left undecided."""
+    refused = REFUSED_ZERO if model is DeepSpeedZeroConfig else set()
+    assert len(set(table)) == len(table)
+    assert set(table) - names(model) == set()
+    assert names(model) - set(table) == refused
+
+
+def test_the_top_level_table_names_what_deepspeed_reads(asked: set[str]) -> None:
+    """DeepSpeed ignores an unknown top-level key without a word."""
+    assert set(TOP_LEVEL) - asked == set()
+    assert asked - set(TOP_LEVEL) - set(OWNED) - REFUSED_TOP_LEVEL == set()
+    assert not set(TOP_LEVEL) & set(OWNED)
+    assert not REFUSED_TOP_LEVEL & (set(TOP_LEVEL) | set(OWNED))
+
+
+def test_no_table_names_what_deepspeed_has_removed() -> None:
+    assert not set(TOP_LEVEL) & set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert not set(ZERO) & set(deepspeed_config._REMOVED_ZERO_CONFIG_KEYS)
+
+
+def test_owned_keys_name_keys_that_exist() -> None:
+    from dspref.config import Config
+
+    for key, owner in OWNED.items():
+        for word in owner.replace(",", " ").split():
+            section, _, name = word.rstrip(".").partition(".")
+            if section in Config.model_fields and name:
+                assert name in Config.model_fields[section].annotation.model_fields, (key, word)  # type: ignore[union-attr]
+
+
+# --------------------------------------------------------------------------------------------------------- shipped
+
+
+SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def test_strategies_are_shipped() -> None:
+    assert "zero3.json" in {path.name for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_strategy_is_accepted(path: Path) -> None:
+    """By dspref in at least one dtype, and by DeepSpeed's own model; it holds nothing that other sections own."""
+    shipped = strategy.load(path)
+    assert any(not strategy.problems(shipped, dtype) for dtype in ("bfloat16", "float32"))
+    DeepSpeedZeroConfig(**shipped.get("zero_optimization", {}))
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def zero(**keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": keys}
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ({}, "float32"),
+        (zero(stage=0), "float32"),
+        (zero(stage=1), "bfloat16"),
+        (zero(stage=1, overlap_comm=False), "bfloat16"),
+        (zero(stage=2, overlap_comm=True, offload_optimizer={"device": "cpu", "pin_memory": True}), "bfloat16"),
+        (zero(stage=3, offload_param={"device": "none"}, offload_optimizer={"device": "none"}), "float16"),
+        (zero(stage=3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu", "ratio": 0.5}), "bfloat16"),
+        (
+            zero(stage=3, zero_quantized_weights=True, zero_hpz_partition_size=8) | {"comms_logger": {"enabled": True}},
+            "bfloat16",
+        ),
+    ],
+)
+def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: str) -> None:
+    assert not strategy.problems(given, dtype)
+    DeepSpeedZeroConfig(**given.get("zero_optimization", {}))
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "path", "reason"),
+    [
+        (zero(stge=3), "float32", "zero_optimization.stge", "did you mean 'stage'"),
+        ({"zero_optimisation": {}}, "float32", "zero_optimisation", "did you mean 'zero_optimization'"),
+        (
+            zero(stage=3, offload_param={"devise": "cpu"}),
+            "float32",
+            "zero_optimization.offload_param.devise",
+            "did you mean 'device'",
+        ),
+        (
+            zero(stage=3, offload_optimizer={"max_in_cpu": 1}),
+            "float32",
+            "zero_optimization.offload_optimizer.max_in_cpu",
+            "not a DeepSpeed key",
+        ),
+        (zero(stage="auto"), "float32", "zero_optimization.stage", "auto"),
+        (zero(stage=3, reduce_bucket_size="auto"), "float32", "zero_optimization.reduce_bucket_size", "auto"),
+        (zero(stage=2, reduce_bucket_size=-5), "float32", "zero_optimization.reduce_bucket_size", "1 or more, not -5"),
+        (zero(stage=2, allgather_bucket_size=0), "float32", "zero_optimization.allgather_bucket_size", "1 or more, not 0"),
+        (
+            zero(stage=3, stage3_prefetch_bucket_size=-1),
+            "float32",
+            "zero_optimization.stage3_prefetch_bucket_size",
+            "0 or more",
+        ),
+        ({"flops_profiler": {"enabled": "auto"}}, "float32", "flops_profiler.enabled", "auto"),
+        (zero(stage=True), "float32", "zero_optimization.stage", "0, 1, 2 or 3"),
+        (zero(stage="3"), "float32", "zero_optimization.stage", "0, 1, 2 or 3"),
+        (zero(stage=None), "float32", "zero_optimization.stage", "0, 1, 2 or 3"),
+        ({}, "bfloat16", "zero_optimization.stage", "stage 0 in bfloat16"),
+        (zero(stage=0), "float16", "zero_optimization.stage", "stage 0 in float16"),
+        (zero(stage=1, overlap_comm=True), "bfloat16", "zero_optimization.overlap_comm", "use stage 2"),
+        (
+            zero(stage=2, offload_param={"device": "cpu"}),
+            "bfloat16",
+            "zero_optimization.offload_param",
+            "needs stage 3",
+        ),
+        (
+            zero(stage=0, offload_optimizer={"device": "cpu"}),
+            "float32",
+            "zero_optimization.offload_optimizer",
+            "needs stage 1, 2 or 3",
+        ),
+        ({"zero_optimization": True}, "float32", "zero_optimization", "must be a mapping"),
+        ({"zero_optimization": None}, "float32", "zero_optimization", "must be a mapping"),
+        *(({key: {}}, "float32", key, f"belongs to {owner}") for key, owner in OWNED.items()),
+    ],
+)
+def test_problems_name_the_key_and_the_remedy(given: dict[str, Any], dtype: str, path: str, reason: str) -> None:
+    (found,) = strategy.problems(given, dtype)
+    assert ".".join(found.path) == path
+    assert reason in found.reason
+
+
+def test_all_problems_of_a_strategy_are_told_at_once() -> None:
+    given = {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "overlap_com": True, "offload_param": {"device": "cpu"}},
+    }
+    assert [".".join(found.path) for found in strategy.problems(given, "bfloat16")] == [
+        "bf16", "zero_optimization.overlap_com", "zero_optimization.offload_param",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["~/nvme", "$SCRATCH/nvme", "${SCRATCH}/x"])
+def test_paths_that_deepspeed_would_take_as_they_stand_are_refused(path: str) -> None:
+    offload = {"device": "nvme", "nvme_path": path}
+    (found,) = strategy.problems(zero(stage=3, offload_param=offload), "bfloat16")
+    assert found.path == ("zero_optimization", "offload_param", "nvme_path") and "whole path" in found.reason
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"stage": 3, "offload_param": "cpu"},
+        {"stage": 3, "offload_optimizer": {"device": "gpu"}},
+        {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        {"stage": 3, "overlap_comm": "maybe"},
+        {"stage": 3, "stage3_prefetch_bucket_size": "lots"},
+        {"stage": 3, "leaf_module": {"clases": []}},
+        {"stage": 3, "zenflow": {"topk": 1}},
+    ],
+    ids=str,
+)
+def test_what_deepspeeds_own_model_refuses_is_refused_here(keys: dict[str, Any]) -> None:
+    """Or a user's mistake ends in DeepSpeed's traceback, after the model was loaded."""
+    with pytest.raises(ValidationError):
+        DeepSpeedZeroConfig(**keys)
+    assert strategy.problems(zero(**keys), "float32")
+
+
+def test_a_strategy_without_a_gradient_norm_is_refused() -> None:
+    """`grad_norm` is in every line of metrics, and clipping needs it."""
+    assert strategy.problems(zero(stage=2, compute_grad_norm=False), "bfloat16")
+
+
+def test_offloads_optimizer() -> None:
+    assert strategy.offloads_optimizer(zero(stage=2, offload_optimizer={"device": "cpu"}))
+    assert not strategy.offloads_optimizer(zero(stage=2, offload_optimizer={"device": "none"}))
+    assert not strategy.offloads_optimizer(zero(stage=2, offload_optimizer={}))
+    assert not strategy.offloads_optimizer({})
+
+
+def test_load_reads_json(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(zero(stage=2)))
+    assert strategy.load(tmp_path / "s.json") == zero(stage=2)

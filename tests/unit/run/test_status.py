@@ -1,0 +1,189 @@
+"""`dspref status`: what run folders say, whole ones and damaged ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspref import cli, terminal
+from dspref.errors import ConfigError
+from dspref.run import status
+
+BEGIN = datetime(2026, 5, 1, 12, tzinfo=UTC)
+NOW = BEGIN + timedelta(seconds=400)
+GONE = 2**22 + 1  # above the largest pid
+
+
+def after(seconds: float) -> str:
+    return (BEGIN + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def write_run(folder: Path, logged: int = 10, every: int = 1, **changes: Any) -> Path:
+    """A run that began, was started again after a node was lost at 100 s, and stands at step 10 of 40."""
+    folder.mkdir(exist_ok=True)
+    run = {"state": "running", "host": "elsewhere", "pid": 7, "world_size": 2, "started": after(0), "steps": 40} | changes
+    (folder / "run.json").write_text(json.dumps(run))
+    events = [
+        {"time": after(0), "event": "start", "world_size": 2}, {"time": after(80), "event": "commit", "step": 4},
+        {"time": after(200), "event": "start", "world_size": 2}, {"time": after(210), "event": "resume", "step": 4},
+        {"time": after(340), "event": "commit", "step": 8},
+    ]  # fmt: skip
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    records = [{"step": n, "loss": 0.5, "perf/seconds": 20.0} for n in range(every, logged + 1, every)]
+    records.insert(-1, {"step": logged, "eval_loss": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.utime(folder / "metrics.jsonl", (NOW.timestamp(), NOW.timestamp()))
+    for step in (4, 8):
+        (folder / f"checkpoints/step-{step:06d}").mkdir(parents=True, exist_ok=True)
+        (folder / f"checkpoints/step-{step:06d}/manifest.json").write_text(json.dumps({"step": step}))
+    (folder / "checkpoints/.saving-step-000010").mkdir(exist_ok=True)
+    return folder
+
+
+def test_a_run_that_goes_on(tmp_path):
+    found = status.read(write_run(tmp_path / "run"), NOW)
+    assert found["state"] == "running" and (found["step"], found["steps"]) == (10, 40)
+    assert found["eta_seconds"] == 30 * 20 and found["seconds_per_step"] == 20
+    assert (found["commit_step"], found["commit_age_seconds"]) == (8, 60)
+    assert found["goodput"] == 10 * 20 / 400 and found["wall_seconds"] == 400
+    assert found["restarts"] == 1 and found["error"] is None
+    shown = status.show(found)
+    assert "step      10 of 40 (25%), about 10 min left" in shown
+    assert "commit    step 8, 1 min ago" in shown
+    assert "goodput   50% of 6 min 40 s" in shown
+    assert "state     running, on elsewhere, 2 ranks" in shown
+    assert len({line.index(line[10:].lstrip()) for line in shown.splitlines()}) == 1  # aligned
+
+
+def test_steps_without_a_line_of_their_own_count(tmp_path):
+    assert status.read(write_run(tmp_path / "run", every=5), NOW)["goodput"] == 0.5
+
+
+def test_a_run_that_is_silent_is_said_to_be(tmp_path):
+    found = status.read(write_run(tmp_path / "run"), NOW + timedelta(hours=2))
+    assert found["state"] == "running" and "no sign of life for 2 h" in status.show(found)
+
+
+@pytest.mark.parametrize(("pid", "state"), [("own", "running"), (GONE, "stopped"), ("?", "running")])
+def test_a_process_of_this_host_is_looked_for(pid, state, tmp_path):
+    pid = os.getpid() if pid == "own" else pid
+    found = status.read(write_run(tmp_path / "run", host=socket.gethostname(), pid=pid), NOW)
+    assert found["state"] == state
+    assert ("goes on from the newest checkpoint" in status.show(found)) == (state == "stopped")
+
+
+@pytest.mark.parametrize("state", ["interrupted", "failed", "finished"])
+def test_a_run_that_ended_counts_to_its_last_sign(state, tmp_path):
+    found = status.read(write_run(tmp_path / "run", state=state, error="it\x1b[2J broke"), NOW + timedelta(days=1))
+    assert found["state"] == state and found["eta_seconds"] is None
+    assert found["goodput"] == 0.5
+    assert "error     it [2J broke" in status.show(found)
+
+
+def test_a_submitted_run(tmp_path):
+    submitted = tmp_path / "run" / "submit"
+    submitted.mkdir(parents=True)
+    (submitted / "config.yaml").write_text("train: {max_steps: 9}\n")
+    assert status.read(tmp_path / "run", NOW)["state"] == "prepared"
+    (submitted / "job.json").write_text(json.dumps({"job": "12", "submitted": after(0), "log": "run/logs/slurm-12.out"}))
+    found = status.read(tmp_path / "run", NOW)
+    assert (found["state"], found["step"], found["steps"], found["goodput"]) == ("submitted", 0, 9, None)
+    assert "submitted, job 12" in status.show(found) and "log       run/logs/slurm-12.out" in status.show(found)
+
+
+@pytest.mark.parametrize(("submitted", "state"), [(390, "submitted"), (-10, "interrupted")])
+def test_a_job_that_is_newer_than_the_run_waits(submitted, state, tmp_path):
+    run = write_run(tmp_path / "run", state="interrupted")
+    (run / "submit").mkdir()
+    (run / "submit/job.json").write_text(json.dumps({"job": "12", "submitted": after(submitted)}))
+    assert status.read(run, NOW)["state"] == state
+
+
+def test_any_file_may_be_missing_or_half_written(tmp_path):
+    names = ["events.jsonl", "metrics.jsonl", "run.json", "checkpoints/step-000008/manifest.json"]
+    for name in names:
+        for keep in (0, 0.5, 0.97):
+            run = write_run(tmp_path / "run")
+            content = (run / name).read_bytes()
+            (run / name).write_bytes(content[: int(keep * len(content))])
+            (run / "submit").mkdir(exist_ok=True)
+            (run / "submit/config.yaml").write_text("train: [half")
+            assert status.show(status.read(run, NOW))
+        (run / name).unlink()
+        assert status.show(status.read(run, NOW))
+
+
+def test_what_is_not_a_number_is_no_number(tmp_path):
+    run = write_run(tmp_path / "run", steps="many", world_size=None, started="yesterday")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(
+            '[1]\n{"step": "x", "loss": 1}\n{"step": 11, "loss": null, "perf/seconds": null}\nnull\n\n{"step": 12, "lo'
+        )
+    found = status.read(run, NOW)
+    assert (found["step"], found["steps"]) == (11, None)
+    assert "step      11\n" in status.show(found)
+
+
+def test_the_command(tmp_path, capsys):
+    def shown(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.app(["status", *words])
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    write_run(tmp_path / "run", state="finished")
+    assert json.loads(shown(str(tmp_path / "run"), "--json")[1])["state"] == "finished"
+    assert "finished" in shown(str(tmp_path / "run"))[1]
+    code, out, err = shown(str(tmp_path))
+    assert (code, out) == (2, "") and err == f"{tmp_path}: holds no dspref run; give the output_dir of one\n"
+    assert shown(str(tmp_path / "missing"))[0] == 2
+
+
+def test_a_sweep_is_a_line_per_run(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, state=state) for name, state in (("0", "finished"), ("1", "interrupted"))]
+    (tmp_path / "submit").mkdir()
+    about = {"job": "12", "submitted": after(0), "runs": [str(run) for run in runs]}
+    (tmp_path / "submit/job.json").write_text(json.dumps(about))
+    with pytest.raises(SystemExit):
+        cli.app(["status", str(tmp_path)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("finished     step 10 of 40 (25%)") and "interrupted" in second
+
+
+@pytest.mark.parametrize(
+    ("names", "foreign"),
+    [
+        ([], False),
+        (["submit", "logs"], False),
+        (["notes.txt"], True),
+        (["submit", "notes.txt"], True),
+        (["run.json"], False),
+    ],
+)
+def test_a_folder_of_somebody_else(names, foreign, tmp_path):
+    for name in names:
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("")
+    assert status.is_foreign(tmp_path) == foreign
+
+
+def test_a_run_begins_where_its_job_was_written(tmp_path):
+    from dspref.run.folder import RunFolder
+
+    (tmp_path / "submit").mkdir()
+    (tmp_path / "logs").mkdir()
+    RunFolder(tmp_path).refuse_foreign()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError):
+        RunFolder(tmp_path).refuse_foreign()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0 s"), (-3, "0 s"), (59.6, "1 min"), (90, "1 min 30 s"), (3600, "1 h"), (90061, "1 d 1 h")]
+)
+def test_durations(seconds, words):
+    assert terminal.duration(seconds) == words
