@@ -28,7 +28,8 @@ from dspref.run import checkpoint, manifest
 from dspref.run.checkpoint import Part, Progress
 from dspref.run.folder import RunFolder
 from dspref.run.meeting import Channel, Meeting
-from dspref.watch.watch import Ask, Watch
+from dspref.watch.request import Request
+from dspref.watch.watch import Watch
 
 GONE = "was deleted or moved while the run was in it"
 # Bytes per second of a disk that is slow, not hung: for so long a rank that waits for it counts as moving.
@@ -78,9 +79,9 @@ class Saver:
         )
 
     @property
-    def wish(self) -> Ask:
+    def wish(self) -> Request:
         """What this rank asks of all: to save again where it has heard that a commit failed."""
-        return Ask.SAVE if self._commit and self._commit.has_failed else Ask.NOTHING
+        return Request.SAVE if self._commit and self._commit.has_failed else Request.NOTHING
 
     def wait(self) -> str | None:
         """Wait for the commit that is on its way; what went wrong with it, on whichever rank."""

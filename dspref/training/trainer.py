@@ -28,7 +28,8 @@ from dspref.training import gradient, preparation, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import Instruments, StepLoss
 from dspref.training.numbers import Skips, Spikes, Suspects, check_first_step, check_loss
-from dspref.watch.watch import Ask, Watch, watching
+from dspref.watch.request import Request
+from dspref.watch.watch import Watch, watching
 
 
 def train(config: Config, source: Path | None = None) -> None:
@@ -163,13 +164,13 @@ def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Pr
     watch, ask = session.watch, session.watch.agreed(session.saver.wish)
     tell(session)
     found: dict[str, float] | None = {}
-    if progress.owes_evaluation and ask is not Ask.STOP:
+    if progress.owes_evaluation and ask is not Request.STOP:
         found = evaluate(
             session.policy, session.loss, session.reference, progress.rewards, session.held_out, session.layout,
-            must_stop=lambda: watch.agreed() is Ask.STOP,
+            must_stop=lambda: watch.agreed() is Request.STOP,
         )  # fmt: skip
         if found is None:
-            ask = Ask.STOP
+            ask = Request.STOP
         else:
             session.recorder.write(header(progress.step, epoch) | found)
             session.view.note(console.evaluation_line(progress.step, found, list(session.held_out)))
@@ -178,7 +179,7 @@ def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Pr
     if ask or due(progress.step, every) or (last and every):
         save(session, progress, found or {}, at_once=bool(ask) or last)
         watch.granted()
-    if ask is Ask.STOP:
+    if ask is Request.STOP:
         raise watch.interruption(f"after step {progress.step}")
     return progress
 

@@ -17,6 +17,7 @@ from tiny import tiny_config, tiny_model
 
 from dspref import config
 from dspref.config import Config
+from dspref.engine.builds import STALE_SECONDS
 from dspref.machine import agreement, doctor, footprint, machine, preflight
 from dspref.machine.machine import FAIL, OK, VERSIONS, WARN, Gpus, Scene, Verdict
 from dspref.machine.preflight import CHECKS
@@ -126,7 +127,7 @@ def test_stale_build_locks_are_named_and_left_alone(tmp_path):
     verdict = CHECKS["build locks"](builds)
     assert verdict.level == FAIL and verdict.text.endswith(f"rm {lock}")
     assert CHECKS["build locks"](plain).level == OK  # compiles nothing
-    old = time.time() - 2 * builds.STALE_SECONDS
+    old = time.time() - 2 * STALE_SECONDS
     os.utime(lock, (old, old))
     assert CHECKS["build locks"](builds).level == OK  # the engine removes it, and says so
     assert CHECKS["build locks"](Scene(None, env)).level == WARN

@@ -28,7 +28,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file counts as settled as soon as it is written."""
-    monkeypatch.setattr(filedigest, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", -1.0)
 
 
 def make(path: Path, content: bytes = b"abc" * 1000) -> Path:

@@ -373,7 +373,7 @@ def test_the_kernels_that_a_model_asks_for_are_not_used(keys: dict[str, Any], so
     """Nor written into what is exported."""
     folder = copy_of(sound, tmp_path, says(**keys))
     policy = begun(section(folder))
-    assert policy.lm.config._attn_implementation == model.PACKED
+    assert policy.lm.config._attn_implementation == packed.PACKED
     packed.skeleton(section(folder))
     (policy.published_config).save_pretrained(tmp_path / "out")
     written = (tmp_path / "out" / "config.json").read_text()
