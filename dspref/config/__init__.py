@@ -1,16 +1,18 @@
 """The YAML file of a run, as one strict and frozen `Config`. Loads no torch.
 
-`load` reads a file in YAML 1.2 (`yaml12`), applies overrides and checks everything: `sections` says what keys there are
-and which values they take, `checks` and `objective_checks` what does not go together, `strategy` what a DeepSpeed JSON may
-say, `paths` where things are. What is wrong is told all at once, with file, line and the fix (`explain`, `hints`, `sound`;
-`foreign` knows the keys of other trainers).
+`load` reads a file in YAML 1.2 (`yaml12`), applies overrides and checks everything. `sections` says what keys there are and
+which values they take (`section`: what all of them are; `data_section`, `objective_section`: the two largest), `checks` and
+`objective_checks` what does not go together, `strategy` what a DeepSpeed JSON may say, `paths` where things are. What is
+wrong is told all at once, with file, line and the fix (`explain`, `hints`, `sound`; `foreign`: keys of other trainers).
 
 Enters: objectives.
 Shows: explain, hints, sound, strategy, yaml12.
 """
 
-from dspref.config.load import cache_folder, dump, examine, expand, load, read, repeated, resolved, schema, shipped
-from dspref.config.sections import CheckpointSection, Config, LoraSection, ModelSection, SourceSection
+from dspref.config.data_section import SourceSection
+from dspref.config.load import cache_folder, dump, examine, load, read, repeated, resolved, schema
+from dspref.config.paths import expand, shipped
+from dspref.config.sections import CheckpointSection, Config, LoraSection, ModelSection
 
 __all__ = [
     "CheckpointSection", "Config", "LoraSection", "ModelSection", "SourceSection",

@@ -20,14 +20,9 @@ from dspref.config import checks
 from dspref.config.checks import BESIDE_PATH
 from dspref.config.explain import Complaint, Kind, explain, line, written_path
 from dspref.config.paths import expand, shipped
-from dspref.config.sections import CheckpointSection, Config, LoraSection, ModelSection, SourceSection, in_full
+from dspref.config.sections import Config, in_full
 from dspref.config.yaml12 import Position, apply_override, parse
 from dspref.errors import ConfigError
-
-__all__ = [
-    "CheckpointSection", "Config", "LoraSection", "ModelSection", "SourceSection",
-    "cache_folder", "dump", "expand", "load", "read", "repeated", "resolved", "schema", "shipped",
-]  # fmt: skip
 
 # Lines that are told of one config, and rounds of taking faults out of it.
 MAX_LINES, MAX_REPAIRS = 40, 20

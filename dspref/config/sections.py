@@ -7,29 +7,17 @@ else, so that runs, locks and resolved configs agree: `~` in a path (`FilePath`)
 
 from __future__ import annotations
 
-import builtins
 import os
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, cast, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
+from pydantic import BeforeValidator, Field
 
 from dspref.config import strategy
+from dspref.config.data_section import Columns, DataSection, SourceSection, Template, source_in_full
+from dspref.config.objective_section import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, ObjectiveSection, objective_name
 from dspref.config.paths import FilePath, TemplatePath, shipped
-from dspref.objectives import MEANINGS, OBJECTIVES, Family, defaults, keys_of, losses
-
-
-class Section(BaseModel):
-    """A part of the config: strict types, no unknown keys, immutable, each key documented by the text below it."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
+from dspref.config.section import Section
 
 
 class LoraSection(Section):
@@ -137,167 +125,6 @@ class ReferenceSection(Section):
     """TR-DPO: optimizer steps between two syncs."""
 
 
-class Columns(Section):
-    prompt: str = "prompt"
-    """Column that holds the prompt."""
-    chosen: str = "chosen"
-    """Column that holds the better answer."""
-    rejected: str = "rejected"
-    """Column that holds the worse answer."""
-    system: str | None = None
-    """Column that holds a system message; default: `system`, where there is one. With it texts become a conversation."""
-    tools: str | None = None
-    """Column that holds the tools of a conversation, a list or JSON text of one; default: `tools`."""
-    completions: str | None = None
-    """Column that holds a list of answers, in place of chosen and rejected; `column.key`: a key of each item. Default:
-    `completions`, in rows without a chosen answer."""
-    scores: str | None = None
-    """Column that holds their scores, higher is better; `column.key`: a key of each item. Default: `scores`."""
-    ranks: str | None = None
-    """Column that holds their ranks, 1 is the best; `column.key`: a key of each item. Default: `ranks`, without `scores`."""
-
-    @property
-    def named(self) -> dict[str, str]:
-        """The columns with other names than they have by default."""
-        return {
-            key: getattr(self, key) for key, field in Columns.model_fields.items() if getattr(self, key) != field.default
-        }
-
-
-class Template(Section):
-    prompt: str
-    """Text of the prompt, with {column} fields."""
-    chosen: str
-    """Text of the better answer."""
-    rejected: str
-    """Text of the worse answer."""
-    system: str | None = None
-    """System message; with it the row becomes a conversation. Rows in which it is empty have none."""
-
-
-AS = """What texts are: `chat`, a user's message and an assistant's; `text`, taken as they are. Default: `chat` for a
-`template` where the tokenizer has a chat template, and for rows with a system message; else `text`."""
-# `as` is a keyword of Python, and no attribute that a class could declare.
-_As: type[Section] = create_model(
-    "_As", __base__=Section, **cast(Any, {"as": (Annotated[Literal["chat", "text"] | None, Field(description=AS)], None)})
-)
-
-
-class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
-    path: FilePath
-    """File, glob, folder or hub id."""
-    split: str | None = None
-    """Split of a hub data set, folder or glob, or a part of one: train, train[:1000], train[10%:], train+test. Default:
-    train, or what a single file or all files of a glob are."""
-    name: str | None = None
-    """Which data set, where a hub id or a folder holds several (configs)."""
-    data_dir: str | None = None
-    """Folder within a hub data set or a local folder."""
-    revision: str | None = None
-    """Hub revision of the data set (branch, tag or commit)."""
-    max_samples: Annotated[int, Field(gt=0)] | None = None
-    """Use only the first so many rows."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over this source per epoch; a fraction is sampled by the seed."""
-    columns: Columns = Columns()
-    """Names of the columns in this source."""
-    template: Template | None = None
-    """Texts made from columns, instead of columns taken as they are."""
-    pairs: Literal["all", "best_against_rest", "best_against_worst"] = "all"
-    """Of a row with several scored answers, which two make a pair; equal scores make none."""
-
-    @property
-    def as_(self) -> str | None:
-        return getattr(self, "as")
-
-
-def _source(value: Any) -> Any:
-    """A text is the path of a source."""
-    return {"path": value} if isinstance(value, str) else value
-
-
-# A source as the file may have it, and in the schema.
-OneSource = Annotated[SourceSection, BeforeValidator(_source, json_schema_input_type=SourceSection | str)]
-
-
-def _one_or_list(value: Any) -> str:
-    return "many" if isinstance(value, list) else "one"
-
-
-def _one_or_named(value: Any) -> str:
-    named = isinstance(value, Mapping) and all(isinstance(v, Mapping | SourceSection) for v in value.values())
-    return "many" if named else "one"
-
-
-OneOrList = Annotated[
-    Union[
-        Annotated[OneSource, Tag("one")],
-        Annotated[Annotated[list[OneSource], Field(min_length=1)], Tag("many")],
-    ],
-    Discriminator(_one_or_list),
-]
-OneOrNamed = Annotated[
-    Union[Annotated[OneSource, Tag("one")], Annotated[dict[str, SourceSection], Tag("many")]],
-    Discriminator(_one_or_named),
-]
-
-
-class DataSection(Section):
-    train: OneOrList
-    """A source, or a list of sources: a mixture. A source that is only a path may be written as such."""
-    eval: OneOrNamed | None = None
-    """Held-out pairs: one source, or `name: source` for several."""
-    max_length: Annotated[int, Field(ge=2)] | None = 2048
-    """Longest prompt + answer in tokens; of longer ones the prompt is cut first, then the answers."""
-    max_prompt_length: Annotated[int, Field(ge=1)] | None = None
-    """Longest prompt in tokens."""
-    max_completion_length: Annotated[int, Field(ge=1)] | None = None
-    """Longest answer in tokens; its head is kept."""
-    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which end of a long prompt survives; with keep_end, what the template puts before the first message stays too."""
-    min_prompt_length: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of a prompt that stay before answers are cut to max_length; default: a quarter of max_length."""
-    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What to do with a pair that is beyond max_length, max_prompt_length or max_completion_length."""
-    scored: Literal["assistant", "last", "all"] = "assistant"
-    """Tokens of a conversation that are scored. `assistant`: what the model itself writes in every turn of the answer, each
-    with the token that ends it; `last`: the same of the last turn alone; `all`: everything behind the prompt, headers and
-    other roles' turns too, as in TRL."""
-    tokens_per_pack: Annotated[int, Field(ge=1)] = 16384
-    """Computed tokens per rank and micro-step. A longer pair gets a pack of its own."""
-    prefix_sharing: bool | Literal["auto"] = "auto"
-    """Compute the prompt once for both answers; `auto`: when it saves more than 3 % of the tokens."""
-    shuffle: bool = True
-    """Shuffle each epoch by the seed; false: the order of the files."""
-    keep_together: Literal["row", "prompt", "none"] = "row"
-    """Pairs that stay side by side when shuffled, so that what they share is computed once: those of one row, those of one
-    prompt, or none."""
-    on_bad_row: Literal["error", "drop"] = "error"
-    """What to do with a row that cannot be used: stop and name it, or leave it out and count it."""
-
-    def source_keys(self, of: Literal["train", "eval"]) -> dict[str, SourceSection]:
-        """The sources of train or eval by their keys in the YAML."""
-        part, key = getattr(self, of), f"data.{of}"
-        if isinstance(part, list):
-            return {f"{key}.{number}": source for number, source in enumerate(part)}
-        if isinstance(part, dict):
-            return {f"{key}.{name}": source for name, source in part.items()}
-        return {key: part} if part else {}
-
-    @property
-    def train_sources(self) -> list[SourceSection]:
-        return self.train if isinstance(self.train, list) else [self.train]
-
-    @property
-    def eval_sources(self) -> dict[str, SourceSection]:
-        """Held-out sets by the prefix of their metrics: `eval_`, or `eval_<name>_` where there are several."""
-        if self.eval is None:
-            return {}
-        if isinstance(self.eval, SourceSection):
-            return {"eval_": self.eval}
-        return {f"eval_{name}_": source for name, source in self.eval.items()}
-
-
 class TrainSection(Section):
     pairs_per_step: Annotated[int, Field(gt=0)] = 128
     """Pairs per optimizer step over all ranks: the global batch."""
@@ -377,68 +204,6 @@ class LogSection(Section):
     """The tracker's name for this run; default: the name of the run folder."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The objective section comes from the table of losses: a loss's keyword-only arguments are its YAML keys
-
-
-DEFAULT_OBJECTIVE = "dpo"
-
-
-def _objective_section(name: str, family: Family) -> type[Section]:
-    loss_type: Any = Literal[tuple(family.losses)]
-    named = Annotated[Literal[name], Field(description="The family of objectives; the other keys depend on it.")]
-    fields: dict[str, Any] = {"name": (named, DEFAULT_OBJECTIVE if name == DEFAULT_OBJECTIVE else ...)}
-    first = next(iter(family.losses))
-    about = Field(description=MEANINGS["loss_type"])
-    fields["loss_type"] = (Annotated[_one_or_several(loss_type) if family.mixes else loss_type, about], first)
-    if family.mixes:
-        weights = list[Annotated[float, Field(ge=0)]] | None
-        fields["loss_weights"] = (Annotated[weights, Field(description=MEANINGS["loss_weights"])], None)
-    functions = (family.assemble, *(loss.function for loss in family.losses.values()))
-    for key, of in defaults(name, family.losses).items():
-        kinds = [_named(keys_of(function)[key].annotation) for function in functions if key in keys_of(function)]
-        # Where losses differ in their default, None stands for the loss's own.
-        default = of[0] if len(of) == 1 else None
-        fields[key] = (_as_field(kinds, key, optional=len(of) > 1), default)
-    return create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
-
-
-def _objective_name(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        return value.get("name", DEFAULT_OBJECTIVE)
-    return getattr(value, "name", None)
-
-
-def _one_or_several(kind: Any) -> Any:
-    several = Annotated[list[kind], Field(min_length=1)]
-    return Annotated[Union[Annotated[kind, Tag("one")], Annotated[several, Tag("many")]], Discriminator(_one_or_list)]
-
-
-def _named(annotation: Any) -> Any:
-    """The type that an annotation's source text names: one of `dspref.objectives.losses`, or a built-in one."""
-    return annotation if not isinstance(annotation, str) else vars(losses).get(annotation) or vars(builtins)[annotation]
-
-
-def _as_field(kinds: Sequence[Any], key: str, optional: bool) -> Any:
-    """The pydantic type of a key that some losses take, with None as a value where `optional`.
-
-    Of ranges such as `Annotated[float, {"gt": 0}]` it has what all share; `checks` holds each loss to its own.
-    """
-    bounds = [kind.__metadata__[0] if get_origin(kind) is Annotated else {} for kind in kinds]
-    if any("ge" in bound for bound in bounds):  # the weaker of >= 0 and > 0
-        bounds = [{"ge" if name == "gt" else name: limit for name, limit in bound.items()} for bound in bounds]
-    shared = {bound: limit for bound, limit in bounds[0].items() if all(other.get(bound) == limit for other in bounds)}
-    inner = kinds[0].__origin__ if get_origin(kinds[0]) is Annotated else kinds[0]
-    return Annotated[inner | None if optional else inner, Field(**shared, description=MEANINGS[key])]
-
-
-OBJECTIVE_SECTIONS = {name: _objective_section(name, family) for name, family in OBJECTIVES.items()}
-ObjectiveSection = Annotated[
-    Union[tuple(Annotated[section, Tag(name)] for name, section in OBJECTIVE_SECTIONS.items())],
-    Discriminator(_objective_name),
-]
-
-
 class Config(Section):
     """A whole run."""
 
@@ -482,7 +247,7 @@ def in_full(path: tuple[str | int, ...], value: Any) -> Any:
         case ("model", "lora"):
             return _lora(value)
         case ("data", "train" | "eval") | ("data", "train", int()):
-            return _source(value)
+            return source_in_full(value)
         case ("log", "trackers"):
             return _trackers(value)
     return value
@@ -494,7 +259,7 @@ def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | No
         case ():
             return Config
         case ("objective",):
-            name = _objective_name(document.get("objective")) if isinstance(document, Mapping) else None
+            name = objective_name(document.get("objective")) if isinstance(document, Mapping) else None
             return OBJECTIVE_SECTIONS.get(name) if isinstance(name, str) else None
         case ("model", "lora"):
             return LoraSection

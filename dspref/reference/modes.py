@@ -22,7 +22,7 @@ from dspref.data.loader import Layout
 from dspref.data.store import PairStore
 from dspref.engine import engine, finite
 from dspref.engine.engine import Engine
-from dspref.model import adapters, admission, packed
+from dspref.model import adapters, admission, loading, packed
 from dspref.model.adapters import Saved
 from dspref.model.logps import TokenLogps, pair_logps, scored_tokens
 from dspref.model.router import Routing
@@ -164,7 +164,7 @@ def digest(config: Config, weights: str) -> str:
     if resolve_mode(config) == "none":
         return ""
     section, adapter = described(config, weights)
-    found = packed.content_digest(section)
+    found = loading.content_digest(section)
     return found if adapter is None else hashlib.sha256((found + adapters.digest(adapter)).encode()).hexdigest()
 
 
@@ -244,10 +244,10 @@ def load_forward(config: Config, weights: str, device_type: str) -> Any:
     default = 3 if config.zero_stage == 3 or own.offload == "cpu" else 0
     stage = own.zero_stage if own.zero_stage is not None else default
     section, adapter = described(config, weights)
-    kernel = admission.check(section, packed.load_config(section), config.data.max_length, 0, device_type)
+    kernel = admission.check(section, loading.load_config(section), config.data.max_length, 0, device_type)
     zero3 = engine.reference_config(config) if stage == 3 else None
     with_adapter = partial(adapters.frozen, source=adapter) if adapter else None
-    reference = packed.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)
+    reference = loading.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)
     finite.refuse_not_finite(reference.lm, section.dtype, partial(source_in_reference, config, weights))
     forward = engine.reference_forward(packed.prepare_as_reference(reference), config, stage)
     size, where = engine.weight_bytes(forward)

@@ -29,8 +29,9 @@ from dspref.files import read_json, remove
 from dspref.objectives import RunningMean
 from dspref.reading import is_count
 from dspref.run import manifest
-from dspref.run.folder import RunFolder, digest_of, environment
+from dspref.run.folder import RunFolder, environment
 from dspref.run.manifest import step_of
+from dspref.run.settings import digest_of
 from dspref.secrets import redact
 
 # Of folders that a process leaves behind when it is killed: a save, a conversion, a deletion, a look past what is foreign.

@@ -20,7 +20,7 @@ from dspref.config import Config, ModelSection, shipped
 from dspref.engine.engine import Engine
 from dspref.errors import IOFault, NumericFault
 from dspref.files import Hashes, flushed_tree, remove, sync_folder
-from dspref.model import adapters, packed
+from dspref.model import adapters, unpacked
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives import describe
 from dspref.reference import modes
@@ -118,7 +118,7 @@ def _write_adapter(
 
 def _write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) -> None:
     """Added up in fp32 and rounded once, to the type of the run."""
-    plain = packed.load_original(section, base, dtype="float32")
+    plain = unpacked.load_original(section, base, dtype="float32")
     lm = adapters.merged(plain, str(adapter)).to(getattr(torch, section.dtype))
     lm.save_pretrained(draft, max_shard_size=MAX_SHARD)
     verify(draft, lm.state_dict(), section.trust_remote_code)
@@ -136,7 +136,7 @@ def refuse_not_finite(state: Mapping[str, Tensor]) -> None:
 
 def verify(folder: Path, state: Mapping[str, Tensor], trust_remote_code: bool = False) -> None:
     """Load `folder` as a user would and compare every weight with `state`, bit by bit. Raises IOFault."""
-    _compare(folder, state, packed.load_plain(str(folder), trust_remote_code).state_dict())
+    _compare(folder, state, unpacked.load_plain(str(folder), trust_remote_code).state_dict())
 
 
 def _compare(folder: Path, state: Mapping[str, Tensor], reloaded: Mapping[str, Tensor]) -> None:

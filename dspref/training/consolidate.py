@@ -17,11 +17,12 @@ from dspref.config import Config, shipped
 from dspref.data.tokenize import load_tokenizer
 from dspref.engine import shards
 from dspref.errors import ConfigError, DataError, IOFault
-from dspref.model import packed
+from dspref.model import loading
 from dspref.reference import modes
 from dspref.run import export, manifest
 from dspref.run.checkpoint import committed_folders, damage_of
-from dspref.run.folder import RESOLVED, RunFolder, decisive, settings_of
+from dspref.run.folder import RESOLVED, RunFolder
+from dspref.run.settings import decisive, settings_of
 from dspref.training import stages
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     base = str(run.path / "init") if config.model.init == "random" else config.model.name_or_path
     refuse_other_base(run, config)
-    packed.quiet()
+    loading.quiet()
     with named_files_of(checkpoint, said) as clean:
         shards.refuse_foreign(clean / shards.FOLDER)
         state = in_type(full_state(clean / shards.FOLDER, config.model.lora is not None), config.model.dtype)
     section = config.model.model_copy(update={"load_in_4bit": False})  # which needs a GPU; what is trained is beside it
-    policy = packed.load(section, base, "sdpa", section.dtype, None, modes.attach(config))
+    policy = loading.load(section, base, "sdpa", section.dtype, None, modes.attach(config))
     name = section.tokenizer_name_or_path or section.name_or_path
     tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
     summary = {"step": said["step"], "metrics": said["metrics"]}

@@ -19,7 +19,7 @@ from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
-from dspref.model import adapters, admission, digests, packed, weights
+from dspref.model import adapters, admission, digests, loading, weights
 from dspref.reference import modes
 from dspref.run.export import warn_of_other_tokenizer
 
@@ -35,7 +35,7 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
     section, data = config.model, config.data
 
     def work():
-        model_config = packed.load_config(section)
+        model_config = loading.load_config(section)
         tokenizer = tokenizer_of(config)
         kernel = admission.check(section, model_config, data.max_length, 0, device_type)
         if section.init == "pretrained":
@@ -125,7 +125,7 @@ def check_adapters(config: Config, device_type: str) -> None:
     """Refuse what an adapter or 8-bit states need and this machine, or the disk, has not."""
     adapters.check(config.model)
     if config.model.lora:
-        adapters.try_on(packed.skeleton(config.model), config.model)
+        adapters.try_on(loading.skeleton(config.model), config.model)
     if config.train.optim == "adamw_8bit":
         admission.require_bitsandbytes("train.optim: adamw_8bit", device_type)
 
@@ -137,7 +137,7 @@ def check_reference(config: Config, vocabulary: int, device_type: str, longest: 
         if adapter:
             adapters.folder_of(adapter)
         else:
-            described = packed.load_config(section)
+            described = loading.load_config(section)
             admission.check(section, described, config.data.max_length, vocabulary, device_type)
             if config.data.max_length is None:
                 admission.refuse_long_pairs(described, longest)

@@ -15,7 +15,7 @@ from dspref.data.loader import Layout
 from dspref.data.store import PairStore
 from dspref.engine import engine
 from dspref.errors import ConfigError, NumericFault
-from dspref.model import packed
+from dspref.model import loading
 from dspref.reference import filling, modes
 from dspref.reference.store import ReferenceStore
 from dspref.report import console
@@ -31,7 +31,7 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     refuse_without_store(config)
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
-    packed.quiet()
+    loading.quiet()
     _, _, pairs, held_out = preparation.prepare(config, device.type)
     layout = modes.scoring_layout(config, stages.plan(config, pairs)[0], device.type)
     sets = {"train": pairs, **held_out}

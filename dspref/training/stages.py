@@ -25,7 +25,7 @@ from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.files import read_lines, write_atomically
 from dspref.machine import agreement, preflight
 from dspref.machine.machine import FAIL, Scene, Verdict
-from dspref.model import adapters, packed
+from dspref.model import adapters, loading, packed, unpacked
 from dspref.model.packed import PackedCausalLM
 from dspref.model.weights import one_line
 from dspref.objectives import Objective, build_objective, describe
@@ -36,6 +36,7 @@ from dspref.report import console
 from dspref.run.checkpoint import committed_folders
 from dspref.run.export import adapter_in_words, export
 from dspref.run.folder import RunFolder
+from dspref.run.settings import refuse_changes
 from dspref.training import outcome
 from dspref.watch import lock
 from dspref.watch.watch import Watch
@@ -68,7 +69,7 @@ def already_finished(run: RunFolder, config: Config) -> bool:
             distributed.log(warning)
         if config.checkpoint.resume == "required" and not committed_folders(run):
             raise ConfigError(f"checkpoint.resume: required, but {run.path} holds no checkpoint; use auto to start anew")
-        changes = [] if anew else run.refuse_changes(config)
+        changes = [] if anew else refuse_changes(run, config)
         for change in changes:
             distributed.log(f"changed since this run began: {change}")
         finished = not anew and run.is_finished
@@ -169,7 +170,7 @@ def open_run(
         watch.lock = lock.Lock.claim(run.path)
         run.open(config, source, engine.training_config(config), steps)
         if random:
-            packed.initialise(config.model, run.path / "init", config.train.seed)
+            loading.initialise(config.model, run.path / "init", config.train.seed)
             content.setdefault("reference", modes.digest(config, weights))
         run.update(content=content)
 
@@ -194,7 +195,7 @@ def beginnings(config: Config) -> dict[str, str]:
     """Digests of what no checkpoint holds: the model's config, the weights below an adapter, a saved adapter's settings."""
     section = config.model
     whole = section.lora is not None and section.init == "pretrained"
-    found = {"model": packed.content_digest(section) if whole else packed.config_digest(section)}
+    found = {"model": loading.content_digest(section) if whole else loading.config_digest(section)}
     adapter = adapters.own(section)
     return found | ({"adapter": adapters.digest(adapter)} if adapter else {})
 
@@ -239,7 +240,7 @@ def introduce(
 
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
     zero3 = engine.training_config(config) if config.zero_stage == 3 else None
-    policy = packed.load(config.model, weights, kernel, config.model.dtype, zero3, modes.attach(config))
+    policy = loading.load(config.model, weights, kernel, config.model.dtype, zero3, modes.attach(config))
     finite.refuse_not_finite(policy.lm, config.model.dtype, partial(modes.source_in_policy, config, weights))
     policy = packed.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if coefficient := policy.router_aux_loss_coef:
@@ -313,10 +314,10 @@ def write_samples(
     prompts = [pair.prompt.tolist() for pair in pairs]
     stop = cast(int, tokenizer.eos_token_id)
     answers = [
-        packed.generate(load(), prompts, SAMPLE_TOKENS, stop)
+        unpacked.generate(load(), prompts, SAMPLE_TOKENS, stop)
         for load in (
-            lambda: packed.load_beginning(config.model, weights),
-            lambda: packed.load_plain(str(run.final), config.model.trust_remote_code),
+            lambda: unpacked.load_beginning(config.model, weights),
+            lambda: unpacked.load_plain(str(run.final), config.model.trust_remote_code),
         )
     ]
     rows = [

@@ -8,7 +8,7 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.data.show import mark
 from dspref.data.store import PairStore
-from dspref.model import packed
+from dspref.model import loading
 from dspref.training import preparation
 
 # Pairs that are shown of each source.
@@ -20,7 +20,7 @@ def report(config: Config, colour: bool = False) -> None:
 
     Raises DataError and ConfigError as the run would.
     """
-    packed.quiet()
+    loading.quiet()
     tokenizer = preparation.tokenizer_of(config)
     data = config.data
     train, held_out = (

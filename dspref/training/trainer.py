@@ -13,7 +13,7 @@ from dspref.data.loader import Layout, StepLoader
 from dspref.data.store import PairStore
 from dspref.engine import engine
 from dspref.engine.engine import Engine
-from dspref.model import packed
+from dspref.model import loading
 from dspref.objectives import build_objective
 from dspref.reference import modes as references
 from dspref.reference.modes import Reference
@@ -39,7 +39,7 @@ def train(config: Config, source: Path | None = None) -> None:
     """
     distributed.init(config.train.seed, config.train.hang_timeout)
     device = engine.bring_up(config.model.dtype)
-    packed.quiet()
+    loading.quiet()
     run = RunFolder(config.output_dir)
     if not stages.already_finished(run, config):
         with watching(run.path, run.left) as watch:

@@ -16,7 +16,7 @@ from dspref.data.store import PairStore
 from dspref.engine import engine
 from dspref.engine.engine import Engine
 from dspref.errors import Interrupted, UserError
-from dspref.model import packed
+from dspref.model import loading
 from dspref.objectives import RunningMean, build_objective
 from dspref.reference import modes as references
 from dspref.report.metrics import Meter
@@ -59,7 +59,7 @@ def _load_policy(
 ) -> tuple[Engine, PairStore, dict[str, PairStore], StepLoader, str]:
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
-    packed.quiet()
+    loading.quiet()
     kernel, _, pairs, held_out = preparation.prepare(config, device.type)
     _, loader = stages.plan(config, pairs)
     weights = config.model.name_or_path
@@ -122,7 +122,7 @@ def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float
     config = configuration.load(config_path, overrides)
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
-    packed.quiet()
+    loading.quiet()
     kernel = preparation.prepare(config, device.type)[0]
     objective = build_objective(**config.objective.model_dump())
     before = _private_mb()

@@ -25,7 +25,7 @@ from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_m
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from workers import Failed, Workers
 
-from dspref.model.packed import load_plain
+from dspref.model.unpacked import load_plain
 
 LN2 = math.log(2)
 DPO = {"name": "dpo", "beta": 0.4}

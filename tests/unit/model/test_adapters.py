@@ -21,7 +21,8 @@ from dspref.config import ModelSection
 from dspref.errors import ConfigError
 from dspref.model import adapters
 from dspref.model.adapters import Adapters, Saved
-from dspref.model.packed import content_digest, load_beginning
+from dspref.model.loading import content_digest
+from dspref.model.unpacked import load_beginning
 
 IDS = torch.arange(5, 25)[None]
 

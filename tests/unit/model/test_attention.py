@@ -16,7 +16,7 @@ from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch, collate
 from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError, EnvironmentFault, UserError
-from dspref.model import admission, attention
+from dspref.model import admission, attention, loading
 from dspref.model import packed as model
 from dspref.model.attention import PACKED, Options, Segments, causal_mask, packed_attention
 from dspref.model.packed import PackedCausalLM
@@ -86,7 +86,7 @@ def test_packed_forward_is_one_plain_forward_per_sequence(family: str, tmp_path:
     assert set(expected_gradients) == {name for name, _ in lm.named_parameters()}
 
     section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
-    packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
+    packed = loading.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
     for sharing in (False, True):
         ours, routing = packed(collate(pairs, range(len(pairs)), prefix_sharing=sharing))
         assert routing is None, "the router loss is for a policy that was prepared for training"
@@ -121,8 +121,8 @@ def test_what_no_file_holds_is_put_into_shards_as_a_whole_model_has_it(family, o
     )
     save_tiny(tmp_path, config, seed=1)
     section = ModelSection(name_or_path=str(tmp_path), dtype="bfloat16")
-    whole = model.load(section, str(tmp_path), "sdpa", "bfloat16", zero3=None).lm
-    computed = model._computed_buffers(section, model.load_config(section), "bfloat16")
+    whole = loading.load(section, str(tmp_path), "sdpa", "bfloat16", zero3=None).lm
+    computed = loading._computed_buffers(section, loading.load_config(section), "bfloat16")
     assert computed.keys() == {name for name, _ in whole.named_non_persistent_buffers()}
     for name, buffer in computed.items():
         assert buffer.dtype == whole.get_buffer(name).dtype and torch.equal(buffer, whole.get_buffer(name)), name
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     results = []
     for checkpointing in (False, True):
         section = ModelSection(name_or_path=str(tmp_path), dtype="float32", gradient_checkpointing=checkpointing)
-        packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
+        packed = loading.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
         packed = model.prepare_for_training(packed, section, with_collision=False)
         assert {layer.gradient_checkpointing for layer in packed.lm.base_model.layers} == {checkpointing}
         (logps, *_), _ = packed(batch)
@@ -150,7 +150,7 @@ def test_collision_entropies_come_with_the_policy_that_was_asked_for_them(tmp_pa
     section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
     batch, given = collate(some_pairs(1), [0], prefix_sharing=False), {}
     for asked in (False, True):
-        packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
+        packed = loading.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
         given[asked], _ = model.prepare_for_training(packed, section, with_collision=asked)(batch)
     assert given[False].collision is None
     assert torch.equal(given[True].logps, given[False].logps)
@@ -163,7 +163,7 @@ def test_collision_entropies_come_with_the_policy_that_was_asked_for_them(tmp_pa
 
 def test_who_shares_a_pack_changes_nothing(tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
-    packed = model.load(ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None)
+    packed = loading.load(ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None)
     pairs = some_pairs()
     with torch.no_grad():
         together, _ = packed(collate(pairs, range(3), prefix_sharing=True))
@@ -173,7 +173,7 @@ def test_who_shares_a_pack_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_filler_pack_gives_zero_gradients_to_every_parameter(tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("qwen2"), seed=1)
-    packed = model.load(ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None)
+    packed = loading.load(ModelSection(name_or_path=str(tmp_path), dtype="float32"), str(tmp_path), "sdpa", "float32", None)
     (logps, *_), _ = packed(collate([], [], prefix_sharing=True))
     assert logps.shape == (0,)
     logps.sum().backward()
@@ -187,7 +187,7 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
     batch, spread = collate(some_pairs(), range(3), prefix_sharing=True), {}
     for disable in (True, False):
         section = ModelSection(name_or_path=str(tmp_path), dtype="float32", disable_dropout=disable)
-        packed = model.load(section, str(tmp_path), "sdpa", "float32", None).train()
+        packed = loading.load(section, str(tmp_path), "sdpa", "float32", None).train()
         assert packed.published_config.attn_pdrop == 0.3
         with torch.no_grad():
             spread[disable] = (packed(batch)[0].logps - packed(batch)[0].logps).abs().max().item()

@@ -23,7 +23,7 @@ from dspref.config import Config, LoraSection, ModelSection
 from dspref.data.tokenize import load_tokenizer
 from dspref.engine import finite
 from dspref.errors import ExitCode, UserError
-from dspref.model import adapters, admission, digests, packed, weights
+from dspref.model import adapters, admission, digests, loading, packed, weights
 from dspref.model.adapters import Saved
 from dspref.reference import modes
 
@@ -53,16 +53,16 @@ def section(folder: Path, **keys: Any) -> ModelSection:
 
 def admitted(of: ModelSection) -> str:
     """What is asked of a model before a run folder is made; its attention kernel."""
-    config = packed.load_config(of)
+    config = loading.load_config(of)
     kernel = admission.check(of, config, 64, 0, "cpu")
     admission.check_weights(of, config)
-    packed.content_digest(of)
+    loading.content_digest(of)
     return kernel
 
 
 def begun(of: ModelSection) -> packed.PackedCausalLM:
     """And of one that is then loaded."""
-    loaded = packed.load(of, of.name_or_path, admitted(of), of.dtype, None)
+    loaded = loading.load(of, of.name_or_path, admitted(of), of.dtype, None)
     finite.refuse_not_finite(loaded.lm, of.dtype, lambda tensor: ("model.name_or_path", of.name_or_path))
     return loaded
 
@@ -91,7 +91,7 @@ def test_random_weights_are_on_disk_before_they_have_their_name(sound: Path, tmp
         plain(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    packed.initialise(section(sound, init="random"), tmp_path / "init", 3)
+    loading.initialise(section(sound, init="random"), tmp_path / "init", 3)
     for name in ("model.safetensors", "config.json", ""):
         assert str(tmp_path / ".init.draft" / name).rstrip("/") in flushed, name
     assert flushed[-1] == str(tmp_path)
@@ -102,7 +102,7 @@ def test_random_weights_are_on_disk_before_they_have_their_name(sound: Path, tmp
 def test_what_lies_where_random_weights_are_drafted_or_kept_makes_way(stray, sound: Path, tmp_path: Path) -> None:
     stray(tmp_path / ".init.draft")
     stray(tmp_path / "init")
-    folder = packed.initialise(section(sound, init="random"), tmp_path / "init", 3)
+    folder = loading.initialise(section(sound, init="random"), tmp_path / "init", 3)
     assert (Path(folder) / "model.safetensors").is_file() and os.listdir(tmp_path) == ["init"]
 
 
@@ -374,7 +374,7 @@ def test_the_kernels_that_a_model_asks_for_are_not_used(keys: dict[str, Any], so
     folder = copy_of(sound, tmp_path, says(**keys))
     policy = begun(section(folder))
     assert policy.lm.config._attn_implementation == packed.PACKED
-    packed.skeleton(section(folder))
+    loading.skeleton(section(folder))
     (policy.published_config).save_pretrained(tmp_path / "out")
     written = (tmp_path / "out" / "config.json").read_text()
     assert "evil" not in written and not set(keys) & set(json.loads(written))
@@ -388,7 +388,7 @@ def test_the_digest_covers_what_is_loaded_and_nothing_else(sound: Path, tmp_path
         t["model.norm.weight"][0] += 1
 
     def digest(change: Change) -> str:
-        return packed.content_digest(section(copy_of(sound, tmp_path, change)))
+        return loading.content_digest(section(copy_of(sound, tmp_path, change)))
 
     whole = digest(lambda f: None)
     assert digest(holds("consolidated.safetensors", "anything")) == whole, "which is not loaded"
@@ -402,9 +402,9 @@ def test_the_digest_covers_what_is_loaded_and_nothing_else(sound: Path, tmp_path
 def test_model_safetensors_comes_before_an_index(sound: Path, tmp_path: Path) -> None:
     """As transformers has it, so the digest is that of the file that is loaded."""
     folder = copy_of(sound, tmp_path, lambda f: None)
-    whole = packed.content_digest(section(folder))
+    whole = loading.content_digest(section(folder))
     (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "../x.bin"}}')
-    assert packed.content_digest(section(folder)) == whole
+    assert loading.content_digest(section(folder)) == whole
     begun(section(folder))
 
 
@@ -427,7 +427,9 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(sound: Path, tmp
     by_name = section(Path("some/model"))
     assert weights.fetch(by_name) == [snapshot / "model.safetensors"]
     assert (
-        packed.content_digest(by_name) == packed.content_digest(section(snapshot)) == packed.content_digest(section(sound))
+        loading.content_digest(by_name)
+        == loading.content_digest(section(snapshot))
+        == loading.content_digest(section(sound))
     )
     begun(by_name)
     (snapshot / "model.safetensors").unlink()
@@ -438,7 +440,7 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(sound: Path, tmp
 
 def test_a_folder_that_is_a_link_is_a_folder(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(sound)
-    assert packed.content_digest(section(tmp_path / "link")) == packed.content_digest(section(sound))
+    assert loading.content_digest(section(tmp_path / "link")) == loading.content_digest(section(sound))
 
 
 # ------------------------------------------------------------------------------------------------------ names of folders
@@ -463,7 +465,7 @@ def test_a_folder_that_is_not_there(name: str, reason: str, sound: Path, tmp_pat
     copy_of(sound, tmp_path, lambda f: None)
     (tmp_path / "empty").mkdir()
     name, reason = (text.replace("TMP", str(tmp_path)) for text in (name, reason))
-    error = refusal(lambda: packed.load_config(section(Path(name)).model_copy(update={"name_or_path": name})))
+    error = refusal(lambda: loading.load_config(section(Path(name)).model_copy(update={"name_or_path": name})))
     assert reason in str(error) and "Repo id" not in str(error) and error.exit_code == ExitCode.CONFIG
 
 
@@ -533,7 +535,7 @@ def test_a_bad_adapter_is_one_line(case: str, sound: Path, tmp_path: Path) -> No
     def look() -> None:
         adapters.check(of)
         adapters.digest(Saved(str(tmp_path / "adapter"), "default"))
-        adapters.for_training(packed.load(of, str(sound), "sdpa", "float32", None).lm, of, seed=1)
+        adapters.for_training(loading.load(of, str(sound), "sdpa", "float32", None).lm, of, seed=1)
 
     error = refusal(look)
     assert reason in str(error) and error.exit_code == ExitCode.CONFIG
@@ -543,7 +545,7 @@ def test_a_nan_in_an_adapter_is_found(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound / "adapter", tmp_path / "adapter")
     adapter_tensors(lambda t: t[FIRST].fill_(float("nan")))(tmp_path / "adapter")
     of = section(sound, lora=LoraSection(path=str(tmp_path / "adapter")))
-    lm = packed.load(of, str(sound), "sdpa", "float32", None).lm
+    lm = loading.load(of, str(sound), "sdpa", "float32", None).lm
     source_of = partial(modes.source_in_policy, run_of(of), str(sound))
     finite.refuse_not_finite(lm, "float32", source_of)
     adapters.for_training(lm, of, seed=1)
@@ -603,7 +605,7 @@ def test_a_nan_in_the_reference_is_blamed_on_its_own_key() -> None:
 )
 def test_unknown_modules_list_the_known_ones(lora: dict[str, Any], reason: str, sound: Path) -> None:
     of = section(sound, lora=LoraSection(**{"target_modules": ["q_proj"]} | lora))
-    assert reason in str(refusal(lambda: adapters.try_on(packed.skeleton(of), of)))
+    assert reason in str(refusal(lambda: adapters.try_on(loading.skeleton(of), of)))
 
 
 # ------------------------------------------------------------------------------------------- tokenizers and their templates
@@ -690,7 +692,7 @@ def reads_or_refuses(seed: int, sound: Path, tmp_path: Path) -> None:
 
     def adapter() -> None:
         adapters.check(of)
-        lm = packed.load(of, str(sound), "sdpa", "float32", None).lm
+        lm = loading.load(of, str(sound), "sdpa", "float32", None).lm
         finite.refuse_not_finite(adapters.for_training(lm, of, seed=1).peft, "float32", lambda tensor: ("k", "n"))
 
     look: Callable[[], Any] = lambda: begun(of)  # noqa: E731

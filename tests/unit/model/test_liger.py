@@ -16,7 +16,7 @@ from tiny import save_tiny, tiny_config
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.machine import machine
-from dspref.model import liger, packed
+from dspref.model import liger, loading
 
 LIKE_LIGER = """
 from types import MethodType
@@ -86,7 +86,7 @@ def test_one_model_has_ligers_kernels_and_no_other(like_liger: None, tmp_path: P
     save_tiny(tmp_path / "m", tiny_config("llama"), seed=1)
     norm, ids = modeling_llama.LlamaRMSNorm, torch.arange(3, 30)[None]
     exchanged, plain = (
-        packed.load(ModelSection(name_or_path="m", liger=asked), str(tmp_path / "m"), "sdpa", "float32", None).lm
+        loading.load(ModelSection(name_or_path="m", liger=asked), str(tmp_path / "m"), "sdpa", "float32", None).lm
         for asked in (True, False)
     )
     assert modeling_llama.LlamaRMSNorm is norm

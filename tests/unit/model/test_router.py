@@ -28,7 +28,7 @@ from dspref.data.batch import PackedBatch, collate
 from dspref.data.truncate import TokenizedPair
 from dspref.engine import engine
 from dspref.errors import ConfigError
-from dspref.model import admission, router
+from dspref.model import admission, loading, router
 from dspref.model import packed as model
 from dspref.model.packed import PackedCausalLM
 from dspref.model.router import Routing
@@ -282,8 +282,8 @@ def test_a_pack_is_plain_forwards_and_their_routers_together(family: str, tmp_pa
     section = ModelSection(
         name_or_path=str(tmp_path), dtype="float32", gradient_checkpointing=lm.supports_gradient_checkpointing
     )
-    kernel = admission.check(section, model.load_config(section), 64, 256, "cpu")
-    packed = model.load(section, str(tmp_path), kernel, "float32", zero3=None)
+    kernel = admission.check(section, loading.load_config(section), 64, 256, "cpu")
+    packed = loading.load(section, str(tmp_path), kernel, "float32", zero3=None)
     model.prepare_for_training(packed, section, with_collision=False)
     assert packed.router_aux_loss_coef > 0
     for sharing in (False, True):
@@ -417,7 +417,7 @@ def test_the_bias_of_a_routers_choice_is_not_trained(family: str, tmp_path: Path
     """It has no gradient, and transformers forgets on loading that it is frozen: weight decay would shrink it."""
     save_tiny(tmp_path, config_of(family), seed=1)
     section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
-    packed = model.prepare_for_training(model.load(section, str(tmp_path), "sdpa", "float32", None), section, False)
+    packed = model.prepare_for_training(loading.load(section, str(tmp_path), "sdpa", "float32", None), section, False)
     frozen = [name for name, parameter in packed.lm.named_parameters() if not parameter.requires_grad]
     assert len(frozen) == 1 and frozen[0].endswith("e_score_correction_bias")
 
@@ -436,7 +436,7 @@ def test_routers_have_no_noise_in_training_unless_asked_for(family: str, tmp_pat
     batch, same = collate(some_pairs(), range(3), prefix_sharing=True), {}
     for disable in (True, False):
         section = ModelSection(name_or_path=str(tmp_path), dtype="float32", disable_dropout=disable)
-        packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
+        packed = loading.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
         with torch.no_grad():
             quiet = packed.eval()(batch)[0].logps
             same[disable] = torch.equal(packed.train()(batch)[0].logps, quiet)
@@ -450,7 +450,7 @@ def test_routers_are_asked_only_where_their_loss_is_trained(says: bool, tmp_path
     batch = collate(some_pairs(), range(3), prefix_sharing=True)
     for asked, on in ((None, True), (0.0, False)):
         section = ModelSection(name_or_path=str(tmp_path), dtype="float32", router_aux_loss_coef=asked)
-        packed = model.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
+        packed = loading.load(section, str(tmp_path), "sdpa", "float32", zero3=None)
         with torch.no_grad():
             assert model.prepare_as_reference(copy.deepcopy(packed))(batch)[1] is None
             assert (model.prepare_for_training(packed, section, False)(batch)[1] is not None) == on

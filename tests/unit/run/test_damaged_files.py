@@ -19,6 +19,7 @@ from dspref.report import metrics, performance
 from dspref.run import manifest, status
 from dspref.run.checkpoint import Progress
 from dspref.run.folder import RunFolder
+from dspref.run.settings import refuse_changes
 from dspref.training import outcome, stages
 from dspref.watch import lock
 
@@ -105,7 +106,7 @@ def look_at(folder: Path, config: Any) -> None:
         lambda: stages.already_finished(RunFolder(folder), config),
         lambda: (folder / ".lock").unlink(missing_ok=True),
         lambda: stages.already_finished(RunFolder(folder), config),
-        lambda: RunFolder(folder).refuse_changes(config),
+        lambda: refuse_changes(RunFolder(folder), config),
         lambda: outcome.learned(written),
         lambda: performance.medians(metrics.training_lines(written)),
         lambda: Progress.read(folder / STEP / "state.json"),

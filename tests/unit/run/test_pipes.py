@@ -29,6 +29,7 @@ from dspref.model import digests
 from dspref.reference.store import KEY_BYTES, ReferenceStore
 from dspref.run import manifest, record, status
 from dspref.run.folder import RunFolder
+from dspref.run.settings import refuse_changes
 from dspref.watch import lock
 
 pytestmark = pytest.mark.timeout(60)
@@ -199,7 +200,7 @@ READ: dict[str, Callable[[Path], Any]] = {
     "a large file whose digest is asked": lambda f: refused(OSError, lambda: digests.sha256(pipe(f / "x"))),
     "a model's config, for its size": described,
     "records of a run": records,
-    "settings of a run": lambda f: RunFolder(pipe(f / "config.resolved.yaml").parent).refuse_changes(of(f)),
+    "settings of a run": lambda f: refuse_changes(RunFolder(pipe(f / "config.resolved.yaml").parent), of(f)),
     "a manifest": step,
     "a lock": held,
     "metrics and events": grows,

@@ -20,8 +20,9 @@ from dspref.machine.machine import FAIL, Scene
 from dspref.report import metrics
 from dspref.run import export, manifest, record, saving, status
 from dspref.run.checkpoint import Progress, facts_of, find, prune, resume
-from dspref.run.folder import RunFolder, digest_of, mend_tail
+from dspref.run.folder import RunFolder, mend_tail
 from dspref.run.manifest import signed
+from dspref.run.settings import digest_of, refuse_changes
 from dspref.training import outcome, stages
 from dspref.watch import lock
 
@@ -259,7 +260,7 @@ def test_an_old_run_is_set_aside_whole_and_a_kill_within_goes_on(tmp_path):
         before = (folder / "run.json").read_bytes()
         _die_at_rename(kills, lambda folder=folder: opened(folder, "checkpoint.resume=never"))
         RunFolder(folder).refuse_foreign()
-        assert RunFolder(folder).refuse_changes(load(folder, "train.learning_rate=1e-3")) == []
+        assert refuse_changes(RunFolder(folder), load(folder, "train.learning_rate=1e-3")) == []
         new = opened(folder, f"checkpoint.resume={'auto' if kills % 2 else 'never'}")
         asides = [aside for aside in folder.glob("previous-*") if (aside / "final/model.safetensors").exists()]
         assert len(asides) == 1 and sorted(entry.name for entry in asides[0].iterdir()) == names, kills
@@ -417,13 +418,13 @@ def test_changed_settings_are_refused_whatever_became_of_the_file(old, damage, t
         path.write_text(text[: len(text) // 2] if damage == "half" else "")
     if old and damage == "edited":
         return  # nothing could tell
-    assert RunFolder(folder).refuse_changes(config) == []
+    assert refuse_changes(RunFolder(folder), config) == []
     for change in CHANGED:
         with pytest.raises(ConfigError) as refusal:
-            RunFolder(folder).refuse_changes(load(folder, change))
+            refuse_changes(RunFolder(folder), load(folder, change))
         assert "restore it" in str(refusal.value) and "\n" not in str(refusal.value)
     if not old:
-        (line,) = RunFolder(folder).refuse_changes(load(folder, "train.max_steps=99"))
+        (line,) = refuse_changes(RunFolder(folder), load(folder, "train.max_steps=99"))
         assert line.startswith("train.max_steps: ") and line.endswith("-> 99")
 
 
@@ -443,7 +444,7 @@ def test_of_changed_settings_the_one_that_the_user_has_set_is_named(change, said
     folder = tmp_path / "run"
     commit(opened(folder), 4, load(folder))
     with pytest.raises(ConfigError) as refusal:
-        RunFolder(folder).refuse_changes(load(folder, *change))
+        refuse_changes(RunFolder(folder), load(folder, *change))
     assert str(refusal.value).startswith(said.format(folder)), refusal.value
 
 
@@ -453,13 +454,13 @@ def test_a_new_key_with_its_default_is_no_change(tmp_path):
     settings = facts_of(run, config)["settings"]
     del settings["train"]["seed"]
     commit(run, 4, config, settings=settings)
-    assert RunFolder(run.path).refuse_changes(config) == []
+    assert refuse_changes(RunFolder(run.path), config) == []
 
 
 def test_an_unfinished_run_without_a_checkpoint_needs_no_settings(tmp_path):
     run = opened(tmp_path / "run")
     (run.path / "config.resolved.yaml").write_text("half: [")
-    assert RunFolder(run.path).refuse_changes(load(run.path, *CHANGED)) == []
+    assert refuse_changes(RunFolder(run.path), load(run.path, *CHANGED)) == []
 
 
 def test_a_metric_that_is_not_finite_makes_no_checkpoint_unreadable(tmp_path):

@@ -1,0 +1,60 @@
+"""Plain models, as a user loads them: without packs, ranks and DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+)
+
+from dspref.config import ModelSection
+from dspref.model import adapters, weights
+from dspref.model.loading import load_config
+
+
+def load_plain(folder: str, trust_remote_code: bool = False, dtype: str = "auto") -> Any:
+    """`from_pretrained` of a folder's own safetensors, on the CPU; of an adapter's, the model with the adapter on it."""
+    if adapters.is_saved(folder, ""):
+        base, revision = adapters.base_of(folder)
+        section = ModelSection(name_or_path=base, revision=revision, trust_remote_code=trust_remote_code)
+        return adapters.plain(load_original(section, base, dtype), folder)
+    weights.files_of(Path(folder))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+
+
+def load_original(section: ModelSection, source: str, dtype: str = "auto") -> Any:
+    """The plain model of a folder or hub id, by the rules of a policy's."""
+    section = section.model_copy(update={"name_or_path": source})
+    config = load_config(section)
+    weights.fetch(section)
+    return AutoModelForCausalLM.from_pretrained(
+        str(weights.folder_of(section)), config=config, dtype=dtype, trust_remote_code=section.trust_remote_code,
+        use_safetensors=True,
+    )  # fmt: skip
+
+
+def load_beginning(section: ModelSection, source: str) -> Any:
+    """What a policy began as, plain: its weights from `source`, and the saved adapter that it goes on from."""
+    lm = load_original(section, source)
+    adapter = adapters.own(section)
+    return adapters.plain(lm, str(adapters.folder_of(adapter))) if adapter else lm
+
+
+@torch.no_grad()
+def generate(lm: Any, prompts: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
+    """Greedy continuations of some prompts (token ids) by a plain transformers model."""
+    lm.eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = lm.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
+            pad_token_id=stop,
+        )  # fmt: skip
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
