@@ -29,3 +29,20 @@ Nothing here sees a rank, a device or a config object.
 Enters: nothing.
 Shows: ahead, batch, loader, overlap, plan, rows, show, sources, store, tokenize, truncate.
 """
+
+from typing import TYPE_CHECKING
+
+from dspref.lazily import lazily
+
+if TYPE_CHECKING:
+    from dspref.data.batch import PackedBatch, collate
+    from dspref.data.tokenize import load_tokenizer, tokenize_pairs
+    from dspref.data.truncate import Limits, TokenizedPair
+
+__all__ = ["Limits", "PackedBatch", "TokenizedPair", "collate", "load_tokenizer", "tokenize_pairs"]
+__getattr__ = lazily(
+    __name__,
+    **dict.fromkeys(("PackedBatch", "collate"), "dspref.data.batch"),
+    **dict.fromkeys(("load_tokenizer", "tokenize_pairs"), "dspref.data.tokenize"),
+    **dict.fromkeys(("Limits", "TokenizedPair"), "dspref.data.truncate"),
+)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dspref import reading
-from dspref.data.formats import Preference, RowError, one_line
+from dspref.data.formats import Preference, RowError, one_line, to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.template import NO_END, Rendering, Turn, render
@@ -102,6 +102,22 @@ def encode(
     learned, encoder = Learned(tokenizer), Encoder(tokenizer)
     renderings = [render(preference, tokenizer, learned, scored) for preference in preferences]
     return [_truncated(item, limits) for item in split(renderings, ids_of(renderings, encoder), encoder)]
+
+
+def tokenize_pairs(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits | None = None,
+    scored: str = "assistant",
+) -> list[TokenizedPair]:
+    """Rows of two answers, in any layout that a file may have, as a run tokenizes them. Raises RowError for the first that
+    is no pair."""
+    chat_model = tokenizer.chat_template is not None
+    found = encode([to_preference(row, chat_model=chat_model) for row in rows], tokenizer, limits or Limits(), scored)
+    for pair in found:
+        if isinstance(pair, RowError):
+            raise pair
+    return found  # type: ignore[return-value]
 
 
 def _truncated(item: Whole | RowError, limits: Limits) -> TokenizedPair | RowError:

@@ -7,26 +7,24 @@ not expect is handled here; docs/deepspeed.md lists it.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
-
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from dspref import distributed
-from dspref.config import Config, strategy
+from dspref.config import Config
 from dspref.data.batch import PackedBatch
-from dspref.engine import builds, shards
+from dspref.engine import shards
+from dspref.engine.accelerator import ACCELERATOR, deepspeed
+from dspref.engine.ds_config import reference_config, training_config
+from dspref.engine.memory import full_state
+from dspref.engine.optimizer import make_optimizer
 from dspref.errors import EnvironmentFault
 from dspref.model import packed
 from dspref.model.logps import TokenLogps
@@ -36,8 +34,6 @@ from dspref.model.router import Routing
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-ACCELERATOR: Any = get_accelerator()
 
 
 def bring_up(dtype: str) -> torch.device:
@@ -73,49 +69,6 @@ def keep_peak_memory() -> None:
             module.see_memory_usage = lambda *_, **__: None  # type: ignore[attr-defined]
 
 
-def training_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed config of the policy: the user's strategy, and what the YAML's other sections say."""
-    return _complete(config.strategy, config.model.dtype, config.train.optim) | {
-        "gradient_clipping": config.train.max_grad_norm
-    }
-
-
-def reference_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed config of a live sharded reference: ZeRO-3 without an optimizer, its parameters on CPU if asked."""
-    policy = config.strategy.get("zero_optimization", {})
-    zero: dict[str, Any] = {"stage": 3}
-    # The same threshold as the policy: what is too small to shard there is too small here.
-    if "stage3_param_persistence_threshold" in policy:
-        zero["stage3_param_persistence_threshold"] = policy["stage3_param_persistence_threshold"]
-    if config.reference.offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return _complete({"zero_optimization": zero}, config.reference.dtype or config.model.dtype)
-
-
-def _complete(user_strategy: dict[str, Any], dtype: str, optim: str = "") -> dict[str, Any]:
-    resolved = copy.deepcopy(user_strategy)
-    zero = resolved.setdefault("zero_optimization", {"stage": 0})
-    resolved |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # `step()` is the boundary: any number of backwards, one update.
-        "managed_gradient_accumulation": False,
-        # It would wait for the GPU at every forward; `performance.Clock` waits for nothing.
-        "timers": {"throughput": {"enabled": False}},
-    }
-    if zero.get("stage") == 1:
-        zero["overlap_comm"] = False
-    if dtype in ("bfloat16", "float16"):
-        resolved["bf16" if dtype == "bfloat16" else "fp16"] = {"enabled": True}
-        resolved["data_types"] = {"grad_accum_dtype": "fp32"}
-    if optim == "adamw_8bit":
-        resolved["zero_allow_untested_optimizer"] = True  # DeepSpeed knows bitsandbytes' only by its 32-bit name
-    if strategy.offloads_optimizer(resolved):
-        # torch's AdamW works on offloaded states, without a compiler.
-        resolved["zero_force_ds_cpu_optimizer"] = False
-    return resolved
-
-
 class Engine:
     """The policy under DeepSpeed. Every rank must call each method the same number of times."""
 
@@ -137,7 +90,7 @@ class Engine:
             resolved["gradient_clipping"] = 0.0
         if resolved["zero_optimization"]["stage"] == 3:
             _mark_leaves(policy)
-        optimizer = _optimizer(policy, config)
+        optimizer = make_optimizer(policy, config)
         train = config.train
         warmup = train.warmup_steps if train.warmup_steps is not None else _ceil(train.warmup_ratio * total_steps)
         scheduler = packed.schedule(optimizer, train.lr_scheduler_type, warmup, total_steps, train.lr_scheduler_kwargs)
@@ -258,92 +211,6 @@ def discard(forward: Any) -> None:
         parameter.data = parameter.data.new_empty(0)
         if hasattr(parameter, "ds_tensor"):  # the shard, which the engine's own end leaves alive
             parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
-
-
-def weight_bytes(module: nn.Module) -> tuple[int, str]:
-    """Bytes of weights that this rank holds, between forwards, and the device they lie on."""
-    held = [getattr(p, "ds_tensor", p) for p in module.parameters()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held), held[0].device.type
-
-
-def count_weights(module: nn.Module) -> int:
-    """All weights of a module, those of other ranks too."""
-    return sum(torch.Size(getattr(p, "ds_shape", p.shape)).numel() for p in module.parameters())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or that this rank may have of the host's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines() if Path("/proc/meminfo").exists() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
-    with contextlib.suppress(OSError, ValueError):  # of a container, which may have less
-        limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return free // distributed.world().local_size
-
-
-@torch.no_grad()
-def full_state(lm: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a possibly partitioned model on the CPU of rank 0; empty elsewhere.
-
-    `trained_only`: the parameters that have a gradient. One module is gathered at a time, so no device holds more than
-    the largest of them.
-    """
-    state: dict[str, Tensor] = {}
-    main = distributed.world().rank == 0
-    for prefix, part in lm.named_modules():
-        own = {k: p for k, p in part.named_parameters(recurse=False) if p.requires_grad or not trained_only}
-        partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
-        with deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
-            if main:
-                kept = {k: b for k, b in part.named_buffers(recurse=False) if k not in part._non_persistent_buffers_set}
-                for name, tensor in {**own, **({} if trained_only else kept)}.items():
-                    state[f"{prefix}.{name}".lstrip(".")] = tensor.detach().to("cpu", copy=True)
-    if main:
-        # Tied weights were met once; give each name that the model's own state has its tensor.
-        by_parameter = {id(p): state[name] for name, p in lm.named_parameters() if name in state}
-        tied = lm.named_parameters(remove_duplicate=False)
-        state |= {name: by_parameter[id(p)] for name, p in tied if id(p) in by_parameter}
-    return state
-
-
-def _optimizer(policy: PackedCausalLM, config: Config) -> torch.optim.Optimizer:
-    train = config.train
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    # Weight decay is for matrices; under ZeRO-3 `p.shape` is empty and `ds_shape` tells.
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if train.weight_decay == 0:
-        groups = [{"params": trained, "weight_decay": 0.0}]
-    betas = train.adam_beta1, train.adam_beta2
-    options: dict[str, Any] = {"lr": train.learning_rate, "betas": betas, "eps": train.adam_epsilon}
-    groups = [g for g in groups if g["params"]]
-    if train.optim == "cpu_adam":
-        return _cpu_adam(groups, options)
-    if train.optim == "adamw_8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    """DeepSpeed's Adam for states in host memory, compiled on first use."""
-    folder = builds.folder(os.environ, own=True)
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    for lock, age in builds.locks(folder):
-        if age > builds.STALE_SECONDS:
-            distributed.log(f"removed the stale build lock {lock}")
-            lock.unlink(missing_ok=True)
-    try:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    except Exception as error:  # the builder raises whatever its tools raise
-        reason = str(error).strip().splitlines()[0]
-        raise EnvironmentFault(
-            f"train.optim: cpu_adam cannot be built here ({reason}); install g++ and ninja, or use adamw"
-        ) from None
 
 
 def _mark_leaves(policy: nn.Module) -> None:

@@ -3,9 +3,22 @@
 `loading` has a model of transformers loaded, `packed` runs it over a `PackedBatch`, `unpacked` as its authors would.
 `attention` has the kernels that keep the segments of a pack apart; `logps` the log-probabilities of scored tokens, without
 all logits in memory; `router` the load-balancing loss of mixtures of experts; `adapters` (with `adapter_files`) LoRA;
-`liger` its kernels. Before anything is loaded, `admission` says which models can be packed, `weights` which files a model is
-made of (no torch), `digests` their sha256.
+`liger` its kernels; `by_hand` a model and its log-probs without a run. Before anything is loaded, `admission` says which
+models can be packed, `weights` which files a model is made of (no torch), `digests` their sha256.
 
 Enters: config, data, objectives.
 Shows: adapters, admission, attention, digests, loading, logps, packed, router, unpacked, weights.
 """
+
+from typing import TYPE_CHECKING
+
+from dspref.lazily import lazily
+
+if TYPE_CHECKING:
+    from dspref.model.by_hand import load_model, log_probs
+    from dspref.model.packed import PackedCausalLM
+
+__all__ = ["PackedCausalLM", "load_model", "log_probs"]
+__getattr__ = lazily(
+    __name__, PackedCausalLM="dspref.model.packed", **dict.fromkeys(("load_model", "log_probs"), "dspref.model.by_hand")
+)

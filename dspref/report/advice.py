@@ -8,7 +8,7 @@ from statistics import fmean
 
 from dspref.config import Config
 from dspref.data.loader import StepLoader, place
-from dspref.engine import engine
+from dspref.engine import memory
 from dspref.engine.engine import Engine
 from dspref.model import admission, attention
 from dspref.report import performance
@@ -71,7 +71,7 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
     larger = replace(layout, tokens_per_pack=budget)
     then = fmean(len(place(loader.store, ids, larger).ids[0]) for ids in steps)
     # Gradients are not there yet: fp32 ones, and before they are reduced those of the run's type.
-    coming = 6 * engine.count_weights(lm) // (world if config.zero_stage >= 2 else 1)
+    coming = 6 * memory.count_weights(lm) // (world if config.zero_stage >= 2 else 1)
     facts = Facts(
         device=policy.device.type,
         zero_stage=config.zero_stage,
@@ -84,10 +84,10 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
         largest_pack=max(p.largest for p in placed),
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
         faster_kernel=_faster_kernel(config, policy, kernel),
-        sparsity=engine.count_weights(lm) / max(size.body + size.head, 1),
+        sparsity=memory.count_weights(lm) / max(size.body + size.head, 1),
         checkpointing=config.model.gradient_checkpointing,
         kept_bytes=round(kept_per_token(hidden, mlp, layers, value)),
-        free_bytes=engine.free_memory(policy.device) - coming,
+        free_bytes=memory.free_memory(policy.device) - coming,
     )
     return list(lines(facts))
 

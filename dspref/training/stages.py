@@ -19,7 +19,7 @@ from dspref.data.loader import Layout, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
 from dspref.data.show import mark
 from dspref.data.store import PairStore
-from dspref.engine import engine, finite
+from dspref.engine import ds_config, finite
 from dspref.engine.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.files import read_lines, write_atomically
@@ -168,7 +168,7 @@ def open_run(
             if began.get(name, content[name]) != content[name]:
                 raise DataError(f"{run.path}: {changed(name, sets)}; restore, or use another output_dir=")
         watch.lock = lock.Lock.claim(run.path)
-        run.open(config, source, engine.training_config(config), steps)
+        run.open(config, source, ds_config.training_config(config), steps)
         if random:
             loading.initialise(config.model, run.path / "init", config.train.seed)
             content.setdefault("reference", modes.digest(config, weights))
@@ -239,7 +239,7 @@ def introduce(
 
 
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
-    zero3 = engine.training_config(config) if config.zero_stage == 3 else None
+    zero3 = ds_config.training_config(config) if config.zero_stage == 3 else None
     policy = loading.load(config.model, weights, kernel, config.model.dtype, zero3, modes.attach(config))
     finite.refuse_not_finite(policy.lm, config.model.dtype, partial(modes.source_in_policy, config, weights))
     policy = packed.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)

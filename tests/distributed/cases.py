@@ -13,7 +13,7 @@ from dspref import config as configuration
 from dspref import distributed, launcher
 from dspref.data.loader import StepLoader
 from dspref.data.store import PairStore
-from dspref.engine import engine
+from dspref.engine import engine, memory
 from dspref.engine.engine import Engine
 from dspref.errors import Interrupted, UserError
 from dspref.model import loading
@@ -151,7 +151,7 @@ def followed_reference(config_path: str, overrides: list[str], steps: int) -> li
         policy.step()
         reference.follow(step.number)
         shown = {"policy": policy.module.lm, "reference": moving.reference}
-        full = {name: engine.full_state(lm) for name, lm in shown.items()}
+        full = {name: memory.full_state(lm) for name, lm in shown.items()}
         states.append({name: {k: v.float().numpy() for k, v in state.items()} for name, state in full.items()})
     policy.close()
     return states

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "dspref"
 
 # What lies below the rooms, lowest first. A file may import what stands in a lower row, and any room imports these.
 GROUND: tuple[tuple[str, ...], ...] = (
-    ("secrets", "terminal", "reading"),
+    ("secrets", "terminal", "reading", "lazily"),
     ("errors", "files", "processes"),
 )
 # Of these, `distributed` is entered as a room is.
@@ -28,23 +28,20 @@ ABOVE = {
     "__main__": {"cli"},
 }
 
-# Packages that only some modules may import.
+# Packages that only some modules, or the modules of some rooms, may import.
 OWNERS: dict[str, set[str]] = {
-    "deepspeed": {"engine.engine", "engine.shards"},
+    "deepspeed": {"engine.accelerator", "engine.engine", "engine.shards"},
     "torch.distributed": {"distributed", "engine.engine"},
-    "transformers": {
-        "data.pieces", "data.tokenize", "model.adapters", "model.admission", "model.attention", "model.packed",
-        "run.checkpoint", "run.export",
-    },
+    "transformers": {"data.pieces", "data.tokenize", "model", "run.checkpoint", "run.export"},
     "peft": {"model.adapter_files", "model.adapters"},
-    "bitsandbytes": {"engine.engine"},
+    "bitsandbytes": {"engine.optimizer"},
     "liger_kernel": {"model.liger"},
     "wandb": {"report.trackers"},
     "torch.utils.tensorboard": {"report.trackers"},
     "tensorboard": {"report.trackers"},
     "typer": {"cli"},
     "rich": {"cli", "report.console"},
-    "pydantic": {"config.explain", "config.load", "config.paths", "config.sections"},
+    "pydantic": {"config"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
 }  # fmt: skip
@@ -56,8 +53,8 @@ PURE_FILES = {"model.attention", "model.logps", "model.router"}
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks"}
 NO_TORCH = {
-    "cli", "engine.builds", "errors", "files", "launcher", "model.weights", "processes", "reading", "reference.store",
-    "run.manifest", "run.record", "run.status", "secrets", "slurm", "terminal", "watch.interruption", "watch.lock",
+    "cli", "engine.builds", "errors", "files", "launcher", "lazily", "model.weights", "processes", "reading",
+    "reference.store", "run.manifest", "run.record", "run.status", "secrets", "slurm", "terminal", "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 
@@ -191,7 +188,7 @@ def test_only_what_a_room_shows_is_imported_from_outside() -> None:
     violations, used = [], set()
     for found in IMPORTS:
         name = ours(found) or ""
-        if top(name) not in ROOMS or top(name) == top(found.importer) or "." not in name:
+        if top(name) not in ROOMS or top(found.importer) in (top(name), "__init__") or "." not in name:
             continue
         used.add(name)
         if name.split(".")[1] not in listed(top(name), "Shows"):
@@ -222,7 +219,9 @@ def test_the_pure_rooms_stand_apart(room: str) -> None:
 def test_packages_with_owners(package: str) -> None:
     """As a type, where no code runs, anyone may name what belongs to another."""
     violations = [
-        f for f in IMPORTS if belongs(f.imported, package) and f.importer not in OWNERS[package] and not f.typing_only
+        f
+        for f in IMPORTS
+        if belongs(f.imported, package) and not {f.importer, top(f.importer)} & OWNERS[package] and not f.typing_only
     ]
     assert not violations, shown(violations)
 
@@ -230,7 +229,7 @@ def test_packages_with_owners(package: str) -> None:
 @pytest.mark.parametrize("package", ["deepspeed", "transformers", "torch.distributed", "wandb", "pydantic", "rich"])
 def test_owners_are_found_where_they_are(package: str) -> None:
     """The rule above would hold of nothing otherwise."""
-    assert any(belongs(f.imported, package) and f.importer in OWNERS[package] for f in IMPORTS)
+    assert any(belongs(f.imported, package) and {f.importer, top(f.importer)} & OWNERS[package] for f in IMPORTS)
 
 
 def test_pure_files_need_only_torch_and_numpy() -> None:

@@ -22,7 +22,7 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.data.batch import PackedBatch, collate
 from dspref.data.loader import Step
-from dspref.engine import engine
+from dspref.engine import ds_config, engine
 from dspref.model import attention
 from dspref.model.logps import pair_logps
 from dspref.model.packed import PackedCausalLM
@@ -209,7 +209,7 @@ def test_deepspeed_keeps_no_clock_of_its_own(stage):
             "output_dir": "o",
         }
     )
-    for resolved in (engine.training_config(config), engine.reference_config(config)):
+    for resolved in (ds_config.training_config(config), ds_config.reference_config(config)):
         assert not get_timers_config(resolved).enabled
 
 
