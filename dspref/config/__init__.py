@@ -12,9 +12,18 @@ Shows: explain, hints, sound, strategy, yaml12.
 from dspref.config.data_section import SourceSection
 from dspref.config.load import cache_folder, dump, examine, load, read, repeated, resolved, schema
 from dspref.config.paths import expand, shipped
-from dspref.config.sections import CheckpointSection, Config, LoraSection, ModelSection
+from dspref.config.sections import (
+    CheckpointSection,
+    Config,
+    LogSection,
+    LoraSection,
+    ModelSection,
+    ReferenceSection,
+    TrainSection,
+)  # fmt: skip
 
 __all__ = [
-    "CheckpointSection", "Config", "LoraSection", "ModelSection", "SourceSection",
+    "CheckpointSection", "Config", "LogSection", "LoraSection", "ModelSection", "ReferenceSection", "SourceSection",
+    "TrainSection",
     "cache_folder", "dump", "examine", "expand", "load", "read", "repeated", "resolved", "schema", "shipped",
 ]  # fmt: skip

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dspref.config import Config, strategy
+from dspref.config import TrainSection, strategy
 
 if TYPE_CHECKING:
     pass
 
 
-def training_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed config of the policy: the user's strategy, and what the YAML's other sections say."""
-    return _complete(config.strategy, config.model.dtype, config.train.optim) | {
-        "gradient_clipping": config.train.max_grad_norm
-    }
+def training_config(user_strategy: Mapping[str, Any], dtype: str, train: TrainSection) -> dict[str, Any]:
+    """The DeepSpeed config of the policy."""
+    return _complete(user_strategy, dtype, train.optim) | {"gradient_clipping": train.max_grad_norm}
 
 
-def reference_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed config of a live sharded reference: ZeRO-3 without an optimizer, its parameters on CPU if asked."""
-    policy = config.strategy.get("zero_optimization", {})
+def reference_config(user_strategy: Mapping[str, Any], dtype: str, offload: str) -> dict[str, Any]:
+    """The DeepSpeed config of a live sharded reference: ZeRO-3 without an optimizer, its parameters on CPU if asked.
+
+    `user_strategy`: the policy's. `offload`: none | cpu.
+    """
+    policy = user_strategy.get("zero_optimization", {})
     zero: dict[str, Any] = {"stage": 3}
     # The same threshold as the policy: what is too small to shard there is too small here.
     if "stage3_param_persistence_threshold" in policy:
         zero["stage3_param_persistence_threshold"] = policy["stage3_param_persistence_threshold"]
-    if config.reference.offload == "cpu":
+    if offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return _complete({"zero_optimization": zero}, config.reference.dtype or config.model.dtype)
+    return _complete({"zero_optimization": zero}, dtype)
 
 
-def _complete(user_strategy: dict[str, Any], dtype: str, optim: str = "") -> dict[str, Any]:
-    resolved = copy.deepcopy(user_strategy)
+def _complete(user_strategy: Mapping[str, Any], dtype: str, optim: str = "") -> dict[str, Any]:
+    resolved = copy.deepcopy(dict(user_strategy))
     zero = resolved.setdefault("zero_optimization", {"stage": 0})
     resolved |= {
         "train_micro_batch_size_per_gpu": 1,

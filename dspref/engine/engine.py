@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import TrainSection
 from dspref.data.batch import PackedBatch
 from dspref.engine import shards
 from dspref.engine.accelerator import ACCELERATOR, deepspeed
-from dspref.engine.ds_config import reference_config, training_config
 from dspref.engine.memory import full_state
 from dspref.engine.optimizer import make_optimizer
 from dspref.errors import EnvironmentFault
@@ -84,14 +83,16 @@ class Engine:
             optimizer.register_step_pre_hook(lambda *_: self._clip_stage0(optimizer, max_grad_norm))
 
     @classmethod
-    def for_training(cls, policy: PackedCausalLM, config: Config, total_steps: int) -> Engine:
-        resolved = training_config(config)
+    def for_training(
+        cls, policy: PackedCausalLM, train: TrainSection, ds_config: Mapping[str, Any], total_steps: int
+    ) -> Engine:
+        """`ds_config`: of `ds_config.training_config`."""
+        resolved = dict(ds_config)
         if resolved["zero_optimization"]["stage"] == 0:
             resolved["gradient_clipping"] = 0.0
         if resolved["zero_optimization"]["stage"] == 3:
             _mark_leaves(policy)
-        optimizer = make_optimizer(policy, config)
-        train = config.train
+        optimizer = make_optimizer(policy, train)
         warmup = train.warmup_steps if train.warmup_steps is not None else _ceil(train.warmup_ratio * total_steps)
         scheduler = packed.schedule(optimizer, train.lr_scheduler_type, warmup, total_steps, train.lr_scheduler_kwargs)
         if resolved["zero_optimization"]["stage"] != 3:
@@ -192,12 +193,13 @@ class Engine:
                 parameter.grad = None
 
 
-def reference_forward(reference: PackedCausalLM, config: Config, stage: int):
-    """A frozen model as a function from packs to log-probs: sharded by its own ZeRO-3 engine, or whole on the device."""
-    if stage != 3:
+def reference_forward(reference: PackedCausalLM, zero3: Mapping[str, Any] | None):
+    """A frozen model as a function from packs to log-probs: sharded by its own ZeRO-3 engine, with a config of
+    `ds_config.reference_config`, or whole on the device."""
+    if zero3 is None:
         return reference.to(ACCELERATOR.current_device_name())
     _mark_leaves(reference)
-    engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config))
+    engine, *_ = deepspeed.initialize(model=reference, config=dict(zero3))
     _announce_dora(reference)
     return engine
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import TrainSection
 from dspref.engine import builds
 from dspref.engine.accelerator import deepspeed
 from dspref.errors import EnvironmentFault
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     pass
 
 
-def make_optimizer(policy: PackedCausalLM, config: Config) -> torch.optim.Optimizer:
-    train = config.train
+def make_optimizer(policy: PackedCausalLM, train: TrainSection) -> torch.optim.Optimizer:
     trained = [p for p in policy.parameters() if p.requires_grad]
     # Weight decay is for matrices; under ZeRO-3 `p.shape` is empty and `ds_shape` tells.
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]

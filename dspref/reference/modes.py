@@ -245,11 +245,11 @@ def load_forward(config: Config, weights: str, device_type: str) -> Any:
     stage = own.zero_stage if own.zero_stage is not None else default
     section, adapter = described(config, weights)
     kernel = admission.check(section, loading.load_config(section), config.data.max_length, 0, device_type)
-    zero3 = ds_config.reference_config(config) if stage == 3 else None
+    zero3 = ds_config.reference_config(config.strategy, section.dtype, own.offload) if stage == 3 else None
     with_adapter = partial(adapters.frozen, source=adapter) if adapter else None
     reference = loading.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)
     finite.refuse_not_finite(reference.lm, section.dtype, partial(source_in_reference, config, weights))
-    forward = engine.reference_forward(packed.prepare_as_reference(reference), config, stage)
+    forward = engine.reference_forward(packed.prepare_as_reference(reference), zero3)
     size, where = memory.weight_bytes(forward)
     how = "sharded by ZeRO-3" if stage == 3 else "whole on each rank"
     distributed.log(f"reference: {how}, {size / 2**20:,.1f} MiB of weights per rank, on {where}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from dspref.config import Config
+from dspref.config import ModelSection
 from dspref.data.loader import StepLoader, place
 from dspref.engine import memory
 from dspref.engine.engine import Engine
@@ -54,7 +54,9 @@ class Facts:
     free_bytes: int
 
 
-def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> list[str]:
+def of_run(
+    section: ModelSection, pairs_per_step: int, zero_stage: int, policy: Engine, loader: StepLoader, kernel: str
+) -> list[str]:
     """Advice for a run whose models are in memory."""
     steps, layout = loader.epoch(0)[:STEPS_LOOKED_AT], loader.layout
     placed = [place(loader.store, ids, layout) for ids in steps]
@@ -65,42 +67,42 @@ def of_run(config: Config, policy: Engine, loader: StepLoader, kernel: str) -> l
         performance.number_in(text, name, default=otherwise)
         for name, otherwise in (("intermediate_size", 4 * hidden), ("num_hidden_layers", 0))
     )
-    value = 4 if config.model.dtype == "float32" else 2
+    value = 4 if section.dtype == "float32" else 2
     packs, per_rank = fmean(len(p.ids[0]) for p in placed), fmean(p.tokens for p in placed) / world
     budget = -int(-per_rank * ROOM // max(int(per_rank / layout.tokens_per_pack), 1) // 256) * 256
     larger = replace(layout, tokens_per_pack=budget)
     then = fmean(len(place(loader.store, ids, larger).ids[0]) for ids in steps)
     # Gradients are not there yet: fp32 ones, and before they are reduced those of the run's type.
-    coming = 6 * memory.count_weights(lm) // (world if config.zero_stage >= 2 else 1)
+    coming = 6 * memory.count_weights(lm) // (world if zero_stage >= 2 else 1)
     facts = Facts(
         device=policy.device.type,
-        zero_stage=config.zero_stage,
+        zero_stage=zero_stage,
         world_size=world,
-        pairs_per_step=config.train.pairs_per_step,
+        pairs_per_step=pairs_per_step,
         packs_per_step=packs,
         fill=fmean(p.fill for p in placed),
         waiting=fmean(p.waiting for p in placed),
         tokens_per_rank=round(per_rank),
         largest_pack=max(p.largest for p in placed),
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
-        faster_kernel=_faster_kernel(config, policy, kernel),
+        faster_kernel=_faster_kernel(section, policy, kernel),
         sparsity=memory.count_weights(lm) / max(size.body + size.head, 1),
-        checkpointing=config.model.gradient_checkpointing,
+        checkpointing=section.gradient_checkpointing,
         kept_bytes=round(kept_per_token(hidden, mlp, layers, value)),
         free_bytes=memory.free_memory(policy.device) - coming,
     )
     return list(lines(facts))
 
 
-def _faster_kernel(config: Config, policy: Engine, kernel: str) -> str | None:
+def _faster_kernel(section: ModelSection, policy: Engine, kernel: str) -> str | None:
     sizes = admission.head_sizes(policy.module.lm)
     able = [name for name in attention.available(policy.device.type) if not attention.cannot(name, sizes)]
     others = [name for name in able if name != "sdpa"]
     if kernel != "sdpa" or not others:
         return None
-    if config.model.dtype == "float32":
+    if section.dtype == "float32":
         return f"model.dtype: bfloat16 allows {others[0]}"
-    return f"model.attn_implementation: auto may take {others[0]}" if config.model.attn_implementation == "sdpa" else None
+    return f"model.attn_implementation: auto may take {others[0]}" if section.attn_implementation == "sdpa" else None
 
 
 def lines(facts: Facts) -> Iterator[str]:

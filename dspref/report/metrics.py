@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import LogSection
 from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
 from dspref.files import read_lines
 from dspref.model.logps import TokenLogps
 from dspref.model.router import Routing, balance, load_metrics
 from dspref.objectives.families import PairLogps, PairLoss
 from dspref.reading import is_number
-from dspref.report.trackers import Courier
+from dspref.report.trackers import TrackerThread
 from dspref.run.folder import METRICS, mend_tail
 
 if TYPE_CHECKING:
@@ -147,22 +147,24 @@ def falls(values: Sequence[float]) -> bool:
 class Recorder:
     """metrics.jsonl, and trackers beside it. Only rank 0 writes."""
 
-    def __init__(self, folder: Path, config: Config, tracker_id: str | None, offset: int | None) -> None:
-        """`offset`: the length of metrics.jsonl at the checkpoint that is resumed; what came after it is cut off, so that
-        each step stands there once."""
+    def __init__(
+        self, folder: Path, log: LogSection, settings: Mapping[str, Any], tracker_id: str | None, offset: int | None
+    ) -> None:
+        """`settings`: of the run, for trackers. `offset`: the length of metrics.jsonl at the checkpoint that is resumed;
+        what came after it is cut off, so that each step stands there once."""
         self._path = folder / METRICS
         self._file = None
-        self._trackers: list[Courier] = []
+        self._trackers: list[TrackerThread] = []
         self.tracker_id = tracker_id
         if distributed.world().rank != 0:
             return
         mend_tail(self._path, offset or 0)
         self._file = open(self._path, "a", encoding="utf-8")
         self._length = self._path.stat().st_size
-        for name in config.log.trackers:
-            courier = Courier(name, folder, config, tracker_id)
-            self._trackers.append(courier)
-            self.tracker_id = courier.run_id or self.tracker_id
+        for name in log.trackers:
+            thread = TrackerThread(name, folder, log, settings, tracker_id)
+            self._trackers.append(thread)
+            self.tracker_id = thread.run_id or self.tracker_id
 
     @property
     def offset(self) -> int:
@@ -178,8 +180,8 @@ class Recorder:
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         self._length = os.fstat(self._file.fileno()).st_size
-        for courier in self._trackers:
-            courier.send(record)
+        for thread in self._trackers:
+            thread.send(record)
 
     def _refind(self) -> None:
         """Begin the file anew where it was removed or cut while it was open, and say so."""
@@ -201,8 +203,8 @@ class Recorder:
             return
         self._file.close()
         self._file = None
-        for courier in self._trackers:
-            courier.close()
+        for thread in self._trackers:
+            thread.close()
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import ModelSection
 from dspref.data.loader import Step
 from dspref.engine.engine import Engine
 from dspref.machine.footprint import EXPERTS
@@ -155,10 +155,10 @@ class Account:
     """Whether a step of several packs is computed once without gradient first."""
 
     @classmethod
-    def of(cls, config: Config, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
+    def of(cls, section: ModelSection, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
         live = size_of(reference.module) if reference.module else None
         vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
-        own, recomputes, dtype = size_of(policy.module), config.model.gradient_checkpointing, config.model.dtype
+        own, recomputes, dtype = size_of(policy.module), section.gradient_checkpointing, section.dtype
         return cls(own, live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
 
     def record(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:

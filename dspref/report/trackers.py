@@ -10,7 +10,7 @@ from threading import Thread
 from typing import Any
 
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import LogSection
 from dspref.secrets import redact_words
 
 Send = Callable[[Mapping[str, Any] | None], None]
@@ -22,15 +22,15 @@ WAITING = 10_000
 CLOSING_SECONDS = 30
 
 
-class Courier:
+class TrackerThread:
     """Carries records to one tracker, one by one, from a thread of its own."""
 
-    def __init__(self, name: str, folder: Path, config: Config, run_id: str | None) -> None:
+    def __init__(self, name: str, folder: Path, log: LogSection, settings: Mapping[str, Any], run_id: str | None) -> None:
         self._name, self._left_out = name, 0
         self.run_id: str | None = None
         self._waiting: Queue[Mapping[str, Any] | None] = Queue(WAITING)
         try:
-            self.run_id, self._send = TRACKERS[name](folder, config, run_id)
+            self.run_id, self._send = TRACKERS[name](folder, log, settings, run_id)
         except Exception as error:  # trackers raise anything: network, disk, their own bugs
             self._send = None
             self._give_up(error)
@@ -74,22 +74,20 @@ class Courier:
         distributed.log(f"{self._name}: switched off ({reason}); metrics.jsonl goes on")
 
 
-def _wandb(folder: Path, config: Config, run_id: str | None) -> Opened:
+def _wandb(folder: Path, log: LogSection, settings: Mapping[str, Any], run_id: str | None) -> Opened:
     import wandb
 
     # It keeps the command line word for word, and would add the working tree's code, changes and origin.
     sys.argv[:] = redact_words(sys.argv)
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=30, save_code=False, disable_code=True, disable_git=True
-    )
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_code=True, disable_git=True)
     run = wandb.init(
-        project=config.log.project, name=config.log.run_name or folder.name, dir=str(folder), id=run_id,
-        resume="allow" if run_id else None, config=config.model_dump(mode="json"), settings=settings,
+        project=log.project, name=log.run_name or folder.name, dir=str(folder), id=run_id,
+        resume="allow" if run_id else None, config=dict(settings), settings=quiet,
     )  # fmt: skip
     return run.id, lambda record: run.finish() if record is None else run.log(dict(record), step=record["step"])
 
 
-def _tensorboard(folder: Path, config: Config, run_id: str | None) -> Opened:
+def _tensorboard(folder: Path, log: LogSection, settings: Mapping[str, Any], run_id: str | None) -> Opened:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))

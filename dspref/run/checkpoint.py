@@ -7,7 +7,6 @@ manifest and renames the folder to `step-N`. What bears that name is complete. D
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 import shutil
@@ -21,18 +20,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspref import config as configuration
 from dspref import distributed
-from dspref.config import CheckpointSection, Config
+from dspref.config import CheckpointSection
 from dspref.errors import ConfigError, IOFault
 from dspref.files import read_json, remove
 from dspref.objectives import RunningMean
 from dspref.reading import is_count
 from dspref.run import manifest
-from dspref.run.folder import RunFolder, environment
+from dspref.run.folder import RunFolder
 from dspref.run.manifest import step_of
-from dspref.run.settings import digest_of
-from dspref.secrets import redact
 
 # Of folders that a process leaves behind when it is killed: a save, a conversion, a deletion, a look past what is foreign.
 LEFT = re.compile(r"(\.(saving|trash|universal|loading)-)+step-[0-9]{6,18}")
@@ -63,22 +59,6 @@ class Progress:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise IOFault(f"{path}: is not the state of a run ({error}); delete that checkpoint") from None
         return found
-
-
-def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
-    """What the manifests of a run say of it, beside the step; on rank 0."""
-    if distributed.world().rank != 0:
-        return {}
-    known = run.run
-    return {
-        "run_id": known.get("run_id"),
-        "content": known.get("content", {}),
-        "config": digest_of(config),
-        "settings": json.loads(redact(json.dumps(configuration.resolved(config)))),
-        "zero_stage": config.zero_stage,
-        "dtype": config.model.dtype,
-        "packages": environment()["packages"],
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

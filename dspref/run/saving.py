@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 import dspref
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import CheckpointSection
 from dspref.errors import IOFault
 from dspref.files import Hashes, flushed, remove, sync_folder, write_atomically
 from dspref.run import checkpoint, manifest
@@ -43,10 +43,12 @@ SEEN_SECONDS = 60.0
 class Saver:
     """Saves the checkpoints of a run. Made, and `save` and `wait` called, on all ranks at the same time."""
 
-    def __init__(self, run: RunFolder, parts: Sequence[Part], config: Config, watch: Watch) -> None:
-        """`parts`: what has a state to save."""
-        self._run, self._parts, self._rules, self._watch = run, parts, config.checkpoint, watch
-        self._facts = checkpoint.facts_of(run, config)
+    def __init__(
+        self, run: RunFolder, parts: Sequence[Part], rules: CheckpointSection, facts: Mapping[str, Any], watch: Watch
+    ) -> None:
+        """`parts`: what has a state to save; `facts`: what `settings.facts_of` says of the run."""
+        self._run, self._parts, self._rules, self._watch = run, parts, rules, watch
+        self._facts = facts
         self._channel = Channel("commit")
         self._commit: Commit | None = None
         self._news: SimpleQueue[str] = SimpleQueue()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dspref import config as configuration
+from dspref import distributed
 from dspref.config import Config
 from dspref.errors import ConfigError
 from dspref.run import manifest, record
-from dspref.run.folder import RESOLVED, RunFolder
+from dspref.run.folder import RESOLVED, RunFolder, environment
 from dspref.secrets import redact
 from dspref.terminal import command
 
@@ -153,3 +155,19 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict) or not values:
         return {prefix: values}
     return {k: v for key, inner in values.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
+    """What the manifests of a run say of it, beside the step; on rank 0."""
+    if distributed.world().rank != 0:
+        return {}
+    known = run.run
+    return {
+        "run_id": known.get("run_id"),
+        "content": known.get("content", {}),
+        "config": digest_of(config),
+        "settings": json.loads(redact(json.dumps(configuration.resolved(config)))),
+        "zero_stage": config.zero_stage,
+        "dtype": config.model.dtype,
+        "packages": environment()["packages"],
+    }

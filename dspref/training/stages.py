@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def open_run(
             if began.get(name, content[name]) != content[name]:
                 raise DataError(f"{run.path}: {changed(name, sets)}; restore, or use another output_dir=")
         watch.lock = lock.Lock.claim(run.path)
-        run.open(config, source, ds_config.training_config(config), steps)
+        run.open(config, source, engine_config(config), steps)
         if random:
             loading.initialise(config.model, run.path / "init", config.train.seed)
             content.setdefault("reference", modes.digest(config, weights))
@@ -238,8 +238,13 @@ def introduce(
     console.first_pair(lambda colour: mark(pairs[0], tokenizer, colour))
 
 
+def engine_config(config: Config) -> dict[str, Any]:
+    """The policy's DeepSpeed config."""
+    return ds_config.training_config(config.strategy, config.model.dtype, config.train)
+
+
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
-    zero3 = ds_config.training_config(config) if config.zero_stage == 3 else None
+    zero3 = engine_config(config) if config.zero_stage == 3 else None
     policy = loading.load(config.model, weights, kernel, config.model.dtype, zero3, modes.attach(config))
     finite.refuse_not_finite(policy.lm, config.model.dtype, partial(modes.source_in_policy, config, weights))
     policy = packed.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)

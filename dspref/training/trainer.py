@@ -24,6 +24,7 @@ from dspref.run import checkpoint
 from dspref.run.checkpoint import Progress
 from dspref.run.folder import RunFolder
 from dspref.run.saving import Saver
+from dspref.run.settings import facts_of
 from dspref.training import gradient, preparation, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import Instruments, StepLoss
@@ -61,17 +62,19 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     stages.refuse_fewer_steps(run, done, steps)
 
     objective = build_objective(**config.objective.model_dump())
-    policy = Engine.for_training(stages.load_policy(config, objective, origin.weights, kernel), config, steps)
+    policy = stages.load_policy(config, objective, origin.weights, kernel)
+    policy = Engine.for_training(policy, config.train, stages.engine_config(config), steps)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
     with console.scoring(run.path) as view:
         needs = stages.needs(loader, held_out, done, steps)
         reference = references.build(config, policy, origin, sets, layout, needs, view)
-    for line in advice.of_run(config, policy, loader, kernel):
+    for line in advice.of_run(config.model, config.train.pairs_per_step, config.zero_stage, policy, loader, kernel):
         distributed.log(f"advice: {line}")
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
-    recorder = Recorder(run.path, config, progress.tracker_id, progress.metrics_offset)
-    view, saver = console.ProgressView(progress.step, steps), Saver(run, (policy, reference), config, watch)
+    recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
+    saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, config), watch)
+    view = console.ProgressView(progress.step, steps)
 
     session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, saver)
     watch.steps_begin(config.train.hang_timeout)
@@ -114,7 +117,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
     """
     config, policy, recorder, watch = session.config, session.policy, session.recorder, session.watch
     meter, displacement, clock = Meter(policy.device, session.loss.router_coef), Displacement(), Clock(policy.device)
-    account = Account.of(config, policy, session.reference, session.loss.looks_ahead)
+    account = Account.of(config.model, policy, session.reference, session.loss.looks_ahead)
     suspects, spikes, sound = Suspects(), Spikes(config.train.spike_sigmas), progress
     skips = Skips(config.train.max_skipped_steps, config.model.dtype == "float16", progress.skipped)
     if progress.owes_evaluation:

@@ -64,7 +64,8 @@ def _load_policy(
     _, loader = stages.plan(config, pairs)
     weights = config.model.name_or_path
     objective = build_objective(**config.objective.model_dump())
-    policy = Engine.for_training(stages.load_policy(config, objective, weights, kernel), config, steps)
+    policy = stages.load_policy(config, objective, weights, kernel)
+    policy = Engine.for_training(policy, config.train, stages.engine_config(config), steps)
     return policy, pairs, held_out, loader, weights
 
 

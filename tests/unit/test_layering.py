@@ -54,7 +54,8 @@ PURE_FILES = {"model.attention", "model.logps", "model.router"}
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks"}
 NO_TORCH = {
     "cli", "engine.builds", "errors", "files", "launcher", "lazily", "model.weights", "processes", "reading",
-    "reference.store", "run.manifest", "run.record", "run.status", "secrets", "slurm", "terminal", "watch.interruption", "watch.lock",
+    "reference.store", "run.manifest", "run.record", "run.status", "secrets", "slurm", "terminal", "watch.interruption",
+    "watch.lock",
 }  # fmt: skip
 
 

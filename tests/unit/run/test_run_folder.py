@@ -19,10 +19,10 @@ from dspref.machine import inputs, preflight
 from dspref.machine.machine import FAIL, Scene
 from dspref.report import metrics
 from dspref.run import export, manifest, record, saving, status
-from dspref.run.checkpoint import Progress, facts_of, find, prune, resume
+from dspref.run.checkpoint import Progress, find, prune, resume
 from dspref.run.folder import RunFolder, mend_tail
 from dspref.run.manifest import signed
-from dspref.run.settings import digest_of, refuse_changes
+from dspref.run.settings import digest_of, facts_of, refuse_changes
 from dspref.training import outcome, stages
 from dspref.watch import lock
 
@@ -496,7 +496,7 @@ def test_a_damaged_tail_is_cut_to_whole_lines_and_told(name, tmp_path, capsys):
     path, whole = tmp_path / "metrics.jsonl", lines_of(range(1, 5))
     if (content := damage(whole)) is not None:
         path.write_bytes(content)
-    recorder = metrics.Recorder(tmp_path, load(tmp_path), None, len(whole))
+    recorder = metrics.Recorder(tmp_path, load(tmp_path).log, {}, None, len(whole))
     recorder.write({"step": 5, "loss": 0.1})
     recorder.close()
     assert [line["step"] for line in metrics.training_lines(path)] == [*range(1, left + 1), 5]
@@ -508,7 +508,7 @@ def test_a_damaged_tail_is_cut_to_whole_lines_and_told(name, tmp_path, capsys):
 @pytest.mark.parametrize("what", ["removed", "cut", "replaced"])
 def test_metrics_that_are_lost_under_a_run_are_begun_anew_and_told(what, tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    recorder = metrics.Recorder(tmp_path, load(tmp_path), None, None)
+    recorder = metrics.Recorder(tmp_path, load(tmp_path).log, {}, None, None)
     for step in (1, 2):
         recorder.write({"step": step, "loss": 0.1})
     if what == "cut":
