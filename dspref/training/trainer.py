@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dspref import distributed
 from dspref.config import Config
-from dspref.data.loader import Layout, StepLoader
-from dspref.data.store import PairStore
+from dspref.data.loader import Step, StepLoader
 from dspref.engine import engine
 from dspref.engine.engine import Engine
 from dspref.model import loading
-from dspref.objectives import build_objective
+from dspref.objectives import RunningMean, build_objective
 from dspref.reference import modes as references
-from dspref.reference.modes import Reference
 from dspref.report import advice, console
-from dspref.report.metrics import Displacement, Meter, Recorder
-from dspref.report.performance import Account, Clock
+from dspref.report.metrics import Recorder
 from dspref.run import checkpoint
 from dspref.run.checkpoint import Progress
 from dspref.run.folder import RunFolder
@@ -27,8 +24,10 @@ from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
 from dspref.training import gradient, preparation, stages
 from dspref.training.evaluate import evaluate
-from dspref.training.gradient import Instruments, StepLoss
-from dspref.training.numbers import Skips, Spikes, Suspects, check_first_step, check_loss
+from dspref.training.gradient import StepLoss
+from dspref.training.numbers import Skips
+from dspref.training.records import StepRecords, header
+from dspref.training.session import Session
 from dspref.watch.request import Request
 from dspref.watch.watch import Watch, watching
 
@@ -92,74 +91,49 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     policy.close()
 
 
-@dataclass(frozen=True)
-class Session:
-    """What the steps of a run work with, made once."""
-
-    config: Config
-    run: RunFolder
-    policy: Engine
-    reference: Reference
-    loss: StepLoss
-    pairs: PairStore
-    held_out: Mapping[str, PairStore]
-    layout: Layout
-    recorder: Recorder
-    view: console.ProgressView
-    watch: Watch
-    saver: Saver
-
-
 def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> None:
     """Steps `progress.step` + 1 to `steps`, with what is due between them.
 
     Raises Interrupted, with a checkpoint committed, where the run was asked to stop, and NumericFault.
     """
-    config, policy, recorder, watch = session.config, session.policy, session.recorder, session.watch
-    meter, displacement, clock = Meter(policy.device, session.loss.router_coef), Displacement(), Clock(policy.device)
-    account = Account.of(config.model, policy, session.reference, session.loss.looks_ahead)
-    suspects, spikes, sound = Suspects(), Spikes(config.train.spike_sigmas), progress
-    skips = Skips(config.train.max_skipped_steps, config.model.dtype == "float16", progress.skipped)
+    train, policy = session.config.train, session.policy
+    records, sound = StepRecords(session, steps), progress
+    skips = Skips(train.max_skipped_steps, session.config.model.dtype == "float16", progress.skipped)
     if progress.owes_evaluation:
         progress = settle(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
     for step in loader.steps(progress.step, steps):
-        last = step.number == steps
-        logged = step.number == 1 or last or step.number % config.log.every == 0
-        watch.beat("batches", step.number)
-        suspects.clear()
-        looking = Instruments(meter if logged else None, clock, suspects, watch.beat)
-        rewards = gradient.accumulate(step, policy, session.loss, session.reference, progress.rewards, looking)
-        learning_rate, grad_norm = policy.learning_rate, policy.step()
-        if policy.applied:
-            session.reference.follow(step.number)
-        looking.lap("update")
-        if logged:
-            means = meter.reduce()
-            check_loss(step.number, means["loss"], policy.applied)
-            if step.number == 1:
-                check_first_step(config, means, policy.applied)
-            record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
-            record |= {"learning_rate": learning_rate, **means, **account.record(step, clock.read())}
-            recorder.write(record)
-            session.view.show(step.number, record)
-            for warning in (displacement.watch(record), spikes.watch(step.number, record["loss"])):
-                if warning:
-                    session.view.note(warning)
-        session.view.advance(step.number)
-
-        if skips.judge(step.number, policy.applied, suspects, session.pairs, session.run):
-            session.saver.wait()
-            if checkpoint.newest_step(session.run) < sound.step:  # of later ones the weights are the same
-                save(session, sound, {}, at_once=True)
-            tell(session)
+        rewards = take(session, step, progress.rewards, records)
+        if skips.judge(step.number, policy.applied, records.suspects, session.pairs, session.run):
+            keep_sound(session, sound)
             raise skips.fault(step.number, sound.step)
-        rewards = rewards if policy.applied else progress.rewards
-        evaluates = bool(session.held_out) and (last or due(step.number, config.train.eval_every))
-        progress = Progress(step.number, recorder.offset, recorder.tracker_id, rewards, evaluates, skips.in_a_row)
+        last = step.number == steps
+        evaluates = bool(session.held_out) and (last or due(step.number, train.eval_every))
+        offset, tracker = session.recorder.offset, session.recorder.tracker_id
+        progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row)
         progress = settle(session, progress, step.epoch, last)
         sound = progress if policy.applied else sound
-        clock.start()
+        records.end()
+
+
+def take(session: Session, step: Step, rewards: RunningMean, records: StepRecords) -> RunningMean:
+    """One optimizer step, and what is written of it; the running mean of the rewards behind it."""
+    policy, looking = session.policy, records.begin(step.number)
+    with_step = gradient.accumulate(step, policy, session.loss, session.reference, rewards, looking)
+    learning_rate, grad_norm = policy.learning_rate, policy.step()
+    if policy.applied:
+        session.reference.follow(step.number)
+    looking.lap("update")
+    records.write(step, learning_rate, grad_norm)
+    return with_step if policy.applied else rewards
+
+
+def keep_sound(session: Session, sound: Progress) -> None:
+    """Save the last weights that a step was applied to, before the run ends with a fault."""
+    session.saver.wait()
+    if checkpoint.newest_step(session.run) < sound.step:  # of later ones the weights are the same
+        save(session, sound, {}, at_once=True)
+    tell(session)
 
 
 def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
@@ -202,7 +176,3 @@ def tell(session: Session) -> None:
 
 def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def header(step: int, epoch: float) -> dict[str, float]:
-    return {"step": step, "epoch": round(epoch, 6)}

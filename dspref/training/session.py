@@ -1,0 +1,36 @@
+"""What the steps of a run work with, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dspref.config import Config
+from dspref.data.loader import Layout
+from dspref.data.store import PairStore
+from dspref.engine.engine import Engine
+from dspref.reference.modes import Reference
+from dspref.report import console
+from dspref.report.metrics import Recorder
+from dspref.run.folder import RunFolder
+from dspref.run.saving import Saver
+from dspref.training.gradient import StepLoss
+from dspref.watch.watch import Watch
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the steps of a run work with, made once."""
+
+    config: Config
+    run: RunFolder
+    policy: Engine
+    reference: Reference
+    loss: StepLoss
+    pairs: PairStore
+    held_out: Mapping[str, PairStore]
+    layout: Layout
+    recorder: Recorder
+    view: console.ProgressView
+    watch: Watch
+    saver: Saver
