@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dspref.objectives import ASKS, MEANINGS, OBJECTIVES, Family, families, keys_of, losses
+from dspref.objectives import KEYS, OBJECTIVES, Family, families, keys_of, losses
 from dspref.objectives.families import Loss
 
 INTRODUCTION = """\
@@ -54,15 +54,16 @@ def document() -> str:
 def exceptions() -> str:
     """One line per key that not every loss can take."""
     lines = []
-    for key, (suits, why) in ASKS.items():
+    for key, about in KEYS.items():
         unfit = [
             f"`{loss_type}`"
             for family in OBJECTIVES.values()
             if key in keys_of(family.assemble)
             for loss_type, loss in family.losses.items()
-            if not suits(loss)
+            if not about.suits(loss)
         ]
-        lines.append(f"- `{key}` not with {', '.join(unfit)}: it {why}.\n")
+        if unfit:
+            lines.append(f"- `{key}` not with {', '.join(unfit)}: it {about.unsuited}.\n")
     lines.append(
         "- with `sft` alone no preference modifier has an effect, and beside `rpo_alpha` it would count twice: refused.\n"
     )
@@ -98,7 +99,7 @@ def prose(function: Callable) -> str:
 
 
 def key_row(key: str, parameter: inspect.Parameter) -> tuple[str, ...]:
-    return f"`{key}`", written(parameter.default), values(parameter.annotation), MEANINGS[key]
+    return f"`{key}`", written(parameter.default), values(parameter.annotation), KEYS[key].meaning
 
 
 def written(default: Any) -> str:

@@ -9,7 +9,7 @@ from dspref.config import strategy
 from dspref.config.explain import yaml_word
 from dspref.config.sections import Config, ReferenceSection
 from dspref.config.sound import KeyPath
-from dspref.objectives import ASKS, MUTE, OBJECTIVES, as_list, defaults, keys_of, losses, needs_reference
+from dspref.objectives import KEYS, OBJECTIVES, as_list, defaults, keys_of, losses, needs_reference
 
 Complaint = tuple[KeyPath, str]
 
@@ -55,11 +55,11 @@ def _check_objective_keys(config: Config) -> Iterator[Complaint]:
     for key in sorted(given.keys() - applicable):
         takers = [name for name, loss in family.losses.items() if key in keys_of(loss.function)]
         yield ("objective", key), f"does not apply to loss_type {', '.join(names)}; it is for {', '.join(takers)}"
-    for key, (suits, why) in ASKS.items():
+    for key, about in KEYS.items():
         neutral = keys_of(family.assemble)[key].default if key in keys_of(family.assemble) else None
-        unfit = next((name for name in names if not suits(family.losses[name])), None)
+        unfit = next((name for name in names if not about.suits(family.losses[name])), None)
         if key in given and given[key] != neutral and unfit:
-            yield ("objective", key), f"{yaml_word(given[key])} does not go with loss_type {unfit}, which {why}"
+            yield ("objective", key), f"{yaml_word(given[key])} does not go with loss_type {unfit}, which {about.unsuited}"
     if names == ["sft"]:
         for key in sorted(given.keys() & {"use_weighting", "ld_alpha", "f_divergence_type"}):
             if given[key] != keys_of(family.assemble)[key].default:
@@ -68,9 +68,9 @@ def _check_objective_keys(config: Config) -> Iterator[Complaint]:
         for key, parameter in keys_of(family.losses[name].function).items():
             if key in given and (bound := exceeded(given[key], parameter.annotation)):
                 yield ("objective", key), f"must be {bound} for loss_type {name}, not {given[key]}"
-    for key in sorted(given.keys() & MUTE.keys() & applicable):
-        if not MUTE[key][0](section.model_dump()):
-            yield ("objective", key), f"has no effect: {MUTE[key][1]}"
+    for key in sorted(given.keys() & KEYS.keys() & applicable):
+        if not KEYS[key].has_effect(section.model_dump()):
+            yield ("objective", key), f"has no effect: {KEYS[key].muted}"
 
 
 def exceeded(value: float, annotation: str) -> str | None:

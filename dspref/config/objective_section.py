@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_origin
 from pydantic import Discriminator, Field, Tag, create_model
 
 from dspref.config.section import Section, one_or_list
-from dspref.objectives import MEANINGS, OBJECTIVES, Family, defaults, keys_of, losses
+from dspref.objectives import KEYS, OBJECTIVES, Family, defaults, keys_of, losses
 
 DEFAULT_OBJECTIVE = "dpo"
 
@@ -19,11 +19,11 @@ def _objective_section(name: str, family: Family) -> type[Section]:
     named = Annotated[Literal[name], Field(description="The family of objectives; the other keys depend on it.")]
     fields: dict[str, Any] = {"name": (named, DEFAULT_OBJECTIVE if name == DEFAULT_OBJECTIVE else ...)}
     first = next(iter(family.losses))
-    about = Field(description=MEANINGS["loss_type"])
+    about = Field(description=KEYS["loss_type"].meaning)
     fields["loss_type"] = (Annotated[_one_or_several(loss_type) if family.mixes else loss_type, about], first)
     if family.mixes:
         weights = list[Annotated[float, Field(ge=0)]] | None
-        fields["loss_weights"] = (Annotated[weights, Field(description=MEANINGS["loss_weights"])], None)
+        fields["loss_weights"] = (Annotated[weights, Field(description=KEYS["loss_weights"].meaning)], None)
     functions = (family.assemble, *(loss.function for loss in family.losses.values()))
     for key, of in defaults(name, family.losses).items():
         kinds = [_named(keys_of(function)[key].annotation) for function in functions if key in keys_of(function)]
@@ -59,7 +59,7 @@ def _as_field(kinds: Sequence[Any], key: str, optional: bool) -> Any:
         bounds = [{"ge" if name == "gt" else name: limit for name, limit in bound.items()} for bound in bounds]
     shared = {bound: limit for bound, limit in bounds[0].items() if all(other.get(bound) == limit for other in bounds)}
     inner = kinds[0].__origin__ if get_origin(kinds[0]) is Annotated else kinds[0]
-    return Annotated[inner | None if optional else inner, Field(**shared, description=MEANINGS[key])]
+    return Annotated[inner | None if optional else inner, Field(**shared, description=KEYS[key].meaning)]
 
 
 OBJECTIVE_SECTIONS = {name: _objective_section(name, family) for name, family in OBJECTIVES.items()}

@@ -9,10 +9,8 @@ Shows: families, losses.
 """
 
 from dspref.objectives.table import (
-    ASKS,
+    KEYS,
     KTO,
-    MEANINGS,
-    MUTE,
     OBJECTIVES,
     Family,
     Objective,
@@ -27,6 +25,6 @@ from dspref.objectives.table import (
 )  # fmt: skip
 
 __all__ = [
-    "ASKS", "KTO", "MEANINGS", "MUTE", "OBJECTIVES", "Family", "Objective", "RunningMean", "as_list", "build_objective",
+    "KEYS", "KTO", "OBJECTIVES", "Family", "Objective", "RunningMean", "as_list", "build_objective",
     "defaults", "describe", "keys_of", "needs_reference", "resolved",
 ]  # fmt: skip

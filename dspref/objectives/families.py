@@ -7,7 +7,7 @@ are YAML keys. P is the number of pairs. No torch is imported (tensor methods su
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dspref.objectives import losses
@@ -98,6 +98,21 @@ def total(loss: PairLoss, counts: Mapping[str, int]) -> Float[Tensor, ""]:
 
 
 @dataclass(frozen=True)
+class Key:
+    """What must be known of a YAML key beyond its range and default, which are those of the argument."""
+
+    meaning: str
+    suits: Callable[[Loss], bool] = lambda loss: True
+    """Whether it can have an effect on a loss."""
+    unsuited: str = ""
+    """Why it has none on the others."""
+    has_effect: Callable[[Mapping[str, Any]], bool] = lambda section: True
+    """Whether the other keys of an `objective` section leave it an effect."""
+    muted: str = ""
+    """Why they do not."""
+
+
+@dataclass(frozen=True)
 class Loss:
     """One row of the table: a loss, and what must be known of it beyond its equation."""
 
@@ -112,6 +127,8 @@ class Loss:
     """It reads the running mean of the rewards."""
     divergent: bool = False
     """Built on the margin, so that another f-divergence may take the place of the log-ratios."""
+    keys: Mapping[str, Key] = field(default_factory=dict, hash=False)
+    """Of the keys that it alone has."""
 
 
 @dataclass(frozen=True)

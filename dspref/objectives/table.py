@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspref.objectives import losses
-from dspref.objectives.families import Loss, PairLogps, PairLoss, Part, cpo, dpo, orpo, simpo
+from dspref.objectives.families import Key, Loss, PairLogps, PairLoss, Part, cpo, dpo, orpo, simpo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
@@ -27,13 +27,59 @@ class Family:
     needs_reference: bool = False
     mixes: bool = False
     """`loss_type` may be a list, with `loss_weights` (as in MPO, Wang et al. 2024, arXiv:2411.10442)."""
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    """Of the keys that the family has, and that several of its losses have."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Names that people will type, with what to write instead."""
 
 
+COMMON = {
+    "loss_type": Key("The loss; in dpo also a list of losses, added up."),
+    "loss_weights": Key("Weights of a list of losses; 1 each by default."),
+    "beta": Key("Strength of the implicit reward; in orpo the weight of the odds-ratio term (the paper's lambda)."),
+    "label_smoothing": Key("Probability that a label is wrong."),
+}
+_OF_DPO = {
+    "reference_free": Key("A uniform reference: R = 0 everywhere, and no reference model."),
+    "f_divergence_type": Key(
+        "The divergence whose f'(u) takes the place of log u.",
+        suits=lambda loss: loss.divergent,
+        unsuited="is not built on a margin",
+    ),
+    "f_alpha_divergence_coef": Key(
+        "The paper's alpha of alpha_divergence (TRL's coefficient since 0.29 is 1 - alpha).",
+        has_effect=lambda section: section["f_divergence_type"] == "alpha_divergence",
+        muted="it is for f_divergence_type: alpha_divergence",
+    ),
+    "rpo_alpha": Key("Weight of the chosen answer's NLL, a mean over tokens of the step, beside the loss."),
+    "use_weighting": Key(
+        "WPO: weigh each pair by the policy's own probability of it.",
+        suits=lambda loss: not loss.ordered,
+        unsuited="sorts its values: none belongs to a pair that could be weighed",
+    ),
+    "ld_alpha": Key("LD-DPO: share by which tokens beyond the shorter answer's length count."),
+}
+_OF_CPO = {
+    "cpo_alpha": Key("Weight of the chosen answer's NLL, a mean over tokens of the step."),
+    "alpha": Key(
+        "AlphaPO: shape of the reward (1 - e^(-alpha A)) / alpha; 0 is A.",
+        suits=lambda loss: loss.normaliser == "mean",
+        unsuited="sums log-probs: p^-alpha of an answer overflows; use simpo or ipo",
+    ),
+}
+_MARGIN = {
+    "simpo_gamma": Key("SimPO's target margin, absolute."),
+    "gamma_beta_ratio": Key(
+        "SimPO's target margin as a multiple of beta.",
+        has_effect=lambda section: section.get("simpo_gamma") is None,
+        muted="simpo_gamma gives the margin; drop one",
+    ),
+}
+
 KTO = "kto_pair needs no pairs; use a KTO trainer, or apo_zero or bco_pair, which push rewards on their own too"
 _AOT_PAIR = Loss(losses.aot_pair, couples=True, ordered=True)
 _SIGMOID_NORM = Loss(losses.sigmoid_norm, "mean", divergent=True)
+_SIMPO = Loss(losses.simpo, "mean", keys=_MARGIN)
 
 OBJECTIVES: dict[str, Family] = {
     "dpo": Family(
@@ -43,7 +89,12 @@ OBJECTIVES: dict[str, Family] = {
             "sigmoid_norm": _SIGMOID_NORM,
             "dpo_norm": _SIGMOID_NORM,  # its name in open-instruct
             "hinge": Loss(losses.hinge, divergent=True),
-            "ipo": Loss(losses.ipo, "mean", divergent=True),
+            "ipo": Loss(
+                losses.ipo,
+                "mean",
+                divergent=True,
+                keys={"ipo_length_normalize": Key("Log-ratios per token; false: their sums, as the paper prints it.")},
+            ),
             "exo_pair": Loss(losses.exo_pair, divergent=True),
             "nca_pair": Loss(losses.nca_pair),
             "robust": Loss(losses.robust, divergent=True),
@@ -54,11 +105,14 @@ OBJECTIVES: dict[str, Family] = {
             "aot_unpaired": _AOT_PAIR,  # its name since TRL 0.28
             "apo_zero": Loss(losses.apo_zero),
             "apo_down": Loss(losses.apo_down),
-            "discopop": Loss(losses.discopop, divergent=True),
+            "discopop": Loss(
+                losses.discopop, divergent=True, keys={"discopop_tau": Key("Temperature of DiscoPOP's modulation.")}
+            ),
             "sft": Loss(losses.negative_log_likelihood, "tokens", divergent=True),
         },
         needs_reference=True,
         mixes=True,
+        keys=_OF_DPO,
         refused={
             "kto_pair": KTO,
             "cdpo": "write loss_type: sigmoid with label_smoothing",
@@ -73,49 +127,25 @@ OBJECTIVES: dict[str, Family] = {
             "sigmoid": Loss(losses.cpo_sigmoid),
             "hinge": Loss(losses.cpo_hinge),
             "ipo": Loss(losses.cpo_ipo, "mean"),
-            "simpo": Loss(losses.simpo, "mean"),
+            "simpo": _SIMPO,
         },
+        keys=_OF_CPO,
         refused={"kto_pair": KTO, "alphapo": "write name: simpo with alpha"},
     ),
-    "simpo": Family(simpo, {"simpo": Loss(losses.simpo, "mean")}),
-    "orpo": Family(orpo, {"orpo": Loss(losses.orpo, "mean")}),
-}
-
-# Keys whose effect only some losses can have: what each asks of every loss, and why the others have it not.
-ASKS: dict[str, tuple[Callable[[Loss], bool], str]] = {
-    "f_divergence_type": (lambda loss: loss.divergent, "is not built on a margin"),
-    "use_weighting": (lambda loss: not loss.ordered, "sorts its values: none belongs to a pair that could be weighed"),
-    "alpha": (lambda loss: loss.normaliser == "mean", "sums log-probs: p^-alpha of an answer overflows; use simpo or ipo"),
-}
-# What each key means, for editors and docs/objectives.md.
-MEANINGS = {
-    "loss_type": "The loss; in dpo also a list of losses, added up.",
-    "loss_weights": "Weights of a list of losses; 1 each by default.",
-    "beta": "Strength of the implicit reward; in orpo the weight of the odds-ratio term (the paper's lambda).",
-    "label_smoothing": "Probability that a label is wrong.",
-    "ipo_length_normalize": "Log-ratios per token; false: their sums, as the paper prints it.",
-    "discopop_tau": "Temperature of DiscoPOP's modulation.",
-    "reference_free": "A uniform reference: R = 0 everywhere, and no reference model.",
-    "f_divergence_type": "The divergence whose f'(u) takes the place of log u.",
-    "f_alpha_divergence_coef": "The paper's alpha of alpha_divergence (TRL's coefficient since 0.29 is 1 - alpha).",
-    "rpo_alpha": "Weight of the chosen answer's NLL, a mean over tokens of the step, beside the loss.",
-    "use_weighting": "WPO: weigh each pair by the policy's own probability of it.",
-    "ld_alpha": "LD-DPO: share by which tokens beyond the shorter answer's length count.",
-    "cpo_alpha": "Weight of the chosen answer's NLL, a mean over tokens of the step.",
-    "alpha": "AlphaPO: shape of the reward (1 - e^(-alpha A)) / alpha; 0 is A.",
-    "simpo_gamma": "SimPO's target margin, absolute.",
-    "gamma_beta_ratio": "SimPO's target margin as a multiple of beta.",
-    "nll_on_prompt": "Whether ORPO's NLL covers the prompt too.",
-}
-
-# Keys that the value of another can leave without effect: when they have one, and why else not.
-MUTE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
-    "gamma_beta_ratio": (lambda section: section.get("simpo_gamma") is None, "simpo_gamma gives the margin; drop one"),
-    "f_alpha_divergence_coef": (
-        lambda section: section["f_divergence_type"] == "alpha_divergence",
-        "it is for f_divergence_type: alpha_divergence",
+    "simpo": Family(simpo, {"simpo": _SIMPO}, keys=_OF_CPO),
+    "orpo": Family(
+        orpo,
+        {"orpo": Loss(losses.orpo, "mean")},
+        keys={"nll_on_prompt": Key("Whether ORPO's NLL covers the prompt too.")},
     ),
 }
+
+KEYS: dict[str, Key] = {
+    **COMMON,
+    **{key: about for family in OBJECTIVES.values() for key, about in family.keys.items()},
+    **{key: about for family in OBJECTIVES.values() for loss in family.losses.values() for key, about in loss.keys.items()},
+}
+"""Every key of an `objective` section but its name."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +180,7 @@ def resolved(name: str, loss_type: str | Sequence[str], **keys: Any) -> dict[str
     given = {key: value for key, value in keys.items() if value is not None}
     known = defaults(name, as_list(loss_type))
     section = {"name": name, "loss_type": loss_type} | {key: of[0] for key, of in known.items() if len(of) == 1} | given
-    mute = {key for key in known if key in MUTE and not MUTE[key][0](section)}
+    mute = {key for key in known if not KEYS[key].has_effect(section)}
     applicable = {"name", "loss_type", "loss_weights", *known} - mute
     return {key: value for key, value in section.items() if key in applicable and value is not None}
 
