@@ -210,6 +210,20 @@ def test_no_circle_between_files() -> None:
     assert not set(below) - done
 
 
+def test_nothing_outgrows_one_reading() -> None:
+    """Lines of a file, a function, a class."""
+    large = []
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > 350:
+            large.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            limit = {ast.FunctionDef: 60, ast.ClassDef: 200}.get(type(node))
+            if limit and (lines := node.end_lineno - node.lineno + 1) > limit:
+                large.append(f"{name}.{node.name}: {lines} lines")
+    assert not large, large
+
+
 @pytest.mark.parametrize("room", sorted(PURE))
 def test_the_pure_rooms_stand_apart(room: str) -> None:
     violations = [f for f in IMPORTS if top(f.importer) == room and top(ours(f) or room) not in {room, *sum(GROUND, ())}]
