@@ -33,7 +33,7 @@ FOLDER = "engine"
 torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
-class Layout(NamedTuple):
+class Sharding(NamedTuple):
     """How weights and optimizer states are spread."""
 
     stage: int
@@ -108,10 +108,10 @@ def read(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def layout(folder: Path) -> Layout:
+def sharding_of(folder: Path) -> Sharding:
     """How the files in DeepSpeed's folder were spread."""
     state = read(model_files(folder)[0])
-    return Layout(state["ds_config"].get("zero_optimization", {}).get("stage", 0), state["dp_world_size"])
+    return Sharding(state["ds_config"].get("zero_optimization", {}).get("stage", 0), state["dp_world_size"])
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -158,8 +158,8 @@ def restore(engine: DeepSpeedEngine, folder: Path, strict: bool) -> None:
     `strict`: the checkpoint holds every weight. Raises IOFault for files that cannot be had as data.
     """
     refuse_foreign(folder / FOLDER)
-    saved = layout(folder / FOLDER)
-    here = Layout(int(engine.zero_optimization_stage()), distributed.world().size)
+    saved = sharding_of(folder / FOLDER)
+    here = Sharding(int(engine.zero_optimization_stage()), distributed.world().size)
     with as_data():
         if saved == here or saved.stage == here.stage == 0:  # at stage 0 every rank holds everything
             _load(engine, folder, strict)
@@ -180,7 +180,7 @@ def _load(engine: DeepSpeedEngine, folder: Path, strict: bool) -> None:
         raise EnvironmentFault(f"{folder}: DeepSpeed found no checkpoint there")
 
 
-def _refuse_inconvertible(engine: DeepSpeedEngine, saved: Layout, here: Layout) -> None:
+def _refuse_inconvertible(engine: DeepSpeedEngine, saved: Sharding, here: Sharding) -> None:
     reason = ""
     if saved.stage != here.stage and {saved.stage, here.stage} != {1, 2}:
         reason = "only stages 1 and 2 can be exchanged"

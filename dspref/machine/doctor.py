@@ -15,7 +15,7 @@ from dspref import secrets
 from dspref.config import Config
 from dspref.errors import ExitCode
 from dspref.machine import machine, preflight
-from dspref.machine.machine import FAIL, OK, WARN, Scene
+from dspref.machine.machine import FAIL, OK, WARN, CheckContext
 
 # Environment variables that decide how a run goes.
 MATTER = (
@@ -28,8 +28,8 @@ MATTER = (
 def examine(config: Config | None, run: str = "") -> dict[str, Any]:
     """What is known of this machine, and with a config of what its run lacks. `run`: how the user named it."""
     found = machine.gpus()
-    scene = Scene(config, ranks=max(len(found.names), 1), on_gpu=bool(found.names))
-    verdicts = preflight.examine(scene)
+    context = CheckContext(config, ranks=max(len(found.names), 1), on_gpu=bool(found.names))
+    verdicts = preflight.examine(context)
     levels = [verdict.level for verdict in verdicts.values()]
     return {
         "dspref": dspref.__version__,

@@ -53,7 +53,7 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scene:
+class CheckContext:
     """What the checks look at; without a config, the machine alone."""
 
     config: Config | None = None
@@ -87,7 +87,7 @@ def installed(names: Iterable[str] = (*VERSIONS, *OPTIONAL)) -> dict[str, str]:
     return found
 
 
-def check_versions(scene: Scene) -> Verdict:
+def check_versions(context: CheckContext) -> Verdict:
     return judge_versions(installed(VERSIONS))
 
 
@@ -105,9 +105,9 @@ def judge_versions(found: Mapping[str, str]) -> Verdict:
     return Verdict(OK, "within the tested range")
 
 
-def check_packages(scene: Scene) -> Verdict:
+def check_packages(context: CheckContext) -> Verdict:
     """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
-    needed = packages_of(scene.config) if scene.config else {}
+    needed = packages_of(context.config) if context.config else {}
     absent = {package: key for package, key in needed.items() if find_spec(package) is None}
     for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
         extra = "liger" if package == "liger_kernel" else package
@@ -165,8 +165,8 @@ def torch_cuda() -> str:
     return found[1] if found else ""
 
 
-def check_gpu(scene: Scene) -> Verdict:
-    return judge_gpu(gpus(), torch_cuda(), _needs_cuda(scene.config))
+def check_gpu(context: CheckContext) -> Verdict:
+    return judge_gpu(gpus(), torch_cuda(), _needs_cuda(context.config))
 
 
 def judge_gpu(found: Gpus, built_for: str, needed_by: str | None) -> Verdict:
@@ -203,14 +203,14 @@ def _needs_cuda(config: Config | None) -> str | None:
     return next((key for key, needed in needs.items() if needed), None)
 
 
-def check_attention(scene: Scene) -> Verdict:
+def check_attention(context: CheckContext) -> Verdict:
     modules = {
         "flash_attention_2": "flash_attn.flash_attn_interface",
         "flash_attention_3": "flash_attn_interface",
         "flash_attention_4": "flash_attn.cute",
     }
     present = [name for name, module in modules.items() if _is_here(module)]
-    asked = scene.config.model.attn_implementation if scene.config else "auto"
+    asked = context.config.model.attn_implementation if context.config else "auto"
     if asked in modules and asked not in present:
         return Verdict(
             FAIL, f"model.attn_implementation: {asked} is not installed; pip install -e '.[flash-attn]', or use auto"
@@ -240,15 +240,15 @@ def operators(config: Config | None) -> list[str]:
     return (["cpu_adam"] if config.train.optim == "cpu_adam" else []) + (["async_io"] if nvme else [])
 
 
-def builds_folder(scene: Scene) -> Path:
+def builds_folder(context: CheckContext) -> Path:
     """Where compiled operators go; dspref has a folder of its own for cpu_adam."""
-    return builds.folder(scene.env, own="cpu_adam" in operators(scene.config))
+    return builds.folder(context.env, own="cpu_adam" in operators(context.config))
 
 
-def check_compiler(scene: Scene) -> Verdict:
-    tools = {"g++": scene.env.get("CXX", "g++"), "ninja": "ninja", **({"nvcc": "nvcc"} if torch_cuda() else {})}
-    missing = [name for name, command in tools.items() if not shutil.which(command, path=scene.env.get("PATH"))]
-    built = operators(scene.config)
+def check_compiler(context: CheckContext) -> Verdict:
+    tools = {"g++": context.env.get("CXX", "g++"), "ninja": "ninja", **({"nvcc": "nvcc"} if torch_cuda() else {})}
+    missing = [name for name, command in tools.items() if not shutil.which(command, path=context.env.get("PATH"))]
+    built = operators(context.config)
     if missing and built:
         remedy = "install it (ninja: pip install ninja; nvcc: the CUDA toolkit), or use train.optim: adamw"
         return Verdict(FAIL, f"{' and '.join(missing)} not found, and {built[0]} is compiled on first use; {remedy}")
@@ -256,19 +256,19 @@ def check_compiler(scene: Scene) -> Verdict:
     return Verdict(OK, f"{', '.join(name for name in tools if name not in missing) or 'none'} found; {what}")
 
 
-def check_locks(scene: Scene) -> Verdict:
+def check_locks(context: CheckContext) -> Verdict:
     """A killed build leaves its lock, and every later start waits for it for ever, silently."""
-    built, folder = operators(scene.config), builds_folder(scene)
+    built, folder = operators(context.config), builds_folder(context)
     if folder.exists() and (whose := others_may_write(folder)):
         remedy = "remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
         return Verdict(FAIL, f"{folder}: {whose}, and code is loaded from there; {remedy}")
-    if scene.config and not built:
+    if context.config and not built:
         return Verdict(OK, "nothing will be compiled")
     for lock, age in builds.locks(folder):
         removed = "cpu_adam" in built and age > builds.STALE_SECONDS
-        if removed or holder_of(lock, scene.proc):
+        if removed or holder_of(lock, context.proc):
             continue
-        elsewhere = file_system(lock, scene.proc) in NETWORK
+        elsewhere = file_system(lock, context.proc) in NETWORK
         who = "no process of this machine" if elsewhere else "no process"
         level = FAIL if built and not elsewhere and age > BUILD_SECONDS else WARN
         return Verdict(

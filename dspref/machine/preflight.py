@@ -23,7 +23,7 @@ from dspref.machine.machine import (
     NETWORK,
     OK,
     WARN,
-    Scene,
+    CheckContext,
     Verdict,
     builds_folder,
     check_attention,
@@ -50,12 +50,12 @@ SHARED_MEMORY_PER_RANK = 16 * 2**20
 # Room
 
 
-def check_disk(scene: Scene) -> Verdict:
-    usage = shutil.disk_usage(nearest(Path(scene.config.output_dir if scene.config else ".")))
-    free, needed = usage.free, footprint.of_run(scene.config) if scene.config else None
-    if scene.config is None:
+def check_disk(context: CheckContext) -> Verdict:
+    usage = shutil.disk_usage(nearest(Path(context.config.output_dir if context.config else ".")))
+    free, needed = usage.free, footprint.of_run(context.config) if context.config else None
+    if context.config is None:
         return Verdict(WARN if free < 2**30 else OK, f"{_size(free)} free in the working directory")
-    where = f"output_dir: {scene.config.output_dir}"
+    where = f"output_dir: {context.config.output_dir}"
     if usage.total == 0:
         return Verdict(OK, f"{where}: this file system does not tell its size")
     if needed is None:
@@ -66,13 +66,13 @@ def check_disk(scene: Scene) -> Verdict:
     return Verdict(OK, f"{where}: {_size(free)} free, about {_size(needed)} needed")
 
 
-def check_shared_memory(scene: Scene) -> Verdict:
-    if not scene.shared_memory.exists():
+def check_shared_memory(context: CheckContext) -> Verdict:
+    if not context.shared_memory.exists():
         return Verdict(
-            WARN if scene.on_gpu else OK, f"{scene.shared_memory} is absent, which NCCL uses; mount a tmpfs there"
+            WARN if context.on_gpu else OK, f"{context.shared_memory} is absent, which NCCL uses; mount a tmpfs there"
         )
-    usage = shutil.disk_usage(scene.shared_memory)
-    return judge_shared_memory(usage.free, scene.ranks if scene.on_gpu else 1, scene.shared_memory)
+    usage = shutil.disk_usage(context.shared_memory)
+    return judge_shared_memory(usage.free, context.ranks if context.on_gpu else 1, context.shared_memory)
 
 
 def judge_shared_memory(free: int, ranks: int, where: Path = Path("/dev/shm")) -> Verdict:
@@ -83,7 +83,7 @@ def judge_shared_memory(free: int, ranks: int, where: Path = Path("/dev/shm")) -
     return Verdict(OK, text)
 
 
-def check_open_files(scene: Scene) -> Verdict:
+def check_open_files(context: CheckContext) -> Verdict:
     return judge_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
@@ -93,27 +93,27 @@ def judge_open_files(limit: int) -> Verdict:
     return Verdict(OK, f"ulimit -n is {limit}")
 
 
-def check_memory(scene: Scene) -> Verdict:
+def check_memory(context: CheckContext) -> Verdict:
     """Of the container, where it has a limit; offloaded states and training on CPU live there."""
-    limit = memory_limit(scene)
-    weights = footprint.count_weights(scene.config.model) if scene.config else None
+    limit = memory_limit(context)
+    weights = footprint.count_weights(context.config.model) if context.config else None
     if limit is None:
-        return Verdict(WARN, f"{scene.proc}/meminfo cannot be read")
-    in_host = scene.config and (strategy.offloads_optimizer(scene.config.strategy) or not gpus().names)
+        return Verdict(WARN, f"{context.proc}/meminfo cannot be read")
+    in_host = context.config and (strategy.offloads_optimizer(context.config.strategy) or not gpus().names)
     # fp32 masters, gradients and two moments
-    if in_host and weights and scene.config and scene.config.model.lora is None and 16 * weights > limit:
+    if in_host and weights and context.config and context.config.model.lora is None and 16 * weights > limit:
         remedy = "raise the container's limit, or use more machines"
         return Verdict(WARN, f"{_size(limit)} for this job, the optimizer's states take {_size(16 * weights)}; {remedy}")
     return Verdict(OK, f"{_size(limit)} for this job")
 
 
-def memory_limit(scene: Scene) -> int | None:
+def memory_limit(context: CheckContext) -> int | None:
     """Bytes: the machine's, or the cgroup's where that is less."""
     limits = []
-    for path in (scene.cgroup / "memory.max", scene.cgroup / "memory" / "memory.limit_in_bytes"):
+    for path in (context.cgroup / "memory.max", context.cgroup / "memory" / "memory.limit_in_bytes"):
         text = path.read_text().strip() if path.exists() else ""
         limits += [int(text)] if text.isdecimal() else []
-    path = scene.proc / "meminfo"
+    path = context.proc / "meminfo"
     total = re.search(r"MemTotal:\s*(\d+) kB", path.read_text()) if path.exists() else None
     return min([*limits, *([int(total[1]) * 1024] if total else [])], default=None)
 
@@ -122,26 +122,26 @@ def memory_limit(scene: Scene) -> int | None:
 # Folders and names
 
 
-def check_folders(scene: Scene) -> Verdict:
+def check_folders(context: CheckContext) -> Verdict:
     """A file is made and taken away again: permissions alone say nothing of read-only mounts, and nothing to root."""
     folders, anew = {"the cache ($DSPREF_CACHE)": cache_folder(""), "$TMPDIR": Path(tempfile.gettempdir())}, False
-    if scene.config:
-        run = Path(scene.config.output_dir)
-        anew = scene.config.checkpoint.resume == "never"
+    if context.config:
+        run = Path(context.config.output_dir)
+        anew = context.config.checkpoint.resume == "never"
         if not run.is_file() and (said := record.misplaced(run, anew)):
             return Verdict(FAIL, f"output_dir: {said}")
         within = {} if anew else {f"output_dir: {name}": run / name for name in INNER if (run / name).is_dir()}
         folders = {"output_dir": run, **within, **folders}
-        if scene.config.reference.store:
-            folders["reference.store"] = Path(scene.config.reference.store)
-    if operators(scene.config):
-        folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(scene)
+        if context.config.reference.store:
+            folders["reference.store"] = Path(context.config.reference.store)
+    if operators(context.config):
+        folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(context)
     for name, folder in folders.items():
-        if scene.config and name == "output_dir" and folder.is_file():
+        if context.config and name == "output_dir" and folder.is_file():
             continue  # refused where the run folder is opened, with what to do
         if reason := inputs.unwritable(folder):
             return Verdict(FAIL, f"{name}: {folder} {reason}; choose another folder")
-    for path in [folders["output_dir"] / name for name in record.APPENDED] if scene.config and not anew else []:
+    for path in [folders["output_dir"] / name for name in record.APPENDED] if context.config and not anew else []:
         try:
             if path.is_file():
                 open(path, "ab").close()
@@ -152,30 +152,30 @@ def check_folders(scene: Scene) -> Verdict:
     return Verdict(OK, f"can be written: {', '.join(map(str, folders.values()))}")
 
 
-def check_inputs(scene: Scene) -> Verdict:
+def check_inputs(context: CheckContext) -> Verdict:
     """What the config names: of a machine, these are the user's files."""
-    if scene.config is None:
+    if context.config is None:
         return Verdict(OK, "no config was given")
-    found = inputs.look(scene.config)
+    found = inputs.look(context.config)
     if found.faults:
         return Verdict(FAIL, "; ".join(f"{dotted(path)}: {reason}" for path, reason in found.faults))
     aside = f"; not checked (hub): {', '.join(found.on_hub)}" if found.on_hub else ""
     return Verdict(OK, f"what the config names is there{aside}")
 
 
-def check_network_folders(scene: Scene) -> Verdict:
+def check_network_folders(context: CheckContext) -> Verdict:
     folders = {"$TMPDIR": Path(tempfile.gettempdir())}
-    if operators(scene.config):
-        folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(scene)
+    if operators(context.config):
+        folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(context)
     for name, folder in folders.items():
-        if (kind := file_system(folder, scene.proc)) in NETWORK:
+        if (kind := file_system(folder, context.proc)) in NETWORK:
             return Verdict(WARN, f"{name}: {folder} is on {kind}, where machines share locks and builds; use a local disk")
     return Verdict(OK, f"local: {', '.join(map(str, folders.values()))}")
 
 
-def check_meeting(scene: Scene) -> Verdict:
+def check_meeting(context: CheckContext) -> Verdict:
     """Where ranks of several machines meet."""
-    address, port = scene.env.get("MASTER_ADDR"), scene.env.get("MASTER_PORT", "")
+    address, port = context.env.get("MASTER_ADDR"), context.env.get("MASTER_PORT", "")
     try:
         socket.gethostbyname(name := address or socket.gethostname())
     except OSError:
@@ -197,14 +197,14 @@ def check_meeting(scene: Scene) -> Verdict:
     return Verdict(OK, f"{name} resolves" + (f", port {port}" if port else ""))
 
 
-def check_hub(scene: Scene) -> Verdict:
-    token = any(scene.env.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+def check_hub(context: CheckContext) -> Verdict:
+    token = any(context.env.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
     home = footprint.hub_cache().parent
-    token = token or Path(scene.env.get("HF_TOKEN_PATH", home / "token")).exists()
-    offline = scene.env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    token = token or Path(context.env.get("HF_TOKEN_PATH", home / "token")).exists()
+    offline = context.env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     state = f"{'offline' if offline else 'online'}, {'a token is there' if token else 'no token'}"
-    if scene.config and footprint.model_folder(scene.config.model) is None:
-        name = scene.config.model.name_or_path
+    if context.config and footprint.model_folder(context.config.model) is None:
+        name = context.config.model.name_or_path
         if reason := weights.no_folder(name):
             return Verdict(FAIL, f"model.name_or_path: {name}: {reason}")
         if offline or name.startswith(("/", ".", "~")):
@@ -213,30 +213,30 @@ def check_hub(scene: Scene) -> Verdict:
     return Verdict(OK, state)
 
 
-def check_tracker(scene: Scene) -> Verdict:
-    if not (scene.config and "wandb" in scene.config.log.trackers):
+def check_tracker(context: CheckContext) -> Verdict:
+    if not (context.config and "wandb" in context.config.log.trackers):
         return Verdict(OK, "wandb is not asked for")
-    netrc = Path(scene.env.get("NETRC", Path.home() / ".netrc"))
-    known = scene.env.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
-    if known or scene.env.get("WANDB_MODE") in ("offline", "disabled"):
-        return Verdict(OK, scene.env.get("WANDB_MODE") or "a key is there")
+    netrc = Path(context.env.get("NETRC", Path.home() / ".netrc"))
+    known = context.env.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+    if known or context.env.get("WANDB_MODE") in ("offline", "disabled"):
+        return Verdict(OK, context.env.get("WANDB_MODE") or "a key is there")
     return Verdict(WARN, "log.trackers: wandb has no key and will be switched off; wandb login, or WANDB_MODE=offline")
 
 
-def check_deepspeed_env(scene: Scene) -> Verdict:
+def check_deepspeed_env(context: CheckContext) -> Verdict:
     """DeepSpeed's launcher puts these lines on the command lines of other machines, for all to see, and logs them."""
-    name = scene.env.get("DS_ENV_FILE", ".deepspeed_env")
+    name = context.env.get("DS_ENV_FILE", ".deepspeed_env")
     for path in (Path.home() / name, Path(name)):
         for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else [], start=1):
             key, _, value = line.partition("=")
-            if value.strip() and (secrets.is_telling(key.strip()) or secrets.kind_of(value, scene.env)):
+            if value.strip() and (secrets.is_telling(key.strip()) or secrets.kind_of(value, context.env)):
                 remedy = "DeepSpeed shows it on command lines; take it out, and set it in the job's environment"
                 return Verdict(FAIL, f"{path}:{number}: {key.strip()} looks like a secret; {remedy}")
     return Verdict(OK, "no secrets in it")
 
 
-def check_slurm(scene: Scene) -> Verdict:
-    path = shutil.which("sbatch", path=scene.env.get("PATH"))
+def check_slurm(context: CheckContext) -> Verdict:
+    path = shutil.which("sbatch", path=context.env.get("PATH"))
     return Verdict(OK, f"sbatch: {path}" if path else "no sbatch here: jobs of several machines are submitted elsewhere")
 
 
@@ -244,7 +244,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
-CHECKS: dict[str, Callable[[Scene], Verdict]] = {
+CHECKS: dict[str, Callable[[CheckContext], Verdict]] = {
     "versions": check_versions,
     "packages": check_packages,
     "gpu": check_gpu,
@@ -267,12 +267,12 @@ CHECKS: dict[str, Callable[[Scene], Verdict]] = {
 AT_START = ("versions", "build locks", "shared memory", "folders", "disk")
 
 
-def examine(scene: Scene, names: Iterable[str] = tuple(CHECKS)) -> dict[str, Verdict]:
+def examine(context: CheckContext, names: Iterable[str] = tuple(CHECKS)) -> dict[str, Verdict]:
     """The verdict of each check."""
     found = {}
     for name in names:
         try:
-            found[name] = CHECKS[name](scene)
+            found[name] = CHECKS[name](context)
         except OSError as error:
             found[name] = Verdict(WARN, f"could not be looked at: {error}")
     return found

@@ -39,7 +39,7 @@ ROUNDING = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 Forward = Callable[[PackedBatch], tuple[TokenLogps, Routing | None]]
 
 
-class Origin(NamedTuple):
+class Beginning(NamedTuple):
     """Where a run began: folder or hub id of the policy's initial weights, and the content of the reference's."""
 
     weights: str
@@ -203,7 +203,7 @@ def source_in_reference(config: Config, weights: str, tensor: str) -> tuple[str,
 def build(
     config: Config,
     policy: Engine,
-    origin: Origin,
+    beginning: Beginning,
     sets: Mapping[str, PairStore],
     layout: Layout,
     needs: Mapping[str, Need] | None = None,
@@ -220,12 +220,12 @@ def build(
         case "adapter":
             return Reference(partial(_ask_policy, policy), module=policy.module)
         case "engine":
-            forward = load_forward(config, origin.weights, policy.device.type)
+            forward = load_forward(config, beginning.weights, policy.device.type)
             moving = _moving(config, policy, forward)
             module = getattr(forward, "module", forward)  # of a DeepSpeed engine
             return Reference(partial(_ask, forward), moving, config.reference.ref_model_sync_steps, module)
         case _:
-            return Reference(partial(_read, stored(config, policy, origin, sets, layout, needs, view)))
+            return Reference(partial(_read, stored(config, policy, beginning, sets, layout, needs, view)))
 
 
 @torch.no_grad()
@@ -276,16 +276,16 @@ def scoring_layout(config: Config, layout: Layout, device_type: str) -> Layout:
 def stored(
     config: Config,
     policy: Engine,
-    origin: Origin,
+    beginning: Beginning,
     sets: Mapping[str, PairStore],
     layout: Layout,
     needs: Mapping[str, Need] | None,
     view: View,
 ) -> dict[str, torch.Tensor]:
     """Tables [n, columns] of every data set, scored where the store has not what is needed: no reference stays in memory."""
-    store, device = open_store(config, origin.reference_digest), policy.device
+    store, device = open_store(config, beginning.reference_digest), policy.device
     wanted = filling.wanted_of(store, sets, needs)
-    ready = partial(scorer, config, policy, origin.weights, device.type)
+    ready = partial(scorer, config, policy, beginning.weights, device.type)
     scored = filling.fill(store, wanted, sets, ready, scoring_layout(config, layout, device.type), device, view=view)
     filling.report(store, wanted, scored)
     return filling.tables(store, wanted, sets, device)

@@ -24,14 +24,14 @@ from dspref.engine.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.files import read_lines, write_atomically
 from dspref.machine import agreement, preflight
-from dspref.machine.machine import FAIL, Scene, Verdict
+from dspref.machine.machine import FAIL, CheckContext, Verdict
 from dspref.model import adapters, loading, packed, unpacked
 from dspref.model.packed import PackedCausalLM
 from dspref.model.weights import one_line
 from dspref.objectives import Objective, build_objective, describe
 from dspref.reference import modes
 from dspref.reference.filling import Need, whole
-from dspref.reference.modes import Origin
+from dspref.reference.modes import Beginning
 from dspref.report import console
 from dspref.run.checkpoint import committed_folders
 from dspref.run.export import adapter_in_words, export
@@ -107,8 +107,8 @@ def must_export_again(run: RunFolder) -> bool:
 def check_environment(config: Config, device_type: str) -> None:
     """Refuse what would fail later: a machine without room or write access, ranks that are not alike."""
     world, own = distributed.world(), agreement.identity(config)
-    scene = Scene(config, ranks=world.local_size, on_gpu=device_type == "cuda")
-    looked = preflight.examine(scene, preflight.AT_START) if world.local_rank == 0 else {}
+    context = CheckContext(config, ranks=world.local_size, on_gpu=device_type == "cuda")
+    looked = preflight.examine(context, preflight.AT_START) if world.local_rank == 0 else {}
     distributed.gather_objects(None)  # all read their clocks at one moment; no barrier, as NCCL may lack what is checked
     gathered = distributed.gather_objects((socket.gethostname(), time.time(), own, looked))
     hosts, clocks, identities, verdicts = zip(*gathered)
@@ -146,7 +146,7 @@ def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, step
 
 def open_run(
     run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore], steps: int, watch: Watch
-) -> Origin:
+) -> Beginning:
     """Make the run folder, and the weights of a random model; where the run begins.
 
     Raises DataError where the folder holds a run that began with other pairs or another reference.
@@ -179,7 +179,7 @@ def open_run(
     distributed.set_seed(config.train.seed)
     distributed.log_to(run.path / "logs")
     run.event("start", world_size=distributed.world().size)
-    return Origin(weights, distributed.broadcast_object(content.get("reference", "")))
+    return Beginning(weights, distributed.broadcast_object(content.get("reference", "")))
 
 
 def changed(name: str, sets: Mapping[str, PairStore]) -> str:

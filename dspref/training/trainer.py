@@ -54,20 +54,20 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     layout, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
-    origin = stages.open_run(run, config, source, sets, steps, watch)
+    beginning = stages.open_run(run, config, source, sets, steps, watch)
     stages.introduce(config, tokenizer, pairs, held_out, loader, steps, kernel)
     found = checkpoint.find(run, config.checkpoint.resume)
     done = found.progress.step if found else 0
     stages.refuse_fewer_steps(run, done, steps)
 
     objective = build_objective(**config.objective.model_dump())
-    policy = stages.load_policy(config, objective, origin.weights, kernel)
+    policy = stages.load_policy(config, objective, beginning.weights, kernel)
     policy = Engine.for_training(policy, config.train, stages.engine_config(config), steps)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
     with console.scoring(run.path) as view:
         needs = stages.needs(loader, held_out, done, steps)
-        reference = references.build(config, policy, origin, sets, layout, needs, view)
+        reference = references.build(config, policy, beginning, sets, layout, needs, view)
     for line in advice.of_run(config.model, config.train.pairs_per_step, config.zero_stage, policy, loader, kernel):
         distributed.log(f"advice: {line}")
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
@@ -87,7 +87,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         view.close()
         recorder.close()
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
-    stages.finish(run, config, policy, tokenizer, origin.weights, held_out, steps, time.monotonic() - started)
+    stages.finish(run, config, policy, tokenizer, beginning.weights, held_out, steps, time.monotonic() - started)
     policy.close()
 
 

@@ -72,8 +72,8 @@ def _load_policy(
 def _build(
     config: configuration.Config, policy: Engine, weights: str, sets: dict[str, PairStore], loader: StepLoader
 ) -> references.Reference:
-    origin = references.Origin(weights, references.digest(config, weights))
-    return references.build(config, policy, origin, sets, loader.layout)
+    beginning = references.Beginning(weights, references.digest(config, weights))
+    return references.build(config, policy, beginning, sets, loader.layout)
 
 
 def _gradients(policy: Engine, config: configuration.Config) -> dict[str, np.ndarray]:

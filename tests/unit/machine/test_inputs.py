@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dspref import config
 from dspref.cli import app
 from dspref.machine import doctor, inputs, machine
-from dspref.machine.machine import FAIL, OK, WARN, Scene
+from dspref.machine.machine import FAIL, OK, WARN, CheckContext
 from dspref.machine.preflight import CHECKS
 
 
@@ -183,10 +183,10 @@ def test_check_loads_no_torch(run: Path) -> None:
 
 def test_the_doctor_looks_too(run: Path) -> None:
     loaded = config.load(run, ["data.train.path=nope.jsonl"])
-    verdict = CHECKS["inputs"](Scene(loaded))
+    verdict = CHECKS["inputs"](CheckContext(loaded))
     assert verdict.level == FAIL and "data.train.path: nope.jsonl: no such file" in verdict.text
-    assert CHECKS["inputs"](Scene(config.load(run))).level == OK
-    assert CHECKS["inputs"](Scene()).level == OK
+    assert CHECKS["inputs"](CheckContext(config.load(run))).level == OK
+    assert CHECKS["inputs"](CheckContext()).level == OK
     one = {"inputs": {"level": FAIL}, "disk": {"level": OK}}
     assert [doctor.exit_code({"checks": c}) for c in (one, one | {"disk": {"level": FAIL}}, {})] == [2, 4, 0]
 
@@ -209,10 +209,10 @@ def test_the_doctor_looks_too(run: Path) -> None:
 def test_packages_that_only_some_runs_need(name, overrides, level, words, run: Path, monkeypatch) -> None:
     real = machine.find_spec
     monkeypatch.setattr(machine, "find_spec", lambda package: None if package == name else real(package))
-    verdict = CHECKS["packages"](Scene(config.load(run, overrides)))
+    verdict = CHECKS["packages"](CheckContext(config.load(run, overrides)))
     assert verdict.level == level and verdict.text.startswith(f"{name} is not installed") and words in verdict.text
-    assert CHECKS["packages"](Scene(config.load(run))).level == OK
-    assert CHECKS["packages"](Scene()).level == OK
+    assert CHECKS["packages"](CheckContext(config.load(run))).level == OK
+    assert CHECKS["packages"](CheckContext()).level == OK
 
 
 def test_syntax_of_templates() -> None:

@@ -19,7 +19,7 @@ from dspref import config
 from dspref.config import Config
 from dspref.engine.builds import STALE_SECONDS
 from dspref.machine import agreement, doctor, footprint, machine, preflight
-from dspref.machine.machine import FAIL, OK, VERSIONS, WARN, Gpus, Scene, Verdict
+from dspref.machine.machine import FAIL, OK, VERSIONS, WARN, CheckContext, Gpus, Verdict
 from dspref.machine.preflight import CHECKS
 
 GIGABYTE = 2**30
@@ -97,18 +97,18 @@ def test_what_a_config_asks_of_a_machine_without_gpu(tmp_path):
     if machine.gpus().names:
         pytest.skip("there is a GPU")
     for override in ("train.optim=adamw_8bit", "model.attn_implementation=flash_attention_2"):
-        verdict = CHECKS["gpu"](Scene(run_of(tmp_path, override)))
+        verdict = CHECKS["gpu"](CheckContext(run_of(tmp_path, override)))
         assert verdict.level == FAIL and override.split("=")[0] in verdict.text
     for kernel in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
         asked = run_of(tmp_path, f"model.attn_implementation={kernel}")
-        assert CHECKS["attention"](Scene(asked)).level == FAIL
+        assert CHECKS["attention"](CheckContext(asked)).level == FAIL
 
 
 def test_compiler(tmp_path):
     nowhere = {"PATH": str(tmp_path)}
-    assert CHECKS["compiler"](Scene(None, nowhere)).level == OK
-    assert CHECKS["compiler"](Scene(run_of(tmp_path), nowhere)).level == OK
-    verdict = CHECKS["compiler"](Scene(run_of(tmp_path, *OFFLOAD), nowhere))
+    assert CHECKS["compiler"](CheckContext(None, nowhere)).level == OK
+    assert CHECKS["compiler"](CheckContext(run_of(tmp_path), nowhere)).level == OK
+    verdict = CHECKS["compiler"](CheckContext(run_of(tmp_path, *OFFLOAD), nowhere))
     assert verdict.level == FAIL and "g++ and ninja" in verdict.text and "cpu_adam" in verdict.text
 
 
@@ -116,7 +116,7 @@ def test_stale_build_locks_are_named_and_left_alone(tmp_path):
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    builds, plain = Scene(run_of(tmp_path, *OFFLOAD), env), Scene(run_of(tmp_path), env)
+    builds, plain = CheckContext(run_of(tmp_path, *OFFLOAD), env), CheckContext(run_of(tmp_path), env)
     assert CHECKS["build locks"](builds).level == OK
     with open(lock, "w"):  # as torch's baton holds it while it builds
         assert machine.holder_of(lock) == os.getpid()
@@ -130,23 +130,23 @@ def test_stale_build_locks_are_named_and_left_alone(tmp_path):
     old = time.time() - 2 * STALE_SECONDS
     os.utime(lock, (old, old))
     assert CHECKS["build locks"](builds).level == OK  # the engine removes it, and says so
-    assert CHECKS["build locks"](Scene(None, env)).level == WARN
+    assert CHECKS["build locks"](CheckContext(None, env)).level == WARN
     assert lock.exists()
 
 
 def test_operators_are_loaded_from_no_folder_that_others_may_write(tmp_path):
     """What is there is code: in /tmp anybody may have been first."""
-    scene = Scene(None, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "builds")})
-    assert CHECKS["build locks"](scene).level == OK
+    context = CheckContext(None, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "builds")})
+    assert CHECKS["build locks"](context).level == OK
     for mode, level in ((0o700, OK), (0o755, OK), (0o775, OK), (0o777, FAIL), (0o1777, FAIL)):
         (tmp_path / "builds").mkdir(exist_ok=True)
         (tmp_path / "builds").chmod(mode)
-        assert CHECKS["build locks"](scene).level == level, oct(mode)
+        assert CHECKS["build locks"](context).level == level, oct(mode)
     (tmp_path / "builds").chmod(0o700)
     if os.geteuid() == 0:
         os.chown(tmp_path / "builds", 65534, 65534)
-        assert "belongs to user 65534" in CHECKS["build locks"](scene).text or os.geteuid() == 65534
-        assert CHECKS["build locks"](scene).level == FAIL
+        assert "belongs to user 65534" in CHECKS["build locks"](context).text or os.geteuid() == 65534
+        assert CHECKS["build locks"](context).level == FAIL
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_broken_models_are_left_to_those_who_read_them(content, tmp_path):
     for overrides in ([], ["model.init=random"], ["model.lora={r: 8}"]):
         broken = run_of(tmp_path, f"model.name_or_path={tmp_path}/m", "checkpoint.save_every=1", *overrides)
         assert footprint.of_run(broken) is None
-        assert CHECKS["disk"](Scene(broken)).level == CHECKS["memory"](Scene(broken)).level == OK
+        assert CHECKS["disk"](CheckContext(broken)).level == CHECKS["memory"](CheckContext(broken)).level == OK
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_run(tmp_path):
@@ -193,9 +193,9 @@ def test_a_disk_that_is_too_small_is_found_before_the_run(tmp_path):
     assert (footprint.of_run(adapter) or 0) < 0.1 * weights
     (tmp_path / "out" / "checkpoints" / "step-000010").mkdir(parents=True)
     assert footprint.of_run(huge) == weights * (2 * 12 + 2)
-    verdict = CHECKS["disk"](Scene(huge))
+    verdict = CHECKS["disk"](CheckContext(huge))
     assert verdict.level == FAIL and f"output_dir: {tmp_path}/out" in verdict.text and "keep_last" in verdict.text
-    assert CHECKS["disk"](Scene(run_of(tmp_path, "model.name_or_path=some/model"))).level == OK  # not here yet
+    assert CHECKS["disk"](CheckContext(run_of(tmp_path, "model.name_or_path=some/model"))).level == OK  # not here yet
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,11 @@ def test_the_memory_of_a_container(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("1000000000\n")
     model = model_of(tmp_path / "m", **HUGE)
-    scene = Scene(run_of(tmp_path, f"model.name_or_path={model}", *OFFLOAD), cgroup=tmp_path)
-    assert preflight.memory_limit(scene) == 10**9
-    assert CHECKS["memory"](scene).level == WARN
+    context = CheckContext(run_of(tmp_path, f"model.name_or_path={model}", *OFFLOAD), cgroup=tmp_path)
+    assert preflight.memory_limit(context) == 10**9
+    assert CHECKS["memory"](context).level == WARN
     (tmp_path / name).write_text("max\n")
-    assert (preflight.memory_limit(scene) or 0) > 10**9
+    assert (preflight.memory_limit(context) or 0) > 10**9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,9 +229,9 @@ def test_the_memory_of_a_container(name, tmp_path):
 
 
 def test_folders_that_cannot_be_written(tmp_path):
-    assert CHECKS["folders"](Scene(run_of(tmp_path))).level == OK
+    assert CHECKS["folders"](CheckContext(run_of(tmp_path))).level == OK
     assert list(tmp_path.iterdir()) == [tmp_path / "run.yaml"]  # the probe is gone
-    verdict = CHECKS["folders"](Scene(run_of(tmp_path, "output_dir=/proc/no/run")))
+    verdict = CHECKS["folders"](CheckContext(run_of(tmp_path, "output_dir=/proc/no/run")))
     assert verdict.level == FAIL and "output_dir: /proc/no/run cannot be written" in verdict.text
 
 
@@ -246,51 +246,51 @@ def test_folders_that_cannot_be_written(tmp_path):
 )
 def test_folders_that_lead_nowhere(override, said, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    verdict = CHECKS["folders"](Scene(run_of(tmp_path, override.format(tmp_path))))
+    verdict = CHECKS["folders"](CheckContext(run_of(tmp_path, override.format(tmp_path))))
     assert verdict.level == FAIL and verdict.text.startswith(said.format(tmp_path)), verdict.text
 
 
 def test_folders_of_a_network(tmp_path, monkeypatch):
     (tmp_path / "mounts").write_text(f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n")
-    scene = Scene(run_of(tmp_path, *OFFLOAD), {"TORCH_EXTENSIONS_DIR": f"{tmp_path}/builds"}, proc=tmp_path)
-    verdict = CHECKS["local folders"](scene)
+    context = CheckContext(run_of(tmp_path, *OFFLOAD), {"TORCH_EXTENSIONS_DIR": f"{tmp_path}/builds"}, proc=tmp_path)
+    verdict = CHECKS["local folders"](context)
     assert verdict.level == WARN and "is on nfs4" in verdict.text
 
 
 def test_where_ranks_meet():
-    assert CHECKS["meeting"](Scene(env={"MASTER_ADDR": "no.such.host.invalid"})).level == FAIL
+    assert CHECKS["meeting"](CheckContext(env={"MASTER_ADDR": "no.such.host.invalid"})).level == FAIL
     import socket
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        assert CHECKS["meeting"](Scene(env=env)).level == WARN
-    assert CHECKS["meeting"](Scene(env=env)).level == OK
-    assert CHECKS["meeting"](Scene(env=env | {"MASTER_PORT": "99999"})).level == FAIL
+        assert CHECKS["meeting"](CheckContext(env=env)).level == WARN
+    assert CHECKS["meeting"](CheckContext(env=env)).level == OK
+    assert CHECKS["meeting"](CheckContext(env=env | {"MASTER_PORT": "99999"})).level == FAIL
 
 
 def test_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     wanted = run_of(tmp_path, "model.name_or_path=some/model")
-    assert CHECKS["hub"](Scene(wanted, {})).level == OK
-    verdict = CHECKS["hub"](Scene(wanted, {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_value_that_is_not_shown"}))
+    assert CHECKS["hub"](CheckContext(wanted, {})).level == OK
+    verdict = CHECKS["hub"](CheckContext(wanted, {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_value_that_is_not_shown"}))
     assert verdict.level == FAIL and "some/model" in verdict.text and "a token is there" in verdict.text
     assert "not_shown" not in verdict.text
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps(HUGE))
-    assert CHECKS["hub"](Scene(wanted, {"HF_HUB_OFFLINE": "1"})).level == OK
+    assert CHECKS["hub"](CheckContext(wanted, {"HF_HUB_OFFLINE": "1"})).level == OK
     assert (footprint.count_weights(wanted.model) or 0) > 7e10
 
 
 def test_wandb_without_a_key(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     asked = run_of(tmp_path, "log.trackers=[wandb]")
-    assert CHECKS["wandb"](Scene(asked, {})).level == WARN
-    assert CHECKS["wandb"](Scene(asked, {"WANDB_MODE": "offline"})).level == OK
-    assert CHECKS["wandb"](Scene(run_of(tmp_path), {})).level == OK
+    assert CHECKS["wandb"](CheckContext(asked, {})).level == WARN
+    assert CHECKS["wandb"](CheckContext(asked, {"WANDB_MODE": "offline"})).level == OK
+    assert CHECKS["wandb"](CheckContext(run_of(tmp_path), {})).level == OK
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_secrets_for_the_launcher_of_deepspeed(text, level, tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".deepspeed_env").write_text(f"PATH=/bin\n{text}\n")
-    verdict = CHECKS[".deepspeed_env"](Scene(env={}))
+    verdict = CHECKS[".deepspeed_env"](CheckContext(env={}))
     assert verdict.level == level and "hf_abc" not in verdict.text
     assert level == OK or ".deepspeed_env:2: " in verdict.text
 
@@ -335,7 +335,7 @@ def test_complaints_of_machines_are_said_once_and_failures_first():
 
 
 def test_a_start_on_a_good_machine_is_silent(tmp_path):
-    found = preflight.examine(Scene(run_of(tmp_path), ranks=8), preflight.AT_START)
+    found = preflight.examine(CheckContext(run_of(tmp_path), ranks=8), preflight.AT_START)
     assert preflight.complaints([found], ["here"]) == []
 
 
@@ -390,12 +390,12 @@ def test_what_a_run_goes_on_to_write_is_tried_too(name):
                 patch.setenv(key, value)
             patch.setattr(tempfile, "tempdir", scratch)
             inner.chmod(0o777)
-            assert preflight.check_folders(Scene(run)).level == OK
+            assert preflight.check_folders(CheckContext(run)).level == OK
             inner.chmod(0o444 if "." in name else 0o555)
             if own == 0:
                 os.seteuid(65534)
             try:
-                verdict = preflight.check_folders(Scene(run))
+                verdict = preflight.check_folders(CheckContext(run))
             finally:
                 os.seteuid(own)
         assert verdict.level == FAIL and str(inner) in verdict.text and "cannot be written" in verdict.text
@@ -406,5 +406,5 @@ def test_a_file_where_a_run_keeps_its_checkpoints(tmp_path):
     run = run_of(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/checkpoints").touch()
-    verdict = preflight.check_folders(Scene(run))
+    verdict = preflight.check_folders(CheckContext(run))
     assert verdict.level == FAIL and "is no folder" in verdict.text

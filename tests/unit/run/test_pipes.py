@@ -24,7 +24,7 @@ from dspref.data import cache, splits
 from dspref.data.sources import Source, find
 from dspref.errors import ConfigError, DataError, EnvironmentFault
 from dspref.machine import footprint, preflight
-from dspref.machine.machine import FAIL, Scene
+from dspref.machine.machine import FAIL, CheckContext
 from dspref.model import digests
 from dspref.reference.store import KEY_BYTES, ReferenceStore
 from dspref.run import manifest, record, status
@@ -150,7 +150,7 @@ def holder(folder: Path) -> None:
 
 def netrc(folder: Path) -> None:
     config = Config.model_validate({**of(folder).model_dump(), "log": {"trackers": "wandb"}})
-    assert "no key" in preflight.check_tracker(Scene(config, {"NETRC": str(pipe(folder / "netrc"))})).text
+    assert "no key" in preflight.check_tracker(CheckContext(config, {"NETRC": str(pipe(folder / "netrc"))})).text
 
 
 def readme(folder: Path) -> None:
@@ -185,7 +185,7 @@ def described(folder: Path) -> None:
 def grows(folder: Path) -> None:
     for name in record.APPENDED:
         pipe(folder / "o" / name)
-        verdict = preflight.check_folders(Scene(of(folder)))
+        verdict = preflight.check_folders(CheckContext(of(folder)))
         assert verdict.level == FAIL and f"{name} is a pipe, not a file" in verdict.text
         (folder / "o" / name).unlink()
 

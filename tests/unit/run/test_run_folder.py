@@ -16,7 +16,7 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, IOFault
 from dspref.machine import inputs, preflight
-from dspref.machine.machine import FAIL, Scene
+from dspref.machine.machine import FAIL, CheckContext
 from dspref.report import metrics
 from dspref.run import export, manifest, record, saving, status
 from dspref.run.checkpoint import Progress, find, prune, resume
@@ -121,11 +121,11 @@ def test_what_lies_in_the_way_of_a_run_is_said_at_its_start(name, kind, said, tm
     with pytest.raises(EnvironmentFault) as refusal:
         RunFolder(run.path).refuse_foreign()
     assert str(refusal.value) == f"output_dir: {line}"
-    verdict = preflight.check_folders(Scene(load(run.path)))
+    verdict = preflight.check_folders(CheckContext(load(run.path)))
     assert (verdict.level, verdict.text) == (FAIL, f"output_dir: {line}")
     assert (("output_dir",), line) in inputs.look(load(run.path)).faults
     anew = load(run.path, "checkpoint.resume=never")
-    assert (preflight.check_folders(Scene(anew)).level == FAIL) is (name == record.NAME)
+    assert (preflight.check_folders(CheckContext(anew)).level == FAIL) is (name == record.NAME)
     if name != record.NAME:
         RunFolder(run.path).refuse_foreign(anew=True)
         RunFolder(run.path).open(anew, None, {}, 8)
