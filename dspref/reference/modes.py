@@ -141,14 +141,15 @@ def described(config: Config, weights: str) -> Described:
     return Described(policy.model_copy(update=changes | {"name_or_path": weights or policy.name_or_path}), adapter)
 
 
-def equals_policy(config: Config) -> bool:
-    """Whether the reference is the policy's initial weights, in the same type, so that the first loss is known."""
+def first_gap(config: Config) -> float | None:
+    """How far reference and policy may differ at the first step, in nats per token, where they are one model in one type, so
+    that the first loss is known; None where they are not."""
     lora, off = config.model.lora, config.model.disable_dropout
     if not _policy_can_score(config) or described(config, "").adapter != adapters.own(config.model) or not off:
-        return False
+        return None
     # A fresh adapter adds nothing yet, whatever its dropout; a trained one does.
     silent = lora is None or (lora.init_lora_weights if lora.path is None else off == "all" or lora.lora_dropout == 0)
-    return bool(silent)
+    return ROUNDING[config.model.dtype] if silent else None
 
 
 def _policy_can_score(config: Config) -> bool:

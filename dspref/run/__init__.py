@@ -5,6 +5,6 @@ says what is a checkpoint, `status` tells of a run by its files alone (these loa
 beside the steps, where threads of all ranks come together in `meeting`; `checkpoint` finds and reads them; `export` writes
 the model that people use.
 
-Enters: config, distributed, engine, model, objectives, reference, watch.
+Enters: config, distributed, engine, model, objectives, watch.
 Shows: checkpoint, export, folder, manifest, record, saving, settings, status.
 """

@@ -7,24 +7,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from jinja2 import Template
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-import dspref
 from dspref import distributed
-from dspref.config import Config, ModelSection, shipped
+from dspref.config import ModelSection, shipped
 from dspref.engine.engine import Engine
 from dspref.errors import IOFault, NumericFault
 from dspref.files import Hashes, flushed_tree, remove, sync_folder
 from dspref.model import adapters, unpacked
 from dspref.model.packed import PackedCausalLM
-from dspref.objectives import describe
-from dspref.reference import modes
-from dspref.run import folder as run_folder
 from dspref.run.folder import RunFolder
 from dspref.secrets import redact
 
@@ -35,19 +29,19 @@ def export(
     run: RunFolder,
     policy: Engine,
     tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+    section: ModelSection,
     base: str,
-    summary: Mapping[str, Any],
+    card: str,
 ) -> dict[str, tuple[int, str]]:
     """Write `final/`, and prove that it reads back as the very weights before it bears that name; on rank 0, size and sha256
     of each file that was written, by its path in the run folder. They are on disk by then.
 
     Of a policy with an adapter that is the adapter, or with `merge_on_export` the model with the adapter added to it, and
-    the adapter is in `adapter/`. `base`: where the model below the adapter lies.
+    the adapter is in `adapter/`. `base`: where the model below the adapter lies; `card`: README.md.
     """
-    state = policy.full_state(trained_only=config.model.lora is not None)  # every rank takes part in the gathering
+    state = policy.full_state(trained_only=section.lora is not None)  # every rank takes part in the gathering
     adapter = run.path / "adapter"
-    written = distributed.on_main(lambda: write(run.final, adapter, policy.module, state, tokenizer, config, base, summary))
+    written = distributed.on_main(lambda: write(run.final, adapter, policy.module, state, tokenizer, section, base, card))
     run.event("export", path=str(run.final))
     return {f"{folder.name}/{name}": entry for folder, files in (written or {}).items() for name, entry in files.items()}
 
@@ -58,27 +52,27 @@ def write(
     policy: PackedCausalLM,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+    section: ModelSection,
     base: str,
-    summary: Mapping[str, Any],
+    card: str,
 ) -> dict[Path, Hashes]:
     """Write `final`, and with `merge_on_export` the adapter to `beside`; what is in each. `state`: what was trained, by
     name."""
-    lora, written = config.model.lora, {}
+    lora, written = section.lora, {}
     refuse_not_finite(state)
     if lora is None:
         with _replacing(final, written) as draft:
-            _write_model(draft, policy, state, config.model.trust_remote_code)
-            _accompany(draft, tokenizer, config, summary)
+            _write_model(draft, policy, state, section.trust_remote_code)
+            _accompany(draft, tokenizer, card)
         return written
     adapter = beside if lora.merge_on_export else final
     with _replacing(adapter, written) as draft:
-        _write_adapter(draft, policy, state, base, config.model)
-        _accompany(draft, tokenizer, config, summary)
+        _write_adapter(draft, policy, state, base, section)
+        _accompany(draft, tokenizer, card)
     if lora.merge_on_export:
         with _replacing(final, written) as draft:
-            _write_merged(draft, base, adapter, config.model)
-            _accompany(draft, tokenizer, config, summary)
+            _write_merged(draft, base, adapter, section)
+            _accompany(draft, tokenizer, card)
     return written
 
 
@@ -124,9 +118,9 @@ def _write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) 
     verify(draft, lm.state_dict(), section.trust_remote_code)
 
 
-def _accompany(draft: Path, tokenizer: PreTrainedTokenizerBase, config: Config, summary: Mapping[str, Any]) -> None:
+def _accompany(draft: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
     tokenizer.save_pretrained(draft)
-    (draft / "README.md").write_text(redact(model_card(config, summary)), encoding="utf-8")
+    (draft / "README.md").write_text(redact(card), encoding="utf-8")
 
 
 def refuse_not_finite(state: Mapping[str, Tensor]) -> None:
@@ -164,67 +158,3 @@ def warn_of_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Pretrain
             f"warning: beside a {config.model_type} model AutoTokenizer reads this tokenizer as {type(reloaded).__name__}, "
             "which splits text otherwise; load it from final/ with PreTrainedTokenizerFast.from_pretrained"
         )
-
-
-CARD = Template(
-    """---
-library_name: {{ library }}
-{%- if base_is_hub %}
-base_model: {{ config.model.name_or_path }}
-{%- endif %}
-tags: [dspref, preference-optimization, {{ config.objective.name }}]
----
-# {{ name }}
-
-Trained from `{{ config.model.name_or_path }}` by dspref {{ version }}.
-
-| | |
-|---|---|
-| objective | {{ objective }} |
-| reference | {{ reference }} |
-{%- if adapter %}
-| adapter | {{ adapter }} |
-{%- endif %}
-| data | {{ data }} |
-| steps | {{ summary.step }} of {{ config.train.pairs_per_step }} pairs, learning rate {{ config.train.learning_rate }} |
-| precision | {{ config.model.dtype }} |
-{%- for key, value in summary.metrics.items() %}
-| {{ key }} | {{ "%.4f" | format(value) }} |
-{%- endfor %}
-{% for key, value in env.packages.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}.
-
-To reproduce: `deepspeed launch/train.py --config config.resolved.yaml output_dir=again`, with the run folder's file.
-""",
-    autoescape=False,
-)
-
-
-def model_card(config: Config, summary: Mapping[str, Any]) -> str:
-    """README.md of the model, in the Hub's form: what it was made from, how, and what was measured."""
-    lora = config.model.lora
-    return CARD.render(
-        config=config,
-        library="peft" if lora and not lora.merge_on_export else "transformers",
-        adapter=adapter_in_words(config),
-        name=Path(config.output_dir).name,
-        version=dspref.__version__,
-        objective=describe(**config.objective.model_dump()),
-        reference=modes.describe(config),
-        data=", ".join(source.path for source in config.data.train_sources),
-        base_is_hub=not Path(config.model.name_or_path).exists() and config.model.init == "pretrained",
-        env=run_folder.environment(),
-        summary=summary,
-    )
-
-
-def adapter_in_words(config: Config) -> str:
-    """The adapter that is trained, in one line; empty where the whole model is."""
-    lora = config.model.lora
-    if lora is None:
-        return ""
-    if lora.path is not None:
-        return f"LoRA, continued from {lora.path}"
-    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
-    where = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    whole = f"; trained whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
-    return f"{kind}, r {lora.r}, alpha {lora.lora_alpha:g}, on {where}{whole}"

@@ -24,6 +24,7 @@ from dspref.run.checkpoint import committed_folders, damage_of
 from dspref.run.folder import RESOLVED, RunFolder
 from dspref.run.settings import decisive, settings_of
 from dspref.training import stages
+from dspref.training.model_card import model_card
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as draft:
         final, adapter = Path(draft) / "final", Path(draft) / "adapter"
-        export.write(final, adapter, policy, state, tokenizer, config, base, summary)
+        export.write(final, adapter, policy, state, tokenizer, config.model, base, model_card(config, summary))
         final.rename(to)
 
 

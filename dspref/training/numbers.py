@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from dspref import distributed
-from dspref.config import Config
 from dspref.data.store import PairStore
 from dspref.errors import NumericFault
 from dspref.objectives.families import PairLoss
-from dspref.reference import modes
 from dspref.run.folder import RunFolder
 
 # Pairs that a message names.
@@ -121,11 +119,12 @@ def check_loss(step: int, loss: float, applied: bool) -> None:
         raise NumericFault(f"step {step}: loss {loss} with a finite gradient; lower train.learning_rate and start anew")
 
 
-def check_first_step(config: Config, means: dict[str, float], applied: bool = True) -> None:
+def check_first_step(means: dict[str, float], tolerance: float | None, applied: bool = True) -> None:
     """Where policy and reference start equal, they agree on every answer, and the first loss is the objective's value at
-    log-ratios of 0. Removes `gap` from `means`; raises NumericFault for a miss."""
-    gap, tolerance = means.pop("gap", None), modes.ROUNDING[config.model.dtype]
-    if gap is not None and applied and modes.equals_policy(config) and not gap <= tolerance:
+    log-ratios of 0. Removes `gap` from `means`; raises NumericFault where it is more than `tolerance`, in nats per token
+    (None: the two are not one model)."""
+    gap = means.pop("gap", None)
+    if gap is not None and applied and tolerance is not None and not gap <= tolerance:
         raise NumericFault(
             f"step 1: policy and reference are one model, but differ by {gap:.2g} nats per token (allowed: {tolerance:g}); "
             "usual causes: dropout that is still on, weights missing from the checkpoint, a kernel that leaks between "

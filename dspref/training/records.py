@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dspref.data.loader import Step
+from dspref.reference import modes
 from dspref.report.metrics import Displacement, Meter
 from dspref.report.performance import Account, Clock
 from dspref.training.gradient import Instruments
@@ -39,7 +40,7 @@ class StepRecords:
             applied, means = session.policy.applied, self._meter.reduce()
             check_loss(step.number, means["loss"], applied)
             if step.number == 1:
-                check_first_step(session.config, means, applied)
+                check_first_step(means, modes.first_gap(session.config), applied)
             record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
             record |= {"learning_rate": learning_rate, **means, **self._account.record(step, self._clock.read())}
             session.recorder.write(record)

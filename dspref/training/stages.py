@@ -34,10 +34,11 @@ from dspref.reference.filling import Need, whole
 from dspref.reference.modes import Beginning
 from dspref.report import console
 from dspref.run.checkpoint import committed_folders
-from dspref.run.export import adapter_in_words, export
+from dspref.run.export import export
 from dspref.run.folder import RunFolder
 from dspref.run.settings import refuse_changes
 from dspref.training import outcome
+from dspref.training.model_card import adapter_in_words, model_card
 from dspref.watch import lock
 from dspref.watch.watch import Watch
 
@@ -224,7 +225,7 @@ def introduce(
     sharing = "on" if loader.layout.prefix_sharing else "off"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
-        **({"adapter": adapter_in_words(config)} if config.model.lora else {}),
+        **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": modes.describe(config),
         "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
@@ -269,7 +270,8 @@ def finish(
 
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
     summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
-    exported = export(run, policy, tokenizer, config, weights, {"step": steps, "metrics": outcome.of_card(summary)})
+    card = model_card(config, {"step": steps, "metrics": outcome.of_card(summary)})
+    exported = export(run, policy, tokenizer, config.model, weights, card)
     run.event("finish", step=steps)
 
     def close() -> None:

@@ -12,6 +12,7 @@ from dspref import config
 from dspref.data.loader import sharing_pays
 from dspref.data.sources import Source, find
 from dspref.errors import ConfigError, DataError, NumericFault
+from dspref.reference import modes
 from dspref.training import numbers, preparation, stages
 
 QUICKSTART = "launch/configs/quickstart.yaml"
@@ -21,18 +22,20 @@ QUICKSTART = "launch/configs/quickstart.yaml"
 def test_policy_and_reference_must_agree_at_the_first_step_where_they_are_one(dtype, allowed):
     run = config.load(QUICKSTART, [f"model.dtype={dtype}"])
     means = {"gap": allowed, "loss": 0.6931}
-    numbers.check_first_step(run, means)
+    tolerance = modes.first_gap(run)
+    numbers.check_first_step(means, tolerance)
     assert means == {"loss": 0.6931}, "the gap is no metric"
     for gap in (10 * allowed, float("nan")):
         with pytest.raises(NumericFault, match=r"step 1: policy and reference .* nats per token"):
-            numbers.check_first_step(run, {"gap": gap})
+            numbers.check_first_step({"gap": gap}, tolerance)
 
 
 @pytest.mark.parametrize(
     "other", ["reference.name_or_path=elsewhere", "reference.dtype=bfloat16", "model.disable_dropout=false"]
 )
 def test_a_reference_that_is_another_model_may_differ(other):
-    numbers.check_first_step(config.load(QUICKSTART, ["model.dtype=float32", other]), {"gap": 3.0})
+    run = config.load(QUICKSTART, ["model.dtype=float32", other])
+    numbers.check_first_step({"gap": 3.0}, modes.first_gap(run))
 
 
 ROWS = [

@@ -1,0 +1,77 @@
+"""The model card: README.md of an exported model, in the Hub's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template
+
+import dspref
+from dspref.config import Config, LoraSection
+from dspref.objectives import describe
+from dspref.reference import modes
+from dspref.run import folder as run_folder
+
+CARD = Template(
+    """---
+library_name: {{ library }}
+{%- if base_is_hub %}
+base_model: {{ config.model.name_or_path }}
+{%- endif %}
+tags: [dspref, preference-optimization, {{ config.objective.name }}]
+---
+# {{ name }}
+
+Trained from `{{ config.model.name_or_path }}` by dspref {{ version }}.
+
+| | |
+|---|---|
+| objective | {{ objective }} |
+| reference | {{ reference }} |
+{%- if adapter %}
+| adapter | {{ adapter }} |
+{%- endif %}
+| data | {{ data }} |
+| steps | {{ summary.step }} of {{ config.train.pairs_per_step }} pairs, learning rate {{ config.train.learning_rate }} |
+| precision | {{ config.model.dtype }} |
+{%- for key, value in summary.metrics.items() %}
+| {{ key }} | {{ "%.4f" | format(value) }} |
+{%- endfor %}
+{% for key, value in env.packages.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}.
+
+To reproduce: `deepspeed launch/train.py --config config.resolved.yaml output_dir=again`, with the run folder's file.
+""",
+    autoescape=False,
+)
+
+
+def model_card(config: Config, summary: Mapping[str, Any]) -> str:
+    """README.md of the model, in the Hub's form: what it was made from, how, and what was measured."""
+    lora = config.model.lora
+    return CARD.render(
+        config=config,
+        library="peft" if lora and not lora.merge_on_export else "transformers",
+        adapter=adapter_in_words(lora),
+        name=Path(config.output_dir).name,
+        version=dspref.__version__,
+        objective=describe(**config.objective.model_dump()),
+        reference=modes.describe(config),
+        data=", ".join(source.path for source in config.data.train_sources),
+        base_is_hub=not Path(config.model.name_or_path).exists() and config.model.init == "pretrained",
+        env=run_folder.environment(),
+        summary=summary,
+    )
+
+
+def adapter_in_words(lora: LoraSection | None) -> str:
+    """The adapter that is trained, in one line; empty where the whole model is."""
+    if lora is None:
+        return ""
+    if lora.path is not None:
+        return f"LoRA, continued from {lora.path}"
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    where = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    whole = f"; trained whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    return f"{kind}, r {lora.r}, alpha {lora.lora_alpha:g}, on {where}{whole}"
