@@ -59,6 +59,7 @@ class Learned:
         self.unknown: str | None = None
         """Why the turns of some row that was rendered could not be told; None where all could."""
         self._kinds: dict[tuple[Any, ...], Manners] = {}
+        self._function_is_tool: dict[str, bool] = {}
 
     def of(self, prompt: Sequence[Message], tools: list[Any] | None, settings: Mapping[str, Any]) -> Manners:
         """The manners with which a row of such a prompt, tools and chat_template_kwargs is written."""
@@ -71,6 +72,17 @@ class Learned:
             opening = [_said(speaker, SYSTEM)] if speaker else []
             self._kinds[kind] = learn(self.tokenizer, opening, tools, settings)
         return self._kinds[kind]
+
+    def knows_tool_only(self, tools: list[Any] | None, settings: Mapping[str, Any]) -> bool:
+        """Whether the template knows what the role `tool` is, and not that of OpenAI's older `function`."""
+        kind = json.dumps([bool(tools), settings], sort_keys=True, default=str)
+        if kind not in self._function_is_tool:
+            if len(self._function_is_tool) >= MAX_KINDS:
+                self._function_is_tool.clear()
+            how = {**settings, "tools": tools or None}
+            tool, function = (_knows(self.tokenizer, role, how) for role in ("tool", "function"))
+            self._function_is_tool[kind] = tool and not function
+        return self._function_is_tool[kind]
 
 
 def learn(
@@ -192,6 +204,20 @@ def _of_tools(
         found = tokens.findall(behind)
         return as_text, () if set(ends) & set(found) else tuple(found[-1:]), text
     return False, (), ""
+
+
+def _knows(tokenizer: Any, role: str, how: Mapping[str, Any]) -> bool:
+    """Whether a template has a form of its own for what a role says, other than for a role that there is not."""
+    call = {"type": "function", "id": "123456789", "function": {"name": FUNCTION, "arguments": {"keyword": "valueword"}}}
+    turns = [_said("user", QUESTION), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    texts = []
+    for name in (role, "no" + role):
+        result = {"role": name, "name": FUNCTION, "tool_call_id": "123456789", "content": ANSWER}
+        try:
+            texts.append(rendered(tokenizer, [*turns, result], **how))
+        except Exception:  # it does not know the role, or has no tools
+            texts.append("")
+    return ANSWER in texts[0] and texts[0] != texts[1].replace("no" + role, role)
 
 
 def _said(role: str, content: str) -> Message:

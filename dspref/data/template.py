@@ -130,8 +130,10 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     how = {**settings, "tools": preference.tools or None}
     _refuse_unnamed(tokenizer, preference.tools)
     manners = learned.of(cast("list[Message]", preference.prompt), preference.tools, settings)
-    parts = (preference.prompt, preference.chosen, preference.rejected)
-    prompt, *answers = ([_as_templates_read(message, manners) for message in cast("list[Message]", part)] for part in parts)
+    parts = [cast("list[Message]", part) for part in (preference.prompt, preference.chosen, preference.rejected)]
+    if any(message["role"] == "function" for part in parts for message in part):
+        parts = [_with_tool_role(part) for part in parts] if learned.knows_tool_only(preference.tools, settings) else parts
+    prompt, *answers = ([_as_templates_read(message, manners) for message in part] for part in parts)
     unfinished = prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
     ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
     asked = rendered(tokenizer, prompt, **ending, **how)
@@ -194,6 +196,11 @@ def _refuse_unnamed(tokenizer: Any, tools: list[Any] | None) -> None:
     if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
         reason = f"the tokenizer has several ({', '.join(sorted(own))}), and none is called default"
         raise RowError("chat_template", one_line(reason), "set model.chat_template to a Jinja file")
+
+
+def _with_tool_role(messages: list[Message]) -> list[Message]:
+    """Messages whose results of functions are those of tools."""
+    return [{**message, "role": "tool"} if message["role"] == "function" else message for message in messages]
 
 
 def _as_templates_read(message: Message, manners: Manners) -> Message:

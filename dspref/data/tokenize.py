@@ -50,6 +50,9 @@ def load_tokenizer(
         raise ConfigError(f"{key}: {reason}; fix: check the folder or the hub name") from None
     if chat_template is not None:
         tokenizer.chat_template, key = _template_text(chat_template), "model.chat_template"
+    if isinstance(tokenizer.chat_template, str):
+        # A mark of the byte order is an editor's, and would stand before every prompt.
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     own: Any = tokenizer.chat_template
     for template in own.values() if isinstance(own, dict) else [own]:
         _refuse_broken_template(template, key)

@@ -427,7 +427,20 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
     "a legacy function call": (
         CHAT | {"chosen": [assistant(None, function_call={"name": "f", "arguments": '{"x": 2}'})]},
         {},
-        Preference([user("q")], [assistant(None, function_call={"name": "f", "arguments": {"x": 2}})], [assistant("b")]),
+        Preference([user("q")], [assistant(None, tool_calls=[CALL])], [assistant("b")]),
+    ),
+    "a legacy function call beside the same tool call, one in the prompt, and none": (
+        {
+            "prompt": [user("q"), {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 2}'}}, user("r")],
+            "chosen": [assistant("a", tool_calls=[CALL], function_call={"name": "f", "arguments": {"x": 2}})],
+            "rejected": [assistant("b", function_call={})],
+        },
+        {},
+        Preference(
+            [user("q"), {"role": "assistant", "tool_calls": [CALL]}, user("r")],
+            [assistant("a", tool_calls=[CALL])],
+            [assistant("b")],
+        ),
     ),
 }  # fmt: skip
 
@@ -775,6 +788,21 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
             CHAT | {"chosen": [assistant("", function_call={"name": "f", "arguments": '{"x": "\\ud800"}'})]},
             "chosen[0].function_call.arguments",
             "lone surrogate",
+        ),
+        (CHAT | {"chosen": [assistant("", function_call={"arguments": "{}"})]}, "chosen[0].function_call.name", "missing"),
+        (
+            CHAT | {"chosen": [assistant("", tool_calls=[CALL], function_call={"name": "g"})]},
+            "chosen[0].function_call",
+            "tool_calls that say something else",
+        ),
+        *(
+            (CHAT | {"prompt": [user("q"), {"role": role, "content": content}]}, "prompt[1].content", f"{what}, not text")
+            for role, content, what in (
+                ("tool", {"r": 3}, "an object"),
+                ("tool", [{"r": 3}], "a list"),
+                ("function", [1], "a list"),
+                ("ipython", {"type": "celsius", "r": 3}, "an object"),
+            )
         ),
         (CHAT | {"chosen": [assistant("", tool_calls="[")]}, "chosen[0].tool_calls", "broken JSON"),
         (CHAT | {"chosen": [assistant("", tool_calls={"name": "f"})]}, "chosen[0].tool_calls", "dict, not a list"),

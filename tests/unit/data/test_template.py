@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data.formats import Preference, RowError
+from dspref.data.formats import Preference, RowError, to_preference
 from dspref.data.manners import Learned, Manners, learn
 from dspref.data.sources import Source
 from dspref.data.store import load_pairs
@@ -293,6 +293,25 @@ def test_a_call_that_the_template_drops_is_refused() -> None:
     error = marked(GEMMA, Preference([user("Hi")], [calls("add", x=2)], [model("5.")]))
     assert isinstance(error, RowError)
     assert error.field == "chosen[0].tool_calls"
+
+
+def test_a_call_in_the_older_form_of_openai_is_trained_as_the_tool_call_that_it_is() -> None:
+    """Each answer that was trained, once as an empty turn; a result has the role that the template knows."""
+    call = {"name": "add", "arguments": '{"x": 2}'}
+    asked = [{"role": "user", "content": "Hi"}]
+    row = {"prompt": asked, "chosen": [model("See.", function_call=call)], "rejected": [model("No")]}
+    assert marked(CHATML, to_preference(row)) == marked(
+        CHATML, to_preference({**row, "chosen": [model("See.", tool_calls=[{"type": "function", "function": call}])]})
+    )
+    _, chosen, _ = marked(LLAMA3, to_preference({**row, "chosen": [model("", function_call=call)]}))  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == '[[<|python_tag|>add({"x": 2})<|eom_id|>]]'
+    error = marked(GEMMA, to_preference(row))
+    assert isinstance(error, RowError) and error.field == "chosen[0].tool_calls", "as any call that a template drops"
+    history = [*asked, model("", function_call=call), {"role": "function", "name": "add", "content": "4"}]
+    prompt, *_ = marked(MISTRAL, to_preference({**row, "prompt": history, "chosen": [model("4")]}))  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.endswith("</s>[TOOL_RESULTS] 4 [/TOOL_RESULTS] ")
+    prompt, *_ = marked(CHATML, to_preference({**row, "prompt": history, "chosen": [model("4")]}))  # pyright: ignore[reportGeneralTypeIssues]
+    assert "<|im_start|>function\n4<|im_end|>" in prompt, "it knows neither, and prints what it is given"
 
 
 @pytest.mark.parametrize("template", [NO_END, NO_END_OPEN])
