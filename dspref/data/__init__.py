@@ -11,9 +11,10 @@
    `FORMATS` names what is understood. A prompt that answers repeat is taken out (`texts`); else no text is changed.
    `completions`: a row of several scored answers becomes several pairs.
 3. `template`: the chat template renders the prompt and both full texts. `manners`: how it writes a turn is learned from a
-   probe; `printed`: whether a rendering holds what the messages say. `tokenize`: each text becomes tokens as a whole
-   (`pieces` says how, without doing it twice), the answers start where the token sequences part, and a mask says what is
-   scored. `truncate` treats both sides alike; `show` prints a pair with its marks.
+   probe; `printed`: whether a rendering holds what the messages say; `marks`: which of its marks these say themselves.
+   `tokenize`: each text becomes tokens as a whole (`pieces` says how, without doing it twice), the answers start where the
+   token sequences part, and a mask says what is scored. `truncate` treats both sides alike; `show` prints a pair with its
+   marks.
    `store` keeps the result on disk, memory-mapped and addressed by content: a second run, another rank or another
    objective finds the same tokens without reading a row. `building` makes it, `cache` puts it in place and knows when it
    is damaged.

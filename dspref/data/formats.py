@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dspref.data.messages import behind, is_blank, is_said, said_again, says_the_same, stripped
+from dspref.data.messages import behind, is_blank, is_said, is_silent, said_again, says_the_same, stripped
 from dspref.data.normalise import Fields, no_pair, normalise
 from dspref.data.row_template import check_template as check_template
 from dspref.data.rows import DROP as DROP
@@ -234,6 +234,10 @@ def _check_conversation(prompt: list[Message], answer: list[Message], name: str)
     first = next((i for i, message in enumerate(answer) if message["role"] == "assistant"), None)
     if first is None:
         raise RowError(name, "no assistant message in the answer")
+    if len(answer) > 1:
+        for i, message in enumerate(answer):
+            if message["role"] == "assistant" and is_silent(message):
+                raise RowError(f"{name}[{i}]", "empty answer: the model would learn to end its turn at once")
     if prompt[-1]["role"] != "user":
         return
     twice = next((i for i, message in enumerate(answer[:first]) if says_the_same(message, prompt[-1])), None)

@@ -47,6 +47,8 @@ class Manners:
     """Why the template's turns cannot be told; None where they can."""
     ignores: tuple[str, ...] = ()
     """What of tools and settings has no part in what it renders."""
+    opens: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Tokens that open a turn, the user's and the assistant's."""
     tokens: re.Pattern[str] = field(default=re.compile(r"(?!)"), compare=False, repr=False)
     """Matches any added token of the tokenizer."""
 
@@ -125,7 +127,7 @@ def learn(
     return Manners(
         header, asks, ends and (*ends, *of_tools), between is None or every is not None, _head(alone),
         "\0".join(map(_frame, (answered, twice, calling))), _joints(alone, middle, between), as_text,
-        ignores=ignores, tokens=tokens,
+        ignores=ignores, opens=tuple(dict.fromkeys((*opens, *_openers(tokens, header)))), tokens=tokens,
     )  # fmt: skip
 
 
@@ -141,6 +143,11 @@ def _joints(alone: str, middle: str, between: str | None) -> dict[tuple[str, str
     if SYSTEM in alone[: alone.index(QUESTION)]:
         found["system", "user"] = _between(alone, SYSTEM, QUESTION)
     return found
+
+
+def _openers(tokens: re.Pattern[str], header: str) -> list[str]:
+    """The token that opens an assistant's turn; what opens its thoughts is a part of what it says."""
+    return [token for token in tokens.findall(header)[:1] if "think" not in token]
 
 
 def _head(alone: str) -> str:

@@ -46,6 +46,8 @@ _MARKS = ("q", "a", "h", "s", "sys", "inst", "im", "start", "end", "header", "id
 SPEAKING = frozenset([*SPEAKERS, *ROLES, *_MARKS])
 ROLE = re.compile(r"\w[\w-]*")
 PART = re.compile(r"(input_|output_)?(text|image|audio|video|file|document|refusal)(_url)?")
+# Keys of a message that hold text of the model's beside its content, by the names that templates read.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 WRITE_MESSAGE = 'write {"role": ..., "content": ...}'
 WRITE_OBJECT = "write the arguments as a JSON object"
@@ -323,6 +325,12 @@ def is_blank(answer: Text) -> bool:
     if isinstance(answer, str):
         return not answer.strip()
     return not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answer)
+
+
+def is_silent(message: Message) -> bool:
+    """Whether a message has no word of its speaker's: no content, no reasoning, no call."""
+    texts = [message.get(key) for key in ("content", *REASONING)]
+    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def stripped(answer: Text) -> Text:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from dspref.data.formats import Preference
 from dspref.data.manners import Learned, Manners, rendered, shared_length
+from dspref.data.marks import ending_once, marks_in, scored_in
 from dspref.data.messages import refused_by_template
 from dspref.data.printed import Printed, called, passed, said
 from dspref.data.rows import Message, RowError, one_line
@@ -134,6 +135,12 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     if any(message["role"] == "function" for part in parts for message in part):
         parts = [_with_tool_role(part) for part in parts] if learned.knows_tool_only(preference.tools, settings) else parts
     prompt, *answers = ([_as_templates_read(message, manners) for message in part] for part in parts)
+    strict = scored != "all" and not manners.unknown
+    notes = [f"pair with {IGNORED.get(name, NOT_READ.format(name))}" for name in manners.ignores]
+    if strict:
+        answers, ended = ending_once(answers, (*manners.ends, cast("str | None", tokenizer.eos_token) or ""), scored)
+        notes += ended
+    notes += marks_in([*prompt, *answers[0], *answers[1]], manners)
     unfinished = prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
     ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
     asked = rendered(tokenizer, prompt, **ending, **how)
@@ -147,8 +154,6 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
         _Conversation(tokenizer, manners, how, prompt, answer, full, side)
         for side, full, answer in (("chosen", chosen, answers[0]), ("rejected", rejected, answers[1]))
     ]
-    strict = scored != "all" and not manners.unknown
-    notes = [f"pair with {IGNORED.get(name, NOT_READ.format(name))}" for name in manners.ignores]
     head = manners.head if manners.head and asked.startswith(manners.head) else _before_content(asked, prompt[0])
     printed = Printed(prompt, asked, asked[len(head) :], manners, lambda again: rendered(tokenizer, again, **ending, **how))
     notes += _unprinted("prompt", printed, (), strict)
@@ -257,8 +262,7 @@ class _Conversation:
 
     def scored_by(self, scored: str) -> list[int]:
         """The messages of the answer that a rule scores turn by turn."""
-        own = [i for i, message in enumerate(self.answer) if message["role"] == "assistant"]
-        return {"assistant": own, "last": own[-1:], "all": []}[scored]
+        return scored_in(self.answer, scored)
 
     def printed(self, asked: str) -> Printed:
         """The answer in its rendering, behind what is `asked`."""

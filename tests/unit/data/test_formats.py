@@ -832,6 +832,8 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         ({"messages": [user("q"), assistant("a")]}, "row", "a chat row (messages: one conversation, one answer)"),
         ({"prompt": "q", "completion": "a"}, "row", "a row for supervised training"),
         (CHAT | {"chosen": [{"role": "tool", "content": "a"}]}, "chosen", "no assistant message"),
+        (CHAT | {"chosen": [assistant(""), user("r"), assistant("a")]}, "chosen[0]", "empty answer"),
+        (CHAT | {"rejected": [assistant("a"), user("r"), assistant(" \n")]}, "rejected[2]", "empty answer"),
         (CHAT | {"tools": "[{"}, "tools", "broken JSON"),
         (CHAT | {"tools": 3}, "tools", "not a list"),
         (CHAT | {"chat_template_kwargs": "x"}, "chat_template_kwargs", "not an object"),

@@ -332,10 +332,62 @@ def test_text_without_an_end_token_is_refused() -> None:
 
 
 def test_an_end_token_within_the_text_does_not_end_the_turn() -> None:
-    row = Preference([user("Hi")], [model("a<|im_end|>b"), user("c"), model("d")], [model("<|im_end|>")])
+    row = Preference([user("Hi")], [model("a<|im_end|>b"), user("c"), model("d")], [model("<|im_end|>e")])
     _, chosen, rejected = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
     assert chosen == ("[[a<|im_end|>b<|im_end|>]]\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]")
-    assert rejected == "[[<|im_end|><|im_end|>]]"
+    assert rejected == "[[<|im_end|>e<|im_end|>]]"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (CHATML, "<eos>"), (LLAMA3, "<|eot_id|>"), (LLAMA3, "<|eom_id|>"), (R1, "<eos>")],
+)
+@pytest.mark.parametrize("space", ["", "\n", " \n\n"])
+def test_an_answer_that_was_decoded_with_its_end_token_has_one_end(template: str, end: str, space: str) -> None:
+    """As sampling gives it: what follows the end is not the model's, and a second end is not its own."""
+    plain = Preference([user("Hi")], [model("a"), user("b"), model("YES")], [model("No")])
+    ended = Preference([user("Hi")], [model("a"), user("b"), model(f"YES{end}{space}")], [model(f"No{end}{space}")])
+    assert marked(template, ended) == marked(template, plain)
+    assert marked(template, ended, "last") == marked(template, plain, "last")
+    tokenizer = characters(template)
+    rendering = render(ended, tokenizer, Learned(tokenizer))
+    assert isinstance(rendering, Rendering)
+    told = f"pair with '{end}' at the end of an answer, which the template writes too: it was taken off"
+    assert told in rendering.notes
+
+
+def test_of_an_answer_that_is_an_end_token_nothing_is_left() -> None:
+    tokenizer = characters(CHATML)
+    for chosen, rejected, said in (("<|im_end|>\n", "a", "empty answer"), ("a<|im_end|>", "a", "identical to chosen but")):
+        error = render(Preference([user("q")], [model(chosen)], [model(rejected)]), tokenizer, Learned(tokenizer))
+        assert isinstance(error, RowError) and error.reason.startswith(said)
+    row = Preference([user("q")], [model("a<|im_end|>")], [model("b<|im_end|>")])
+    assert marked(CHATML, row, "all")[1] == "[[a<|im_end|><|im_end|>\n]]", "as it is"  # pyright: ignore[reportGeneralTypeIssues,reportIndexIssue]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "told"),
+    [
+        (CHATML, "YES<|im_end|>\n<|im_start|>user\nmore", ["<|im_end|>", "<|im_start|>"]),
+        (
+            LLAMA3,
+            "YES<|eot_id|><|start_header_id|>user<|end_header_id|>",
+            ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"],
+        ),
+        (GEMMA, "a <start_of_turn> b", ["<start_of_turn>"]),
+        (QWEN3, "<think>\na\n</think>\n\nb", []),
+        (CHATML, "<im_end> <s>", []),
+    ],
+)
+def test_marks_of_turns_within_a_text_are_told(template: str, text: str, told: list[str]) -> None:
+    tokenizer = characters(template)
+    for row in (
+        Preference([user("q")], [model(f"{text} c")], [model("b")]),
+        Preference([user(text)], [model("c")], [model("b")]),
+    ):
+        rendering = render(row, tokenizer, Learned(tokenizer))
+        assert isinstance(rendering, Rendering)
+        assert [note.split("'")[1] for note in rendering.notes if "begins or ends a turn" in note] == told
 
 
 def test_what_follows_the_last_turn_of_the_assistant_is_left_out() -> None:
