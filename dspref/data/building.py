@@ -44,6 +44,7 @@ PARTS = ("prompt", "chosen", "rejected")
 MAX_CHARACTERS = 2**23
 DIGEST_BYTES = 16
 REPEATED = "prompt, or end of it, that an answer repeated and lost"
+KEPT = "pair of text whose answers both begin with the prompt's, and keep it, as not all rows (or those of one prompt) do so"
 AS_TEXT = (
     "pair of plain text, for a tokenizer with a chat template (as: chat makes conversations of them, as: text is silent)"
 )
@@ -127,7 +128,9 @@ class Reader:
         unasked = source.as_ is None and self.tokenizer.chat_template is not None
         as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
         told = Counter(note for preference in preferences for note in preference.unused)
-        return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text, **told}
+        repeated = sum(preference.repeats for preference in preferences)
+        kept = sum(bool(preference.begins) and not preference.repeats for preference in preferences)
+        return {REPEATED: repeated, KEPT: kept, AS_TEXT: as_text, **told}
 
 
 def _within_reason(preference: Preference | RowError) -> Preference | RowError:

@@ -36,16 +36,17 @@ def to_preferences(
     *,
     as_: str | None = None,
     chat_model: bool = False,
+    repeated: bool = True,
     key: str = "data.train",
 ) -> list[Preference | RowError]:
     """Convert one raw row, which may hold several scored answers instead of two: `pairs` says which of them make a pair
     (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and the others
-    make pairs. Takes `as_` and `chat_model`, and raises, as `to_preference` does; `key` is where the source stands in the
-    YAML, for the fixes of errors."""
+    make pairs. Takes `as_`, `chat_model` and `repeated`, and raises, as `to_preference` does; `key` is where the source
+    stands in the YAML, for the fixes of errors."""
     try:
         if template or not is_ranked(values, columns):
             _refuse_beside_template(columns, pairs, template)
-            made = [to_preference(values, columns, template, as_=as_, chat_model=chat_model)]
+            made = [to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)]
             ranked = False
         else:
             made, ranked = _pairs_of(values, columns, pairs, as_), True

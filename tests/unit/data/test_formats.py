@@ -832,6 +832,24 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         ({"messages": [user("q"), assistant("a")]}, "row", "a chat row (messages: one conversation, one answer)"),
         ({"prompt": "q", "completion": "a"}, "row", "a row for supervised training"),
         (CHAT | {"chosen": [{"role": "tool", "content": "a"}]}, "chosen", "no assistant message"),
+        *(
+            (
+                {
+                    **prompt,
+                    "chosen": [*before, user("q"), assistant("a")],
+                    "rejected": [*before, user("r"), *more, assistant("b")],
+                },
+                "prompt",
+                "nothing but a system message",
+            )
+            for prompt, before in (
+                ({}, [SYSTEM]),
+                ({"prompt": [SYSTEM]}, []),
+                ({"prompt": [SYSTEM]}, [SYSTEM]),
+                ({"system": "s"}, [SYSTEM]),
+            )
+            for more in ([], [assistant("o"), user("p")])
+        ),
         (CHAT | {"chosen": [assistant(""), user("r"), assistant("a")]}, "chosen[0]", "empty answer"),
         (CHAT | {"rejected": [assistant("a"), user("r"), assistant(" \n")]}, "rejected[2]", "empty answer"),
         (CHAT | {"tools": "[{"}, "tools", "broken JSON"),
@@ -1085,3 +1103,12 @@ def test_a_template_without_a_place_for_a_system_message_has_a_remedy(said: str,
     """Mistral's counts it as a turn. Where turns do not alternate by themselves, that is what is wrong."""
     error = refused_by_template(ValueError(said), prompt)
     assert ("into the first user message" in error.fix) == merge and (error.fix == DROP) != merge
+
+
+def test_a_prompt_that_is_a_system_message_takes_the_question_that_both_answers_begin_with() -> None:
+    whole = {name: [user("q"), assistant(text)] for name, text in (("chosen", "a"), ("rejected", "b"))}
+    made = to_preference({"prompt": [SYSTEM], **whole})
+    assert made == Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]) and made.repeats == 0
+    greeting = Preference([SYSTEM], [assistant("a")], [assistant("b")])
+    assert to_preference({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}) == greeting, "the assistant may begin"
+    assert to_preference({"chosen": [SYSTEM, assistant("a")], "rejected": [SYSTEM, assistant("b")]}) == greeting

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from dspref.data import building, rowfiles, sources
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
-from dspref.data.formats import to_preference
-from dspref.data.sources import Row, Source, read
+from dspref.data.converting import Converter
+from dspref.data.formats import Preference, to_preference
+from dspref.data.sources import Row, Source, find, read
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, TokenizedPair, encode, load_tokenizer
 from dspref.errors import DataError, EnvironmentFault
@@ -554,6 +555,47 @@ def test_text_for_a_tokenizer_with_a_chat_template_is_told_unless_it_is_meant(tm
         for _ in range(2):  # a store that is found again tells it too
             load_pairs([Source(path, as_=as_)], tokenizer, Limits(), **how)
         assert ["5 x pair of plain text" in line for line in lines] == [True, True] * told
+
+
+HI = {"prompt": "Hi", "chosen": "Hi! How can I help?", "rejected": "Hi there, human."}
+CODE = [
+    {"prompt": f"def f{i}(x):", "chosen": f"def f{i}(x):\n    return x", "rejected": f"def f{i}(x):  pass"} for i in (1, 2)
+]
+OTHER = {"prompt": "Who?", "chosen": "I.", "rejected": "You."}
+
+
+@pytest.mark.parametrize("how", [{"as_": "chat"}, {"template": {key: f"{{{key}}}" for key in OTHER}}, {}])
+@pytest.mark.parametrize(
+    ("rows", "chosen", "rejected"),
+    [
+        (CODE, "    return x", "pass"),
+        ([*CODE, *[OTHER] * 200], CODE[0]["chosen"], CODE[0]["rejected"]),
+        ([HI], HI["chosen"], HI["rejected"]),
+        ([HI, HI], HI["chosen"], HI["rejected"]),
+        ([HI, OTHER], HI["chosen"], HI["rejected"]),
+    ],
+    ids=["all", "some", "one row", "one prompt", "some, of two"],
+)
+def test_texts_of_a_conversation_lose_a_repeated_prompt_only_where_the_whole_source_repeats_it(
+    tmp_path: Path, rows: list[dict[str, Any]], chosen: str, rejected: str, how: dict[str, Any]
+) -> None:
+    """An answer may begin with the words of a short prompt: whether that is a repeat shows in the other rows."""
+    source = write(tmp_path / "a.jsonl", rows if how else [{**row, "system": "s"} for row in rows])
+    listing = find(replace(source, columns=None, **how))
+    made = [item for _, item in Converter(listing, chat_model=True)(list(listing.rows()))]
+    assert all(isinstance(item, Preference) for item in made)
+    first: Any = made[0]
+    assert [first.chosen[0]["content"], first.rejected[0]["content"]] == [chosen, rejected]
+    assert (first.begins, first.repeats) == (True, 2 if rows is CODE else 0)
+
+
+def test_a_prompt_that_answers_begin_with_and_keep_is_told(tmp_path: Path) -> None:
+    tokenizer, lines = words(), []
+    tokenizer.chat_template = SPOKEN
+    source = replace(write(tmp_path / "a.jsonl", [HI | {"chosen": "Hi a", "rejected": "Hi b"}]), as_="chat")
+    how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lines.append, "scored": "all"}
+    assert contents(load_pairs([source], tokenizer, Limits(), **how)) == [[[1, 0], [1, 2, 0], [1, 3, 0]]]
+    assert lines[0].startswith("data: 1 x pair of text whose answers both begin with the prompt's")
 
 
 SPOKEN = "{% for m in messages %}{{ m.content + ' </s> ' }}{% endfor %}"
