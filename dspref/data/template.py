@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from dspref.data.beside import refuse_switched_off, unread
 from dspref.data.formats import Preference
 from dspref.data.manners import Learned, Manners, rendered, shared_length
 from dspref.data.marks import ending_once, marks_in, scored_in
@@ -137,6 +138,8 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     prompt, *answers = ([_as_templates_read(message, manners) for message in part] for part in parts)
     strict = scored != "all" and not manners.unknown
     notes = [f"pair with {IGNORED.get(name, NOT_READ.format(name))}" for name in manners.ignores]
+    refuse_switched_off(answers, scored)
+    notes += unread([*prompt, *answers[0], *answers[1]], tokenizer.get_chat_template(tools=preference.tools or None))
     if strict:
         answers, ended = ending_once(answers, (*manners.ends, cast("str | None", tokenizer.eos_token) or ""), scored)
         notes += ended

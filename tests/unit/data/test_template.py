@@ -445,6 +445,36 @@ def test_keys_of_a_message_that_no_template_reads_change_nothing() -> None:
     assert chosen == "[[Yes.<|im_end|>]]\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n[[y<|im_end|>]]"
 
 
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [("weight", 0, 1), ("weight", 0.0, None), ("loss", False, True), ("train", False, True), ("weight", "0", "1")],
+)
+def test_a_turn_that_the_row_leaves_out_of_the_loss_is_not_scored_against_its_word(key: str, off: Any, on: Any) -> None:
+    more = {} if on is None else {key: on}
+    row = Preference([user("Hi")], [model("y1", **{key: off}), user("z"), model("y", **more)], [model("n")])
+    error = marked(CHATML, row)
+    assert isinstance(error, RowError) and error.field == f"chosen[0].{key}" and "set data.scored: last" in error.fix
+    assert marked(CHATML, row, "last")[1].endswith("assistant\n[[y<|im_end|>]]"), "the fix works"  # pyright: ignore[reportGeneralTypeIssues,reportIndexIssue]
+    last = Preference([user("Hi")], [model("y")], [model("n", **{key: off})])
+    for scored in ("assistant", "last", "all"):
+        error = marked(CHATML, last, scored)
+        assert isinstance(error, RowError) and error.field == f"rejected[0].{key}" and "data.scored" not in error.fix
+    asked = Preference([user("Hi"), model("a", **{key: off}), user("z")], [model("y", **more)], [model("n")])
+    assert not isinstance(marked(CHATML, asked), RowError), "a prompt is not scored"
+
+
+def test_words_under_keys_that_the_template_does_not_read_are_told() -> None:
+    row = Preference([user("Hi")], [model("y", thought="hm", name="x", refusal=" ", weight=0.5)], [model("n", think="so")])
+    for template, told in (
+        (CHATML, ["think", "thought", "weight"]),
+        (CHATML + "{{ m.think }}{# thought #}", ["thought", "weight"]),
+    ):
+        tokenizer = characters(template)
+        rendering = render(row, tokenizer, Learned(tokenizer))
+        assert isinstance(rendering, Rendering)
+        assert [note.split("'")[1] for note in rendering.notes] == told
+
+
 def test_an_end_of_the_text_behind_the_last_turn_is_not_scored() -> None:
     _, chosen, rejected = marked(PHI3, SEVERAL)  # pyright: ignore[reportGeneralTypeIssues]
     assert chosen.startswith("[[Hello, who are you?<|im_end|>]]\n<|im_start|>user\n")
