@@ -72,6 +72,8 @@ class Selection(NamedTuple):
 
     parts: tuple[Part, ...]
     term: Term
+    left_out: tuple[str, ...] = ()
+    """Names of files beside these that are in no split."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Listing:
     def names(self) -> list[str]:
         """Of the files, as they are numbered by `rows`."""
         return [part.name for selection in self.selections for part in selection.parts]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of files that lie beside those that are read, and are in no split."""
+        read = {Path(name).name for name in self.names}
+        return sorted({name for selection in self.selections for name in selection.left_out if name not in read})
 
     def digests(self, digest: Digest) -> list[str]:
         return [part.digest(digest) for selection in self.selections for part in selection.parts]
@@ -114,7 +122,7 @@ class Listing:
 
     def _selected(self) -> Iterator[Iterator[tuple[int, Row | BadRow]]]:
         start = 0
-        for parts, term in self.selections:
+        for parts, term, _ in self.selections:
             yield _within(start, parts, term, self.source.path)
             start += len(parts)
 
@@ -231,9 +239,13 @@ def _of_glob(pattern: Path, matches: Sequence[Path], source: Source, term: Term)
     for path in files:
         splits.refuse_irregular(path)
     named = [splits.name_of(path, root) for path in files]
-    return Selection(
-        tuple(map(_file_part, splits.choose(named, term.name, source.path, source.split is None, asked_for=True))), term
-    )
+    chosen = splits.choose(named, term.name, source.path, source.split is None, asked_for=True)
+    return _of_files(named, chosen, term)
+
+
+def _of_files(named: Sequence[splits.Named], chosen: Sequence[Path], term: Term) -> Selection:
+    """The files that were chosen of some for a split."""
+    return Selection(tuple(map(_file_part, chosen)), term, tuple(splits.left_out(named, chosen, term.name)))
 
 
 def _of_folder(folder: Path, source: Source, term: Term) -> Selection:
@@ -253,7 +265,7 @@ def _of_folder(folder: Path, source: Source, term: Term) -> Selection:
     if found.saved:
         return Selection(_of_saved_folders(root, found, source, term), term)
     named = [splits.name_of(path, root) for path in found.files]
-    return Selection(tuple(map(_file_part, splits.choose(named, term.name, str(root)))), term)
+    return _of_files(named, splits.choose(named, term.name, str(root)), term)
 
 
 def _inner(folder: Path, inner: str, key: str) -> Path:
@@ -291,7 +303,7 @@ def _of_readme(root: Path, configs: Mapping[str, Mapping[str, Any]], source: Sou
         raise unusable(root, f"the files that its README.md names for {name!r} are not there", "fetch them")
     for file in files:
         splits.refuse_irregular(file.path)
-    return splits.choose(files, term.name, str(root))
+    return splits.choose(files, term.name, str(root), declared=True)
 
 
 # ------------------------------------------------------------------------------------------------ files and tables

@@ -292,7 +292,14 @@ SELECTORS: dict[str, tuple[dict[str, int], dict[str, str], object]] = {
     "a word that only begins so": ({"training_notes.jsonl": 2, "trainer.jsonl": 1, "train.jsonl": 4}, {}, 4),
     "numbered files": ({"train_1.jsonl": 1, "train_2.jsonl": 2, "test1.jsonl": 4}, {}, 3),
     "another word for validation": ({"train.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, 1),
-    "two other words": ({"val.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, "no split 'validation'"),
+    "two other words": ({"val.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, 3),
+    "one of two other words": ({"val.jsonl": 2, "dev.jsonl": 1}, {"split": "dev"}, {"dev.jsonl": 1}),
+    "all words for a split": ({"my_train_set.jsonl": 2, "training.jsonl": 3, "latest.jsonl": 1, "train/x_training.jsonl": 4,
+                               "constrained_test.jsonl": 5}, {"split": "train"}, 9),
+    "all words for a split in one folder": ({"my_train_set.jsonl": 2, "training.jsonl": 3, "latest.jsonl": 1,
+                                             "TRAIN-data-00000-of-00001.parquet": 4, "constrained_test.jsonl": 5}, {}, 9),
+    "folder and name in two words": ({"train/training.jsonl": 2, "train/my_train_set.jsonl": 1}, {}, 3),
+    "what is beside a saved data set": ({**PLAIN, "dataset_info.json": 1}, {}, 5),
     "folder and name disagree": ({"train/test.jsonl": 2}, {}, "its folder says split train, its name says test"),
     "two splits": (HUB, {"split": "train+test"}, 5),
     "two splits, one not there": (HUB, {"split": "train+dev"}, "no split 'dev'"),
@@ -599,6 +606,23 @@ def test_a_version_behind_the_name_of_a_split(files: list[str], split: str | Non
     else:
         with pytest.raises(DataError, match=rows):
             read(Source(root, split=split))
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "left"),
+    [
+        (["orca", "hh", "uf_train"], None, ["hh.jsonl", "orca.jsonl"]),
+        (["my_train_set", "training", "latest", "constrained_test"], "train", ["latest.jsonl"]),
+        (["train", "train_extra", "trainer", "test"], None, ["train_extra.jsonl", "trainer.jsonl"]),
+        (["train", "test"], None, []),
+        (["train", "test", "more"], "train+test", ["more.jsonl"]),
+        (["a", "b"], None, []),
+    ],
+)
+def test_files_that_are_in_no_split_are_told(names: list[str], split: str | None, left: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text('{"x": 1}\n')
+    assert find(Source(str(tmp_path), split=split)).left_out == left
 
 
 def test_no_file_and_no_shard_is_left_out_in_silence(tmp_path: Path) -> None:

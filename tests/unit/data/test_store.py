@@ -42,6 +42,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Source:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Source(str(path))
 
@@ -680,6 +681,17 @@ def test_what_rows_hold_besides_is_told(tmp_path: Path) -> None:
     row = ROWS[0] | {"tools": [{"name": "f"}], "completions": ["a", "b"], "scores": [1, 2]}
     load([write(tmp_path / "a.jsonl", [row, ROWS[1]])], tmp_path / "cache", log=lines.append)
     assert "1 x pair of text beside tools" in lines[0] and "1 x pair beside scored completions" in lines[0]
+
+
+def test_files_that_are_in_no_split_are_told_each_time(tmp_path: Path) -> None:
+    for name in ("train", "more"):
+        write(tmp_path / "set" / f"{name}.jsonl", ROWS)
+    for _ in range(2):
+        lines: list[str] = []
+        load([Source(str(tmp_path / "set"))], tmp_path / "cache", log=lines.append)
+        assert lines == [
+            f"data: {tmp_path}/set: left out, as their names say no split or more than it: more.jsonl (name files in path to read them)"
+        ]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

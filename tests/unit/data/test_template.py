@@ -467,7 +467,7 @@ def test_words_under_keys_that_the_template_does_not_read_are_told() -> None:
     row = Preference([user("Hi")], [model("y", thought="hm", name="x", refusal=" ", weight=0.5)], [model("n", think="so")])
     for template, told in (
         (CHATML, ["think", "thought", "weight"]),
-        (CHATML + "{{ m.think }}{# thought #}", ["thought", "weight"]),
+        (CHATML + "{% if 0 %}{{ m.think }}{# thought #}{% endif %}", ["thought", "weight"]),
     ):
         tokenizer = characters(template)
         rendering = render(row, tokenizer, Learned(tokenizer))
