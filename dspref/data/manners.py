@@ -17,8 +17,12 @@ from dspref.data.rows import Message, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dspref.data.formats import Preference
+
 QUESTION, ANSWER, AGAIN, ANSWERED = "first questionword", "first answerword", "second questionword", "second answerword"
 FUNCTION, SYSTEM = "functionword", "systemword"
+# By what a template may write something else each time.
+RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
 # So many kinds of rows are remembered: settings may hold a date or a document.
 MAX_KINDS = 256
 
@@ -45,6 +49,10 @@ class Manners:
     """Whether it prints the arguments of a tool call as they are, and so wants JSON text of them."""
     unknown: str | None = None
     """Why the template's turns cannot be told; None where they can."""
+    fails: bool = False
+    """Whether it raised an error for a plain conversation."""
+    unsteady: bool = False
+    """Whether it renders one conversation in several ways."""
     ignores: tuple[str, ...] = ()
     """What of tools and settings has no part in what it renders."""
     opens: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -75,6 +83,10 @@ class Learned:
             self._kinds[kind] = learn(self.tokenizer, opening, tools, settings)
         return self._kinds[kind]
 
+    def fails(self, row: Preference) -> bool:
+        """Whether the template raises an error for a plain conversation too, rendered in the way of some row of messages."""
+        return self.of(cast("list[Message]", row.prompt), row.tools, row.chat_template_kwargs or {}).fails
+
     def knows_tool_only(self, tools: list[Any] | None, settings: Mapping[str, Any]) -> bool:
         """Whether the template knows what the role `tool` is, and not that of OpenAI's older `function`."""
         kind = json.dumps([bool(tools), settings], sort_keys=True, default=str)
@@ -102,7 +114,10 @@ def learn(
         alone, asked = rendered(tokenizer, first[:-1], **how), rendered(tokenizer, first[:-1], True, **how)
         answered = rendered(tokenizer, first, **how)
     except Exception as error:  # a template is a program: it may raise anything
-        return Manners(unknown=f"it does not render a plain conversation: {one_line(error, 120)}")
+        return Manners(unknown=f"it does not render a plain conversation: {one_line(error, 120)}", fails=True)
+    may_vary = RANDOM.search(tokenizer.get_chat_template(tools=how["tools"]))
+    if may_vary and any(rendered(tokenizer, first, **how) != answered for _ in range(8)):
+        return Manners(unknown="it renders one conversation in several ways", unsteady=True)
     ignores = tuple(_ignored(tokenizer, alone, tools, settings or {}))
     if QUESTION not in alone or not re.search(f"{QUESTION}.*{ANSWER}", answered, re.S):
         return Manners(unknown="it drops or rewrites the text of a plain conversation", ignores=ignores)

@@ -192,6 +192,7 @@ def _csv_rows(path: Path) -> Iterator[Row | BadRow]:
             header = next(reader, None)
             if header is None:
                 return
+            header = _without_spaces(header)
             if len(set(header)) != len(header):
                 raise unusable(f"{path}:1", "two columns have the same name", "rename one of them")
             line = reader.line_num + 1
@@ -201,6 +202,12 @@ def _csv_rows(path: Path) -> Iterator[Row | BadRow]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise unusable(f"{path}:{reader.line_num}", f"broken CSV: {error}", "quote the field") from None
+
+
+def _without_spaces(header: list[str]) -> list[str]:
+    """The names of columns without the space behind a comma, unless two would then be one."""
+    bare = [name.strip() for name in header]
+    return bare if len(set(bare)) == len(set(header)) else header
 
 
 def _csv_row(header: list[str], fields: list[str], file: str, line: int) -> Row | BadRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -109,8 +110,14 @@ def missing(field: str, values: Values, name: str) -> RowError:
         taken = f"the column {name!r} is another field's by data.train.columns"
         return RowError(field, taken, f"set data.train.columns.{field}")
     close, key = close_name(name, values), f"set data.train.columns.{field}"
-    fix = f"did you mean {close!r}? {key}: {close}" if close else key
+    fix = f"did you mean {close!r}? {key}: {_in_yaml(close)}" if close else key
     return RowError(field, f"no column {name!r} among {sorted(map(str, values))}", fix)
+
+
+def _in_yaml(name: str) -> str:
+    """A name as it may stand in a YAML file."""
+    plain = re.fullmatch(r"[^\W\d][\w./-]*( [\w./-]+)*", name) and name.lower() not in ("null", "true", "false", "yes", "no")
+    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
 def parse_json(text: str, place: str, fix: str) -> Any:

@@ -17,7 +17,7 @@ from dspref.data.manners import Learned, Manners, rendered, shared_length
 from dspref.data.marks import ending_once, marks_in, scored_in
 from dspref.data.messages import refused_by_template
 from dspref.data.printed import Printed, called, passed, said
-from dspref.data.rows import Message, RowError, one_line
+from dspref.data.rows import DROP, Message, RowError, one_line
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ NO_END = RowError(
     "chat_template",
     "it writes no end token behind an answer, so that the model would never learn to stop",
     "set model.chat_template to one that ends a turn, or data.scored: all to train on it as it is",
+)
+UNSTEADY = RowError(
+    "chat_template",
+    "it renders one conversation now in one way, now in another: what is random in it would be trained",
+    f"take that out of it, or {ANOTHER}",
 )
 NO_EOS = RowError(
     "row",
@@ -105,7 +110,17 @@ def render(
     try:
         return _render_chat(preference, tokenizer, learned, scored)
     except Exception as error:  # a template is a program: it may raise anything
-        return error if isinstance(error, RowError) else refused_by_template(error, preference.prompt)
+        if isinstance(error, RowError):
+            return error
+        refusal = refused_by_template(error, preference.prompt)
+        return refusal if refusal.fix != DROP or not learned.fails(preference) else _broken(refusal)
+
+
+def _broken(refusal: RowError) -> RowError:
+    """What a template raised that does so whatever it is given: no row is to blame."""
+    return RowError(
+        refusal.field, f"{refusal.reason} (it renders no plain conversation either)", f"mend the template, or {ANOTHER}"
+    )
 
 
 def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, scored: str) -> Rendering | RowError:
@@ -132,6 +147,8 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     how = {**settings, "tools": preference.tools or None}
     _refuse_unnamed(tokenizer, preference.tools)
     manners = learned.of(cast("list[Message]", preference.prompt), preference.tools, settings)
+    if manners.unsteady:
+        raise UNSTEADY
     parts = [cast("list[Message]", part) for part in (preference.prompt, preference.chosen, preference.rejected)]
     if any(message["role"] == "function" for part in parts for message in part):
         parts = [_with_tool_role(part) for part in parts] if learned.knows_tool_only(preference.tools, settings) else parts
@@ -346,7 +363,7 @@ def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) 
         role = message["role"]
         if role == "assistant" and i not in scored:
             lost = {part.key for part in said(message) if not there.has(i, part)}
-            lost |= {part.key for part in called(message) if part.text not in there.own}
+            lost |= {part.key for part in called(message) if not there.has(i, part)}
             yield from (
                 f"pair with {key} of an assistant's turn that the chat template drops or rewrites" for key in sorted(lost)
             )

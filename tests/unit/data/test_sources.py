@@ -80,6 +80,15 @@ def test_csv_has_the_line_where_a_record_starts(tmp_path: Path, name: str) -> No
     assert _places(rows) == [f"{name}:2", f"{name}:3", f"{name}:5"]
 
 
+def test_a_space_behind_the_commas_of_a_header_is_no_part_of_a_name(tmp_path: Path) -> None:
+    for header, names in (
+        ("prompt, chosen,\trejected ", ["prompt", "chosen", "rejected"]),
+        ("prompt, chosen,chosen", ["prompt", " chosen", "chosen"]),
+    ):
+        (tmp_path / "a.csv").write_text(f"{header}\nq: , a,b \n")
+        assert _values(read(Source(str(tmp_path / "a.csv")))) == [dict(zip(names, ["q: ", " a", "b "]))], "texts stay"
+
+
 def test_parquet_has_row_numbers(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

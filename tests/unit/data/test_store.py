@@ -689,9 +689,8 @@ def test_files_that_are_in_no_split_are_told_each_time(tmp_path: Path) -> None:
     for _ in range(2):
         lines: list[str] = []
         load([Source(str(tmp_path / "set"))], tmp_path / "cache", log=lines.append)
-        assert lines == [
-            f"data: {tmp_path}/set: left out, as their names say no split or more than it: more.jsonl (name files in path to read them)"
-        ]
+        told = "left out, as their names say no split or more than it: more.jsonl (name files in path to read them)"
+        assert lines == [f"data: {tmp_path}/set: {told}"]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

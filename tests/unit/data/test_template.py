@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dspref.data.formats import Preference, RowError, to_preference
 from dspref.data.manners import Learned, Manners, learn
+from dspref.data.rows import DROP
 from dspref.data.sources import Source
 from dspref.data.store import load_pairs
 from dspref.data.template import Rendering, render
@@ -571,6 +572,34 @@ def test_a_template_that_wants_a_system_message_is_learned_with_one() -> None:
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     row = Preference([said("system", "Be brief."), *ONE.prompt], ONE.chosen, ONE.rejected)
     assert marked(template, row)[1:] == ("[[Yes.<|im_end|>]]", "[[No<|im_end|>]]")
+
+
+FAULTS = ["{{ 'a' + foo }}", "{% include 'x' %}", "{% for i in range(10**9) %}{% endfor %}", "{{ [1, 2, 3] | random }}"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_with_the_template_is_no_fault_of_the_rows(fault: str) -> None:
+    error = marked(fault + CHATML, ONE)
+    assert isinstance(error, RowError) and error.field == "chat_template"
+    assert "set model.chat_template to another" in error.fix and "row" not in error.fix
+    row = Preference([user("q"), model("a"), model("b")], ONE.chosen, ONE.rejected)
+    strict = (
+        "{% if messages | length > 2 and messages[1].role == messages[2].role %}{{ raise_exception('no') }}{% endif %}"
+        + CHATML
+    )
+    error = marked(strict, row)
+    assert isinstance(error, RowError) and error.fix == DROP, "here it is the row's"
+
+
+@pytest.mark.parametrize("name", ["add", "functionword", "assistant"])
+def test_a_dropped_call_of_the_prompt_is_told_though_its_name_stands_elsewhere(name: str) -> None:
+    plain = CHATML.replace("{% for call in m.tool_calls or [] %}", "{% for call in [] %}")
+    for template, told in ((plain, True), (CHATML, False)):
+        tokenizer = characters(template)
+        row = Preference([user(name), calls(name), user("so?")], ONE.chosen, ONE.rejected)
+        rendering = render(row, tokenizer, Learned(tokenizer))
+        assert isinstance(rendering, Rendering)
+        assert any("tool_calls of an assistant's turn" in note for note in rendering.notes) is told
 
 
 def test_several_templates_without_one_for_the_row_are_refused_in_words() -> None:
