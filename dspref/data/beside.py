@@ -23,6 +23,7 @@ TOLD = {
     },
     **{name: f"pair beside {name} that is not its rejected answer, and is not used" for name in REJECTED},
     **{name: f"pair of text beside {name}, {NO_PLACE}" for name in OPTIONAL_FIELDS},
+    "functions": f"pair beside functions, OpenAI's older tools: {NOT_USED} ({USE})".format("tools", "functions"),
     "completions": f"pair beside scored completions: {NOT_USED} ({USE})".format("completions", "completions"),
     "rejected": "pair of scored completions beside a rejected answer, which is not used",
 }
@@ -99,6 +100,8 @@ def _unused(there: Values, preference: Preference, ranked: bool, asked: bool) ->
     for name in REJECTED:
         if name in there and not ranked and not _is_in(_history(there[name], name), [*prompt, *answers[1]], preference):
             yield name
+    if "functions" in there and isinstance(preference.prompt, list) and not preference.tools:
+        yield "functions"
     if ranked and not asked and "rejected" in there:
         yield "rejected"
     if not ranked and "completions" in there and ("scores" in there or "ranks" in there):

@@ -295,6 +295,14 @@ def test_what_is_no_part_of_the_pair_is_told(row: dict[str, Any], told: list[str
     ]
 
 
+def test_functions_in_the_older_form_of_openai_are_told_and_may_be_named() -> None:
+    row = {"prompt": [user("q")], "chosen": "a", "rejected": "b", "functions": [{"name": "f", "parameters": {}}]}
+    for columns, told in ((None, 1), ({"tools": "functions"}, 0)):
+        (pair,) = to_preferences(row, columns)
+        assert isinstance(pair, Preference) and len(pair.unused) == told
+        assert pair.tools == (None if told else row["functions"])
+
+
 def test_the_fix_of_what_is_told_uses_it() -> None:
     row = {"prompt": "q", **TWO, **SCORES, "messages": [user("o"), assistant("p"), user("r")]}
     (pair,) = to_preferences(row, {"prompt": "messages", "completions": "completions"})
