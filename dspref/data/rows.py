@@ -1,4 +1,4 @@
-"""What every step from a raw row to a preference needs: the types, the error of one row, and JSON inside a cell."""
+"""What every step from a raw row to a preference needs: the types, a row and its place, the error of one, JSON in a cell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -47,6 +47,35 @@ class RowError(ValueError):
             return self
         field, reason, fix = (text.replace("data.train.", f"{key}.") for text in (self.field, self.reason, self.fix))
         return RowError(field, reason, fix, droppable=self.droppable)
+
+
+class Row(NamedTuple):
+    """One raw row. `line`: its line, its element in a JSON array, or its row in parquet and data sets, from 1."""
+
+    values: dict[str, Any]
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        return place_of(self.file, self.line)
+
+
+class BadRow(NamedTuple):
+    """A row that could not be read, with the reason."""
+
+    error: RowError
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        return place_of(self.file, self.line)
+
+
+def place_of(file: str, line: int) -> str:
+    """A place, for messages: names of files may hold anything."""
+    return f"{one_line(file)}:{line}"
 
 
 def kind_of(value: Any) -> str:

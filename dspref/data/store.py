@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspref.data.building import build, in_words
+from dspref.data.building import build
 from dspref.data.cache import put_in_place, report_of, scratch_folder
+from dspref.data.complaints import in_words
 from dspref.data.formats import check_template
-from dspref.data.rowfiles import place_of
-from dspref.data.rows import one_line
+from dspref.data.rows import one_line, place_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
 from dspref.data.splits import LISTED, unusable
 from dspref.data.tokenize import tokenizer_digest

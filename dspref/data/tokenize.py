@@ -19,8 +19,9 @@ from dspref import reading
 from dspref.data.formats import Preference, RowError, one_line
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
-from dspref.data.template import NO_END, Rendering, Turn, render
+from dspref.data.template import Rendering, render
 from dspref.data.truncate import Limits, TokenizedPair, truncate, written
+from dspref.data.turns import NO_END, Turn
 from dspref.errors import ConfigError
 
 if TYPE_CHECKING:

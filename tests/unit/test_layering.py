@@ -45,7 +45,7 @@ OWNERS: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"cli", "report.console"},
     "pydantic": {"config.explain", "config.load", "config.paths", "config.sections"},
-    "datasets": {"data.sources"},
+    "datasets": {"data.parts"},
     "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
 }  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_pure_files_need_only_torch_and_numpy() -> None:
     allowed = {"torch", "numpy", "dspref", "jaxtyping", "__future__", *sys.stdlib_module_names}
     readers = {
         "model.attention": {"transformers", "flash_attn", "flash_attn_interface", "flash_attn_config"},
-        "data.sources": {"datasets"},
+        "data.parts": {"datasets"},
         "data.rowfiles": {"pyarrow"},
         "data.splits": {"yaml"},
         "data.tokenize": {"transformers"},

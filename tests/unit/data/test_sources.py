@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from dspref.data import parts as parts_module
 from dspref.data import rowfiles
-from dspref.data import sources as sources_module
 from dspref.data.formats import to_preference
 from dspref.data.overlap import shared
 from dspref.data.sources import BadRow, Row, Source, find, read, sha256
@@ -580,14 +580,14 @@ def test_rows_that_are_split_into_files_anew_are_the_same_rows(tmp_path: Path) -
 def test_of_files_that_differ_one_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every start looks at them, also one that finds its tokens in the cache."""
     read_rows: list[int] = []
-    plain = sources_module.rows_of
+    plain = parts_module.rows_of
 
     def counted(path: Path):
         for row in plain(path):
             read_rows.append(row.line)
             yield row
 
-    monkeypatch.setattr(sources_module, "rows_of", counted)
+    monkeypatch.setattr(parts_module, "rows_of", counted)
     for k in range(3):
         (tmp_path / f"{k}.jsonl").write_bytes(_lines_of([row | {"prompt": f"{k} {row['prompt']}"} for row in SAID]))
     listings = [find(Source(f"{tmp_path}/{k}.jsonl")) for k in range(3)]

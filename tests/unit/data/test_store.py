@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data import building, rowfiles, sources
+from dspref.data import building, parts, rowfiles
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
 from dspref.data.converting import Converter
@@ -77,7 +77,7 @@ def test_iteration_ends(tmp_path: Path) -> None:
 def test_second_load_finds_the_first_even_after_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
     monkeypatch.setattr(rowfiles, "rows_of", None)
-    monkeypatch.setattr(sources, "rows_of", None)
+    monkeypatch.setattr(parts, "rows_of", None)
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
     second = load([Source(str(tmp_path / "b.jsonl"))], tmp_path / "cache")
     assert second.address == first.address
