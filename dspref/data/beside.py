@@ -1,12 +1,16 @@
-"""What a row holds beside its pair, in columns that may be a part of one: it is counted and told."""
+"""What a row holds beside its pair, in columns that may be a part of one, and in keys of messages: it is counted and told.
+
+A key that switches a turn's loss off is refused where the turn would be scored.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dspref.data.formats import Preference
-from dspref.data.messages import messages_of, says_the_same, squeezed, unwrapped
+from dspref.data.messages import REASONING, messages_of, says_the_same, squeezed, unwrapped
 from dspref.data.normalise import OPTIONAL_FIELDS, conversation_in
 from dspref.data.rows import CONVERSATIONS, REJECTED, Message, RowError, Text, Values, is_message
 
@@ -19,9 +23,59 @@ TOLD = {
     },
     **{name: f"pair beside {name} that is not its rejected answer, and is not used" for name in REJECTED},
     **{name: f"pair of text beside {name}, {NO_PLACE}" for name in OPTIONAL_FIELDS},
+    "functions": f"pair beside functions, OpenAI's older tools: {NOT_USED} ({USE})".format("tools", "functions"),
     "completions": f"pair beside scored completions: {NOT_USED} ({USE})".format("completions", "completions"),
     "rejected": "pair of scored completions beside a rejected answer, which is not used",
 }
+
+# Keys by which other tools leave a turn out of the loss: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train`.
+SWITCHES = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+# What says who speaks to whom, and is told to no model.
+NO_WORDS = frozenset(["role", "content", "name", "id", "tool_call_id", "type", *SWITCHES, *REASONING])
+TRAIN_IT = "drop the key to train on the turn"
+
+
+def refuse_switched_off(answers: Sequence[Sequence[Message]], scored: str) -> None:
+    """Raise RowError for a turn of the assistant that the rule `scored` scores, and the row itself does not want scored."""
+    sides = [[i for i, message in enumerate(answer) if message["role"] == "assistant"] for answer in answers]
+    last_is_on = all(not own or _switch(answer[own[-1]]) is None for answer, own in zip(answers, sides))
+    for field, answer, own in zip(("chosen", "rejected"), answers, sides):
+        for i in own[-1:] if scored == "last" else own:
+            if (key := _switch(answer[i])) is not None:
+                reason = f"{answer[i][key]!r} leaves the turn out, and data.scored: {scored} scores it"
+                fix = f"set data.scored: last, or {TRAIN_IT}" if last_is_on else f"leave the row out, or {TRAIN_IT}"
+                raise RowError(f"{field}[{i}].{key}", reason, fix)
+
+
+def _switch(message: Message) -> str | None:
+    """The key that switches a turn off; None where it is on."""
+    off = (key for key in SWITCHES if key in message and _is_off(message[key]))
+    return next(off, None)
+
+
+def _is_off(value: Any) -> bool:
+    return value == 0 if isinstance(value, int | float) else isinstance(value, str) and value.lower() in ("0", "false")
+
+
+def unread(messages: Sequence[Message], template: str) -> list[str]:
+    """Notes on what the assistant's messages hold that is not trained: words under keys that the template does not read, and
+    weights other than one."""
+    own = [message for message in messages if message["role"] == "assistant"]
+    words = {key for message in own for key in message.keys() - NO_WORDS if _is_text(message[key])}
+    weights = {key for message in own for key in SWITCHES[:2] if isinstance(message.get(key), int | float)}
+    weighed = {key for key in weights if any(message.get(key, 1) not in (0, 1) for message in own)}
+    lost = sorted(key for key in words if not re.search(rf"""\.{re.escape(key)}\b|(['"]){re.escape(key)}\1""", template))
+    return [
+        *(f"pair with {key!r} of an assistant's turn, which the chat template does not read" for key in lost),
+        *(
+            f"pair with {key!r} of an assistant's turn, which has no effect: all scored tokens count alike"
+            for key in sorted(weighed)
+        ),
+    ]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def unused(values: Values, named: Mapping[str, str] | None, preference: Preference, ranked: bool) -> tuple[str, ...]:
@@ -46,6 +100,8 @@ def _unused(there: Values, preference: Preference, ranked: bool, asked: bool) ->
     for name in REJECTED:
         if name in there and not ranked and not _is_in(_history(there[name], name), [*prompt, *answers[1]], preference):
             yield name
+    if "functions" in there and isinstance(preference.prompt, list) and not preference.tools:
+        yield "functions"
     if ranked and not asked and "rejected" in there:
         yield "rejected"
     if not ranked and "completions" in there and ("scores" in there or "ranks" in there):

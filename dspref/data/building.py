@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,13 +15,14 @@ import numpy as np
 
 from dspref.data.ahead import ahead
 from dspref.data.cache import Column, seal
+from dspref.data.complaints import Complaints, in_words
 from dspref.data.completions import is_ranked
 from dspref.data.converting import Converter, Place
 from dspref.data.formats import Preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
-from dspref.data.rows import DROP, RowError, Text, one_line
-from dspref.data.sources import BadRow, Listing, Row, Source
+from dspref.data.rows import BadRow, Row, RowError, Text, one_line
+from dspref.data.sources import Listing, Source
 from dspref.data.template import Rendering, render
 from dspref.data.tokenize import Ids, Whole, ids_of, split
 from dspref.data.truncate import Limits, TokenizedPair, truncate
@@ -32,18 +33,13 @@ if TYPE_CHECKING:
 
 # Rows that are read, rendered, encoded or written at a time, each of these while the next rows are in the step before.
 CHUNK_ROWS = 128
-MAX_ERROR_LINES = 20
-MAX_PLACES = 3
-MAX_REASONS = 20
-# So many different reasons are told apart; more come from texts that the reasons quote.
-MAX_KNOWN_REASONS = 1000
-OTHER = "other reasons"
 TELL_EVERY_SECONDS = 20.0
 PARTS = ("prompt", "chosen", "rejected")
 # Characters of one pair: beyond any model's context, and tokenizing takes about a second for each million.
 MAX_CHARACTERS = 2**23
 DIGEST_BYTES = 16
 REPEATED = "prompt, or end of it, that an answer repeated and lost"
+KEPT = "pair of text whose answers both begin with the prompt's, and keep it, as not all rows (or those of one prompt) do so"
 AS_TEXT = (
     "pair of plain text, for a tokenizer with a chat template (as: chat makes conversations of them, as: text is silent)"
 )
@@ -127,7 +123,9 @@ class Reader:
         unasked = source.as_ is None and self.tokenizer.chat_template is not None
         as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
         told = Counter(note for preference in preferences for note in preference.unused)
-        return {REPEATED: sum(preference.repeats for preference in preferences), AS_TEXT: as_text, **told}
+        repeated = sum(preference.repeats for preference in preferences)
+        kept = sum(bool(preference.begins) and not preference.repeats for preference in preferences)
+        return {REPEATED: repeated, KEPT: kept, AS_TEXT: as_text, **told}
 
 
 def _within_reason(preference: Preference | RowError) -> Preference | RowError:
@@ -179,8 +177,8 @@ class _Build:
     files: _Files
     limits: Limits
     source_rows: list[int] = field(default_factory=list)
-    bad: Complaints = field(default_factory=lambda: Complaints())
-    dropped: Complaints = field(default_factory=lambda: Complaints())
+    bad: Complaints = field(default_factory=Complaints)
+    dropped: Complaints = field(default_factory=Complaints)
     notes: Counter[str] = field(default_factory=Counter)
     """What a user should know of rows that are used, counted."""
     cut: dict[str, list[int]] = field(default_factory=lambda: {name: [0, 0, 0] for name in PARTS})
@@ -308,63 +306,6 @@ def numbered(digests: np.ndarray) -> np.ndarray:
     return numbers
 
 
-# ----------------------------------------------------------------------------------------------- what is left out
-
-
-class Complaint(NamedTuple):
-    """One reason, and the first places where it was found."""
-
-    error: RowError
-    places: list[str]
-
-
-class Complaints:
-    """Reasons why rows cannot be used, counted, with the first places of each. Of two sources one reason may have two fixes,
-    each with the keys of its own."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str], Complaint] = {}
-        self.times: Counter[tuple[str, str]] = Counter()
-
-    @property
-    def count(self) -> int:
-        return self.times.total()
-
-    def note(self, row: Row | BadRow, error: RowError) -> None:
-        reason = (f"{error.field}: {error.reason}", error.fix)
-        if reason not in self.found and len(self.found) >= MAX_KNOWN_REASONS:
-            reason = (OTHER, "")
-        complaint = self.found.setdefault(reason, Complaint(error, []))
-        self.times[reason] += 1
-        if len(complaint.places) < MAX_PLACES:
-            complaint.places.append(row.where)
-
-    def counts(self) -> dict[str, int]:
-        times: Counter[str] = Counter()
-        for (reason, _), count in self.times.items():
-            times[reason] += count
-        common = dict(times.most_common(MAX_REASONS))
-        if other := times.total() - sum(common.values()):
-            common[OTHER] = common.get(OTHER, 0) + other
-        return common
-
-    def lines(self) -> str:
-        """One line for each reason: where it was found first, what it is, where else, and how to mend it."""
-        lines = []
-        for reason, (error, (first, *others)) in list(self.found.items())[:MAX_ERROR_LINES]:
-            more = self.times[reason] - 1 - len(others)
-            also = ", ".join(others) + (f" and {more} more" if more else "")
-            lines.append(f"{first}: {error.field}: {error.reason}{f' (also {also})' if also else ''}; fix: {error.fix}")
-        if rest := self.count - sum(self.times[reason] for reason in list(self.found)[:MAX_ERROR_LINES]):
-            lines.append(f"... {rest} more bad rows")
-        return "\n".join(lines)
-
-    def fix(self) -> str:
-        """How to mend the most common reason, where rows are dropped already."""
-        fix = self.found[self.times.most_common(1)[0][0]].error.fix
-        return "mend the rows" if fix == DROP else fix
-
-
 def _nothing_left(sources: Sequence[Source], built: _Build) -> str:
     message = f"{', '.join(one_line(source.path) for source in sources)}: none of {built.seen} rows is left "
     message += f"({in_words(built.dropped.counts())})"
@@ -372,7 +313,3 @@ def _nothing_left(sources: Sequence[Source], built: _Build) -> str:
         least, middle, most = np.percentile(built.too_long, [0, 50, 100]).astype(int)
         message += f"; tokens of prompt + longer answer: {least} (min), {middle} (median), {most} (max)"
     return f"{message}; fix: {built.dropped.fix()}"
-
-
-def in_words(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in counts.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from math import isfinite
@@ -13,8 +13,9 @@ from dspref.data.beside import unused
 from dspref.data.formats import Preference, pair_of, to_preference
 from dspref.data.messages import answer_of, is_blank, stripped, unwrapped
 from dspref.data.normalise import conversation_in, normalise, without_null_prompt
-from dspref.data.rows import Columns, RowError, Text, Values, find, given, kind_of, missing, parse_json, what_is
+from dspref.data.rows import Columns, RowError, Text, Values, close_name, find, given, kind_of, missing, parse_json, what_is
 
+SAMPLED_TWICE = "pair of a row with equal answers of several scores, some of which make no pair: none is better than itself"
 RANKED_FIELDS = ("completions", "scores", "ranks")
 
 # A number as text. What is more than that, such as `4/5` or `N/A`, is for the user to read.
@@ -36,16 +37,17 @@ def to_preferences(
     *,
     as_: str | None = None,
     chat_model: bool = False,
+    repeated: bool = True,
     key: str = "data.train",
 ) -> list[Preference | RowError]:
     """Convert one raw row, which may hold several scored answers instead of two: `pairs` says which of them make a pair
     (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and the others
-    make pairs. Takes `as_` and `chat_model`, and raises, as `to_preference` does; `key` is where the source stands in the
-    YAML, for the fixes of errors."""
+    make pairs. Takes `as_`, `chat_model` and `repeated`, and raises, as `to_preference` does; `key` is where the source
+    stands in the YAML, for the fixes of errors."""
     try:
         if template or not is_ranked(values, columns):
             _refuse_beside_template(columns, pairs, template)
-            made = [to_preference(values, columns, template, as_=as_, chat_model=chat_model)]
+            made = [to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)]
             ranked = False
         else:
             made, ranked = _pairs_of(values, columns, pairs, as_), True
@@ -59,7 +61,7 @@ def to_preferences(
 
 def _told(pair: Preference, values: Values, named: Mapping[str, str] | None, ranked: bool) -> Preference:
     notes = unused(values, named, pair, ranked)
-    return replace(pair, unused=notes) if notes else pair
+    return replace(pair, unused=pair.unused + notes) if notes else pair
 
 
 def is_ranked(values: Values, columns: Columns | None) -> bool:
@@ -88,15 +90,31 @@ def _pairs_of(values: Values, columns: Columns | None, pairs: str, as_: str | No
     if beside := sorted(named.keys() & {"chosen", "rejected"}):
         raise RowError(f"columns.{beside[0]}", "two answers and several scored ones are given", "name one or the other")
     answers, errors = ranked(values, named, as_)
-    candidates = [(*answers[i], *answers[j]) for i, j in PAIRINGS[pairs](len(answers))]
-    # An answer that was sampled twice may have two scores; it is not better than itself.
-    kept = [(best, worst) for high, best, low, worst in candidates if high > low and stripped(best) != stripped(worst)]
+    candidates = [(answers[i], answers[j]) for i, j in PAIRINGS[pairs](len(answers))]
+    better = [(best, worst) for (high, best), (low, worst) in candidates if high > low]
+    kept = _agreed(better, answers)
     if not kept and not errors:
-        raise RowError("completions", "no answer is better than another", droppable=True)
+        reason = "no answer is better than another" + (", as equal answers have several scores" if better else "")
+        raise RowError("completions", reason, droppable=True)
     fields = normalise(values, columns, None, as_, ranked=True)
     made = [_pair(fields, best, worst, values, columns) for best, worst in kept]
     said = {str(error): error for error in made if isinstance(error, RowError)}
-    return [*errors, *said.values(), *(item for item in made if isinstance(item, Preference))]
+    told = (SAMPLED_TWICE,) if len(kept) < len(better) else ()
+    pairs_made = [replace(item, unused=told) for item in made if isinstance(item, Preference)]
+    return [*errors, *said.values(), *pairs_made]
+
+
+def _agreed(candidates: Sequence[tuple[Text, Text]], answers: Sequence[tuple[float, Text]]) -> list[tuple[Text, Text]]:
+    """Pairs of a better and a worse answer without those that the scores of the row say the other way round too: an answer
+    that was sampled twice may have one score above another answer's and one below. Nor is it better than itself."""
+    texts = [(score, repr(stripped(answer))) for score, answer in answers]
+    said = {(best, worst) for high, best in texts for low, worst in texts if high > low}
+
+    def holds(pair: tuple[Text, Text]) -> bool:
+        best, worst = (repr(stripped(answer)) for answer in pair)
+        return best != worst and (worst, best) not in said
+
+    return [pair for pair in candidates if holds(pair)]
 
 
 def _pair(fields: Values, best: Text, worst: Text, values: Values, columns: Columns | None) -> Preference | RowError:
@@ -114,6 +132,8 @@ def ranked(
     """(score, answer) of a row's answers, best first, equal scores in the order of the row, and errors for those that cannot
     be used; what has no score is left out. The score of a rank is what lies below it."""
     by = _judged_by(values, named)
+    if by not in named and by not in values and (close := close_name("ranks", values)):
+        raise missing("ranks", {**values, close: None}, "ranks")
     of_answers, of_scores = named.get("completions", "completions"), named.get(by, by)
     completions, scores = _items(values, of_answers, "completions"), _items(values, of_scores, by)
     if len(completions) != len(scores):

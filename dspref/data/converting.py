@@ -1,7 +1,8 @@
 """The rows of one source become preferences.
 
 A source speaks one way: where some rows have a column that decides what the others are, those have it too, empty. So it is
-in Arrow's tables and in CSV, whose rows all have the same columns; in JSON a row may lack one.
+in Arrow's tables and in CSV, whose rows all have the same columns; in JSON a row may lack one. And where its answers
+repeat their prompts, all do: one that says "Hi! ..." to "Hi" among others repeats nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Converter:
         self.how = {"as_": self.source.as_, "chat_model": chat_model, "key": self.source.key}
         self.lacking: dict[str, None] | None = None
         """Columns that a row has, with null, where it lacks them; None while it has not been looked for them."""
+        self.repeated: bool | None = None
+        """Whether the answers of conversations that are made of texts repeat their prompts; None before the first."""
 
     def __call__(self, rows: Sequence[Place]) -> Made:
         """(row, preference or why there is none) of each pair of some rows."""
@@ -37,6 +40,12 @@ class Converter:
         if self.lacking is None and any(self._hangs_on_others(rows[k][1], item) for k, item in made):
             self.lacking = dict.fromkeys(sorted(self.listing.columns(self._decisive())))
             made = self._all(rows) if self.lacking else made
+        spoken = [item for _, item in made if isinstance(item, Preference) and item.begins is not None]
+        if self.repeated is None and spoken:
+            # One prompt alone shows nothing: its answers may begin alike by chance.
+            prompts = {str(item.prompt[-1]) for item in spoken}
+            self.repeated = all(item.begins for item in spoken) and len(prompts) > 1
+            made = made if self.repeated else self._all(rows)
         return made
 
     def _decisive(self) -> set[str]:
@@ -60,7 +69,8 @@ class Converter:
         if isinstance(row, BadRow):
             return [row.error]
         values: dict[str, Any] = {**self.lacking, **row.values} if self.lacking else row.values
+        how: dict[str, Any] = {**self.how, "repeated": self.repeated is not False}
         try:
-            return to_preferences(values, self.source.columns, self.source.template, self.source.pairs, **self.how)
+            return to_preferences(values, self.source.columns, self.source.template, self.source.pairs, **how)
         except RowError as error:
             return [error]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dspref.data.messages import behind, is_blank, is_said, said_again, says_the_same, stripped
+from dspref.data.messages import behind, is_blank, is_said, is_silent, said_again, says_the_same, stripped
 from dspref.data.normalise import Fields, no_pair, normalise
 from dspref.data.row_template import check_template as check_template
 from dspref.data.rows import DROP as DROP
@@ -31,6 +31,8 @@ from dspref.data.rows import (
 from dspref.data.rows import one_line as one_line
 from dspref.data.texts import behind_text, shared_start
 
+# Who sets the scene; a prompt is more than that.
+SYSTEMS = ("system", "developer")
 ADD_PROMPT = "add a prompt column, or name it: data.train.columns.prompt"
 
 
@@ -45,6 +47,8 @@ class Preference:
     chat_template_kwargs: dict[str, Any] | None = None
     repeats: int = field(default=0, compare=False)
     """How many of the two answers repeated the prompt, or its end, in the row."""
+    begins: bool | None = field(default=None, compare=False)
+    """Of a conversation made of three texts, whether both answers begin with the prompt's in the row; else None."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """What is to be said of columns of the row that are no part of the pair."""
 
@@ -64,16 +68,18 @@ def to_preference(
     *,
     as_: str | None = None,
     chat_model: bool = False,
+    repeated: bool = True,
 ) -> Preference:
     """Convert one raw row of two answers.
 
     `columns` maps prompt, chosen, rejected, system, tools, chat_template_kwargs to names in the file; `template` builds
     texts from other columns. `as_`: chat | text, what such texts are; None: chat for a `template` where the tokenizer has
-    a chat template (`chat_model`), and for rows with a system message; else text. Raises RowError for a bad row,
-    ConfigError for a bad template.
+    a chat template (`chat_model`), and for rows with a system message; else text. `repeated`: in a conversation made of
+    texts, answers that begin with the prompt's repeat it, and lose it. Raises RowError for a bad row, ConfigError for a bad
+    template.
     """
     try:
-        fields = normalise(values, columns, template, as_, chat_model)
+        fields = normalise(values, columns, template, as_, chat_model, repeated=repeated)
         return pair_of(fields, values, columns)
     except RecursionError:
         raise RowError("row", "nested too deeply", "write a plainer row") from None
@@ -89,7 +95,7 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             _check(preference)
             repeats = preference.repeats + fields.get("repeats", 0)
             more = {"tools": _tools(fields), "chat_template_kwargs": _template_kwargs(fields)}
-            return replace(preference, repeats=repeats, **more)
+            return replace(preference, repeats=repeats, begins=fields.get("begins"), **more)
     raise _why_unrecognised(fields, values, columns)
 
 
@@ -176,9 +182,13 @@ def chat(row: Values) -> Preference:
     ):
         prompt = [opening[0], *prompt]  # the answers are whole conversations, the prompt lacks the system message
     chosen, rejected = (behind(prompt, answer) for answer in answers)
+    if all(message["role"] in SYSTEMS for message in prompt):
+        shared = _shared(chosen, rejected)  # a column of the system message alone, and whole conversations
+        prompt, chosen, rejected = [*prompt, *chosen[:shared]], chosen[shared:], rejected[shared:]
     size = said_again(prompt, chosen, rejected)
     chosen, rejected = chosen[size:], rejected[size:]
-    shorter = [len(chosen) < len(answers[0]), len(rejected) < len(answers[1])]
+    moved = len(prompt) - len(row["prompt"])
+    shorter = [len(chosen) < len(answers[0]) - moved, len(rejected) < len(answers[1]) - moved]
     return Preference(prompt, chosen, rejected, repeats=sum(shorter))
 
 
@@ -234,6 +244,13 @@ def _check_conversation(prompt: list[Message], answer: list[Message], name: str)
     first = next((i for i, message in enumerate(answer) if message["role"] == "assistant"), None)
     if first is None:
         raise RowError(name, "no assistant message in the answer")
+    if first and all(message["role"] in SYSTEMS for message in prompt):
+        reason = "nothing but a system message, and the answers begin with other messages, which are no part of an answer"
+        raise RowError("prompt", reason, "write what both answers follow into the prompt")
+    if len(answer) > 1:
+        for i, message in enumerate(answer):
+            if message["role"] == "assistant" and is_silent(message):
+                raise RowError(f"{name}[{i}]", "empty answer: the model would learn to end its turn at once")
     if prompt[-1]["role"] != "user":
         return
     twice = next((i for i, message in enumerate(answer[:first]) if says_the_same(message, prompt[-1])), None)

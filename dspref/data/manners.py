@@ -17,8 +17,12 @@ from dspref.data.rows import Message, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dspref.data.formats import Preference
+
 QUESTION, ANSWER, AGAIN, ANSWERED = "first questionword", "first answerword", "second questionword", "second answerword"
 FUNCTION, SYSTEM = "functionword", "systemword"
+# By what a template may write something else each time.
+RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
 # So many kinds of rows are remembered: settings may hold a date or a document.
 MAX_KINDS = 256
 
@@ -45,8 +49,14 @@ class Manners:
     """Whether it prints the arguments of a tool call as they are, and so wants JSON text of them."""
     unknown: str | None = None
     """Why the template's turns cannot be told; None where they can."""
+    fails: bool = False
+    """Whether it raised an error for a plain conversation."""
+    unsteady: bool = False
+    """Whether it renders one conversation in several ways."""
     ignores: tuple[str, ...] = ()
     """What of tools and settings has no part in what it renders."""
+    opens: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Tokens that open a turn, the user's and the assistant's."""
     tokens: re.Pattern[str] = field(default=re.compile(r"(?!)"), compare=False, repr=False)
     """Matches any added token of the tokenizer."""
 
@@ -59,6 +69,7 @@ class Learned:
         self.unknown: str | None = None
         """Why the turns of some row that was rendered could not be told; None where all could."""
         self._kinds: dict[tuple[Any, ...], Manners] = {}
+        self._function_is_tool: dict[str, bool] = {}
 
     def of(self, prompt: Sequence[Message], tools: list[Any] | None, settings: Mapping[str, Any]) -> Manners:
         """The manners with which a row of such a prompt, tools and chat_template_kwargs is written."""
@@ -71,6 +82,21 @@ class Learned:
             opening = [_said(speaker, SYSTEM)] if speaker else []
             self._kinds[kind] = learn(self.tokenizer, opening, tools, settings)
         return self._kinds[kind]
+
+    def fails(self, row: Preference) -> bool:
+        """Whether the template raises an error for a plain conversation too, rendered in the way of some row of messages."""
+        return self.of(cast("list[Message]", row.prompt), row.tools, row.chat_template_kwargs or {}).fails
+
+    def knows_tool_only(self, tools: list[Any] | None, settings: Mapping[str, Any]) -> bool:
+        """Whether the template knows what the role `tool` is, and not that of OpenAI's older `function`."""
+        kind = json.dumps([bool(tools), settings], sort_keys=True, default=str)
+        if kind not in self._function_is_tool:
+            if len(self._function_is_tool) >= MAX_KINDS:
+                self._function_is_tool.clear()
+            how = {**settings, "tools": tools or None}
+            tool, function = (_knows(self.tokenizer, role, how) for role in ("tool", "function"))
+            self._function_is_tool[kind] = tool and not function
+        return self._function_is_tool[kind]
 
 
 def learn(
@@ -88,7 +114,10 @@ def learn(
         alone, asked = rendered(tokenizer, first[:-1], **how), rendered(tokenizer, first[:-1], True, **how)
         answered = rendered(tokenizer, first, **how)
     except Exception as error:  # a template is a program: it may raise anything
-        return Manners(unknown=f"it does not render a plain conversation: {one_line(error, 120)}")
+        return Manners(unknown=f"it does not render a plain conversation: {one_line(error, 120)}", fails=True)
+    may_vary = RANDOM.search(tokenizer.get_chat_template(tools=how["tools"]))
+    if may_vary and any(rendered(tokenizer, first, **how) != answered for _ in range(8)):
+        return Manners(unknown="it renders one conversation in several ways", unsteady=True)
     ignores = tuple(_ignored(tokenizer, alone, tools, settings or {}))
     if QUESTION not in alone or not re.search(f"{QUESTION}.*{ANSWER}", answered, re.S):
         return Manners(unknown="it drops or rewrites the text of a plain conversation", ignores=ignores)
@@ -113,7 +142,7 @@ def learn(
     return Manners(
         header, asks, ends and (*ends, *of_tools), between is None or every is not None, _head(alone),
         "\0".join(map(_frame, (answered, twice, calling))), _joints(alone, middle, between), as_text,
-        ignores=ignores, tokens=tokens,
+        ignores=ignores, opens=tuple(dict.fromkeys((*opens, *_openers(tokens, header)))), tokens=tokens,
     )  # fmt: skip
 
 
@@ -129,6 +158,11 @@ def _joints(alone: str, middle: str, between: str | None) -> dict[tuple[str, str
     if SYSTEM in alone[: alone.index(QUESTION)]:
         found["system", "user"] = _between(alone, SYSTEM, QUESTION)
     return found
+
+
+def _openers(tokens: re.Pattern[str], header: str) -> list[str]:
+    """The token that opens an assistant's turn; what opens its thoughts is a part of what it says."""
+    return [token for token in tokens.findall(header)[:1] if "think" not in token]
 
 
 def _head(alone: str) -> str:
@@ -192,6 +226,20 @@ def _of_tools(
         found = tokens.findall(behind)
         return as_text, () if set(ends) & set(found) else tuple(found[-1:]), text
     return False, (), ""
+
+
+def _knows(tokenizer: Any, role: str, how: Mapping[str, Any]) -> bool:
+    """Whether a template has a form of its own for what a role says, other than for a role that there is not."""
+    call = {"type": "function", "id": "123456789", "function": {"name": FUNCTION, "arguments": {"keyword": "valueword"}}}
+    turns = [_said("user", QUESTION), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    texts = []
+    for name in (role, "no" + role):
+        result = {"role": name, "name": FUNCTION, "tool_call_id": "123456789", "content": ANSWER}
+        try:
+            texts.append(rendered(tokenizer, [*turns, result], **how))
+        except Exception:  # it does not know the role, or has no tools
+            texts.append("")
+    return ANSWER in texts[0] and texts[0] != texts[1].replace("no" + role, role)
 
 
 def _said(role: str, content: str) -> Message:

@@ -1,7 +1,8 @@
 """One message, however it was written, as the dictionary that a chat template reads.
 
 Understood beside `{"role": ..., "content": ...}`: ShareGPT's `from` and `value`, content in text parts, arguments of tool
-calls as JSON text. Which roles there may be, and in which order, is for the template to judge.
+calls as JSON text, and OpenAI's older `function_call`, which is a tool call to every later step. Which roles there may be,
+and in which order, is for the template to judge.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ ALIASES = {
 }
 # Roles that templates know, which some data sets write in capitals; any other is as it stands.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation")
+# Those whose messages say what a tool gave back.
+RESULTS = ("tool", "function", "ipython", "environment", "observation")
 # More of ShareGPT's.
 SPEAKERS = {
     **ALIASES,
@@ -42,9 +45,13 @@ SPEAKERS = {
 _MARKS = ("q", "a", "h", "s", "sys", "inst", "im", "start", "end", "header", "id", "eot", "turn", "of", "text", "bos", "eos")
 SPEAKING = frozenset([*SPEAKERS, *ROLES, *_MARKS])
 ROLE = re.compile(r"\w[\w-]*")
+PART = re.compile(r"(input_|output_)?(text|image|audio|video|file|document|refusal)(_url)?")
+# Keys of a message that hold text of the model's beside its content, by the names that templates read.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 WRITE_MESSAGE = 'write {"role": ..., "content": ...}'
 WRITE_OBJECT = "write the arguments as a JSON object"
+WRITE_CALL = 'write {"name": ..., "arguments": {...}}'
 
 
 def messages_of(value: Any, field: str) -> list[Message]:
@@ -119,10 +126,9 @@ def _message(item: Any, place: str) -> Message:
     if not isinstance(message["role"], str) or not ROLE.fullmatch(message["role"]):
         raise RowError(f"{place}.role", f"unknown role {message['role']!r}", "write one word, such as user or assistant")
     message["role"] = _role(message["role"], ALIASES)
-    for key in ("tool_calls", "function_call"):
-        if key in message:
-            message[key] = _calls(message[key], f"{place}.{key}", key)
-    return _with_text(message, place)
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], f"{place}.tool_calls")
+    return _with_text(_with_tool_call(message, f"{place}.function_call"), place)
 
 
 def _role(name: str, aliases: Mapping[str, str]) -> str:
@@ -153,13 +159,28 @@ def _with_text(message: Message, place: str) -> Message:
     """The message with its content as text; only a message that calls tools may have none."""
     content = message.get("content")
     if isinstance(content, list | dict):
+        _refuse_result(message, content, f"{place}.content")
         message["content"] = _text_of_parts(content, f"{place}.content")
-    elif content is None and not (message.get("tool_calls") or message.get("function_call")):
+    elif content is None and not message.get("tool_calls"):
         reason = "null without tool_calls" if "content" in message else "missing"
         raise RowError(f"{place}.content", reason, "write the text of the message")
     elif content is not None and not isinstance(content, str):
         raise RowError(f"{place}.content", f"{what_is(content)}, not text", "write the message's text")
     return message
+
+
+def _refuse_result(message: Message, content: Any, place: str) -> None:
+    """Raise RowError for what a tool gave back as it is: an object, or a list of values that are no content parts."""
+    parts = [content] if isinstance(content, dict) else content
+    if message["role"] in RESULTS and not all(map(_is_part, parts)):
+        what = "an object" if isinstance(content, dict) else "a list"
+        raise RowError(place, f"{what}, not text", "write what the tool gave back as text, by json.dumps")
+
+
+def _is_part(part: Any) -> bool:
+    """Whether something is meant as a part of a message's content, of whatever kind."""
+    kind = part.get("type", "text" if isinstance(part.get("text"), str) else None) if isinstance(part, dict) else None
+    return isinstance(kind, str) and bool(PART.fullmatch(kind))
 
 
 def _text_of_parts(content: Any, place: str) -> str:
@@ -177,13 +198,37 @@ def _text_of_parts(content: Any, place: str) -> str:
     return "".join(texts)
 
 
-def _calls(value: Any, place: str, key: str) -> Any:
-    """Tool calls, or a legacy function call, with arguments that are objects: OpenAI writes them as JSON text, and a
-    template that prints them as JSON would quote that once more."""
+def _with_tool_call(message: Message, place: str) -> Message:
+    """The message with its `function_call`, which OpenAI wrote before `tool_calls` and no template prints, as one of
+    these. Raises RowError where both are there and say different things."""
+    if "function_call" not in message:
+        return message
+    message = dict(message)
+    call = message.pop("function_call")
+    if isinstance(call, str) and call.strip():
+        call = parse_json(call, place, WRITE_CALL)
+    if not call:
+        return message  # empty, as a column of Arrow or CSV may have it
+    call = _call(call, place)
+    if not isinstance(call.get("name"), str) or not call["name"]:
+        raise RowError(f"{place}.name", "missing", WRITE_CALL)
+    own = message.get("tool_calls")
+    if own and [_plain(other) for other in own] != [_plain(call)]:
+        raise RowError(place, "the message has tool_calls that say something else", "keep one of the two")
+    return message if own else message | {"tool_calls": [{"type": "function", "function": call}]}
+
+
+def _plain(call: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a call says: the function's name, and its arguments."""
+    function = call.get("function") or call
+    return function.get("name"), function.get("arguments") or {}
+
+
+def _calls(value: Any, place: str) -> Any:
+    """Tool calls with arguments that are objects: OpenAI writes them as JSON text, and a template that prints them as JSON
+    would quote that once more."""
     if isinstance(value, str):
         value = parse_json(value, place, "write a JSON list of tool calls")
-    if key == "function_call":
-        return _call(value, place)
     if not isinstance(value, list):
         raise RowError(place, f"{what_is(value)}, not a list of tool calls", "write a list of tool calls")
     return [_call(call, f"{place}[{number}]") for number, call in enumerate(value)]
@@ -192,7 +237,7 @@ def _calls(value: Any, place: str, key: str) -> Any:
 def _call(call: Any, place: str) -> dict[str, Any]:
     """One call, flat or with its `function` inside."""
     if not isinstance(call, dict):
-        raise RowError(place, f"{what_is(call)}, not an object", 'write {"name": ..., "arguments": {...}}')
+        raise RowError(place, f"{what_is(call)}, not an object", WRITE_CALL)
     if call.get("function") is not None:
         return call | {"function": _call(call["function"], f"{place}.function")}
     arguments = call.get("arguments")
@@ -225,7 +270,7 @@ def refused_by_template(error: Exception, prompt: Text) -> RowError:
 
 def says_the_same(left: Message, right: Message) -> bool:
     """Whether two messages are one, up to white space in their text."""
-    if any(left.get(key) != right.get(key) for key in ("role", "tool_calls", "function_call")):
+    if any(left.get(key) != right.get(key) for key in ("role", "tool_calls")):
         return False
     one, other = left.get("content") or "", right.get("content") or ""
     return one == other or squeezed(one) == squeezed(other)
@@ -279,10 +324,13 @@ def _names_speakers(text: str) -> bool:
 def is_blank(answer: Text) -> bool:
     if isinstance(answer, str):
         return not answer.strip()
-    return not any(
-        (message.get("content") or "").strip() or message.get("tool_calls") or message.get("function_call")
-        for message in answer
-    )
+    return not any((message.get("content") or "").strip() or message.get("tool_calls") for message in answer)
+
+
+def is_silent(message: Message) -> bool:
+    """Whether a message has no word of its speaker's: no content, no reasoning, no call."""
+    texts = [message.get(key) for key in ("content", *REASONING)]
+    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def stripped(answer: Text) -> Text:

@@ -32,7 +32,7 @@ from dspref.data.rows import (
     one_system,
     parse_json,
 )
-from dspref.data.texts import behind_text
+from dspref.data.texts import begun_anew, behind_text
 
 Fields = dict[str, Any]
 
@@ -54,10 +54,12 @@ def normalise(
     as_: str | None = None,
     chat_model: bool = False,
     ranked: bool = False,
+    repeated: bool = True,
 ) -> Fields:
     """The fields of a row: prompt, chosen and rejected (not in a `ranked` row, whose answers come later), tools,
     chat_template_kwargs, and `system`, a text. `as_` (chat | text, or None) says what texts are; `chat_model`, whether
-    the tokenizer has a chat template. Raises RowError."""
+    the tokenizer has a chat template; `repeated`, whether two answers that begin with the prompt's text lose it in a
+    conversation that is made of texts. Raises RowError."""
     named = given(columns)
     fields = (*OPTIONAL_FIELDS, *(() if template else ("system", *(FIELDS[:1] if ranked else FIELDS))))
     row = _renamed(values, named, fields)
@@ -74,7 +76,7 @@ def normalise(
     # A source speaks one way: where some rows have a system message, those without one are conversations too.
     speaks = "system" in row or (template is not None and chat_model)
     system = system_text(row.pop("system", None))
-    row = _spoken(row, as_ or ("chat" if speaks else None), system, ranked)
+    row = _spoken(row, as_ or ("chat" if speaks else None), system, ranked, repeated)
     return row | ({"system": system} if system else {})
 
 
@@ -260,7 +262,7 @@ def _beside_the_last(messages: list[dict[str, Any]], rejected: Any, name: str, o
 # ------------------------------------------------------------------------------------------------- text or chat
 
 
-def _spoken(row: Fields, as_: str | None, system: str, ranked: bool) -> Fields:
+def _spoken(row: Fields, as_: str | None, system: str, ranked: bool, repeated: bool) -> Fields:
     """The row with all of a conversation in messages, and texts made one where that is asked for."""
     kinds = {kind_of(row[field]) for field in FIELDS if field in row}
     if as_ == "text" and "chat" in kinds:
@@ -274,14 +276,22 @@ def _spoken(row: Fields, as_: str | None, system: str, ranked: bool) -> Fields:
             raise RowError("prompt", "no such column, and a conversation needs one", "name it: data.train.columns.prompt")
         if not row["prompt"].strip():
             raise RowError("prompt", "empty")
-        both = row.keys() >= set(ANSWERS)
-        if both and (parts := behind_text(row["prompt"], row["chosen"], row["rejected"])) is not None:
-            row = row | {"prompt": parts[0], "chosen": parts[1].lstrip(), "rejected": parts[2].lstrip(), "repeats": 2}
+        if row.keys() >= set(ANSWERS):
+            row = row | _begun(row["prompt"], row["chosen"], row["rejected"], repeated)
         row = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
     if kind_of(row.get("prompt")) == "chat":
         row = row | {"prompt": messages_of(row["prompt"], "prompt")}
     lists = "chat" in {kind_of(row.get(field)) for field in FIELDS}
     return row | {field: answer_of(row[field], field, row.get("prompt")) for field in ANSWERS if field in row and lists}
+
+
+def _begun(prompt: str, chosen: str, rejected: str, repeated: bool) -> Fields:
+    """Whether two answers `begin` with the text of the prompt, and where that is `repeated`, the texts without it."""
+    parts = behind_text(prompt, chosen, rejected)
+    if parts is None or not repeated:
+        return {"begins": parts is not None}
+    chosen, rejected = map(begun_anew, parts[1:])
+    return {"prompt": parts[0], "chosen": chosen, "rejected": rejected, "repeats": 2, "begins": True}
 
 
 # --------------------------------------------------------------------------------------------- rows that are no pair

@@ -116,7 +116,7 @@ def readings(listing: Listing, wanted: set[str], known: dict[int, str]) -> Itera
     if not any(known[id(part)] in wanted for part in _parts(listing)):
         return
     left = listing.source.max_samples
-    for parts, term in listing.selections:
+    for parts, term, _ in listing.selections:
         if left is None and term[1:] == (None, None):
             yield from (Reading(part, term, *EVERYTHING) for part in parts)
             continue

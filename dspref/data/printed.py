@@ -13,10 +13,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from dspref.data.manners import Manners
+from dspref.data.messages import REASONING
 from dspref.data.rows import Message
 
-# Keys of a message that hold text of the model's beside its content, by the names that templates read.
-REASONING = ("reasoning_content", "reasoning", "thinking")
 WORD = "otherword"
 
 

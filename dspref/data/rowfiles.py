@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NoReturn
 
-from dspref.data.formats import RowError, one_line
+from dspref.data.rows import BadRow, Row, RowError
 from dspref.data.splits import SUFFIXES, refuse_irregular, unusable
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -31,35 +31,6 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 MAX_LINE_BYTES = 2**28
 MAX_ARRAY_BYTES = 2**31
 MAX_INFLATION, INFLATION_FLOOR = 100, 2**26
-
-
-class Row(NamedTuple):
-    """One raw row. `line`: its line, its element in a JSON array, or its row in parquet and data sets, from 1."""
-
-    values: dict[str, Any]
-    file: str
-    line: int
-
-    @property
-    def where(self) -> str:
-        return place_of(self.file, self.line)
-
-
-class BadRow(NamedTuple):
-    """A row that could not be read, with the reason."""
-
-    error: RowError
-    file: str
-    line: int
-
-    @property
-    def where(self) -> str:
-        return place_of(self.file, self.line)
-
-
-def place_of(file: str, line: int) -> str:
-    """A place, for messages: names of files may hold anything."""
-    return f"{one_line(file)}:{line}"
 
 
 def rows_of(path: Path) -> Iterator[Row | BadRow]:
@@ -192,6 +163,7 @@ def _csv_rows(path: Path) -> Iterator[Row | BadRow]:
             header = next(reader, None)
             if header is None:
                 return
+            header = _without_spaces(header)
             if len(set(header)) != len(header):
                 raise unusable(f"{path}:1", "two columns have the same name", "rename one of them")
             line = reader.line_num + 1
@@ -201,6 +173,12 @@ def _csv_rows(path: Path) -> Iterator[Row | BadRow]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise unusable(f"{path}:{reader.line_num}", f"broken CSV: {error}", "quote the field") from None
+
+
+def _without_spaces(header: list[str]) -> list[str]:
+    """The names of columns without the space behind a comma, unless two would then be one."""
+    bare = [name.strip() for name in header]
+    return bare if len(set(bare)) == len(set(header)) else header
 
 
 def _csv_row(header: list[str], fields: list[str], file: str, line: int) -> Row | BadRow:

@@ -1,11 +1,12 @@
-"""What every step from a raw row to a preference needs: the types, the error of one row, and JSON inside a cell."""
+"""What every step from a raw row to a preference needs: the types, a row and its place, the error of one, JSON in a cell."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -46,6 +47,35 @@ class RowError(ValueError):
             return self
         field, reason, fix = (text.replace("data.train.", f"{key}.") for text in (self.field, self.reason, self.fix))
         return RowError(field, reason, fix, droppable=self.droppable)
+
+
+class Row(NamedTuple):
+    """One raw row. `line`: its line, its element in a JSON array, or its row in parquet and data sets, from 1."""
+
+    values: dict[str, Any]
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        return place_of(self.file, self.line)
+
+
+class BadRow(NamedTuple):
+    """A row that could not be read, with the reason."""
+
+    error: RowError
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        return place_of(self.file, self.line)
+
+
+def place_of(file: str, line: int) -> str:
+    """A place, for messages: names of files may hold anything."""
+    return f"{one_line(file)}:{line}"
 
 
 def kind_of(value: Any) -> str:
@@ -109,8 +139,14 @@ def missing(field: str, values: Values, name: str) -> RowError:
         taken = f"the column {name!r} is another field's by data.train.columns"
         return RowError(field, taken, f"set data.train.columns.{field}")
     close, key = close_name(name, values), f"set data.train.columns.{field}"
-    fix = f"did you mean {close!r}? {key}: {close}" if close else key
+    fix = f"did you mean {close!r}? {key}: {_in_yaml(close)}" if close else key
     return RowError(field, f"no column {name!r} among {sorted(map(str, values))}", fix)
+
+
+def _in_yaml(name: str) -> str:
+    """A name as it may stand in a YAML file."""
+    plain = re.fullmatch(r"[^\W\d][\w./-]*( [\w./-]+)*", name) and name.lower() not in ("null", "true", "false", "yes", "no")
+    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
 def parse_json(text: str, place: str, fix: str) -> Any:

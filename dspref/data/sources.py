@@ -9,25 +9,22 @@ import difflib
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dspref.data import splits
-from dspref.data.rowfiles import BadRow, Row, kind_of_file, numbered, reason_of, rows_of
+from dspref.data.parts import RELATIVE, Digest, Part, file_part, hub_part, saved_parts
+from dspref.data.rowfiles import reason_of
+from dspref.data.rows import BadRow, Row
 from dspref.data.splits import DEFAULT_SPLIT, SUFFIXES, Term, unusable
 from dspref.errors import DataError
 
 __all__ = ["BadRow", "Digest", "Listing", "Part", "Row", "Source", "Term", "find", "read", "sha256"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-RELATIVE = "check the path; it is relative to the working directory"
-ROWS_AT_ONCE = 256
-
-Digest = Callable[[Path], str]
-"""The content of a file, as a hex digest."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +51,13 @@ class Source:
     revision: str | None = None
 
 
-@dataclass(frozen=True)
-class Part:
-    """A file or a table: its name for messages, its rows anew with each call, and a digest of its content."""
-
-    name: str
-    rows: Callable[[], Iterator[Row | BadRow]]
-    digest: Callable[[Digest], str]
-    count: int | None = None
-    """Rows, where that is known without reading."""
-    same_columns: bool = False
-    """Whether each row has the columns of all."""
-
-
 class Selection(NamedTuple):
     """The rows of some parts, one behind the other, within the bounds of a term."""
 
     parts: tuple[Part, ...]
     term: Term
+    left_out: tuple[str, ...] = ()
+    """Names of files beside these that are in no split."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +71,12 @@ class Listing:
     def names(self) -> list[str]:
         """Of the files, as they are numbered by `rows`."""
         return [part.name for selection in self.selections for part in selection.parts]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of files that lie beside those that are read, and are in no split."""
+        read = {Path(name).name for name in self.names}
+        return sorted({name for selection in self.selections for name in selection.left_out if name not in read})
 
     def digests(self, digest: Digest) -> list[str]:
         return [part.digest(digest) for selection in self.selections for part in selection.parts]
@@ -114,7 +106,7 @@ class Listing:
 
     def _selected(self) -> Iterator[Iterator[tuple[int, Row | BadRow]]]:
         start = 0
-        for parts, term in self.selections:
+        for parts, term, _ in self.selections:
             yield _within(start, parts, term, self.source.path)
             start += len(parts)
 
@@ -185,7 +177,8 @@ def _found(source: Source, terms: Sequence[Term]) -> Iterator[Selection]:
         elif matches:
             yield _of_glob(path, [Path(match) for match in matches], source, term)
         elif on_hub:
-            yield Selection((_hub_part(source, term),), term)
+            options = {key: getattr(source, key) for key in ("name", "data_dir", "revision")}
+            yield Selection((hub_part(source.path, term.name, options),), term)
         else:
             raise _missing(source, path)
 
@@ -220,7 +213,7 @@ def _of_file(path: Path, source: Source, term: Term) -> Selection:
         reason = f"no split {term.name!r} in a single file"
         fix = f"set {source.key}.split: {DEFAULT_SPLIT}, or drop it; a slice is {DEFAULT_SPLIT}[:100]"
         raise unusable(source.path, reason, fix)
-    return Selection((_file_part(path),), term)
+    return Selection((file_part(path),), term)
 
 
 def _of_glob(pattern: Path, matches: Sequence[Path], source: Source, term: Term) -> Selection:
@@ -231,29 +224,33 @@ def _of_glob(pattern: Path, matches: Sequence[Path], source: Source, term: Term)
     for path in files:
         splits.refuse_irregular(path)
     named = [splits.name_of(path, root) for path in files]
-    return Selection(
-        tuple(map(_file_part, splits.choose(named, term.name, source.path, source.split is None, asked_for=True))), term
-    )
+    chosen = splits.choose(named, term.name, source.path, source.split is None, asked_for=True)
+    return _of_files(named, chosen, term)
+
+
+def _of_files(named: Sequence[splits.Named], chosen: Sequence[Path], term: Term) -> Selection:
+    """The files that were chosen of some for a split."""
+    return Selection(tuple(map(file_part, chosen)), term, tuple(splits.left_out(named, chosen, term.name)))
 
 
 def _of_folder(folder: Path, source: Source, term: Term) -> Selection:
     root = _inner(folder, source.data_dir, "data_dir") if source.data_dir is not None else folder
     if splits.is_saved(root):
         _refuse_name_of_saved(source)
-        return Selection(_saved_parts(root, term.name, only=source.split is None), term)
+        return Selection(saved_parts(root, term.name, only=source.split is None), term)
     if source.data_dir is None and (configs := splits.declared(root)):
-        return Selection(tuple(map(_file_part, _of_readme(root, configs, source, term))), term)
+        return Selection(tuple(map(file_part, _of_readme(root, configs, source, term))), term)
     if source.name is not None:
         root = _named_folder(root, source)
         if splits.is_saved(root):
-            return Selection(_saved_parts(root, term.name, only=source.split is None), term)
+            return Selection(saved_parts(root, term.name, only=source.split is None), term)
     found = splits.look(root)
     if not found.files and not found.saved:
         raise unusable(root, "the folder holds no data file", "put a .jsonl, .csv or .parquet file there")
     if found.saved:
         return Selection(_of_saved_folders(root, found, source, term), term)
     named = [splits.name_of(path, root) for path in found.files]
-    return Selection(tuple(map(_file_part, splits.choose(named, term.name, str(root)))), term)
+    return _of_files(named, splits.choose(named, term.name, str(root)), term)
 
 
 def _inner(folder: Path, inner: str, key: str) -> Path:
@@ -291,20 +288,7 @@ def _of_readme(root: Path, configs: Mapping[str, Mapping[str, Any]], source: Sou
         raise unusable(root, f"the files that its README.md names for {name!r} are not there", "fetch them")
     for file in files:
         splits.refuse_irregular(file.path)
-    return splits.choose(files, term.name, str(root))
-
-
-# ------------------------------------------------------------------------------------------------ files and tables
-
-
-def _file_part(path: Path) -> Part:
-    def content(digest: Digest) -> str:
-        try:
-            return f"{kind_of_file(path)} {digest(path)}"
-        except OSError as error:
-            raise unusable(path, reason_of(error), "check the file and its permissions") from None
-
-    return Part(str(path), lambda: rows_of(path), content, same_columns=kind_of_file(path) in ("csv", "parquet"))
+    return splits.choose(files, term.name, str(root), declared=True)
 
 
 def _of_saved_folders(root: Path, found: splits.Found, source: Source, term: Term) -> tuple[Part, ...]:
@@ -315,58 +299,7 @@ def _of_saved_folders(root: Path, found: splits.Found, source: Source, term: Ter
     named = [splits.name_of(folder / "table", root) for folder in found.saved]
     if any(name.splits for name in named):
         chosen = splits.choose(named, term.name, str(root))
-        return tuple(part for path in chosen for part in _saved_parts(path.parent, term.name, only=True))
+        return tuple(part for path in chosen for part in saved_parts(path.parent, term.name, only=True))
     if len(found.saved) > 1:
         raise splits.several(root, [str(folder.relative_to(root)) for folder in found.saved])
-    return _saved_parts(next(iter(found.saved)), term.name, only=source.split is None)
-
-
-def _saved_parts(folder: Path, split: str, only: bool) -> tuple[Part, ...]:
-    """The table of a split in a folder that `save_to_disk` wrote. `only`: where that is one table, it is the one."""
-    from datasets import Dataset, load_from_disk
-
-    try:
-        loaded = load_from_disk(str(folder))
-    except Exception as error:  # datasets has many types for one thing: a damaged folder
-        raise unusable(folder, f"a damaged saved data set: {error}", "save it again") from None
-    if isinstance(loaded, Dataset):
-        there = re.split(r"[\[+(]", str(loaded.split))[0] if loaded.split is not None else DEFAULT_SPLIT
-        tables, wanted, inside = {there: loaded}, there if only else split, folder
-    else:
-        tables = {str(name): table for name, table in loaded.items()}
-        wanted = splits.matching(split, list(tables)) or ""
-        inside = folder / wanted
-    if wanted not in tables:
-        raise unusable(folder, f"no split {split!r}", f"set split to one of {', '.join(sorted(tables))}")
-    files = sorted(path for path in inside.rglob("*") if path.is_file())
-
-    def content(digest: Digest) -> str:
-        return "saved " + hashlib.sha256("\n".join(map(digest, files)).encode()).hexdigest()
-
-    return (_table_part(tables[wanted], str(folder), content),)
-
-
-def _hub_part(source: Source, term: Term) -> Part:
-    from datasets import load_dataset
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    if source.path in _PACKAGED_DATASETS_MODULES:
-        reason = f"{source.path!r} is a kind of file, not a data set, and no file or folder here has this name"
-        raise unusable(source.path, reason, "give the path of the files")
-    options = {"name": source.name, "data_dir": source.data_dir, "revision": source.revision}
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    try:
-        loaded: Any = load_dataset(source.path, split=term.name, **given)
-    except Exception as error:  # network, permission, missing set: each has its own type
-        reason = f"not on disk, and not loadable from the hub: {error}"
-        raise unusable(source.path, reason, f"{RELATIVE}; or check the hub name, name and split") from None
-    return _table_part(loaded, source.path, lambda digest: f"hub {loaded._fingerprint}")
-
-
-def _table_part(table: Any, name: str, content: Callable[[Digest], str]) -> Part:
-    def rows() -> Iterator[dict[str, Any]]:
-        for batch in table.with_format(None).iter(batch_size=ROWS_AT_ONCE):  # decoded by the batch
-            columns = list(batch)
-            yield from (dict(zip(columns, values)) for values in zip(*batch.values()))
-
-    return Part(name, lambda: numbered(rows(), name), content, len(table), same_columns=True)
+    return saved_parts(next(iter(found.saved)), term.name, only=source.split is None)

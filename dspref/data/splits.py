@@ -33,6 +33,8 @@ SUFFIXES = (*LINE_FORMATS, *(suffix + ".gz" for suffix in LINE_FORMATS), ".parqu
 SHARD = re.compile(r"(([-_. ]*(part|shard|chunk)[-_. ]*|[-_. ]+)\d+([-_. ]of[-_. ]\d+)?(-[0-9a-f]{16})?)$")
 SHARD_OF = re.compile(r"-\d+-of-\d+(-[0-9a-f]{16})?$")
 VERSION = re.compile(r"[-_. ]v\d+([._]\d+)*$", re.I)
+# What a name says behind a split that does not make another split of it: my_train_set.
+SET = re.compile(r"([-_. ]*(data)?set|[-_. ](data|split|file)s?)$", re.I)
 TERM = re.compile(r"(?P<name>[^\[\]\s]+?)(\[(?P<start>-?[\d_]+%?)?:(?P<stop>-?[\d_]+%?)?\])?")
 PERCENT = re.compile(r"-?[\d_]+%")
 # What lies beside data and is none, as `datasets` has it.
@@ -149,10 +151,13 @@ def name_of(path: Path, root: Path) -> Named:
     return Named(path, found, "/".join(folder for folder in before if folder != "data"))
 
 
-def choose(files: Sequence[Named], split: str, where: str, only: bool = False, asked_for: bool = False) -> list[Path]:
-    """The files of a split. `only`: the split was not written, so that where all are of one, that is meant, and none may be
-    left out whose name says none. `asked_for`: the files themselves were, by a pattern, so that all that have the split are
-    meant, in whatever folder and with whatever shards.
+def choose(
+    files: Sequence[Named], split: str, where: str, only: bool = False, asked_for: bool = False, declared: bool = False
+) -> list[Path]:
+    """The files of a split, whichever of the words for it they have, unless their splits are `declared`. `only`: the split
+    was not written, so that where all are of one, that is meant, and none may be left out whose name says none.
+    `asked_for`: the files themselves were, by a pattern, so that all that have the split are meant, in whatever folder and
+    with whatever shards.
 
     Raises DataError where there are none, where names disagree, where several configs have this split, and where shards of
     it are missing.
@@ -163,18 +168,18 @@ def choose(files: Sequence[Named], split: str, where: str, only: bool = False, a
             return [file.path for file in files]
         listed = ", ".join(file.path.name for file in files[:LISTED])
         raise unusable(where, f"no split {split!r}: no file's name says a split ({listed})", "name the file in path")
-    wanted = there[0] if only and len(there) == 1 else matching(split, there)
-    if wanted is None:
+    wanted = there if only and len(there) == 1 else _meant(split, there, declared)
+    if not wanted:
         raise unusable(where, f"no split {split!r}", f"set split to one of {', '.join(sorted(there)[:LISTED])}")
-    found = [file for file in files if any(_same(name, wanted) for name in file.splits)]
-    if unclear := next((file for file in found if len(file.splits) > 1), None):
+    found = [file for file in files if any(_same(name, one) for name in file.splits for one in wanted)]
+    if unclear := next((file for file in found if len(set(map(_plain, file.splits))) > 1), None):
         folder, name = unclear.splits
         reason = f"its folder says split {folder}, its name says {name}"
         raise unusable(unclear.path, reason, "give the path of the folder or of the files that you mean")
     if asked_for:
         if only and (unsaid := next((file for file in files if not file.splits), None)):
-            reason = f"{unsaid.path.name} says no split, and others say {wanted}"
-            raise unusable(where, reason, f"write split: {wanted} for those alone, or a list of sources")
+            reason = f"{unsaid.path.name} says no split, and others say {wanted[0]}"
+            raise unusable(where, reason, f"write split: {wanted[0]} for those alone, or a list of sources")
         return [file.path for file in found]
     configs = sorted({file.config for file in found})
     if len(configs) > 1:
@@ -193,6 +198,28 @@ def _refuse_missing_shards(paths: Sequence[Path]) -> None:
         if missing := sorted(set(range(count)) - numbers):
             reason = f"{len(missing)} of {count} shards of {stem} are missing, the first is {missing[0]:05}"
             raise unusable(folder, reason, "fetch them, or name the files that you mean by a pattern")
+
+
+def left_out(files: Sequence[Named], chosen: Sequence[Path], split: str) -> list[str]:
+    """The names of files that are in no split, or begin theirs with the word for this one, and were not chosen."""
+    taken, word = set(chosen), SYNONYMS.get(split.casefold(), ())
+    begins = re.compile("|".join(map(re.escape, (split, *word))), re.I)
+    return [file.path.name for file in files if file.path not in taken and all(map(begins.match, file.splits))]
+
+
+def _meant(split: str, there: Sequence[str], declared: bool) -> Sequence[str]:
+    """Those of some splits that are meant: for train, validation and test all that `datasets` has for them, one word as well
+    as another."""
+    if split in SYNONYMS and not declared and (same := [name for name in there if _plain(name) == split]):
+        return same
+    found = matching(split, there)
+    return [found] if found else []
+
+
+def _plain(name: str) -> str:
+    """The split that the name of one means: train for training, train_set or TRAIN."""
+    word = SET.sub("", name).casefold()
+    return next((split for split, words in SYNONYMS.items() if word in words), word)
 
 
 def matching(split: str, there: Sequence[str]) -> str | None:
@@ -227,8 +254,9 @@ class Found:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or that of a DatasetDict wrote this folder."""
-    return (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists()
+    """Whether `Dataset.save_to_disk` or that of a DatasetDict wrote this folder. A `dataset_info.json` is none of its signs:
+    other tools have one."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
 def look(root: Path) -> Found:
@@ -241,7 +269,7 @@ def look(root: Path) -> Found:
             folders.clear()  # a link that leads back up
             continue
         seen.add(real)
-        if here != root and (here / "state.json").exists() and is_saved(here):
+        if here != root and (here / "state.json").exists():
             saved.append(here)
             folders.clear()
             continue

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspref.data.building import build, in_words
+from dspref.data.building import build
 from dspref.data.cache import put_in_place, report_of, scratch_folder
+from dspref.data.complaints import in_words
 from dspref.data.formats import check_template
-from dspref.data.rowfiles import place_of
+from dspref.data.rows import one_line, place_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
-from dspref.data.splits import unusable
+from dspref.data.splits import LISTED, unusable
 from dspref.data.tokenize import tokenizer_digest
 from dspref.data.truncate import Limits, TokenizedPair
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Of a source, what the digests of its rows stand for, or what does not touch a row.
 NOT_DECISIVE = ("key", "path", "split", "max_samples", "weight", "name", "data_dir", "revision")
 
@@ -122,6 +123,9 @@ def load_pairs(
     for listing in listings:
         if listing.source.template:
             check_template(listing.source.template, listing.source.key)
+        if listing.left_out:
+            what = f"left out, as their names say no split or more than it: {_listed(listing.left_out)}"
+            log(f"data: {one_line(listing.source.path)}: {what} (name files in path to read them)")
     files = [name for listing in listings for name in listing.names]
     how = [FORMAT_VERSION, tokenizer_digest(tokenizer), asdict(limits), on_bad_row, scored]
     contents = [listing.content(digest) for listing in listings]
@@ -158,6 +162,11 @@ def _open(folder: Path, files: Sequence[str], verify: bool, log: Log) -> PairSto
     except Exception as error:  # numpy's reader of headers is a parser, and raises what parsers raise
         log(f"data: the token cache {folder} is damaged ({error}); tokenizing again")
         return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return one_line(", ".join(names[:LISTED]), 1000) + more
 
 
 def _mapped(path: Path) -> np.ndarray:

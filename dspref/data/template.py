@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from dspref.data.beside import refuse_switched_off, unread
 from dspref.data.formats import Preference
 from dspref.data.manners import Learned, Manners, rendered, shared_length
+from dspref.data.marks import ending_once, marks_in
 from dspref.data.messages import refused_by_template
-from dspref.data.printed import Printed, called, passed, said
-from dspref.data.rows import Message, RowError, one_line
+from dspref.data.printed import Printed, called, said
+from dspref.data.rows import DROP, Message, RowError, one_line
+from dspref.data.turns import ANOTHER, Conversation, Hidden, Turn
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,43 +32,22 @@ RESERVED_KWARGS = frozenset(
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
-DECIDE = "set model.chat_template to one that does not, or data.scored: all to train on it as it is"
-GO_ON = (
-    "let the answer go on from there, take out of chat_template_kwargs what writes that, or set data.scored: all to train "
-    "on it as it is"
-)
 PRINT_IT = "set model.chat_template to one that does, or data.scored: all to train on what is printed"
 # A system message may have another place.
 MERGE_IT = f'{PRINT_IT}, or write it into the user\'s message (a template can: prompt: "{{system}} {{prompt}}")'
 # What is said of a pair with things that the template ignores.
 IGNORED = {"tools": "tools that the chat template does not print"}
 NOT_READ = "chat_template_kwargs.{} that the chat template does not read"
-ANOTHER = "set model.chat_template to another"
-NO_END = RowError(
+UNSTEADY = RowError(
     "chat_template",
-    "it writes no end token behind an answer, so that the model would never learn to stop",
-    "set model.chat_template to one that ends a turn, or data.scored: all to train on it as it is",
+    "it renders one conversation now in one way, now in another: what is random in it would be trained",
+    f"take that out of it, or {ANOTHER}",
 )
 NO_EOS = RowError(
     "row",
     "the tokenizer has no end token (eos_token), so that the model would never learn to stop",
     "give it one, or set data.scored: all to train on the text as it is",
 )
-
-
-class Hidden(RowError):
-    """Where a turn of a conversation lies cannot be told."""
-
-
-class Turn(NamedTuple):
-    """An assistant's turn in a rendered text: all before what the model writes, and the tokens of which one ends it.
-    `closing`: all up to the turn's end, where its last end token counts; None where that is not known, and then of the end
-    tokens behind the opening the one after `inside` others, which the message itself holds."""
-
-    opening: str
-    closing: str | None
-    ends: tuple[str, ...]
-    inside: int = 0
 
 
 class Rendering(NamedTuple):
@@ -103,7 +84,17 @@ def render(
     try:
         return _render_chat(preference, tokenizer, learned, scored)
     except Exception as error:  # a template is a program: it may raise anything
-        return error if isinstance(error, RowError) else refused_by_template(error, preference.prompt)
+        if isinstance(error, RowError):
+            return error
+        refusal = refused_by_template(error, preference.prompt)
+        return refusal if refusal.fix != DROP or not learned.fails(preference) else _broken(refusal)
+
+
+def _broken(refusal: RowError) -> RowError:
+    """What a template raised that does so whatever it is given: no row is to blame."""
+    return RowError(
+        refusal.field, f"{refusal.reason} (it renders no plain conversation either)", f"mend the template, or {ANOTHER}"
+    )
 
 
 def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, scored: str) -> Rendering | RowError:
@@ -130,8 +121,20 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     how = {**settings, "tools": preference.tools or None}
     _refuse_unnamed(tokenizer, preference.tools)
     manners = learned.of(cast("list[Message]", preference.prompt), preference.tools, settings)
-    parts = (preference.prompt, preference.chosen, preference.rejected)
-    prompt, *answers = ([_as_templates_read(message, manners) for message in cast("list[Message]", part)] for part in parts)
+    if manners.unsteady:
+        raise UNSTEADY
+    parts = [cast("list[Message]", part) for part in (preference.prompt, preference.chosen, preference.rejected)]
+    if any(message["role"] == "function" for part in parts for message in part):
+        parts = [_with_tool_role(part) for part in parts] if learned.knows_tool_only(preference.tools, settings) else parts
+    prompt, *answers = ([_as_templates_read(message, manners) for message in part] for part in parts)
+    strict = scored != "all" and not manners.unknown
+    notes = [f"pair with {IGNORED.get(name, NOT_READ.format(name))}" for name in manners.ignores]
+    refuse_switched_off(answers, scored)
+    notes += unread([*prompt, *answers[0], *answers[1]], tokenizer.get_chat_template(tools=preference.tools or None))
+    if strict:
+        answers, ended = ending_once(answers, (*manners.ends, cast("str | None", tokenizer.eos_token) or ""), scored)
+        notes += ended
+    notes += marks_in([*prompt, *answers[0], *answers[1]], manners)
     unfinished = prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
     ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
     asked = rendered(tokenizer, prompt, **ending, **how)
@@ -142,11 +145,9 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
         reason = "the chat template writes it as it does chosen: it does not print what they differ in"
         raise RowError("rejected", reason, "mend the row, set data.on_bad_row: drop, or set model.chat_template to another")
     writers = [
-        _Conversation(tokenizer, manners, how, prompt, answer, full, side)
+        Conversation(tokenizer, manners, how, prompt, answer, full, side)
         for side, full, answer in (("chosen", chosen, answers[0]), ("rejected", rejected, answers[1]))
     ]
-    strict = scored != "all" and not manners.unknown
-    notes = [f"pair with {IGNORED.get(name, NOT_READ.format(name))}" for name in manners.ignores]
     head = manners.head if manners.head and asked.startswith(manners.head) else _before_content(asked, prompt[0])
     printed = Printed(prompt, asked, asked[len(head) :], manners, lambda again: rendered(tokenizer, again, **ending, **how))
     notes += _unprinted("prompt", printed, (), strict)
@@ -164,7 +165,7 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
 
 
 def _marked(
-    rendering: Rendering, writers: Sequence[_Conversation], scored: str, unfinished: bool
+    rendering: Rendering, writers: Sequence[Conversation], scored: str, unfinished: bool
 ) -> tuple[Rendering, list[str]]:
     """A rendering with its turns, and what is to be said of it. `unfinished`: the prompt ends within an assistant's turn."""
     asked, manners = rendering.prompt, writers[0].manners
@@ -196,6 +197,11 @@ def _refuse_unnamed(tokenizer: Any, tools: list[Any] | None) -> None:
         raise RowError("chat_template", one_line(reason), "set model.chat_template to a Jinja file")
 
 
+def _with_tool_role(messages: list[Message]) -> list[Message]:
+    """Messages whose results of functions are those of tools."""
+    return [{**message, "role": "tool"} if message["role"] == "function" else message for message in messages]
+
+
 def _as_templates_read(message: Message, manners: Manners) -> Message:
     """A message with content that is text, if none, as templates ask for it without a look, and arguments in their form."""
     message = message if message.get("content") is not None else {**message, "content": ""}
@@ -218,112 +224,6 @@ def _before_content(text: str, message: Message) -> str:
     return text[: max(start, 0)]
 
 
-@dataclass
-class _Conversation:
-    """One answer of a pair, and the text that it was rendered to together with its prompt."""
-
-    tokenizer: Any
-    manners: Manners
-    how: dict[str, Any]
-    prompt: list[Message]
-    answer: list[Message]
-    full: str
-    field: str
-
-    def again(self, answer: list[Message]) -> str:
-        """The whole text with another answer."""
-        return rendered(self.tokenizer, [*self.prompt, *answer], **self.how)
-
-    def turns(self, scored: str, asked: str | None) -> Iterator[Turn]:
-        """The assistant's turns of the answer, or the last of them. Raises RowError where the template hides one."""
-        own = self.scored_by(scored)
-        if own and not self.manners.ends:
-            raise NO_END
-        if own[:-1] and not self.manners.ends_every_turn:
-            reason = "it ends the last turn of a conversation alone, and the answer has several"
-            raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
-        for i in own:
-            opening = self._opening(i, asked if i == 0 else None)
-            closing = self._closing(i)
-            self._refuse_loss(i, opening, closing)
-            yield self._turn(i, opening, closing)
-
-    def scored_by(self, scored: str) -> list[int]:
-        """The messages of the answer that a rule scores turn by turn."""
-        own = [i for i, message in enumerate(self.answer) if message["role"] == "assistant"]
-        return {"assistant": own, "last": own[-1:], "all": []}[scored]
-
-    def printed(self, asked: str) -> Printed:
-        """The answer in its rendering, behind what is `asked`."""
-        own = self.full[shared_length(asked + self.manners.header * (not self.manners.asks), self.full) :]
-        return Printed(self.answer, self.full, own, self.manners, self.again)
-
-    def can_score_last(self) -> bool:
-        """Whether `data.scored: last` would mend what the other rule cannot."""
-        try:
-            return bool(list(self.turns("last", None)))
-        except RowError:
-            return False
-
-    def _closing(self, i: int) -> str | None:
-        """The text up to the end of message `i`; None where what follows changes it."""
-        closing = self.full if i + 1 == len(self.answer) else self.again(self.answer[: i + 1])
-        return closing if self.full.startswith(closing) else None
-
-    def _turn(self, i: int, opening: str, closing: str | None) -> Turn:
-        """The turn of message `i`, with the tokens that end it under the settings of this row."""
-        ends = self.manners.ends
-        if closing is None:
-            content = str(self.answer[i].get("content"))
-            return Turn(opening, None, ends, sum(content.count(end) for end in ends))
-        own = closing[shared_length(opening, closing) :]
-        if not any(end in own for end in ends):
-            found = list(self.manners.tokens.finditer(own.rstrip()))
-            if not found or found[-1].end() < len(own.rstrip()):
-                raise NO_END
-            ends = (found[-1].group(),)
-        return Turn(opening, closing, ends)
-
-    def _opening(self, i: int, asked: str | None) -> str:
-        """The text before what message `i` of the answer says; `asked`: with the generation prompt, where that is known."""
-        before = [*self.prompt, *self.answer[:i]]
-        if self.manners.asks:
-            asked = asked or rendered(self.tokenizer, before, add_generation_prompt=True, **self.how)
-            if self.full.startswith(asked):
-                return asked
-        base = rendered(self.tokenizer, before, **self.how)
-        if not self.full.startswith(base):
-            reason = f"it renders what comes before {self.field}[{i}] otherwise than in the whole, which hides the turn"
-            raise Hidden("chat_template", reason, f"{ANOTHER}, or data.scored: all")
-        return base + self.manners.header
-
-    def _refuse_loss(self, i: int, opening: str, closing: str | None) -> None:
-        """Raise RowError where the template drops or rewrites text that the model is to write in message `i`."""
-        place, text = f"{self.field}[{i}]", closing or self.full
-        own, messages = text[shared_length(opening, text) :], self.answer[i : i + 1 if closing else None]
-        there = Printed(messages, text, own, self.manners, lambda rest: self.again([*self.answer[:i], *rest]))
-        for part in said(self.answer[i]):
-            if not there.has(0, part, opening):
-                if not self.full.startswith(opening) and replace(there, own=self._behind_header(opening)).has(0, part):
-                    reason = f"it does not go on from what opens an answer in the chat template: {self.manners.header!r}"
-                    raise RowError(f"{place}.{part.key}", reason, GO_ON)
-                reason = f"the chat template drops or rewrites it: {one_line(part.text, 80)!r}"
-                raise RowError(f"{place}.{part.key}", reason, DECIDE)
-        for parts, what in ((called, "call of"), (passed, "argument")):
-            for part in parts(self.answer[i]):
-                if not there.has(0, part):
-                    reason = f"the chat template drops the {what} {one_line(part.text, 80)!r}"
-                    raise RowError(f"{place}.tool_calls", reason, DECIDE)
-
-    def _behind_header(self, opening: str) -> str:
-        return self.full[len(opening) - len(self.manners.header) :]
-
-    def refuse_losses(self) -> None:
-        """The same of all turns, where it is not known where each stands."""
-        for i in self.scored_by("assistant"):
-            self._refuse_loss(i, "", None)
-
-
 def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) -> Iterator[str]:
     """Notes on what messages say that is not in their rendering, but for those that are `scored`, which are
     looked at elsewhere. Raises RowError for a message that does not come in there at all and is not the assistant's, where
@@ -332,7 +232,7 @@ def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) 
         role = message["role"]
         if role == "assistant" and i not in scored:
             lost = {part.key for part in said(message) if not there.has(i, part)}
-            lost |= {part.key for part in called(message) if part.text not in there.own}
+            lost |= {part.key for part in called(message) if not there.has(i, part)}
             yield from (
                 f"pair with {key} of an assistant's turn that the chat template drops or rewrites" for key in sorted(lost)
             )

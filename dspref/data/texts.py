@@ -108,6 +108,12 @@ def behind_text(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]
     return None
 
 
+def begun_anew(text: str) -> str:
+    """What stands behind a repeated prompt, as a turn of its own: without the space that parted them, or the end of the line
+    and blank lines, but with the indent of its own first line."""
+    return text[blank.end() :] if (blank := re.match(r"\s*\n", text)) else text.lstrip()
+
+
 def _end_of_repeat(prompt: str, answer: str) -> int | None:
     """Where an answer's repeat of the prompt ends, other white space allowed; None where it has none."""
     words = prompt.split()

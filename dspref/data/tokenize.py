@@ -19,8 +19,9 @@ from dspref import reading
 from dspref.data.formats import Preference, RowError, one_line, to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
-from dspref.data.template import NO_END, Rendering, Turn, render
+from dspref.data.template import Rendering, render
 from dspref.data.truncate import Limits, TokenizedPair, truncate, written
+from dspref.data.turns import NO_END, Turn
 from dspref.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def load_tokenizer(
         raise ConfigError(f"{key}: {reason}; fix: check the folder or the hub name") from None
     if chat_template is not None:
         tokenizer.chat_template, key = _template_text(chat_template), "model.chat_template"
+    if isinstance(tokenizer.chat_template, str):
+        # A mark of the byte order is an editor's, and would stand before every prompt.
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     own: Any = tokenizer.chat_template
     for template in own.values() if isinstance(own, dict) else [own]:
         _refuse_broken_template(template, key)

@@ -36,9 +36,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if section.liger:
         liger.check(text.model_type, device_type)
     refuse_unknown_tokens(config, vocabulary - 1)
-    positions = number(text, "max_position_embeddings")
-    if positions and max_length and max_length > positions:
-        raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
+    refuse_long_limit(config, max_length)
     layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
     if not set(layers) <= {"full_attention", "sliding_attention", "attention"}:
         kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention", "attention"}))
@@ -61,7 +59,6 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
     else:  # of code that comes with the model, which is not run before it is loaded
         sizes = {number(text, "head_dim") or 0}
-    _refuse_scaled_positions(text, max_length)
     window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(
         section,
@@ -119,6 +116,15 @@ def refuse_unknown_tokens(config: PretrainedConfig, largest: int) -> None:
             f"model.tokenizer_name_or_path: token id {largest} does not fit the model's vocabulary of {known}; "
             "use the model's own tokenizer"
         )
+
+
+def refuse_long_limit(config: PretrainedConfig, max_length: int | None) -> None:
+    """Raise ConfigError for a `max_length` beyond the model's positions, or those that do not depend on neighbours."""
+    text = config.get_text_config()
+    positions = number(text, "max_position_embeddings")
+    if positions and max_length and max_length > positions:
+        raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
+    _refuse_scaled_positions(text, max_length)
 
 
 def refuse_long_pairs(config: PretrainedConfig, longest: int) -> None:

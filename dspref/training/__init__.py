@@ -2,8 +2,8 @@
 
 `trainer` reads aloud: `stages` opens what a run needs, one after another (`preparation` reads data and model config); its
 steps work with a `session`: `gradient` computes a step's, `numbers` guards it, `records` writes of it, `evaluate` scores
-held-out pairs; `outcome` sums up, for `model_card` too. Beside `train` there are `scorer` (fills a reference store), `survey` (looks at data) and
-`consolidate` (exports a checkpoint).
+held-out pairs; `outcome` sums up, for the `model_card` too. Beside `train` there are `scorer` (fills a reference store),
+`survey` (looks at data) and `consolidate` (exports a checkpoint).
 
 Enters: config, data, distributed, engine, machine, model, objectives, reference, report, run, watch.
 Shows: consolidate, scorer, survey, trainer.

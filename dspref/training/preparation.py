@@ -80,12 +80,18 @@ def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
 
 def check_tokens(config: Config, model_config: Any, stores: Sequence[PairStore], device_type: str) -> None:
     """Refuse tokens and lengths that the model, or a reference that is another model, has no embedding for."""
+    largest, longest = check_sizes(config, model_config, stores)
+    if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
+        check_reference(config, largest + 1, device_type, longest)
+
+
+def check_sizes(config: Config, model_config: Any, stores: Sequence[PairStore]) -> tuple[int, int]:
+    """(largest token id, tokens of the longest pair). Refuses what the model has no embedding or no position for."""
     largest, longest = (max(store.report[name] for store in stores) for name in ("largest_id", "longest"))
     admission.refuse_unknown_tokens(model_config, largest)
     if config.data.max_length is None:
         admission.refuse_long_pairs(model_config, longest)
-    if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
-        check_reference(config, largest + 1, device_type, longest)
+    return largest, longest
 
 
 def refuse_other_pairs(keys: Sequence[tuple[str, list[str]]]) -> None:

@@ -8,7 +8,7 @@ from dspref import distributed
 from dspref.config import Config
 from dspref.data.show import mark
 from dspref.data.store import PairStore
-from dspref.model import loading
+from dspref.model import admission, loading
 from dspref.training import preparation
 
 # Pairs that are shown of each source.
@@ -21,8 +21,11 @@ def report(config: Config, colour: bool = False) -> None:
     Raises DataError and ConfigError as the run would.
     """
     loading.quiet()
+    model_config = loading.load_config(config.model)
     tokenizer = preparation.tokenizer_of(config)
     data = config.data
+    admission.refuse_long_limit(model_config, data.max_length)
+    stores = []
     train, held_out = (
         {name: preparation.listing_of(source, name) for name, source in data.source_keys(of).items()}
         for of in ("train", "eval")
@@ -32,9 +35,11 @@ def report(config: Config, colour: bool = False) -> None:
     for name, listing in {**train, **held_out}.items():
         distributed.log(f"\n{name}  {listing.source.path}")
         store = preparation.load_sources(config, tokenizer, [listing])
+        stores.append(store)
         distributed.log(figures(store))
         for index in range(min(SHOWN, len(store))):
             distributed.log(f"\n{store.where(index)}\n{mark(store[index], tokenizer, colour)}")
+    preparation.check_sizes(config, model_config, stores)
 
 
 def figures(store: PairStore) -> str:

@@ -117,6 +117,12 @@ def test_the_data_are_shown_as_a_run_would_read_them(elsewhere: Path) -> None:
     assert not Path("out").exists()
     code, said = call("check", "--data", "x.yaml", "data.on_bad_row=error")
     assert code == 3 and "p.jsonl:6: " in said and "Traceback" not in said
+    most = tiny_config("qwen2", size).max_position_embeddings
+    code, said = call("check", "--data", "x.yaml", f"data.max_length={most + 1}")
+    assert code == 2 and f"data.max_length: {most + 1} is beyond the model's {most} positions" in said
+    Path("p.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "yes " * most, "rejected": "no"}) + "\n")
+    code, said = call("check", "--data", "x.yaml", "data.max_length=null")
+    assert code == 2 and f"beyond the model's {most} positions" in said and "rows 1, pairs 1 of 1" in said
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ OWNERS: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"cli", "report.console"},
     "pydantic": {"config"},
-    "datasets": {"data.sources"},
+    "datasets": {"data.parts"},
     "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
 }  # fmt: skip
 
@@ -252,7 +252,7 @@ def test_pure_files_need_only_torch_and_numpy() -> None:
     allowed = {"torch", "numpy", "dspref", "jaxtyping", "__future__", *sys.stdlib_module_names}
     readers = {
         "model.attention": {"transformers", "flash_attn", "flash_attn_interface", "flash_attn_config"},
-        "data.sources": {"datasets"},
+        "data.parts": {"datasets"},
         "data.rowfiles": {"pyarrow"},
         "data.splits": {"yaml"},
         "data.tokenize": {"transformers"},

@@ -206,9 +206,11 @@ def test_a_parquet_file_whose_counts_are_wrong_is_one_line(tmp_path: Path) -> No
     assert_one_line(str(caught.value), f"{tmp_path}/a.parquet: ", "counts of rows or columns are wrong")
 
 
-def test_a_damaged_saved_data_set_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", ["state.json", "dataset_dict.json"])
+def test_a_damaged_saved_data_set_is_one_line(sign: str, tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "dataset_info.json").write_text("{")
+    for name in (sign, "dataset_info.json"):
+        (tmp_path / "saved" / name).write_text("{")
     with pytest.raises(DataError) as caught:
         load(Source(str(tmp_path / "saved")), tmp_path / "cache")
     assert_one_line(str(caught.value), f"{tmp_path}/saved: ", "damaged saved data set")

@@ -34,13 +34,12 @@ def test_scored_answers_become_pairs(pairs: str, expected: list[str]) -> None:
 
 def test_equal_scores_and_equal_answers_make_no_pair() -> None:
     assert pairs_of(SCORED | {"scores": [1, 1, 2, None]}) == [(" c", " a"), (" c", " b")]
-    assert pairs_of(SCORED | {"completions": [" a", " a", " b", " b"]}) == [
-        (" a", " b"),
-        (" a", " b"),
-        (" b", " a"),
-        (" b", " a"),
-    ]
-    for row in (SCORED | {"scores": [2, 2, 2, 2]}, SCORED | {"completions": [" a"], "scores": [1]}):
+    twice = to_preferences({"prompt": "q", "completions": [" a", " a\n", " b", " c"], "scores": [3, 1, 2, 0]})
+    found = [(pair.chosen, pair.rejected) for pair in twice if isinstance(pair, Preference)]
+    assert found == [(" a", " c"), (" b", " c"), (" a\n", " c")], "a is above b, and below it"
+    assert isinstance(twice[0], Preference) and "equal answers" in twice[0].unused[0]
+    alike = {"completions": [" a", " a", " b"], "scores": [3, 1, 2]}
+    for row in (SCORED | {"scores": [2, 2, 2, 2]}, SCORED | {"completions": [" a"], "scores": [1]}, SCORED | alike):
         for pairs in PAIRINGS:
             with pytest.raises(RowError, match="no answer is better") as refusal:
                 to_preferences(row, None, None, pairs)
@@ -74,6 +73,7 @@ def test_rows_with_two_answers_are_as_they_were() -> None:
         ({"scores": "1 2 3 4"}, {}, "str, not a list"),
         ({"completions": []}, {}, "empty list"),
         ({}, {"scores": "rating"}, "no column 'rating'"),
+        ({"scores": [], "score": [1]}, {}, "an empty list"),
         ({}, {"scores": "completions.rating"}, "an item without 'rating'"),
     ],
 )
@@ -295,6 +295,14 @@ def test_what_is_no_part_of_the_pair_is_told(row: dict[str, Any], told: list[str
     ]
 
 
+def test_functions_in_the_older_form_of_openai_are_told_and_may_be_named() -> None:
+    row = {"prompt": [user("q")], "chosen": "a", "rejected": "b", "functions": [{"name": "f", "parameters": {}}]}
+    for columns, told in ((None, 1), ({"tools": "functions"}, 0)):
+        (pair,) = to_preferences(row, columns)
+        assert isinstance(pair, Preference) and len(pair.unused) == told
+        assert pair.tools == (None if told else row["functions"])
+
+
 def test_the_fix_of_what_is_told_uses_it() -> None:
     row = {"prompt": "q", **TWO, **SCORES, "messages": [user("o"), assistant("p"), user("r")]}
     (pair,) = to_preferences(row, {"prompt": "messages", "completions": "completions"})
@@ -304,3 +312,11 @@ def test_the_fix_of_what_is_told_uses_it() -> None:
     template = {"prompt": "{prompt}", "chosen": "{chosen}", "rejected": "{rejected}"}
     (pair,) = to_preferences(row, None, template)
     assert isinstance(pair, Preference) and not pair.unused, "a template says what is used"
+
+
+@pytest.mark.parametrize(("name", "field"), [("rank", "ranks"), ("score", "scores"), ("Ranks", "ranks")])
+def test_a_column_that_judges_under_another_name_is_told(name: str, field: str) -> None:
+    row = {"prompt": "q", "completions": ["x", "y"], name: [1, 2]}
+    with pytest.raises(RowError, match=rf"did you mean '{name}'\? set data.train.columns.{field}: {name}$"):
+        to_preferences(row)
+    assert len(to_preferences(row, {field: name})) == 1, "the fix works"

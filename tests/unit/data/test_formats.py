@@ -427,7 +427,20 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str], Preference]] = {
     "a legacy function call": (
         CHAT | {"chosen": [assistant(None, function_call={"name": "f", "arguments": '{"x": 2}'})]},
         {},
-        Preference([user("q")], [assistant(None, function_call={"name": "f", "arguments": {"x": 2}})], [assistant("b")]),
+        Preference([user("q")], [assistant(None, tool_calls=[CALL])], [assistant("b")]),
+    ),
+    "a legacy function call beside the same tool call, one in the prompt, and none": (
+        {
+            "prompt": [user("q"), {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 2}'}}, user("r")],
+            "chosen": [assistant("a", tool_calls=[CALL], function_call={"name": "f", "arguments": {"x": 2}})],
+            "rejected": [assistant("b", function_call={})],
+        },
+        {},
+        Preference(
+            [user("q"), {"role": "assistant", "tool_calls": [CALL]}, user("r")],
+            [assistant("a", tool_calls=[CALL])],
+            [assistant("b")],
+        ),
     ),
 }  # fmt: skip
 
@@ -776,6 +789,21 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
             "chosen[0].function_call.arguments",
             "lone surrogate",
         ),
+        (CHAT | {"chosen": [assistant("", function_call={"arguments": "{}"})]}, "chosen[0].function_call.name", "missing"),
+        (
+            CHAT | {"chosen": [assistant("", tool_calls=[CALL], function_call={"name": "g"})]},
+            "chosen[0].function_call",
+            "tool_calls that say something else",
+        ),
+        *(
+            (CHAT | {"prompt": [user("q"), {"role": role, "content": content}]}, "prompt[1].content", f"{what}, not text")
+            for role, content, what in (
+                ("tool", {"r": 3}, "an object"),
+                ("tool", [{"r": 3}], "a list"),
+                ("function", [1], "a list"),
+                ("ipython", {"type": "celsius", "r": 3}, "an object"),
+            )
+        ),
         (CHAT | {"chosen": [assistant("", tool_calls="[")]}, "chosen[0].tool_calls", "broken JSON"),
         (CHAT | {"chosen": [assistant("", tool_calls={"name": "f"})]}, "chosen[0].tool_calls", "dict, not a list"),
         (CHAT | {"chosen": [assistant("", tool_calls=["f"])]}, "chosen[0].tool_calls[0]", "str, not an object"),
@@ -804,6 +832,26 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         ({"messages": [user("q"), assistant("a")]}, "row", "a chat row (messages: one conversation, one answer)"),
         ({"prompt": "q", "completion": "a"}, "row", "a row for supervised training"),
         (CHAT | {"chosen": [{"role": "tool", "content": "a"}]}, "chosen", "no assistant message"),
+        *(
+            (
+                {
+                    **prompt,
+                    "chosen": [*before, user("q"), assistant("a")],
+                    "rejected": [*before, user("r"), *more, assistant("b")],
+                },
+                "prompt",
+                "nothing but a system message",
+            )
+            for prompt, before in (
+                ({}, [SYSTEM]),
+                ({"prompt": [SYSTEM]}, []),
+                ({"prompt": [SYSTEM]}, [SYSTEM]),
+                ({"system": "s"}, [SYSTEM]),
+            )
+            for more in ([], [assistant("o"), user("p")])
+        ),
+        (CHAT | {"chosen": [assistant(""), user("r"), assistant("a")]}, "chosen[0]", "empty answer"),
+        (CHAT | {"rejected": [assistant("a"), user("r"), assistant(" \n")]}, "rejected[2]", "empty answer"),
         (CHAT | {"tools": "[{"}, "tools", "broken JSON"),
         (CHAT | {"tools": 3}, "tools", "not a list"),
         (CHAT | {"chat_template_kwargs": "x"}, "chat_template_kwargs", "not an object"),
@@ -1055,3 +1103,12 @@ def test_a_template_without_a_place_for_a_system_message_has_a_remedy(said: str,
     """Mistral's counts it as a turn. Where turns do not alternate by themselves, that is what is wrong."""
     error = refused_by_template(ValueError(said), prompt)
     assert ("into the first user message" in error.fix) == merge and (error.fix == DROP) != merge
+
+
+def test_a_prompt_that_is_a_system_message_takes_the_question_that_both_answers_begin_with() -> None:
+    whole = {name: [user("q"), assistant(text)] for name, text in (("chosen", "a"), ("rejected", "b"))}
+    made = to_preference({"prompt": [SYSTEM], **whole})
+    assert made == Preference([SYSTEM, user("q")], [assistant("a")], [assistant("b")]) and made.repeats == 0
+    greeting = Preference([SYSTEM], [assistant("a")], [assistant("b")])
+    assert to_preference({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}) == greeting, "the assistant may begin"
+    assert to_preference({"chosen": [SYSTEM, assistant("a")], "rejected": [SYSTEM, assistant("b")]}) == greeting

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from dspref.data import parts as parts_module
 from dspref.data import rowfiles
-from dspref.data import sources as sources_module
 from dspref.data.formats import to_preference
 from dspref.data.overlap import shared
 from dspref.data.sources import BadRow, Row, Source, find, read, sha256
@@ -78,6 +78,15 @@ def test_csv_has_the_line_where_a_record_starts(tmp_path: Path, name: str) -> No
     rows = read(Source(str(tmp_path / name)))
     assert _values(rows) == three
     assert _places(rows) == [f"{name}:2", f"{name}:3", f"{name}:5"]
+
+
+def test_a_space_behind_the_commas_of_a_header_is_no_part_of_a_name(tmp_path: Path) -> None:
+    for header, names in (
+        ("prompt, chosen,\trejected ", ["prompt", "chosen", "rejected"]),
+        ("prompt, chosen,chosen", ["prompt", " chosen", "chosen"]),
+    ):
+        (tmp_path / "a.csv").write_text(f"{header}\nq: , a,b \n")
+        assert _values(read(Source(str(tmp_path / "a.csv")))) == [dict(zip(names, ["q: ", " a", "b "]))], "texts stay"
 
 
 def test_parquet_has_row_numbers(tmp_path: Path) -> None:
@@ -292,7 +301,14 @@ SELECTORS: dict[str, tuple[dict[str, int], dict[str, str], object]] = {
     "a word that only begins so": ({"training_notes.jsonl": 2, "trainer.jsonl": 1, "train.jsonl": 4}, {}, 4),
     "numbered files": ({"train_1.jsonl": 1, "train_2.jsonl": 2, "test1.jsonl": 4}, {}, 3),
     "another word for validation": ({"train.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, 1),
-    "two other words": ({"val.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, "no split 'validation'"),
+    "two other words": ({"val.jsonl": 2, "dev.jsonl": 1}, {"split": "validation"}, 3),
+    "one of two other words": ({"val.jsonl": 2, "dev.jsonl": 1}, {"split": "dev"}, {"dev.jsonl": 1}),
+    "all words for a split": ({"my_train_set.jsonl": 2, "training.jsonl": 3, "latest.jsonl": 1, "train/x_training.jsonl": 4,
+                               "constrained_test.jsonl": 5}, {"split": "train"}, 9),
+    "all words for a split in one folder": ({"my_train_set.jsonl": 2, "training.jsonl": 3, "latest.jsonl": 1,
+                                             "TRAIN-data-00000-of-00001.parquet": 4, "constrained_test.jsonl": 5}, {}, 9),
+    "folder and name in two words": ({"train/training.jsonl": 2, "train/my_train_set.jsonl": 1}, {}, 3),
+    "what is beside a saved data set": ({**PLAIN, "dataset_info.json": 1}, {}, 5),
     "folder and name disagree": ({"train/test.jsonl": 2}, {}, "its folder says split train, its name says test"),
     "two splits": (HUB, {"split": "train+test"}, 5),
     "two splits, one not there": (HUB, {"split": "train+dev"}, "no split 'dev'"),
@@ -564,14 +580,14 @@ def test_rows_that_are_split_into_files_anew_are_the_same_rows(tmp_path: Path) -
 def test_of_files_that_differ_one_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every start looks at them, also one that finds its tokens in the cache."""
     read_rows: list[int] = []
-    plain = sources_module.rows_of
+    plain = parts_module.rows_of
 
     def counted(path: Path):
         for row in plain(path):
             read_rows.append(row.line)
             yield row
 
-    monkeypatch.setattr(sources_module, "rows_of", counted)
+    monkeypatch.setattr(parts_module, "rows_of", counted)
     for k in range(3):
         (tmp_path / f"{k}.jsonl").write_bytes(_lines_of([row | {"prompt": f"{k} {row['prompt']}"} for row in SAID]))
     listings = [find(Source(f"{tmp_path}/{k}.jsonl")) for k in range(3)]
@@ -599,6 +615,23 @@ def test_a_version_behind_the_name_of_a_split(files: list[str], split: str | Non
     else:
         with pytest.raises(DataError, match=rows):
             read(Source(root, split=split))
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "left"),
+    [
+        (["orca", "hh", "uf_train"], None, ["hh.jsonl", "orca.jsonl"]),
+        (["my_train_set", "training", "latest", "constrained_test"], "train", ["latest.jsonl"]),
+        (["train", "train_extra", "trainer", "test"], None, ["train_extra.jsonl", "trainer.jsonl"]),
+        (["train", "test"], None, []),
+        (["train", "test", "more"], "train+test", ["more.jsonl"]),
+        (["a", "b"], None, []),
+    ],
+)
+def test_files_that_are_in_no_split_are_told(names: list[str], split: str | None, left: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text('{"x": 1}\n')
+    assert find(Source(str(tmp_path), split=split)).left_out == left
 
 
 def test_no_file_and_no_shard_is_left_out_in_silence(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data import building, rowfiles, sources
+from dspref.data import building, parts, rowfiles
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
-from dspref.data.formats import to_preference
-from dspref.data.sources import Row, Source, read
+from dspref.data.converting import Converter
+from dspref.data.formats import Preference, to_preference
+from dspref.data.sources import Row, Source, find, read
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.tokenize import Limits, TokenizedPair, encode, load_tokenizer
 from dspref.errors import DataError, EnvironmentFault
@@ -41,6 +42,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Source:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Source(str(path))
 
@@ -75,7 +77,7 @@ def test_iteration_ends(tmp_path: Path) -> None:
 def test_second_load_finds_the_first_even_after_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load([write(tmp_path / "a.jsonl", ROWS)], tmp_path / "cache")
     monkeypatch.setattr(rowfiles, "rows_of", None)
-    monkeypatch.setattr(sources, "rows_of", None)
+    monkeypatch.setattr(parts, "rows_of", None)
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
     second = load([Source(str(tmp_path / "b.jsonl"))], tmp_path / "cache")
     assert second.address == first.address
@@ -556,6 +558,47 @@ def test_text_for_a_tokenizer_with_a_chat_template_is_told_unless_it_is_meant(tm
         assert ["5 x pair of plain text" in line for line in lines] == [True, True] * told
 
 
+HI = {"prompt": "Hi", "chosen": "Hi! How can I help?", "rejected": "Hi there, human."}
+CODE = [
+    {"prompt": f"def f{i}(x):", "chosen": f"def f{i}(x):\n    return x", "rejected": f"def f{i}(x):  pass"} for i in (1, 2)
+]
+OTHER = {"prompt": "Who?", "chosen": "I.", "rejected": "You."}
+
+
+@pytest.mark.parametrize("how", [{"as_": "chat"}, {"template": {key: f"{{{key}}}" for key in OTHER}}, {}])
+@pytest.mark.parametrize(
+    ("rows", "chosen", "rejected"),
+    [
+        (CODE, "    return x", "pass"),
+        ([*CODE, *[OTHER] * 200], CODE[0]["chosen"], CODE[0]["rejected"]),
+        ([HI], HI["chosen"], HI["rejected"]),
+        ([HI, HI], HI["chosen"], HI["rejected"]),
+        ([HI, OTHER], HI["chosen"], HI["rejected"]),
+    ],
+    ids=["all", "some", "one row", "one prompt", "some, of two"],
+)
+def test_texts_of_a_conversation_lose_a_repeated_prompt_only_where_the_whole_source_repeats_it(
+    tmp_path: Path, rows: list[dict[str, Any]], chosen: str, rejected: str, how: dict[str, Any]
+) -> None:
+    """An answer may begin with the words of a short prompt: whether that is a repeat shows in the other rows."""
+    source = write(tmp_path / "a.jsonl", rows if how else [{**row, "system": "s"} for row in rows])
+    listing = find(replace(source, columns=None, **how))
+    made = [item for _, item in Converter(listing, chat_model=True)(list(listing.rows()))]
+    assert all(isinstance(item, Preference) for item in made)
+    first: Any = made[0]
+    assert [first.chosen[0]["content"], first.rejected[0]["content"]] == [chosen, rejected]
+    assert (first.begins, first.repeats) == (True, 2 if rows is CODE else 0)
+
+
+def test_a_prompt_that_answers_begin_with_and_keep_is_told(tmp_path: Path) -> None:
+    tokenizer, lines = words(), []
+    tokenizer.chat_template = SPOKEN
+    source = replace(write(tmp_path / "a.jsonl", [HI | {"chosen": "Hi a", "rejected": "Hi b"}]), as_="chat")
+    how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lines.append, "scored": "all"}
+    assert contents(load_pairs([source], tokenizer, Limits(), **how)) == [[[1, 0], [1, 2, 0], [1, 3, 0]]]
+    assert lines[0].startswith("data: 1 x pair of text whose answers both begin with the prompt's")
+
+
 SPOKEN = "{% for m in messages %}{{ m.content + ' </s> ' }}{% endfor %}"
 PLAIN = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(300)]
 
@@ -638,6 +681,16 @@ def test_what_rows_hold_besides_is_told(tmp_path: Path) -> None:
     row = ROWS[0] | {"tools": [{"name": "f"}], "completions": ["a", "b"], "scores": [1, 2]}
     load([write(tmp_path / "a.jsonl", [row, ROWS[1]])], tmp_path / "cache", log=lines.append)
     assert "1 x pair of text beside tools" in lines[0] and "1 x pair beside scored completions" in lines[0]
+
+
+def test_files_that_are_in_no_split_are_told_each_time(tmp_path: Path) -> None:
+    for name in ("train", "more"):
+        write(tmp_path / "set" / f"{name}.jsonl", ROWS)
+    for _ in range(2):
+        lines: list[str] = []
+        load([Source(str(tmp_path / "set"))], tmp_path / "cache", log=lines.append)
+        told = "left out, as their names say no split or more than it: more.jsonl (name files in path to read them)"
+        assert lines == [f"data: {tmp_path}/set: {told}"]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

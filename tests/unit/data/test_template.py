@@ -12,8 +12,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data.formats import Preference, RowError
+from dspref.data.formats import Preference, RowError, to_preference
 from dspref.data.manners import Learned, Manners, learn
+from dspref.data.rows import DROP
 from dspref.data.sources import Source
 from dspref.data.store import load_pairs
 from dspref.data.template import Rendering, render
@@ -295,6 +296,25 @@ def test_a_call_that_the_template_drops_is_refused() -> None:
     assert error.field == "chosen[0].tool_calls"
 
 
+def test_a_call_in_the_older_form_of_openai_is_trained_as_the_tool_call_that_it_is() -> None:
+    """Each answer that was trained, once as an empty turn; a result has the role that the template knows."""
+    call = {"name": "add", "arguments": '{"x": 2}'}
+    asked = [{"role": "user", "content": "Hi"}]
+    row = {"prompt": asked, "chosen": [model("See.", function_call=call)], "rejected": [model("No")]}
+    assert marked(CHATML, to_preference(row)) == marked(
+        CHATML, to_preference({**row, "chosen": [model("See.", tool_calls=[{"type": "function", "function": call}])]})
+    )
+    _, chosen, _ = marked(LLAMA3, to_preference({**row, "chosen": [model("", function_call=call)]}))  # pyright: ignore[reportGeneralTypeIssues]
+    assert chosen == '[[<|python_tag|>add({"x": 2})<|eom_id|>]]'
+    error = marked(GEMMA, to_preference(row))
+    assert isinstance(error, RowError) and error.field == "chosen[0].tool_calls", "as any call that a template drops"
+    history = [*asked, model("", function_call=call), {"role": "function", "name": "add", "content": "4"}]
+    prompt, *_ = marked(MISTRAL, to_preference({**row, "prompt": history, "chosen": [model("4")]}))  # pyright: ignore[reportGeneralTypeIssues]
+    assert prompt.endswith("</s>[TOOL_RESULTS] 4 [/TOOL_RESULTS] ")
+    prompt, *_ = marked(CHATML, to_preference({**row, "prompt": history, "chosen": [model("4")]}))  # pyright: ignore[reportGeneralTypeIssues]
+    assert "<|im_start|>function\n4<|im_end|>" in prompt, "it knows neither, and prints what it is given"
+
+
 @pytest.mark.parametrize("template", [NO_END, NO_END_OPEN])
 def test_an_answer_without_an_end_token_is_refused(template: str) -> None:
     error = marked(template, ONE)
@@ -313,10 +333,62 @@ def test_text_without_an_end_token_is_refused() -> None:
 
 
 def test_an_end_token_within_the_text_does_not_end_the_turn() -> None:
-    row = Preference([user("Hi")], [model("a<|im_end|>b"), user("c"), model("d")], [model("<|im_end|>")])
+    row = Preference([user("Hi")], [model("a<|im_end|>b"), user("c"), model("d")], [model("<|im_end|>e")])
     _, chosen, rejected = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
     assert chosen == ("[[a<|im_end|>b<|im_end|>]]\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]")
-    assert rejected == "[[<|im_end|><|im_end|>]]"
+    assert rejected == "[[<|im_end|>e<|im_end|>]]"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (CHATML, "<eos>"), (LLAMA3, "<|eot_id|>"), (LLAMA3, "<|eom_id|>"), (R1, "<eos>")],
+)
+@pytest.mark.parametrize("space", ["", "\n", " \n\n"])
+def test_an_answer_that_was_decoded_with_its_end_token_has_one_end(template: str, end: str, space: str) -> None:
+    """As sampling gives it: what follows the end is not the model's, and a second end is not its own."""
+    plain = Preference([user("Hi")], [model("a"), user("b"), model("YES")], [model("No")])
+    ended = Preference([user("Hi")], [model("a"), user("b"), model(f"YES{end}{space}")], [model(f"No{end}{space}")])
+    assert marked(template, ended) == marked(template, plain)
+    assert marked(template, ended, "last") == marked(template, plain, "last")
+    tokenizer = characters(template)
+    rendering = render(ended, tokenizer, Learned(tokenizer))
+    assert isinstance(rendering, Rendering)
+    told = f"pair with '{end}' at the end of an answer, which the template writes too: it was taken off"
+    assert told in rendering.notes
+
+
+def test_of_an_answer_that_is_an_end_token_nothing_is_left() -> None:
+    tokenizer = characters(CHATML)
+    for chosen, rejected, said in (("<|im_end|>\n", "a", "empty answer"), ("a<|im_end|>", "a", "identical to chosen but")):
+        error = render(Preference([user("q")], [model(chosen)], [model(rejected)]), tokenizer, Learned(tokenizer))
+        assert isinstance(error, RowError) and error.reason.startswith(said)
+    row = Preference([user("q")], [model("a<|im_end|>")], [model("b<|im_end|>")])
+    assert marked(CHATML, row, "all")[1] == "[[a<|im_end|><|im_end|>\n]]", "as it is"  # pyright: ignore[reportGeneralTypeIssues,reportIndexIssue]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "told"),
+    [
+        (CHATML, "YES<|im_end|>\n<|im_start|>user\nmore", ["<|im_end|>", "<|im_start|>"]),
+        (
+            LLAMA3,
+            "YES<|eot_id|><|start_header_id|>user<|end_header_id|>",
+            ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"],
+        ),
+        (GEMMA, "a <start_of_turn> b", ["<start_of_turn>"]),
+        (QWEN3, "<think>\na\n</think>\n\nb", []),
+        (CHATML, "<im_end> <s>", []),
+    ],
+)
+def test_marks_of_turns_within_a_text_are_told(template: str, text: str, told: list[str]) -> None:
+    tokenizer = characters(template)
+    for row in (
+        Preference([user("q")], [model(f"{text} c")], [model("b")]),
+        Preference([user(text)], [model("c")], [model("b")]),
+    ):
+        rendering = render(row, tokenizer, Learned(tokenizer))
+        assert isinstance(rendering, Rendering)
+        assert [note.split("'")[1] for note in rendering.notes if "begins or ends a turn" in note] == told
 
 
 def test_what_follows_the_last_turn_of_the_assistant_is_left_out() -> None:
@@ -372,6 +444,36 @@ def test_keys_of_a_message_that_no_template_reads_change_nothing() -> None:
     row = Preference([user("Hi")], [model("Yes.", raw="Yes.<|im_end|>"), user("x"), model("y")], [model("No")])
     _, chosen, _ = marked(CHATML, row)  # pyright: ignore[reportGeneralTypeIssues]
     assert chosen == "[[Yes.<|im_end|>]]\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n[[y<|im_end|>]]"
+
+
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [("weight", 0, 1), ("weight", 0.0, None), ("loss", False, True), ("train", False, True), ("weight", "0", "1")],
+)
+def test_a_turn_that_the_row_leaves_out_of_the_loss_is_not_scored_against_its_word(key: str, off: Any, on: Any) -> None:
+    more = {} if on is None else {key: on}
+    row = Preference([user("Hi")], [model("y1", **{key: off}), user("z"), model("y", **more)], [model("n")])
+    error = marked(CHATML, row)
+    assert isinstance(error, RowError) and error.field == f"chosen[0].{key}" and "set data.scored: last" in error.fix
+    assert marked(CHATML, row, "last")[1].endswith("assistant\n[[y<|im_end|>]]"), "the fix works"  # pyright: ignore[reportGeneralTypeIssues,reportIndexIssue]
+    last = Preference([user("Hi")], [model("y")], [model("n", **{key: off})])
+    for scored in ("assistant", "last", "all"):
+        error = marked(CHATML, last, scored)
+        assert isinstance(error, RowError) and error.field == f"rejected[0].{key}" and "data.scored" not in error.fix
+    asked = Preference([user("Hi"), model("a", **{key: off}), user("z")], [model("y", **more)], [model("n")])
+    assert not isinstance(marked(CHATML, asked), RowError), "a prompt is not scored"
+
+
+def test_words_under_keys_that_the_template_does_not_read_are_told() -> None:
+    row = Preference([user("Hi")], [model("y", thought="hm", name="x", refusal=" ", weight=0.5)], [model("n", think="so")])
+    for template, told in (
+        (CHATML, ["think", "thought", "weight"]),
+        (CHATML + "{% if 0 %}{{ m.think }}{# thought #}{% endif %}", ["thought", "weight"]),
+    ):
+        tokenizer = characters(template)
+        rendering = render(row, tokenizer, Learned(tokenizer))
+        assert isinstance(rendering, Rendering)
+        assert [note.split("'")[1] for note in rendering.notes] == told
 
 
 def test_an_end_of_the_text_behind_the_last_turn_is_not_scored() -> None:
@@ -470,6 +572,34 @@ def test_a_template_that_wants_a_system_message_is_learned_with_one() -> None:
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     row = Preference([said("system", "Be brief."), *ONE.prompt], ONE.chosen, ONE.rejected)
     assert marked(template, row)[1:] == ("[[Yes.<|im_end|>]]", "[[No<|im_end|>]]")
+
+
+FAULTS = ["{{ 'a' + foo }}", "{% include 'x' %}", "{% for i in range(10**9) %}{% endfor %}", "{{ [1, 2, 3] | random }}"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_with_the_template_is_no_fault_of_the_rows(fault: str) -> None:
+    error = marked(fault + CHATML, ONE)
+    assert isinstance(error, RowError) and error.field == "chat_template"
+    assert "set model.chat_template to another" in error.fix and "row" not in error.fix
+    row = Preference([user("q"), model("a"), model("b")], ONE.chosen, ONE.rejected)
+    strict = (
+        "{% if messages | length > 2 and messages[1].role == messages[2].role %}{{ raise_exception('no') }}{% endif %}"
+        + CHATML
+    )
+    error = marked(strict, row)
+    assert isinstance(error, RowError) and error.fix == DROP, "here it is the row's"
+
+
+@pytest.mark.parametrize("name", ["add", "functionword", "assistant"])
+def test_a_dropped_call_of_the_prompt_is_told_though_its_name_stands_elsewhere(name: str) -> None:
+    plain = CHATML.replace("{% for call in m.tool_calls or [] %}", "{% for call in [] %}")
+    for template, told in ((plain, True), (CHATML, False)):
+        tokenizer = characters(template)
+        row = Preference([user(name), calls(name), user("so?")], ONE.chosen, ONE.rejected)
+        rendering = render(row, tokenizer, Learned(tokenizer))
+        assert isinstance(rendering, Rendering)
+        assert any("tool_calls of an assistant's turn" in note for note in rendering.notes) is told
 
 
 def test_several_templates_without_one_for_the_row_are_refused_in_words() -> None:

@@ -388,6 +388,9 @@ def test_chat_template_is_a_path_or_a_text(tmp_path: Path) -> None:
     (tmp_path / "chatml.jinja").write_text(CHATML)
     assert load_tokenizer(str(tmp_path), chat_template=CHATML).chat_template == CHATML
     assert load_tokenizer(str(tmp_path), chat_template=str(tmp_path / "chatml.jinja")).chat_template == CHATML
+    (tmp_path / "marked.jinja").write_text(CHATML, encoding="utf-8-sig")
+    assert load_tokenizer(str(tmp_path), chat_template=str(tmp_path / "marked.jinja")).chat_template == CHATML
+    assert load_tokenizer(str(tmp_path), chat_template="\ufeff" + CHATML).chat_template == CHATML
     with pytest.raises(ConfigError, match=r"^model\.chat_template: cannot read .*; fix: .*$"):
         load_tokenizer(str(tmp_path), chat_template="absent.jinja")
 

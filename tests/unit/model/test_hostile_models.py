@@ -25,6 +25,7 @@ from dspref.engine import finite
 from dspref.errors import ExitCode, UserError
 from dspref.model import adapters, admission, digests, loading, packed, weights
 from dspref.model.adapters import Saved
+from dspref.model.attention import PACKED
 from dspref.reference import modes
 
 Change = Callable[[Path], Any]
@@ -373,7 +374,7 @@ def test_the_kernels_that_a_model_asks_for_are_not_used(keys: dict[str, Any], so
     """Nor written into what is exported."""
     folder = copy_of(sound, tmp_path, says(**keys))
     policy = begun(section(folder))
-    assert policy.lm.config._attn_implementation == packed.PACKED
+    assert policy.lm.config._attn_implementation == PACKED
     loading.skeleton(section(folder))
     (policy.published_config).save_pretrained(tmp_path / "out")
     written = (tmp_path / "out" / "config.json").read_text()
