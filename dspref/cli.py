@@ -17,13 +17,14 @@ from typer.core import TyperCommand, TyperGroup
 import dspref
 from dspref.config import expand
 from dspref.errors import ConfigError, ExitCode, UserError
-from dspref.terminal import shown
+from dspref.terminal import outlive_streams, shown
 
 
 class Commands(TyperGroup):
     """The commands; a mistake in the command line is one line, as any other, and not a box of several."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        outlive_streams()
         try:
             code = super().main(*args, standalone_mode=False, **extra)
         except Exception as error:
@@ -146,7 +147,7 @@ def check(
 
             survey.report(config, colour=sys.stdout.isatty())
 
-        raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+        raise typer.Exit(launcher.guarded_to_the_end(job, NOTHING_LOST))
 
 
 @app.command(cls=OfRun)
@@ -211,7 +212,7 @@ def score(
 
         scorer.score(config, part, verify)
 
-    raise typer.Exit(launcher.guarded(job, "while it scored; the same command goes on"))
+    raise typer.Exit(launcher.guarded_to_the_end(job, "while it scored; the same command goes on"))
 
 
 @app.command(cls=OfRun)
@@ -265,6 +266,8 @@ def status(
     from dspref.run import status
 
     with faults_in_one_line():
+        if run.exists() and not run.is_dir():
+            raise ConfigError(f"{run}: is no folder; give the output_dir of a run")
         about = status.read(run)
         runs = [status.read(Path(one)) for one in about["runs"] or [] if Path(one).exists()]
         if as_json:
@@ -318,7 +321,7 @@ def export(
         consolidate(checkpoint, to, dtype.value if dtype else None)
         print(shown(f"{checkpoint} -> {to}"))
 
-    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+    raise typer.Exit(launcher.guarded_to_the_end(job, NOTHING_LOST))
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
 from dspref.secrets import redact
 from dspref.terminal import outlive_streams, shown
-from dspref.watch.interruption import BEFORE_RUN, first_rank, leaving_at_once
+from dspref.watch.interruption import BEFORE_RUN, catch_to_the_end, decided, first_rank, leaving_at_once
 
 if TYPE_CHECKING:
     from dspref.config import Config
@@ -38,8 +38,9 @@ ALLOCATOR = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "ex
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `train` on this rank and return the exit code."""
+    """Run `train` on this rank and return the exit code, for a process that ends with it."""
     outlive_streams()
+    catch_to_the_end()
     try:
         with leaving_at_once():
             config, source = read(arguments)
@@ -72,6 +73,12 @@ def train(config: Config, source: Path) -> None:
     train(config, source)
 
 
+def guarded_to_the_end(job: Callable[[], None], what: str) -> int:
+    """`guarded`, for a process that ends with it."""
+    catch_to_the_end()
+    return guarded(job, what)
+
+
 def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:
     """Do a job of all ranks, and return its exit code; a user's mistake is one line on the terminal and no traceback.
     `what`: was stopped, by a signal while the job has no watch of its own."""
@@ -79,28 +86,37 @@ def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:
     prepare(os.environ)
     terminal = sys.stderr  # ranks other than 0 send their output to a log file later on
     with leaving_at_once():
-        from dspref import distributed
+        pass
+
+    with leaving_at_once(what):
+        return outcome(job, terminal)
+
+
+def outcome(job: Callable[[], None], terminal: TextIO) -> int:
+    from dspref import distributed
 
     try:
-        with leaving_at_once(what):
-            job()
+        job()
+        decided(ExitCode.DONE)
         distributed.finish()
     except distributed.Relayed as error:
-        return int(error.exit_code)
+        return decided(int(error.exit_code))
     except (UserError, Interrupted) as error:
+        decided(int(error.exit_code))
         if distributed.first_to_say(str(error)):
             print(error, file=terminal, flush=True)
         return int(error.exit_code)
     except OSError as error:
         if exit_code_of(error) is not ExitCode.IO:  # of a library's own making: a bug, shown as one
             return report_bug(terminal)
+        decided(int(ExitCode.IO))
         remedy = remedy_of(error)
         fault = shown(redact(f"{error.filename or 'a file of the run'}: {error.strerror}; {remedy}"))
         if distributed.first_to_say(fault):
             print(fault, file=terminal, flush=True)
         return int(ExitCode.IO)
     except KeyboardInterrupt:
-        return int(ExitCode.CTRL_C)
+        return decided(int(ExitCode.CTRL_C))
     except Exception:
         return report_bug(terminal)
     return int(ExitCode.DONE)
@@ -123,6 +139,7 @@ def report_bug(terminal: TextIO) -> int:
 
     Only one rank comes here: what follows from its end is not told by the others.
     """
+    decided(int(ExitCode.BUG))
     for stream in {terminal, sys.stderr}:
         print(shown(redact(traceback.format_exc())), end="", file=stream, flush=True)
     return int(ExitCode.BUG)

@@ -42,9 +42,9 @@ class Converter:
             made = self._all(rows) if self.lacking else made
         spoken = [item for _, item in made if isinstance(item, Preference) and item.begins is not None]
         if self.repeated is None and spoken:
-            # One prompt alone shows nothing: its answers may begin alike by chance.
+            # One prompt alone shows little: both may begin with a word of it by chance, but not as a text apart.
             prompts = {str(item.prompt[-1]) for item in spoken}
-            self.repeated = all(item.begins for item in spoken) and len(prompts) > 1
+            self.repeated = all(item.begins and (item.parted or len(prompts) > 1) for item in spoken)
             made = made if self.repeated else self._all(rows)
         return made
 

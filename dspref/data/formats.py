@@ -49,6 +49,8 @@ class Preference:
     """How many of the two answers repeated the prompt, or its end, in the row."""
     begins: bool | None = field(default=None, compare=False)
     """Of a conversation made of three texts, whether both answers begin with the prompt's in the row; else None."""
+    parted: bool = field(default=False, compare=False)
+    """And whether white space parts it from what follows."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """What is to be said of columns of the row that are no part of the pair."""
 
@@ -95,7 +97,9 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             _check(preference)
             repeats = preference.repeats + fields.get("repeats", 0)
             more = {"tools": _tools(fields), "chat_template_kwargs": _template_kwargs(fields)}
-            return replace(preference, repeats=repeats, begins=fields.get("begins"), **more)
+            return replace(
+                preference, repeats=repeats, begins=fields.get("begins"), parted=fields.get("parted", False), **more
+            )
     raise _why_unrecognised(fields, values, columns)
 
 

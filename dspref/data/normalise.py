@@ -288,10 +288,11 @@ def _spoken(row: Fields, as_: str | None, system: str, ranked: bool, repeated: b
 def _begun(prompt: str, chosen: str, rejected: str, repeated: bool) -> Fields:
     """Whether two answers `begin` with the text of the prompt, and where that is `repeated`, the texts without it."""
     parts = behind_text(prompt, chosen, rejected)
+    parted = parts is not None and (parts[0][-1:].isspace() or all(text[:1].isspace() for text in parts[1:]))
     if parts is None or not repeated:
-        return {"begins": parts is not None}
+        return {"begins": parts is not None, "parted": parted}
     chosen, rejected = map(begun_anew, parts[1:])
-    return {"prompt": parts[0], "chosen": chosen, "rejected": rejected, "repeats": 2, "begins": True}
+    return {"prompt": parts[0], "chosen": chosen, "rejected": rejected, "repeats": 2, "begins": True, "parted": parted}
 
 
 # --------------------------------------------------------------------------------------------- rows that are no pair

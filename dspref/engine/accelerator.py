@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
+from dspref.engine import builds
+
+os.environ["DS_ACCELERATOR"] = builds.accelerator(os.environ, __import__("torch").cuda.is_available())
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator

@@ -1,4 +1,5 @@
-"""Where DeepSpeed's operators are compiled, and the locks that killed builds leave there. No torch, no deepspeed."""
+"""What DeepSpeed takes from the environment: the accelerator, and where operators are compiled, with the locks that killed
+builds leave there. Loads neither torch nor deepspeed."""
 
 from __future__ import annotations
 
@@ -6,8 +7,20 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dspref.errors import EnvironmentFault
+
+# What $DS_ACCELERATOR may be; dspref is tested on the first two.
+ACCELERATORS = ("cpu", "cuda", "xpu", "xpu.external", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
 # A lock of that age is nobody's; every later start would wait for it for ever, silently.
 STALE_SECONDS = 900
+
+
+def accelerator(env: Mapping[str, str], cuda: bool) -> str:
+    """$DS_ACCELERATOR, or what is there. Raises EnvironmentFault for what DeepSpeed does not know."""
+    asked = env.get("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    if asked not in ACCELERATORS:
+        raise EnvironmentFault(f"DS_ACCELERATOR: {asked!r} is no accelerator; unset it, or set cpu or cuda")
+    return asked
 
 
 def folder(env: Mapping[str, str], own: bool) -> Path:

@@ -16,6 +16,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+
+from dspref.engine.accelerator import ACCELERATOR as ACCELERATOR  # first: it tells DeepSpeed which to use
+
+# isort: split
+
 from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from dspref.config import Config, strategy
 from dspref.engine import builds
+from dspref.errors import EnvironmentFault
 from dspref.terminal import command
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -166,6 +167,10 @@ def torch_cuda() -> str:
 
 
 def check_gpu(context: CheckContext) -> Verdict:
+    try:
+        builds.accelerator(context.env, cuda=False)
+    except EnvironmentFault as fault:
+        return Verdict(FAIL, str(fault))
     return judge_gpu(gpus(), torch_cuda(), _needs_cuda(context.config))
 
 

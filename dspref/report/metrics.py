@@ -26,6 +26,7 @@ from dspref.objectives.families import PairLogps, PairLoss
 from dspref.reading import is_number
 from dspref.report.trackers import TrackerThread
 from dspref.run.folder import METRICS, mend_tail
+from dspref.run.record import NAME as RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,8 +190,8 @@ class Recorder:
         own, there = os.fstat(self._file.fileno()), _stat(self._path)
         if there is not None and (there.st_ino, there.st_dev) == (own.st_ino, own.st_dev) and there.st_size >= self._length:
             return
-        if not self._path.parent.is_dir():
-            return  # the whole folder: the watch knows what to do
+        if not (self._path.parent / RECORD).exists():
+            return  # the whole folder, or all that is in it: the watch knows what to do
         self._file.close()
         distributed.log(f"warning: {self._path} was removed or cut while the run wrote it; lines before this step are lost")
         if there is not None:

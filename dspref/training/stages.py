@@ -265,7 +265,7 @@ def finish(
     steps: int,
     seconds: float,
 ) -> None:
-    """Export and verify the model, record the summary, show it, answer sample prompts."""
+    """Export and verify the model, answer sample prompts, record the summary."""
     vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
 
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
@@ -284,7 +284,6 @@ def finish(
         run.update(state="finished", summary=summary, exported=exported)
 
     distributed.on_main(close)
-    show_summary(run)
 
 
 def show_summary(run: RunFolder) -> None:

@@ -88,6 +88,8 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         recorder.close()
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
     stages.finish(run, config, policy, tokenizer, beginning.weights, held_out, steps, time.monotonic() - started)
+    watch.run_ends()
+    stages.show_summary(run)
     policy.close()
 
 

@@ -18,6 +18,7 @@ BEFORE_RUN = "before the run began; the same command begins it"
 # Of the rank, and of how many there are.
 NUMBERS = (("RANK", "SLURM_PROCID", "0"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"))
 _depth = 0  # how often it is open
+_outcome: int | None = None  # the exit code of a job that has ended
 _what = BEFORE_RUN
 _leaving = Lock()
 _muted: int | None = None  # during a fork, where signals are told
@@ -33,8 +34,10 @@ def leaving_at_once(what: str = BEFORE_RUN) -> Iterator[None]:
     if current_thread() is not main_thread():
         yield
         return
-    global _depth, _what
+    global _depth, _what, _outcome
     outer, _what = _what, what
+    if not _depth:
+        _outcome = None
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -54,6 +57,22 @@ def leaving_at_once(what: str = BEFORE_RUN) -> Iterator[None]:
         thread.join()
         os.close(reader)
         os.close(writer)
+
+
+def catch_to_the_end() -> None:
+    """From now on, and while the interpreter is taken down too, no signal ends this process by itself."""
+    global _outcome
+    _outcome = None
+    if current_thread() is main_thread():
+        for number in STOPPING:
+            signal.signal(number, _leave)
+
+
+def decided(code: int) -> int:
+    """The job ends with this exit code: a signal that still comes, while what it used is taken down, changes it no more."""
+    global _outcome
+    _outcome = code
+    return code
 
 
 # ------------------------------------------------------------------------------------------------------------- forks
@@ -96,6 +115,8 @@ def _leave(number: int, frame: Any = None) -> None:
     """The main thread comes here too, where it can: while it forks, the other is not told. The first of them speaks."""
     if not _leaving.acquire(blocking=False):
         return
+    if _outcome is not None:
+        os._exit(_outcome)
     name = signal.Signals(number).name
     if first_rank(os.environ):
         with contextlib.suppress(OSError):  # whoever read it has gone: the process ends all the same

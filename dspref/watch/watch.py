@@ -23,7 +23,7 @@ from dspref.distributed import Relayed
 from dspref.errors import ExitCode, Interrupted, exit_code_of
 from dspref.processes import launchers
 from dspref.terminal import shown
-from dspref.watch.interruption import STOPPING
+from dspref.watch.interruption import STOPPING, decided
 from dspref.watch.lock import Lock
 from dspref.watch.pace import HangTimer
 from dspref.watch.peers import GRACE_SECONDS, TALK_SECONDS, Peers
@@ -49,6 +49,7 @@ def watching(folder: Path, on_end: OnEnd = lambda code, message, step: None) -> 
         yield watch
     except BaseException as error:
         watch.report(error)
+        decided(watch.exit_code if watch.has_verdict else int(exit_code_of(error)))
         if isinstance(error, Relayed) or watch.was_first:
             raise
         raise Relayed(watch.exit_code) from error
@@ -89,9 +90,14 @@ class Watch:
         self._timer.begin(limit)
 
     def steps_end(self, may_leave: bool) -> None:
-        """What follows may take as long as it takes. `may_leave`: all is committed, and a wish to stop ends this at once."""
+        """What follows may take its time. `may_leave`: all is committed, and a wish to stop ends this at once."""
         self._timer.stop()
         self._at_once, self._where = may_leave, "after the last step"
+
+    def run_ends(self) -> None:
+        """All is done and said in the run folder: nothing is left that a signal could stop."""
+        self._at_once = False
+        decided(int(ExitCode.DONE))
 
     def beat(self, phase: str, step: int | None = None) -> None:
         """This rank moves: it has just finished `phase`."""
@@ -174,20 +180,17 @@ class Watch:
         for request in (Request.SAVE, Request.STOP):
             with contextlib.suppress(OSError):
                 (self._folder / request.name).unlink()
-                self._wish(request, f"the file {self._folder / request.name}")
-                self._poke()
+                self._ask(request, f"the file {self._folder / request.name}")
         gone = lock.has_gone
         if gone or not lock.keep():
             self.lock = None
             cause = f"the loss of {self._folder}" if gone else f"another run, which has taken {self._folder}"
-            self._wish(Request.STOP, cause)
-            self._poke()
+            self._ask(Request.STOP, cause)
 
     def _look_at_launchers(self) -> None:
         if any(not launcher.is_alive for launcher in self._launchers):
             self._launchers = []
-            self._wish(Request.STOP, "the end of its launcher")
-            self._poke()
+            self._ask(Request.STOP, "the end of its launcher")
 
     def _look_for_a_hang(self) -> None:
         self._timer.set()
@@ -214,7 +217,6 @@ class Watch:
             self._peers.died(dead[0])
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Wishes, and the end
 
     def _in_main_thread(self, number: signal.Signals) -> None:
         if self._at_once and not self._over:
@@ -230,11 +232,11 @@ class Watch:
     def _on_wish(self, wish: dict[str, Any]) -> None:
         """Another rank was asked to stop."""
         if self._requests.largest is not Request.STOP:
-            self._wish(Request.STOP, wish["cause"], ExitCode(wish["exit_code"]))
-            self._poke()
+            self._ask(Request.STOP, wish["cause"], ExitCode(wish["exit_code"]))
 
-    def _poke(self) -> None:
-        """Make the main thread look, where it may leave at once."""
+    def _ask(self, request: Request, cause: str, code: ExitCode = ExitCode.INTERRUPTED) -> None:
+        """A wish that the main thread has not heard of: make it look, where it may leave at once."""
+        self._wish(request, cause, code)
         if self._at_once and self._requests.largest is Request.STOP:
             self._signals.poke_main_thread()
 

@@ -205,6 +205,34 @@ def test_a_second_signal_leaves_at_once_and_the_last_commit_is_whole(run_file, f
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("steps", "told", "first", "then", "code"),
+    [
+        ("train.max_steps=2000", "stopped by SIGTERM after step", TERM, TERM, 75),
+        ("train.max_steps=2000", "stopped by SIGINT after step", signal.SIGINT, signal.SIGINT, 130),
+        ("train.max_steps=2", "next    python -c", None, TERM, 0),
+    ],
+)
+def test_a_signal_to_a_run_that_has_ended_changes_no_exit_code(steps, told, first, then, code, run_file, tmp_path):
+    """While the interpreter is taken down: a job would be queued again for nothing, or be taken for killed."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-u", "launch/train.py", *arguments(run_file, run, *FAR, steps)]
+    ran = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert ran.stdout
+    if first:
+        until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(), 120)
+        ran.send_signal(first)
+    said = []
+    for line in ran.stdout:
+        said.append(line)
+        if told in line:
+            ran.send_signal(then)
+    assert ran.wait() == code, said
+    assert sum("stopped by" in line for line in said) == (1 if first else 0), said
+    assert json.loads((run / "run.json").read_text())["state"] == ("interrupted" if first else "finished")
+
+
+@pytest.mark.slow
 def test_control_c_saves_and_says_130(run_file, forked, tmp_path):
     run = tmp_path / "run"
     ranks = forked.start(1, arguments(run_file, run, *FAR))

@@ -571,11 +571,12 @@ OTHER = {"prompt": "Who?", "chosen": "I.", "rejected": "You."}
     [
         (CODE, "    return x", "pass"),
         ([*CODE, *[OTHER] * 200], CODE[0]["chosen"], CODE[0]["rejected"]),
+        (CODE[:1], "    return x", "pass"),
         ([HI], HI["chosen"], HI["rejected"]),
         ([HI, HI], HI["chosen"], HI["rejected"]),
         ([HI, OTHER], HI["chosen"], HI["rejected"]),
     ],
-    ids=["all", "some", "one row", "one prompt", "some, of two"],
+    ids=["all", "some", "one row", "one row, not apart", "one prompt", "some, of two"],
 )
 def test_texts_of_a_conversation_lose_a_repeated_prompt_only_where_the_whole_source_repeats_it(
     tmp_path: Path, rows: list[dict[str, Any]], chosen: str, rejected: str, how: dict[str, Any]
@@ -587,13 +588,13 @@ def test_texts_of_a_conversation_lose_a_repeated_prompt_only_where_the_whole_sou
     assert all(isinstance(item, Preference) for item in made)
     first: Any = made[0]
     assert [first.chosen[0]["content"], first.rejected[0]["content"]] == [chosen, rejected]
-    assert (first.begins, first.repeats) == (True, 2 if rows is CODE else 0)
+    assert (first.begins, first.repeats) == (True, 2 if rows in (CODE, CODE[:1]) else 0)
 
 
 def test_a_prompt_that_answers_begin_with_and_keep_is_told(tmp_path: Path) -> None:
     tokenizer, lines = words(), []
     tokenizer.chat_template = SPOKEN
-    source = replace(write(tmp_path / "a.jsonl", [HI | {"chosen": "Hi a", "rejected": "Hi b"}]), as_="chat")
+    source = replace(write(tmp_path / "a.jsonl", [HI | {"chosen": "Hi! a", "rejected": "Hi? b"}]), as_="chat")
     how: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lines.append, "scored": "all"}
     assert contents(load_pairs([source], tokenizer, Limits(), **how)) == [[[1, 0], [1, 2, 0], [1, 3, 0]]]
     assert lines[0].startswith("data: 1 x pair of text whose answers both begin with the prompt's")

@@ -134,6 +134,12 @@ def test_stale_build_locks_are_named_and_left_alone(tmp_path):
     assert lock.exists()
 
 
+def test_an_accelerator_that_there_is_none_of(tmp_path):
+    verdict = CHECKS["gpu"](CheckContext(None, {"DS_ACCELERATOR": "banana"}))
+    assert verdict.level == FAIL and verdict.text.startswith("DS_ACCELERATOR: 'banana' is no accelerator; unset it")
+    assert CHECKS["gpu"](CheckContext(None, {"DS_ACCELERATOR": "cpu"})).level != FAIL
+
+
 def test_operators_are_loaded_from_no_folder_that_others_may_write(tmp_path):
     """What is there is code: in /tmp anybody may have been first."""
     context = CheckContext(None, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "builds")})

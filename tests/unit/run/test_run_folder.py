@@ -507,6 +507,7 @@ def test_a_damaged_tail_is_cut_to_whole_lines_and_told(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("what", ["removed", "cut", "replaced"])
 def test_metrics_that_are_lost_under_a_run_are_begun_anew_and_told(what, tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
     path = tmp_path / "metrics.jsonl"
     recorder = metrics.Recorder(tmp_path, load(tmp_path).log, {}, None, None)
     for step in (1, 2):
@@ -522,6 +523,20 @@ def test_metrics_that_are_lost_under_a_run_are_begun_anew_and_told(what, tmp_pat
     left = {"removed": [], "cut": [1], "replaced": [1]}[what]
     assert [line["step"] for line in metrics.training_lines(path)] == [*left, 3, 4] and path.read_bytes().endswith(b"\n")
     assert capsys.readouterr().out.count("was removed or cut while the run wrote it") == 1
+
+
+def test_a_folder_that_was_emptied_under_a_run_stays_empty(tmp_path, capsys):
+    """With no more than metrics in it, it would be nobody's run, and the same command would be refused."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    recorder = metrics.Recorder(folder, load(tmp_path).log, {}, None, None)
+    recorder.write({"step": 1, "loss": 0.1})
+    for path in folder.iterdir():
+        path.unlink()
+    recorder.write({"step": 2, "loss": 0.1})
+    recorder.close()
+    assert not list(folder.iterdir()) and "removed or cut" not in capsys.readouterr().out
 
 
 def test_damage_in_the_middle_is_passed_over_by_every_reader(tmp_path):
