@@ -20,7 +20,7 @@ PAIRS_PER_SWEEP = 20_000
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """How pairs are laid out for the ranks. Changing it changes speed and memory, never a loss."""
 
     tokens_per_pack: int
@@ -56,14 +56,14 @@ class Step:
 
 @dataclass(frozen=True)
 class StepLoader:
-    """The training data as steps. Which pairs a step holds depends on neither the layout nor the lengths."""
+    """The training data as steps. Which pairs a step holds depends on neither the packing nor the lengths."""
 
     store: PairStore
     weights: Sequence[float]
     pairs_per_step: int
     seed: int
     shuffle: bool
-    layout: Layout
+    packing: Packing
     together: np.ndarray | None = None
     """Pairs with the same number lie side by side in a shuffled epoch."""
 
@@ -84,8 +84,8 @@ class StepLoader:
             epoch, k = divmod(number - 1, self.steps_per_epoch)
             if epoch != planned_epoch:
                 plan, planned_epoch = self.epoch(epoch), epoch
-            placed = place(self.store, plan[k], self.layout)
-            packs = [batch.pinned() for batch in placed.packs(self.store, self.layout)]
+            placed = place(self.store, plan[k], self.packing)
+            packs = [batch.pinned() for batch in placed.packs(self.store, self.packing)]
             progress, counts = epoch + (k + 1) / self.steps_per_epoch, count(self.store, plan[k])
             yield Step(
                 number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention, placed.scored
@@ -124,7 +124,7 @@ def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Placement:
+class StepPacks:
     """Where some pairs run: `ids[rank][micro_step]`, and what all ranks compute together."""
 
     ids: list[list[np.ndarray]]
@@ -138,40 +138,40 @@ class Placement:
     waiting: float
     """Share of the time in which ranks wait for the slowest, were cost all."""
 
-    def packs(self, store: PairStore, layout: Layout) -> Iterator[PackedBatch]:
-        """The packs of the layout's rank."""
-        how = {"prefix_sharing": layout.prefix_sharing, "score_prompt": layout.score_prompt}
-        return (collate([store[i] for i in ids.tolist()], ids.tolist(), **how) for ids in self.ids[layout.rank])
+    def packs(self, store: PairStore, packing: Packing) -> Iterator[PackedBatch]:
+        """The packs of this rank."""
+        how = {"prefix_sharing": packing.prefix_sharing, "score_prompt": packing.score_prompt}
+        return (collate([store[i] for i in ids.tolist()], ids.tolist(), **how) for ids in self.ids[packing.rank])
 
 
-def place(store: PairStore, ids: np.ndarray, layout: Layout) -> Placement:
+def place(store: PairStore, ids: np.ndarray, packing: Packing) -> StepPacks:
     """Pairs -> packs on all ranks; pairs of one prompt as a group, where sharing is on."""
-    lengths, scored, budget, world = store.lengths[ids], store.scored[ids], layout.tokens_per_pack, layout.world_size
-    groups = group(store.same[ids], lengths, budget, scored) if layout.prefix_sharing else alone(lengths, scored)
+    lengths, scored, budget, world = store.lengths[ids], store.scored[ids], packing.tokens_per_pack, packing.world_size
+    groups = group(store.same[ids], lengths, budget, scored) if packing.prefix_sharing else alone(lengths, scored)
     packs = pack(groups.tokens, budget, world, groups.cost)
     in_order = np.argsort(groups.of_pair, kind="stable")
     members = np.split(ids[in_order], np.cumsum(np.bincount(groups.of_pair))[:-1])
     load = np.array([[groups.cost[chosen].sum() for chosen in rank] for rank in packs])
     largest = max(int(groups.tokens[chosen].sum()) for rank in packs for chosen in rank)
     tokens, room = int(groups.tokens.sum()), load.size * budget
-    prompts = (tokens - int(groups.answers.sum())) // (1 if layout.prefix_sharing else 2) - len(groups.tokens)
-    return Placement(
+    prompts = (tokens - int(groups.answers.sum())) // (1 if packing.prefix_sharing else 2) - len(groups.tokens)
+    return StepPacks(
         [[np.concatenate([ids[:0], *(members[g] for g in chosen)]) for chosen in rank] for rank in packs],
         tokens,
         int(groups.attention.sum()),
-        int(groups.scored.sum()) + prompts * layout.score_prompt,
+        int(groups.scored.sum()) + prompts * packing.score_prompt,
         largest,
         tokens / room,
         1 - float(load.sum() / max(world * load.max(axis=0).sum(), 1)),
     )
 
 
-def sweep(store: PairStore, layout: Layout) -> Iterator[tuple[float, PackedBatch]]:
+def sweep(store: PairStore, packing: Packing) -> Iterator[tuple[float, PackedBatch]]:
     """This rank's packs over every pair of a store, once, each with the share of the store that is then done."""
     for start in range(0, len(store), PAIRS_PER_SWEEP):
         ids = np.arange(start, min(start + PAIRS_PER_SWEEP, len(store)))
-        placed = place(store, ids, layout)
-        for k, batch in enumerate(placed.packs(store, layout), start=1):
+        placed = place(store, ids, packing)
+        for k, batch in enumerate(placed.packs(store, packing), start=1):
             yield (start + len(ids) * k / len(placed.ids[0])) / len(store), batch
 
 

@@ -18,7 +18,7 @@ import torch
 from dspref import distributed
 from dspref.data.ahead import ahead
 from dspref.data.batch import PackedBatch
-from dspref.data.loader import Layout, Placement, place
+from dspref.data.loader import Packing, StepPacks, place
 from dspref.data.store import PairStore
 from dspref.errors import EnvironmentFault
 from dspref.model.logps import pair_logps
@@ -92,7 +92,7 @@ def fill(
     wanted: Mapping[str, Wanted],
     sets: Mapping[str, PairStore],
     scorer: Callable[[], AbstractContextManager[Any]],
-    layout: Layout,
+    packing: Packing,
     device: torch.device,
     share: tuple[int, int] = (0, 1),
     view: View = lambda done, total, left: None,
@@ -100,7 +100,7 @@ def fill(
     """Score what the store lacks of what is wanted, and commit it as it is done; the number of pairs.
 
     `scorer` opens a context that gives the reference's forward; it is not opened where nothing is missing. `share` = (k, n):
-    only every n-th block, from the k-th. Packs depend on what is wanted and on the layout alone, neither on the clock nor on
+    only every n-th block, from the k-th. Packs depend on what is wanted and on `packing` alone, neither on the clock nor on
     what a job that was ended has left: the values are those of one that was not.
     """
     # Rank 0 decides for all: a file system may show a new file to one node before another.
@@ -113,7 +113,7 @@ def fill(
         tally.begin()
         for block in todo:
             pairs, pending = sets[block.name], []
-            for rows, sums in score(forward, pairs, planned(block, pairs, layout), layout, device):
+            for rows, sums in score(forward, pairs, planned(block, pairs, packing), packing, device):
                 pending.append((rows, sums))
                 tally.count(block, rows)
                 if tally.is_due():
@@ -171,18 +171,18 @@ def _todo(store: ReferenceStore | None, wanted: Mapping[str, Wanted], share: tup
     return found
 
 
-def planned(block: Todo, store: PairStore, layout: Layout) -> Placement:
+def planned(block: Todo, store: PairStore, packing: Packing) -> StepPacks:
     """The packs of a block that are to be run: those of the whole block that hold a pair which is asked for. Where they hold
     pairs that are known too (from other jobs, or other data), the pairs that are asked for are packed anew."""
-    placed = place(store, block.rows, layout)
+    placed = place(store, block.rows, packing)
     at = [np.searchsorted(block.rows, rows) for rows in together(placed)]
     kept = [k for k, pairs in enumerate(at) if block.asked[pairs].any()]
     if not all(block.unknown[at[k]].all() for k in kept):
-        return place(store, block.rows[block.asked], layout)
+        return place(store, block.rows[block.asked], packing)
     return replace(placed, ids=[[of_rank[k] for k in kept] for of_rank in placed.ids])
 
 
-def together(placed: Placement) -> list[np.ndarray]:
+def together(placed: StepPacks) -> list[np.ndarray]:
     """The pairs that run at one time on all ranks, ascending, of each micro-step."""
     return [np.sort(np.concatenate(of_ranks)) for of_ranks in zip(*placed.ids)]
 
@@ -221,11 +221,11 @@ def _commit(
 
 
 def score(
-    forward: Any, store: PairStore, placed: Placement, layout: Layout, device: torch.device
+    forward: Any, store: PairStore, placed: StepPacks, packing: Packing, device: torch.device
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Run packs: after each micro-step its pairs, on all ranks, ascending, and their log-prob sums, fp32 [n, columns] on the
     CPU of every rank."""
-    micro_steps = zip(together(placed), placed.packs(store, layout))
+    micro_steps = zip(together(placed), placed.packs(store, packing))
     for rows, at, batch in ahead((rows, _places(batch, rows), batch.pinned()) for rows, batch in micro_steps):
         sums = torch.zeros(len(rows), len(COLUMNS), device=device)
         batch = batch.to(device)
@@ -240,11 +240,11 @@ def _places(batch: PackedBatch, rows: np.ndarray) -> torch.Tensor:
     return places.pin_memory() if torch.cuda.is_available() else places
 
 
-def score_rows(forward: Any, store: PairStore, rows: np.ndarray, layout: Layout, device: torch.device) -> torch.Tensor:
+def score_rows(forward: Any, store: PairStore, rows: np.ndarray, packing: Packing, device: torch.device) -> torch.Tensor:
     """Log-prob sums of some pairs (ascending `rows`) of a data set: fp32 [n, columns] on the CPU of every rank."""
     found = torch.full((len(rows), len(COLUMNS)), torch.nan)
     if len(rows):
-        for scored, sums in score(forward, store, place(store, rows, layout), layout, device):
+        for scored, sums in score(forward, store, place(store, rows, packing), packing, device):
             found[np.searchsorted(rows, scored)] = sums
     return found
 

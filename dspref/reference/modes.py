@@ -18,7 +18,7 @@ import torch
 from dspref import distributed
 from dspref.config import Config, ModelSection, cache_folder
 from dspref.data.batch import PackedBatch
-from dspref.data.loader import Layout
+from dspref.data.loader import Packing
 from dspref.data.store import PairStore
 from dspref.engine import ds_config, engine, finite, memory
 from dspref.engine.engine import Engine
@@ -206,7 +206,7 @@ def build(
     policy: Engine,
     beginning: Beginning,
     sets: Mapping[str, PairStore],
-    layout: Layout,
+    packing: Packing,
     needs: Mapping[str, Need] | None = None,
     view: View = lambda done, total, left: None,
 ) -> Reference:
@@ -226,7 +226,7 @@ def build(
             module = getattr(forward, "module", forward)  # of a DeepSpeed engine
             return Reference(partial(_ask, forward), moving, config.reference.ref_model_sync_steps, module)
         case _:
-            return Reference(partial(_read, stored(config, policy, beginning, sets, layout, needs, view)))
+            return Reference(partial(_read, stored(config, policy, beginning, sets, packing, needs, view)))
 
 
 @torch.no_grad()
@@ -268,10 +268,10 @@ def _moving(config: Config, policy: Engine, forward: Any) -> MovingReference | N
 # Stored log-probs
 
 
-def scoring_layout(config: Config, layout: Layout, device_type: str) -> Layout:
+def scoring_packing(config: Config, packing: Packing, device_type: str) -> Packing:
     """The packs of a pass that keeps nothing for a backward one. On a CPU larger ones are no faster."""
-    own, by_default = config.reference.tokens_per_pack, (1 if device_type == "cpu" else 2) * layout.tokens_per_pack
-    return replace(layout, tokens_per_pack=own or by_default)
+    own, by_default = config.reference.tokens_per_pack, (1 if device_type == "cpu" else 2) * packing.tokens_per_pack
+    return replace(packing, tokens_per_pack=own or by_default)
 
 
 def stored(
@@ -279,7 +279,7 @@ def stored(
     policy: Engine,
     beginning: Beginning,
     sets: Mapping[str, PairStore],
-    layout: Layout,
+    packing: Packing,
     needs: Mapping[str, Need] | None,
     view: View,
 ) -> dict[str, torch.Tensor]:
@@ -287,7 +287,7 @@ def stored(
     store, device = open_store(config, beginning.reference_digest), policy.device
     wanted = filling.wanted_of(store, sets, needs)
     ready = partial(scorer, config, policy, beginning.weights, device.type)
-    scored = filling.fill(store, wanted, sets, ready, scoring_layout(config, layout, device.type), device, view=view)
+    scored = filling.fill(store, wanted, sets, ready, scoring_packing(config, packing, device.type), device, view=view)
     filling.report(store, wanted, scored)
     return filling.tables(store, wanted, sets, device)
 
@@ -318,7 +318,7 @@ def _read(tables: Mapping[str, torch.Tensor], name: str, batch: PackedBatch) -> 
 def open_store(config: Config, digest: str) -> ReferenceStore | None:
     """The store of this reference, on rank 0; None on the others, which leave its files alone.
 
-    Its identity is all that decides a value beside the tokens: content of the weights, their type. Paths, kernels, layout
+    Its identity is all that decides a value beside the tokens: content of the weights, their type. Paths, kernels, packing
     and world size are not. Raises EnvironmentFault where the folder cannot be read.
     """
     section = described(config, "").section

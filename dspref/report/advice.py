@@ -58,9 +58,9 @@ def of_run(
     section: ModelSection, pairs_per_step: int, zero_stage: int, policy: Engine, loader: StepLoader, kernel: str
 ) -> list[str]:
     """Advice for a run whose models are in memory."""
-    steps, layout = loader.epoch(0)[:STEPS_LOOKED_AT], loader.layout
-    placed = [place(loader.store, ids, layout) for ids in steps]
-    lm, world = policy.module.lm, layout.world_size
+    steps, packing = loader.epoch(0)[:STEPS_LOOKED_AT], loader.packing
+    placed = [place(loader.store, ids, packing) for ids in steps]
+    lm, world = policy.module.lm, packing.world_size
     text, size = lm.config.get_text_config(), performance.size_of(policy.module)
     hidden = performance.number_in(text, "hidden_size", default=0)
     mlp, layers = (
@@ -69,8 +69,8 @@ def of_run(
     )
     value = 4 if section.dtype == "float32" else 2
     packs, per_rank = fmean(len(p.ids[0]) for p in placed), fmean(p.tokens for p in placed) / world
-    budget = -int(-per_rank * ROOM // max(int(per_rank / layout.tokens_per_pack), 1) // 256) * 256
-    larger = replace(layout, tokens_per_pack=budget)
+    budget = -int(-per_rank * ROOM // max(int(per_rank / packing.tokens_per_pack), 1) // 256) * 256
+    larger = replace(packing, tokens_per_pack=budget)
     then = fmean(len(place(loader.store, ids, larger).ids[0]) for ids in steps)
     # Gradients are not there yet: fp32 ones, and before they are reduced those of the run's type.
     coming = 6 * memory.count_weights(lm) // (world if zero_stage >= 2 else 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dspref.data.ahead import ahead
-from dspref.data.loader import Layout, sweep
+from dspref.data.loader import Packing, sweep
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
 from dspref.model.logps import pair_logps
@@ -23,7 +23,7 @@ def evaluate(
     reference: Reference,
     rewards: RunningMean,
     sets: Mapping[str, PairStore],
-    layout: Layout,
+    packing: Packing,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Metrics of every held-out set over all its pairs, each name behind the set's prefix (`eval_`, `eval_<set>_`).
@@ -36,7 +36,7 @@ def evaluate(
         meter = Meter(policy.device, loss.router_coef)
         seen: list[tuple[PairLogps, PairLogps | None]] = []
         with policy.evaluating():
-            for batch in ahead(batch.pinned() for _, batch in sweep(store, layout)):
+            for batch in ahead(batch.pinned() for _, batch in sweep(store, packing)):
                 if must_stop():
                     return None
                 batch = batch.to(policy.device)

@@ -11,7 +11,7 @@ import torch
 
 from dspref import distributed
 from dspref.config import Config
-from dspref.data.loader import Layout
+from dspref.data.loader import Packing
 from dspref.data.store import PairStore
 from dspref.engine import engine
 from dspref.errors import ConfigError, NumericFault
@@ -33,7 +33,7 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
     _, _, pairs, held_out = preparation.prepare(config, device.type)
-    layout = modes.scoring_layout(config, stages.plan(config, pairs)[0], device.type)
+    packing = modes.scoring_packing(config, stages.plan(config, pairs)[0], device.type)
     sets = {"train": pairs, **held_out}
     weights = config.model.name_or_path
 
@@ -45,10 +45,10 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
         forward = stack.enter_context(scorer()) if verify else None
         ready = (lambda: nullcontext(forward)) if forward else scorer
         with console.scoring() as view:
-            scored = filling.fill(store, wanted, sets, ready, layout, device, share, view)
+            scored = filling.fill(store, wanted, sets, ready, packing, device, share, view)
         filling.report(store, wanted, scored)
         if forward:
-            _verify(config, forward, store, wanted, sets, verify, layout, device)
+            _verify(config, forward, store, wanted, sets, verify, packing, device)
 
 
 def refuse_without_store(config: Config) -> None:
@@ -68,7 +68,7 @@ def _verify(
     wanted: Mapping[str, filling.Wanted],
     sets: Mapping[str, PairStore],
     count: int,
-    layout: Layout,
+    packing: Packing,
     device: torch.device,
 ) -> None:
     """Score a sample again, and compare per answer token."""
@@ -82,7 +82,7 @@ def _verify(
         known = stored[name][rows].cpu()
         here = ~known.isnan().any(dim=1)
         missing += int((~here).sum())
-        fresh = filling.score_rows(forward, pairs, rows, layout, device)
+        fresh = filling.score_rows(forward, pairs, rows, packing, device)
         tokens = torch.from_numpy(pairs.lengths[rows, 1:]).float().repeat(1, 2)
         off = ((fresh - known).abs() / tokens)[here]
         worst = float(np.maximum(worst, off.max().item() if len(off) else 0.0))  # a NaN stays one

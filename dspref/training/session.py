@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dspref.config import Config
-from dspref.data.loader import Layout
+from dspref.data.loader import Packing
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
 from dspref.reference.modes import Reference
@@ -29,7 +29,7 @@ class Session:
     loss: StepLoss
     pairs: PairStore
     held_out: Mapping[str, PairStore]
-    layout: Layout
+    packing: Packing
     recorder: Recorder
     view: console.ProgressView
     watch: Watch

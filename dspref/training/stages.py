@@ -15,7 +15,7 @@ import numpy as np
 
 from dspref import distributed, terminal
 from dspref.config import Config
-from dspref.data.loader import Layout, StepLoader, sharing_pays
+from dspref.data.loader import Packing, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
 from dspref.data.show import mark
 from dspref.data.store import PairStore
@@ -124,17 +124,19 @@ def check_environment(config: Config, device_type: str) -> None:
         distributed.log(f"warning: {off}")
 
 
-def plan(config: Config, pairs: PairStore) -> tuple[Layout, StepLoader]:
+def plan(config: Config, pairs: PairStore) -> tuple[Packing, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run."""
     data, world = config.data, distributed.world()
     together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
     sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
     prompts = build_objective(**config.objective.model_dump()).scores_prompt
-    layout = Layout(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt=prompts)
+    packing = Packing(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt=prompts)
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
-    return layout, StepLoader(pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, layout, together)
+    return packing, StepLoader(
+        pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, packing, together
+    )
 
 
 def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, steps: int) -> dict[str, Need]:
@@ -222,7 +224,7 @@ def introduce(
     world, train = distributed.world(), config.train
     prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
-    sharing = "on" if loader.layout.prefix_sharing else "off"
+    sharing = "on" if loader.packing.prefix_sharing else "off"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),

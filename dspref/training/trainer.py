@@ -51,7 +51,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     stages.check_environment(config, device_type)
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
     kernel, tokenizer, pairs, held_out = preparation.prepare(config, device_type)
-    layout, loader = stages.plan(config, pairs)
+    packing, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
     beginning = stages.open_run(run, config, source, sets, steps, watch)
@@ -67,7 +67,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
     with console.scoring(run.path) as view:
         needs = stages.needs(loader, held_out, done, steps)
-        reference = references.build(config, policy, beginning, sets, layout, needs, view)
+        reference = references.build(config, policy, beginning, sets, packing, needs, view)
     for line in advice.of_run(config.model, config.train.pairs_per_step, config.zero_stage, policy, loader, kernel):
         distributed.log(f"advice: {line}")
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
@@ -75,7 +75,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, config), watch)
     view = console.ProgressView(progress.step, steps)
 
-    session = Session(config, run, policy, reference, loss, pairs, held_out, layout, recorder, view, watch, saver)
+    session = Session(config, run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver)
     watch.steps_begin(config.train.hang_timeout)
     try:
         run_steps(session, loader, progress, steps)
@@ -145,7 +145,7 @@ def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Pr
     found: dict[str, float] | None = {}
     if progress.owes_evaluation and ask is not Request.STOP:
         found = evaluate(
-            session.policy, session.loss, session.reference, progress.rewards, session.held_out, session.layout,
+            session.policy, session.loss, session.reference, progress.rewards, session.held_out, session.packing,
             must_stop=lambda: watch.agreed() is Request.STOP,
         )  # fmt: skip
         if found is None:

@@ -73,7 +73,7 @@ def _build(
     config: configuration.Config, policy: Engine, weights: str, sets: dict[str, PairStore], loader: StepLoader
 ) -> references.Reference:
     beginning = references.Beginning(weights, references.digest(config, weights))
-    return references.build(config, policy, beginning, sets, loader.layout)
+    return references.build(config, policy, beginning, sets, loader.packing)
 
 
 def _gradients(policy: Engine, config: configuration.Config) -> dict[str, np.ndarray]:
@@ -208,7 +208,7 @@ def _reference_values(config: configuration.Config) -> dict[str, np.ndarray]:
     from dspref.reference.filling import COLUMNS
 
     policy, reference, loader, _ = _start(config, 1)
-    pairs, layout = loader.store, loader.layout
+    pairs, layout = loader.store, loader.packing
     found: dict[str, list[np.ndarray]] = {"reference": [], "policy": []}
     for name in ("reference", "policy") * 2:
         sums = torch.zeros(len(pairs), len(COLUMNS))

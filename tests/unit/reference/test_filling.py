@@ -14,7 +14,7 @@ import torch
 from test_store import load, write
 
 from dspref.data.batch import PackedBatch
-from dspref.data.loader import Layout, StepLoader
+from dspref.data.loader import Packing, StepLoader
 from dspref.data.store import PairStore
 from dspref.model.logps import TokenLogps
 from dspref.reference import filling, modes
@@ -24,7 +24,7 @@ from dspref.report import console
 from dspref.run import status
 
 CPU = torch.device("cpu")
-LAYOUT = Layout(tokens_per_pack=40, prefix_sharing=False)
+PACKING = Packing(tokens_per_pack=40, prefix_sharing=False)
 PAIRS = 60
 
 
@@ -68,12 +68,12 @@ def fill(
     needs: dict[str, Need] | None = None,
     scorer: Scorer | None = None,
     view: Callable[[int, int, float | None], None] = lambda done, total, left: None,
-    layout: Layout = LAYOUT,
+    packing: Packing = PACKING,
 ) -> tuple[Scorer, int, dict[str, torch.Tensor]]:
     """A job: what it ran, how many pairs it scored, and the tables it has."""
     scorer, store = scorer or Scorer(), ReferenceStore(root, {})
     wanted = filling.wanted_of(store, sets, needs)
-    count = filling.fill(store, wanted, sets, lambda: nullcontext(scorer), layout, CPU, view=view)
+    count = filling.fill(store, wanted, sets, lambda: nullcontext(scorer), packing, CPU, view=view)
     return scorer, count, filling.tables(store, wanted, sets, CPU)
 
 
@@ -109,14 +109,14 @@ def test_a_job_that_was_ended_at_any_pack_loses_nothing_and_changes_no_bit(
     monkeypatch.setattr(filling, "FIRST_COMMIT_SECONDS", -1.0)
     monkeypatch.setattr(filling, "COMMIT_SECONDS", -1.0)
     monkeypatch.setattr("dspref.reference.store.BLOCK_PAIRS", 25)
-    needs, layout = {"train": some(list(range(50, 5, -1)))}, Layout(100, sharing)
-    whole, count, expected = fill(tmp_path / "whole", {"train": pairs}, needs, layout=layout)
+    needs, packing = {"train": some(list(range(50, 5, -1)))}, Packing(100, sharing)
+    whole, count, expected = fill(tmp_path / "whole", {"train": pairs}, needs, packing=packing)
     assert count == 45 and len(whole.packs) > 6
     for ends_at in range(len(whole.packs)):
         store = tmp_path / str(ends_at)
         with pytest.raises(KeyboardInterrupt):
-            fill(store, {"train": pairs}, needs, first := Scorer(ends_at), layout=layout)
-        second, _, found = fill(store, {"train": pairs}, needs, layout=layout)
+            fill(store, {"train": pairs}, needs, first := Scorer(ends_at), packing=packing)
+        second, _, found = fill(store, {"train": pairs}, needs, packing=packing)
         assert first.packs + second.packs == whole.packs, "every pack once"
         assert np.array_equal(found["train"], expected["train"], equal_nan=True)
 
@@ -230,7 +230,7 @@ def test_a_damaged_word_of_a_scoring_is_not_read(text: str, tmp_path: Path) -> N
 def test_the_pairs_of_some_steps_are_those_that_the_steps_hold(
     done: int, total: int, weight: float, pairs: PairStore
 ) -> None:
-    loader = StepLoader(pairs, [weight], 8, seed=3, shuffle=True, layout=LAYOUT)
+    loader = StepLoader(pairs, [weight], 8, seed=3, shuffle=True, packing=PACKING)
     expected = [row for step in loader.steps(done, total) for batch in step.packs for row in batch.pair_ids.tolist()]
     found = loader.pairs_of(done, total).tolist()
     assert sorted(found) == sorted(set(expected))
