@@ -15,6 +15,7 @@ from dspref.data.printed import Printed, called, passed, said
 from dspref.data.rows import Message, RowError, one_line
 
 DECIDE = "set model.chat_template to one that does not, or data.scored: all to train on it as it is"
+CALL_IT = "set model.chat_template to one that prints the calls of tools"
 GO_ON = (
     "let the answer go on from there, take out of chat_template_kwargs what writes that, or set data.scored: all to train "
     "on it as it is"
@@ -136,7 +137,9 @@ class Conversation:
             for part in parts(self.answer[i]):
                 if not there.has(0, part):
                     reason = f"the chat template drops the {what} {one_line(part.text, 80)!r}"
-                    raise RowError(f"{place}.tool_calls", reason, DECIDE)
+                    # Without the call nothing is left of a turn that says no more.
+                    fix = DECIDE if any(word.text.strip() for word in said(self.answer[i])) else CALL_IT
+                    raise RowError(f"{place}.tool_calls", reason, fix)
 
     def _behind_header(self, opening: str) -> str:
         return self.full[len(opening) - len(self.manners.header) :]

@@ -294,6 +294,7 @@ def test_a_call_that_the_template_drops_is_refused() -> None:
     error = marked(GEMMA, Preference([user("Hi")], [calls("add", x=2)], [model("5.")]))
     assert isinstance(error, RowError)
     assert error.field == "chosen[0].tool_calls"
+    assert error.fix == "set model.chat_template to one that prints the calls of tools", "by any rule nothing else is left"
 
 
 def test_a_call_in_the_older_form_of_openai_is_trained_as_the_tool_call_that_it_is() -> None:
