@@ -147,7 +147,7 @@ def check(
 
             survey.report(config, colour=sys.stdout.isatty())
 
-        raise typer.Exit(launcher.guarded_to_the_end(job, NOTHING_LOST))
+        raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
 @app.command(cls=OfRun)
@@ -212,7 +212,7 @@ def score(
 
         scorer.score(config, part, verify)
 
-    raise typer.Exit(launcher.guarded_to_the_end(job, "while it scored; the same command goes on"))
+    raise typer.Exit(launcher.guarded(job, "while it scored; the same command goes on"))
 
 
 @app.command(cls=OfRun)
@@ -321,7 +321,7 @@ def export(
         consolidate(checkpoint, to, dtype.value if dtype else None)
         print(shown(f"{checkpoint} -> {to}"))
 
-    raise typer.Exit(launcher.guarded_to_the_end(job, NOTHING_LOST))
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
 def parse_share(text: str) -> tuple[int, int]:

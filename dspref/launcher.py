@@ -40,7 +40,6 @@ ALLOCATOR = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "ex
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `train` on this rank and return the exit code, for a process that ends with it."""
     outlive_streams()
-    catch_to_the_end()
     try:
         with leaving_at_once():
             config, source = read(arguments)
@@ -51,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             time.sleep(WORD_SECONDS)
         return int(error.exit_code)
+    catch_to_the_end()
     return guarded(lambda: train(config, source))
 
 
@@ -71,12 +71,6 @@ def train(config: Config, source: Path) -> None:
     from dspref.training.trainer import train
 
     train(config, source)
-
-
-def guarded_to_the_end(job: Callable[[], None], what: str) -> int:
-    """`guarded`, for a process that ends with it."""
-    catch_to_the_end()
-    return guarded(job, what)
 
 
 def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:
