@@ -27,6 +27,7 @@ from dspref.config import LoraSection, ModelSection
 from dspref.errors import ConfigError, EnvironmentFault, UserError
 from dspref.model import weights
 from dspref.model.adapter_files import CONFIG, WEIGHTS, Saved, base_of, digest, folder_of, is_saved
+from dspref.terminal import printable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -257,7 +258,8 @@ def _refuse_idle_pattern(lm: PreTrainedModel, pattern: str, names: list[str]) ->
     try:
         fits = any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
-        raise ConfigError(f"model.lora.target_modules: {pattern}: is no regular expression ({error}); mend it") from None
+        shown, reason = printable(pattern), printable(str(error))
+        raise ConfigError(f"model.lora.target_modules: {shown}: is no regular expression ({reason}); mend it") from None
     if not fits:
         listed = ", ".join(_linear(lm))
         raise ConfigError(f"model.lora.target_modules: {pattern}: fits no module of {lm.config.model_type}; it has {listed}")

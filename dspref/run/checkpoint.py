@@ -29,6 +29,7 @@ from dspref.reading import is_count
 from dspref.run import manifest
 from dspref.run.folder import RunFolder
 from dspref.run.manifest import step_of
+from dspref.terminal import printable
 
 # Of folders that a process leaves behind when it is killed: a save, a conversion, a deletion, a look past what is foreign.
 LEFT = re.compile(r"(\.(saving|trash|universal|loading)-)+step-[0-9]{6,18}")
@@ -57,7 +58,7 @@ class Progress:
             if not is_count(found.step) or not is_count(found.metrics_offset) or not is_count(found.skipped):
                 raise ValueError("a number is none")
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise IOFault(f"{path}: is not the state of a run ({error}); delete that checkpoint") from None
+            raise IOFault(f"{path}: is not the state of a run ({printable(str(error))}); delete that checkpoint") from None
         return found
 
 

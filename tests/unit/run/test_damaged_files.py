@@ -147,6 +147,14 @@ def check(whole: dict[str, bytes], cases: int) -> None:
         shutil.rmtree(root)
 
 
+def test_what_a_library_says_of_a_damaged_file_is_one_line(tmp_path):
+    """It quotes what it found there."""
+    (tmp_path / "state.json").write_text('{"\\n": null, "step": 1}')
+    with pytest.raises(UserError, match="is not the state of a run") as fault:
+        Progress.read(tmp_path / "state.json")
+    assert str(fault.value).isprintable()
+
+
 def test_a_manifest_that_names_no_files_is_no_traceback(whole, tmp_path):
     folder = tmp_path / "run"
     for name, content in whole.items():
