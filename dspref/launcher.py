@@ -87,6 +87,7 @@ def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:
 
 
 def outcome(job: Callable[[], None], terminal: TextIO) -> int:
+    """Do the job, say on the terminal what ended it, and return the exit code, which no signal changes from there on."""
     from dspref import distributed
 
     try:

@@ -67,13 +67,12 @@ class Watch:
         self._timer = HangTimer(folder / "logs" / f"rank-{self._rank}.stacks.txt")
         self._peers = Peers(self._timer)
         self._requests, self._signalled_at = Requests(), 0.0
-        self._launchers = launchers()
         self._at_once, self._where = True, "before the first step"
         self.lock: Lock | None = None
         """Of the run folder, on rank 0, once it is claimed."""
         self.was_first = False
         """Whether an error of this rank's main thread is why all leave."""
-        self._over = False
+        self._over, self._launchers = False, launchers()
         self._thread = Thread(target=self._look, name="watch", daemon=True)
         self._signals = Signals(self._in_main_thread)
         self._thread.start()
@@ -217,6 +216,7 @@ class Watch:
             self._peers.died(dead[0])
 
     # -----------------------------------------------------------------------------------------------------------------
+    # Wishes, and the end
 
     def _in_main_thread(self, number: signal.Signals) -> None:
         if self._at_once and not self._over:
