@@ -223,6 +223,7 @@ class Watch:
             if number in STOPPING:
                 self._wish(Request.STOP, number.name, STOPPING[number])
             known = self._requests
+            self._at_once = False  # what is put in order on the way out is not cut short by the next one
             raise Interrupted(f"stopped by {known.cause} {self._where}; the same command goes on", known.exit_code)
 
     def _wish(self, request: Request, cause: str, code: ExitCode = ExitCode.INTERRUPTED) -> None:
