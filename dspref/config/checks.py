@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dspref import secrets
-from dspref.config import hints, strategy
-from dspref.config.objective_checks import CHECKS_OF_LOSSES, CHECKS_OF_REFERENCE, Complaint
+from dspref.config import hints, objective_checks, strategy
+from dspref.config.objective_checks import Complaint
 from dspref.config.paths import shipped
 from dspref.config.sections import Config, Section, SourceSection
 from dspref.config.sound import KeyPath, sound
@@ -45,9 +46,9 @@ def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ())
     """What the checks say of a config, but for its keys in `unsound`; one complaint for each key."""
     told = {*unsound}
 
-    def new(found: Iterator[Complaint]) -> Iterator[Complaint]:
+    def new(check: Callable[[Config], Iterator[Complaint]], unsound: Collection[KeyPath]) -> Iterator[Complaint]:
         try:
-            for path, reason in found:
+            for path, reason in check(sound(config, unsound)):
                 if path not in told:
                     told.add(path)
                     yield path, reason
@@ -55,13 +56,13 @@ def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ())
             if not unsound:
                 raise
 
-    yield from new(_of_secrets(sound(config, unsound), document))
-    of_strategy = list(new(_of_strategy(sound(config, unsound))))
+    yield from new(partial(_of_secrets, document=document), unsound)
+    of_strategy = list(new(_of_strategy, unsound))
     yield from of_strategy
     # What DeepSpeed cannot run is no ground to judge other keys by.
     unsound = [*unsound, *([("deepspeed",)] if of_strategy else [])]
     for check in CHECKS:
-        yield from new(check(sound(config, unsound)))
+        yield from new(check, unsound)
 
 
 def _check_numbers(config: Config) -> Iterator[Complaint]:
@@ -271,11 +272,17 @@ def _check_optimizer(config: Config) -> Iterator[Complaint]:
 CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_numbers,
     _check_lora,
-    *CHECKS_OF_LOSSES,
+    lambda config: objective_checks.check_losses(config.objective),
+    lambda config: objective_checks.check_objective_keys(config.objective),
+    lambda config: objective_checks.check_reference_needed(config.objective, config.reference),
     _check_lengths,
     _check_sources,
     _check_schedule,
     _check_best,
-    *CHECKS_OF_REFERENCE,
+    lambda config: objective_checks.check_reference(config.reference, config.model.lora),
+    lambda config: objective_checks.check_sync_keys(config.reference),
+    lambda config: objective_checks.check_sync(
+        config.reference, config.zero_stage, strategy.device_of(config.strategy, "offload_param")
+    ),
     _check_optimizer,
 )

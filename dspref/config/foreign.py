@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from dspref.config.sections import (
     OBJECTIVE_SECTIONS,
+    TOP,
     CheckpointSection,
-    Config,
     DataSection,
     LogSection,
     LoraSection,
@@ -168,7 +168,7 @@ _NOT_NEEDED = {
 }
 # What means something else, or something only, in one section.
 WITHIN: dict[type[Section], dict[str, str]] = {
-    Config: {
+    TOP: {
         "path": "model.name_or_path or data.train",
         "name": "log.run_name",
         "eval": "data.eval",

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from dspref.config.foreign import FOREIGN_KEYS, NOT_NEEDED, VALUES, WHOLE_VALUES, WITHIN
-from dspref.config.sections import OBJECTIVE_SECTIONS, Config, LoraSection, Section, SourceSection
+from dspref.config.sections import OBJECTIVE_SECTIONS, TOP, LoraSection, Section, SourceSection
 from dspref.objectives import KTO, OBJECTIVES, Family, defaults
 
 SECTIONS = "model|reference|data|objective|train|checkpoint|log"
@@ -103,7 +103,7 @@ def all_homes() -> dict[str, list[str]]:
             if f"{prefix}.{name}" not in homes.setdefault(name, []):
                 homes[name].append(f"{prefix}.{name}")
 
-    for name, field in Config.model_fields.items():
+    for name, field in TOP.model_fields.items():
         homes.setdefault(name, []).append(name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             note(name, field.annotation.model_fields)

@@ -1,13 +1,16 @@
-"""What must hold between the keys of an objective and of its reference: the part of `checks` that knows losses."""
+"""What must hold between the keys of an objective and of its reference: the part of `checks` that knows losses.
+
+Each takes the sections that it reads.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
-from dspref.config import strategy
 from dspref.config.explain import yaml_word
-from dspref.config.sections import Config, ReferenceSection
+from dspref.config.sections import LoraSection, ReferenceSection
 from dspref.config.sound import KeyPath
 from dspref.objectives import KEYS, OBJECTIVES, as_list, defaults, keys_of, losses, needs_reference
 
@@ -32,8 +35,7 @@ ONLY_FOR = {
 }
 
 
-def _check_losses(config: Config) -> Iterator[Complaint]:
-    section = config.objective
+def check_losses(section: Any) -> Iterator[Complaint]:
     names, weights = as_list(section.loss_type), getattr(section, "loss_weights", None)
     family = OBJECTIVES[section.name]
     functions = [family.losses[name].function for name in names]
@@ -47,8 +49,7 @@ def _check_losses(config: Config) -> Iterator[Complaint]:
         yield ("objective", "loss_weights"), f"{len(weights)} given, {len(names)} needed: one for each loss of loss_type"
 
 
-def _check_objective_keys(config: Config) -> Iterator[Complaint]:
-    section = config.objective
+def check_objective_keys(section: Any) -> Iterator[Complaint]:
     family, names = OBJECTIVES[section.name], as_list(section.loss_type)
     given = {key: getattr(section, key) for key in section.model_fields_set if getattr(section, key) is not None}
     applicable = {"name", "loss_type", "loss_weights", *defaults(section.name, names)}
@@ -86,8 +87,7 @@ def exceeded(value: float, annotation: str) -> str | None:
     )
 
 
-def _check_reference_needed(config: Config) -> Iterator[Complaint]:
-    section, reference = config.objective, config.reference
+def check_reference_needed(section: Any, reference: ReferenceSection) -> Iterator[Complaint]:
     needed = needs_reference(**section.model_dump())
     name = f"{section.name} with reference_free" if getattr(section, "reference_free", False) else section.name
     if needed and reference.mode == "none":
@@ -99,8 +99,7 @@ def _check_reference_needed(config: Config) -> Iterator[Complaint]:
             yield ("reference", key), f"objective {name} uses no reference; drop the key"
 
 
-def _check_reference(config: Config) -> Iterator[Complaint]:
-    reference = config.reference
+def check_reference(reference: ReferenceSection, lora: LoraSection | None) -> Iterator[Complaint]:
     if reference.offload == "cpu" and reference.zero_stage == 0:
         yield ("reference", "offload"), "cpu offload needs reference.zero_stage 3"
     if reference.mode == "stored" and reference.offload == "cpu":
@@ -110,8 +109,11 @@ def _check_reference(config: Config) -> Iterator[Complaint]:
         )
     if reference.mode == "stored" and reference.sync_ref_model:
         yield ("reference", "sync_ref_model"), "moves the reference, and stored log-probs are those of one; use mode: engine"
-    if reference.mode == "adapter" and config.model.lora is None:
+    if reference.mode == "adapter" and lora is None:
         yield ("reference", "mode"), "adapter needs a policy with an adapter (model.lora); use stored or engine"
+    if reference.sync_ref_model and lora:
+        reason = "mixes weights of policy and reference; the mean of two adapters is not the adapter of the mean"
+        yield ("reference", "sync_ref_model"), reason
     live = reference.offload == "cpu" or reference.sync_ref_model  # what makes `auto` an engine
     mode = reference.mode if reference.mode != "auto" else "engine" if live else "stored"
     for key, modes in ONLY_FOR.items():
@@ -121,31 +123,24 @@ def _check_reference(config: Config) -> Iterator[Complaint]:
     if reference.adapter_name == "base" and reference.name_or_path:
         yield ("reference", "adapter_name"), "base is the policy's own model; drop it, or reference.name_or_path"
     if reference.adapter_name and reference.name_or_path is None:
-        if config.model.lora is None:
+        if lora is None:
             yield ("reference", "adapter_name"), "names no adapter without model.lora or reference.name_or_path"
-        elif config.model.lora.path is None and reference.adapter_name != "base":
+        elif lora.path is None and reference.adapter_name != "base":
             yield ("reference", "adapter_name"), "needs the folder it lies in: reference.name_or_path or model.lora.path"
 
 
-def _check_sync(config: Config) -> Iterator[Complaint]:
-    reference = config.reference
-    if not reference.sync_ref_model:
-        for key in sorted(reference.model_fields_set & {"ref_model_mixup_alpha", "ref_model_sync_steps"}):
-            if getattr(reference, key) != ReferenceSection.model_fields[key].default:
-                yield ("reference", key), "has no effect without sync_ref_model: true"
-        return
+def check_sync(reference: ReferenceSection, zero_stage: int, offload_param: str) -> Iterator[Complaint]:
+    """`offload_param`: the device that DeepSpeed keeps the policy's weights on."""
     blamed = ("reference", "sync_ref_model")
-    if config.model.lora:
-        yield blamed, "mixes weights of policy and reference; the mean of two adapters is not the adapter of the mean"
-    if config.zero_stage == 3 and reference.zero_stage == 0:
+    if not reference.sync_ref_model:
+        return
+    if zero_stage == 3 and reference.zero_stage == 0:
         yield blamed, "under ZeRO-3 the policy is in shards, and so must be what follows it; drop reference.zero_stage"
-    if strategy.device_of(config.strategy, "offload_param") == "nvme":
+    if offload_param == "nvme":
         yield blamed, "reads the policy's shards, which offload_param puts on nvme; use device: cpu"
 
 
-CHECKS_OF_LOSSES: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
-    _check_losses,
-    _check_objective_keys,
-    _check_reference_needed,
-)
-CHECKS_OF_REFERENCE: tuple[Callable[[Config], Iterator[Complaint]], ...] = (_check_reference, _check_sync)
+def check_sync_keys(reference: ReferenceSection) -> Iterator[Complaint]:
+    for key in sorted(reference.model_fields_set & {"ref_model_mixup_alpha", "ref_model_sync_steps"}):
+        if not reference.sync_ref_model and getattr(reference, key) != ReferenceSection.model_fields[key].default:
+            yield ("reference", key), "has no effect without sync_ref_model: true"

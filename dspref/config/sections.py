@@ -241,6 +241,10 @@ class Config(Section):
         return self.strategy.get("zero_optimization", {}).get("stage", 0)
 
 
+# The section that holds all others: its fields, for those who look no value up in it.
+TOP: type[Section] = Config
+
+
 def in_full(path: tuple[str | int, ...], value: Any) -> Any:
     """What the value at `path` of a document stands for, where it may be a short form."""
     match path:
