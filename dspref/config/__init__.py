@@ -10,7 +10,19 @@ Shows: explain, hints, sound, strategy, yaml12.
 """
 
 from dspref.config.data_section import SourceSection
-from dspref.config.load import cache_folder, dump, examine, load, read, repeated, resolved, schema
+from dspref.config.load import (
+    as_yaml,
+    cache_folder,
+    dump,
+    examine,
+    given,
+    load,
+    read,
+    repeated,
+    resolved,
+    resolved_anew,
+    schema,
+)
 from dspref.config.paths import expand, shipped
 from dspref.config.sections import (
     CheckpointSection,
@@ -25,5 +37,6 @@ from dspref.config.sections import (
 __all__ = [
     "CheckpointSection", "Config", "LogSection", "LoraSection", "ModelSection", "ReferenceSection", "SourceSection",
     "TrainSection",
-    "cache_folder", "dump", "examine", "expand", "load", "read", "repeated", "resolved", "schema", "shipped",
+    "as_yaml", "cache_folder", "dump", "examine", "expand", "given", "load", "read", "repeated", "resolved", "resolved_anew",
+    "schema", "shipped",
 ]  # fmt: skip

@@ -132,9 +132,13 @@ def repeated(overrides: Sequence[str]) -> list[str]:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; itself a valid config file."""
+    return as_yaml(resolved(config))
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -146,6 +150,16 @@ def resolved(config: Config) -> dict[str, Any]:
     if config.train.warmup_steps is not None or config.train.lr_scheduler_type == "constant":
         del values["train"]["warmup_ratio"]  # which these exclude
     return values
+
+
+def given(config: Config) -> dict[str, Any]:
+    """The keys that file and overrides set, with their values."""
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+def resolved_anew(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were resolved before, with the keys that there are now. Raises ValueError for those of another version."""
+    return resolved(Config.model_validate(settings))
 
 
 def schema() -> str:

@@ -8,19 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import dspref
-from dspref import config as configuration
-from dspref.config import Config
 from dspref.machine.machine import installed
 
 SKEW_SECONDS = 5.0
 
 
-def identity(config: Config) -> dict[str, str]:
-    """What must be the same on all ranks: versions, dspref's code, the config."""
+def identity(config: str) -> dict[str, str]:
+    """What must be the same on all ranks: versions, dspref's code, the config (its text, resolved)."""
     code = hashlib.sha256()
     for path in sorted(Path(dspref.__file__).parent.rglob("*.py")):
         code.update(path.name.encode() + path.read_bytes())
-    settings = hashlib.sha256(configuration.dump(config).encode()).hexdigest()
+    settings = hashlib.sha256(config.encode()).hexdigest()
     python = ".".join(map(str, sys.version_info[:3]))
     packages = installed()
     packages.pop("wandb", None)  # which rank 0 alone needs

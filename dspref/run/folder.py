@@ -18,7 +18,6 @@ import torch
 import dspref
 from dspref import config as configuration
 from dspref import distributed
-from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, ExitCode
 from dspref.files import DRAFT, append_line, end_line, flushed, remove, whole_lines, write_atomically
 from dspref.model import digests
@@ -115,9 +114,11 @@ class RunFolder:
         if said := record.misplaced(self.path, anew):
             raise EnvironmentFault(f"output_dir: {said}")
 
-    def open(self, config: Config, source: Path | None, ds_config: Mapping[str, Any], steps: int) -> None:
-        """Write state, config and versions (rank 0, which holds the lock). run.json comes first: from then on a kill leaves
-        a run. A folder that is started anew keeps its old run in `previous-*`.
+    def open(
+        self, settings: Mapping[str, Any], source: Path | None, ds_config: Mapping[str, Any], steps: int, anew: bool = False
+    ) -> None:
+        """Write state, resolved settings and versions (rank 0, which holds the lock). run.json comes first: from then on a
+        kill leaves a run. A folder that is started `anew` keeps its old run in `previous-*`.
 
         Raises EnvironmentFault where another process has been here since `look`.
         """
@@ -127,7 +128,6 @@ class RunFolder:
             remove(left)
         for left in (".final", ".adapter", ".old-final", ".old-adapter"):
             remove(self.path / left)
-        anew = config.checkpoint.resume == "never"
         if not anew:
             mend_tail(self.path / EVENTS)
         known = self._set_aside(anew)
@@ -138,7 +138,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         if source:
             self._write("config.source.yaml", source.read_text(encoding="utf-8"))
-        self._write(RESOLVED, configuration.dump(config))
+        self._write(RESOLVED, configuration.as_yaml(settings))
         self._write("ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from dspref import config as configuration
 from dspref import distributed
-from dspref.config import Config
 from dspref.errors import ConfigError
 from dspref.run import manifest, record
 from dspref.run.folder import RESOLVED, RunFolder, environment
@@ -39,29 +38,30 @@ def first_line(error: Exception) -> str:
     return str(error).split("\n", 1)[0]
 
 
-def refuse_changes(run: RunFolder, config: Config) -> list[str]:
+def refuse_changes(run: RunFolder, settings: dict[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What differs from the settings of the run in a folder, as lines to show. Raises ConfigError for a key that
-    decides what a step computes, and where nothing tells any more what the settings were."""
+    decides what a step computes, and where nothing tells any more what the settings were.
+
+    `settings`: every key, resolved; `asked`: those of them that the user has set.
+    """
     if record.read(run.path)[0].get("aside"):
         return []
     said = manifest.newest(run.checkpoints, run.run.get("run_id"))
-    new = flatten(configuration.resolved(config))
-    old = _settings_before(run, said, config)
+    new, old = flatten(settings), _settings_before(run, said, settings)
     if old is None:
         return []
-    _refuse_stage(run, old.get("deepspeed.zero_optimization.stage", 0), config)
+    _refuse_stage(run, old.get("deepspeed.zero_optimization.stage", 0), settings)
     changed = [key for key in sorted({*old, *new}) if not _alike(old.get(key), new.get(key))]
     refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if refused:
-        asked = flatten(config.model_dump(mode="json", exclude_unset=True))
         raise ConfigError(
-            f"{_difference(refused, old, new, asked, run.path)}, or start anew with another output_dir= or "
+            f"{_difference(refused, old, new, flatten(asked), run.path)}, or start anew with another output_dir= or "
             "checkpoint.resume=never"
         )
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
 
-def _settings_before(run: RunFolder, said: Mapping[str, Any] | None, config: Config) -> dict[str, Any] | None:
+def _settings_before(run: RunFolder, said: Mapping[str, Any] | None, settings: dict[str, Any]) -> dict[str, Any] | None:
     """By the newest manifest, else by config.resolved.yaml; None where nothing has been computed with any."""
     if said and isinstance(said.get("settings"), dict):
         return flatten(settings_of(said["settings"]))
@@ -72,21 +72,21 @@ def _settings_before(run: RunFolder, said: Mapping[str, Any] | None, config: Con
         if not said and not run.is_finished:
             return None
         # The manifest of an older dspref, which holds no more than a digest.
-        if said and said["config"] == digest_of(config):
-            return flatten(configuration.resolved(config))
+        if said and said["config"] == digest_of(settings):
+            return flatten(settings)
         raise ConfigError(
             f"{path}: cannot be read, so nothing tells whether the settings are still the run's ({first_line(error)}); "
             "restore it, or start anew with another output_dir= or checkpoint.resume=never"
         ) from None
 
 
-def _refuse_stage(run: RunFolder, before: int, config: Config) -> None:
+def _refuse_stage(run: RunFolder, before: int, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError where optimizer states would have to pass between stages that keep them otherwise."""
-    saved, now = manifest.committed(run.checkpoints), config.zero_stage
+    saved, now = manifest.committed(run.checkpoints), stage_of(settings)
     if before == now or {before, now} == {1, 2} or not saved:
         return
-    lora = config.model.lora
-    key = "model.lora.path" if lora and not lora.merge_on_export else "model.name_or_path"
+    lora = settings["model"]["lora"]
+    key = "model.lora.path" if lora and not lora["merge_on_export"] else "model.name_or_path"
     raise ConfigError(
         f"deepspeed.zero_optimization.stage: {now}, but the run in {run.path} has {before}, and of its "
         "optimizer only stages 1 and 2 read each other; restore it, or "
@@ -98,7 +98,7 @@ def _refuse_stage(run: RunFolder, before: int, config: Config) -> None:
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that a manifest holds, with the keys that dspref has now."""
     try:
-        return configuration.resolved(Config.model_validate(values))
+        return configuration.resolved_anew(values)
     except ValueError:  # of another version
         return values
 
@@ -108,9 +108,13 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(settings).items() if not key.startswith(MAY_CHANGE)}
 
 
-def digest_of(config: Config) -> str:
-    """sha256 of the resolved config."""
-    return hashlib.sha256(configuration.dump(config).encode()).hexdigest()
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """sha256 of resolved settings, as YAML."""
+    return hashlib.sha256(configuration.as_yaml(settings).encode()).hexdigest()
+
+
+def stage_of(settings: Mapping[str, Any]) -> int:
+    return settings["deepspeed"].get("zero_optimization", {}).get("stage", 0)
 
 
 # What other settings depend on, with defaults that differ: named first, as a change of it changes these too.
@@ -157,7 +161,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, inner in values.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
+def facts_of(run: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifests of a run say of it, beside the step; on rank 0."""
     if distributed.world().rank != 0:
         return {}
@@ -165,9 +169,9 @@ def facts_of(run: RunFolder, config: Config) -> dict[str, Any]:
     return {
         "run_id": known.get("run_id"),
         "content": known.get("content", {}),
-        "config": digest_of(config),
-        "settings": json.loads(redact(json.dumps(configuration.resolved(config)))),
-        "zero_stage": config.zero_stage,
-        "dtype": config.model.dtype,
+        "config": digest_of(settings),
+        "settings": json.loads(redact(json.dumps(settings))),
+        "zero_stage": stage_of(settings),
+        "dtype": settings["model"]["dtype"],
         "packages": environment()["packages"],
     }

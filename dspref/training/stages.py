@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from dspref import config as configuration
 from dspref import distributed, terminal
 from dspref.config import Config
 from dspref.data.loader import Packing, StepLoader, sharing_pays
@@ -70,7 +71,7 @@ def already_finished(run: RunFolder, config: Config) -> bool:
             distributed.log(warning)
         if config.checkpoint.resume == "required" and not committed_folders(run):
             raise ConfigError(f"checkpoint.resume: required, but {run.path} holds no checkpoint; use auto to start anew")
-        changes = [] if anew else refuse_changes(run, config)
+        changes = [] if anew else refuse_changes(run, configuration.resolved(config), configuration.given(config))
         for change in changes:
             distributed.log(f"changed since this run began: {change}")
         finished = not anew and run.is_finished
@@ -107,7 +108,7 @@ def must_export_again(run: RunFolder) -> bool:
 
 def check_environment(config: Config, device_type: str) -> None:
     """Refuse what would fail later: a machine without room or write access, ranks that are not alike."""
-    world, own = distributed.world(), agreement.identity(config)
+    world, own = distributed.world(), agreement.identity(configuration.dump(config))
     context = CheckContext(config, ranks=world.local_size, on_gpu=device_type == "cuda")
     looked = preflight.examine(context, preflight.AT_START) if world.local_rank == 0 else {}
     distributed.gather_objects(None)  # all read their clocks at one moment; no barrier, as NCCL may lack what is checked
@@ -171,7 +172,7 @@ def open_run(
             if began.get(name, content[name]) != content[name]:
                 raise DataError(f"{run.path}: {changed(name, sets)}; restore, or use another output_dir=")
         watch.lock = lock.Lock.claim(run.path)
-        run.open(config, source, engine_config(config), steps)
+        run.open(configuration.resolved(config), source, engine_config(config), steps, config.checkpoint.resume == "never")
         if random:
             loading.initialise(config.model, run.path / "init", config.train.seed)
             content.setdefault("reference", modes.digest(config, weights))

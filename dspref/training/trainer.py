@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from dspref import config as configuration
 from dspref import distributed
 from dspref.config import Config
 from dspref.data.loader import Step, StepLoader
@@ -72,7 +73,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         distributed.log(f"advice: {line}")
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
     recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
-    saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, config), watch)
+    saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, configuration.resolved(config)), watch)
     view = console.ProgressView(progress.step, steps)
 
     session = Session(config, run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver)

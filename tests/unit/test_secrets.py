@@ -175,7 +175,7 @@ def test_errors_logs_and_run_folders_hide_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = run_folder.RunFolder("out")
     run.path.mkdir()  # as the lock does
-    run.open(config.load("run.yaml"), Path("run.yaml"), {}, steps=1)
+    run.open(config.resolved(config.load("run.yaml")), Path("run.yaml"), {}, steps=1)
     run.update(error=f"401 for {HUB}")
     run.event("failed", error=f"401 for {HUB}")
 

@@ -317,9 +317,9 @@ def test_secrets_for_the_launcher_of_deepspeed(text, level, tmp_path, monkeypatc
 
 
 def test_ranks_that_are_not_alike(tmp_path):
-    one, hosts = agreement.identity(run_of(tmp_path)), ["node0", "node0", "node1"]
+    one, hosts = agreement.identity(config.dump(run_of(tmp_path))), ["node0", "node0", "node1"]
     assert agreement.difference([one, one, one], hosts) is None
-    other = agreement.identity(run_of(tmp_path, "train.seed=7"))
+    other = agreement.identity(config.dump(run_of(tmp_path, "train.seed=7")))
     said = agreement.difference([one, one, other], hosts)
     assert said and said.startswith("rank 2 on node1 has the config ") and "rank 0 on node0" in said
     assert "torch 2.9.0" in (agreement.difference([one, one | {"torch": "2.9.0"}, one], hosts) or "")

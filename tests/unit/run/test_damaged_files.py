@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_run_folder import commit, finished, lines_of, load, resume_step
 
+from dspref import config as configuration
 from dspref.errors import UserError
 from dspref.report import metrics, performance
 from dspref.run import manifest, status
@@ -106,7 +107,7 @@ def look_at(folder: Path, config: Any) -> None:
         lambda: stages.already_finished(RunFolder(folder), config),
         lambda: (folder / ".lock").unlink(missing_ok=True),
         lambda: stages.already_finished(RunFolder(folder), config),
-        lambda: refuse_changes(RunFolder(folder), config),
+        lambda: refuse_changes(RunFolder(folder), configuration.resolved(config), {}),
         lambda: outcome.learned(written),
         lambda: performance.medians(metrics.training_lines(written)),
         lambda: Progress.read(folder / STEP / "state.json"),

@@ -17,6 +17,7 @@ import pytest
 from tiny import save_tiny, save_tokenizer, tiny_config
 from typer.testing import CliRunner
 
+from dspref import config as configuration
 from dspref import slurm
 from dspref.cli import app
 from dspref.config import Config
@@ -200,7 +201,9 @@ READ: dict[str, Callable[[Path], Any]] = {
     "a large file whose digest is asked": lambda f: refused(OSError, lambda: digests.sha256(pipe(f / "x"))),
     "a model's config, for its size": described,
     "records of a run": records,
-    "settings of a run": lambda f: refuse_changes(RunFolder(pipe(f / "config.resolved.yaml").parent), of(f)),
+    "settings of a run": lambda f: refuse_changes(
+        RunFolder(pipe(f / "config.resolved.yaml").parent), configuration.resolved(of(f)), {}
+    ),
     "a manifest": step,
     "a lock": held,
     "metrics and events": grows,

@@ -33,11 +33,15 @@ def load(folder: Path, *overrides: str) -> Config:
     return configuration.load(QUICK, [f"output_dir={folder}", *overrides])
 
 
+def changes(run: RunFolder, config: Config) -> list[str]:
+    return refuse_changes(run, configuration.resolved(config), configuration.given(config))
+
+
 def opened(folder: Path, *overrides: str) -> RunFolder:
     """A run that has begun, by this process."""
     config, run = load(folder, *overrides), RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    run.open(config, None, {}, 8)
+    run.open(configuration.resolved(config), None, {}, 8, config.checkpoint.resume == "never")
     run.update(content={"train": "abc"})
     return run
 
@@ -48,7 +52,7 @@ def commit(run: RunFolder, step: int, config: Config, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     state = json.dumps({"step": step, "metrics_offset": 0})
     (folder / "state.json").write_text(state)
-    said = facts_of(run, config) | {"step": step, "world_size": 1, "metrics": {}} | changes
+    said = facts_of(run, configuration.resolved(config)) | {"step": step, "world_size": 1, "metrics": {}} | changes
     import hashlib
 
     said["files"] = {"state.json": (len(state), hashlib.sha256(state.encode()).hexdigest())}
@@ -128,7 +132,7 @@ def test_what_lies_in_the_way_of_a_run_is_said_at_its_start(name, kind, said, tm
     assert (preflight.check_folders(CheckContext(anew)).level == FAIL) is (name == record.NAME)
     if name != record.NAME:
         RunFolder(run.path).refuse_foreign(anew=True)
-        RunFolder(run.path).open(anew, None, {}, 8)
+        RunFolder(run.path).open(configuration.resolved(anew), None, {}, 8, anew=True)
         RunFolder(run.path).refuse_foreign()
 
 
@@ -189,7 +193,7 @@ def test_whatever_bears_the_name_of_a_save_goes_before_a_run_goes_on(first, tmp_
 def test_a_save_takes_the_place_of_whatever_lies_there(kind, tmp_path):
     """Of its draft, and of a step that is to be saved again: that is moved, and nothing is lost that somebody put there."""
     run = opened(tmp_path / "run")
-    draft = saving.Draft(run, 4, facts_of(run, load(run.path)) | {"metrics": {}}, 0.0, True)
+    draft = saving.Draft(run, 4, facts_of(run, configuration.resolved(load(run.path))) | {"metrics": {}}, 0.0, True)
     for path in (draft.folder, draft.committed):
         STRAYS[kind](path)
     draft.begin()
@@ -260,7 +264,7 @@ def test_an_old_run_is_set_aside_whole_and_a_kill_within_goes_on(tmp_path):
         before = (folder / "run.json").read_bytes()
         _die_at_rename(kills, lambda folder=folder: opened(folder, "checkpoint.resume=never"))
         RunFolder(folder).refuse_foreign()
-        assert refuse_changes(RunFolder(folder), load(folder, "train.learning_rate=1e-3")) == []
+        assert changes(RunFolder(folder), load(folder, "train.learning_rate=1e-3")) == []
         new = opened(folder, f"checkpoint.resume={'auto' if kills % 2 else 'never'}")
         asides = [aside for aside in folder.glob("previous-*") if (aside / "final/model.safetensors").exists()]
         assert len(asides) == 1 and sorted(entry.name for entry in asides[0].iterdir()) == names, kills
@@ -310,7 +314,7 @@ def test_what_ran_meanwhile_is_not_overwritten(tmp_path):
     run.look()
     opened(tmp_path)
     with pytest.raises(EnvironmentFault, match="give the same command again"):
-        run.open(config, None, {}, 8)
+        run.open(configuration.resolved(config), None, {}, 8, config.checkpoint.resume == "never")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,7 +347,7 @@ def test_a_damaged_run_json_never_loses_a_checkpoint(content, tmp_path, capsys):
     again = RunFolder(folder)
     assert not stages.already_finished(again, config)
     assert capsys.readouterr().out.count(f"run {own['run_id']} goes on") == 1
-    again.open(config, None, {}, 8)
+    again.open(configuration.resolved(config), None, {}, 8)
     assert again.run["run_id"] == own["run_id"] and again.run["content"] == {"train": "abc"}
     assert resume_step(again) == 4
     assert status.show(status.read(folder))
@@ -407,7 +411,7 @@ def test_changed_settings_are_refused_whatever_became_of_the_file(old, damage, t
     commit(run, 4, config)
     if old:
         said = manifest.read(folder / "checkpoints/step-000004") or {}
-        assert said.pop("settings") and said["config"] == digest_of(config)
+        assert said.pop("settings") and said["config"] == digest_of(configuration.resolved(config))
         (folder / "checkpoints/step-000004/manifest.json").write_text(json.dumps(signed(said)))
     text = path.read_text()
     if damage == "missing":
@@ -418,13 +422,13 @@ def test_changed_settings_are_refused_whatever_became_of_the_file(old, damage, t
         path.write_text(text[: len(text) // 2] if damage == "half" else "")
     if old and damage == "edited":
         return  # nothing could tell
-    assert refuse_changes(RunFolder(folder), config) == []
+    assert changes(RunFolder(folder), config) == []
     for change in CHANGED:
         with pytest.raises(ConfigError) as refusal:
-            refuse_changes(RunFolder(folder), load(folder, change))
+            changes(RunFolder(folder), load(folder, change))
         assert "restore it" in str(refusal.value) and "\n" not in str(refusal.value)
     if not old:
-        (line,) = refuse_changes(RunFolder(folder), load(folder, "train.max_steps=99"))
+        (line,) = changes(RunFolder(folder), load(folder, "train.max_steps=99"))
         assert line.startswith("train.max_steps: ") and line.endswith("-> 99")
 
 
@@ -444,23 +448,23 @@ def test_of_changed_settings_the_one_that_the_user_has_set_is_named(change, said
     folder = tmp_path / "run"
     commit(opened(folder), 4, load(folder))
     with pytest.raises(ConfigError) as refusal:
-        refuse_changes(RunFolder(folder), load(folder, *change))
+        changes(RunFolder(folder), load(folder, *change))
     assert str(refusal.value).startswith(said.format(folder)), refusal.value
 
 
 def test_a_new_key_with_its_default_is_no_change(tmp_path):
     """A manifest of an older dspref lacks it."""
     run, config = opened(tmp_path / "run"), load(tmp_path / "run")
-    settings = facts_of(run, config)["settings"]
+    settings = facts_of(run, configuration.resolved(config))["settings"]
     del settings["train"]["seed"]
     commit(run, 4, config, settings=settings)
-    assert refuse_changes(RunFolder(run.path), config) == []
+    assert changes(RunFolder(run.path), config) == []
 
 
 def test_an_unfinished_run_without_a_checkpoint_needs_no_settings(tmp_path):
     run = opened(tmp_path / "run")
     (run.path / "config.resolved.yaml").write_text("half: [")
-    assert refuse_changes(RunFolder(run.path), load(run.path, *CHANGED)) == []
+    assert changes(RunFolder(run.path), load(run.path, *CHANGED)) == []
 
 
 def test_a_metric_that_is_not_finite_makes_no_checkpoint_unreadable(tmp_path):
@@ -574,7 +578,7 @@ def test_logs_are_on_disk_before_a_checkpoint_counts_on_them(tmp_path, monkeypat
     run.event("start")
     plain = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), plain(fd)))
-    draft = Draft(run, 2, facts_of(run, config) | {"metrics": {}}, 0.0, True)
+    draft = Draft(run, 2, facts_of(run, configuration.resolved(config)) | {"metrics": {}}, 0.0, True)
     draft.begin()
     draft.write_progress(Progress(2))
     draft.publish(draft.hashes())
