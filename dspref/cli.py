@@ -126,12 +126,13 @@ def check(
     """Check a run's YAML file without loading a model: keys, types, ranges, what goes together, and what it names."""
     from dspref import config as configuration
     from dspref.machine import inputs
+    from dspref.machine.context import CheckContext
     from dspref.objectives import as_list
 
     with faults_in_one_line():
         tell_repeated(overrides)
         config, positions = configuration.read(file, overrides or [])
-        on_hub = inputs.refuse(config, file, positions)
+        on_hub = inputs.refuse(CheckContext(config).look(file.parent), positions)
     if show:
         print(configuration.dump(config), end="")
     else:
@@ -161,11 +162,12 @@ def doctor(
     """Check this machine: versions, GPUs, room, folders, locks. The report holds no secrets; paste it into an issue."""
     from dspref import config as configuration
     from dspref.machine import doctor
+    from dspref.machine.context import CheckContext
 
     with faults_in_one_line():
         tell_repeated(overrides)
         config = configuration.load(file, overrides or []) if file else None
-    report = doctor.examine(config, str(file or ""))
+    report = doctor.examine(CheckContext(config), str(file or ""))
     print(doctor.as_json(report) if as_json else doctor.as_text(report), end="")
     raise typer.Exit(int(doctor.exit_code(report)))
 

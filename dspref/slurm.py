@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dspref import config as configuration
 from dspref import reading
-from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import read_object, write_atomically
 from dspref.machine import inputs
+from dspref.machine.context import CheckContext
 from dspref.run.record import misplaced
 from dspref.run.status import is_foreign
 from dspref.secrets import is_telling, kind_of
@@ -62,23 +62,33 @@ class Job:
     """A shell file that the job sources first."""
 
 
+class JobRun(NamedTuple):
+    """A run of a job, checked."""
+
+    folder: Path
+    config: str
+    """Resolved, as YAML."""
+    saves: bool
+    """Whether it leaves checkpoints to go on from."""
+
+
 def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = None, dry_run: bool = False) -> None:
     """Check, write and show the job of a run, or of each line of a sweep, and hand it to SLURM.
 
     Raises ConfigError before anything is written, also for what a config names and is not there, EnvironmentFault where
     SLURM refuses, OSError.
     """
-    config = load(file, overrides, looks=sweep is None)
-    configs = load_sweep(file, [*overrides], sweep, config.output_dir) if sweep else [config]
-    folder, runs = absolute(config.output_dir), [absolute(one.output_dir) for one in configs]
-    for run in {folder, *runs}:
-        refuse_occupied(run)
+    output_dir, run = load(file, overrides, looks=sweep is None)
+    planned = load_sweep(file, [*overrides], sweep, output_dir) if sweep else [run]
+    folder, runs = run.folder, [one.folder for one in planned]
+    for place in {folder, *runs}:
+        refuse_occupied(place)
     script = render(job, folder, runs, is_array=sweep is not None)
     lint(script)
 
-    path = write(folder, runs, configs, script)
+    path = write(folder, planned, script)
     print(script)
-    if any(one.checkpoint.save_every is None for one in configs):
+    if not all(one.saves for one in planned):
         print("advice: checkpoint.save_every is null, so the loss of a node would cost all steps since the job's last start")
     if dry_run:
         print(f"nothing was submitted; the script is {path}")
@@ -88,46 +98,47 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
     print(f"job     {number}, {job.nodes} x {job.gpus_per_node} GPUs for {job.time}" + f", {len(runs)} runs" * bool(sweep))
     print(f"script  {path}")
     print(f"log     {log_file(folder, number, is_array=sweep is not None)}")
-    print(f"next    {command('dspref', 'status', config.output_dir)}")
+    print(f"next    {command('dspref', 'status', output_dir)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configs
 
 
-def load(file: Path, overrides: Sequence[str], looks: bool = True) -> Config:
-    """A config that can be submitted; `looks`: with a look at the files and folders that it names."""
+def load(file: Path, overrides: Sequence[str], looks: bool = True) -> tuple[str, JobRun]:
+    """output_dir as the config has it, and the run; `looks`: with a look at the files and folders that it names."""
     config, positions = configuration.read(file, overrides)
     if not config.output_dir or not config.output_dir.isprintable():
         raise ConfigError(f"output_dir: {config.output_dir!r}: is empty or does not print; choose another folder")
     if config.checkpoint.resume == "never":
         raise ConfigError("checkpoint.resume: never would begin again at every requeue; use auto and another output_dir=")
     if looks:
-        inputs.refuse(config, file, positions)
-    return config
+        inputs.refuse(CheckContext(config).look(file.parent), positions)
+    saves = config.checkpoint.save_every is not None
+    return config.output_dir, JobRun(absolute(config.output_dir), configuration.dump(config), saves)
 
 
-def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list[Config]:
-    """One config per line of `sweep`, whose words are overrides; each has an output_dir of its own. All faults at once."""
+def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list[JobRun]:
+    """One run per line of `sweep`, whose words are overrides; each has an output_dir of its own. All faults at once."""
     try:
         lines = reading.read_text(sweep).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{sweep}: cannot be read ({reading.words(error)})") from None
-    configs: list[Config] = []
+    runs: list[JobRun] = []
     taken = {absolute(root)}
     faults = []
     for number, line in enumerate(lines, start=1):
         try:
             if words := shlex.split(line, comments=True):
-                configs.append(load(file, [*overrides, f"output_dir={json.dumps(f'{root}/{len(configs)}')}", *words]))
-                if (folder := absolute(configs[-1].output_dir)) in taken:
+                runs.append(load(file, [*overrides, f"output_dir={json.dumps(f'{root}/{len(runs)}')}", *words])[1])
+                if (folder := runs[-1].folder) in taken:
                     raise ConfigError(f"output_dir: {folder} is taken by the sweep or a line before; give each run its own")
                 taken.add(folder)
         except (ConfigError, ValueError) as error:  # ValueError: a quote that nobody closes
             faults += [f"{sweep}:{number}: {fault}" for fault in str(error).splitlines()]
-    if faults or not configs:
+    if faults or not runs:
         raise ConfigError("\n".join(faults) or f"{sweep}: holds no run; write the overrides of one run on each line")
-    return configs
+    return runs
 
 
 def absolute(folder: str) -> Path:
@@ -229,12 +240,12 @@ def lint(script: str) -> None:
 # Files and SLURM
 
 
-def write(folder: Path, runs: Sequence[Path], configs: Sequence[Config], script: str) -> Path:
+def write(folder: Path, runs: Sequence[JobRun], script: str) -> Path:
     """The configs into the folders of their runs, and the script into that of the job; its path."""
     path = folder / "submit" / "job.sbatch"
-    for run, config in zip(runs, configs):
-        (run / "submit").mkdir(parents=True, exist_ok=True)
-        write_atomically(run / "submit" / "config.yaml", configuration.dump(config))
+    for run in runs:
+        (run.folder / "submit").mkdir(parents=True, exist_ok=True)
+        write_atomically(run.folder / "submit" / "config.yaml", run.config)
     for place in (path.parent, folder / "logs"):  # SLURM drops a job whose log has no folder
         place.mkdir(parents=True, exist_ok=True)
     write_atomically(path, script)

@@ -9,7 +9,7 @@ Enters: objectives.
 Shows: explain, hints, sound, strategy, yaml12.
 """
 
-from dspref.config.data_section import SourceSection
+from dspref.config.data_section import DataSection, SourceSection
 from dspref.config.load import (
     as_yaml,
     cache_folder,
@@ -35,8 +35,8 @@ from dspref.config.sections import (
 )  # fmt: skip
 
 __all__ = [
-    "CheckpointSection", "Config", "LogSection", "LoraSection", "ModelSection", "ReferenceSection", "SourceSection",
-    "TrainSection",
+    "CheckpointSection", "Config", "DataSection", "LogSection", "LoraSection", "ModelSection", "ReferenceSection",
+    "SourceSection", "TrainSection",
     "as_yaml", "cache_folder", "dump", "examine", "expand", "given", "load", "read", "repeated", "resolved", "resolved_anew",
     "schema", "shipped",
 ]  # fmt: skip

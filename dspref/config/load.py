@@ -158,7 +158,10 @@ def given(config: Config) -> dict[str, Any]:
 
 
 def resolved_anew(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that were resolved before, with the keys that there are now. Raises ValueError for those of another version."""
+    """Settings that were resolved before, with the keys that there are now.
+
+    Raises ValueError for those of another version.
+    """
     return resolved(Config.model_validate(settings))
 
 

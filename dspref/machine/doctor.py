@@ -7,15 +7,16 @@ import os
 import platform
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import dspref
 from dspref import secrets
-from dspref.config import Config
 from dspref.errors import ExitCode
 from dspref.machine import machine, preflight
-from dspref.machine.machine import FAIL, OK, WARN, CheckContext
+from dspref.machine.context import OK, CheckContext
+from dspref.machine.machine import FAIL, WARN
 
 # Environment variables that decide how a run goes.
 MATTER = (
@@ -25,11 +26,10 @@ MATTER = (
 )  # fmt: skip
 
 
-def examine(config: Config | None, run: str = "") -> dict[str, Any]:
+def examine(context: CheckContext, run: str = "") -> dict[str, Any]:
     """What is known of this machine, and with a config of what its run lacks. `run`: how the user named it."""
     found = machine.gpus()
-    context = CheckContext(config, ranks=max(len(found.names), 1), on_gpu=bool(found.names))
-    verdicts = preflight.examine(context)
+    verdicts = preflight.examine(replace(context, ranks=max(len(found.names), 1), on_gpu=bool(found.names)))
     levels = [verdict.level for verdict in verdicts.values()]
     return {
         "dspref": dspref.__version__,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.config import Config, ModelSection, shipped
+from dspref.config import CheckpointSection, ModelSection, TrainSection, shipped
 from dspref.errors import UserError
 from dspref.model import weights
 
@@ -17,41 +17,43 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def of_run(config: Config) -> int | None:
+def of_run(
+    model: ModelSection, train: TrainSection, rules: CheckpointSection, zero_stage: int, output_dir: Path
+) -> int | None:
     """Bytes that a run is still to write; None where the model is not on this machine yet.
 
     Checkpoints (one more than are kept, as the oldest goes last), the export, and the weights of a random model.
     """
-    weights = count_weights(config.model)
+    weights = count_weights(model)
     if weights is None:
         return None
-    lora = config.model.lora
-    size, trained = BYTES[config.model.dtype], weights if lora is None else _adapted(config, weights)
+    lora, size = model.lora, BYTES[model.dtype]
+    trained = weights if lora is None else _adapted(model, weights)
     whole = lora is None or lora.merge_on_export
-    drawn = 4 * weights if config.model.init == "random" else 0
-    return _checkpoints(config) * trained * per_weight(config) + (weights if whole else trained) * size + drawn
+    drawn = 4 * weights if model.init == "random" else 0
+    saved = trained * per_weight(train.optim, model.dtype, zero_stage)
+    return checkpoints_to_come(rules, train.max_steps, output_dir) * saved + (weights if whole else trained) * size + drawn
 
 
-def per_weight(config: Config) -> int:
+def per_weight(optim: str, dtype: str, zero_stage: int) -> int:
     """Bytes that a checkpoint has for each trained weight: fp32 masters, Adam's two moments, and at the stages that do not
     shard the weights these too."""
-    moments = 2 if config.train.optim == "adamw_8bit" else 8
-    return 4 + moments + (BYTES[config.model.dtype] if config.zero_stage in (1, 2) else 0)
+    moments = 2 if optim == "adamw_8bit" else 8
+    return 4 + moments + (BYTES[dtype] if zero_stage in (1, 2) else 0)
 
 
-def _checkpoints(config: Config) -> int:
+def checkpoints_to_come(rules: CheckpointSection, steps: int | None, output_dir: Path) -> int:
     """How many more will lie side by side at most."""
-    rules, steps = config.checkpoint, config.train.max_steps
     if rules.save_every is None:
         return 0
     saved = math.ceil(steps / rules.save_every) if steps else rules.keep_last + 1
-    there = len(list(Path(config.output_dir).glob("checkpoints/step-*"))) if rules.resume != "never" else 0
+    there = len(list(output_dir.glob("checkpoints/step-*"))) if rules.resume != "never" else 0
     return max(min(saved, rules.keep_last + 1) - there, 0)
 
 
-def _adapted(config: Config, weights: int) -> int:
+def _adapted(model: ModelSection, weights: int) -> int:
     """Weights of a LoRA adapter on every linear layer: two thin matrices of rank r in place of a square one."""
-    lora, text = config.model.lora, read_config(config.model)
+    lora, text = model.lora, read_config(model)
     hidden = _number(text, "hidden_size", "n_embd", default=weights)
     return round(weights * min(1.0, 2 * (lora.r if lora else 0) / hidden))
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dspref import reading
-from dspref.config import Config, SourceSection, shipped
+from dspref.config import DataSection, ModelSection, ReferenceSection, SourceSection, shipped
 from dspref.config.explain import Complaint, line
 from dspref.config.hints import near
 from dspref.config.sound import KeyPath
 from dspref.config.yaml12 import Position
 from dspref.data.sources import HUB_NAME, SUFFIXES
 from dspref.errors import ConfigError
-from dspref.machine.machine import nearest
+from dspref.machine.places import nearest
 from dspref.run import record
 from dspref.run.status import is_foreign
 
@@ -42,10 +42,10 @@ class Found(NamedTuple):
     """`key value`, of what was not looked at."""
 
 
-def look(config: Config, beside: Path | None = None) -> Found:
-    """`beside`: the folder of the config, where people expect what they name relative to it."""
+def look(model: ModelSection, reference: ReferenceSection, data: DataSection, beside: Path | None = None) -> Found:
+    """At what a run reads. `beside`: the folder of the config, where people expect what they name relative to it."""
     found = Found([], [])
-    for path, name, judge in _named(config):
+    for path, name, judge in _named(model, reference, data):
         place = Path(name) if path == ("model", "chat_template") else shipped(name)
         try:
             if judge is not _template and not place.exists() and _is_hub_id(name):
@@ -56,15 +56,18 @@ def look(config: Config, beside: Path | None = None) -> Found:
             reasons = [f"cannot be read ({error.strerror or error}); mend its permissions"]
         if reasons:
             found.faults.append((path, f"{name}: {reasons[0]}{_beside(reasons[0], name, beside)}"))
-    found.faults.extend(_folders(config))
+    return once_each(found)
+
+
+def once_each(found: Found) -> Found:
+    """With the first fault of each key."""
     first = dict(reversed(found.faults))  # a folder that is no model holds no tokenizer either
     return Found(list(first.items())[::-1], list(dict.fromkeys(found.on_hub)))
 
 
-def refuse(config: Config, file: Path, positions: Mapping[KeyPath, Position]) -> list[str]:
+def refuse(found: Found, positions: Mapping[KeyPath, Position]) -> list[str]:
     """Raise ConfigError, with a line for each, where something that a config names is not there or no good; what was not
-    looked at. `file`: the config, of which `positions` has the keys."""
-    found = look(config, file.parent)
+    looked at. `positions`: of the config's keys."""
     if found.faults:
         raise ConfigError("\n".join(line(Complaint(*fault), positions) for fault in found.faults))
     return found.on_hub
@@ -73,9 +76,8 @@ def refuse(config: Config, file: Path, positions: Mapping[KeyPath, Position]) ->
 Judge = Callable[[Path], Iterator[str]]
 
 
-def _named(config: Config) -> Iterator[tuple[KeyPath, str, Judge]]:
+def _named(model: ModelSection, reference: ReferenceSection, data: DataSection) -> Iterator[tuple[KeyPath, str, Judge]]:
     """(key, value, what looks at it) of everything that a run reads."""
-    model, reference, data = config.model, config.reference, config.data
     tokenizer = ("model", "tokenizer_name_or_path") if model.tokenizer_name_or_path else ("model", "name_or_path")
     yield ("model", "name_or_path"), model.name_or_path, _model if model.init == "pretrained" else _model_config
     yield tokenizer, model.tokenizer_name_or_path or model.name_or_path, _tokenizer
@@ -289,14 +291,15 @@ def _reference(folder: Path, name: str) -> Iterator[str]:
 # What a run writes
 
 
-def _folders(config: Config) -> Iterator[tuple[KeyPath, str]]:
-    folders: dict[KeyPath, str | None] = {("output_dir",): config.output_dir, ("reference", "store"): config.reference.store}
-    for path, name in folders.items():
+def folders(output_dir: Path, store: str | None, anew: bool) -> Iterator[tuple[KeyPath, str]]:
+    """(key, reason) of the folders that cannot be written to, or are not for this run, which begins `anew` or not."""
+    own: dict[KeyPath, str | None] = {("output_dir",): str(output_dir), ("reference", "store"): store}
+    for path, name in own.items():
         if name and (reason := unwritable(Path(name))):
             yield path, f"{name}: {reason}; choose another folder"
-    if is_foreign(Path(config.output_dir)):
-        yield ("output_dir",), f"{config.output_dir}: is not empty and holds no dspref run; choose another folder"
-    elif said := record.misplaced(Path(config.output_dir), config.checkpoint.resume == "never"):
+    if is_foreign(output_dir):
+        yield ("output_dir",), f"{output_dir}: is not empty and holds no dspref run; choose another folder"
+    elif said := record.misplaced(output_dir, anew):
         yield ("output_dir",), said
 
 

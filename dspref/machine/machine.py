@@ -5,25 +5,21 @@ Loads neither torch nor DeepSpeed, which take seconds: `preflight` has the table
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import stat
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from dspref.config import Config, strategy
 from dspref.engine import builds
 from dspref.errors import EnvironmentFault
+from dspref.machine.context import FAIL, OK, TRACKERS, WARN, CheckContext, Verdict
+from dspref.machine.places import NETWORK, file_system, holder_of, others_may_write
 from dspref.terminal import command
-
-OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
 # Package -> (lowest that pyproject.toml allows, newest that is tested: constraints.txt).
 VERSIONS = {
@@ -36,35 +32,10 @@ VERSIONS = {
     "safetensors": ("0.5", "0.8.0"),
     "numpy": ("2", "2.4.6"),
 }
-TRACKERS = ("wandb", "tensorboard")
 CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
 OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "liger-kernel", "wandb", "tensorboard")
 # A build takes a minute or two, perhaps in another container of this machine, whose processes are not seen here.
 BUILD_SECONDS = 300
-# The engine removes locks of cpu_adam that are older.
-# Their locks may be held by other machines.
-NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs", "afs", "wekafs")
-
-
-class Verdict(NamedTuple):
-    """OK, WARN or FAIL, and one line that says why and what to do."""
-
-    level: str
-    text: str
-
-
-@dataclass(frozen=True)
-class CheckContext:
-    """What the checks look at; without a config, the machine alone."""
-
-    config: Config | None = None
-    env: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    ranks: int = 1
-    """Ranks on this machine."""
-    on_gpu: bool = False
-    shared_memory: Path = Path("/dev/shm")
-    proc: Path = Path("/proc")
-    cgroup: Path = Path("/sys/fs/cgroup")
 
 
 class Gpus(NamedTuple):
@@ -108,7 +79,7 @@ def judge_versions(found: Mapping[str, str]) -> Verdict:
 
 def check_packages(context: CheckContext) -> Verdict:
     """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
-    needed = packages_of(context.config) if context.config else {}
+    needed = context.packages
     absent = {package: key for package, key in needed.items() if find_spec(package) is None}
     for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
         extra = "liger" if package == "liger_kernel" else package
@@ -117,19 +88,6 @@ def check_packages(context: CheckContext) -> Verdict:
         effect = "needs it" if ends else "will be switched off without it"
         return Verdict(FAIL if ends else WARN, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key")
     return Verdict(OK, f"installed: {', '.join(needed)}" if needed else "none beyond those of every run")
-
-
-def packages_of(config: Config) -> dict[str, str]:
-    """Package -> the key that asks for it."""
-    asked = {
-        "peft": ("model.lora", config.model.lora is not None),
-        "bitsandbytes": ("model.load_in_4bit", config.model.load_in_4bit),
-        "liger_kernel": ("model.liger", config.model.liger),
-        **{name: (f"log.trackers: {name}", name in config.log.trackers) for name in TRACKERS},
-    }
-    if config.train.optim == "adamw_8bit":
-        asked["bitsandbytes"] = ("train.optim: adamw_8bit", True)
-    return {package: key for package, (key, needs) in asked.items() if needs}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -171,7 +129,7 @@ def check_gpu(context: CheckContext) -> Verdict:
         builds.accelerator(context.env, cuda=False)
     except EnvironmentFault as fault:
         return Verdict(FAIL, str(fault))
-    return judge_gpu(gpus(), torch_cuda(), _needs_cuda(context.config))
+    return judge_gpu(gpus(), torch_cuda(), context.cuda_key)
 
 
 def judge_gpu(found: Gpus, built_for: str, needed_by: str | None) -> Verdict:
@@ -194,20 +152,6 @@ def judge_gpu(found: Gpus, built_for: str, needed_by: str | None) -> Verdict:
     return Verdict(OK, f"{kinds}, driver {found.driver} (CUDA {found.cuda}), torch for CUDA {built_for}")
 
 
-def _needs_cuda(config: Config | None) -> str | None:
-    """The key that asks for a GPU."""
-    if config is None:
-        return None
-    needs = {
-        "model.load_in_4bit": config.model.load_in_4bit,
-        "model.liger": config.model.liger,
-        "train.optim: adamw_8bit": config.train.optim == "adamw_8bit",
-        f"model.attn_implementation: {config.model.attn_implementation}": config.model.attn_implementation
-        not in ("auto", "sdpa"),
-    }
-    return next((key for key, needed in needs.items() if needed), None)
-
-
 def check_attention(context: CheckContext) -> Verdict:
     modules = {
         "flash_attention_2": "flash_attn.flash_attn_interface",
@@ -215,7 +159,7 @@ def check_attention(context: CheckContext) -> Verdict:
         "flash_attention_4": "flash_attn.cute",
     }
     present = [name for name, module in modules.items() if _is_here(module)]
-    asked = context.config.model.attn_implementation if context.config else "auto"
+    asked = context.model.attn_implementation if context.model else "auto"
     if asked in modules and asked not in present:
         return Verdict(
             FAIL, f"model.attn_implementation: {asked} is not installed; pip install -e '.[flash-attn]', or use auto"
@@ -237,23 +181,15 @@ def _is_here(module: str) -> bool:
 # Operators that are compiled on first use
 
 
-def operators(config: Config | None) -> list[str]:
-    """What DeepSpeed will compile for a run."""
-    if config is None:
-        return []
-    nvme = "nvme" in (strategy.device_of(config.strategy, name) for name in ("offload_param", "offload_optimizer"))
-    return (["cpu_adam"] if config.train.optim == "cpu_adam" else []) + (["async_io"] if nvme else [])
-
-
 def builds_folder(context: CheckContext) -> Path:
     """Where compiled operators go; dspref has a folder of its own for cpu_adam."""
-    return builds.folder(context.env, own="cpu_adam" in operators(context.config))
+    return builds.folder(context.env, own="cpu_adam" in context.operators)
 
 
 def check_compiler(context: CheckContext) -> Verdict:
     tools = {"g++": context.env.get("CXX", "g++"), "ninja": "ninja", **({"nvcc": "nvcc"} if torch_cuda() else {})}
     missing = [name for name, command in tools.items() if not shutil.which(command, path=context.env.get("PATH"))]
-    built = operators(context.config)
+    built = context.operators
     if missing and built:
         remedy = "install it (ninja: pip install ninja; nvcc: the CUDA toolkit), or use train.optim: adamw"
         return Verdict(FAIL, f"{' and '.join(missing)} not found, and {built[0]} is compiled on first use; {remedy}")
@@ -263,11 +199,11 @@ def check_compiler(context: CheckContext) -> Verdict:
 
 def check_locks(context: CheckContext) -> Verdict:
     """A killed build leaves its lock, and every later start waits for it for ever, silently."""
-    built, folder = operators(context.config), builds_folder(context)
+    built, folder = context.operators, builds_folder(context)
     if folder.exists() and (whose := others_may_write(folder)):
         remedy = "remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
         return Verdict(FAIL, f"{folder}: {whose}, and code is loaded from there; {remedy}")
-    if context.config and not built:
+    if context.model and not built:
         return Verdict(OK, "nothing will be compiled")
     for lock, age in builds.locks(folder):
         removed = "cpu_adam" in built and age > builds.STALE_SECONDS
@@ -280,36 +216,3 @@ def check_locks(context: CheckContext) -> Verdict:
             level, f"{lock}: {who} holds it ({age / 60:.0f} minutes old), and builds wait for it: {command('rm', lock)}"
         )
     return Verdict(OK, f"none in the way in {folder}")
-
-
-def others_may_write(folder: Path) -> str:
-    """Why another user may put files there; empty where none may. A group is trusted: it may be the user's own."""
-    about = folder.stat()
-    if about.st_uid not in (0, os.geteuid()):
-        return f"it belongs to user {about.st_uid}"
-    return "every user may write there" if about.st_mode & stat.S_IWOTH else ""
-
-
-def holder_of(path: Path, proc: Path = Path("/proc")) -> int | None:
-    """A process of this machine that has the file open."""
-    for link in proc.glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(link) == str(path.resolve()):
-                return int(link.parts[-3])
-        except OSError:  # it ended, or is another user's
-            continue
-    return None
-
-
-def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
-def file_system(path: Path, proc: Path = Path("/proc")) -> str:
-    """Type of the file system that holds a path, as the mount table has it."""
-    table, inside = proc / "mounts", str(nearest(path).resolve())
-    rows = [line.split()[1:3] for line in table.read_text().splitlines()] if table.exists() else []
-    holding = [row for row in rows if inside == row[0] or inside.startswith(row[0].rstrip("/") + "/")]
-    return max(holding, key=lambda row: len(row[0]), default=["", ""])[1]

@@ -15,16 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dspref import secrets
-from dspref.config import cache_folder, strategy
+from dspref.config import cache_folder
 from dspref.config.explain import dotted
 from dspref.machine import footprint, inputs
+from dspref.machine.context import OK, CheckContext, Verdict
 from dspref.machine.machine import (
     FAIL,
-    NETWORK,
-    OK,
     WARN,
-    CheckContext,
-    Verdict,
     builds_folder,
     check_attention,
     check_compiler,
@@ -32,11 +29,9 @@ from dspref.machine.machine import (
     check_locks,
     check_packages,
     check_versions,
-    file_system,
     gpus,
-    nearest,
-    operators,
 )
+from dspref.machine.places import NETWORK, file_system, nearest
 from dspref.model import weights
 from dspref.run import record
 
@@ -51,11 +46,11 @@ SHARED_MEMORY_PER_RANK = 16 * 2**20
 
 
 def check_disk(context: CheckContext) -> Verdict:
-    usage = shutil.disk_usage(nearest(Path(context.config.output_dir if context.config else ".")))
-    free, needed = usage.free, footprint.of_run(context.config) if context.config else None
-    if context.config is None:
+    usage = shutil.disk_usage(nearest(context.output_dir or Path()))
+    free, needed = usage.free, context.bytes_to_write
+    if context.output_dir is None:
         return Verdict(WARN if free < 2**30 else OK, f"{_size(free)} free in the working directory")
-    where = f"output_dir: {context.config.output_dir}"
+    where = f"output_dir: {context.output_dir}"
     if usage.total == 0:
         return Verdict(OK, f"{where}: this file system does not tell its size")
     if needed is None:
@@ -96,12 +91,13 @@ def judge_open_files(limit: int) -> Verdict:
 def check_memory(context: CheckContext) -> Verdict:
     """Of the container, where it has a limit; offloaded states and training on CPU live there."""
     limit = memory_limit(context)
-    weights = footprint.count_weights(context.config.model) if context.config else None
+    model = context.model
+    weights = footprint.count_weights(model) if model else None
     if limit is None:
         return Verdict(WARN, f"{context.proc}/meminfo cannot be read")
-    in_host = context.config and (strategy.offloads_optimizer(context.config.strategy) or not gpus().names)
+    in_host = context.offloads_optimizer or not gpus().names
     # fp32 masters, gradients and two moments
-    if in_host and weights and context.config and context.config.model.lora is None and 16 * weights > limit:
+    if in_host and weights and model and model.lora is None and 16 * weights > limit:
         remedy = "raise the container's limit, or use more machines"
         return Verdict(WARN, f"{_size(limit)} for this job, the optimizer's states take {_size(16 * weights)}; {remedy}")
     return Verdict(OK, f"{_size(limit)} for this job")
@@ -124,24 +120,23 @@ def memory_limit(context: CheckContext) -> int | None:
 
 def check_folders(context: CheckContext) -> Verdict:
     """A file is made and taken away again: permissions alone say nothing of read-only mounts, and nothing to root."""
-    folders, anew = {"the cache ($DSPREF_CACHE)": cache_folder(""), "$TMPDIR": Path(tempfile.gettempdir())}, False
-    if context.config:
-        run = Path(context.config.output_dir)
-        anew = context.config.checkpoint.resume == "never"
+    folders = {"the cache ($DSPREF_CACHE)": cache_folder(""), "$TMPDIR": Path(tempfile.gettempdir())}
+    anew = context.begins_anew
+    if run := context.output_dir:
         if not run.is_file() and (said := record.misplaced(run, anew)):
             return Verdict(FAIL, f"output_dir: {said}")
         within = {} if anew else {f"output_dir: {name}": run / name for name in INNER if (run / name).is_dir()}
         folders = {"output_dir": run, **within, **folders}
-        if context.config.reference.store:
-            folders["reference.store"] = Path(context.config.reference.store)
-    if operators(context.config):
+        if context.store:
+            folders["reference.store"] = context.store
+    if context.operators:
         folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(context)
     for name, folder in folders.items():
-        if context.config and name == "output_dir" and folder.is_file():
+        if name == "output_dir" and folder.is_file():
             continue  # refused where the run folder is opened, with what to do
         if reason := inputs.unwritable(folder):
             return Verdict(FAIL, f"{name}: {folder} {reason}; choose another folder")
-    for path in [folders["output_dir"] / name for name in record.APPENDED] if context.config and not anew else []:
+    for path in [folders["output_dir"] / name for name in record.APPENDED] if run and not anew else []:
         try:
             if path.is_file():
                 open(path, "ab").close()
@@ -154,9 +149,9 @@ def check_folders(context: CheckContext) -> Verdict:
 
 def check_inputs(context: CheckContext) -> Verdict:
     """What the config names: of a machine, these are the user's files."""
-    if context.config is None:
+    if context.model is None:
         return Verdict(OK, "no config was given")
-    found = inputs.look(context.config)
+    found = context.look()
     if found.faults:
         return Verdict(FAIL, "; ".join(f"{dotted(path)}: {reason}" for path, reason in found.faults))
     aside = f"; not checked (hub): {', '.join(found.on_hub)}" if found.on_hub else ""
@@ -165,7 +160,7 @@ def check_inputs(context: CheckContext) -> Verdict:
 
 def check_network_folders(context: CheckContext) -> Verdict:
     folders = {"$TMPDIR": Path(tempfile.gettempdir())}
-    if operators(context.config):
+    if context.operators:
         folders["$TORCH_EXTENSIONS_DIR"] = builds_folder(context)
     for name, folder in folders.items():
         if (kind := file_system(folder, context.proc)) in NETWORK:
@@ -203,8 +198,8 @@ def check_hub(context: CheckContext) -> Verdict:
     token = token or Path(context.env.get("HF_TOKEN_PATH", home / "token")).exists()
     offline = context.env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     state = f"{'offline' if offline else 'online'}, {'a token is there' if token else 'no token'}"
-    if context.config and footprint.model_folder(context.config.model) is None:
-        name = context.config.model.name_or_path
+    if context.model and footprint.model_folder(context.model) is None:
+        name = context.model.name_or_path
         if reason := weights.no_folder(name):
             return Verdict(FAIL, f"model.name_or_path: {name}: {reason}")
         if offline or name.startswith(("/", ".", "~")):
@@ -214,7 +209,7 @@ def check_hub(context: CheckContext) -> Verdict:
 
 
 def check_tracker(context: CheckContext) -> Verdict:
-    if not (context.config and "wandb" in context.config.log.trackers):
+    if "wandb" not in context.trackers:
         return Verdict(OK, "wandb is not asked for")
     netrc = Path(context.env.get("NETRC", Path.home() / ".netrc"))
     known = context.env.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))

@@ -25,7 +25,8 @@ from dspref.engine.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.files import read_lines, write_atomically
 from dspref.machine import agreement, preflight
-from dspref.machine.machine import FAIL, CheckContext, Verdict
+from dspref.machine.context import CheckContext, Verdict
+from dspref.machine.machine import FAIL
 from dspref.model import adapters, loading, packed, unpacked
 from dspref.model.packed import PackedCausalLM
 from dspref.model.weights import one_line

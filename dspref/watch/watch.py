@@ -115,7 +115,7 @@ class Watch:
         """The end of a run that was asked to stop, to be raised."""
         causes = distributed.gather_objects((self._requests.cause, int(self._requests.exit_code)))
         cause, code = next(((cause, code) for cause, code in causes if cause), ("", ExitCode.INTERRUPTED))
-        return Interrupted(f"stopped by {cause} {where}; the same command goes on", ExitCode(code))
+        return _interrupted(cause, where, ExitCode(code))
 
     def report(self, error: BaseException) -> None:
         """Tell the others that this rank leaves, and why, unless one of them was first."""
@@ -222,9 +222,8 @@ class Watch:
         if self._at_once and not self._over:
             if number in STOPPING:
                 self._wish(Request.STOP, number.name, STOPPING[number])
-            known = self._requests
             self._at_once = False  # what is put in order on the way out is not cut short by the next one
-            raise Interrupted(f"stopped by {known.cause} {self._where}; the same command goes on", known.exit_code)
+            raise _interrupted(self._requests.cause, self._where, self._requests.exit_code)
 
     def _wish(self, request: Request, cause: str, code: ExitCode = ExitCode.INTERRUPTED) -> None:
         if self._requests.add(request, cause, code) and request is Request.STOP:
@@ -258,6 +257,10 @@ class Watch:
         with contextlib.suppress(Exception):
             sys.__stdout__.flush()  # type: ignore[union-attr]
         os._exit(code)
+
+
+def _interrupted(cause: str, where: str, code: ExitCode) -> Interrupted:
+    return Interrupted(f"stopped by {cause} {where}; the same command goes on", code)
 
 
 def _is_broken_contact(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import yaml
 from tiny import preference_rows, save_tokenizer, tiny_config
 
 from dspref import config
-from dspref.machine import footprint
+from dspref.machine.context import CheckContext
 
 pytestmark = pytest.mark.slow  # whole processes, as a user starts them
 
@@ -125,7 +125,7 @@ def test_nothing_that_is_printed_has_a_secret(said):
 def test_the_estimate_of_disk_is_what_the_run_wrote(project, said, monkeypatch):
     """A checkpoint, the export, and the weights that were drawn; the rest is kilobytes."""
     monkeypatch.chdir(project)
-    estimated = footprint.of_run(config.load("run.yaml", ["output_dir=elsewhere"]))
+    estimated = CheckContext(config.load("run.yaml", ["output_dir=elsewhere"])).bytes_to_write
     assert estimated
     written = sum(
         path.stat().st_size for path in (project / "run").rglob("*") if path.is_file() and "wandb" not in path.parts

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from dspref import config
 from dspref.cli import app
 from dspref.machine import doctor, inputs, machine
-from dspref.machine.machine import FAIL, OK, WARN, CheckContext
+from dspref.machine.context import OK, CheckContext
+from dspref.machine.machine import FAIL, WARN
 from dspref.machine.preflight import CHECKS
 
 

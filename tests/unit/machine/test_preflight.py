@@ -18,8 +18,9 @@ from tiny import tiny_config, tiny_model
 from dspref import config
 from dspref.config import Config
 from dspref.engine.builds import STALE_SECONDS
-from dspref.machine import agreement, doctor, footprint, machine, preflight
-from dspref.machine.machine import FAIL, OK, VERSIONS, WARN, CheckContext, Gpus, Verdict
+from dspref.machine import agreement, doctor, footprint, machine, places, preflight
+from dspref.machine.context import OK, CheckContext, Verdict
+from dspref.machine.machine import FAIL, VERSIONS, WARN, Gpus
 from dspref.machine.preflight import CHECKS
 
 GIGABYTE = 2**30
@@ -119,7 +120,7 @@ def test_stale_build_locks_are_named_and_left_alone(tmp_path):
     builds, plain = CheckContext(run_of(tmp_path, *OFFLOAD), env), CheckContext(run_of(tmp_path), env)
     assert CHECKS["build locks"](builds).level == OK
     with open(lock, "w"):  # as torch's baton holds it while it builds
-        assert machine.holder_of(lock) == os.getpid()
+        assert places.holder_of(lock) == os.getpid()
         assert CHECKS["build locks"](builds).level == OK
     assert CHECKS["build locks"](builds).level == WARN  # perhaps of another container
     stuck = time.time() - 2 * machine.BUILD_SECONDS
@@ -181,7 +182,7 @@ def test_broken_models_are_left_to_those_who_read_them(content, tmp_path):
         (tmp_path / "m" / name).write_bytes(content)
     for overrides in ([], ["model.init=random"], ["model.lora={r: 8}"]):
         broken = run_of(tmp_path, f"model.name_or_path={tmp_path}/m", "checkpoint.save_every=1", *overrides)
-        assert footprint.of_run(broken) is None
+        assert CheckContext(broken).bytes_to_write is None
         assert CHECKS["disk"](CheckContext(broken)).level == CHECKS["memory"](CheckContext(broken)).level == OK
 
 
@@ -191,14 +192,14 @@ def test_a_disk_that_is_too_small_is_found_before_the_run(tmp_path):
     weights = footprint.count_weights(huge.model)
     assert weights and abs(weights / 70.6e9 - 1) < 0.02  # Llama 3 70B
     # Three checkpoints of masters and two moments, the export in bf16; at stage 2 the weights are in the checkpoint too.
-    assert footprint.of_run(huge) == weights * (3 * 12 + 2)
-    assert footprint.of_run(run_of(tmp_path, f"model.name_or_path={model}")) == weights * 2
+    assert CheckContext(huge).bytes_to_write == weights * (3 * 12 + 2)
+    assert CheckContext(run_of(tmp_path, f"model.name_or_path={model}")).bytes_to_write == weights * 2
     stage2 = ("deepspeed=ds_configs/zero2.json", "checkpoint.save_every=10", "train.max_steps=15", "checkpoint.keep_last=5")
-    assert footprint.of_run(run_of(tmp_path, f"model.name_or_path={model}", *stage2)) == weights * (2 * 14 + 2)
+    assert CheckContext(run_of(tmp_path, f"model.name_or_path={model}", *stage2)).bytes_to_write == weights * (2 * 14 + 2)
     adapter = run_of(tmp_path, f"model.name_or_path={model}", "model.lora={r: 8}", "checkpoint.save_every=10")
-    assert (footprint.of_run(adapter) or 0) < 0.1 * weights
+    assert (CheckContext(adapter).bytes_to_write or 0) < 0.1 * weights
     (tmp_path / "out" / "checkpoints" / "step-000010").mkdir(parents=True)
-    assert footprint.of_run(huge) == weights * (2 * 12 + 2)
+    assert CheckContext(huge).bytes_to_write == weights * (2 * 12 + 2)
     verdict = CHECKS["disk"](CheckContext(huge))
     assert verdict.level == FAIL and f"output_dir: {tmp_path}/out" in verdict.text and "keep_last" in verdict.text
     assert CHECKS["disk"](CheckContext(run_of(tmp_path, "model.name_or_path=some/model"))).level == OK  # not here yet
@@ -352,7 +353,7 @@ def test_a_start_on_a_good_machine_is_silent(tmp_path):
 def test_the_report(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-secret-of-no-shape")
     monkeypatch.setenv("HF_ENDPOINT", "https://me:hunter2abc@hub")
-    report = doctor.examine(run_of(tmp_path, "output_dir=/proc/no/run"), "run.yaml")
+    report = doctor.examine(CheckContext(run_of(tmp_path, "output_dir=/proc/no/run")), "run.yaml")
     assert report["verdict"] == FAIL and set(report["checks"]) == set(CHECKS)
     text = doctor.as_text(report)
     assert json.loads(doctor.as_json(report))["checks"] == report["checks"]

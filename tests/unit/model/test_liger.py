@@ -15,7 +15,7 @@ from tiny import save_tiny, tiny_config
 
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.machine import machine
+from dspref.machine.context import CheckContext
 from dspref.model import liger, loading
 
 LIKE_LIGER = """
@@ -74,7 +74,7 @@ def test_the_key_and_its_names_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     config = load(with_("model.liger", True))
     assert config.model.liger and not load(MINIMAL).model.liger
-    assert machine.packages_of(config) == {"liger_kernel": "model.liger"}
+    assert CheckContext(config).packages == {"liger_kernel": "model.liger"}
     with pytest.raises(ConfigError, match=r"model\.liger"):
         load(with_("train.use_liger_kernel", True))
 

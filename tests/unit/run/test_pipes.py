@@ -25,7 +25,8 @@ from dspref.data import cache, splits
 from dspref.data.sources import Source, find
 from dspref.errors import ConfigError, DataError, EnvironmentFault
 from dspref.machine import footprint, preflight
-from dspref.machine.machine import FAIL, CheckContext
+from dspref.machine.context import CheckContext
+from dspref.machine.machine import FAIL
 from dspref.model import digests
 from dspref.reference.store import KEY_BYTES, ReferenceStore
 from dspref.run import manifest, record, status

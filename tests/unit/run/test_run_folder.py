@@ -15,8 +15,9 @@ from dspref import config as configuration
 from dspref import distributed
 from dspref.config import Config
 from dspref.errors import ConfigError, EnvironmentFault, IOFault
-from dspref.machine import inputs, preflight
-from dspref.machine.machine import FAIL, CheckContext
+from dspref.machine import preflight
+from dspref.machine.context import CheckContext
+from dspref.machine.machine import FAIL
 from dspref.report import metrics
 from dspref.run import export, manifest, record, saving, status
 from dspref.run.checkpoint import Progress, find, prune, resume
@@ -127,7 +128,7 @@ def test_what_lies_in_the_way_of_a_run_is_said_at_its_start(name, kind, said, tm
     assert str(refusal.value) == f"output_dir: {line}"
     verdict = preflight.check_folders(CheckContext(load(run.path)))
     assert (verdict.level, verdict.text) == (FAIL, f"output_dir: {line}")
-    assert (("output_dir",), line) in inputs.look(load(run.path)).faults
+    assert (("output_dir",), line) in CheckContext(load(run.path)).look().faults
     anew = load(run.path, "checkpoint.resume=never")
     assert (preflight.check_folders(CheckContext(anew)).level == FAIL) is (name == record.NAME)
     if name != record.NAME:
