@@ -146,7 +146,7 @@ def check(
         def job() -> None:
             from dspref.training import survey
 
-            survey.report(config, colour=sys.stdout.isatty())
+            survey.report(config.model, config.data, colour=sys.stdout.isatty())
 
         raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 

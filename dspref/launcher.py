@@ -11,16 +11,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
 from dspref.secrets import redact
 from dspref.terminal import outlive_streams, shown
 from dspref.watch.interruption import BEFORE_RUN, catch_to_the_end, decided, first_rank, leaving_at_once
-
-if TYPE_CHECKING:
-    from dspref.config import Config
 
 # A launcher ends all ranks once one has left: so long the others wait, that the first may say why.
 WORD_SECONDS = 2.0
@@ -42,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outlive_streams()
     try:
         with leaving_at_once():
-            config, source = read(arguments)
+            job = job_of(arguments)
     except UserError as error:
         # Every rank finds the same fault in the same file; one says so.
         if first_rank(os.environ):
@@ -51,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(WORD_SECONDS)
         return int(error.exit_code)
     catch_to_the_end()
-    return guarded(lambda: train(config, source))
+    return guarded(job)
 
 
-def read(arguments: Sequence[str] | None) -> tuple[Config, Path]:
-    """The config that a command line names, and the file that it is from. Raises UserError."""
+def job_of(arguments: Sequence[str] | None) -> Callable[[], None]:
+    """The training that a command line asks for, its config checked. Raises UserError."""
     from dspref import config as configuration
     from dspref.ranks import rendezvous
 
@@ -64,13 +60,14 @@ def read(arguments: Sequence[str] | None) -> tuple[Config, Path]:
     for line in configuration.repeated(options.overrides) if first_rank(os.environ) else ():
         print(line, file=sys.stderr, flush=True)
     config = configuration.load(options.config, options.overrides)
-    return config, configuration.shipped(configuration.expand(options.config))
+    source = configuration.shipped(configuration.expand(options.config))
 
+    def job() -> None:
+        from dspref.training.trainer import train
 
-def train(config: Config, source: Path) -> None:
-    from dspref.training.trainer import train
+        train(config, source)
 
-    train(config, source)
+    return job
 
 
 def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:

@@ -34,9 +34,9 @@ def dspref(spec: Spec, folder: Path) -> dict[str, Any]:
     extra: dict[str, float] = {}
 
     def run() -> None:
-        from dspref.training import stages
+        from dspref.training import closing
 
-        stages.finish = stages.show_summary = lambda *_, **__: None  # the export, which is on nobody's clock
+        closing.finish = closing.show_summary = lambda *_, **__: None  # the export, which is on nobody's clock
         dspref_run.train(spec, folder, extra)
 
     ended = until_memory_ends(run)

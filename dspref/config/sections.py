@@ -238,7 +238,7 @@ class Config(Section):
 
     @property
     def zero_stage(self) -> int:
-        return self.strategy.get("zero_optimization", {}).get("stage", 0)
+        return strategy.stage_of(self.strategy)
 
 
 # The section that holds all others: its fields, for those who look no value up in it.

@@ -200,6 +200,11 @@ def _device(zero: Mapping[str, Any], offload: str) -> str:
     return section.get("device", "none") if isinstance(section, Mapping) else "none"
 
 
+def stage_of(strategy: Mapping[str, Any]) -> int:
+    """Of ZeRO."""
+    return strategy.get("zero_optimization", {}).get("stage", 0)
+
+
 def device_of(strategy: Mapping[str, Any], offload: str) -> str:
     """none, cpu or nvme: where `offload` (offload_param, offload_optimizer) puts things."""
     return _device(strategy.get("zero_optimization", {}), offload)

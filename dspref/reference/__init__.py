@@ -1,8 +1,8 @@
 """The reference model of an objective: none, live, the policy with its adapter off, or scored once and stored.
 
-`modes` decides which and gives each one interface; `store` (no torch) is the memory-mapped folder of scored pairs, `filling`
-scores into it what a run's steps need, `trust_region` moves a live reference after the policy (TR-DPO).
+`spec` says which, `modes` gives each one interface; `store` (no torch) is the memory-mapped folder of scored pairs,
+`filling` scores into it what a run's steps need, `trust_region` moves a live reference after the policy (TR-DPO).
 
 Enters: config, data, distributed, engine, model, objectives.
-Shows: filling, modes, store.
+Shows: filling, modes, spec, store.
 """

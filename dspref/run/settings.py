@@ -10,6 +10,7 @@ from typing import Any
 
 from dspref import config as configuration
 from dspref import distributed
+from dspref.config.strategy import stage_of
 from dspref.errors import ConfigError
 from dspref.run import manifest, record
 from dspref.run.folder import RESOLVED, RunFolder, environment
@@ -82,7 +83,7 @@ def _settings_before(run: RunFolder, said: Mapping[str, Any] | None, settings: d
 
 def _refuse_stage(run: RunFolder, before: int, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError where optimizer states would have to pass between stages that keep them otherwise."""
-    saved, now = manifest.committed(run.checkpoints), stage_of(settings)
+    saved, now = manifest.committed(run.checkpoints), stage_of(settings["deepspeed"])
     if before == now or {before, now} == {1, 2} or not saved:
         return
     lora = settings["model"]["lora"]
@@ -111,10 +112,6 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
 def digest_of(settings: Mapping[str, Any]) -> str:
     """sha256 of resolved settings, as YAML."""
     return hashlib.sha256(configuration.as_yaml(settings).encode()).hexdigest()
-
-
-def stage_of(settings: Mapping[str, Any]) -> int:
-    return settings["deepspeed"].get("zero_optimization", {}).get("stage", 0)
 
 
 # What other settings depend on, with defaults that differ: named first, as a change of it changes these too.
@@ -171,7 +168,7 @@ def facts_of(run: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
         "content": known.get("content", {}),
         "config": digest_of(settings),
         "settings": json.loads(redact(json.dumps(settings))),
-        "zero_stage": stage_of(settings),
+        "zero_stage": stage_of(settings["deepspeed"]),
         "dtype": settings["model"]["dtype"],
         "packages": environment()["packages"],
     }

@@ -1,9 +1,9 @@
 """A run from its config to its summary: here the other rooms meet, and sections of the config are handed out.
 
-`trainer` reads aloud: `stages` opens what a run needs, one after another (`preparation` reads data and model config); its
-steps work with a `session`: `gradient` computes a step's, `numbers` guards it, `records` writes of it, `evaluate` scores
-held-out pairs; `outcome` sums up, for the `model_card` too. Beside `train` there are `scorer` (fills a reference store),
-`survey` (looks at data) and `consolidate` (exports a checkpoint).
+`trainer` reads aloud: `stages` opens what a run needs, one after another (`preparation` reads data and model config), and
+`closing` exports the model and says how it went (`outcome`, `model_card`). Its steps work with a `session`: `gradient`
+computes a step's, `numbers` guards it, `records` writes of it, `evaluate` scores held-out pairs. Beside `train` there are
+`scorer` (fills a reference store), `survey` (looks at data) and `consolidate` (exports a checkpoint).
 
 Enters: config, data, distributed, engine, machine, model, objectives, reference, report, run, watch.
 Shows: consolidate, scorer, survey, trainer.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspref import config as configuration
-from dspref.config import Config, shipped
+from dspref.config import Config, ModelSection, shipped
 from dspref.data.tokenize import load_tokenizer
 from dspref.engine import shards
 from dspref.errors import ConfigError, DataError, IOFault
 from dspref.model import loading
-from dspref.reference import modes
+from dspref.reference import spec
 from dspref.run import export, manifest
 from dspref.run.checkpoint import committed_folders, damage_of
 from dspref.run.folder import RESOLVED, RunFolder
@@ -46,20 +46,23 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
     if dtype:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     base = str(run.path / "init") if config.model.init == "random" else config.model.name_or_path
-    refuse_other_base(run, config)
+    refuse_other_base(run, config.model)
     loading.quiet()
     with named_files_of(checkpoint, said) as clean:
         shards.refuse_foreign(clean / shards.FOLDER)
         state = in_type(full_state(clean / shards.FOLDER, config.model.lora is not None), config.model.dtype)
     section = config.model.model_copy(update={"load_in_4bit": False})  # which needs a GPU; what is trained is beside it
-    policy = loading.load(section, base, "sdpa", section.dtype, None, modes.attach(config))
+    attach = spec.attach(stages.reference_spec(config), config.train.seed)
+    policy = loading.load(section, base, "sdpa", section.dtype, None, attach)
     name = section.tokenizer_name_or_path or section.name_or_path
     tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
     summary = {"step": said["step"], "metrics": said["metrics"]}
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as draft:
         final, adapter = Path(draft) / "final", Path(draft) / "adapter"
-        export.write(final, adapter, policy, state, tokenizer, config.model, base, model_card(config, summary))
+        export.write(
+            final, adapter, policy, state, tokenizer, config.model, base, model_card(stages.recipe(config), summary)
+        )
         final.rename(to)
 
 
@@ -115,13 +118,13 @@ def named_files_of(checkpoint: Path, said: Mapping[str, Any]) -> Iterator[Path]:
         yield Path(clean) / checkpoint.name
 
 
-def refuse_other_base(run: RunFolder, config: Config) -> None:
+def refuse_other_base(run: RunFolder, section: ModelSection) -> None:
     """Raise DataError where the weights below an adapter are no longer those that it was trained on."""
     began = run.run.get("content", {})
-    if config.model.lora is None or "model" not in began:
+    if section.lora is None or "model" not in began:
         return
-    if stages.beginnings(config)["model"] != began["model"]:
-        raise DataError(f"{config.model.name_or_path}: is no longer the model that {run.path} began with; restore it")
+    if stages.beginnings(section)["model"] != began["model"]:
+        raise DataError(f"{section.name_or_path}: is no longer the model that {run.path} began with; restore it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Template
 
 import dspref
-from dspref.config import Config, LoraSection
+from dspref.config import LoraSection, ModelSection
 from dspref.objectives import describe
-from dspref.reference import modes
 from dspref.run import folder as run_folder
 
 CARD = Template(
     """---
 library_name: {{ library }}
 {%- if base_is_hub %}
-base_model: {{ config.model.name_or_path }}
+base_model: {{ recipe.model.name_or_path }}
 {%- endif %}
-tags: [dspref, preference-optimization, {{ config.objective.name }}]
+tags: [dspref, preference-optimization, {{ recipe.objective.name }}]
 ---
-# {{ name }}
+# {{ recipe.name }}
 
-Trained from `{{ config.model.name_or_path }}` by dspref {{ version }}.
+Trained from `{{ recipe.model.name_or_path }}` by dspref {{ version }}.
 
 | | |
 |---|---|
 | objective | {{ objective }} |
-| reference | {{ reference }} |
+| reference | {{ recipe.reference }} |
 {%- if adapter %}
 | adapter | {{ adapter }} |
 {%- endif %}
 | data | {{ data }} |
-| steps | {{ summary.step }} of {{ config.train.pairs_per_step }} pairs, learning rate {{ config.train.learning_rate }} |
-| precision | {{ config.model.dtype }} |
+| steps | {{ summary.step }} of {{ recipe.pairs_per_step }} pairs, learning rate {{ recipe.learning_rate }} |
+| precision | {{ recipe.model.dtype }} |
 {%- for key, value in summary.metrics.items() %}
 | {{ key }} | {{ "%.4f" | format(value) }} |
 {%- endfor %}
@@ -47,19 +46,31 @@ To reproduce: `deepspeed launch/train.py --config config.resolved.yaml output_di
 )
 
 
-def model_card(config: Config, summary: Mapping[str, Any]) -> str:
-    """README.md of the model, in the Hub's form: what it was made from, how, and what was measured."""
-    lora = config.model.lora
+class Recipe(NamedTuple):
+    """What a model was made from, and how, as its card says it."""
+
+    name: str
+    model: ModelSection
+    objective: Mapping[str, Any]
+    reference: str
+    """In words."""
+    data: Sequence[str]
+    """Paths."""
+    pairs_per_step: int
+    learning_rate: float
+
+
+def model_card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    """README.md of the model, in the Hub's form: what it was made from, how, and what was measured (`step`, `metrics`)."""
+    lora = recipe.model.lora
     return CARD.render(
-        config=config,
+        recipe=recipe,
         library="peft" if lora and not lora.merge_on_export else "transformers",
         adapter=adapter_in_words(lora),
-        name=Path(config.output_dir).name,
         version=dspref.__version__,
-        objective=describe(**config.objective.model_dump()),
-        reference=modes.describe(config),
-        data=", ".join(source.path for source in config.data.train_sources),
-        base_is_hub=not Path(config.model.name_or_path).exists() and config.model.init == "pretrained",
+        objective=describe(**recipe.objective),
+        data=", ".join(recipe.data),
+        base_is_hub=not Path(recipe.model.name_or_path).exists() and recipe.model.init == "pretrained",
         env=run_folder.environment(),
         summary=summary,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspref import distributed
-from dspref.config import Config, SourceSection, cache_folder, shipped
+from dspref.config import DataSection, ModelSection, SourceSection, cache_folder, shipped
 from dspref.data.overlap import shared
 from dspref.data.rows import one_line
 from dspref.data.sources import Listing, Source, find
@@ -20,29 +20,30 @@ from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
 from dspref.model import adapters, admission, digests, loading, weights
-from dspref.reference import modes
+from dspref.reference.spec import ReferenceSpec, described
 from dspref.run.export import warn_of_other_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerBase, PairStore, dict[str, PairStore]]:
+def prepare(
+    section: ModelSection, data: DataSection, reference: ReferenceSpec, optim: str, device_type: str
+) -> tuple[str, PreTrainedTokenizerBase, PairStore, dict[str, PairStore]]:
     """(attention kernel, tokenizer, training pairs, held-out sets by metric prefix), each checked.
 
     Rank 0 goes first and the others find its work in the cache; nobody waits in a collective.
     """
-    section, data = config.model, config.data
 
     def work():
         model_config = loading.load_config(section)
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_of(section)
         kernel = admission.check(section, model_config, data.max_length, 0, device_type)
         if section.init == "pretrained":
             admission.check_weights(section, model_config)
-        check_adapters(config, device_type)
-        if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
-            check_reference(config, 0, device_type)
+        check_adapters(section, optim, device_type)
+        if reference.is_another:
+            check_reference(reference, 0, device_type)
         if section.tokenizer_name_or_path and distributed.world().rank == 0:
             warn_of_other_tokenizer(tokenizer, model_config, section.trust_remote_code)
         listed = [listing_of(source, key) for key, source in data.source_keys("train").items()]
@@ -50,9 +51,9 @@ def prepare(config: Config, device_type: str) -> tuple[str, PreTrainedTokenizerB
         apart = {prefix: listing_of(source, key) for prefix, (key, source) in of_eval}
         for listing in apart.values():
             refuse_training_rows(listing, listed)
-        pairs = load_sources(config, tokenizer, listed)
-        held_out = {prefix: load_sources(config, tokenizer, [listing]) for prefix, listing in apart.items()}
-        check_tokens(config, model_config, [pairs, *held_out.values()], device_type)
+        pairs = load_sources(data, tokenizer, listed)
+        held_out = {prefix: load_sources(data, tokenizer, [listing]) for prefix, listing in apart.items()}
+        check_tokens(reference, model_config, [pairs, *held_out.values()], device_type)
         return kernel, tokenizer, pairs, held_out
 
     found = distributed.in_turn(work)
@@ -78,18 +79,18 @@ def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:
     raise DataError(f"{key}: {what} trained on too; fix: {fix}")
 
 
-def check_tokens(config: Config, model_config: Any, stores: Sequence[PairStore], device_type: str) -> None:
+def check_tokens(reference: ReferenceSpec, model_config: Any, stores: Sequence[PairStore], device_type: str) -> None:
     """Refuse tokens and lengths that the model, or a reference that is another model, has no embedding for."""
-    largest, longest = check_sizes(config, model_config, stores)
-    if config.reference.name_or_path or config.reference.adapter_name not in (None, "base"):
-        check_reference(config, largest + 1, device_type, longest)
+    largest, longest = check_sizes(reference.max_length, model_config, stores)
+    if reference.is_another:
+        check_reference(reference, largest + 1, device_type, longest)
 
 
-def check_sizes(config: Config, model_config: Any, stores: Sequence[PairStore]) -> tuple[int, int]:
+def check_sizes(max_length: int | None, model_config: Any, stores: Sequence[PairStore]) -> tuple[int, int]:
     """(largest token id, tokens of the longest pair). Refuses what the model has no embedding or no position for."""
     largest, longest = (max(store.report[name] for store in stores) for name in ("largest_id", "longest"))
     admission.refuse_unknown_tokens(model_config, largest)
-    if config.data.max_length is None:
+    if max_length is None:
         admission.refuse_long_pairs(model_config, longest)
     return largest, longest
 
@@ -106,17 +107,15 @@ def refuse_other_pairs(keys: Sequence[tuple[str, list[str]]]) -> None:
         )
 
 
-def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    section = config.model
+def tokenizer_of(section: ModelSection) -> PreTrainedTokenizerBase:
     name = section.tokenizer_name_or_path or section.name_or_path
     if not shipped(name).is_dir() and (reason := weights.no_folder(name)):
         raise ConfigError(f"model.tokenizer_name_or_path: {name}: {reason}")
     return load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
 
 
-def load_sources(config: Config, tokenizer: PreTrainedTokenizerBase, listings: Sequence[Listing]) -> PairStore:
-    """The pairs of some sources, tokenized and cut as the config says."""
-    data = config.data
+def load_sources(data: DataSection, tokenizer: PreTrainedTokenizerBase, listings: Sequence[Listing]) -> PairStore:
+    """The pairs of some sources, tokenized and cut as `data` says."""
     limits = Limits(
         data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode, data.min_prompt_length,
         data.on_overlong,
@@ -127,29 +126,29 @@ def load_sources(config: Config, tokenizer: PreTrainedTokenizerBase, listings: S
     )  # fmt: skip
 
 
-def check_adapters(config: Config, device_type: str) -> None:
+def check_adapters(section: ModelSection, optim: str, device_type: str) -> None:
     """Refuse what an adapter or 8-bit states need and this machine, or the disk, has not."""
-    adapters.check(config.model)
-    if config.model.lora:
-        adapters.try_on(loading.skeleton(config.model), config.model)
-    if config.train.optim == "adamw_8bit":
+    adapters.check(section)
+    if section.lora:
+        adapters.try_on(loading.skeleton(section), section)
+    if optim == "adamw_8bit":
         admission.require_bitsandbytes("train.optim: adamw_8bit", device_type)
 
 
-def check_reference(config: Config, vocabulary: int, device_type: str, longest: int = 0) -> None:
+def check_reference(spec: ReferenceSpec, vocabulary: int, device_type: str, longest: int = 0) -> None:
     """The checks of the policy, for a reference that is another model or has an adapter of its own."""
-    section, adapter = modes.described(config, "")
+    section, adapter = described(spec, "")
     try:
         if adapter:
             adapters.folder_of(adapter)
         else:
-            described = loading.load_config(section)
-            admission.check(section, described, config.data.max_length, vocabulary, device_type)
-            if config.data.max_length is None:
-                admission.refuse_long_pairs(described, longest)
-            admission.check_weights(section, described)
+            model_config = loading.load_config(section)
+            admission.check(section, model_config, spec.max_length, vocabulary, device_type)
+            if spec.max_length is None:
+                admission.refuse_long_pairs(model_config, longest)
+            admission.check_weights(section, model_config)
     except UserError as error:
-        named = "reference.name_or_path" if config.reference.name_or_path else "reference.adapter_name"
+        named = "reference.name_or_path" if spec.section.name_or_path else "reference.adapter_name"
         blamed = re.sub(r"^(model\.(tokenizer_)?name_or_path: )?", f"{named}: ", str(error))
         raise type(error)(blamed) from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dspref.data.loader import Step
-from dspref.reference import modes
 from dspref.report.metrics import Displacement, Meter
 from dspref.report.performance import Account, Clock
 from dspref.training.gradient import Instruments
@@ -20,11 +19,11 @@ class StepRecords:
         self.suspects = Suspects()
         self._session, self._steps = session, steps
         self._meter, self._clock = Meter(device, session.loss.router_coef), Clock(device)
-        self._account = Account.of(session.config.model, session.policy, session.reference, session.loss.looks_ahead)
-        self._displacement, self._spikes = Displacement(), Spikes(session.config.train.spike_sigmas)
+        self._account = Account.of(session.model, session.policy, session.reference, session.loss.looks_ahead)
+        self._displacement, self._spikes = Displacement(), Spikes(session.train.spike_sigmas)
 
     def is_logged(self, number: int) -> bool:
-        return number in (1, self._steps) or number % self._session.config.log.every == 0
+        return number in (1, self._steps) or number % self._session.log_every == 0
 
     def begin(self, number: int) -> Instruments:
         """What looks on in this step."""
@@ -40,7 +39,7 @@ class StepRecords:
             applied, means = session.policy.applied, self._meter.reduce()
             check_loss(step.number, means["loss"], applied)
             if step.number == 1:
-                check_first_step(means, modes.first_gap(session.config), applied)
+                check_first_step(means, session.first_gap, applied)
             record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
             record |= {"learning_rate": learning_rate, **means, **self._account.record(step, self._clock.read())}
             session.recorder.write(record)

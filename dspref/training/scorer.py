@@ -16,7 +16,8 @@ from dspref.data.store import PairStore
 from dspref.engine import engine
 from dspref.errors import ConfigError, NumericFault
 from dspref.model import loading
-from dspref.reference import filling, modes
+from dspref.reference import filling, modes, spec
+from dspref.reference.spec import ROUNDING, ReferenceSpec
 from dspref.reference.store import ReferenceStore
 from dspref.report import console
 from dspref.training import preparation, stages
@@ -28,19 +29,20 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     `share` = (k, n): the k-th of n jobs that fill it together. `verify`: how many pairs, drawn at random, to score once
     more and compare; raises NumericFault where one differs by more than rounding.
     """
-    refuse_without_store(config)
+    reference = stages.reference_spec(config)
+    refuse_without_store(config.objective.name, reference)
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
-    _, _, pairs, held_out = preparation.prepare(config, device.type)
-    packing = modes.scoring_packing(config, stages.plan(config, pairs)[0], device.type)
+    _, _, pairs, held_out = preparation.prepare(config.model, config.data, reference, config.train.optim, device.type)
+    packing = modes.scoring_packing(reference, stages.plan(config, pairs)[0], device.type)
     sets = {"train": pairs, **held_out}
     weights = config.model.name_or_path
 
-    digest = distributed.on_main(lambda: modes.digest(config, weights))
-    store = modes.open_store(config, digest or "")
+    digest = distributed.on_main(lambda: spec.digest(reference, weights))
+    store = modes.open_store(reference, digest or "")
     wanted = filling.wanted_of(store, sets)
-    scorer = partial(modes.scorer, config, None, weights, device.type)
+    scorer = partial(modes.scorer, reference, None, weights, device.type)
     with ExitStack() as stack:
         forward = stack.enter_context(scorer()) if verify else None
         ready = (lambda: nullcontext(forward)) if forward else scorer
@@ -48,21 +50,21 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
             scored = filling.fill(store, wanted, sets, ready, packing, device, share, view)
         filling.report(store, wanted, scored)
         if forward:
-            _verify(config, forward, store, wanted, sets, verify, packing, device)
+            _verify(spec.described(reference, "").section.dtype, forward, store, wanted, sets, verify, packing, device)
 
 
-def refuse_without_store(config: Config) -> None:
-    mode = modes.resolve_mode(config)
+def refuse_without_store(objective: str, reference: ReferenceSpec) -> None:
+    mode = reference.mode
     if mode == "none":
-        raise ConfigError(f"objective.name: {config.objective.name} needs no reference here; there is nothing to score")
+        raise ConfigError(f"objective.name: {objective} needs no reference here; there is nothing to score")
     if mode != "stored":
         raise ConfigError(f"reference.mode: {mode} keeps its reference in memory and stores nothing; use stored")
-    if config.model.init == "random" and config.reference.name_or_path is None:
+    if reference.policy.init == "random" and reference.section.name_or_path is None:
         raise ConfigError("model.init: random weights are drawn when the run begins; there is nothing to score before")
 
 
 def _verify(
-    config: Config,
+    dtype: str,
     forward: modes.Forward,
     store: ReferenceStore | None,
     wanted: Mapping[str, filling.Wanted],
@@ -86,8 +88,7 @@ def _verify(
         tokens = torch.from_numpy(pairs.lengths[rows, 1:]).float().repeat(1, 2)
         off = ((fresh - known).abs() / tokens)[here]
         worst = float(np.maximum(worst, off.max().item() if len(off) else 0.0))  # a NaN stays one
-    section = modes.described(config, "").section
     line = f"reference: {len(sample) - missing} pairs scored again, largest difference {worst:.2g} nats per token"
-    if not worst <= modes.ROUNDING[section.dtype]:
-        raise NumericFault(f"{line}; allowed: {modes.ROUNDING[section.dtype]:g}. Delete the store and score anew")
+    if not worst <= ROUNDING[dtype]:
+        raise NumericFault(f"{line}; allowed: {ROUNDING[dtype]:g}. Delete the store and score anew")
     distributed.log(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dspref.config import Config
+from dspref.config import ModelSection, TrainSection
 from dspref.data.loader import Packing
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
@@ -22,7 +22,12 @@ from dspref.watch.watch import Watch
 class Session:
     """What the steps of a run work with, made once."""
 
-    config: Config
+    model: ModelSection
+    train: TrainSection
+    log_every: int
+    save_every: int | None
+    first_gap: float | None
+    """How far policy and reference may differ at step 1 (`spec.first_gap`)."""
     run: RunFolder
     policy: Engine
     reference: Reference

@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import re
 import socket
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dspref import config as configuration
-from dspref import distributed, terminal
-from dspref.config import Config
+from dspref import distributed
+from dspref.config import Config, ModelSection
 from dspref.data.loader import Packing, StepLoader, sharing_pays
 from dspref.data.plan import rows_per_epoch
 from dspref.data.show import mark
 from dspref.data.store import PairStore
 from dspref.engine import ds_config, finite
-from dspref.engine.engine import Engine
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
-from dspref.files import read_lines, write_atomically
 from dspref.machine import agreement, preflight
 from dspref.machine.context import CheckContext, Verdict
 from dspref.machine.machine import FAIL
-from dspref.model import adapters, loading, packed, unpacked
+from dspref.model import adapters, loading, packed
 from dspref.model.packed import PackedCausalLM
-from dspref.model.weights import one_line
-from dspref.objectives import Objective, build_objective, describe
-from dspref.reference import modes
+from dspref.objectives import Objective, build_objective, describe, needs_reference
+from dspref.reference import spec
 from dspref.reference.filling import Need, whole
 from dspref.reference.modes import Beginning
+from dspref.reference.spec import ReferenceSpec
 from dspref.report import console
 from dspref.run.checkpoint import committed_folders
-from dspref.run.export import export
 from dspref.run.folder import RunFolder
 from dspref.run.settings import refuse_changes
-from dspref.training import outcome
-from dspref.training.model_card import adapter_in_words, model_card
+from dspref.training.closing import show_summary
+from dspref.training.model_card import Recipe, adapter_in_words
 from dspref.watch import lock
 from dspref.watch.watch import Watch
 
@@ -53,10 +48,18 @@ SCORED = {
     "last": "of conversations, the assistant's last turn with its end token (data.scored: last)",
     "all": "everything behind the prompt, as TRL has it (data.scored: all)",
 }
-# What samples.jsonl has of each prompt.
-SAMPLE = ("prompt", "before", "after", "chosen")
-# Tokens that a sample answer may have.
-SAMPLE_TOKENS = 64
+
+
+def reference_spec(config: Config) -> ReferenceSpec:
+    needed = needs_reference(**config.objective.model_dump())
+    return ReferenceSpec(config.reference, config.model, needed, config.strategy, config.data.max_length)
+
+
+def recipe(config: Config) -> Recipe:
+    """What the model card says of a run."""
+    reference, data = spec.in_words(reference_spec(config)), [source.path for source in config.data.train_sources]
+    name, objective, train = Path(config.output_dir).name, config.objective.model_dump(), config.train
+    return Recipe(name, config.model, objective, reference, data, train.pairs_per_step, train.learning_rate)
 
 
 def already_finished(run: RunFolder, config: Config) -> bool:
@@ -158,14 +161,14 @@ def open_run(
     """
     random = config.model.init == "random"
     weights = str(run.path / "init") if random else config.model.name_or_path
-    content = {name: store.key for name, store in sets.items()}
+    content, reference = {name: store.key for name, store in sets.items()}, reference_spec(config)
 
     def work() -> None:
         # An adapter of a random model is complete only when that is drawn.
-        of_random = random and modes.described(config, "").section.name_or_path == config.model.name_or_path
+        of_random = random and spec.described(reference, "").section.name_or_path == config.model.name_or_path
         if not of_random:
-            content["reference"] = modes.digest(config, weights)
-        content.update(beginnings(config))
+            content["reference"] = spec.digest(reference, weights)
+        content.update(beginnings(config.model))
         # Before the first step nothing is gone on with but random weights: what was mended since is taken as it is.
         anew = config.checkpoint.resume == "never" or not (random or run.has_steps)
         began = {} if anew else run.run.get("content", {})
@@ -176,7 +179,7 @@ def open_run(
         run.open(configuration.resolved(config), source, engine_config(config), steps, config.checkpoint.resume == "never")
         if random:
             loading.initialise(config.model, run.path / "init", config.train.seed)
-            content.setdefault("reference", modes.digest(config, weights))
+            content.setdefault("reference", spec.digest(reference, weights))
         run.update(content=content)
 
     distributed.on_main(work)
@@ -196,9 +199,8 @@ def changed(name: str, sets: Mapping[str, PairStore]) -> str:
     return f"the pairs of {name.rstrip('_')} have changed since this run began{cause}"
 
 
-def beginnings(config: Config) -> dict[str, str]:
+def beginnings(section: ModelSection) -> dict[str, str]:
     """Digests of what no checkpoint holds: the model's config, the weights below an adapter, a saved adapter's settings."""
-    section = config.model
     whole = section.lora is not None and section.init == "pretrained"
     found = {"model": loading.content_digest(section) if whole else loading.config_digest(section)}
     adapter = adapters.own(section)
@@ -231,7 +233,7 @@ def introduce(
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
-        "reference": modes.describe(config),
+        "reference": spec.in_words(reference_spec(config)),
         "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
@@ -249,94 +251,14 @@ def engine_config(config: Config) -> dict[str, Any]:
 
 
 def load_policy(config: Config, objective: Objective, weights: str, kernel: str) -> PackedCausalLM:
+    reference = reference_spec(config)
     zero3 = engine_config(config) if config.zero_stage == 3 else None
-    policy = loading.load(config.model, weights, kernel, config.model.dtype, zero3, modes.attach(config))
-    finite.refuse_not_finite(policy.lm, config.model.dtype, partial(modes.source_in_policy, config, weights))
+    policy = loading.load(
+        config.model, weights, kernel, config.model.dtype, zero3, spec.attach(reference, config.train.seed)
+    )
+    finite.refuse_not_finite(policy.lm, config.model.dtype, partial(spec.source_in_policy, reference, weights))
     policy = packed.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
         distributed.log(f"experts: load-balancing loss x {coefficient:g}, over the tokens of {over} on all ranks")
     return policy
-
-
-def finish(
-    run: RunFolder,
-    config: Config,
-    policy: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: str,
-    held_out: Mapping[str, PairStore],
-    steps: int,
-    seconds: float,
-) -> None:
-    """Export and verify the model, answer sample prompts, record the summary."""
-    vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
-
-    # Rank 0 wrote that file: another would read half of a line that is still on its way.
-    summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
-    card = model_card(config, {"step": steps, "metrics": outcome.of_card(summary)})
-    exported = export(run, policy, tokenizer, config.model, weights, card)
-    run.event("finish", step=steps)
-
-    def close() -> None:
-        if config.log.samples and held_out:
-            try:
-                write_samples(run, config, tokenizer, weights, next(iter(held_out.values())))
-            except (RuntimeError, ValueError, TypeError) as error:  # of transformers: the model is exported all the same
-                distributed.log(f"warning: log.samples: no answers ({type(error).__name__}: {one_line(error)})")
-        run.flush()
-        run.update(state="finished", summary=summary, exported=exported)
-
-    distributed.on_main(close)
-
-
-def show_summary(run: RunFolder) -> None:
-    if distributed.world().rank != 0:
-        return
-    rows = [row for row in read_lines(run.path / "samples.jsonl") if all(isinstance(row.get(name), str) for name in SAMPLE)]
-    if rows:
-        console.samples(rows)
-    final = terminal.literal(str(run.final))
-    prompt = terminal.literal(harmless(console.printable(rows[0]["prompt"] if rows else "Hello", limit=60)))
-    more, loaded = "", final
-    if adapters.is_saved(str(run.final), ""):
-        # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
-        more = "from peft import AutoPeftModelForCausalLM as LM; "
-        loaded = f"LM.from_pretrained({final}), tokenizer={final}"
-    ask = f'pipeline("text-generation", {loaded})([{{"role": "user", "content": {prompt}}}])'
-    console.summary(
-        run.run["summary"],
-        {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
-        [terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})")],
-    )
-
-
-def harmless(text: str) -> str:
-    """Text from data in a command that people paste into a shell: letters, digits and plain punctuation."""
-    return re.sub(r"[^\w ,.:;?()+*=-]", "", text)
-
-
-def write_samples(
-    run: RunFolder, config: Config, tokenizer: PreTrainedTokenizerBase, weights: str, store: PairStore
-) -> None:
-    """Answer the first held-out prompts with the initial and the final model, by plain transformers (samples.jsonl)."""
-    pairs = [store[i] for i in range(min(config.log.samples, len(store)))]
-    prompts = [pair.prompt.tolist() for pair in pairs]
-    stop = cast(int, tokenizer.eos_token_id)
-    answers = [
-        unpacked.generate(load(), prompts, SAMPLE_TOKENS, stop)
-        for load in (
-            lambda: unpacked.load_beginning(config.model, weights),
-            lambda: unpacked.load_plain(str(run.final), config.model.trust_remote_code),
-        )
-    ]
-    rows = [
-        {
-            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-            "before": tokenizer.decode(before, skip_special_tokens=True),
-            "after": tokenizer.decode(after, skip_special_tokens=True),
-            "chosen": tokenizer.decode(pair.chosen, skip_special_tokens=True),
-        }
-        for prompt, pair, before, after in zip(prompts, pairs, *answers)
-    ]
-    write_atomically(run.path / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

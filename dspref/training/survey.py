@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import DataSection, ModelSection
 from dspref.data.show import mark
 from dspref.data.store import PairStore
 from dspref.model import admission, loading
@@ -15,15 +15,14 @@ from dspref.training import preparation
 SHOWN = 3
 
 
-def report(config: Config, colour: bool = False) -> None:
+def report(model: ModelSection, data: DataSection, colour: bool = False) -> None:
     """Say, for each source, its rows and pairs, what was left out or cut and why, lengths, and its first pairs as text.
 
     Raises DataError and ConfigError as the run would.
     """
     loading.quiet()
-    model_config = loading.load_config(config.model)
-    tokenizer = preparation.tokenizer_of(config)
-    data = config.data
+    model_config = loading.load_config(model)
+    tokenizer = preparation.tokenizer_of(model)
     admission.refuse_long_limit(model_config, data.max_length)
     stores = []
     train, held_out = (
@@ -34,12 +33,12 @@ def report(config: Config, colour: bool = False) -> None:
         preparation.refuse_training_rows(listing, list(train.values()))
     for name, listing in {**train, **held_out}.items():
         distributed.log(f"\n{name}  {listing.source.path}")
-        store = preparation.load_sources(config, tokenizer, [listing])
+        store = preparation.load_sources(data, tokenizer, [listing])
         stores.append(store)
         distributed.log(figures(store))
         for index in range(min(SHOWN, len(store))):
             distributed.log(f"\n{store.where(index)}\n{mark(store[index], tokenizer, colour)}")
-    preparation.check_sizes(config, model_config, stores)
+    preparation.check_sizes(data.max_length, model_config, stores)
 
 
 def figures(store: PairStore) -> str:

@@ -16,6 +16,7 @@ from dspref.engine.engine import Engine
 from dspref.model import loading
 from dspref.objectives import RunningMean, build_objective
 from dspref.reference import modes as references
+from dspref.reference import spec
 from dspref.report import advice, console
 from dspref.report.metrics import Recorder
 from dspref.run import checkpoint
@@ -23,7 +24,7 @@ from dspref.run.checkpoint import Progress
 from dspref.run.folder import RunFolder
 from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
-from dspref.training import gradient, preparation, stages
+from dspref.training import closing, gradient, preparation, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
 from dspref.training.numbers import Skips
@@ -51,7 +52,10 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     started = time.monotonic()
     stages.check_environment(config, device_type)
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
-    kernel, tokenizer, pairs, held_out = preparation.prepare(config, device_type)
+    asked = stages.reference_spec(config)
+    kernel, tokenizer, pairs, held_out = preparation.prepare(
+        config.model, config.data, asked, config.train.optim, device_type
+    )
     packing, loader = stages.plan(config, pairs)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
@@ -68,7 +72,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
     with console.scoring(run.path) as view:
         needs = stages.needs(loader, held_out, done, steps)
-        reference = references.build(config, policy, beginning, sets, packing, needs, view)
+        reference = references.build(asked, policy, beginning, sets, packing, needs, view)
     for line in advice.of_run(config.model, config.train.pairs_per_step, config.zero_stage, policy, loader, kernel):
         distributed.log(f"advice: {line}")
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
@@ -76,7 +80,10 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, configuration.resolved(config)), watch)
     view = console.ProgressView(progress.step, steps)
 
-    session = Session(config, run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver)
+    session = Session(
+        config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_gap(asked),
+        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver,
+    )  # fmt: skip
     watch.steps_begin(config.train.hang_timeout)
     try:
         run_steps(session, loader, progress, steps)
@@ -88,9 +95,10 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         view.close()
         recorder.close()
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
-    stages.finish(run, config, policy, tokenizer, beginning.weights, held_out, steps, time.monotonic() - started)
+    recipe, seconds = stages.recipe(config), time.monotonic() - started
+    closing.finish(run, recipe, policy, tokenizer, beginning.weights, held_out, config.log.samples, steps, seconds)
     watch.run_ends()
-    stages.show_summary(run)
+    closing.show_summary(run)
     policy.close()
 
 
@@ -99,9 +107,9 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
 
     Raises Interrupted, with a checkpoint committed, where the run was asked to stop, and NumericFault.
     """
-    train, policy = session.config.train, session.policy
+    train, policy = session.train, session.policy
     records, sound = StepRecords(session, steps), progress
-    skips = Skips(train.max_skipped_steps, session.config.model.dtype == "float16", progress.skipped)
+    skips = Skips(train.max_skipped_steps, session.model.dtype == "float16", progress.skipped)
     if progress.owes_evaluation:
         progress = settle(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
@@ -155,7 +163,7 @@ def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Pr
             session.recorder.write(header(progress.step, epoch) | found)
             session.view.note(console.evaluation_line(progress.step, found, list(session.held_out)))
             progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset)
-    every = session.config.checkpoint.save_every
+    every = session.save_every
     if ask or due(progress.step, every) or (last and every):
         save(session, progress, found or {}, at_once=bool(ask) or last)
         watch.granted()

@@ -19,6 +19,7 @@ from dspref.errors import Interrupted, UserError
 from dspref.model import loading
 from dspref.objectives import RunningMean, build_objective
 from dspref.reference import modes as references
+from dspref.reference import spec
 from dspref.report.metrics import Meter
 from dspref.training import gradient, preparation, stages, trainer
 from dspref.training.gradient import Instruments, StepLoss
@@ -60,7 +61,7 @@ def _load_policy(
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
-    kernel, _, pairs, held_out = preparation.prepare(config, device.type)
+    kernel, _, pairs, held_out = _prepare(config, device.type)
     _, loader = stages.plan(config, pairs)
     weights = config.model.name_or_path
     objective = build_objective(**config.objective.model_dump())
@@ -69,11 +70,15 @@ def _load_policy(
     return policy, pairs, held_out, loader, weights
 
 
+def _prepare(config: configuration.Config, device_type: str) -> Any:
+    return preparation.prepare(config.model, config.data, stages.reference_spec(config), config.train.optim, device_type)
+
+
 def _build(
     config: configuration.Config, policy: Engine, weights: str, sets: dict[str, PairStore], loader: StepLoader
 ) -> references.Reference:
-    beginning = references.Beginning(weights, references.digest(config, weights))
-    return references.build(config, policy, beginning, sets, loader.packing)
+    beginning = references.Beginning(weights, spec.digest(stages.reference_spec(config), weights))
+    return references.build(stages.reference_spec(config), policy, beginning, sets, loader.packing)
 
 
 def _gradients(policy: Engine, config: configuration.Config) -> dict[str, np.ndarray]:
@@ -124,7 +129,7 @@ def memory_of_loading(config_path: str, overrides: list[str]) -> dict[str, float
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
-    kernel = preparation.prepare(config, device.type)[0]
+    kernel = _prepare(config, device.type)[0]
     objective = build_objective(**config.objective.model_dump())
     before = _private_mb()
     with _Peak() as peak:

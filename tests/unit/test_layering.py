@@ -46,6 +46,13 @@ OWNERS: dict[str, set[str]] = {
     "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
 }  # fmt: skip
 
+# The rooms below get sections of a config, or values: where these see it whole, they are handed out. (The room's door only
+# passes the name on, and the command line what it has read.)
+SEE_CONFIG = {
+    "config.sections", "config.load", "config.checks", "machine.context",
+    "training.consolidate", "training.scorer", "training.stages", "training.trainer",
+}  # fmt: skip
+
 # The pure rooms never see a rank, a device string or a config object.
 PURE = {"data", "objectives"}
 PURE_FILES = {"model.attention", "model.logps", "model.router"}
@@ -222,6 +229,18 @@ def test_nothing_outgrows_one_reading() -> None:
             if limit and (lines := node.end_lineno - node.lineno + 1) > limit:
                 large.append(f"{name}.{node.name}: {lines} lines")
     assert not large, large
+
+
+def test_who_sees_a_whole_config() -> None:
+    seen = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Name) and node.id == "Config")
+        or (isinstance(node, ast.Attribute) and node.attr == "Config")
+        or (isinstance(node, ast.ImportFrom) and path.name != "__init__.py" and "Config" in {a.name for a in node.names})
+    }
+    assert seen == SEE_CONFIG and len(seen) <= 8
 
 
 @pytest.mark.parametrize("room", sorted(PURE))

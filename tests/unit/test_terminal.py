@@ -15,7 +15,7 @@ from dspref import config, distributed, launcher, slurm
 from dspref.errors import ConfigError, DataError, EnvironmentFault
 from dspref.run.folder import RunFolder
 from dspref.terminal import command, literal, shown
-from dspref.training import stages
+from dspref.training import closing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +87,7 @@ def test_the_next_line_runs_nothing_but_what_it_says(text, tmp_path, capfd, monk
     """Pasted into a shell, with a python that only writes its arguments down: the code is whole and names the folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(RunFolder, "run", {"summary": {"step": 1, "seconds": 1.0, "learned": {}}})
-    stages.show_summary(RunFolder(text))
+    closing.show_summary(RunFolder(text))
     said = capfd.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in said)
     (line,) = [line.removeprefix("next").strip() for line in said.splitlines() if line.startswith("next")]

@@ -19,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from test_adapters import saved
 from tiny import save_tiny, save_tokenizer, tiny_config
 
-from dspref.config import Config, LoraSection, ModelSection
+from dspref.config import LoraSection, ModelSection, ReferenceSection
 from dspref.data.tokenize import load_tokenizer
 from dspref.engine import finite
 from dspref.errors import ExitCode, UserError
 from dspref.model import adapters, admission, digests, loading, packed, weights
 from dspref.model.adapters import Saved
 from dspref.model.attention import PACKED
-from dspref.reference import modes
+from dspref.reference import spec
+from dspref.reference.spec import ReferenceSpec
 
 Change = Callable[[Path], Any]
 
@@ -68,11 +69,9 @@ def begun(of: ModelSection) -> packed.PackedCausalLM:
     return loaded
 
 
-def run_of(of: ModelSection, **own: Any) -> Config:
-    """A run with this model and this reference."""
-    data = {"train": {"path": "p"}}
-    whole = {"model": of, "reference": own, "data": data, "output_dir": "o"}
-    return Config.model_validate(whole)
+def spec_of(of: ModelSection, **own: Any) -> ReferenceSpec:
+    """Of a run with this model and this reference."""
+    return ReferenceSpec(ReferenceSection(**own), of, needed=True, strategy={})
 
 
 def refusal(look: Callable[[], Any]) -> UserError:
@@ -547,7 +546,7 @@ def test_a_nan_in_an_adapter_is_found(sound: Path, tmp_path: Path) -> None:
     adapter_tensors(lambda t: t[FIRST].fill_(float("nan")))(tmp_path / "adapter")
     of = section(sound, lora=LoraSection(path=str(tmp_path / "adapter")))
     lm = loading.load(of, str(sound), "sdpa", "float32", None).lm
-    source_of = partial(modes.source_in_policy, run_of(of), str(sound))
+    source_of = partial(spec.source_in_policy, spec_of(of), str(sound))
     finite.refuse_not_finite(lm, "float32", source_of)
     adapters.for_training(lm, of, seed=1)
     said = str(refusal(lambda: finite.refuse_not_finite(lm, "float32", source_of)))
@@ -574,19 +573,19 @@ BAD = "model.layers.0.self_attn.q_proj"
 def test_a_nan_is_blamed_on_the_key_that_brought_it(lora, ref, tensor, key, folder) -> None:
     of = ModelSection(name_or_path="M", lora=None if lora is None else LoraSection(**lora))
     mode = {"mode": "adapter"} if ref else {}
-    assert modes.source_in_policy(run_of(of, **ref, **mode), "W", tensor) == (key, folder)
+    assert spec.source_in_policy(spec_of(of, **ref, **mode), "W", tensor) == (key, folder)
 
 
 def test_a_nan_in_the_reference_is_blamed_on_its_own_key() -> None:
     of = ModelSection(name_or_path="M")
     plain, adapter = f"{BAD}.weight", f"{BAD}.lora_A.default.weight"
-    blame = modes.source_in_reference
-    assert blame(run_of(of), "W", plain) == ("model.name_or_path", "W")
-    assert blame(run_of(of, name_or_path="R"), "W", plain) == ("reference.name_or_path", "R")
-    with_adapter = run_of(of, name_or_path="B", adapter_name="default")
+    blame = spec.source_in_reference
+    assert blame(spec_of(of), "W", plain) == ("model.name_or_path", "W")
+    assert blame(spec_of(of, name_or_path="R"), "W", plain) == ("reference.name_or_path", "R")
+    with_adapter = spec_of(of, name_or_path="B", adapter_name="default")
     assert blame(with_adapter, "W", adapter) == ("reference.name_or_path", "B")
     assert blame(with_adapter, "W", plain) == ("model.name_or_path", "W")
-    own = run_of(ModelSection(name_or_path="M", lora=LoraSection(path="A")))
+    own = spec_of(ModelSection(name_or_path="M", lora=LoraSection(path="A")))
     assert blame(own, "W", adapter) == ("model.lora.path", "A")
 
 

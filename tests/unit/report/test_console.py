@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from dspref.report import console
-from dspref.training import stages
+from dspref.training import closing
 
 HOSTILE = {
     "colours": "\x1b[31mred\x1b[0m",
@@ -51,7 +51,7 @@ def test_markup_is_shown_as_it_stands(capsys):
 
 @pytest.mark.parametrize("text", [*FOR_A_SHELL, *HOSTILE.values()])
 def test_a_prompt_in_a_command_to_paste_runs_nothing(text, tmp_path):
-    shown = stages.harmless(console.printable(text, limit=60))
+    shown = closing.harmless(console.printable(text, limit=60))
     command = f"echo \"print('{shown}')\""
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout == f"print('{shown}')\n" and not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from dspref import config
 from dspref.data.loader import sharing_pays
 from dspref.data.sources import Source, find
 from dspref.errors import ConfigError, DataError, NumericFault
-from dspref.reference import modes
+from dspref.reference import spec
 from dspref.training import numbers, preparation, stages
 
 QUICKSTART = "launch/configs/quickstart.yaml"
@@ -22,7 +22,7 @@ QUICKSTART = "launch/configs/quickstart.yaml"
 def test_policy_and_reference_must_agree_at_the_first_step_where_they_are_one(dtype, allowed):
     run = config.load(QUICKSTART, [f"model.dtype={dtype}"])
     means = {"gap": allowed, "loss": 0.6931}
-    tolerance = modes.first_gap(run)
+    tolerance = spec.first_gap(stages.reference_spec(run))
     numbers.check_first_step(means, tolerance)
     assert means == {"loss": 0.6931}, "the gap is no metric"
     for gap in (10 * allowed, float("nan")):
@@ -35,7 +35,7 @@ def test_policy_and_reference_must_agree_at_the_first_step_where_they_are_one(dt
 )
 def test_a_reference_that_is_another_model_may_differ(other):
     run = config.load(QUICKSTART, ["model.dtype=float32", other])
-    numbers.check_first_step({"gap": 3.0}, modes.first_gap(run))
+    numbers.check_first_step({"gap": 3.0}, spec.first_gap(stages.reference_spec(run)))
 
 
 ROWS = [
@@ -67,14 +67,18 @@ def test_sharing_pays_by_what_is_surely_computed_once(tmp_path):
         assert sharing_pays(pairs, None) is sharing_pays(pairs, pairs.rows) is worth
 
 
+def check_tokens(run, model_config, stores):
+    preparation.check_tokens(stages.reference_spec(run), model_config, stores, "cpu")
+
+
 def test_only_ids_that_occur_must_fit_the_model(tmp_path):
     """The tokenizer has 105 tokens, of which the data has seven; padding and images' tokens are often added and unused."""
     pairs, run = load([write(tmp_path / "rows.jsonl", ROWS)], tmp_path / "cache"), config.load(QUICKSTART)
     largest = pairs.report["largest_id"]
     assert largest < 20
-    preparation.check_tokens(run, tiny_config("qwen2", largest + 1), [pairs], "cpu")
+    check_tokens(run, tiny_config("qwen2", largest + 1), [pairs])
     with pytest.raises(ConfigError, match=f"model.tokenizer_name_or_path: token id {largest} does not fit"):
-        preparation.check_tokens(run, tiny_config("qwen2", largest), [pairs], "cpu")
+        check_tokens(run, tiny_config("qwen2", largest), [pairs])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
@@ -84,13 +88,15 @@ def test_without_max_length_the_longest_pair_must_fit_the_positions(tmp_path, fa
     longest = held_out.report["longest"]
     assert longest == 1 + 80 + 1
     run = config.load(QUICKSTART, ["data.max_length=null"])
-    preparation.check_tokens(run, tiny_config(family, 256, max_position_embeddings=longest), [short, held_out], "cpu")
+    preparation.check_tokens(
+        stages.reference_spec(run), tiny_config(family, 256, max_position_embeddings=longest), [short, held_out], "cpu"
+    )
     few = tiny_config(family, 256, max_position_embeddings=longest - 1)
     with pytest.raises(
         ConfigError, match=rf"data.max_length: null, and the longest pair has {longest} tokens.*{longest - 1} pos"
     ):
-        preparation.check_tokens(run, few, [short, held_out], "cpu")
-    preparation.check_tokens(config.load(QUICKSTART, ["data.max_length=81"]), few, [short], "cpu")
+        check_tokens(run, few, [short, held_out])
+    check_tokens(config.load(QUICKSTART, ["data.max_length=81"]), few, [short])
 
 
 def test_rows_that_are_trained_on_are_no_held_out_set_unless_that_is_said(tmp_path):
