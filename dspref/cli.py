@@ -233,7 +233,10 @@ def submit(
     job_name: Annotated[str | None, typer.Option(help="Default: dspref- and the run folder's name.")] = None,
     mem: Annotated[str | None, typer.Option(help="Memory of each node.")] = None,
     exclusive: Annotated[bool, typer.Option("--exclusive", help="Share the nodes with nobody.")] = False,
-    signal_seconds: Annotated[int, typer.Option(min=1, help="Commit a checkpoint so long before the end.")] = 300,
+    signal_seconds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Commit a checkpoint so long before the end. Default: 300, or --time / 5."),
+    ] = None,
     max_requeue: Annotated[int, typer.Option(min=0, help="Go on so often, each time only if a step was committed.")] = 20,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the ranks; repeatable.")] = None,
     setup: ShellFile = None,

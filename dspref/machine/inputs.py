@@ -49,9 +49,12 @@ def look(model: ModelSection, reference: ReferenceSection, data: DataSection, be
         place = Path(name) if path == ("model", "chat_template") else shipped(name)
         try:
             if judge is not _template and not place.exists() and _is_hub_id(name):
-                found.on_hub.append(f"{'.'.join(map(str, path))} {name}")
-                continue
-            reasons = list(judge(place))
+                if not (beside and (beside / name).exists()):
+                    found.on_hub.append(f"{'.'.join(map(str, path))} {name}")
+                    continue
+                reasons = ["no such file or folder"]
+            else:
+                reasons = list(judge(place))
         except OSError as error:
             reasons = [f"cannot be read ({error.strerror or error}); mend its permissions"]
         if reasons:

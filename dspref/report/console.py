@@ -23,6 +23,7 @@ from dspref import distributed
 from dspref.files import write_atomically
 from dspref.report.performance import PHASES
 from dspref.run import status
+from dspref.run.folder import RunFolder
 from dspref.secrets import redact
 from dspref.terminal import duration, printable, shown
 
@@ -90,15 +91,17 @@ class ProgressView:
 
 
 @contextlib.contextmanager
-def scoring(folder: Path | None = None) -> Iterator[Callable[[int, int, float | None], None]]:
+def scoring(run: RunFolder | None = None) -> Iterator[Callable[[int, int, float | None], None]]:
     """A view of the scoring of a reference store, for (pairs scored, pairs to score, seconds left): one bar on a terminal, a
-    line now and then anywhere else, and with `folder`, the run's, a file there for `dspref status`. Nothing is shown before
-    the first call."""
-    view = _ScoringView(folder)
+    line now and then anywhere else, and for a run a file in its folder while that lasts, for `dspref status`, and an event.
+    Nothing is shown before the first call."""
+    view = _ScoringView(run.path if run else None)
     try:
         yield view.show
     finally:
         view.close()
+        if run and view.done:
+            run.event("scored", pairs=view.done)
 
 
 class _ScoringView:
@@ -106,9 +109,11 @@ class _ScoringView:
         self._file = folder / status.SCORING if folder and distributed.world().rank == 0 else None
         self._bar: Progress | None = None
         self._told = self._written = 0.0
+        self.done = 0
         self._forget()  # what a run that was killed has left
 
     def show(self, done: int, total: int, seconds_left: float | None) -> None:
+        self.done = done
         if distributed.world().rank == 0 and sys.stdout.isatty():
             self._draw(done, total, seconds_left)
         elif not self._told or time.monotonic() - self._told > TELL_EVERY_SECONDS:

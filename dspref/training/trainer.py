@@ -70,7 +70,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     policy = Engine.for_training(policy, config.train, stages.engine_config(config), steps)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
-    with console.scoring(run.path) as view:
+    with console.scoring(run) as view:
         needs = stages.needs(loader, held_out, done, steps)
         reference = references.build(asked, policy, beginning, sets, packing, needs, view)
     for line in advice.of_run(config.model, config.train.pairs_per_step, config.zero_stage, policy, loader, kernel):

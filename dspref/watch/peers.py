@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypedDict
 
 from dspref import distributed
@@ -104,11 +106,23 @@ class Peers:
         """Whether a rank that could leave by itself would have done so."""
         return self.verdict is not None and time.monotonic() - self._verdict_at > GRACE_SECONDS
 
-    def await_verdict(self) -> None:
-        """Where contact broke, somebody else has gone, and will soon be known."""
+    def await_verdict(self, error: BaseException, logs: Path) -> None:
+        """Where contact broke, somebody else has gone, and will soon be known; of another machine nobody may say so."""
         deadline = time.monotonic() + GRACE_SECONDS
         while self._world.size > 1 and self.verdict is None and time.monotonic() < deadline:
             time.sleep(TALK_SECONDS / 4)
+        if self._world.size == 1 or self.verdict is not None:
+            return
+        details = logs / f"rank-{self._world.rank}.error.txt"
+        with contextlib.suppress(OSError):
+            details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        reason = str(error).split("\n", 1)[0]
+        message = (
+            f"rank {self._world.rank} lost contact with the others, in or after step {self._timer.pace.step}: one was killed, "
+            f"is out of memory, or its machine is gone ({reason}; more in {details})"
+        )
+        if self.judge(ExitCode.BUG, message):
+            print(shown(message), file=sys.__stderr__, flush=True)
 
     def await_readers(self) -> None:
         """Rank 0 serves the store until all have read why they leave."""

@@ -121,7 +121,7 @@ class Watch:
         """Tell the others that this rank leaves, and why, unless one of them was first."""
         self._at_once = False  # no signal ends this
         if _is_broken_contact(error):
-            self._peers.await_verdict()
+            self._peers.await_verdict(error, self._folder / "logs")
         if not self.has_verdict and not isinstance(error, Relayed):
             message = str(error).split("\n", 1)[0] or type(error).__name__
             self.was_first = self._peers.judge(exit_code_of(error), message)

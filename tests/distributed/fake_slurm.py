@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Cluster:
 
 def sbatch(folder: Path, arguments: list[str]) -> int:
     script = Path(arguments[-1])
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script.read_text(), flags=re.M))
+    found = re.findall(r'^#SBATCH --([\w-]+)=("[^"]*"|\S+)$', script.read_text(), flags=re.M)
+    options = {name: value.strip('"') for name, value in found}
     number = str(int(os.environ.get("FAKE_SLURM_JOB", "1000")))
     (folder / f"job-{number}.json").write_text(json.dumps({"script": str(script), "options": options}))
     print(number)
@@ -118,8 +120,14 @@ def act(run: Path, code: int, commit: int | None = None, event: str | None = Non
         (run / "checkpoints" / f"step-{commit:06d}" / "manifest.json").write_text("{}")
     if event:
         with open(run / "events.jsonl", "a") as file:
-            about = {"event": event, "step": commit, "cause": cause or "stopped by SIGUSR1 after step", "exit_code": said}
-            file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", **about}) + "\n")
+            about = {
+                "event": event,
+                "step": commit,
+                "cause": cause or "stopped by SIGUSR1 after step",
+                "exit_code": said,
+                "pairs": 8,
+            }
+            file.write(json.dumps({"time": datetime.now(UTC).isoformat(), **about}) + "\n")
     return code
 
 

@@ -22,7 +22,6 @@ GROUND: tuple[tuple[str, ...], ...] = (
 # Of these, `distributed` is entered as a room is.
 ABOVE = {
     "distributed": {"ranks"},
-    "slurm": {"config", "machine", "run"},
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "cli": {"config", "launcher", "machine", "objectives", "run", "slurm", "training"},
     "__main__": {"cli"},
@@ -58,10 +57,10 @@ PURE = {"data", "objectives"}
 PURE_FILES = {"model.attention", "model.logps", "model.router"}
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
-NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks"}
+NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
     "cli", "engine.builds", "errors", "files", "launcher", "lazily", "model.weights", "processes", "reading",
-    "reference.store", "run.manifest", "run.record", "run.status", "secrets", "slurm", "terminal", "watch.interruption",
+    "reference.store", "run.manifest", "run.record", "run.status", "secrets", "terminal", "watch.interruption",
     "watch.lock",
 }  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_the_run_folder_holds_config_script_and_job(here, capsys):
     headers = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     for option in (
         "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu", "--exclusive", "--requeue",
-        "--open-mode=append", "--signal=USR1@300", "--job-name=dspref-a", f"--output={here}/runs/a/logs/slurm-%j.out",
+        "--open-mode=append", "--signal=B:USR1@300", "--job-name=dspref-a", f"--output={here}/runs/a/logs/slurm-%j.out",
     ):  # fmt: skip
         assert f"#SBATCH {option}" in headers
 
@@ -82,7 +82,7 @@ def test_a_dry_run_writes_and_shows_but_submits_nothing(here, capsys):
 
 
 def test_without_slurm_the_script_is_left_to_be_submitted(here, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", "nowhere")
     assert submit() == 4
     assert "sbatch: no such command" in capsys.readouterr().err
 
@@ -118,10 +118,13 @@ def test_submitting_loads_no_torch(here):
         (["output_dir=run.yaml"], "is a file"),
         (["output_dir=cluster"], "holds no dspref run"),
         (["output_dir=runs/50%j"], "SLURM replaces"),
-        (["output_dir=a b"], "an #SBATCH line holds"),
+        (["output_dir=a;b"], "an #SBATCH line holds"),
         (["--partition", "gpu\n#SBATCH --nodes=9"], "--partition: 'gpu\\n#SBATCH"),
         (["--job-name", ""], "--job-name: ''"),
         (["--time", "1 day"], "--time: '1 day'"),
+        (["--time", "banana"], "--time: 'banana': is no duration; give minutes, H:MM:SS or days-hours"),
+        (["--time", "5:00", "--signal-seconds", "300"], "--signal-seconds: 300, but --time 5:00 is 300 s"),
+        (["--time", "1-0", "--signal-seconds", "90000"], "--time 1-0 is 86400 s"),
         (["--env", "NAME"], "not of the form NAME=VALUE"),
         (["--env", "A B=1"], "not of the form NAME=VALUE"),
         (["--env", "A=\x1b[2J"], "characters that do not print"),
@@ -138,6 +141,38 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words, said, here, capsys):
 def test_no_secret_gets_into_a_file(name, here, capsys):
     line = refused(capsys, "--env", f"{name}=hunter2")
     assert "export it before submitting" in line and "hunter2" not in line
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("10", 120), ("5:00", 60), ("2", 24), ("0:10", 2), ("1:00:00", 300), ("1-0", 300), ("0-0:20", 240), ("UNLIMITED", 300)],
+)
+def test_the_signal_fits_the_time(time, seconds):
+    """SLURM's own reading: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes."""
+    assert job(time=time).seconds_to_leave == seconds
+
+
+def test_a_folder_may_have_spaces(here, capsys, monkeypatch):
+    (here / "a b").mkdir()
+    monkeypatch.chdir(here / "a b")
+    for name in ("run.yaml", "pairs.jsonl"):
+        (here / name).rename(here / "a b" / name)
+    assert submit("output_dir=my runs/a") == 0
+    script = (here / "a b/my runs/a/submit/job.sbatch").read_text()
+    assert f'#SBATCH --output="{here}/a b/my runs/a/logs/slurm-%j.out"' in script.splitlines()
+    assert Cluster(here / "cluster").run("1000", [{"act": [0]}]) == (0, 1)
+    assert "dspref: job 1000" in (here / "a b/my runs/a/logs/slurm-1000.out").read_text()
+
+
+def test_what_lies_beside_the_file_is_no_name_of_the_hub(here, capsys, monkeypatch):
+    """It would be found missing in the job, after hours in the queue."""
+    (here / "models/tiny").mkdir(parents=True)
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    with pytest.raises(SystemExit):
+        cli.app(["submit", "../run.yaml", "model.name_or_path=models/tiny", f"data.train.path={here}/pairs.jsonl"])
+    said = capsys.readouterr().err
+    assert "models/tiny: no such file or folder; did you mean ../models/tiny? paths are relative to the working dir" in said
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD"])
@@ -237,13 +272,26 @@ def played(here: Path, *faults: dict, words: tuple[str, ...] = ()) -> tuple[int,
 def test_an_interrupted_job_is_requeued_while_it_moves_on(here):
     code, starts, log = played(here, {"act": [75, 4]}, {"act": [75, 9]}, {"act": [0]})
     assert (code, starts) == (0, 3)
-    assert "restart 2, checkpoint of step 9" in log and "requeued at step 4" in log
+    assert "restart 2, checkpoint of step 9" in log and "queued again at step 4" in log
 
 
 def test_without_progress_it_ends_and_says_why(here):
-    code, starts, log = played(here, {"act": [75, 4]}, {"act": [75]})
-    assert (code, starts) == (75, 2)
-    assert "no checkpoint was committed after step 4; raise --time or --signal-seconds" in log
+    """A start in which nothing was committed is no proof: it may have been preempted at once. Three in a row are."""
+    moves, none = [{"act": [75, 4]}, {"act": [75, 9]}], {"act": [75]}
+    code, starts, log = played(here, moves[0], none, none, moves[1], none, none, none, {"act": [0]})
+    assert (code, starts) == (75, 7)
+    assert "3 starts in a row committed no step after step 9; raise --time or --signal-seconds" in log
+
+
+@pytest.mark.parametrize("code", [143, 138, 75])
+def test_a_rank_that_is_stopped_before_it_can_say_so_is_started_again(code, here):
+    """By the signals that ask, in the first moments of python, when no handler stands and no folder has been made."""
+    assert played(here, {"act": [code]}, {"act": [0]})[:2] == (0, 2)
+
+
+def test_pairs_that_were_scored_are_progress(here):
+    scored = {"act": [75, None, "scored"]}
+    assert played(here, *[scored] * 5, {"act": [0]})[:2] == (0, 6)
 
 
 def test_requeueing_has_an_end(here):
@@ -261,13 +309,19 @@ def test_the_signal_of_a_rank_that_was_still_leaving_hides_no_interruption(here)
 
 
 def test_a_rank_that_was_killed_is_no_interruption(here):
-    """It has a last event too, with another exit code."""
-    assert played(here, {"act": [137, 4, "stop", 1]}, {"act": [0]})[:2] == (137, 1)
+    code, starts, log = played(here, {"act": [137, 4]}, {"act": [0]})
+    assert (code, starts) == (137, 1) and "dspref: failed with exit code 137: a rank was ended by SIGKILL" in log
+
+
+def test_the_exit_code_and_the_words_are_those_of_the_run(here):
+    """srun has the highest of all ranks, which is that of a rank that it ended itself."""
+    code, starts, log = played(here, {"act": [143, 4, "stop", 5, "step 7: loss is not finite"]}, {"act": [0]})
+    assert (code, starts) == (5, 1) and "dspref: failed with exit code 5: step 7: loss is not finite" in log
 
 
 def test_who_touches_stop_does_not_want_it_back(here):
     code, starts, log = played(here, {"act": [75, 4, "stop", 75, "stopped by the file runs/a/STOP after step 4"]})
-    assert (code, starts) == (75, 1) and "touched the file STOP" in log
+    assert (code, starts) == (75, 1) and "stopped by the file runs/a/STOP after step 4" in log
 
 
 def test_a_crash_after_a_restart_is_no_interruption(here):

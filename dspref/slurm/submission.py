@@ -11,10 +11,7 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,39 +24,12 @@ from dspref.machine import inputs
 from dspref.machine.context import CheckContext
 from dspref.run.record import misplaced
 from dspref.run.status import is_foreign
-from dspref.secrets import is_telling, kind_of
-from dspref.terminal import command, shown
+from dspref.slurm.asking import answer, said
+from dspref.slurm.script import Job, lint, log_file, render
+from dspref.terminal import command
 
-# What a value in an #SBATCH line may be made of: SLURM's own words, and nothing that ends or splits the line.
-MARKS = "_.,:@/=+-[]&|*()!"
-PLAIN = re.compile(rf"[\w{re.escape(MARKS)}]+")
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Of a job, or of one task of an array.
 NUMBER = re.compile(r"[0-9]+(_[0-9]+)?")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked of SLURM, in sbatch's own words; None leaves it to the cluster."""
-
-    nodes: int
-    gpus_per_node: int
-    cpus_per_task: int
-    time: str
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
-    job_name: str | None = None
-    mem: str | None = None
-    exclusive: bool = False
-    signal_seconds: int = 300
-    max_requeue: int = 20
-    env: tuple[str, ...] = ()
-    """NAME=VALUE, for the ranks."""
-    setup: Path | None = None
-    """A shell file that the job sources first."""
 
 
 class JobRun(NamedTuple):
@@ -70,6 +40,8 @@ class JobRun(NamedTuple):
     """Resolved, as YAML."""
     saves: bool
     """Whether it leaves checkpoints to go on from."""
+    on_hub: list[str]
+    """`key value`, of what was not looked at."""
 
 
 def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = None, dry_run: bool = False) -> None:
@@ -88,6 +60,8 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
 
     path = write(folder, planned, script)
     print(script)
+    if on_hub := list(dict.fromkeys(name for one in planned for name in one.on_hub)):
+        print(f"not checked (hub): {', '.join(on_hub)}")
     if not all(one.saves for one in planned):
         print("advice: checkpoint.save_every is null, so the loss of a node would cost all steps since the job's last start")
     if dry_run:
@@ -112,10 +86,9 @@ def load(file: Path, overrides: Sequence[str], looks: bool = True) -> tuple[str,
         raise ConfigError(f"output_dir: {config.output_dir!r}: is empty or does not print; choose another folder")
     if config.checkpoint.resume == "never":
         raise ConfigError("checkpoint.resume: never would begin again at every requeue; use auto and another output_dir=")
-    if looks:
-        inputs.refuse(CheckContext(config).look(file.parent), positions)
+    on_hub = inputs.refuse(CheckContext(config).look(file.parent), positions) if looks else []
     saves = config.checkpoint.save_every is not None
-    return config.output_dir, JobRun(absolute(config.output_dir), configuration.dump(config), saves)
+    return config.output_dir, JobRun(absolute(config.output_dir), configuration.dump(config), saves, on_hub)
 
 
 def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list[JobRun]:
@@ -165,77 +138,6 @@ def refuse_occupied(run: Path) -> None:
 # The script
 
 
-def render(job: Job, folder: Path, runs: Sequence[Path], is_array: bool) -> str:
-    """The job script. Raises ConfigError for a value that cannot stand in it."""
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
-
-    if job.setup and not os.path.isfile(job.setup):
-        raise ConfigError(f"--setup: {job.setup}: no such file; give a shell file that the job is to source")
-    template = configuration.shipped("launch/slurm/run.sbatch.j2").read_text(encoding="utf-8")
-    jinja = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-    jinja.filters["quote"] = quote
-    return jinja.from_string(template).render(
-        job=job,
-        options=headers(job, folder, len(runs) if is_array else 0),
-        folder=os.getcwd(),
-        environment=[named(text) for text in job.env],
-        array=is_array,
-        runs=runs,
-        python=sys.executable,
-        train=configuration.shipped("launch/train.py").resolve(),
-    )
-
-
-def headers(job: Job, folder: Path, tasks: int) -> list[str]:
-    """The options of the #SBATCH lines."""
-    if "%" in str(folder):
-        raise ConfigError(f"output_dir: {str(folder)!r}: SLURM replaces what follows a %; choose another folder")
-    name = re.sub(r"[^\w.-]", "-", f"dspref-{folder.name}") if job.job_name is None else job.job_name
-    asked = {
-        "--job-name": name, "--nodes": job.nodes, "--ntasks-per-node": job.gpus_per_node,
-        "--gpus-per-node": job.gpus_per_node, "--cpus-per-task": job.cpus_per_task, "--mem": job.mem, "--time": job.time,
-        "--partition": job.partition, "--account": job.account, "--qos": job.qos, "--constraint": job.constraint,
-        "--reservation": job.reservation,
-    }  # fmt: skip
-    given = {option: str(value) for option, value in asked.items() if value is not None}
-    for option, value in [*given.items(), ("output_dir", str(folder))]:
-        if not PLAIN.fullmatch(value):
-            raise ConfigError(f"{option}: {value!r}: an #SBATCH line holds letters, digits and {MARKS} only; choose another")
-    options = [f"{option}={value}" for option, value in given.items()]
-    options += ["--exclusive"] * job.exclusive + [f"--array=0-{tasks - 1}"] * bool(tasks)
-    return [*options, f"--output={log_file(folder, '%A_%a' if tasks else '%j', is_array=False)}"]
-
-
-def log_file(folder: Path, job: str, is_array: bool) -> Path:
-    return folder / "logs" / f"slurm-{job}{'_*' if is_array else ''}.out"
-
-
-def named(text: str) -> tuple[str, str]:
-    """'NAME=VALUE' -> (NAME, VALUE)."""
-    name, equals, value = text.partition("=")
-    if not equals or not NAME.fullmatch(name):
-        raise ConfigError(f"--env: {text!r}: not of the form NAME=VALUE")
-    if is_telling(name) or kind_of(value, {}):
-        raise ConfigError(f"--env: {name}: would stand in a file; export it before submitting, SLURM hands it to the job")
-    return name, value
-
-
-def quote(text: object) -> str:
-    """One word for the shell, on one line."""
-    if not str(text).isprintable():
-        raise ConfigError(f"{str(text)!r}: has characters that do not print, and cannot stand in a job script")
-    return shlex.quote(str(text))
-
-
-def lint(script: str) -> None:
-    """Raise where the script is not sound shell."""
-    # Of shellcheck's opinion, which every version has more of, only what it calls an error.
-    for words in (["bash", "-n"], ["shellcheck", "--shell=bash", "--severity=error", "-"]):
-        if shutil.which(words[0]) and (found := answer(words, script)).returncode:
-            raise EnvironmentFault(f"the job script is not sound: {words[0]}: {said(found)}; please report this")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and SLURM
 
@@ -275,12 +177,3 @@ def record(number: str, folder: Path, runs: Sequence[Path], is_array: bool) -> N
     if is_array:
         about["runs"] = [str(run) for run in runs]
     write_atomically(folder / "submit" / "job.json", json.dumps(about, indent=2) + "\n")
-
-
-def answer(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=text, capture_output=True, text=True, errors="replace")
-
-
-def said(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command had to say, on one line."""
-    return shown(" ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}")

@@ -1,0 +1,14 @@
+"""A run, or a sweep of runs, as a SLURM job. Loads no torch.
+
+`submission` checks it, writes config and job script into the run folder and hands it to `sbatch`; `script` makes the job
+script of the template in launch/slurm. Within the job, `verdict` has the last word: done, failed and why, or queued again.
+`asking` is how SLURM is asked.
+
+Enters: config, machine, run.
+Shows: nothing.
+"""
+
+from dspref.slurm.script import Job, headers, named, quote, render
+from dspref.slurm.submission import load_sweep, submit
+
+__all__ = ["Job", "headers", "load_sweep", "named", "quote", "render", "submit"]
