@@ -265,16 +265,22 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or of a sweep.", callback=whole)],
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, for programs.")] = False,
 ) -> None:
-    """Show how far a run is: state, step, time left, last checkpoint, goodput, restarts. Reads its files and no more."""
+    """Show how far a run is: state, step, time left, last checkpoint, goodput, restarts. Reads its files, and asks SLURM of
+    its job where there is one."""
     import json
 
     from dspref.run import status
+    from dspref.slurm import job_state
+
+    def known(folder: Path) -> dict[str, Any]:
+        about = status.read(folder)
+        return job_state.joined(about, job_state.ask(about["job"]) if about["job"] else None)
 
     with faults_in_one_line():
         if run.exists() and not run.is_dir():
             raise ConfigError(f"{run}: is no folder; give the output_dir of a run")
-        about = status.read(run)
-        runs = [status.read(Path(one)) for one in about["runs"] or [] if Path(one).exists()]
+        about = known(run)
+        runs = [known(Path(one)) for one in about["runs"] or [] if Path(one).exists()]
         if as_json:
             print(json.dumps(about | {"runs": runs} if runs else about, indent=2))
         else:

@@ -29,6 +29,14 @@ RECENT = 50
 ALIVE = ("running", "scoring")
 # A run that says nothing for so long may have lost its node.
 SILENT_SECONDS = 600
+# State -> what a person can do.
+NEXT = {
+    "interrupted": "the same command again goes on from the newest checkpoint",
+    "stopped": "the same command again goes on from the newest checkpoint",
+    "ended": "the same command again goes on from the newest checkpoint",
+    "cancelled": "the same command again goes on from the newest checkpoint",
+    "requeued": "nothing: SLURM starts the job again, and it goes on from the newest checkpoint",
+}
 # No step takes so many seconds.
 LONGEST = 1e9
 
@@ -57,6 +65,8 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
     if damage and not run:
         run = {"state": "damaged", "error": f"{record.NAME}: {damage}"}
     events = [event for event in read_lines(folder / "events.jsonl") if moment(event.get("time"))]
+    # What runs outside of SLURM belongs to no job, whatever was submitted before.
+    jobs = [] if run.get("state") == "running" and not run.get("job") else [job.get("job"), run.get("job")]
     step, effective, recent = training(folder / "metrics.jsonl")
     commit_step, commit_time = newest_commit(folder, events)
     scoring = scoring_of(folder)
@@ -76,7 +86,7 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
         "host": run.get("host"),
         "pid": run.get("pid"),
         "world_size": run.get("world_size"),
-        "job": next((found for found in (job.get("job"), run.get("job")) if isinstance(found, str)), None),
+        "job": next((found for found in jobs if isinstance(found, str)), None),
         "step": step,
         "steps": steps,
         "seconds_per_step": recent,
@@ -220,9 +230,9 @@ def show(status: Mapping[str, Any]) -> str:
         rows["commit"] = f"step {status['commit_step']:,}, {duration(status['commit_age_seconds'])} ago"
     if status["goodput"] is not None:
         rows["goodput"] = f"{status['goodput']:.0%} of {duration(status['wall_seconds'])} went into steps that were kept"
-    rows |= {name: str(status[name]) for name in ("error", "log") if status[name]}
-    if status["state"] in ("interrupted", "stopped"):
-        rows["next"] = "the same command again goes on from the newest checkpoint"
+    rows |= {name: str(status[name]) for name in ("slurm", "error", "log") if status.get(name)}
+    if next_step := NEXT.get(status["state"]):
+        rows["next"] = next_step
     return "\n".join(f"{name:<8}  {printable(text, limit=500)}" for name, text in rows.items())
 
 

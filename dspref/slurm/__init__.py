@@ -2,10 +2,10 @@
 
 `submission` checks it, writes config and job script into the run folder and hands it to `sbatch`; `script` makes the job
 script of the template in launch/slurm. Within the job, `verdict` has the last word: done, failed and why, or queued again.
-`asking` is how SLURM is asked.
+`asking` is how SLURM is asked, `job_state` what it knows of a run's job.
 
 Enters: config, machine, run.
-Shows: nothing.
+Shows: job_state.
 """
 
 from dspref.slurm.script import Job, headers, named, quote, render

@@ -118,8 +118,8 @@ class Peers:
             details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         reason = str(error).split("\n", 1)[0]
         message = (
-            f"rank {self._world.rank} lost contact with the others, in or after step {self._timer.pace.step}: one was killed, "
-            f"is out of memory, or its machine is gone ({reason}; more in {details})"
+            f"rank {self._world.rank} lost contact with the others, in or after step {self._timer.pace.step}: one was "
+            f"killed, is out of memory, or its machine is gone ({reason}; more in {details})"
         )
         if self.judge(ExitCode.BUG, message):
             print(shown(message), file=sys.__stderr__, flush=True)
