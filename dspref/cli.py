@@ -153,9 +153,7 @@ def check(
 
 @app.command(cls=OfRun)
 def doctor(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[X.yaml]", help="Also check what this run needs.", callback=whole)
-    ] = None,
+    file: AlsoFile = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

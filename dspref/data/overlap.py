@@ -46,7 +46,7 @@ def shared(one: Listing, others: Sequence[Listing], digest: Digest) -> Shared | 
         for other in theirs:
             if known[id(own.part)] == known[id(other.part)] and _meet(own, other):
                 return Shared(own.part.name, own.term, other.term)
-    same = next((other for other in others if _is_split_anew(one, other, known)), None)
+    same = next((other for other in others if _is_split_anew(one, other)), None)
     return same and Shared(one.source.path, one.selections[0].term, same.selections[0].term)
 
 
@@ -75,7 +75,7 @@ def _find_copies(one: Listing, others: Sequence[Listing], known: dict[int, str])
                 known |= {key: known[id(own)] for key, found in known.items() if found == former}
 
 
-def _is_split_anew(one: Listing, other: Listing, known: dict[int, str]) -> bool:
+def _is_split_anew(one: Listing, other: Listing) -> bool:
     """Whether two listings that are read whole hold the same rows in one order, in files that end at other places."""
     both = [list(_parts(listing)) for listing in (one, other)]
     whole = all(

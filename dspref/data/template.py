@@ -23,7 +23,6 @@ from dspref.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCORED = ("last", "assistant", "all")
 # Keys of a row's chat_template_kwargs that would change what is rendered instead of how.
 RESERVED_KWARGS = frozenset(
     {

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dspref.config import TrainSection, strategy
-
-if TYPE_CHECKING:
-    pass
 
 
 def training_config(user_strategy: Mapping[str, Any], dtype: str, train: TrainSection) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DeepSpeed, and the only module that imports it.
+"""The policy under DeepSpeed.
 
 An `Engine` adds to gradients (`backward`) and applies them (`step`), nothing else. What DeepSpeed 0.19.8 does that one would
 not expect is handled here; docs/deepspeed.md lists it.
@@ -93,7 +93,7 @@ class Engine:
         if resolved["zero_optimization"]["stage"] == 3:
             _mark_leaves(policy)
         optimizer = make_optimizer(policy, train)
-        warmup = train.warmup_steps if train.warmup_steps is not None else _ceil(train.warmup_ratio * total_steps)
+        warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * total_steps)
         scheduler = packed.schedule(optimizer, train.lr_scheduler_type, warmup, total_steps, train.lr_scheduler_kwargs)
         if resolved["zero_optimization"]["stage"] != 3:
             policy.to(ACCELERATOR.current_device_name())
@@ -245,7 +245,3 @@ def _announce_dora(model: nn.Module) -> None:
 
 def _three_dimensional(parameters: Iterable[nn.Parameter]) -> bool:
     return any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in parameters)
-
-
-def _ceil(x: float) -> int:
-    return -int(-x // 1)

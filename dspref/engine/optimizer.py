@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,6 @@ from dspref.engine import builds
 from dspref.engine.accelerator import deepspeed
 from dspref.errors import EnvironmentFault
 from dspref.model.packed import PackedCausalLM
-
-if TYPE_CHECKING:
-    pass
 
 
 def make_optimizer(policy: PackedCausalLM, train: TrainSection) -> torch.optim.Optimizer:

@@ -15,8 +15,7 @@ import dspref
 from dspref import secrets
 from dspref.errors import ExitCode
 from dspref.machine import machine, preflight
-from dspref.machine.context import OK, CheckContext
-from dspref.machine.machine import FAIL, WARN
+from dspref.machine.context import FAIL, OK, WARN, CheckContext
 
 # Environment variables that decide how a run goes.
 MATTER = (

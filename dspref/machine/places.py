@@ -6,8 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-# The engine removes locks of cpu_adam that are older.
-# Their locks may be held by other machines.
+# File systems whose locks may be held by other machines.
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs", "afs", "wekafs")
 
 

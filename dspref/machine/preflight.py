@@ -18,10 +18,8 @@ from dspref import secrets
 from dspref.config import cache_folder
 from dspref.config.explain import dotted
 from dspref.machine import footprint, inputs
-from dspref.machine.context import OK, CheckContext, Verdict
+from dspref.machine.context import FAIL, OK, WARN, CheckContext, Verdict
 from dspref.machine.machine import (
-    FAIL,
-    WARN,
     builds_folder,
     check_attention,
     check_compiler,

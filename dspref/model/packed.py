@@ -1,6 +1,6 @@
 """The policy and the reference as transformers models, wrapped so that a forward takes a pack and gives log-probs.
 
-The rest of dspref never sees a transformers model; DeepSpeed wraps `PackedCausalLM`.
+A training step sees no transformers model; DeepSpeed wraps `PackedCausalLM`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# Ready to be trained, or asked
 
 
 def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
@@ -139,7 +139,3 @@ def schedule(optimizer: Any, name: str, warmup_steps: int, total_steps: int, opt
         num_training_steps=total_steps,
         scheduler_specific_kwargs=dict(options),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plain models, as a user loads them

@@ -38,7 +38,7 @@ def load_original(section: ModelSection, source: str, dtype: str = "auto") -> An
     )  # fmt: skip
 
 
-def load_beginning(section: ModelSection, source: str) -> Any:
+def load_initial_policy(section: ModelSection, source: str) -> Any:
     """What a policy began as, plain: its weights from `source`, and the saved adapter that it goes on from."""
     lm = load_original(section, source)
     adapter = adapters.own(section)

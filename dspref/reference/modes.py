@@ -35,7 +35,7 @@ from dspref.reference.trust_region import MovingReference
 Forward = Callable[[PackedBatch], tuple[TokenLogps, Routing | None]]
 
 
-class Beginning(NamedTuple):
+class InitialWeights(NamedTuple):
     """Where a run began: folder or hub id of the policy's initial weights, and the content of the reference's."""
 
     weights: str
@@ -75,7 +75,7 @@ class Reference:
 def build(
     spec: ReferenceSpec,
     policy: Engine,
-    beginning: Beginning,
+    beginning: InitialWeights,
     sets: Mapping[str, PairStore],
     packing: Packing,
     needs: Mapping[str, Need] | None = None,
@@ -148,7 +148,7 @@ def scoring_packing(spec: ReferenceSpec, packing: Packing, device_type: str) -> 
 def stored(
     spec: ReferenceSpec,
     policy: Engine,
-    beginning: Beginning,
+    beginning: InitialWeights,
     sets: Mapping[str, PairStore],
     packing: Packing,
     needs: Mapping[str, Need] | None,

@@ -100,7 +100,7 @@ def described(spec: ReferenceSpec, weights: str) -> Described:
     return Described(policy.model_copy(update=changes | {"name_or_path": weights or policy.name_or_path}), adapter)
 
 
-def first_gap(spec: ReferenceSpec) -> float | None:
+def first_step_tolerance(spec: ReferenceSpec) -> float | None:
     """How far reference and policy may differ at the first step, in nats per token, where they are one model in one type, so
     that the first loss is known; None where they are not."""
     lora, off = spec.policy.lora, spec.policy.disable_dropout

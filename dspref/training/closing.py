@@ -97,7 +97,7 @@ def write_samples(
     answers = [
         unpacked.generate(load(), prompts, SAMPLE_TOKENS, stop)
         for load in (
-            lambda: unpacked.load_beginning(model, weights),
+            lambda: unpacked.load_initial_policy(model, weights),
             lambda: unpacked.load_plain(str(run.final), model.trust_remote_code),
         )
     ]

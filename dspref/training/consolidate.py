@@ -123,7 +123,7 @@ def refuse_other_base(run: RunFolder, section: ModelSection) -> None:
     began = run.run.get("content", {})
     if section.lora is None or "model" not in began:
         return
-    if stages.beginnings(section)["model"] != began["model"]:
+    if stages.content_digests(section)["model"] != began["model"]:
         raise DataError(f"{section.name_or_path}: is no longer the model that {run.path} began with; restore it")
 
 

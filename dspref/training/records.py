@@ -39,7 +39,7 @@ class StepRecords:
             applied, means = session.policy.applied, self._meter.reduce()
             check_loss(step.number, means["loss"], applied)
             if step.number == 1:
-                check_first_step(means, session.first_gap, applied)
+                check_first_step(means, session.first_step_tolerance, applied)
             record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
             record |= {"learning_rate": learning_rate, **means, **self._account.record(step, self._clock.read())}
             session.recorder.write(record)

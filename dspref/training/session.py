@@ -26,8 +26,8 @@ class Session:
     train: TrainSection
     log_every: int
     save_every: int | None
-    first_gap: float | None
-    """How far policy and reference may differ at step 1 (`spec.first_gap`)."""
+    first_step_tolerance: float | None
+    """How far policy and reference may differ at step 1 (`spec.first_step_tolerance`)."""
     run: RunFolder
     policy: Engine
     reference: Reference

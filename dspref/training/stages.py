@@ -1,4 +1,4 @@
-"""What happens before and after the training loop, one function per stage, in the order of a run."""
+"""What happens before the training loop, one function per stage, in the order of a run; first, what sections stand for."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from dspref.data.store import PairStore
 from dspref.engine import ds_config, finite
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.machine import agreement, preflight
-from dspref.machine.context import CheckContext, Verdict
-from dspref.machine.machine import FAIL
+from dspref.machine.context import FAIL, CheckContext, Verdict
 from dspref.model import adapters, loading, packed
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe, needs_reference
 from dspref.reference import spec
 from dspref.reference.filling import Need, whole
-from dspref.reference.modes import Beginning
+from dspref.reference.modes import InitialWeights
 from dspref.reference.spec import ReferenceSpec
 from dspref.report import console
 from dspref.run.checkpoint import committed_folders
@@ -154,7 +153,7 @@ def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, step
 
 def open_run(
     run: RunFolder, config: Config, source: Path | None, sets: Mapping[str, PairStore], steps: int, watch: Watch
-) -> Beginning:
+) -> InitialWeights:
     """Make the run folder, and the weights of a random model; where the run begins.
 
     Raises DataError where the folder holds a run that began with other pairs or another reference.
@@ -168,7 +167,7 @@ def open_run(
         of_random = random and spec.described(reference, "").section.name_or_path == config.model.name_or_path
         if not of_random:
             content["reference"] = spec.digest(reference, weights)
-        content.update(beginnings(config.model))
+        content.update(content_digests(config.model))
         # Before the first step nothing is gone on with but random weights: what was mended since is taken as it is.
         anew = config.checkpoint.resume == "never" or not (random or run.has_steps)
         began = {} if anew else run.run.get("content", {})
@@ -187,7 +186,7 @@ def open_run(
     distributed.set_seed(config.train.seed)
     distributed.log_to(run.path / "logs")
     run.event("start", world_size=distributed.world().size)
-    return Beginning(weights, distributed.broadcast_object(content.get("reference", "")))
+    return InitialWeights(weights, distributed.broadcast_object(content.get("reference", "")))
 
 
 def changed(name: str, sets: Mapping[str, PairStore]) -> str:
@@ -199,7 +198,7 @@ def changed(name: str, sets: Mapping[str, PairStore]) -> str:
     return f"the pairs of {name.rstrip('_')} have changed since this run began{cause}"
 
 
-def beginnings(section: ModelSection) -> dict[str, str]:
+def content_digests(section: ModelSection) -> dict[str, str]:
     """Digests of what no checkpoint holds: the model's config, the weights below an adapter, a saved adapter's settings."""
     whole = section.lora is not None and section.init == "pretrained"
     found = {"model": loading.content_digest(section) if whole else loading.config_digest(section)}

@@ -1,4 +1,4 @@
-"""train(config): a preference run, read aloud. The stages around the loop are in `dspref.training.stages`."""
+"""train(config): a preference run, read aloud. What comes before the loop is in `stages`, what follows in `closing`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     view = console.ProgressView(progress.step, steps)
 
     session = Session(
-        config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_gap(asked),
+        config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_step_tolerance(asked),
         run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver,
     )  # fmt: skip
     watch.steps_begin(config.train.hang_timeout)
@@ -111,23 +111,23 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
     records, sound = StepRecords(session, steps), progress
     skips = Skips(train.max_skipped_steps, session.model.dtype == "float16", progress.skipped)
     if progress.owes_evaluation:
-        progress = settle(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
+        progress = evaluate_and_save(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
     for step in loader.steps(progress.step, steps):
-        rewards = take(session, step, progress.rewards, records)
+        rewards = optimizer_step(session, step, progress.rewards, records)
         if skips.judge(step.number, policy.applied, records.suspects, session.pairs, session.run):
-            keep_sound(session, sound)
+            save_last_good(session, sound)
             raise skips.fault(step.number, sound.step)
         last = step.number == steps
         evaluates = bool(session.held_out) and (last or due(step.number, train.eval_every))
         offset, tracker = session.recorder.offset, session.recorder.tracker_id
         progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row)
-        progress = settle(session, progress, step.epoch, last)
+        progress = evaluate_and_save(session, progress, step.epoch, last)
         sound = progress if policy.applied else sound
         records.end()
 
 
-def take(session: Session, step: Step, rewards: RunningMean, records: StepRecords) -> RunningMean:
+def optimizer_step(session: Session, step: Step, rewards: RunningMean, records: StepRecords) -> RunningMean:
     """One optimizer step, and what is written of it; the running mean of the rewards behind it."""
     policy, looking = session.policy, records.begin(step.number)
     with_step = gradient.accumulate(step, policy, session.loss, session.reference, rewards, looking)
@@ -139,7 +139,7 @@ def take(session: Session, step: Step, rewards: RunningMean, records: StepRecord
     return with_step if policy.applied else rewards
 
 
-def keep_sound(session: Session, sound: Progress) -> None:
+def save_last_good(session: Session, sound: Progress) -> None:
     """Save the last weights that a step was applied to, before the run ends with a fault."""
     session.saver.wait()
     if checkpoint.newest_step(session.run) < sound.step:  # of later ones the weights are the same
@@ -147,7 +147,7 @@ def keep_sound(session: Session, sound: Progress) -> None:
     tell(session)
 
 
-def settle(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
+def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
     """What is due after a step: an evaluation, a checkpoint, and the end where somebody asks for it."""
     watch, ask = session.watch, session.watch.agreed(session.saver.wish)
     tell(session)

@@ -77,7 +77,7 @@ def _prepare(config: configuration.Config, device_type: str) -> Any:
 def _build(
     config: configuration.Config, policy: Engine, weights: str, sets: dict[str, PairStore], loader: StepLoader
 ) -> references.Reference:
-    beginning = references.Beginning(weights, spec.digest(stages.reference_spec(config), weights))
+    beginning = references.InitialWeights(weights, spec.digest(stages.reference_spec(config), weights))
     return references.build(stages.reference_spec(config), policy, beginning, sets, loader.packing)
 
 

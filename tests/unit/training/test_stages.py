@@ -22,7 +22,7 @@ QUICKSTART = "launch/configs/quickstart.yaml"
 def test_policy_and_reference_must_agree_at_the_first_step_where_they_are_one(dtype, allowed):
     run = config.load(QUICKSTART, [f"model.dtype={dtype}"])
     means = {"gap": allowed, "loss": 0.6931}
-    tolerance = spec.first_gap(stages.reference_spec(run))
+    tolerance = spec.first_step_tolerance(stages.reference_spec(run))
     numbers.check_first_step(means, tolerance)
     assert means == {"loss": 0.6931}, "the gap is no metric"
     for gap in (10 * allowed, float("nan")):
@@ -35,7 +35,7 @@ def test_policy_and_reference_must_agree_at_the_first_step_where_they_are_one(dt
 )
 def test_a_reference_that_is_another_model_may_differ(other):
     run = config.load(QUICKSTART, ["model.dtype=float32", other])
-    numbers.check_first_step({"gap": 3.0}, spec.first_gap(stages.reference_spec(run)))
+    numbers.check_first_step({"gap": 3.0}, spec.first_step_tolerance(stages.reference_spec(run)))
 
 
 ROWS = [
