@@ -1,10 +1,10 @@
 """What a machine has, checked before step 1. Loads no torch.
 
 `machine` has the checks of packages, GPUs, kernels and compilers, `preflight` those of room, folders and network, and the
-table of all; a run asks for some, `doctor` for all of them. `context` is what they look at, `places` knows files and folders.
+table of all; a run asks for some, `doctor` for all. `context` is what they look at, `places` knows files and folders.
 `footprint` estimates what will be written, `inputs` looks at what a config names on this machine, `agreement` compares the
 ranks with one another.
 
 Enters: config, data, engine, model, run.
-Shows: agreement, context, doctor, footprint, inputs, machine, preflight.
+Shows: agreement, context, doctor, footprint, inputs, preflight.
 """
