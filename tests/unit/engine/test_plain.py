@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 import sys
+import tomllib
 import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
 from enum import Enum, Flag, IntEnum, StrEnum
@@ -19,7 +20,8 @@ import torch
 from dspref.engine import plain, shards
 from dspref.errors import EnvironmentFault, IOFault
 
-GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+ROOT = Path(__file__).resolve().parents[3]
+GOLDEN = ROOT / "tests" / "golden"
 sys.path.append(str(GOLDEN))
 
 import make_checkpoints  # noqa: E402  (needs the path above)
@@ -45,6 +47,11 @@ def as_written(value: Any) -> Any:
 
 def test_there_are_files_of_each_supported_python() -> None:
     assert [folder.name for folder in FOLDERS] == [f"cpython-{v}" for v in ("3.11.2", "3.11.7", "3.12.1", "3.13.0")]
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    minor = sorted({folder.name.removeprefix("cpython-").rpartition(".")[0] for folder in FOLDERS})
+    assert minor == [name.rpartition(" ")[2] for name in told["classifiers"] if "Python" in name]
+    assert told["requires-python"] == f">={minor[0]},<3.{int(minor[-1].rpartition('.')[2]) + 1}"
+    assert f"Python {minor[0]} to {minor[-1]}" in (ROOT / "README.md").read_text()
     first = FOLDERS[0] / "as_it_is.pt"
     assert b"getattr" in first.read_bytes(), "the spelling that differs"
 
