@@ -83,14 +83,16 @@ def complaint(file: Path) -> str | None:
     try:
         if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(file):
             return f"{file}: names {min(foreign)}, which is no part of a checkpoint"
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
+    except OSError:
+        raise
+    except Exception:  # at bytes that are no pickle torch raises whatever its reader stumbles on
         return f"{file}: is not in torch's format"
     try:
         read(file)
     except OSError:
         raise
-    except Exception:  # a call or an attribute that no checkpoint has: whatever type the wrong arguments raise
-        return f"{file}: calls what it names in a way that is no part of a checkpoint"
+    except Exception:  # a call or an attribute that no checkpoint has: likewise
+        return f"{file}: is damaged, or calls what it names in a way that is no part of a checkpoint"
     return None
 
 
