@@ -2,8 +2,8 @@
 
 `engine` brings DeepSpeed up around one wrapper module, and takes optimizer steps of several backwards; `ds_config` is what
 DeepSpeed is told, `optimizer` what it is given, `accelerator` where it is imported. `memory` asks for weights that lie on
-several ranks. `shards` reads what DeepSpeed writes in a checkpoint, as data. `finite` looks for weights that are no numbers.
-`builds` (no torch) is where DeepSpeed's operators are compiled.
+several ranks. `shards` is what DeepSpeed writes in a checkpoint and how it gets back, `plain` what a file of it may hold.
+`finite` looks for weights that are no numbers. `builds` (no torch) is where DeepSpeed's operators are compiled.
 
 Enters: config, data, distributed, model.
 Shows: builds, ds_config, engine, finite, memory, shards.

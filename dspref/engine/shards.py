@@ -1,4 +1,4 @@
-"""What DeepSpeed wrote in a checkpoint, read as data: a file makes tensors, plain values and four classes of DeepSpeed.
+"""What DeepSpeed writes in a checkpoint, and how it gets back into an engine.
 
 Files that were written by another number of ranks, or between ZeRO 1 and 2, go through DeepSpeed's universal format.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,17 +24,14 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from dspref import distributed
+from dspref.engine import plain
+from dspref.engine.plain import as_data, read
 from dspref.errors import EnvironmentFault, IOFault
 
 # DeepSpeed's own folder within a checkpoint.
 FOLDER = "engine"
-# For the whole process: torch's own context for this ends, within another, what the outer one allowed.
-torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
 class Sharding(NamedTuple):
@@ -52,22 +48,8 @@ class Sharding(NamedTuple):
 # Reading
 
 
-@contextlib.contextmanager
-def as_data() -> Iterator[None]:
-    """While open, torch.load builds no other classes than the four above, whatever its caller asks for.
-
-    DeepSpeed asks for `weights_only=False` in forty places, the universal format's among them.
-    """
-    load = torch.load
-    torch.load = lambda *args, **options: load(*args, **(options | {"weights_only": True}))
-    try:
-        yield
-    finally:
-        torch.load = load
-
-
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """How DeepSpeed reads and writes a file: as data. `dspref.run.saving` flushes what is written.
+    """How DeepSpeed reads and writes a file: as `plain` does. `dspref.run.saving` flushes what is written.
 
     A failure to write is kept for `written`: raised within DeepSpeed, it would leave the other ranks in a barrier.
     """
@@ -97,8 +79,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         self._trying(lambda: self._write(state_dict, path))
 
     def _write(self, state_dict: Any, path: str) -> None:
-        with open(path, "wb") as file:
-            torch.save(state_dict, file)
+        plain.write(state_dict, Path(path))
         self._written.append(Path(path))
 
     def _trying(self, work: Callable[[], None]) -> None:
@@ -106,11 +87,6 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
             work()
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             self._failure = error if isinstance(error, OSError) else OSError(str(error).split("\n", 1)[0])
-
-
-def read(path: Path) -> dict[str, Any]:
-    """One file, on the CPU; tensors stay on disk until they are used."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def sharding_of(folder: Path) -> Sharding:
@@ -140,17 +116,9 @@ def refuse_foreign(folder: Path) -> None:
     Looked for before anything is loaded: a rank that failed alone would leave the others waiting.
     """
     rank, size = distributed.world().rank, distributed.world().size
-    mine = [complaint for file in sorted(folder.rglob("*.pt"))[rank::size] if (complaint := _complaint(file))]
+    mine = [complaint for file in sorted(folder.rglob("*.pt"))[rank::size] if (complaint := plain.complaint(file))]
     for complaint in [found for part in distributed.gather_objects(mine) for found in part][:1]:
         raise IOFault(f"{complaint}; nothing of it was loaded or run; restore that checkpoint, or delete it")
-
-
-def _complaint(file: Path) -> str | None:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
-        return f"{file}: is not in torch's format"
-    return f"{file}: names {foreign[0]}, which is no part of a checkpoint" if foreign else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

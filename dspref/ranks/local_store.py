@@ -145,7 +145,8 @@ class Server:
         self._over = asyncio.Event()
 
     async def run(self, listening: socket.socket) -> None:
-        server = await asyncio.start_unix_server(self._talk, sock=listening)
+        # start_unix_server would look for the file of the socket, from Python 3.13 on: here its name leads nowhere.
+        server = await asyncio.start_server(self._talk, sock=listening)
         async with server:
             await self._over.wait()
 

@@ -29,7 +29,7 @@ ABOVE = {
 
 # Packages that only some modules, or the modules of some rooms, may import.
 OWNERS: dict[str, set[str]] = {
-    "deepspeed": {"engine.accelerator", "engine.engine", "engine.shards"},
+    "deepspeed": {"engine.accelerator", "engine.engine", "engine.plain", "engine.shards"},
     "torch.distributed": {"distributed", "engine.engine"},
     "transformers": {"data.pieces", "data.tokenize", "model", "run.checkpoint", "run.export"},
     "peft": {"model.adapter_files", "model.adapters"},
