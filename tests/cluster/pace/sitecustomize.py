@@ -1,6 +1,6 @@
 """On the PYTHONPATH of a job: makes room for what a test does to it. While the file $PACE_GATE is there, every step takes as
-many seconds more as it says. Python imports this file by its name when it starts. An audit event tells of every import, so no
-line of dspref knows of it."""
+many seconds more as it says. Python imports this file by its name when it starts. An audit event tells of every import, so
+no line of dspref knows of it."""
 
 import os
 import sys

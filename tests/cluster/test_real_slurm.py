@@ -1,0 +1,162 @@
+"""Jobs on a real SLURM of two nodes, a rank on each: however one is cut into slices, it ends like a run that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import real_slurm
+import yaml
+from jobs import (
+    EVERY,
+    ROOT,
+    STEPS,
+    Submitted,
+    assert_no_step_lost,
+    at_step,
+    check,
+    ended,
+    events,
+    restarted,
+    submit,
+    weights,
+)
+from real_slurm import Cluster
+from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if reason := real_slurm.missing():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="dspref-slurm-"))
+    cluster = Cluster(folder)
+    yield cluster
+    cluster.stop()
+    assert cluster.left() == []
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny(folder / "model", tiny_config("qwen2", save_tokenizer(folder / "tokenizer")), seed=3)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(18, seed=5)))
+    model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer"}
+    values = {
+        "model": {**model, "dtype": "float32"},
+        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "tokens_per_pack": 300},
+        "train": {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3},
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+        "checkpoint": {"save_every": EVERY},
+        "output_dir": "unset",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(run_file: Path, cluster: Cluster) -> str:
+    """The weights of a run of two ranks that knows of no SLURM and that nothing interrupts."""
+    run = run_file.parent / "whole"
+    ranks = ["torch.distributed.run", "--nproc-per-node=2"]
+    command = [*ranks, "launch/train.py", "--config", str(run_file), f"output_dir={run}"]
+    subprocess.run([sys.executable, "-m", *command], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=200)
+    return weights(run)
+
+
+def test_a_normal_end(cluster, whole, run_file):
+    check(cluster, submit(cluster, run_file, "normal", pace=0), whole, restarts=0)
+
+
+def test_at_its_time_limit_a_job_commits_and_queues_again(cluster, whole, run_file):
+    job = submit(cluster, run_file, "limit", ("--time=10", "--signal-seconds=60"), pace=5)
+    at_step(job, 1)
+    cluster.ask("scontrol", "update", f"jobid={job.job}", "TimeLimit=2")
+    restarted(cluster, job)
+    check(cluster, job, whole, restarts=1)
+    assert_no_step_lost(job)
+
+
+def test_a_signal_by_hand(cluster, whole, run_file):
+    job = submit(cluster, run_file, "signal")
+    at_step(job, 1)
+    cluster.ask("scancel", "--signal=USR1", job.job)
+    restarted(cluster, job)
+    check(cluster, job, whole, restarts=1)
+    assert_no_step_lost(job)
+
+
+def test_a_job_of_higher_rank_takes_the_nodes(cluster, whole, run_file):
+    job = submit(cluster, run_file, "preempted")
+    at_step(job, 1)
+    asked = ("--partition=urgent", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null")
+    urgent = cluster.ask("sbatch", "--parsable", *asked, "--wrap", "sleep 1").strip()
+    restarted(cluster, job)
+    assert ended(cluster, urgent)[0] == "COMPLETED"
+    check(cluster, job, whole, restarts=1)
+    assert_no_step_lost(job)
+
+
+def test_a_node_loses_its_power(cluster, whole, run_file):
+    job = submit(cluster, run_file, "lost")
+    at_step(job, 1)
+    job.gate.write_text("0.2")
+    at_step(job, EVERY + 2)
+    cluster.lose_node("127.0.0.2")
+    try:
+        restarted(cluster, job)
+    finally:
+        cluster.start_node("127.0.0.2")
+    check(cluster, job, whole, restarts=1)
+    (resume,) = events(job.run, "resume")
+    assert resume["step"] >= EVERY and resume["step"] % EVERY == 0
+
+
+def test_of_an_array_one_run_is_interrupted(cluster, whole, run_file):
+    """Two runs of a sweep, which differ in nothing that decides a weight."""
+    sweep = run_file.parent / "two.sweep"
+    sweep.write_text("checkpoint.save_every=5\ncheckpoint.save_every=7\n")
+    array = submit(cluster, run_file, "array", ("--time=10", f"--sweep={sweep}"))
+    first, second = (
+        Submitted(array.run / str(k), f"{array.job}_{k}", array.run / f"logs/slurm-{array.job}_{k}.out", array.gate)
+        for k in range(2)
+    )
+    at_step(first, 1)
+    cluster.ask("scancel", "--signal=USR1", first.job)
+    restarted(cluster, first)
+    check(cluster, first, whole, restarts=1)
+    check(cluster, second, whole, restarts=0)
+    assert_no_step_lost(first)
+
+
+def test_an_array_scores_the_reference_in_shares(cluster, whole, run_file):
+    """The command of docs/references.md, whose parts are blocks of pairs: here, one of each data set."""
+    folder = run_file.parent
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(7, seed=6)))
+    store, held_out = f"reference.store={folder}/store", f"data.eval.path={folder}/held_out.jsonl"
+    (folder / "score.sh").write_text(
+        f"""#!/bin/bash
+#SBATCH --array=0-1 --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --output={folder}/score-%a.out
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+srun {sys.executable} -m dspref.cli score {run_file} output_dir=none {store} {held_out} \
+  --share $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+"""
+    )
+    job = cluster.ask("sbatch", "--parsable", f"{folder}/score.sh").strip()
+    for k, pairs in enumerate((18, 7)):
+        assert ended(cluster, f"{job}_{k}")[:2] == ("COMPLETED", "0:0"), (folder / f"score-{k}.out").read_text()
+        assert f"reference: scored {pairs} of 25 pairs" in (folder / f"score-{k}.out").read_text()
+    scored = submit(cluster, run_file, "scored", (store, "--time=10"), pace=0)
+    check(cluster, scored, whole, restarts=0)
+    assert "reference: scored 0 of 18 pairs" in scored.log.read_text()
