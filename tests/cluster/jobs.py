@@ -35,13 +35,36 @@ def submit(
     if pace:
         gate.write_text(str(pace))
     environment = cluster.environment | {"PYTHONPATH": f"{ROOT}/tests/cluster/pace:{ROOT}", "PACE_GATE": str(gate)}
-    command = ["submit", str(run_file), f"output_dir={run}", *SHAPE, "--env=DEEPSPEED_TIMEOUT=2", *options]
-    done = subprocess.run(
-        [sys.executable, "-m", "dspref.cli", *command], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    dspref(environment, "submit", str(run_file), f"output_dir={run}", *SHAPE, "--env=DEEPSPEED_TIMEOUT=2", *options)
     job = json.loads((run / "submit/job.json").read_text())["job"]
     return Submitted(run, job, run / f"logs/slurm-{job}.out", gate)
+
+
+def dspref(environment: dict[str, str], *words: str) -> str:
+    """What the command says."""
+    command = [sys.executable, "-m", "dspref.cli", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shown(cluster: Cluster, run: Path) -> str:
+    """What `dspref status` says of a run, on one line."""
+    return " ".join(dspref(cluster.environment | {"PYTHONPATH": str(ROOT)}, "status", str(run)).split())
+
+
+def ranks_run(submitted: Submitted) -> bool:
+    """Whether a rank has been started, however far it is."""
+    config = f"{submitted.run}/submit/config.yaml".encode()
+    return any(is_rank(place, config) for place in Path("/proc").glob("[0-9]*/cmdline"))
+
+
+def is_rank(place: Path, config: bytes) -> bool:
+    try:
+        words = place.read_bytes().split(b"\0")
+    except OSError:  # it has just ended
+        return False
+    return config in words and b"python" in words[0]
 
 
 def at_step(submitted: Submitted, step: int, seconds: float = 120) -> None:
@@ -65,18 +88,21 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 def restarted(cluster: Cluster, submitted: Submitted, seconds: float = 150) -> None:
     """Wait until a job is queued again, and spare it the two minutes that SLURM would have it wait; at full speed."""
-    wait_for(lambda: queued_again(cluster, submitted.job), seconds, f"the requeue of job {submitted.job}")
-    submitted.gate.unlink()
+    queued_again(cluster, submitted, seconds)
+    # In the second in which a job ended its new credentials would count as revoked, hence SLURM's own two minutes.
+    cluster.ask("scontrol", "update", f"jobid={submitted.job}", "StartTime=now+2")
+    submitted.gate.unlink(missing_ok=True)
 
 
-def queued_again(cluster: Cluster, job: str) -> bool:
-    about = cluster.job(job)
-    assert about["JobState"] not in OVER, f"{about['JobState']} {about['ExitCode']}"
-    if about["JobState"] == "PENDING" and about["Restarts"] != "0":
-        # In the second in which a job ended its new credentials would count as revoked, hence SLURM's own two minutes.
-        cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now+2")
-        return True
-    return False
+def queued_again(cluster: Cluster, submitted: Submitted, seconds: float = 150) -> None:
+    """Wait until a job that has run is in the queue."""
+
+    def is_queued() -> bool:
+        about = cluster.job(submitted.job)
+        assert about["JobState"] not in OVER, f"{about['JobState']} {about['ExitCode']}: {submitted.log.read_text()}"
+        return about["JobState"] == "PENDING" and about["Restarts"] != "0"
+
+    wait_for(is_queued, seconds, f"the requeue of job {submitted.job}")
 
 
 def ended(cluster: Cluster, job: str, seconds: float = 150) -> tuple[str, str, int]:

@@ -95,10 +95,17 @@ class Cluster:
         files = [f"--{name}={self.folder}/munge.{name.partition('-')[0]}" for name in key]
         self.hold("munged", "munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files)
         wait_for((self.folder / "munge.socket").exists, 20, "munged")
-        self.hold("slurmctld", "slurmctld", "-D")
+        self.start_controller()
         for node in self.nodes:
             self.start_node(node)
         wait_for(lambda: self.idle() == len(self.nodes), 60, f"a SLURM in {self.folder}")
+
+    def start_controller(self) -> None:
+        self.hold("slurmctld", "slurmctld", "-D")
+
+    def stop_controller(self) -> None:
+        """It keeps what it knows in its folder; jobs go on without it."""
+        self.holders.pop("slurmctld").communicate(timeout=STOP_SECONDS + 10)
 
     def start_node(self, node: str) -> None:
         self.hold(node, "slurmd", "-D", "-N", node)

@@ -1,7 +1,8 @@
-"""On the PYTHONPATH of a job: makes room for what a test does to it. While the file $PACE_GATE is there, every step takes as
-many seconds more as it says. Python imports this file by its name when it starts. An audit event tells of every import, so
-no line of dspref knows of it."""
+"""On the PYTHONPATH of a job: makes room for what a test does to it. While the file $PACE_GATE is there, every step of a
+process but the first takes as many seconds more as it says. Python imports this file by its name when it starts. An audit
+event tells of every import, so no line of dspref knows of it."""
 
+import itertools
 import os
 import sys
 import time
@@ -21,10 +22,12 @@ def hook(event, arguments):
     if plain is None or hasattr(plain, "paced"):
         return
 
+    numbers = itertools.count(1)
+
     def step(self):
-        norm = plain(self)
+        norm, number = plain(self), next(numbers)
         began = time.monotonic()
-        while time.monotonic() < began + seconds():
+        while number > 1 and time.monotonic() < began + seconds():
             time.sleep(0.02)
         return norm
 
