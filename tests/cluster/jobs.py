@@ -34,23 +34,24 @@ def submit(
     run, gate = run_file.parent / name, run_file.parent / f"{name}.slow"
     if pace:
         gate.write_text(str(pace))
-    environment = cluster.environment | {"PYTHONPATH": f"{ROOT}/tests/cluster/pace:{ROOT}", "PACE_GATE": str(gate)}
-    dspref(environment, "submit", str(run_file), f"output_dir={run}", *SHAPE, "--env=DEEPSPEED_TIMEOUT=2", *options)
+    more = {"PYTHONPATH": f"{ROOT}/tests/cluster/pace:{ROOT}", "PACE_GATE": str(gate)}
+    words = ("submit", str(run_file), f"output_dir={run}", *SHAPE, "--env=DEEPSPEED_TIMEOUT=2", *options)
+    dspref(cluster, more, *words)
     job = json.loads((run / "submit/job.json").read_text())["job"]
     return Submitted(run, job, run / f"logs/slurm-{job}.out", gate)
 
 
-def dspref(environment: dict[str, str], *words: str) -> str:
-    """What the command says."""
-    command = [sys.executable, "-m", "dspref.cli", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+def dspref(cluster: Cluster, more: dict[str, str], *words: str) -> str:
+    """What the command says, where the controller is."""
+    command = cluster.inside(sys.executable, "-m", "dspref.cli", *words)
+    done = subprocess.run(command, env=cluster.environment | more, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def shown(cluster: Cluster, run: Path) -> str:
     """What `dspref status` says of a run, on one line."""
-    return " ".join(dspref(cluster.environment | {"PYTHONPATH": str(ROOT)}, "status", str(run)).split())
+    return " ".join(dspref(cluster, {"PYTHONPATH": str(ROOT)}, "status", str(run)).split())
 
 
 def ranks_run(submitted: Submitted) -> bool:

@@ -18,18 +18,20 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 DAEMONS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 STOP_SECONDS = 8.0  # from SIGTERM to SIGKILL, for a daemon
 BECOME_SUBREAPER = 36  # prctl(2): PR_SET_CHILD_SUBREAPER
 
-# Names of nodes are addresses, so that ranks meet there. Main can be preempted by urgent, with some seconds of grace.
+# Main can be preempted by urgent, with some seconds of grace.
 SLURM_CONF = """\
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller.host}({controller.address})
 SlurmctldPort={ports[0]}
 SlurmUser=root
 AuthInfo=socket={folder}/munge.socket
@@ -73,17 +75,37 @@ def path_of_root() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-class Cluster:
-    """`nodes` nodes of 8 pretended CPUs and `gpus` pretended GPUs, in partitions `main` and `urgent`."""
+class Place(NamedTuple):
+    """Where a daemon runs."""
 
-    def __init__(self, folder: Path, nodes: int = 2, gpus: int = 2, grace: int = 30, node_timeout: int = 10) -> None:
+    name: str
+    """Of the node, for SLURM."""
+    host: str
+    address: str
+    enter: tuple[str, ...] = ()
+    """What a command is put behind to run there."""
+
+
+def on_loopback(nodes: int) -> list[Place]:
+    """The controller's place, and one for each node: their names are addresses, so that ranks meet there."""
+    return [Place(f"127.0.0.{n}" if n else "controller", socket.gethostname(), "127.0.0.1") for n in range(nodes + 1)]
+
+
+class Cluster:
+    """Nodes of 8 pretended CPUs and `gpus` pretended GPUs, in partitions `main` and `urgent`. `places`: that of the
+    controller, where the commands are run too, and one for each node; default: two nodes on loopback."""
+
+    def __init__(
+        self, folder: Path, places: Sequence[Place] = (), gpus: int = 2, grace: int = 30, node_timeout: int = 10
+    ) -> None:
         self.folder = folder
+        self.places = {place.name: place for place in places or on_loopback(2)}
+        self.controller, *self.nodes = self.places
         self.environment = {**os.environ, "PATH": path_of_root(), "SLURM_CONF": f"{folder}/slurm.conf"}
-        self.nodes = [f"127.0.0.{n}" for n in range(1, nodes + 1)]
         self.holders: dict[str, subprocess.Popen[str]] = {}
         for name in ("state", "spool", "jobs"):
             (folder / name).mkdir()
-        write_settings(folder, self.nodes, gpus, grace, node_timeout)
+        write_settings(folder, [*self.places.values()], gpus, grace, node_timeout)
         try:
             self.start()
         except BaseException:
@@ -101,11 +123,11 @@ class Cluster:
         wait_for(lambda: self.idle() == len(self.nodes), 60, f"a SLURM in {self.folder}")
 
     def start_controller(self) -> None:
-        self.hold("slurmctld", "slurmctld", "-D")
+        self.hold(self.controller, "slurmctld", "-D")
 
     def stop_controller(self) -> None:
         """It keeps what it knows in its folder; jobs go on without it."""
-        self.holders.pop("slurmctld").communicate(timeout=STOP_SECONDS + 10)
+        self.holders.pop(self.controller).communicate(timeout=STOP_SECONDS + 10)
 
     def start_node(self, node: str) -> None:
         self.hold(node, "slurmd", "-D", "-N", node)
@@ -119,18 +141,23 @@ class Cluster:
         return sum(map(int, self.ask("sinfo", "--noheader", "--partition=main", "--states=idle", "--format=%D").split()))
 
     def hold(self, name: str, *command: str) -> None:
-        """Start a daemon in a holder."""
+        """Start a daemon in a holder, at its place if it has one."""
+        enter = self.places[name].enter if name in self.places else ()
         with open(self.folder / f"{name}.out", "a") as output:
             self.holders[name] = subprocess.Popen(
-                [sys.executable, "-IS", __file__, *command],
+                [sys.executable, "-IS", __file__, *enter, *command],
                 env=self.environment, cwd=self.folder, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True,
                 start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster
             )  # fmt: skip
 
     def ask(self, *command: str, timeout: float = 20) -> str:
         """What a command of SLURM answers; nothing where it fails."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(self.inside(*command), env=self.environment, capture_output=True, text=True, timeout=timeout)
         return done.stdout if done.returncode == 0 else ""
+
+    def inside(self, *command: str) -> list[str]:
+        """A command as it is run where the controller is."""
+        return [*self.places[self.controller].enter, *command]
 
     def job(self, job: str) -> dict[str, str]:
         """What SLURM knows of a job: JobState, ExitCode, Restarts, Reason, ..."""
@@ -138,7 +165,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End the jobs, then every daemon with all that it started."""
-        if "slurmctld" in self.holders:
+        if self.controller in self.holders:
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):  # or else the holders end them
                 self.ask("scancel", "--user=root")
                 wait_for(lambda: not self.ask("squeue", "--noheader"), 15, "the end of the jobs")
@@ -150,37 +177,47 @@ class Cluster:
                 holder.kill()
                 holder.wait()
 
-    def left(self) -> list[str]:
-        """Processes that have to do with this cluster: of each, its number and command line."""
-        found = []
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                words, variables = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
-            except OSError:  # it has just ended
-                continue
-            if int(place.name) != os.getpid() and str(self.folder).encode() in words + variables:
-                found.append(f"{place.name}: {words.replace(bytes(1), b' ').decode(errors='replace')}")
-        return found
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a cluster, which must leave no process. Its path is short: that of a socket may have 107 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="dspref-slurm-", dir="/tmp"))
+    yield folder
+    assert processes_of(folder) == []
+    shutil.rmtree(folder)
 
 
-def write_settings(folder: Path, nodes: list[str], gpus: int, grace: int, node_timeout: int) -> None:
-    ports = free_ports(1 + len(nodes))
+def processes_of(folder: Path) -> list[str]:
+    """Processes that have to do with a cluster: of each, its number and command line."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if int(place.name) != os.getpid() and str(folder).encode() in words + variables:
+            found.append(f"{place.name}: {words.replace(bytes(1), b' ').decode(errors='replace')}")
+    return found
+
+
+def write_settings(folder: Path, places: list[Place], gpus: int, grace: int, node_timeout: int) -> None:
+    ports = free_ports(len(places))
+    controller, *nodes = places
     described = [
-        f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=4000 "
+        f"NodeName={node.name} NodeHostname={node.host} NodeAddr={node.address} Port={port} CPUs=8 RealMemory=4000 "
         f"Gres=gpu:{gpus}"
         for node, port in zip(nodes, ports[1:], strict=True)
     ]
     text = SLURM_CONF.format(
-        host=socket.gethostname(), folder=folder, ports=ports, grace=grace, node_timeout=node_timeout,
-        nodes="\n".join(described),
-        first_job=first_job(),
+        controller=controller, folder=folder, ports=ports, grace=grace, node_timeout=node_timeout,
+        nodes="\n".join(described), first_job=first_job(),
     )  # fmt: skip
     (folder / "slurm.conf").write_text(text)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # any, or slurmd looks for one that is mounted
     files = [folder / f"gpu{k}" for k in range(gpus)]  # a GPU without a file drains its node
     for file in files:
         file.touch()
-    lines = [f"NodeName={node} Name=gpu File={file}\n" for node in nodes for file in files]
+    lines = [f"NodeName={node.name} Name=gpu File={file}\n" for node in nodes for file in files]
     (folder / "gres.conf").write_text("".join(lines))
     with open(os.open(folder / "munge.key", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as key:
         key.write(os.urandom(128))

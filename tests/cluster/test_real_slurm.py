@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import real_slurm
-import yaml
 from jobs import (
     EVERY,
-    ROOT,
-    STEPS,
     Submitted,
     assert_no_step_lost,
     at_step,
@@ -31,10 +25,9 @@ from jobs import (
     restarted,
     shown,
     submit,
-    weights,
 )
 from real_slurm import Cluster, wait_for
-from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
+from tiny import preference_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -48,40 +41,30 @@ def fault(number: int, strict: bool = True) -> pytest.MarkDecorator:
 def cluster() -> Iterator[Cluster]:
     if reason := real_slurm.missing():
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="dspref-slurm-"))
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.stop()
-    assert cluster.left() == []
-    shutil.rmtree(folder)
+    with real_slurm.scratch() as folder:
+        cluster = Cluster(folder)
+        yield cluster
+        cluster.stop()
 
 
-@pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    save_tiny(folder / "model", tiny_config("qwen2", save_tokenizer(folder / "tokenizer")), seed=3)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(18, seed=5)))
-    model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer"}
-    values = {
-        "model": {**model, "dtype": "float32"},
-        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "tokens_per_pack": 300},
-        "train": {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3},
-        "deepspeed": {"zero_optimization": {"stage": 2}},
-        "checkpoint": {"save_every": EVERY},
-        "output_dir": "unset",
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    return folder / "run.yaml"
+def test_nothing_is_left_of_a_cluster_whose_tests_are_killed(cluster):
+    code = """if True:
+        import pathlib, sys, time, real_slurm
+        cluster = real_slurm.Cluster(pathlib.Path(sys.argv[1]))
+        assert cluster.ask("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 600")
+        time.sleep(600)
+    """
+    with real_slurm.scratch() as folder:
 
+        def tasks() -> list[str]:
+            return [process for process in real_slurm.processes_of(folder) if process.endswith("/sleep 600 ")]
 
-@pytest.fixture(scope="module")
-def whole(run_file: Path, cluster: Cluster) -> str:
-    """The weights of a run of two ranks that knows of no SLURM and that nothing interrupts."""
-    run = run_file.parent / "whole"
-    ranks = ["torch.distributed.run", "--nproc-per-node=2"]
-    command = [*ranks, "launch/train.py", "--config", str(run_file), f"output_dir={run}"]
-    subprocess.run([sys.executable, "-m", *command], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=200)
-    return weights(run)
+        with subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent) as tests:
+            try:
+                wait_for(lambda: len(tasks()) == 2, 60, "the step of a job")
+            finally:
+                tests.kill()
+        wait_for(lambda: not real_slurm.processes_of(folder), 30, "the end of all daemons and tasks")
 
 
 def test_a_normal_end(cluster, whole, run_file):
