@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from real_slurm import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +18,11 @@ STEPS, EVERY = 24, 5
 # Two nodes of one rank each.
 SHAPE = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
 OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+
+
+def fault(number: int, strict: bool = True) -> pytest.MarkDecorator:
+    """Known, and to be mended."""
+    return pytest.mark.xfail(strict=strict, reason=f"fault {number}")
 
 
 class Submitted(NamedTuple):
@@ -54,18 +60,18 @@ def shown(cluster: Cluster, run: Path) -> str:
     return " ".join(dspref(cluster, {"PYTHONPATH": str(ROOT)}, "status", str(run)).split())
 
 
-def ranks_run(submitted: Submitted) -> bool:
-    """Whether a rank has been started, however far it is."""
-    config = f"{submitted.run}/submit/config.yaml".encode()
-    return any(is_rank(place, config) for place in Path("/proc").glob("[0-9]*/cmdline"))
-
-
-def is_rank(place: Path, config: bytes) -> bool:
-    try:
-        words = place.read_bytes().split(b"\0")
-    except OSError:  # it has just ended
-        return False
-    return config in words and b"python" in words[0]
+def ranks_of(submitted: Submitted) -> list[int]:
+    """The processes of its ranks that have been started, however far they are; in the order of the ranks."""
+    config, found = f"{submitted.run}/submit/config.yaml".encode(), {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = ((place / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:  # it has just ended
+            continue
+        rank = [variable for variable in variables if variable.startswith(b"SLURM_PROCID=")]
+        if config in words and b"python" in words[0] and rank:
+            found[rank[0]] = int(place.name)
+    return [found[rank] for rank in sorted(found)]
 
 
 def at_step(submitted: Submitted, step: int, seconds: float = 120) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 
@@ -10,7 +13,7 @@ import hosts_apart
 import pytest
 import real_slurm
 from hosts_apart import plug_in, pull
-from jobs import EVERY, STEPS, at_step, check, events, restarted, steps, submit
+from jobs import EVERY, STEPS, at_step, check, ended, events, fault, ranks_of, restarted, steps, submit
 from real_slurm import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(600)]
@@ -61,3 +64,14 @@ def test_a_host_without_power(cluster, whole, run_file):
     check(cluster, job, whole, restarts=1)
     (resume,) = events(job.run, "resume")
     assert resume["step"] >= EVERY and resume["step"] % EVERY == 0
+
+
+@fault(8)
+def test_a_rank_that_is_killed_on_another_host_is_named(cluster, whole, run_file):
+    job = submit(cluster, run_file, "killed")
+    at_step(job, 2)
+    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    assert ended(cluster, job.job)[0] == "FAILED"
+    log, error = job.log.read_text(), json.loads((job.run / "run.json").read_text())["error"]
+    assert "Traceback" not in log and "gloo" not in log
+    assert "rank 1" in error or "cn2" in error, error
