@@ -74,7 +74,7 @@ def ranks_of(submitted: Submitted) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def at_step(submitted: Submitted, step: int, seconds: float = 120) -> None:
+def at_step(submitted: Submitted, step: int, seconds: float = 240) -> None:
     """Wait until a job has made so many steps."""
     wait_for(lambda: [step] == steps(submitted.run)[step - 1 : step], seconds, f"step {step} of {submitted.run}")
 
@@ -93,7 +93,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def restarted(cluster: Cluster, submitted: Submitted, seconds: float = 150) -> None:
+def restarted(cluster: Cluster, submitted: Submitted, seconds: float = 240) -> None:
     """Wait until a job is queued again, and spare it the two minutes that SLURM would have it wait; at full speed."""
     queued_again(cluster, submitted, seconds)
     # In the second in which a job ended its new credentials would count as revoked, hence SLURM's own two minutes.
@@ -101,7 +101,7 @@ def restarted(cluster: Cluster, submitted: Submitted, seconds: float = 150) -> N
     submitted.gate.unlink(missing_ok=True)
 
 
-def queued_again(cluster: Cluster, submitted: Submitted, seconds: float = 150) -> None:
+def queued_again(cluster: Cluster, submitted: Submitted, seconds: float = 240) -> None:
     """Wait until a job that has run is in the queue."""
 
     def is_queued() -> bool:
@@ -112,7 +112,7 @@ def queued_again(cluster: Cluster, submitted: Submitted, seconds: float = 150) -
     wait_for(is_queued, seconds, f"the requeue of job {submitted.job}")
 
 
-def ended(cluster: Cluster, job: str, seconds: float = 150) -> tuple[str, str, int]:
+def ended(cluster: Cluster, job: str, seconds: float = 240) -> tuple[str, str, int]:
     """(state, exit code:signal, restarts) of a job at its end."""
     wait_for(lambda: cluster.job(job)["JobState"] in OVER, seconds, f"the end of job {job}")
     about = cluster.job(job)

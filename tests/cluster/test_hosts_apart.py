@@ -16,7 +16,7 @@ from hosts_apart import plug_in, pull
 from jobs import EVERY, STEPS, at_step, check, ended, events, fault, ranks_of, restarted, steps, submit
 from real_slurm import Cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from jobs import (
 from real_slurm import Cluster, wait_for
 from tiny import preference_rows
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -77,26 +77,34 @@ def test_at_its_time_limit_a_job_commits_and_queues_again(cluster, whole, run_fi
 
 
 @pytest.fixture(scope="module")
-def signalled(cluster: Cluster, whole: str, run_file: Path) -> tuple[Submitted, str]:
-    """A job that is queued again after a signal by hand, and what was shown of it then."""
-    job = submit(cluster, run_file, "signal")
-    at_step(job, 1)
-    cluster.ask("scancel", "--signal=USR1", job.job)
-    queued_again(cluster, job)
-    said = shown(cluster, job.run)
-    restarted(cluster, job)
-    return job, said
+def signalled(cluster: Cluster, whole: str, run_file: Path) -> tuple[Submitted, Submitted, str]:
+    """Two runs of a sweep, which differ in nothing that decides a weight. The first is queued again after a signal by hand;
+    and what was shown of it then."""
+    sweep = run_file.parent / "two.sweep"
+    sweep.write_text("checkpoint.save_every=5\ncheckpoint.save_every=7\n")
+    array = submit(cluster, run_file, "array", ("--time=10", f"--sweep={sweep}"))
+    first, second = (
+        Submitted(array.run / str(k), f"{array.job}_{k}", array.run / f"logs/slurm-{array.job}_{k}.out", array.gate)
+        for k in range(2)
+    )
+    at_step(first, 1)
+    cluster.ask("scancel", "--signal=USR1", first.job)
+    queued_again(cluster, first)
+    said = shown(cluster, first.run)
+    restarted(cluster, first)
+    return first, second, said
 
 
-def test_a_signal_by_hand(signalled, cluster, whole):
-    job, _ = signalled
-    check(cluster, job, whole, restarts=1)
-    assert_no_step_lost(job)
+def test_a_signal_by_hand_to_one_run_of_an_array(signalled, cluster, whole):
+    first, second, _ = signalled
+    check(cluster, first, whole, restarts=1)
+    check(cluster, second, whole, restarts=0)
+    assert_no_step_lost(first)
 
 
 @fault(4)
 def test_status_of_a_job_that_is_queued_again(signalled):
-    _, said = signalled
+    *_, said = signalled
     assert re.search("pending|queued", said)
     assert "the same command again" not in said, "which would be refused"
 
@@ -136,23 +144,6 @@ def test_a_node_loses_its_power(cluster, whole, run_file):
     check(cluster, job, whole, restarts=1)
     (resume,) = events(job.run, "resume")
     assert resume["step"] >= EVERY and resume["step"] % EVERY == 0
-
-
-def test_of_an_array_one_run_is_interrupted(cluster, whole, run_file):
-    """Two runs of a sweep, which differ in nothing that decides a weight."""
-    sweep = run_file.parent / "two.sweep"
-    sweep.write_text("checkpoint.save_every=5\ncheckpoint.save_every=7\n")
-    array = submit(cluster, run_file, "array", ("--time=10", f"--sweep={sweep}"))
-    first, second = (
-        Submitted(array.run / str(k), f"{array.job}_{k}", array.run / f"logs/slurm-{array.job}_{k}.out", array.gate)
-        for k in range(2)
-    )
-    at_step(first, 1)
-    cluster.ask("scancel", "--signal=USR1", first.job)
-    restarted(cluster, first)
-    check(cluster, first, whole, restarts=1)
-    check(cluster, second, whole, restarts=0)
-    assert_no_step_lost(first)
 
 
 def test_an_array_scores_the_reference_in_shares(cluster, whole, run_file):
