@@ -45,6 +45,7 @@ class Peers:
             if where == here and rank != self._world.rank and process
         }
         self._talked_at = self._verdict_at = 0.0
+        self._silent: list[int] = []
         self.verdict: Verdict | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -108,18 +109,21 @@ class Peers:
 
     def await_verdict(self, error: BaseException, logs: Path) -> None:
         """Where contact broke, somebody else has gone, and will soon be known; of another machine nobody may say so."""
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline, seen = time.monotonic() + GRACE_SECONDS, self._paces()
         while self._world.size > 1 and self.verdict is None and time.monotonic() < deadline:
             time.sleep(TALK_SECONDS / 4)
         if self._world.size == 1 or self.verdict is not None:
             return
+        now = self._paces()
+        others = [rank for rank in range(self._world.size) if rank != self._world.rank]
+        self._silent = [rank for rank in others if rank not in now or (rank in seen and seen[rank].tick == now[rank].tick)]
         details = logs / f"rank-{self._world.rank}.error.txt"
         with contextlib.suppress(OSError):
             details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        reason = str(error).split("\n", 1)[0]
+        whom = f"rank {', '.join(map(str, self._silent))}" if self._silent else "the others"
         message = (
-            f"rank {self._world.rank} lost contact with the others, in or after step {self._timer.pace.step}: one was "
-            f"killed, is out of memory, or its machine is gone ({reason}; more in {details})"
+            f"lost contact with {whom} in or after step {self._timer.pace.step}: killed, out of memory, or without its "
+            f"machine; what rank {self._world.rank} saw of it is in {details}"
         )
         if self.judge(ExitCode.BUG, message):
             print(shown(message), file=sys.__stderr__, flush=True)
@@ -128,7 +132,7 @@ class Peers:
         """Rank 0 serves the store until all have read why they leave."""
         deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(Exception):
-            while self._store.add("readers", 0) < self._world.size - 1 and time.monotonic() < deadline:
+            while self._store.add("readers", 0) < self._world.size - 1 - len(self._silent) and time.monotonic() < deadline:
                 time.sleep(TALK_SECONDS / 4)
 
     # -----------------------------------------------------------------------------------------------------------------

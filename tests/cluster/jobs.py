@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 from real_slurm import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,11 +17,6 @@ STEPS, EVERY = 24, 5
 # Two nodes of one rank each.
 SHAPE = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
 OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-
-
-def fault(number: int, strict: bool = True) -> pytest.MarkDecorator:
-    """Known, and to be mended."""
-    return pytest.mark.xfail(strict=strict, reason=f"fault {number}")
 
 
 class Submitted(NamedTuple):

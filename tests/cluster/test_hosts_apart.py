@@ -13,7 +13,7 @@ import hosts_apart
 import pytest
 import real_slurm
 from hosts_apart import plug_in, pull
-from jobs import EVERY, STEPS, at_step, check, ended, events, fault, ranks_of, restarted, steps, submit
+from jobs import EVERY, STEPS, at_step, check, ended, events, ranks_of, restarted, steps, submit
 from real_slurm import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
@@ -66,7 +66,6 @@ def test_a_host_without_power(cluster, whole, run_file):
     assert resume["step"] >= EVERY and resume["step"] % EVERY == 0
 
 
-@fault(8)
 def test_a_rank_that_is_killed_on_another_host_is_named(cluster, whole, run_file):
     job = submit(cluster, run_file, "killed")
     at_step(job, 2)
