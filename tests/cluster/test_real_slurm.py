@@ -37,7 +37,10 @@ def cluster() -> Iterator[Cluster]:
     if reason := real_slurm.missing():
         pytest.skip(reason)
     with real_slurm.scratch() as folder:
-        cluster = Cluster(folder)
+        try:
+            cluster = Cluster(folder)
+        except AssertionError as error:  # a container may forbid what the daemons need; what they said is in the folder
+            pytest.skip(f"no SLURM comes up here: {error}")
         yield cluster
         cluster.stop()
 

@@ -247,7 +247,7 @@ def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> N
     from dspref.engine.engine import Engine
     from dspref.reference import filling
     from dspref.run import checkpoint
-    from dspref.training import evaluate, preparation, stages
+    from dspref.training import closing, evaluate, preparation
 
     def mark(name: str) -> None:
         Path(into, f"{name}-{rank}").touch()
@@ -270,7 +270,7 @@ def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> N
     wrap(filling, "score", "scoring")
     wrap(checkpoint, "save_rng", "save")
     wrap(preparation, "load_pairs", "data")
-    wrap(stages, "export", "export")
+    wrap(closing, "export", "export")
 
 
 def load_for_ever(rank: int, what: str, into: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -496,6 +498,19 @@ def test_what_does_not_print_is_refused(text):
     with pytest.raises(ConfigError) as error:
         slurm.quote(text)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_port_that_somebody_listens_at_is_passed_over(here, quick_srun):
+    """And it lies below those that the system gives away, from 32768 on."""
+    assert submit("--dry-run") == 0
+    with socket.socket() as taken:
+        for number in range(random.randrange(10000), 20000):
+            with contextlib.suppress(OSError):
+                taken.bind(("127.0.0.1", 10000 + number))
+                break
+        taken.listen()
+        _, variables = run_script(here / "runs/a/submit/job.sbatch", quick_srun, SLURM_JOB_ID=str(number))
+    assert 10000 + number != int(variables["MASTER_PORT"]) < 30000
 
 
 def test_shellcheck_was_there():

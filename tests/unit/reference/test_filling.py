@@ -3,6 +3,7 @@ a pack, as those of kernels do."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from dspref.reference.filling import Need
 from dspref.reference.store import ReferenceStore
 from dspref.report import console
 from dspref.run import status
+from dspref.run.folder import RunFolder
 
 CPU = torch.device("cpu")
 PACKING = Packing(tokens_per_pack=40, prefix_sharing=False)
@@ -178,7 +180,7 @@ def test_a_scoring_says_how_far_it_is_in_lines_and_in_the_run_folder(
 ) -> None:
     (tmp_path / "run.json").write_text('{"state": "running", "host": "elsewhere", "steps": 9}')
     (tmp_path / status.SCORING).write_text("left by a run that was killed")
-    with console.scoring(tmp_path) as view:
+    with console.scoring(RunFolder(tmp_path)) as view:
         assert not (tmp_path / status.SCORING).exists() and capsys.readouterr().out == ""
         view(0, 2304, None)
         assert status.read(tmp_path)["scoring"] == {"done": 0, "total": 2304, "seconds_left": None}
@@ -195,13 +197,15 @@ def test_a_scoring_says_how_far_it_is_in_lines_and_in_the_run_folder(
         assert "scoring   120 of 2,304 pairs (5%), about 10 min left" in shown
     assert not (tmp_path / status.SCORING).exists()
     assert status.read(tmp_path)["state"] == "running"
+    (event,) = (json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["pairs"]) == ("scored", 120), "progress, for the job that is queued again"
 
 
 def test_on_a_terminal_a_scoring_is_one_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    with pytest.raises(KeyboardInterrupt), console.scoring(tmp_path) as view:
+    with pytest.raises(KeyboardInterrupt), console.scoring(RunFolder(tmp_path)) as view:
         view(0, 50, None)
         view(30, 50, 90.0)
         raise KeyboardInterrupt
