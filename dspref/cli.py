@@ -15,7 +15,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import dspref
-from dspref.config import expand
 from dspref.errors import ConfigError, ExitCode, UserError
 from dspref.terminal import outlive_streams, shown
 
@@ -84,6 +83,8 @@ NOTHING_LOST = "before it was done; the same command begins anew"
 
 def whole(path: Path | None) -> Path | None:
     """A path with the home folder in place of `~`, where the shell left it."""
+    from dspref.config import expand
+
     try:
         return Path(expand(str(path))) if path else None
     except ValueError as error:

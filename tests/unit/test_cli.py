@@ -188,3 +188,9 @@ def test_the_scripts_find_the_package_beside_them(script: str, arguments: list[s
     command = [sys.executable, "-S", str(ROOT / "launch" / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120)
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+
+
+def test_the_command_itself_loads_neither_config_nor_torch() -> None:
+    """`dspref --help` answers at once."""
+    program = "import sys, dspref.cli; print(*sorted({'dspref.config', 'pydantic', 'torch'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "\n"
