@@ -271,15 +271,17 @@ def status(
     from dspref.run import status
     from dspref.slurm import job_state
 
-    def known(folder: Path) -> dict[str, Any]:
+    def known(folder: Path, asks: bool = True) -> dict[str, Any]:
         about = status.read(folder)
-        return job_state.joined(about, job_state.ask(about["job"]) if about["job"] else None)
+        asks = asks and about["job"] and about["state"] != "finished"
+        return job_state.joined(about, job_state.ask(about["job"]) if asks else None)
 
     with faults_in_one_line():
         if run.exists() and not run.is_dir():
             raise ConfigError(f"{run}: is no folder; give the output_dir of a run")
         about = known(run)
-        runs = [known(Path(one)) for one in about["runs"] or [] if Path(one).exists()]
+        # A controller that did not answer for the sweep is not waited for at each of its runs.
+        runs = [known(Path(one), about["slurm"] is not None) for one in about["runs"] or [] if Path(one).exists()]
         if as_json:
             print(json.dumps(about | {"runs": runs} if runs else about, indent=2))
         else:

@@ -52,17 +52,16 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
         shards.refuse_foreign(clean / shards.FOLDER)
         state = in_type(full_state(clean / shards.FOLDER, config.model.lora is not None), config.model.dtype)
     section = config.model.model_copy(update={"load_in_4bit": False})  # which needs a GPU; what is trained is beside it
-    attach = spec.attach(stages.reference_spec(config), config.train.seed)
-    policy = loading.load(section, base, "sdpa", section.dtype, None, attach)
+    reference = stages.reference_spec(config)
+    policy = loading.load(section, base, "sdpa", section.dtype, None, spec.attach(reference, config.train.seed))
     name = section.tokenizer_name_or_path or section.name_or_path
     tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
     summary = {"step": said["step"], "metrics": said["metrics"]}
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as draft:
         final, adapter = Path(draft) / "final", Path(draft) / "adapter"
-        export.write(
-            final, adapter, policy, state, tokenizer, config.model, base, model_card(stages.recipe(config), summary)
-        )
+        card = model_card(stages.recipe(config, reference), summary)
+        export.write(final, adapter, policy, state, tokenizer, config.model, base, card)
         final.rename(to)
 
 

@@ -54,11 +54,12 @@ def reference_spec(config: Config) -> ReferenceSpec:
     return ReferenceSpec(config.reference, config.model, needed, config.strategy, config.data.max_length)
 
 
-def recipe(config: Config) -> Recipe:
-    """What the model card says of a run."""
-    reference, data = spec.in_words(reference_spec(config)), [source.path for source in config.data.train_sources]
+def recipe(config: Config, reference: ReferenceSpec) -> Recipe:
+    """What the model card says of a run. Reads no file: by now those that the config names may be gone."""
+    data = [source.path for source in config.data.train_sources]
     name, objective, train = Path(config.output_dir).name, config.objective.model_dump(), config.train
-    return Recipe(name, config.model, objective, reference, data, train.pairs_per_step, train.learning_rate)
+    words = spec.in_words(reference)
+    return Recipe(name, config.model, objective, words, data, train.pairs_per_step, train.learning_rate)
 
 
 def already_finished(run: RunFolder, config: Config) -> bool:

@@ -95,7 +95,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         view.close()
         recorder.close()
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
-    recipe, seconds = stages.recipe(config), time.monotonic() - started
+    recipe, seconds = stages.recipe(config, asked), time.monotonic() - started
     closing.finish(run, recipe, policy, tokenizer, beginning.weights, held_out, config.log.samples, steps, seconds)
     watch.run_ends()
     closing.show_summary(run)

@@ -112,3 +112,15 @@ def test_a_run_outside_of_slurm_belongs_to_no_job(tmp_path, commands):
     (run / "run.json").write_text(json.dumps({"run_id": "a", "state": "running", "started": started, "host": "h", "pid": 1}))
     (run / "events.jsonl").write_text(json.dumps({"time": started, "event": "start"}) + "\n")
     assert "state     running" in said(run)
+
+
+def test_a_controller_that_is_down_is_asked_once_for_a_sweep_and_never_for_what_is_finished(tmp_path, commands):
+    asked = tmp_path / "asked"
+    commands(squeue=f"echo x >>{asked}; echo 'Unable to contact slurm controller' >&2; exit 1")
+    runs = [submitted(tmp_path / "sweep" / str(k)) for k in range(3)]
+    sweep = submitted(tmp_path / "all")
+    about = json.loads((sweep / "submit/job.json").read_text())
+    (sweep / "submit/job.json").write_text(json.dumps(about | {"runs": [str(run) for run in runs]}))
+    assert said(sweep).count("submitted") == 3 and asked.read_text() == "x\n"
+    (runs[0] / "run.json").write_text(json.dumps({"run_id": "a", "state": "finished", "job": "7", "host": "h", "pid": 1}))
+    assert "finished" in said(runs[0]) and asked.read_text() == "x\n"

@@ -140,3 +140,13 @@ def test_every_key_of_a_source_reaches_its_reading():
     run = config.load(QUICKSTART, [f"data.train.{key}={value}" for key, value in keys.items()])
     source = preparation.source_of(run.data.train_sources[0], "data.train")
     assert {key: getattr(source, key) for key in keys} == keys
+
+
+def test_what_the_card_says_needs_no_file_of_the_config(tmp_path):
+    """A file of DeepSpeed settings that is gone by the end of a run costs no export."""
+    strategy = tmp_path / "zero.json"
+    strategy.write_text('{"zero_optimization": {"stage": 2}}')
+    run = config.load(QUICKSTART, [f"deepspeed={strategy}"])
+    asked = stages.reference_spec(run)
+    strategy.unlink()
+    assert stages.recipe(run, asked).reference.startswith("stored")
