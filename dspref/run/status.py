@@ -31,10 +31,9 @@ ALIVE = ("running", "scoring")
 SILENT_SECONDS = 600
 # State -> what a person can do.
 NEXT = {
-    "interrupted": "the same command again goes on from the newest checkpoint",
-    "stopped": "the same command again goes on from the newest checkpoint",
-    "ended": "the same command again goes on from the newest checkpoint",
-    "cancelled": "the same command again goes on from the newest checkpoint",
+    **dict.fromkeys(
+        ("interrupted", "stopped", "ended", "cancelled"), "the same command again goes on from the newest checkpoint"
+    ),
     "requeued": "nothing: SLURM starts the job again, and it goes on from the newest checkpoint",
 }
 # No step takes so many seconds.

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from dspref import distributed
 from dspref.errors import ExitCode
 from dspref.processes import Process, place
+from dspref.secrets import redact
 from dspref.terminal import shown
 from dspref.watch.pace import HangTimer, Pace
 
@@ -117,14 +118,17 @@ class Peers:
         now = self._paces()
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         self._silent = [rank for rank in others if rank not in now or (rank in seen and seen[rank].tick == now[rank].tick)]
+        if not self._silent:
+            return  # all are there: what this rank stumbled on is its own error
         details = logs / f"rank-{self._world.rank}.error.txt"
-        with contextlib.suppress(OSError):
-            details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        whom = f"rank {', '.join(map(str, self._silent))}" if self._silent else "the others"
-        message = (
-            f"lost contact with {whom} in or after step {self._timer.pace.step}: killed, out of memory, or without its "
-            f"machine; what rank {self._world.rank} saw of it is in {details}"
-        )
+        try:
+            details.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8")
+            more = f"more in {details}"
+        except OSError:  # the run has no folder yet
+            more = str(error).split("\n", 1)[0]
+        whom, step = ", ".join(map(str, self._silent)), self._timer.pace.step
+        cause = "killed, out of memory, or without its machine"
+        message = f"lost contact with rank {whom} in or after step {step}: {cause} ({more})"
         if self.judge(ExitCode.BUG, message):
             print(shown(message), file=sys.__stderr__, flush=True)
 

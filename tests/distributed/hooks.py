@@ -169,12 +169,18 @@ def _raise() -> None:
     raise ValueError("the deliberate fault of this test")
 
 
+def _fail_in_the_backend() -> None:
+    """As NCCL does, with all ranks there."""
+    raise RuntimeError("NCCL error: the deliberate fault of this test")
+
+
 DEATHS = {
     "exit": lambda: os._exit(1),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "segfault": _segfault,
     "memory": _run_out_of_memory,
     "error": _raise,
+    "backend": _fail_in_the_backend,
 }
 
 

@@ -31,7 +31,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("kill", 1),
         ("error", 0),
         *[pytest.param(how, victim, marks=SOAK) for how in ("exit", "segfault", "memory") for victim in (0, 1)],
-        *[pytest.param("kill", 0, marks=SLOW), pytest.param("error", 1, marks=SOAK)],
+        *[pytest.param("kill", 0, marks=SLOW), pytest.param("backend", 0, marks=SLOW), pytest.param("error", 1, marks=SOAK)],
     ],
 )
 def test_one_rank_dies_and_all_are_gone(how, victim, run_file, forked, tmp_path):
@@ -48,7 +48,7 @@ def test_one_rank_dies_and_all_are_gone(how, victim, run_file, forked, tmp_path)
     assert abs(codes[0] - codes[1]) < SECONDS_TO_DIE
     assert all(forked.wait(ranks)), "none ends as if it were done"
     other = ranks.said(1 - victim)
-    if how in ("error", "memory"):
+    if how in ("error", "backend", "memory"):
         assert "Traceback" in ranks.said(victim) and "Traceback" not in other
     else:
         assert other.strip().splitlines()[-1].startswith(f"rank {victim} died without a word, in or after step 5")
