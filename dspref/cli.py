@@ -204,9 +204,7 @@ def score(
             tell_repeated(overrides)
         config = configuration.load(file, overrides or [])
     except UserError as error:
-        if launcher.first_rank(os.environ):
-            print(error, file=sys.stderr)
-        raise typer.Exit(int(error.exit_code)) from None
+        raise typer.Exit(launcher.refused(error)) from None
 
     def job() -> None:
         from dspref.training import scorer

@@ -7,16 +7,17 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import NoReturn, TextIO
 
-from dspref.errors import ConfigError, ExitCode, Interrupted, UserError, exit_code_of
+from dspref.errors import ConfigError, EnvironmentFault, ExitCode, Interrupted, IOFault, UserError, exit_code_of
 from dspref.secrets import redact
 from dspref.terminal import outlive_streams, shown
-from dspref.watch.interruption import BEFORE_RUN, catch_to_the_end, decided, first_rank, leaving_at_once
+from dspref.watch.interruption import BEFORE_RUN, catch_to_the_end, decided, first_of_host, first_rank, leaving_at_once
 
 # A launcher ends all ranks once one has left: so long the others wait, that the first may say why.
 WORD_SECONDS = 2.0
@@ -40,14 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with leaving_at_once():
             job = job_of(arguments)
     except UserError as error:
-        # Every rank finds the same fault in the same file; one says so.
-        if first_rank(os.environ):
-            print(error, file=sys.stderr, flush=True)
-        else:
-            time.sleep(WORD_SECONDS)
-        return int(error.exit_code)
+        return refused(error)
     catch_to_the_end()
     return guarded(job)
+
+
+def refused(fault: UserError) -> int:
+    """Say, before the ranks have met, what is wrong, and return the exit code.
+
+    Every rank finds the same fault in the same file, and the first says so. Whoever is there still when the launcher should
+    have ended all has found another, such as a file that is missing on one host; the first rank of each host says it.
+    """
+    if first_rank(os.environ):
+        print(fault, file=sys.stderr, flush=True)
+        return int(fault.exit_code)
+    time.sleep(WORD_SECONDS)
+    if first_of_host(os.environ):
+        print("\n".join(f"{socket.gethostname()}: {line}" for line in str(fault).splitlines()), file=sys.stderr, flush=True)
+    return int(fault.exit_code)
 
 
 def job_of(arguments: Sequence[str] | None) -> Callable[[], None]:
@@ -85,7 +96,11 @@ def guarded(job: Callable[[], None], what: str = BEFORE_RUN) -> int:
 
 def outcome(job: Callable[[], None], terminal: TextIO) -> int:
     """Do the job, say on the terminal what ended it, and return the exit code, which no signal changes from there on."""
-    from dspref import distributed
+    try:
+        from dspref import distributed
+    except Exception as error:
+        fault = unloadable(error)
+        return refused(fault) if fault else report_bug(terminal)
 
     try:
         job()
@@ -94,24 +109,44 @@ def outcome(job: Callable[[], None], terminal: TextIO) -> int:
     except distributed.Relayed as error:
         return decided(int(error.exit_code))
     except (UserError, Interrupted) as error:
-        decided(int(error.exit_code))
-        if distributed.first_to_say(str(error)):
-            print(error, file=terminal, flush=True)
-        return int(error.exit_code)
-    except OSError as error:
-        if exit_code_of(error) is not ExitCode.IO:  # of a library's own making: a bug, shown as one
-            return report_bug(terminal)
-        decided(int(ExitCode.IO))
-        remedy = remedy_of(error)
-        fault = shown(redact(f"{error.filename or 'a file of the run'}: {error.strerror}; {remedy}"))
-        if distributed.first_to_say(fault):
-            print(fault, file=terminal, flush=True)
-        return int(ExitCode.IO)
+        fault = error
     except KeyboardInterrupt:
         return decided(int(ExitCode.CTRL_C))
-    except Exception:
-        return report_bug(terminal)
-    return int(ExitCode.DONE)
+    except Exception as error:
+        if broken := unloadable(error):
+            decided(int(broken.exit_code))
+            return refused(broken)
+        fault = failed_write(error)
+        if fault is None:
+            return report_bug(terminal)
+    else:
+        return int(ExitCode.DONE)
+    decided(int(fault.exit_code))
+    if distributed.first_to_say(str(fault)):
+        # What a machine lacks, another may have.
+        place = "" if distributed.world().beside_first else f"{socket.gethostname()}: "
+        print(f"{place}{fault}", file=terminal, flush=True)
+    return int(fault.exit_code)
+
+
+def unloadable(error: Exception) -> EnvironmentFault | None:
+    """The fault of a machine that an exception tells of: a library that is not there, or raises where it is loaded. Who
+    has installed packages that do not fit together meets it at any import."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    loaded = [str(frame.f_globals.get("__name__")) for frame in frames if frame.f_code.co_name == "<module>"]
+    named = [error.name] if isinstance(error, ImportError) and error.name else []
+    foreign = [name for name in (*loaded, *named) if name.partition(".")[0] not in ("dspref", "__main__")]
+    if not foreign:
+        return None
+    package, said = foreign[0].partition(".")[0], " ".join(str(error).split()) or type(error).__name__
+    return EnvironmentFault(f"{package} cannot be loaded: {said.removesuffix('.')}; install what constraints.txt names")
+
+
+def failed_write(error: Exception) -> IOFault | None:
+    """The fault of a disk, where the exception is one of the system, and none of a library's own making."""
+    if not isinstance(error, OSError) or exit_code_of(error) is not ExitCode.IO:
+        return None
+    return IOFault(f"{error.filename or 'a file of the run'}: {error.strerror}; {remedy_of(error)}")
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:

@@ -34,6 +34,8 @@ VERSIONS = {
 }
 CVE = " (and before 2.6 loading weights may run code that they bring: CVE-2025-32434)"
 OPTIONAL = ("peft", "bitsandbytes", "flash-attn", "liger-kernel", "wandb", "tensorboard")
+# What others bring along, and what tokens and templates come to depends on.
+BROUGHT = ("tokenizers", "jinja2", "sentencepiece", "tiktoken")
 # A build takes a minute or two, perhaps in another container of this machine, whose processes are not seen here.
 BUILD_SECONDS = 300
 
@@ -49,7 +51,7 @@ class Gpus(NamedTuple):
 # Packages and devices
 
 
-def installed(names: Iterable[str] = (*VERSIONS, *OPTIONAL)) -> dict[str, str]:
+def installed(names: Iterable[str] = (*VERSIONS, *OPTIONAL, *BROUGHT)) -> dict[str, str]:
     found = {}
     for name in names:
         try:

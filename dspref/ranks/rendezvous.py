@@ -55,6 +55,11 @@ class World:
     def is_one_machine(self) -> bool:
         return self.size == self.local_size
 
+    @property
+    def beside_first(self) -> bool:
+        """Whether this rank is on rank 0's machine."""
+        return self.rank < self.local_size
+
 
 def read_environment(env: Mapping[str, str]) -> World:
     """The world as the launcher tells it: deepspeed and torchrun by RANK, srun by SLURM_*, plain python by silence.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import signal
 import sys
 import time
@@ -32,6 +34,10 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1)
 # What a run says where it was stopped, and is not to go on by itself.
 FOR_GOOD = ("stopped by the file ", "stopped by the loss ", "stopped by another run")
 IDLE = "idle.json"
+# What srun says of a rank that failed, and the job script before it starts the ranks.
+TASK_ENDED = re.compile(r"^srun: error: \S+: tasks? [\d,-]+: Exited with exit code (\d+)$", re.MULTILINE)
+BEGINNING = re.compile(r"^dspref: (?:job |the libraries could not be read ahead).*$", re.MULTILINE)
+TAIL_BYTES = 1 << 18
 
 
 class Start(NamedTuple):
@@ -67,10 +73,9 @@ def judge(start: Start) -> int:
     stop = last_stop(start)
     code, cause = stop.get("exit_code"), str(stop.get("cause") or "")
     if not is_count(code):
-        unheard = start.code in [128 + number for number in ASKING]
-        code = int(ExitCode.INTERRUPTED) if start.asked or unheard else start.code
+        code = unspoken(start)
     if code != ExitCode.INTERRUPTED:
-        say(f"failed with exit code {code}: {cause or in_words(start.code)}")
+        say(f"failed with exit code {code}: {cause or in_words(code)}")
         return code
     step = committed(start.run)
     if reason := why_not(start, cause, step):
@@ -93,8 +98,31 @@ def last_stop(start: Start) -> dict[str, Any]:
     return events[-1] if when and when.timestamp() >= start.since else {}
 
 
+def unspoken(start: Start) -> int:
+    """The exit code of a start that ended before the run could write how. srun's is the highest of the ranks': that of a
+    rank that failed, or of those that srun, having seen that, interrupted."""
+    if start.asked:
+        return int(ExitCode.INTERRUPTED)
+    if start.code not in (ExitCode.INTERRUPTED, *(128 + number for number in ASKING)):
+        return start.code
+    return failed_rank(start) or int(ExitCode.INTERRUPTED)
+
+
+def failed_rank(start: Start) -> int | None:
+    """The exit code of the first rank that failed, as srun tells it in the job's log; None where none did."""
+    try:
+        with open(start.run / "logs" / f"slurm-{start.job}.out", "rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
+            log = file.read().decode(errors="replace")
+    except OSError:  # --output is elsewhere
+        return None
+    ranks = BEGINNING.split(log)[-1]
+    codes = [int(code) for code in TASK_ENDED.findall(ranks)]
+    return next((code for code in codes if code not in (0, ExitCode.INTERRUPTED)), None)
+
+
 def in_words(code: int) -> str:
-    """The exit code of srun, where no rank has told what happened."""
+    """An exit code, where no rank has told what happened."""
     if code > 128:
         with suppress(ValueError):
             return f"a rank was ended by {signal.Signals(code - 128).name}; what it printed stands above"

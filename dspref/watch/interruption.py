@@ -4,6 +4,7 @@ interruption, and not by the signal. Loads nothing that takes long, as that is w
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -64,8 +65,16 @@ def catch_to_the_end() -> None:
     global _outcome
     _outcome = None
     if current_thread() is main_thread():
+        atexit.unregister(_ignore)
+        atexit.register(_ignore)  # first, so that it runs last
         for number in STOPPING:
             signal.signal(number, _leave)
+
+
+def _ignore() -> None:
+    """Python gives each handler of its own back before the libraries are taken down, which may take a second."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def decided(code: int) -> int:
@@ -128,3 +137,8 @@ def first_rank(env: Mapping[str, str]) -> bool:
     """Whether a launcher started this process as rank 0, or none did; or as none that there is, which it has to say."""
     rank, size = (env.get(name, env.get(of_slurm, plain)) for name, of_slurm, plain in NUMBERS)
     return rank == "0" or not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size))
+
+
+def first_of_host(env: Mapping[str, str]) -> bool:
+    """Whether it is the first rank of its machine, as far as a launcher says so."""
+    return env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")) == "0"

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from real_slurm import Place
+from real_slurm import Cluster, Place, descendants
 
 SUBNET = "10.99.0"
 # In the namespaces of a place: names of its own, and of the others.
@@ -51,6 +51,12 @@ def pull(name: str) -> None:
 
 def plug_in(name: str) -> None:
     ip("-n", namespace("switch"), "link", "set", name, "up")
+
+
+def own_files(cluster: Cluster, node: str) -> Path:
+    """The /dev/shm of a node that is up, as the jobs on it see it, and nobody else."""
+    (daemon, *_) = descendants(cluster.holders[node].pid)
+    return Path(f"/proc/{daemon}/root/dev/shm")
 
 
 def enter(name: str, hosts: Path) -> tuple[str, ...]:

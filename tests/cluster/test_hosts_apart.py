@@ -6,15 +6,19 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import hosts_apart
 import pytest
 import real_slurm
-from hosts_apart import plug_in, pull
-from jobs import EVERY, STEPS, at_step, check, ended, events, ranks_of, restarted, steps, submit
+from hosts_apart import own_files, plug_in, pull
+from jobs import EVERY, ROOT, STEPS, at_step, check, ended, events, ranks_of, restarted, steps, submit
 from real_slurm import Cluster
+
+CLOCK = Path(__file__).with_name("clock.c")
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -74,3 +78,55 @@ def test_a_rank_that_is_killed_on_another_host_is_named(cluster, whole, run_file
     log, error = job.log.read_text(), json.loads((job.run / "run.json").read_text())["error"]
     assert "Traceback" not in log and "gloo" not in log
     assert "rank 1" in error or "cn2" in error, error
+
+
+def test_caches_that_no_two_hosts_share(cluster, whole, run_file):
+    """Each host tokenises, and scores for the reference, into a cache of its own."""
+    options = ("--time=10", "--env=DSPREF_CACHE=/dev/shm/cache")
+    check(cluster, submit(cluster, run_file, "caches", options, pace=0), whole, restarts=0)
+    assert all(list(own_files(cluster, node).glob("cache/*/*")) for node in cluster.nodes)
+
+
+@pytest.mark.parametrize("seconds", ["+7200", "-7200"])
+def test_clocks_that_are_apart(cluster, whole, run_file, tmp_path, seconds):
+    clock = tmp_path / "clock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", clock, CLOCK], check=True)
+    (own_files(cluster, "cn2") / "clock").write_text(seconds)
+    options = ("--time=10", f"--env=LD_PRELOAD={clock}")
+    job = submit(cluster, run_file, f"clocks{seconds}", options, pace=0)
+    check(cluster, job, whole, restarts=0)
+    assert f"the clock of cn2 (rank 1) is {seconds} s from that of cn1" in job.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [
+        ("jinja2", "rank 1 on cn2 has jinja2 0.0.1, rank 0 on cn1 has"),
+        ("tokenizers", "cn2: transformers cannot be loaded: tokenizers>="),
+    ],
+)
+def test_a_host_with_another_version_of_a_package_is_refused(cluster, run_file, package, said):
+    site = own_files(cluster, "cn2") / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    about = site / f"{package}-0.0.1.dist-info/METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.1\n")
+    options = ("--time=10", f"--env=PYTHONPATH=/dev/shm/site:{ROOT}")
+    job = submit(cluster, run_file, "versions", options, pace=0)
+    assert ended(cluster, job.job) == ("FAILED", "4:0", 0)
+    assert said in job.log.read_text()
+    assert "Traceback" not in job.log.read_text()
+    assert not list(job.run.glob("checkpoints/*"))
+
+
+def test_a_file_that_one_host_lacks_is_said_there(cluster, run_file, tmp_path):
+    """Nor is the job queued again, as one is whose ranks were stopped, because SLURM stopped the others."""
+    pairs, copy = run_file.with_name("pairs.jsonl"), tmp_path / "pairs.jsonl"
+    shutil.copy(pairs, copy)
+    shutil.copy(pairs, own_files(cluster, "cn1"))
+    job = submit(cluster, run_file, "lacking", (f"data.train.path={copy}", "--time=10"), pace=0)
+    copy.unlink()  # before any rank has read its config
+    copy.symlink_to("/dev/shm/pairs.jsonl")
+    assert ended(cluster, job.job) == ("FAILED", "3:0", 0), job.log.read_text()
+    assert f"cn2: {copy}: a link to nothing" in job.log.read_text()
+    assert "Traceback" not in job.log.read_text()

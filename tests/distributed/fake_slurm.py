@@ -6,6 +6,7 @@ runs the job script, and again while that was requeued. What goes wrong is told 
     {"signal_at": 3}              USR1 to rank 0 once metrics.jsonl has step 3
     {"lose_node": 1, "at": 5}     SIGKILL to the ranks of that node and to the job; SLURM requeues it by itself
     {"act": [75, 4]}              no ranks at all: srun commits a checkpoint of step 4 and answers 75
+    {"says": "srun: ..."}         what srun prints of its ranks
     {"state": "CANCELLED"}        what squeue says
 """
 
@@ -102,6 +103,7 @@ def srun(folder: Path, arguments: list[str]) -> int:
         return 0  # the libraries are warm
     fault = json.loads((folder / "fault.json").read_text())
     run = Path(command[-1]).parents[1]
+    print(fault.get("says", ""), end="", file=sys.stderr)
     if "act" in fault:
         return act(run, *fault["act"])
     nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -80,16 +81,50 @@ def test_home_is_home_in_every_argument(elsewhere: Path, monkeypatch: pytest.Mon
     assert not Path("~").exists()
 
 
-@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [launcher.WORD_SECONDS]), ("7", [launcher.WORD_SECONDS])])
-def test_ranks_that_are_silent_give_the_first_time_to_speak(rank, waits, elsewhere, monkeypatch, capsys) -> None:
-    """A launcher ends all ranks as soon as one has left."""
-    where = {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "8", "TMPDIR": str(elsewhere)}
+@pytest.mark.parametrize(
+    ("rank", "local", "speaks"), [("0", "0", True), ("1", "1", False), ("4", "0", True), ("7", "3", False)]
+)
+def test_ranks_that_are_silent_give_the_first_time_to_speak(rank, local, speaks, elsewhere, monkeypatch, capsys) -> None:
+    """A launcher ends all ranks as soon as one has left. Where it has not, only another machine has the fault."""
+    waits = [] if rank == "0" else [launcher.WORD_SECONDS]
+    where = {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "4", "TMPDIR": str(elsewhere)}
     for name, value in where.items():
         monkeypatch.setenv(name, value)
     slept: list[float] = []
     monkeypatch.setattr(launcher.time, "sleep", slept.append)
     assert launcher.main(["--config", "x.yaml", "train.sed=3"]) == 2
-    assert slept == waits and bool(capsys.readouterr().err) is (rank == "0")
+    said = capsys.readouterr().err
+    assert slept == waits and bool(said) is speaks
+    assert said.startswith(f"{socket.gethostname()}: " if waits and speaks else "") and said.count("\n") == speaks
+
+
+@pytest.mark.parametrize(
+    ("library", "raises", "says"),
+    [
+        (
+            "deepspeed",
+            "ImportError('libcudart.so.12: cannot open shared object file')",
+            "libcudart.so.12: cannot open shared",
+        ),
+        ("torch", "OSError('compiled for another machine')", "compiled for another machine"),
+        ("transformers", "ModuleNotFoundError('No module named \\'regex\\'', name='regex')", "No module named 'regex'"),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_is_the_machines_fault(library, raises, says, elsewhere: Path) -> None:
+    """Whatever it raises: no traceback, and the exit code that says so."""
+    (elsewhere / "broken").mkdir()
+    (elsewhere / f"broken/{library}.py").write_text(f"raise {raises}\n")
+    paths = os.pathsep.join([str(elsewhere / "broken"), str(ROOT)])
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", "x.yaml"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith(f"{library} cannot be loaded: {says}") and done.stderr.count("\n") == 1
+
+
+def test_what_dspref_itself_does_wrong_is_a_bug() -> None:
+    for fault in (ImportError("cannot import name 'x'", name="dspref.data"), ValueError("no"), OSError(2, "no", "file")):
+        assert launcher.unloadable(fault) is None
+    assert launcher.unloadable(ImportError("No module named 'peft'", name="peft")) is not None
 
 
 def test_every_fault_of_a_config_reaches_the_terminal() -> None:

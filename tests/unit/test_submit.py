@@ -291,6 +291,14 @@ def test_a_rank_that_is_stopped_before_it_can_say_so_is_started_again(code, here
     assert played(here, {"act": [code]}, {"act": [0]})[:2] == (0, 2)
 
 
+@pytest.mark.parametrize("code", [75, 143])
+def test_ranks_that_srun_stopped_because_one_failed_were_not_interrupted(code, here):
+    """Before a run has its folder nothing but srun tells of the one that failed; the job's code is the highest of all."""
+    says = "".join(f"srun: error: cn{n}: task {n}: Exited with exit code {said}\n" for n, said in ((2, 3), (1, 75)))
+    code, starts, log = played(here, {"act": [75]}, {"act": [code], "says": says}, {"act": [0]})
+    assert (code, starts) == (3, 2) and "dspref: failed with exit code 3: what the ranks printed stands above" in log
+
+
 def test_pairs_that_were_scored_are_progress(here):
     scored = {"act": [75, None, "scored"]}
     assert played(here, *[scored] * 5, {"act": [0]})[:2] == (0, 6)

@@ -115,6 +115,34 @@ def test_the_commands_too(command, words, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+AT_AN_END = """
+import ctypes, sys
+from dspref.watch.interruption import catch_to_the_end, decided
+catch_to_the_end(), decided(4)
+libc, text = ctypes.CDLL(None), ctypes.create_string_buffer(b"down")
+for call, argument in (libc.pause, None), (libc.puts, text), (libc.setlinebuf, ctypes.c_void_p.in_dll(libc, "stdout")):
+    getattr(libc, "__cxa_atexit")(call, argument, None)  # the last comes first
+sys.exit(4)
+"""
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_no_signal_while_libraries_are_taken_down(name) -> None:
+    """A second in which python's handlers are gone, and the exit code would be that of the signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_AN_END], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        said = process.stdout.readline() if process.stdout else ""
+        assert said == "down\n"
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        time.sleep(0.2)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_signals_are_given_back() -> None:
     before = {number: signal.getsignal(number) for number in STOPPING}
     with leaving_at_once():
