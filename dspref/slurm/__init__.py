@@ -8,7 +8,7 @@ Enters: config, machine, run.
 Shows: job_state.
 """
 
-from dspref.slurm.script import Job, headers, named, quote, render
+from dspref.slurm.script import Job, named, options_of, quote, render
 from dspref.slurm.submission import load_sweep, submit
 
-__all__ = ["Job", "headers", "load_sweep", "named", "quote", "render", "submit"]
+__all__ = ["Job", "load_sweep", "named", "options_of", "quote", "render", "submit"]

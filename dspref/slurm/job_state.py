@@ -79,5 +79,11 @@ def last_word(about: Mapping[str, Any]) -> str | None:
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     except OSError:
         return None
-    own = [line.removeprefix("dspref: ") for line in lines if re.match(r"dspref: (failed|interrupted|--setup)", line)]
+    began = max((n for n, line in enumerate(lines) if line.startswith("dspref: job ")), default=0)
+    lines = lines[began:]
+    own = [
+        line.removeprefix("dspref: ")
+        for line in lines
+        if re.match(r"dspref: (failed|interrupted|the job ended|--setup)", line)
+    ]
     return [*lines, *own][-1] if lines else None

@@ -22,6 +22,8 @@ PLAIN = re.compile(rf"[\w{re.escape(MARKS)}]+")
 # Of a file between double quotes, spaces too.
 PLACE = re.compile(rf"[\w {re.escape(MARKS)}]+")
 DURATION = re.compile(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")
+# What tells a rank which it is: the job's own srun does.
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -89,8 +91,8 @@ def render(job: Job, folder: Path, runs: Sequence[Path], is_array: bool) -> str:
     jinja.filters["quote"] = quote
     return jinja.from_string(template).render(
         job=job,
-        options=headers(job, folder, len(runs) if is_array else 0),
-        folder=os.getcwd(),
+        options=[header(option) for option in options_of(job, folder, len(runs) if is_array else 0)],
+        folder=absolute("."),
         environment=[named(text) for text in job.env],
         array=is_array,
         runs=runs,
@@ -100,8 +102,8 @@ def render(job: Job, folder: Path, runs: Sequence[Path], is_array: bool) -> str:
     )
 
 
-def headers(job: Job, folder: Path, tasks: int) -> list[str]:
-    """The options of the #SBATCH lines."""
+def options_of(job: Job, folder: Path, tasks: int) -> list[str]:
+    """The options of sbatch, for an array of `tasks`, if any."""
     if "%" in str(folder):
         raise ConfigError(f"output_dir: {str(folder)!r}: SLURM replaces what follows a %; choose another folder")
     name = re.sub(r"[^\w.-]", "-", f"dspref-{folder.name}") if job.job_name is None else job.job_name
@@ -120,8 +122,18 @@ def headers(job: Job, folder: Path, tasks: int) -> list[str]:
     # To the script's shell, which asks the ranks: they commit a checkpoint and leave with exit code 75.
     options += ["--open-mode=append", f"--signal=B:USR1@{job.seconds_to_leave}"]
     options += ["--requeue"]  # after the loss of a node SLURM itself starts the job again
-    log = str(log_file(folder, "%A_%a" if tasks else "%j", is_array=False))
-    return [*options, f'--output="{log}"' if " " in log else f"--output={log}"]
+    # SLURM would hand the ranks nothing where a site has SBATCH_EXPORT=NONE.
+    return [*options, "--export=ALL", f"--output={log_file(folder, '%A_%a' if tasks else '%j', is_array=False)}"]
+
+
+def header(option: str) -> str:
+    """An option as it stands in an #SBATCH line."""
+    name, equals, value = option.partition("=")
+    return f'{name}{equals}"{value}"' if " " in value else option
+
+
+def absolute(folder: str) -> Path:
+    return Path(os.path.abspath(folder))
 
 
 def log_file(folder: Path, job: str, is_array: bool) -> Path:
@@ -133,6 +145,8 @@ def named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not NAME.fullmatch(name):
         raise ConfigError(f"--env: {text!r}: not of the form NAME=VALUE")
+    if name in OF_A_RANK or name.startswith("SLURM_"):
+        raise ConfigError(f"--env: {name}: is the launcher's, which gives each rank its own; leave it out")
     if is_telling(name) or kind_of(value, {}):
         raise ConfigError(f"--env: {name}: would stand in a file; export it before submitting, SLURM hands it to the job")
     return name, value

@@ -24,12 +24,16 @@ from dspref.machine import inputs
 from dspref.machine.context import CheckContext
 from dspref.run.record import misplaced
 from dspref.run.status import is_foreign
-from dspref.slurm.asking import answer, said
-from dspref.slurm.script import Job, lint, log_file, render
+from dspref.slurm import asking
+from dspref.slurm.asking import said
+from dspref.slurm.script import Job, absolute, lint, log_file, options_of, render
 from dspref.terminal import command
 
+# A controller that is busy takes its time, and then has the job.
+SUBMIT_SECONDS = 300
 # Of a job, or of one task of an array.
 NUMBER = re.compile(r"[0-9]+(_[0-9]+)?")
+BEFORE_COMMENT = re.compile(r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^#\\'"]|(?<=\S)\#|['"\\])*""", re.DOTALL)
 
 
 class JobRun(NamedTuple):
@@ -67,9 +71,12 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
     if dry_run:
         print(f"nothing was submitted; the script is {path}")
         return
-    number = sbatch(path)
+    number = sbatch(path, options_of(job, folder, len(runs) if sweep else 0))
+    print(
+        f"job     {number}, {job.nodes} x {job.gpus_per_node} GPUs for {job.time}" + f", {len(runs)} runs" * bool(sweep),
+        flush=True,
+    )
     record(number, folder, runs, is_array=sweep is not None)
-    print(f"job     {number}, {job.nodes} x {job.gpus_per_node} GPUs for {job.time}" + f", {len(runs)} runs" * bool(sweep))
     print(f"script  {path}")
     print(f"log     {log_file(folder, number, is_array=sweep is not None)}")
     print(f"next    {command('dspref', 'status', output_dir)}")
@@ -102,7 +109,7 @@ def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list
     faults = []
     for number, line in enumerate(lines, start=1):
         try:
-            if words := shlex.split(line, comments=True):
+            if words := shlex.split(without_comment(line)):
                 runs.append(load(file, [*overrides, f"output_dir={json.dumps(f'{root}/{len(runs)}')}", *words])[1])
                 if (folder := runs[-1].folder) in taken:
                     raise ConfigError(f"output_dir: {folder} is taken by the sweep or a line before; give each run its own")
@@ -114,8 +121,9 @@ def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list
     return runs
 
 
-def absolute(folder: str) -> Path:
-    return Path(os.path.abspath(folder))
+def without_comment(line: str) -> str:
+    """A line up to a # that begins a word, as in bash: within one, as in a path, it is a character like others."""
+    return BEFORE_COMMENT.match(line)[0]  # type: ignore[index]: what matches nothing matches the empty text
 
 
 def refuse_occupied(run: Path) -> None:
@@ -130,8 +138,8 @@ def refuse_occupied(run: Path) -> None:
     job = read_object(run / "submit" / "job.json").get("job")
     if not isinstance(job, str) or not NUMBER.fullmatch(job):
         return
-    if shutil.which("squeue") and (state := answer(["squeue", "--noheader", "--format=%T", f"--jobs={job}"]).stdout.split()):
-        raise ConfigError(f"output_dir: {run} belongs to job {job} ({state[0]}); scancel {job} first, or use another folder")
+    if state := asking.queued(job):
+        raise ConfigError(f"output_dir: {run} belongs to job {job} ({state}); scancel {job} first, or use another folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,16 +162,19 @@ def write(folder: Path, runs: Sequence[JobRun], script: str) -> Path:
     return path
 
 
-def sbatch(script: Path) -> str:
-    """The number of the new job."""
+def sbatch(script: Path, options: Sequence[str]) -> str:
+    """The number of the new job. The options stand in the script too; as arguments they go before sbatch's variables."""
     if not shutil.which("sbatch"):
         raise EnvironmentFault(
             f"sbatch: no such command; submit from a login node of the cluster: {command('sbatch', script)}"
         )
-    answered = answer(["sbatch", "--parsable", str(script)])
-    number = answered.stdout.strip().partition(";")[0]  # of a federation: job;cluster
+    answered = asking.answer(["sbatch", "--parsable", *options, str(script)], seconds=SUBMIT_SECONDS)
+    # Sites print a line of their own before it; of a federation it is job;cluster.
+    number = (answered.stdout.split() or [""])[-1].partition(";")[0]
+    if answered.returncode == asking.NO_ANSWER:
+        raise EnvironmentFault(f"sbatch: {said(answered)}: the job may be queued all the same; look with squeue --me")
     if answered.returncode or not number.isdecimal():
-        raise EnvironmentFault(f"sbatch: {said(answered)}; mend the options, and submit again")
+        raise EnvironmentFault(f"sbatch: {said(answered).removeprefix('sbatch: ')}; mend the options, and submit again")
     return number
 
 

@@ -34,8 +34,14 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1)
 # What a run says where it was stopped, and is not to go on by itself.
 FOR_GOOD = ("stopped by the file ", "stopped by the loss ", "stopped by another run")
 IDLE = "idle.json"
-# What srun says of a rank that failed, and the job script before it starts the ranks.
-TASK_ENDED = re.compile(r"^srun: error: \S+: tasks? [\d,-]+: Exited with exit code (\d+)$", re.MULTILINE)
+# What srun says of a rank that failed, or was killed; what is said where ranks are ended from outside or because of another;
+# and what the job script says before it starts them.
+TASK_ENDED = re.compile(
+    r"^srun: error: (\S+): task(s? [\d,-]+): (?:Exited with exit code (\d+)|((?!Terminated|User defined)[A-Z][\w ]+).*)$",
+    re.M,
+)
+DEATHS = {"Segmentation fault": signal.SIGSEGV, "Aborted": signal.SIGABRT, "Bus error": signal.SIGBUS}
+ENDED_BY_SLURM = re.compile(r"_step_signal: Terminating|\*\*\* (?:STEP|JOB) .* CANCELLED AT")
 BEGINNING = re.compile(r"^dspref: (?:job |the libraries could not be read ahead).*$", re.MULTILINE)
 TAIL_BYTES = 1 << 18
 
@@ -72,8 +78,8 @@ def judge(start: Start) -> int:
         return int(ExitCode.DONE)
     stop = last_stop(start)
     code, cause = stop.get("exit_code"), str(stop.get("cause") or "")
-    if not is_count(code):
-        code = unspoken(start)
+    if not is_count(code) or code == ExitCode.INTERRUPTED:
+        code, cause = behind_interruption(start, cause)
     if code != ExitCode.INTERRUPTED:
         say(f"failed with exit code {code}: {cause or in_words(code)}")
         return code
@@ -98,27 +104,39 @@ def last_stop(start: Start) -> dict[str, Any]:
     return events[-1] if when and when.timestamp() >= start.since else {}
 
 
-def unspoken(start: Start) -> int:
-    """The exit code of a start that ended before the run could write how. srun's is the highest of the ranks': that of a
-    rank that failed, or of those that srun, having seen that, interrupted."""
-    if start.asked:
-        return int(ExitCode.INTERRUPTED)
-    if start.code not in (ExitCode.INTERRUPTED, *(128 + number for number in ASKING)):
-        return start.code
-    return failed_rank(start) or int(ExitCode.INTERRUPTED)
+def behind_interruption(start: Start, cause: str) -> tuple[int, str]:
+    """The exit code of a start whose run says that it was interrupted, or nothing; and why.
+
+    srun's is the highest of the ranks': of one that failed, or of those that srun, having seen that, interrupted.
+    """
+    interrupted = int(ExitCode.INTERRUPTED)
+    if start.asked or cause.startswith(FOR_GOOD):
+        return interrupted, cause
+    failed = first_failure(start)
+    if failed or start.code in (interrupted, *(128 + number for number in ASKING)):
+        return failed or (interrupted, cause)
+    return (interrupted, cause) if cause else (start.code, "")
 
 
-def failed_rank(start: Start) -> int | None:
-    """The exit code of the first rank that failed, as srun tells it in the job's log; None where none did."""
+def first_failure(start: Start) -> tuple[int, str] | None:
+    """(exit code, cause) of the first rank that failed, as the job's log tells it; None where none did before SLURM, or srun
+    because of it, ended the others."""
     try:
         with open(start.run / "logs" / f"slurm-{start.job}.out", "rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
             log = file.read().decode(errors="replace")
     except OSError:  # --output is elsewhere
         return None
-    ranks = BEGINNING.split(log)[-1]
-    codes = [int(code) for code in TASK_ENDED.findall(ranks)]
-    return next((code for code in codes if code not in (0, ExitCode.INTERRUPTED)), None)
+    ranks = ENDED_BY_SLURM.split(BEGINNING.split(log)[-1])[0]
+    for found in TASK_ENDED.finditer(ranks):
+        host, which, code, killed = found.groups()
+        if killed:
+            number = next((number for words, number in DEATHS.items() if killed.startswith(words)), signal.SIGKILL)
+            return 128 + number, f"rank{which} on {host}: {killed}"
+        if int(code) != ExitCode.INTERRUPTED:
+            lines = [line.strip() for line in ranks[: found.start()].splitlines() if not line.startswith("srun: ")]
+            return int(code), next(filter(None, reversed(lines)), "")
+    return None
 
 
 def in_words(code: int) -> str:

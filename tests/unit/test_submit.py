@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import socket
@@ -89,10 +90,38 @@ def test_without_slurm_the_script_is_left_to_be_submitted(here, capsys, monkeypa
     assert "sbatch: no such command" in capsys.readouterr().err
 
 
+def test_no_variable_overrules_the_options_nor_leaks_into_the_job(here, monkeypatch):
+    """As arguments they go before sbatch's own variables, and what tells a rank which it is the shell cannot say for all."""
+    given = here / "given"
+    (here / "cluster/bin/sbatch").write_text(
+        f'#!/bin/sh\nenv > {given}; echo "your budget is 5 %\n$#"; shift; echo "$@" > {given}.words; echo 77\n'
+    )
+    for name in ("SBATCH_PARTITION", "SLURM_RESTART_COUNT", "SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SQUEUE_STATES"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "here")
+    assert submit("--partition", "gpu", "output_dir=runs/a b") == 0
+    assert json.loads((here / "runs/a b/submit/job.json").read_text())["job"] == "77"
+    words, names = Path(f"{given}.words").read_text(), given.read_text()
+    assert "--partition=gpu " in words and "--export=ALL" in words and f"--output={here}/runs/a b/logs" in words
+    assert "SLURM_CONF=here" in names and not re.search("^(SLURM_RESTART|SBATCH_NO|SBATCH_ARRAY|SQUEUE)", names, re.M)
+    script = (here / "runs/a b/submit/job.sbatch").read_text()
+    assert "unset RANK WORLD_SIZE" in script and f'#SBATCH --output="{here}/runs/a b/logs/slurm-%j.out"' in script
+
+
+def test_a_controller_that_does_not_answer_is_no_answer(here, capsys, monkeypatch):
+    """Neither that a job is gone, nor that one was not taken."""
+    assert submit() == 0
+    (here / "cluster/bin/squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
+    assert submit() == 4 and "whether job 1000 has ended is not known; try again" in capsys.readouterr().err
+    monkeypatch.setattr(slurm.submission, "SUBMIT_SECONDS", 0.1)
+    (here / "cluster/bin/sbatch").write_text("#!/bin/sh\nsleep 5\n")
+    assert submit("output_dir=runs/b") == 4 and "the job may be queued all the same" in capsys.readouterr().err
+
+
 def test_what_sbatch_refuses_is_one_line(here, capsys):
     (here / "cluster/bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid\n partition: x' >&2; exit 1\n")
     assert submit() == 4
-    assert capsys.readouterr().err == "sbatch: sbatch: error: invalid partition: x; mend the options, and submit again\n"
+    assert capsys.readouterr().err == "sbatch: error: invalid partition: x; mend the options, and submit again\n"
     assert not (here / "runs/a/submit/job.json").exists()
 
 
@@ -260,6 +289,19 @@ def test_of_a_sweep_all_runs_are_good_or_none_is_written(here, capsys):
     assert "holds no run" in refused(capsys, "--sweep", "sweep.txt")
 
 
+def test_a_hash_within_a_word_is_no_comment(here):
+    lines = [
+        "output_dir=runs/x#1 # a comment",
+        "output_dir='runs/#2'",
+        r'"output_dir=runs/3#4" train.seed=1',
+        "#",
+        "  # all",
+    ]
+    (here / "sweep.txt").write_text("\n".join(lines))
+    runs = slurm.load_sweep(here / "run.yaml", [], here / "sweep.txt", "runs")
+    assert [run.folder.name for run in runs] == ["x#1", "#2", "3#4"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The verdict of the ranks
 
@@ -297,6 +339,32 @@ def test_ranks_that_srun_stopped_because_one_failed_were_not_interrupted(code, h
     says = "".join(f"srun: error: cn{n}: task {n}: Exited with exit code {said}\n" for n, said in ((2, 3), (1, 75)))
     code, starts, log = played(here, {"act": [75]}, {"act": [code], "says": says}, {"act": [0]})
     assert (code, starts) == (3, 2) and "dspref: failed with exit code 3: what the ranks printed stands above" in log
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "cause"),
+    [
+        (
+            "data: 3 rows\nruns/p.jsonl: no such file\nsrun: error: a: task 0: Exited with exit code 3",
+            3,
+            "runs/p.jsonl: no such file",
+        ),
+        ("srun: error: cn2: task 1: Killed", 137, "rank 1 on cn2: Killed"),
+        ("srun: error: cn2: tasks 1,3: Segmentation fault (core dumped)", 139, "ranks 1,3 on cn2: Segmentation fault"),
+    ],
+)
+def test_the_rank_that_fails_first_has_the_word(said, code, cause, here):
+    """srun's code is 143 or 75, and rank 0 says that it was stopped: by srun, because of the other."""
+    says = f"{said}\nsrun: x: _step_signal: Terminating StepId=1\nsrun: error: cn9: task 9: Exited with exit code 6\n"
+    fault = {"act": [75, 4, "stop", 75, "stopped by SIGTERM after step 0"], "says": says}
+    given, starts, log = played(here, fault, {"act": [0]})
+    assert (given, starts) == (code, 1) and f"dspref: failed with exit code {code}: {cause}" in log
+
+
+def test_ranks_that_are_killed_because_they_leave_too_slowly_were_interrupted(here):
+    says = "slurmstepd: error: *** STEP 9.1 ON a CANCELLED AT 2026 DUE TO PREEMPTION ***\nsrun: error: b: task 1: Killed\n"
+    fault = {"act": [75, 4, "stop", 75, "stopped by SIGTERM after step 4"], "says": says}
+    assert played(here, fault, {"act": [0]})[:2] == (0, 2)
 
 
 def test_pairs_that_were_scored_are_progress(here):
@@ -410,7 +478,7 @@ def test_header_values_are_slurms_words_or_refused(option):
     """What passes has no room for a second word, and an #SBATCH line is a comment to the shell."""
     for text in HOSTILE:
         try:
-            lines = slurm.headers(job(**{option: text}), Path("/runs/a"), 0)
+            lines = slurm.options_of(job(**{option: text}), Path("/runs/a"), 0)
         except ConfigError as error:
             assert len(str(error).splitlines()) == 1
         else:
@@ -470,7 +538,14 @@ def test_hostile_run_folders_reach_the_ranks_as_they_are(here, quick_srun):
     train = str(Path(cli.__file__).parents[1] / "launch/train.py")
     for task, run in list(enumerate(runs))[:40]:
         arguments, _ = run_script(script, quick_srun, SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID=str(task))
-        assert arguments[2:] == [sys.executable, "-P", "-u", train, "--config", f"{run}/submit/config.yaml"]
+        assert arguments[arguments.index(sys.executable) :] == [
+            sys.executable,
+            "-P",
+            "-u",
+            train,
+            "--config",
+            f"{run}/submit/config.yaml",
+        ]
     assert not list(here.rglob("canary"))
 
 
