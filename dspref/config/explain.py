@@ -134,7 +134,8 @@ def _value(path: Path, value: Any, problems: Sequence[Any], document: Any) -> st
     choices = [choice for one in problems if one["type"] == "literal_error" for choice in _choices(one)]
     if value is None:
         return f"must be {must}, not null; give it a value" + ", or drop the key" * (not _is_required(path, document))
-    hint = hints.of_value(key, value, choices) or _remedy(path, value, {one["type"] for one in problems})
+    elsewhere = _loss_elsewhere(document, value) if path[:2] == ("objective", "loss_type") and choices else ""
+    hint = elsewhere or hints.of_value(key, value, choices) or _remedy(path, value, {one["type"] for one in problems})
     return f"must be {must}, not {written(value)}{hint}"
 
 
@@ -190,6 +191,13 @@ def _refused_loss(document: Any, loss_type: Any) -> str | None:
     """What to write instead of a loss that other tools have."""
     family = OBJECTIVES.get(document["objective"].get("name", "dpo"))
     return family.refused.get(loss_type) if family and isinstance(loss_type, str) else None
+
+
+def _loss_elsewhere(document: Any, loss_type: Any) -> str:
+    """The same of one that another family has, behind a semicolon, or nothing."""
+    family = document["objective"].get("name", "dpo")
+    instead = hints.of_loss(loss_type, family) if family in OBJECTIVES and isinstance(loss_type, str) else None
+    return f"; {instead}" if instead else ""
 
 
 def written_path(loc: tuple[str | int, ...], document: Any) -> Path:
