@@ -194,6 +194,7 @@ _NOT_NEEDED = {
     "the launcher says it: deepspeed --num_gpus N": "num_gpus",
     "export variables before the command; a config never sets any": "env",
     "`include: base.yaml` at the top of the file takes in another": "config axolotl_config_path",
+    "it belongs to the top of the file, which it adds others to": "include",
     "the machine says it: GPUs where there are some": (
         "use_cpu no_cuda use_mps_device tpu_num_cores tpu_metrics_debug tpu_env tpu_use_cluster tpu_use_sudo"
     ),

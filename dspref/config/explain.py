@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from dspref.config import hints
+from dspref.config import hints, numbers
 from dspref.config.paths import VARIABLE
 from dspref.config.sections import SourceSection, section_at
 from dspref.config.yaml12 import Position, YamlError, parse_value
@@ -167,9 +167,11 @@ def _remedy(path: Path, value: Any, kinds: set[str]) -> str:
         return f"; of several files, each is a source: {dotted(path[:2])}: [{{path: ...}}, {{path: ...}}]"
     if "bool_type" in kinds and (word in TRUE or word in FALSE):
         return f"; write {yaml_word(word in TRUE)}"
-    if {"int_type", "int_from_float"} & kinds and isinstance(number := _number(value), float | int):
+    if {"int_type", "float_type"} & kinds and isinstance(value, str) and VARIABLE.search(value):
+        return "; variables are not expanded; write the number"
+    if {"int_type", "int_from_float"} & kinds and isinstance(number := _number(value, path), float | int):
         return f"; write {int(number)}" if float(number).is_integer() else ""
-    if "float_type" in kinds and (number := _number(value)) is not None:
+    if "float_type" in kinds and (number := _number(value, path)) is not None:
         return f"; write {number}"
     if kinds == {"string_type"} and isinstance(value, int | float) and not isinstance(value, bool):
         return f"; write '{value}', in quotes"
@@ -178,9 +180,11 @@ def _remedy(path: Path, value: Any, kinds: set[str]) -> str:
     return ""
 
 
-def _number(value: Any) -> float | int | None:
-    """The number that a value of another type stands for: '8', 8.0, 1_000."""
+def _number(value: Any, path: Path) -> float | int | None:
+    """The number that a value of another type stands for: '8', 8.0, '1_000', '16k'."""
     try:
+        if isinstance(value, str) and (number := numbers.meant(value.strip(), str(path[-1]))) is not None:
+            return number
         number = parse_value(value.strip().replace("_", "")) if isinstance(value, str) else value
         return number if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e15 else None
     except YamlError:
