@@ -1,4 +1,4 @@
-"""A config of another trainer -> a dspref YAML, with a comment for every value that has no place here or means another thing.
+"""A config of another trainer -> a dspref YAML, with a comment for every value that has no place here or changes meaning.
 
 Keys go where `foreign` says, values become what `foreign_values` says, and `absent` has the reasons of the rest; what more
 there is to know of single keys is in `convert_keys`, `convert_data` and `convert_objective`. What the result's own checks
@@ -166,6 +166,8 @@ def _in_order(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 def _footer(draft: Draft) -> list[str]:
     lines = ["Not taken over:", *sorted(draft.left)] if draft.left else []
+    if draft.assumed:
+        lines.append(f"Their defaults, which the file does not give: {', '.join(draft.assumed)}")
     if draft.empty:
         lines.append(f"Empty there: {', '.join(sorted(draft.empty))}")
     return lines

@@ -160,7 +160,7 @@ def _of_axolotl(draft: Draft, where: str, item: dict[str, Any]) -> Source:
     if isinstance(kind, Mapping):
         source |= _user_defined(kind)
     elif isinstance(kind, str):
-        name = kind.rsplit(".", 1)[-1]
+        name = kind.rsplit(".", 1)[-1] if not kind.startswith("chat_template") else "default"
         columns |= {key: value for key, value in AXOLOTL.get(name, {}).items() if not columns.get(key)}
         said = f"type: {kind} writes the tokens of a template itself; here the model's chat template does, of messages"
         draft.note(f"data.{'train' if where == 'datasets' else 'eval'}", said)

@@ -117,9 +117,12 @@ def _words(value: Any) -> Any:
 
 
 def lengths(draft: Draft) -> None:
+    unlimited = "max_length" in draft.theirs and draft.theirs["max_length"] is None
     longest = draft.take("max_length", "cutoff_len", "sequence_len", "max_seq_length", "max_len", "data.max_len")
     if longest is not None:
         draft.put("data.max_length", longest)
+    elif unlimited:
+        draft.put("data.max_length", None, "max_length: null; an answer of any length is scored")
     mode = draft.take("truncation_mode", "truncation_side")
     if mode in ("keep_start", "right"):
         said = f"truncation: {mode} cuts the end of prompt + answer there; here the prompt is cut first, by its beginning"
@@ -150,7 +153,7 @@ def steps(draft: Draft) -> None:
     epochs = draft.take("num_train_epochs", "num_epochs", "max_epochs", "train.max_epochs", "epochs")
     most = draft.take("max_steps", "max_train_steps")
     if most not in EMPTY_STEPS:
-        draft.put("train.max_steps", most)
+        draft.put("train.max_steps", most, f"and not {epochs} epochs" if epochs is not None else "")
     elif epochs is not None:
         draft.put("train.num_train_epochs", epochs)
     rate = draft.take("learning_rate", "adam.lr", "lr")
@@ -170,7 +173,7 @@ def steps(draft: Draft) -> None:
         draft.put("train.lr_scheduler_type", "cosine_with_min_lr")
         draft.put("train.lr_scheduler_kwargs", {"min_lr_rate": least})
     if warmup:
-        draft.put("train.warmup_steps", warmup)
+        draft.put("train.warmup_steps", warmup, f"and not warmup_ratio: {ratio}" if ratio else "")
     elif draft.get("train.lr_scheduler_type") != "constant":
         draft.put("train.warmup_ratio", ratio or 0.0)
     norm = draft.take("max_grad_norm", "clip_grad_norm", "max_norm", "gradient_clipping")

@@ -16,6 +16,8 @@ def objective(draft: Draft) -> None:
     loss = _loss_of(draft)
     beta = draft.take("beta", "dpo_beta", "rl_beta", "pref_beta", "orpo_alpha", "model.beta")
     inner = draft.take("trl")
+    if inner is not None and not isinstance(inner, dict):
+        draft.leave("trl", inner, "is no mapping of keys")
     if isinstance(inner, dict):
         beta = inner.pop("beta", beta)
         for key, value in inner.items():
@@ -26,7 +28,10 @@ def objective(draft: Draft) -> None:
     draft.document["objective"] = {"name": name} | (draft.document["objective"] or {})
     if loss and loss != next(iter(OBJECTIVES[name].losses)):
         draft.put("objective.loss_type", loss)
-    draft.put("objective.beta", 2.0 if beta is None and name == "simpo" else 0.1 if beta is None else beta)
+    if beta is None:
+        beta = 2.0 if name == "simpo" and draft.dialect == "alignment-handbook" else 0.1
+        draft.assumed.append(f"beta {beta}")
+    draft.put("objective.beta", beta)
     if name == "orpo":
         draft.note("objective.beta", "the weight of the odds-ratio term, as there")
     (_cpo if name in ("cpo", "simpo") else _dpo if name == "dpo" else _leave_dpo)(draft)

@@ -80,7 +80,12 @@ OTHERS = {
     ),
 }
 # Keys of a preference run, whoever's.
-_PAIRS = "beta loss_type label_smoothing rpo_alpha truncation_mode max_prompt_length precompute_ref_log_probs simpo_gamma cpo_alpha gamma_beta_ratio ref_model ld_alpha f_divergence_type loss_weights use_weighting dpo_beta dpo_loss_type rl_beta pref_beta pref_loss reference_free sync_ref_model ref_pretrain chosen_key rejected_key dpo_label_smoothing ipo nll_loss_coef"
+_PAIRS = (
+    "beta loss_type label_smoothing rpo_alpha truncation_mode max_prompt_length precompute_ref_log_probs simpo_gamma "
+    "cpo_alpha gamma_beta_ratio ref_model ld_alpha f_divergence_type loss_weights use_weighting dpo_beta dpo_loss_type "
+    "rl_beta pref_beta pref_loss reference_free sync_ref_model ref_pretrain chosen_key rejected_key dpo_label_smoothing "
+    "ipo nll_loss_coef"
+)
 PAIRS = {*_PAIRS.split()}
 # Keys that tell more than others.
 TELLING = {"base_model": "axolotl", "stage": "llamafactory", "pref_loss": "llamafactory", "pretrain": "openrlhf"}

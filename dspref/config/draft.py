@@ -24,12 +24,15 @@ class Draft:
     notes: dict[tuple, list[str]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+    """What their trainer takes where the file says nothing, as far as it was put."""
 
     def take(self, *names: str, default: bool = True) -> Any:
         """The first value that is not empty among these keys, which are done with then; else what their trainer takes."""
-        found = None
+        found, said = None, False
         for name in names:
             if name in self.theirs:
+                said = True
                 value = self.theirs.pop(name)
                 if is_empty(value):
                     self.empty.append(name)
@@ -37,8 +40,9 @@ class Draft:
                     found = value
                 else:
                     self.leave(name, value, f"{names[0]} goes before it" if names[0] != name else "it is given twice")
-        if found is None and default:
-            found = next((self.defaults[name] for name in names if name in self.defaults), None)
+        if found is None and default and not said and (known := [name for name in names if name in self.defaults]):
+            found = self.defaults[known[0]]
+            self.assumed.append(f"{known[0]} {found}")
         return found
 
     def has(self, *names: str) -> bool:

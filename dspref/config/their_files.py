@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
+from dspref.config.numbers import Shorthand, meant
 from dspref.config.yaml12 import MAX_BYTES, YamlError, parse, parse_value
 from dspref.errors import ConfigError
 
@@ -33,6 +34,7 @@ OF_LORA = {
     "task_type": "lora_task_type",
 }  # fmt: skip
 LAUNCHERS = {"num_processes", "nproc_per_node", "num_gpus", "nproc-per-node", "config_file", "num_machines", "nnodes"}
+SECRETS = {"use_wandb", "logger.wandb.key"}
 ASSIGNED = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"$`]*\"|'[^']*'|[^\s\"'$`;&|]+)\s*$")
 
 
@@ -54,7 +56,16 @@ def read(path: Path, python: bool = False) -> Theirs:
         return of_python(_text(path), str(path))
     if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
         return of_shell(_text(path), str(path))
-    return Theirs(parse(path)[0])
+    return Theirs({key: _as_there(value) for key, value in parse(path)[0].items()})
+
+
+def _as_there(value: Any) -> Any:
+    """A value as the YAML 1.1 of their loaders has it: `yes` is true, and `1_000` a number."""
+    if isinstance(value, Shorthand) and "_" in value:
+        number = meant(value, "")
+        return value if number is None else number
+    word = value.lower() if isinstance(value, str) else ""
+    return word in ("yes", "on") if word in ("yes", "no", "on", "off") else value
 
 
 def _text(path: Path) -> str:
@@ -214,18 +225,16 @@ def of_shell(text: str, where: str) -> Theirs:
     if not options:
         raise ConfigError(f"{where}: holds no command with --key value; give a YAML file, or a script with one")
     launcher = {key: options.pop(key) for key in [*options] if key in LAUNCHERS}
-    gpus = next(
-        (n for key, n in launcher.items() if key.startswith(("num_p", "nproc", "num_g")) and isinstance(n, int)), None
-    )
+    counts = [n for key, n in launcher.items() if key.startswith(("num_p", "nproc", "num_g")) and isinstance(n, int)]
     words = " ".join(best)
     method = re.search(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|sft|grpo|ppo|rm)(?![a-z])", words.split(" --")[0].lower())
     unread = {key: value for key, value in options.items() if isinstance(value, str) and "$" in value}
     keys = {key: value for key, value in options.items() if key not in unread}
+    for key in {*unread} & SECRETS:  # that one is given is what counts
+        keys[key] = bool(unread.pop(key))
     other = "sft" if "openrlhf" in words and "train_sft" in words else method[1] if method else ""
     if other in ("sft", "rm", "ppo", "grpo", "kto"):
         raise ConfigError(f"{where}: is a command of another kind of run ({other}), and no preference run")
-            f"{where}: is a command of another kind of run ({method[1] if method else 'sft'}), and no preference run"
-        )
     return Theirs(keys, method[1] if method else None, counts[0] if counts else None, unread)
 
 
