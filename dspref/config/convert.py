@@ -145,15 +145,20 @@ def _take_out(draft: Draft, path: Sequence[str | int], reason: str) -> bool:
     for depth in range(len(path), 0, -1):
         node: Any = draft.document
         for key in path[: depth - 1]:
-            inside = (isinstance(node, Mapping) and key in node) or (isinstance(node, list) and isinstance(key, int))
-            node = node[key] if inside and (not isinstance(key, int) or key < len(node)) else None
+            node = _inside(node, key)
         last = path[depth - 1]
         if isinstance(node, dict) and node.get(str(last)) is not None:
             value = node.pop(str(last))
-            draft.notes.pop(tuple(path[:depth]), None)
-            draft.leave(".".join(map(str, path[:depth])), value, reason)
+            said = draft.notes.pop(tuple(path[:depth]), [])
+            draft.leave(".".join(map(str, path[:depth])), value, "; ".join([reason, *said]))
             return True
     return False
+
+
+def _inside(node: Any, key: str | int) -> Any:
+    if isinstance(node, list) and isinstance(key, int):
+        return node[key] if key < len(node) else None
+    return node.get(str(key)) if isinstance(node, Mapping) else None
 
 
 def _in_order(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

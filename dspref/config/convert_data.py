@@ -211,7 +211,8 @@ def _registered(folder: str, name: str, info: Any, draft: Draft, where: str) -> 
         draft.note(where, f"{name} is a name of {folder}/dataset_info.json: write the file or the hub id that it has there")
         return {"path": f"{folder}/{name}.json"}
     path = entry.get("hf_hub_url") or f"{folder}/{entry.get('file_name', name)}"
-    columns = entry.get("columns") if isinstance(entry.get("columns"), Mapping) else {}
+    given = entry.get("columns")
+    columns: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     kept = {ours: columns[ours] for ours in ("prompt", "chosen", "rejected", "system") if ours in columns}
     if "messages" in columns:
         kept["prompt"] = columns["messages"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dspref import secrets
 from dspref.config.paths import expand, shipped
@@ -18,7 +18,9 @@ from dspref.errors import ConfigError
 KEY = "include"
 MAX_DEPTH, MAX_FILES = 20, 100
 
-Document, Positions, InFull = dict[str, Any], dict[tuple, Position], Callable[[tuple, Any], Any]
+Document: TypeAlias = dict[str, Any]
+Positions: TypeAlias = dict[tuple, Position]
+InFull: TypeAlias = Callable[[tuple, Any], Any]
 
 
 def read(path: Path, in_full: InFull) -> tuple[Document, Positions, list[Path]]:
