@@ -20,7 +20,7 @@ KEYS = """\
 
 <!-- Written by docs/make_keys.py from dspref/config/. Edit that, and run it again. -->
 
-All keys of a run's YAML, section by section, with what they take and their default; those of the objectives are explained in
+All keys of a run's YAML, section by section, with what they take and their default; the objectives are in
 [objectives.md](objectives.md). `dspref check --show run.yaml` prints each with its value in your run.
 
 Your editor completes and explains them: `dspref schema > ~/dspref.json`, and at the top of the file, for the YAML language
@@ -28,11 +28,11 @@ server (VS Code's YAML extension, Neovim, Emacs, JetBrains):
 
     # yaml-language-server: $schema=/home/me/dspref.json
 
-**Numbers** may be written `1e-6`, `1_000`, `2^20`, `16k`, `1.5M`: `k` is 1024 in keys that count tokens (`max_length` and the
-other lengths, `tokens_per_pack`), and 1000 elsewhere; in quotes they are text. Variables are never expanded.
+**Numbers** may be written `1e-6`, `1_000`, `2^20`, `16k`, `1.5M`: `k` is 1024 in keys that count tokens (`max_length` and
+the other lengths, `tokens_per_pack`), and 1000 elsewhere; in quotes they are text. Variables are never expanded.
 
-**`include: base.yaml`** at the top of a file, or a list of files, takes in their keys; those of the including file are on
-top, mappings merged key by key. A path is relative to the file that names it.
+**`include: base.yaml`** at the top of a file, or a list of files, takes in their keys; those of the including file are
+on top, mappings merged key by key. A path is relative to the file that names it.
 
 """
 
@@ -47,9 +47,9 @@ FROM_OTHERS = """\
     dspref check run.yaml
 
 reads configs of {dialects}, and writes a dspref YAML. What
-differs there, or has no place here, stands in it as a comment; so do their defaults, where the file leaves them out. `--gpus`
-is how many it ran on: their batch is per GPU, dspref's `train.pairs_per_step` the whole step's. TRL's configs do not name the
-method, so `--objective orpo` does where keys and names do not. Configs of supervised fine-tuning, KTO, reward models and
+differs there, or has no place here, stands in it as a comment; so do their defaults, where the file has none. `--gpus`
+is how many it ran on: their batch is per GPU, dspref's `train.pairs_per_step` the whole step's. TRL's configs do not name
+the method, so `--objective orpo` does where keys and names do not. Configs of supervised fine-tuning, KTO, reward models and
 reinforcement learning are refused.
 
 You may also just write their keys: each is answered with dspref's, by `dspref check`, before anything is loaded.

@@ -132,12 +132,16 @@ def _repair(draft: Draft) -> None:
         complaints = examine(document)[1]
         if not complaints:
             return
+        moved = False
         for complaint in complaints:
             if complaint.kind is Kind.MISSING and complaint.path in MISSING:
                 path, value = MISSING[complaint.path]
                 draft.put(path, value, "theirs does not say; fill it in")
-            elif not _take_out(draft, complaint.path, complaint.reason):
-                return
+                moved = True
+            else:
+                moved |= _take_out(draft, complaint.path, complaint.reason)
+        if not moved:
+            return
 
 
 def _take_out(draft: Draft, path: Sequence[str | int], reason: str) -> bool:

@@ -28,12 +28,16 @@ def data(draft: Draft) -> None:
     columns = {ours: draft.take(f"{ours}_key", f"data.{ours}_key") for ours in ("prompt", "chosen", "rejected")}
     columns = {ours: theirs for ours, theirs in columns.items() if theirs and theirs != ours}
     most = draft.take("max_samples", "max_train_samples", "data.max_samples")
+    if most is not None and (isinstance(most, bool | str | list | dict) or not 0 < most < 1e6):
+        if not isinstance(most, int | float) or isinstance(most, bool):
+            draft.leave("max_samples", most, "give it to a source: data.train: {path: ..., max_samples: ...}")
+        most = None
     for source in train:
         if columns:
             source.setdefault("columns", columns)
-        if isinstance(most, int | float) and 0 < most < 1e6:
+        if most is not None:
             source.setdefault("max_samples", int(most))
-    if len(train) > 1 and isinstance(most, int) and most < 1e6:
+    if len(train) > 1 and most is not None:
         draft.note("data.train", "max_samples is of each source")
     for path, sources in (("data.train", train), ("data.eval", held_out)):
         sources = [{key: value for key, value in source.items() if not is_empty(value)} for source in sources]

@@ -24,6 +24,8 @@ def model(draft: Draft) -> None:
     if isinstance(kwargs, Mapping):
         for key, value in kwargs.items():
             draft.theirs.setdefault({"revision": "model_revision"}.get(key, str(key)), value)
+    elif kwargs is not None:
+        draft.leave("model_init_kwargs", kwargs, "is no mapping of keys")
     for key in ("template", "chat_template", "chat_template_path", "chat_template_name", "chat_template_jinja"):
         value = draft.take(key)
         text = str(value or "")
@@ -82,7 +84,7 @@ def lora(draft: Draft) -> None:
         return
     if draft.dialect == "llamafactory":
         rank = rank or 8
-        alpha, targets = alpha or 2 * rank, targets or "all"
+        alpha, targets = alpha or (2 * rank if isinstance(rank, int) else None), targets or "all"
     elif draft.dialect == "open-instruct":
         rank, alpha, dropout = rank or 64, alpha or 16, 0.1 if dropout is None else dropout
     elif draft.dialect in ("trl", "alignment-handbook"):
@@ -123,12 +125,20 @@ def lengths(draft: Draft) -> None:
         draft.put("data.max_length", longest)
     elif unlimited:
         draft.put("data.max_length", None, "max_length: null; an answer of any length is scored")
+    of_prompt = draft.has("max_prompt_length", "max_completion_length")  # as TRL had it before 1.0
     mode = draft.take("truncation_mode", "truncation_side")
-    if mode in ("keep_start", "right"):
+    if mode in ("keep_start", "right") and not of_prompt:
         said = f"truncation: {mode} cuts the end of prompt + answer there; here the prompt is cut first, by its beginning"
-        draft.note("data.max_length" if longest is not None else "data", said)
-    if draft.flag("disable_shuffling") or draft.take("train_sampling_strategy") == "sequential":
+        draft.leave("truncation_mode", mode, said)
+    elif mode is not None:
+        draft.translate("data.truncation_mode", "truncation_mode", mode)
+    order = draft.take("train_sampling_strategy")
+    if draft.flag("disable_shuffling") or order == "sequential":
         draft.put("data.shuffle", False)
+    elif order not in (None, "random"):
+        draft.leave(
+            "train_sampling_strategy", order, "pairs are shuffled by train.seed, or stay in order: data.shuffle: false"
+        )
     if (shuffled := draft.flag("shuffle_merged_datasets")) is not None:
         draft.put("data.shuffle", shuffled)
 
@@ -153,7 +163,7 @@ def steps(draft: Draft) -> None:
     epochs = draft.take("num_train_epochs", "num_epochs", "max_epochs", "train.max_epochs", "epochs")
     most = draft.take("max_steps", "max_train_steps")
     if most not in EMPTY_STEPS:
-        draft.put("train.max_steps", most, f"and not {epochs} epochs" if epochs is not None else "")
+        draft.put("train.max_steps", most, f"and not num_train_epochs: {short(epochs)}" if epochs is not None else "")
     elif epochs is not None:
         draft.put("train.num_train_epochs", epochs)
     rate = draft.take("learning_rate", "adam.lr", "lr")
@@ -173,7 +183,7 @@ def steps(draft: Draft) -> None:
         draft.put("train.lr_scheduler_type", "cosine_with_min_lr")
         draft.put("train.lr_scheduler_kwargs", {"min_lr_rate": least})
     if warmup:
-        draft.put("train.warmup_steps", warmup, f"and not warmup_ratio: {ratio}" if ratio else "")
+        draft.put("train.warmup_steps", warmup, f"and not warmup_ratio: {short(ratio)}" if ratio else "")
     elif draft.get("train.lr_scheduler_type") != "constant":
         draft.put("train.warmup_ratio", ratio or 0.0)
     norm = draft.take("max_grad_norm", "clip_grad_norm", "max_norm", "gradient_clipping")
@@ -238,7 +248,9 @@ def cadence(draft: Draft) -> None:
 
 def trackers(draft: Draft) -> None:
     asked = draft.take("report_to")
-    names = [asked] if isinstance(asked, str) else list(asked) if isinstance(asked, list) else []
+    names = [asked] if isinstance(asked, str) else [str(name) for name in asked] if isinstance(asked, list) else []
+    if asked is not None and not isinstance(asked, str | list):
+        draft.leave("report_to", asked, "log.trackers lists the trackers that there are")
     if (
         draft.flag("with_tracking")
         or draft.take("use_wandb")

@@ -11,6 +11,7 @@ from dspref.config.written import short
 from dspref.config.yaml12 import parse_value
 
 SECTIONS = ("model", "reference", "data", "objective", "train", "deepspeed", "checkpoint", "log", "output_dir")
+TRUE, FALSE = (True, 1, "true", "True", "auto", "yes"), (False, 0, "false", "False", "no", "none")
 
 
 @dataclass
@@ -50,7 +51,10 @@ class Draft:
 
     def flag(self, *names: str) -> bool | None:
         value = self.take(*names)
-        return None if value is None else value in (True, "true", "True", "auto", "yes", 1)
+        if value is None or value in TRUE or value in FALSE:
+            return None if value is None else value in TRUE
+        self.leave(names[0], value, "is neither true nor false")
+        return None
 
     def put(self, path: str, value: Any, note: str = "") -> None:
         """Set a key, with a comment above it."""

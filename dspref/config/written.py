@@ -43,7 +43,10 @@ def _mapping(node: Mapping[str, Any], path: tuple, notes: Notes, indent: str) ->
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             yield f"{indent}{name}:"
             for i, item in enumerate(value):
-                lines = list(_mapping(item, (*here, i), notes, indent + "    "))
+                lines = list(_mapping(item, (*here, i), notes, indent + "    ")) if isinstance(item, Mapping) else []
+                if not lines:
+                    yield f"{indent}  - {flow(item)}"
+                    continue
                 first = next(n for n, line in enumerate(lines) if not line.lstrip().startswith("#"))
                 lines[first] = f"{indent}  - {lines[first].lstrip()}"
                 yield from lines

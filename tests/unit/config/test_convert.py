@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 
 from dspref import config
 from dspref.cli import app
-from dspref.config.convert import convert
+from dspref.config.convert import convert, convert_keys
 from dspref.config.dialects import DEFAULTS, DIALECTS
 from dspref.config.foreign import FOREIGN_KEYS, place_of
+from dspref.config.their_files import Theirs
 from dspref.errors import ConfigError
 
 THEIRS = Path(__file__).parent / "theirs"
@@ -289,6 +291,37 @@ def test_every_key_of_every_list_is_placed_or_told() -> None:
         assert loaded.objective.name == "dpo"
         lost = [key for key in given if key not in made and key not in FOREIGN_KEYS and given[key] == "xyz"]
         assert not [key for key in lost if key not in config.Config.model_fields], (path.stem, lost)
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 8, 2.5, 1e-6, "", "x", "a,b", "auto", "none", "${X}", "~nobody/x", "no", "steps", "lora",
+    "a: b", [], [1], ["a", 1.0], ["a", "b", "c"], [[1]], [None], [{}], {}, {"a": 1}, {"a": {"b": [1]}}, {"path": 3},
+    [{"path": ["x"]}], {"datasets": [3, {"id": 4}]}, [{"path": "p", "type": {"prompt_format": "{x"}}], 10**30, float("inf"),
+    "\x1b[31m", "é\n# x: y", {"stage": "x"}, {"zero_optimization": 3}, {"device": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_the_values_are_the_result_is_a_good_config(seed: int) -> None:
+    """Or it is refused in one line."""
+    draw = random.Random(seed)
+    path = sorted(KEYS.glob("*.txt"))[seed]
+    keys = [key for line in path.read_text().splitlines() if not line.startswith("#") for key in line.split()]
+    made = 0
+    for _ in range(6):
+        given = {key: draw.choice(VALUES) for key in draw.sample(keys, min(len(keys), draw.choice([5, 20, 60])))}
+        for dialect in DIALECTS:
+            try:
+                text = convert_keys(
+                    Theirs(dict(given)), "x", dialect, objective=draw.choice(["dpo", "cpo", "simpo", "orpo"])
+                )
+            except ConfigError as error:
+                assert str(error).count("\n") == 0
+                continue
+            made += 1
+            Path("made.yaml").write_text(text)
+            config.load("made.yaml")
+    assert made
 
 
 # -------------------------------------------------------------------------------------------------------------- refused
