@@ -168,7 +168,9 @@ def _of_axolotl(draft: Draft, where: str, item: dict[str, Any]) -> Source:
         columns |= {key: value for key, value in AXOLOTL.get(name, {}).items() if not columns.get(key)}
         said = f"type: {kind} writes the tokens of a template itself; here the model's chat template does, of messages"
         draft.note(f"data.{'train' if where == 'datasets' else 'eval'}", said)
-    source["columns"] = {key: value for key, value in columns.items() if value and value != key}
+    named = {key: value for key, value in columns.items() if value and value != key}
+    if named and "template" not in source:
+        source["columns"] = source.get("columns", {}) | named
     for key, value in item.items():
         if not is_empty(value):
             draft.leave(f"{where}.{key}", value, "a source has no such key; docs/rows.md has the rows that are read")

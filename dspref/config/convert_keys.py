@@ -12,7 +12,8 @@ from dspref.config.draft import Draft, is_empty
 from dspref.config.written import short
 
 ATTENTION = {
-    "flash_attention": "flash_attention_2", "flash_attention_2": "flash_attention_2", "use_flash_attn": "flash_attention_2",
+    "flash_attn": "flash_attention_2", "flash_attention": "flash_attention_2", "flash_attention_2": "flash_attention_2",
+    "use_flash_attn": "flash_attention_2",
     "use_flash_attention_2": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "sdpa",
     "flex_attention": "auto", "xformers_attention": "sdpa", "sage_attention": "sdpa",
 }  # fmt: skip

@@ -43,6 +43,11 @@ def of_key(key: str, parent: Path, section: type[Section] | None) -> tuple[str, 
     if "." in key and key.split(".")[-1] in all_homes() and key in all_homes()[key.split(".")[-1]]:
         section_name, _, rest = key.partition(".")
         return f"in dspref this is {key}; write {section_name}: {{{rest}: ...}}", named(key)
+    if "." in key:
+        *above, last = key.split(".")
+        inner = of_key(last, tuple(above), None)
+        if inner[0].startswith(("in dspref", "drop it")):
+            return inner
     if close := near(key, siblings):
         return f"did you mean '{close}'?", {(*parent, close)}
     if parent == () and (close := near(key, all_homes())) and len(homes_of(close)) == 1:

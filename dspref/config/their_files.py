@@ -33,7 +33,18 @@ OF_LORA = {
     "r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save",
     "task_type": "lora_task_type",
 }  # fmt: skip
-LAUNCHERS = {"num_processes", "nproc_per_node", "num_gpus", "nproc-per-node", "config_file", "num_machines", "nnodes"}
+LAUNCHERS = {
+    "num_processes",
+    "nproc_per_node",
+    "num_gpus",
+    "nproc-per-node",
+    "config_file",
+    "num_machines",
+    "nnodes",
+    "module",
+    "standalone",
+    "hostfile",
+}
 SECRETS = {"use_wandb", "logger.wandb.key"}
 ASSIGNED = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"$`]*\"|'[^']*'|[^\s\"'$`;&|]+)\s*$")
 

@@ -139,7 +139,8 @@ WANTED: dict[str, tuple[str, int | None, dict[str, Any], list[str]]] = {
          "deepspeed": "ds_configs/zero3_offload.json", "reference.mode": "engine", "reference.offload": "cpu",
          "train.adam_beta2": 0.95, "train.lr_scheduler_type": "cosine_with_min_lr", "data.train.columns.chosen": "better",
          "data.train.columns.rejected": "worse", "output_dir": "./checkpoint/llama-8b-dpo", "log.trackers": ["wandb"],
-         "checkpoint.save_every": 200, "reference.name_or_path": None},
+         "checkpoint.save_every": 200, "reference.name_or_path": None,
+         "model.attn_implementation": "flash_attention_2"},
         ["for 8 GPUs.", "micro-batches of 1", "packing_samples", "lr_warmup_ratio 0.03"],
     ),
 }  # fmt: skip
@@ -404,6 +405,17 @@ def test_what_stands_in_dataset_info_is_looked_up() -> None:
     loaded, _ = converted(FACTORY)
     (source,) = loaded.data.train_sources
     assert (source.path, source.name, source.columns.prompt, source.columns.chosen) == ("org/set", "en", "q", "good")
+
+
+def test_columns_and_formats_of_axolotl() -> None:
+    loaded, made = converted((THEIRS / "axolotl_dpo.yaml").read_text())
+    columns = loaded.data.train_sources[1].columns
+    assert (columns.prompt, columns.chosen, columns.rejected) == ("question", "good", "bad"), made
+    assert loaded.data.train_sources[0].columns.prompt == "question"
+    kind = "{field_prompt: q, prompt_format: 'Q: {prompt} ', chosen_format: '{chosen}!'}"
+    loaded, made = converted(AXOLOTL.replace("{path: d}", f"{{path: d, type: {kind}}}"))
+    template = loaded.data.train_sources[0].template
+    assert template and (template.prompt, template.chosen, template.rejected) == ("Q: {q} ", "{chosen}!", "{rejected}"), made
 
 
 def test_secrets_are_not_written_down() -> None:

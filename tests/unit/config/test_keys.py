@@ -164,3 +164,9 @@ def test_values_of_other_trainers_are_answered(case: tuple[str, str]) -> None:
 def test_a_loss_of_another_family_is_answered_with_that(family: str, loss: str, told: str) -> None:
     (reason,) = reasons({"objective": {"name": family, "loss_type": loss}}).values()
     assert told in reason
+
+
+def test_a_key_with_its_section_in_one_word_is_answered() -> None:
+    told = reasons({"train.lr": 1, "train.seed": 2, "model.padding_free": 1})
+    assert "in dspref this is train.learning_rate" in told["train.lr"]
+    assert "write train: {seed: ...}" in told["train.seed"] and "drop it: " in told["model.padding_free"]
