@@ -10,6 +10,7 @@ import ast
 import errno
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,11 @@ class Theirs:
 def read(path: Path, python: bool = False) -> Theirs:
     """A file by its kind. Raises ConfigError."""
     if (python and path.suffix not in (".sh", ".bash")) or path.suffix == ".py":
-        return of_python(_text(path), str(path))
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of the script's own escapes
+                return of_python(_text(path), str(path))
+        except RecursionError:
+            raise ConfigError(f"{path}: nested too deeply to be read; give a YAML file") from None
     if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
         return of_shell(_text(path), str(path))
     return Theirs({key: _as_there(value) for key, value in parse(path)[0].items()})

@@ -368,6 +368,8 @@ def test_what_is_no_preference_run_is_refused_in_one_line(text: str, said: str) 
         ("x.py", "print(3)\n", "holds no DPOConfig, CPOConfig, ORPOConfig or SimPOConfig"),
         ("x.py", "from trl import SFTConfig\nargs = SFTConfig(output_dir='x')\n", "holds a SFTConfig"),
         ("x.py", "args = KTOConfig(output_dir='x')\n", "KTO, which needs no pairs"),
+        ("x.py", "args = DPOConfig(beta=" + "+" * 3000 + "1)\n", "x.py"),
+        ("x.py", "args = DPOConfig(beta=" + "(" * 150 + "1" + ",)" * 150 + ")\0", "is no Python"),
         ("x.sh", "ls\n", "holds no command with --key value"),
         ("x.sh", "python x.py --a 'b\n", "a quote is not closed"),
         ("x.sh", "deepspeed --module openrlhf.cli.train_sft --pretrain m --dataset d\n", "another kind of run (sft)"),
