@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 import dspref
-from dspref.errors import ConfigError, ExitCode, UserError
-from dspref.terminal import outlive_streams, shown
-
-
-class Commands(TyperGroup):
-    """The commands; a mistake in the command line is one line, as any other, and not a box of several."""
-
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        outlive_streams()
-        try:
-            code = super().main(*args, standalone_mode=False, **extra)
-        except Exception as error:
-            if not standalone_mode or not hasattr(error, "format_message"):
-                raise  # a bug: the fault of a user, or of a disk, is said where the command is
-            code = tell_misuse(error)
-        if standalone_mode:
-            sys.exit(code or 0)
-        return code
-
-
-def tell_misuse(error: Any) -> int:
-    """Say what is wrong with a command line. A command that was given nothing at all shows its help."""
-    context = error.ctx if hasattr(error, "ctx") else None
-    if type(error).__name__ == "NoArgsIsHelpError":
-        print(error.format_message(), end="")  # empty where it has been printed in colours, when the error was made
-        return int(error.exit_code)
-    path = context.command_path if context else "dspref"
-    said = " ".join(error.format_message().split()).removesuffix(".").removeprefix("Invalid value: ")
-    print(ConfigError(f"{path}: {said}; see {path} --help"), file=sys.stderr)
-    return int(error.exit_code)
-
+from dspref.commandline import Commands, OfRun, faults_in_one_line
+from dspref.errors import ConfigError, UserError
+from dspref.terminal import command, shown
 
 app = typer.Typer(
     cls=Commands,
@@ -53,28 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they show the values of variables
 )
-
-
-class OfRun(TyperCommand):
-    """A command whose first argument is a run's YAML file, which may also be given as `--config X.yaml`, as launch/train.py
-    takes it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for at, word in enumerate(args):
-            if word == "--config" and at + 1 < len(args):
-                args = [args[at + 1], *args[:at], *args[at + 2 :]]
-                break
-            if word.startswith("--config="):
-                args = [word.removeprefix("--config="), *args[:at], *args[at + 1 :]]
-                break
-        if "--config" in args:
-            raise typer.BadParameter("--config: the path of a YAML file is missing behind it", ctx)
-        known = {"--help", *(name for option in self.params for name in (*option.opts, *option.secondary_opts))}
-        for word in args[: args.index("--") if "--" in args else None]:
-            if word.startswith("--") and word.partition("=")[0] not in known:
-                remedy = "a value of the run is changed by section.key=value, without dashes"
-                raise typer.BadParameter(f"{word}: no such option; {remedy}", ctx)
-        return super().parse_args(ctx, args)
 
 
 # Said of a command that a signal stopped, and that has written nothing by then.
@@ -177,6 +123,56 @@ def schema() -> None:
     from dspref import config as configuration
 
     print(configuration.schema(), end="")
+
+
+class Dialect(StrEnum):
+    trl = "trl"
+    alignment_handbook = "alignment-handbook"
+    axolotl = "axolotl"
+    llamafactory = "llamafactory"
+    open_instruct = "open-instruct"
+    openrlhf = "openrlhf"
+
+
+class Objective(StrEnum):
+    dpo = "dpo"
+    cpo = "cpo"
+    simpo = "simpo"
+    orpo = "orpo"
+
+
+@app.command()
+def convert(
+    theirs: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="YAML or JSON, a shell or Python script.", callback=whole)
+    ] = None,
+    dialect: Annotated[Dialect | None, typer.Option("--from", help="Whose it is; default: told by its keys.")] = None,
+    from_python: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read DPOConfig(...) and the like of a script.", callback=whole)
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many it ran on: the global batch. Default: 8.")] = None,
+    objective: Annotated[Objective | None, typer.Option(help="Default: told by its keys and names.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="run.yaml", callback=whole)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Turn a config of TRL, axolotl, LLaMA-Factory, alignment-handbook, open-instruct or OpenRLHF into a run's YAML.
+
+    What has no place here, or means something else, is told in a comment. Nothing of a script is run."""
+    from dspref.config import convert as conversion
+    from dspref.files import write_atomically
+
+    with faults_in_one_line():
+        source = from_python or theirs
+        if source is None or (from_python and theirs):
+            raise ConfigError("dspref convert: give one file; see dspref convert --help")
+        if output and output.exists() and not force:
+            raise ConfigError(f"{output}: is there already; give another name, or --force to write over it")
+        text = conversion.convert(source, dialect, gpus, objective, bool(from_python))
+        if output:
+            write_atomically(output, text)
+            print(shown(f"{source} -> {output}; read its comments, then: {command('dspref', 'check', output)}"))
+        else:
+            print(text, end="")
 
 
 @app.command(cls=OfRun)
@@ -292,22 +288,6 @@ def tell_repeated(overrides: list[str] | None) -> None:
 
     for line in repeated(overrides or []):
         print(line, file=sys.stderr)
-
-
-@contextmanager
-def faults_in_one_line() -> Iterator[None]:
-    """A user's mistake, or a disk's, becomes one line and its exit code."""
-    try:
-        yield
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(int(error.exit_code)) from None
-    except OSError as error:
-        if not error.filename:
-            raise
-        remedy = "use a shorter name" if error.errno == errno.ENAMETOOLONG else "mend the permissions, or use another folder"
-        print(shown(f"{error.filename}: {error.strerror}; {remedy}"), file=sys.stderr)
-        raise typer.Exit(int(ExitCode.IO)) from None
 
 
 class Precision(StrEnum):

@@ -1,12 +1,16 @@
 """The YAML file of a run, as one strict and frozen `Config`. Loads no torch.
 
-`load` reads a file in YAML 1.2 (`yaml12`), applies overrides and checks everything. `sections` says what keys there are and
-which values they take (`section`: what all of them are; `data_section`, `objective_section`: the two largest), `checks` and
-`objective_checks` what does not go together, `strategy` what a DeepSpeed JSON may say, `paths` where things are. What is
-wrong is told all at once, with file, line and the fix (`explain`, `hints`, `sound`; `foreign`: keys of other trainers).
+`load` reads a file in YAML 1.2 (`yaml12`; `16k`: `numbers`) with those it names (`include`), applies overrides and checks
+everything. `sections` says what keys there are and which values they take (`section`: what all of them are; `data_section`,
+`objective_section`: the two largest), `checks` and `objective_checks` what does not go together, `strategy` what a DeepSpeed
+JSON may say, `paths` where things are. What is wrong is told all at once, with file, line and the fix (`explain`, `hints`,
+`sound`). Keys of other trainers are in tables: `foreign` (those that have a place here), `absent` (those that have none, and
+why), `foreign_values` (their values), `within` (names that mean something in one section). `convert` turns a whole config by
+them: `their_files` reads it, `dialects` tells whose it is, `convert_keys`, `convert_data` and `convert_objective` fill a
+`draft`, and `written` is its YAML.
 
 Enters: objectives.
-Shows: explain, hints, sound, strategy, yaml12.
+Shows: convert, explain, hints, sound, strategy, yaml12.
 """
 
 from dspref.config.data_section import DataSection, SourceSection
@@ -22,6 +26,7 @@ from dspref.config.load import (
     resolved,
     resolved_anew,
     schema,
+    source,
 )
 from dspref.config.paths import expand, shipped
 from dspref.config.sections import (
@@ -38,5 +43,5 @@ __all__ = [
     "CheckpointSection", "Config", "DataSection", "LogSection", "LoraSection", "ModelSection", "ReferenceSection",
     "SourceSection", "TrainSection",
     "as_yaml", "cache_folder", "dump", "examine", "expand", "given", "load", "read", "repeated", "resolved", "resolved_anew",
-    "schema", "shipped",
+    "schema", "shipped", "source",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from dspref.config import hints
+from dspref.config import hints, numbers
 from dspref.config.paths import VARIABLE
 from dspref.config.sections import SourceSection, section_at
 from dspref.config.yaml12 import Position, YamlError, parse_value
@@ -134,7 +134,8 @@ def _value(path: Path, value: Any, problems: Sequence[Any], document: Any) -> st
     choices = [choice for one in problems if one["type"] == "literal_error" for choice in _choices(one)]
     if value is None:
         return f"must be {must}, not null; give it a value" + ", or drop the key" * (not _is_required(path, document))
-    hint = hints.of_value(key, value, choices) or _remedy(path, value, {one["type"] for one in problems})
+    elsewhere = _loss_elsewhere(document, value) if path[:2] == ("objective", "loss_type") and choices else ""
+    hint = elsewhere or hints.of_value(key, value, choices) or _remedy(path, value, {one["type"] for one in problems})
     return f"must be {must}, not {written(value)}{hint}"
 
 
@@ -166,9 +167,11 @@ def _remedy(path: Path, value: Any, kinds: set[str]) -> str:
         return f"; of several files, each is a source: {dotted(path[:2])}: [{{path: ...}}, {{path: ...}}]"
     if "bool_type" in kinds and (word in TRUE or word in FALSE):
         return f"; write {yaml_word(word in TRUE)}"
-    if {"int_type", "int_from_float"} & kinds and isinstance(number := _number(value), float | int):
+    if {"int_type", "float_type"} & kinds and isinstance(value, str) and VARIABLE.search(value):
+        return "; variables are not expanded; write the number"
+    if {"int_type", "int_from_float"} & kinds and isinstance(number := _number(value, path), float | int):
         return f"; write {int(number)}" if float(number).is_integer() else ""
-    if "float_type" in kinds and (number := _number(value)) is not None:
+    if "float_type" in kinds and (number := _number(value, path)) is not None:
         return f"; write {number}"
     if kinds == {"string_type"} and isinstance(value, int | float) and not isinstance(value, bool):
         return f"; write '{value}', in quotes"
@@ -177,9 +180,11 @@ def _remedy(path: Path, value: Any, kinds: set[str]) -> str:
     return ""
 
 
-def _number(value: Any) -> float | int | None:
-    """The number that a value of another type stands for: '8', 8.0, 1_000."""
+def _number(value: Any, path: Path) -> float | int | None:
+    """The number that a value of another type stands for: '8', 8.0, '1_000', '16k'."""
     try:
+        if isinstance(value, str) and (number := numbers.meant(value.strip(), str(path[-1]))) is not None:
+            return number
         number = parse_value(value.strip().replace("_", "")) if isinstance(value, str) else value
         return number if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e15 else None
     except YamlError:
@@ -190,6 +195,13 @@ def _refused_loss(document: Any, loss_type: Any) -> str | None:
     """What to write instead of a loss that other tools have."""
     family = OBJECTIVES.get(document["objective"].get("name", "dpo"))
     return family.refused.get(loss_type) if family and isinstance(loss_type, str) else None
+
+
+def _loss_elsewhere(document: Any, loss_type: Any) -> str:
+    """The same of one that another family has, behind a semicolon, or nothing."""
+    family = document["objective"].get("name", "dpo")
+    instead = hints.of_loss(loss_type, family) if family in OBJECTIVES and isinstance(loss_type, str) else None
+    return f"; {instead}" if instead else ""
 
 
 def written_path(loc: tuple[str | int, ...], document: Any) -> Path:

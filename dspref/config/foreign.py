@@ -1,338 +1,191 @@
-"""Keys and values of TRL, the Hugging Face Trainer, axolotl, LLaMA-Factory and open-instruct, and what they are here.
+"""Keys of TRL, the Hugging Face Trainer, alignment-handbook, axolotl, LLaMA-Factory, open-instruct, OpenRLHF and accelerate
+that have a place here, and which. `absent` has the others, each with the reason; `foreign_values` has the values.
 
-Tables alone; `hints` reads them. Every entry names a key that exists, or says why there is none.
+A table alone: `hints` answers mistakes from it, and `convert` turns configs by it. A place is a key, perhaps with the value
+that stands for the flag (`model.dtype: bfloat16`), perhaps with a remark behind it. Keys of one name in both need no entry.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-
-from dspref.config.sections import (
-    OBJECTIVE_SECTIONS,
-    TOP,
-    CheckpointSection,
-    DataSection,
-    LogSection,
-    LoraSection,
-    ModelSection,
-    ReferenceSection,
-    Section,
-    SourceSection,
-    TrainSection,
-)
 
 # What to write here -> keys of other tools, wherever they stand.
 _FOREIGN_KEYS = {
+    # ------------------------------------------------------------------------------------------------------------- train
     "train.pairs_per_step (the global batch) and data.tokens_per_pack (memory)": (
-        "per_device_train_batch_size micro_batch_size batch_size train_batch_size micro_train_batch_size"
+        "per_device_train_batch_size per_gpu_train_batch_size micro_batch_size batch_size micro_train_batch_size "
+        "train.micro_batch_size train_micro_batch_size_per_gpu"
     ),
-    "data.tokens_per_pack": "per_device_eval_batch_size eval_batch_size max_tokens_per_batch",
+    "train.pairs_per_step (the global batch)": "train_batch_size train.batch_size",
     "train.pairs_per_step; micro-steps follow from data.tokens_per_pack": "gradient_accumulation_steps",
-    "train.num_train_epochs": "num_epochs epochs max_epochs",
-    "train.learning_rate": "lr",
+    "train.num_train_epochs": "num_epochs epochs max_epochs train.max_epochs",
+    "train.max_steps": "max_train_steps",
+    "train.learning_rate": "lr adam.lr",
+    "train.learning_rate, train.adam_beta1, train.adam_beta2, train.adam_epsilon and train.weight_decay": "adam",
     "train.lr_scheduler_type": "lr_scheduler scheduler",
-    "train.lr_scheduler_kwargs (min_lr_rate) with train.lr_scheduler_type: cosine_with_min_lr": "cosine_min_lr_ratio",
-    "train.optim": "optimizer",
-    "train.max_grad_norm": "gradient_clipping gradient_clip_val max_norm",
-    "train.seed": "data_seed",
-    "model.dtype: bfloat16": "bf16 pure_bf16",
-    "model.dtype: float16": "fp16 float16",
-    "model.dtype": "torch_dtype precision",
-    "model.name_or_path": "model_name_or_path model_path base_model",
-    "model.revision": "model_revision",
-    "model.tokenizer_name_or_path": "tokenizer tokenizer_config tokenizer_name tokenizer_path",
-    "model.chat_template": "chat_template_path chat_template_jinja",
-    "model.chat_template (a Jinja file; default: the tokenizer's own)": "template",
-    "model.attn_implementation": (
-        "flash_attn flash_attention flash_attention_2 use_flash_attn use_flash_attention_2 sdp_attention "
-        "xformers_attention attention_implementation attn_impl"
+    "train.lr_scheduler_kwargs (min_lr_rate) with train.lr_scheduler_type: cosine_with_min_lr": (
+        "cosine_min_lr_ratio min_lr_ratio"
     ),
-    "model.liger": "use_liger_kernel enable_liger_kernel use_liger",
-    "model.router_aux_loss_coef": "moe_aux_loss_coef aux_loss_coef",
+    "train.warmup_ratio": "lr_warmup_ratio",
+    "train.weight_decay": "l2 adam.weight_decay",
+    "train.adam_beta1 and train.adam_beta2": "adam_betas adam.betas",
+    "train.adam_epsilon": "adam.eps",
+    "train.optim": "optimizer",
+    "train.optim: adamw_8bit": "use_8bit_optimizer",
+    "train.max_grad_norm": "gradient_clipping gradient_clip_val max_norm clip_grad_norm",
+    "train.seed": "data_seed",
+    "train.eval_every": "eval_steps eval_strategy evaluation_strategy eval.steps eval_on_start eval_delay",
+    "train.eval_every (steps)": "evals_per_epoch",
+    "train.hang_timeout (seconds)": "ddp_timeout timeout",
+    # ------------------------------------------------------------------------------------------------------------- model
+    "model.name_or_path": "model_name_or_path model_path base_model pretrain model.model_name_or_path",
+    "model.revision": "model_revision revision_of_model",
+    "model.tokenizer_name_or_path": "tokenizer tokenizer_config tokenizer_name tokenizer_path",
+    "model.chat_template": ("chat_template_path chat_template_jinja tokenizer_chat_template data.tokenizer_chat_template"),
+    "model.chat_template (a Jinja file; default: the tokenizer's own)": "template chat_template_name",
+    "model.init: random": "train_from_scratch reinit_weights",
+    "model.dtype: bfloat16": "bf16 pure_bf16 bfloat16",
+    "model.dtype: float16": "fp16 float16",
+    "model.dtype: float32": "float32",
+    "model.dtype": "torch_dtype precision param_dtype ds.param_dtype compute_dtype mixed_precision",
+    "model.attn_implementation": (
+        "flash_attn flash_attention flash_attention_2 use_flash_attn use_flash_attention_2 sdp_attention eager_attention "
+        "xformers_attention flex_attention sage_attention attention_implementation attn_impl attn_backend "
+        "ds.attn_implementation"
+    ),
+    "model.liger": "use_liger_kernel enable_liger_kernel use_liger ds.use_liger_kernel",
+    "model.router_aux_loss_coef": "moe_aux_loss_coef aux_loss_coef model.aux_loss_coef load_balancing_weight",
+    "model.router_aux_loss_coef (on by default where there are experts; 0 turns it off)": "load_balancing_loss",
     "model.load_in_4bit (8 bits are not supported)": "load_in_8bit",
-    "model.load_in_4bit": "quantization_bit use_qlora",
-    "model.gradient_checkpointing": "disable_gradient_checkpointing activation_checkpointing",
-    "model.lora": "adapter use_peft use_lora peft peft_config lora_config",
+    "model.load_in_4bit": "quantization_bit use_qlora ds.load_in_4bit",
+    "model.gradient_checkpointing": (
+        "disable_gradient_checkpointing activation_checkpointing model.gradient_checkpointing_enable "
+        "fsdp_activation_checkpointing"
+    ),
+    "model.lora": "adapter use_peft use_lora peft peft_config lora_config ds.lora",
     "model.lora (null: the whole model)": "finetuning_type",
-    "model.lora.r": "lora_rank lora_r",
-    "model.lora.target_modules": "lora_target lora_target_modules",
+    "model.lora.r": "lora_rank lora_r ds.lora.rank",
+    "model.lora.lora_alpha": "ds.lora.alpha",
+    "model.lora.lora_dropout": "ds.lora.dropout",
+    "model.lora.target_modules": "lora_target lora_target_modules ds.lora.target_modules",
     "model.lora.target_modules: all-linear": "lora_target_linear",
     "model.lora.modules_to_save": "lora_modules_to_save additional_target",
     "model.lora.layers_to_transform": "peft_layers_to_transform",
+    "model.lora.rank_pattern": "lora_rank_pattern",
+    "model.lora.alpha_pattern": "lora_alpha_pattern",
     "model.lora.init_lora_weights": "peft_init_lora_weights",
     "model.lora.path": "lora_model_dir adapter_name_or_path adapter_path",
     "model.lora.use_dora": "peft_use_dora",
     "model.lora.use_rslora": "peft_use_rslora",
     "model.lora.merge_on_export": "merge_lora",
     "model.adapter_name": "model_adapter_name",
+    # --------------------------------------------------------------------------------------------------------- reference
     "reference.name_or_path": (
-        "ref_model ref_model_name_or_path reference_model reference_model_name_or_path ref_model_adapters"
+        "ref_model ref_model_name_or_path reference_model reference_model_name_or_path ref_model_adapters ref_pretrain "
+        "ref.model_name_or_path"
     ),
+    "reference.name_or_path and reference.offload": "ref",
     "reference.adapter_name": "ref_adapter_name",
     "reference.mode: stored": "precompute_ref_log_probs",
     "reference.store": "reference_logprobs_cache_path",
+    "reference.tokens_per_pack": "precompute_ref_batch_size",
+    "reference.offload: cpu": "ref_offload ref.offload",
+    # --------------------------------------------------------------------------------------------------------- objective
     "objective.name": "rl",
-    "objective.beta": "rl_beta dpo_beta pref_beta",
+    "objective.beta": "rl_beta dpo_beta pref_beta model.beta",
     "objective.beta (with objective.name: orpo)": "orpo_alpha",
     "objective.loss_type": "pref_loss dpo_loss_type loss",
+    "objective.loss_type: ipo": "ipo model.ipo_enable",
+    "objective.loss_type: sigmoid_norm": "dpo_norm_loss",
+    "objective.loss_weights": "dpo_loss_weights",
+    "objective.loss_weights, beside a list in objective.loss_type that has bco_pair": "pref_bco_weight",
     "objective.simpo_gamma (absolute) or objective.gamma_beta_ratio": "gamma",
-    "objective.rpo_alpha": "pref_ftx",
-    "objective.label_smoothing": "dpo_label_smoothing",
+    "objective.gamma_beta_ratio": "dpo_gamma_beta_ratio",
+    "objective.rpo_alpha": "pref_ftx nll_loss_coef model.nll_loss_coef",
+    "objective.cpo_alpha (with objective.name: cpo and objective.loss_type: simpo)": "sft_weight",
+    "objective.label_smoothing": "dpo_label_smoothing model.label_smoothing",
     "objective.use_weighting": "dpo_use_weighting",
-    "data.train: {path: ...}": "dataset_name dataset train_dataset train_file data_path dataset_path dataset_dir",
+    # -------------------------------------------------------------------------------------------------------------- data
+    "data.train: {path: ...}": (
+        "dataset_name dataset train_dataset train_file data_path dataset_path dataset_dir data.dataset data_files"
+    ),
     "data.train: a list of sources": "datasets train_files",
-    "data.train: a list of sources, each with its weight": "dataset_mixer dataset_mixer_list interleave_probs",
-    "data.train: {path: ..., split: ...}": "dataset_train_split",
-    "data.eval: {path: ...}": "eval_dataset test_dataset eval_file validation_file",
-    "data.eval: {NAME: {path: ...}}": "test_datasets",
-    "data.eval: {path: ..., split: ...}": "dataset_test_split",
-    "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len model_max_length",
-    "data.max_completion_length": "max_target_length max_response_length",
-    "data.shuffle": "shuffle_merged_datasets",
-    "checkpoint.save_every": "save_steps save_strategy checkpointing_steps",
-    "checkpoint.save_every (steps)": "saves_per_epoch",
-    "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints",
-    "checkpoint.keep_best": "load_best_model_at_end metric_for_best_model",
-    "checkpoint.resume": "resume_from_checkpoint auto_resume_from_checkpoints",
-    "checkpoint.resume: never": "overwrite_output_dir",
-    "train.eval_every": "eval_steps eval_strategy evaluation_strategy",
-    "train.eval_every (steps)": "evals_per_epoch",
+    "data.train: a list of sources, each with its weight": (
+        "dataset_mixer dataset_mixer_list dataset_mixture mixer_list interleave_probs dataset_probs data.dataset_probs "
+        "fraction"
+    ),
+    "data.train: {path: ..., split: ...}": (
+        "dataset_train_split dataset_splits dataset_mixer_list_splits mixer_list_splits dataset_split data.dataset_split "
+        "train_split"
+    ),
+    "data.train: {path: ..., name: ...}": "dataset_config dataset_configs dataset_config_name",
+    "data.train: {path: ..., max_samples: ...}": "max_train_samples data.max_samples sanity_check",
+    "data.train: {path: ..., columns: {prompt: ...}}": "prompt_key data.prompt_key",
+    "data.train: {path: ..., columns: {chosen: ...}}": "chosen_key data.chosen_key",
+    "data.train: {path: ..., columns: {rejected: ...}}": "rejected_key data.rejected_key",
+    "data.train: {path: ..., template: {...}}": "input_template data.input_template",
+    "data.train: {path: ..., as: chat}": "apply_chat_template data.apply_chat_template",
+    "data.eval: {path: ...}": "eval_dataset test_dataset eval_file validation_file eval.dataset",
+    "data.eval: {NAME: {path: ...}}": "test_datasets eval_on_each_dataset",
+    "data.eval: {path: ..., split: ...}": "dataset_test_split eval_split eval.split",
     "data.eval and train.eval_every": "do_eval",
-    "log.every": "logging_steps logging_strategy",
+    "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len model_max_length max_len data.max_len",
+    "data.max_prompt_length": "max_prompt_len",
+    "data.max_completion_length": "max_target_length max_response_length",
+    "data.truncation_mode": "truncation_side",
+    "data.on_overlong": "excess_length_strategy",
+    "data.shuffle": "shuffle_merged_datasets disable_shuffling train_sampling_strategy",
+    "data.scored": "mask_history train_on_prompt",
+    "data.tokens_per_pack": (
+        "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size max_tokens_per_batch eval_accumulation_steps"
+    ),
+    # ---------------------------------------------------------------------------------------------- checkpoints and logs
+    "checkpoint.save_every": "save_steps save_strategy checkpointing_steps ckpt.save_steps",
+    "checkpoint.save_every (steps)": "saves_per_epoch",
+    "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints max_ckpt_num ckpt.max_num",
+    "checkpoint.keep_best": "load_best_model_at_end metric_for_best_model",
+    "checkpoint.resume": "resume_from_checkpoint auto_resume_from_checkpoints load_checkpoint ckpt.load_enable",
+    "checkpoint.resume: never": "overwrite_output_dir",
+    "log.every": "logging_steps logging_strategy logger.logging_steps",
     "log.trackers": "report_to with_tracking",
     "log.trackers: [wandb]": "use_wandb",
-    "log.trackers: [tensorboard]": "use_tensorboard",
-    "log.project": "wandb_project wandb_project_name",
-    "log.run_name": "wandb_name wandb_run_name wandb_run_id exp_name",
-    "log.samples": "generate_during_eval",
-    "output_dir": "logging_dir export_dir output_path save_path out_dir",
-    "deepspeed": "deepspeed_config ds_config",
-    "deepspeed: ds_configs/zero1.json, zero2.json or zero3.json": "zero_stage",
-    "deepspeed: ds_configs/zero3.json, which shards as FSDP does": "fsdp fsdp_config",
-    "train.hang_timeout (seconds)": "ddp_timeout",
-}
-# Why dspref needs no key -> those of other tools.
-_NOT_NEEDED = {
-    "every batch is packed, without padding": (
-        "padding_free packing sample_packing eval_sample_packing neat_packing pad_to_sequence_len pad_to_multiple_of "
-        "padding_value group_by_length pad_token"
+    "log.trackers: [tensorboard]": "use_tensorboard logger.tensorboard_dir",
+    "log.project": "wandb_project wandb_project_name logger.wandb.project",
+    "log.run_name": "wandb_name wandb_run_name wandb_run_id exp_name logger.wandb.run_name",
+    "log.samples": "generate_during_eval dpo_generate_during_eval generate_samples num_generation_samples",
+    "output_dir, checkpoint.save_every, checkpoint.keep_last and checkpoint.resume": "ckpt",
+    "log.every, log.trackers, log.project and log.run_name": "logger",
+    "output_dir": "logging_dir export_dir output_path save_path out_dir ckpt.output_dir",
+    # --------------------------------------------------------------------------------------------------------- deepspeed
+    "deepspeed": "deepspeed_config ds_config deepspeed_config_file zero_optimization",
+    "deepspeed, model.dtype, model.attn_implementation, model.liger and model.lora": "ds",
+    "deepspeed: ds_configs/zero1.json, zero2.json or zero3.json": "zero_stage ds.zero_stage",
+    "deepspeed: ds_configs/zero2_offload.json or zero3_offload.json": (
+        "adam_offload ds.adam_offload offload_optimizer offload_optimizer_device"
     ),
-    "no pair is left out": "dataloader_drop_last",
-    "tokens come from a file that is mapped into memory": "dataloader_num_workers",
-    "batches are made ahead of the step that needs them": "dataloader_pin_memory",
-    "tokens go to the cache ($DSPREF_CACHE) and are found again": "dataset_prepared_path",
-    "tokens are found again by their content": "overwrite_cache",
-    "rows are rendered while others are tokenized": "dataset_num_proc preprocessing_num_workers dataset_processes",
-    "columns that are not named are ignored": "remove_unused_columns",
-    "tokens are mapped from disk, and take no memory": "streaming",
-    "a command does that, and no key": "do_train do_predict",
-    "dspref trains on preference pairs alone; objective.name says how": "stage",
-    "the model's own config says it": "model_type is_llama_derived_model",
-    "the tokenizer's own files say it": "tokenizer_type",
-    "the answers are scored, and the prompt only by orpo": "train_on_inputs",
-    "scored tokens are known by their place": "label_pad_token_id",
-    "models are decoders": "is_encoder_decoder",
-    "matrix products take what torch allows": "tf32",
-    "the launcher says it": "local_rank nproc_per_node num_processes",
-    "it is off while training": "use_cache",
-    "DeepSpeed trains, not DDP": "ddp_find_unused_parameters",
-    "models are those of transformers": "use_unsloth",
-    "dspref chooses what works with DeepSpeed": "use_reentrant gradient_checkpointing_kwargs",
-    "model.dtype, model.revision and model.attn_implementation have keys of their own": "model_init_kwargs",
-    "reference.dtype has a key of its own": "ref_model_init_kwargs",
-    "reference.mode and reference.name_or_path say it": "force_use_ref_model",
-    "weights are always safetensors": "save_safetensors",
-    "`dspref export` writes the model of a checkpoint": "save_only_model",
-    "the first step is always logged": "logging_first_step",
-    "a bar is shown on a terminal only": "disable_tqdm",
-    "metrics.jsonl has every figure": "plot_loss",
-    "split the file, and name the held-out part in data.eval": "val_set_size val_size test_size",
-    "checkpoint.keep_best keeps the best checkpoint": "early_stopping_patience",
-    "the tokenizer's own files say them": "special_tokens",
-    "noise on embeddings would change log-probs that are compared": "neftune_noise_alpha",
-    "every weight has train.learning_rate": "loraplus_lr_ratio",
-    "peft knows it from the layer": "lora_fan_in_fan_out",
-    "models are causal language models": "lora_task_type",
-    "model.lora without path makes one": "create_new_adapter",
-    "it is not supported": "torch_compile",
-    "upload RUN/final with `huggingface-cli upload`": "push_to_hub hub_model_id hub_strategy",
-    "export HF_TOKEN instead; a config holds no secrets": "hub_token",
-    "export WANDB_ENTITY instead": "wandb_entity",
-    "export WANDB_MODE instead": "wandb_mode",
-    "gradients are not sent": "wandb_watch",
-    "models are not sent": "wandb_log_model",
-    "the launcher says it: deepspeed --num_gpus N": "num_gpus",
-    "what dspref does needs none": "plugins",
-    "every key is checked": "strict",
-    "logs/ in the run folder has every rank": "debug",
+    "deepspeed: ds_configs/zero3_offload_all.json": "offload_param offload_param_device fsdp_offload_params",
+    "deepspeed (zero_hpz_partition_size of its zero_optimization)": "zpg ds.zpg zero_hpz_partition_size",
+    "deepspeed (overlap_comm of its zero_optimization)": "overlap_comm ds.overlap_comm",
+    "deepspeed: ds_configs/zero3.json, which shards as FSDP does": (
+        "fsdp fsdp_config fsdp_version fsdp_auto_wrap_policy fsdp_sharding_strategy fsdp_min_num_params "
+        "fsdp_reshard_after_forward fsdp_transformer_layer_cls_to_wrap fsdp_use_orig_params fsdp_backward_prefetch "
+        "fsdp_forward_prefetch fsdp_cpu_ram_efficient_loading fsdp_sync_module_states dp_shard_size dp_replicate_size"
+    ),
 }
-# What means something else, or something only, in one section.
-WITHIN: dict[type[Section], dict[str, str]] = {
-    TOP: {
-        "path": "model.name_or_path or data.train",
-        "name": "log.run_name",
-        "eval": "data.eval",
-        "lora": "model.lora",
-        "trackers": "log.trackers",
-        "resume": "checkpoint.resume",
-    },
-    ModelSection: {
-        "path": "model.name_or_path",
-        "name": "model.name_or_path",
-        "id": "model.name_or_path",
-        "model": "model.name_or_path",
-        "attention": "model.attn_implementation",
-        "template": "model.chat_template",
-    },
-    ReferenceSection: {
-        "path": "reference.name_or_path",
-        "name": "reference.name_or_path",
-        "model": "reference.name_or_path",
-        "adapter": "reference.adapter_name",
-        "cache": "reference.store",
-        "cache_dir": "reference.store",
-        "precision": "reference.dtype",
-        "torch_dtype": "reference.dtype",
-    },
-    LoraSection: {
-        "rank": "model.lora.r",
-        "alpha": "model.lora.lora_alpha",
-        "scaling": "model.lora.lora_alpha",
-        "dropout": "model.lora.lora_dropout",
-        "target": "model.lora.target_modules",
-        "targets": "model.lora.target_modules",
-        "modules": "model.lora.target_modules",
-        "dora": "model.lora.use_dora",
-        "rslora": "model.lora.use_rslora",
-        "merge": "model.lora.merge_on_export",
-        "name_or_path": "model.lora.path",
-        "adapter_name": "model.adapter_name",
-    },
-    DataSection: {
-        "path": "data.train: {path: ...}",
-        "sources": "data.train: a list of sources",
-        "validation": "data.eval",
-        "valid": "data.eval",
-        "val": "data.eval",
-        "test": "data.eval",
-        "dev": "data.eval",
-        "max_samples": "max_samples of a source: data.train: {path: ..., max_samples: ...}",
-        "split": "split of a source: data.train: {path: ..., split: ...}",
-        "columns": "columns of a source: data.train: {path: ..., columns: {...}}",
-    },
-    SourceSection: {
-        "file": "path",
-        "files": "path (a glob, a folder, or several sources)",
-        "data_files": "path (a glob, a folder, or several sources)",
-        "dataset": "path",
-        "name_or_path": "path",
-        "prompt": "columns: {prompt: ...}",
-        "chosen": "columns: {chosen: ...}",
-        "rejected": "columns: {rejected: ...}",
-        "completions": "columns: {completions: ...}",
-        "scores": "columns: {scores: ...}",
-        "field_prompt": "columns: {prompt: ...}",
-        "field_chosen": "columns: {chosen: ...}",
-        "field_rejected": "columns: {rejected: ...}",
-        "limit": "max_samples",
-        "num_samples": "max_samples",
-        "samples": "max_samples",
-        "ratio": "weight",
-        "prob": "weight",
-        "fraction": "weight",
-    },
-    TrainSection: {
-        "steps": "train.max_steps",
-        "warmup": "train.warmup_ratio or train.warmup_steps",
-        "rate": "train.learning_rate",
-        "clip": "train.max_grad_norm",
-        "max_samples": "data.train: {path: ..., max_samples: ...}",
-        "beta1": "train.adam_beta1",
-        "beta2": "train.adam_beta2",
-        "epsilon": "train.adam_epsilon",
-        "eps": "train.adam_epsilon",
-    },
-    CheckpointSection: {
-        "every": "checkpoint.save_every",
-        "steps": "checkpoint.save_every",
-        "keep": "checkpoint.keep_last",
-        "limit": "checkpoint.keep_last",
-    },
-    LogSection: {
-        "wandb": "log.trackers: [wandb]",
-        "tensorboard": "log.trackers: [tensorboard]",
-        "name": "log.run_name",
-        "steps": "log.every",
-        "interval": "log.every",
-    },
-    **{
-        section: {"type": "objective.name", "loss": "objective.loss_type", "weights": "objective.loss_weights"}
-        for section in OBJECTIVE_SECTIONS.values()
-    },
-}
-
-# Key -> our value -> what other tools call it, or what people try.
-_VALUES = {
-    "optim": {
-        "adamw": "adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adam fused_adam adamw_fused",
-        "adamw_8bit": "adamw_bnb_8bit paged_adamw_8bit paged_adamw adam_8bit adamw8bit",
-        "cpu_adam": "deepspeed_cpu_adam cpuadam",
-    },
-    "dtype": {
-        "bfloat16": "bf16 torch.bfloat16 bfloat",
-        "float16": "fp16 half torch.float16 16 f16",
-        "float32": "fp32 float torch.float32 32 f32 full",
-    },
-    "attn_implementation": {
-        "auto": "flex_attention null none",
-        "flash_attention_2": "flash_attention flash_attn flash fa2 flash_attn_2 kernels-community/flash-attn",
-        "flash_attention_3": "fa3 flash_attn_3",
-        "flash_attention_4": "fa4 flash_attn_4",
-        "sdpa": "eager xformers",
-    },
-    "lr_scheduler_type": {"cosine": "cosine_with_warmup cosine_annealing", "linear": "linear_with_warmup"},
-    "init": {"random": "scratch from_scratch none true", "pretrained": "false"},
-    "mode": {
-        "auto": "true",
-        "engine": "live",
-        "stored": "precompute precomputed cached cache",
-        "adapter": "base",
-        "none": "false off null no",
-    },
-    "offload": {"cpu": "true", "none": "false null gpu"},
-    "truncation_mode": {"keep_end": "left", "keep_start": "right"},
-    "on_bad_row": {"drop": "skip ignore warn", "error": "raise fail"},
-    "resume": {"auto": "true yes latest", "never": "false no null"},
-    "trackers": {"tensorboard": "tb", "wandb": "weights_and_biases"},
-    "pairs": {
-        "all": "true",
-        "best_against_worst": "best_worst best_vs_worst",
-        "best_against_rest": "best_rest best_vs_rest",
-    },
-    "router_aux_scope": {"step": "batch global", "micro": "micro_batch local"},
-    "keep_together": {"none": "false null", "row": "true rows", "prompt": "prompts"},
-    "loss_type": {
-        "sigmoid": "dpo logistic",
-        "bco_pair": "bco",
-        "exo_pair": "exo",
-        "nca_pair": "nca",
-        "sppo_hard": "sppo",
-        "apo_zero": "apo",
-        "sft": "nll",
-        "sigmoid_norm": "length_normalized",
-    },
-    "f_divergence_type": {"reverse_kl": "kl", "js_divergence": "js jsd jensen_shannon"},
-}
-# The same, with what to write in full.
-WHOLE_VALUES = {
-    "trackers": dict.fromkeys(("none", "no", "off", "false"), "[]") | {"all": "[wandb, tensorboard]"},
-}
+PLACE = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?:: (\[[a-z, ]+\]|[\w-]+))?(?: \(.*\))?\Z")
 
 
-def _inverted(table: Mapping[str, str]) -> dict[str, str]:
+def inverted(table: Mapping[str, str]) -> dict[str, str]:
+    """Each word of a table's values -> its key."""
     return {word: ours for ours, words in table.items() for word in words.split()}
 
 
-FOREIGN_KEYS = _inverted(_FOREIGN_KEYS)
-NOT_NEEDED = _inverted(_NOT_NEEDED)
-VALUES = {key: _inverted(table) for key, table in _VALUES.items()}
+FOREIGN_KEYS = inverted(_FOREIGN_KEYS)
+
+
+def place_of(key: str) -> tuple[tuple[str, ...], str | None] | None:
+    """The path of the one key that another tool's key is here, and the YAML text of the value that its flag stands for; None
+    where more than that must be said."""
+    found = PLACE.match(FOREIGN_KEYS.get(key, ""))
+    return (tuple(found[1].split(".")), found[2]) if found else None

@@ -11,11 +11,15 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from dspref.config.foreign import FOREIGN_KEYS, NOT_NEEDED, VALUES, WHOLE_VALUES, WITHIN
+from dspref.config.absent import NOT_NEEDED
+from dspref.config.foreign import FOREIGN_KEYS
+from dspref.config.foreign_values import STRANGERS, VALUES, WHOLE_VALUES
 from dspref.config.sections import OBJECTIVE_SECTIONS, TOP, LoraSection, Section, SourceSection
+from dspref.config.within import WITHIN
 from dspref.objectives import KTO, OBJECTIVES, Family, defaults
 
 SECTIONS = "model|reference|data|objective|train|checkpoint|log"
+LOSS = re.compile(r"write loss_type: (\w+)")
 NAMED = re.compile(rf"\b(?:(?:{SECTIONS})(?:\.\w+)+|output_dir\b|deepspeed\b)")
 
 Path = tuple[str | int, ...]
@@ -36,6 +40,14 @@ def of_key(key: str, parent: Path, section: type[Section] | None) -> tuple[str, 
         return f"drop it: {why}", set()
     if homes := [home for home in homes_of(key) if home != ".".join(map(str, (*parent, key)))]:
         return f"in dspref this is {' or '.join(homes)}", named(" or ".join(homes))
+    if "." in key and key.split(".")[-1] in all_homes() and key in all_homes()[key.split(".")[-1]]:
+        section_name, _, rest = key.partition(".")
+        return f"in dspref this is {key}; write {section_name}: {{{rest}: ...}}", named(key)
+    if "." in key:
+        *above, last = key.split(".")
+        inner = of_key(last, tuple(above), None)
+        if inner[0].startswith(("in dspref", "drop it")):
+            return inner
     if close := near(key, siblings):
         return f"did you mean '{close}'?", {(*parent, close)}
     if parent == () and (close := near(key, all_homes())) and len(homes_of(close)) == 1:
@@ -48,6 +60,8 @@ def of_value(key: str, value: Any, choices: Sequence[str]) -> str:
     word = "null" if value is None else str(value).lower()
     if choices and (whole := WHOLE_VALUES.get(key, {}).get(word)):
         return f"; write {whole}"
+    if choices and (why := STRANGERS.get(key, {}).get(word)):
+        return f"; {why}"
     meant = VALUES.get(key, {}).get(word)
     close = meant if meant in choices else near(word, choices) if isinstance(value, str) else None
     if not close:
@@ -74,9 +88,22 @@ def of_objective(name: Any) -> str:
         return f"; write objective: {objective_of(word)}"
     for family, about in OBJECTIVES.items():
         if word not in OBJECTIVES and (instead := about.refused.get(word)):
-            return "; " + instead.replace("write loss_type:", f"write name: {family} with loss_type:")
+            return "; " + LOSS.sub(rf"write objective: {{name: {family}, loss_type: \1}}", instead)
+    if why := STRANGERS["loss_type"].get(word):
+        return f"; {why}"
     close = near(word, [choice for choice in OBJECTIVES if word == choice or len(choice) > 4])
     return f"; did you mean '{close}'?" if close else ""
+
+
+def of_loss(loss_type: str, family: str) -> str | None:
+    """What to write for a loss that another family has, or that goes by another name there."""
+    word = VALUES["loss_type"].get(loss_type, loss_type)
+    if word in OBJECTIVES[family].losses:
+        return None
+    if any(word in about.losses for about in OBJECTIVES.values()):
+        return f"write objective: {objective_of(word)}"
+    refused = [instead for about in OBJECTIVES.values() if (instead := about.refused.get(loss_type))]
+    return LOSS.sub(r"write objective: {name: dpo, loss_type: \1}", refused[0]) if refused else None
 
 
 def family_keys(name: str, family: Family) -> set[str]:

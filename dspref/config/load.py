@@ -1,7 +1,7 @@
 """One YAML file -> one frozen `Config`. Loads no torch, so that `dspref check` answers at once on a login node.
 
-Order: defaults < file < `section.key=value` on the command line. An unknown key, a wrong type or an option that does not
-apply is an error in one line that names file, line and column; all errors of a file are told at once.
+Order: defaults < the files that it includes < the file < `section.key=value` on the command line. An unknown key, a wrong
+type or an option that does not apply is an error in one line that names file, line and column; all errors are told at once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from dspref import objectives, secrets
-from dspref.config import checks
+from dspref.config import checks, include
 from dspref.config.checks import BESIDE_PATH
 from dspref.config.explain import Complaint, Kind, explain, line, written_path
 from dspref.config.paths import expand, shipped
 from dspref.config.sections import Config, in_full
-from dspref.config.yaml12 import Position, apply_override, parse
+from dspref.config.yaml12 import Position, apply_override
 from dspref.errors import ConfigError
 
 # Lines that are told of one config, and rounds of taking faults out of it.
@@ -47,7 +47,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
         raise ConfigError(f"--config: {error}") from None
     if kind := secrets.kind_of(str(path)):
         raise ConfigError(f"--config: {path}: holds {kind}; rename the file or its folder")
-    document, positions = parse(path)
+    document, positions, _ = include.read(path, in_full)
     faults = []
     for override in overrides:
         try:
@@ -63,6 +63,17 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
         more = [f"... and {len(faults) - MAX_LINES} more"] * (len(faults) > MAX_LINES)
         raise ConfigError("\n".join([*faults[:MAX_LINES], *more]))
     return config, positions
+
+
+def source(path: str | Path) -> str:
+    """The text of a config as it was written, with the files that it includes behind it, as comments. Raises ConfigError."""
+    path = shipped(expand(str(path)))
+    _, _, included = include.read(path, in_full)
+    texts = [path.read_text(encoding="utf-8")]
+    for file in dict.fromkeys(included):
+        lines = ["", f"included: {file}", *file.read_text(encoding="utf-8").splitlines()]
+        texts.append("".join(f"# {line}".rstrip() + "\n" for line in lines))
+    return "".join(texts)
 
 
 def examine(document: dict[str, Any]) -> tuple[Config | None, list[Complaint]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from dspref.config.numbers import as_wanted
 
 
 class Section(BaseModel):
@@ -18,6 +20,18 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        """`16k` is a number where a key takes one."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            key: as_wanted(str(key), value, fields[key].annotation) if key in fields else value
+            for key, value in values.items()
+        }
 
 
 def one_or_list(value: Any) -> str:

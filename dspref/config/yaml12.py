@@ -1,6 +1,7 @@
 """YAML as people mean it: YAML 1.2 scalars, no duplicate keys, and the position of every key.
 
-PyYAML alone reads `5e-7` as text, `off` as False, `24:00:00` as 86400, and lets the last of two equal keys win.
+`16k` and the like are read as `numbers` says. PyYAML alone reads `5e-7` as text, `off` as False, `24:00:00` as 86400,
+and lets the last of two equal keys win.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from dspref import reading
+from dspref.config import numbers
 from dspref.errors import ConfigError
 
 MAX_BYTES = 1_000_000  # a config is a page; a megabyte of YAML is an accident or an attack
@@ -34,7 +36,9 @@ SCALARS = {
 PATTERNS = {f"{CORE}{name}": re.compile(rf"(?:{pattern})\Z", re.ASCII) for name, (pattern, _) in SCALARS.items()}
 # A part of an override's path that counts list items.
 INDEX = re.compile(r"[0-9]{1,9}\Z")
-TAGS = {*PATTERNS, f"{CORE}str", f"{CORE}seq", f"{CORE}map"}
+# What is a number where a key takes one, and text elsewhere: see `numbers`.
+SHORTHAND = f"{CORE}shorthand"
+TAGS = {*PATTERNS, SHORTHAND, f"{CORE}str", f"{CORE}seq", f"{CORE}map"}
 
 
 class YamlError(ValueError):
@@ -97,12 +101,26 @@ for name, (_, first) in SCALARS.items():
     _Loader.add_implicit_resolver(f"{CORE}{name}", PATTERNS[f"{CORE}{name}"], first)
 
 
+_Loader.add_implicit_resolver(SHORTHAND, re.compile(rf"(?:{numbers.PATTERN})\Z", re.ASCII), list("-+0123456789"))
+
+
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    value = yaml.SafeLoader.construct_yaml_float(loader, node)
+    return numbers.Exponent(value) if re.fullmatch(r"[-+]?[0-9]+[eE]\+?[0-9]+", node.value) else value
+
+
+def _construct_shorthand(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    return numbers.Shorthand(loader.construct_scalar(node))
+
+
 _Loader.add_constructor(f"{CORE}int", _construct_int)
+_Loader.add_constructor(f"{CORE}float", _construct_float)
+_Loader.add_constructor(SHORTHAND, _construct_shorthand)
 
 
 def parse(path: Path) -> tuple[dict[str, Any], dict[tuple, Position]]:
@@ -242,7 +260,7 @@ def _walk(node: yaml.Node, path: tuple, file: str, positions: dict[tuple, Positi
             _walk(item, (*path, i), file, positions)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag != f"{CORE}str":
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in (f"{CORE}str", SHORTHAND):
                 raise ConfigError(f"{_in(key, file)}a key must be text")
             if not key.value.isprintable():
                 raise ConfigError(f"{_in(key, file)}a key must be one line of text that prints")

@@ -137,7 +137,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         if source:
-            self._write("config.source.yaml", source.read_text(encoding="utf-8"))
+            self._write("config.source.yaml", configuration.source(source))
         self._write(RESOLVED, configuration.as_yaml(settings))
         self._write("ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")

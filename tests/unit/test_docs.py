@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
+import shutil
 from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dspref.cli import app
+from dspref.config import hints
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -11,3 +20,28 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 def test_objectives_md_is_current() -> None:
     written = runpy.run_path(str(DOCS / "make_objectives.py"))["document"]()
     assert (DOCS / "objectives.md").read_text(encoding="utf-8") == written, "run: python docs/make_objectives.py"
+
+
+@pytest.mark.parametrize(("name", "function"), [("keys.md", "keys"), ("from-other-trainers.md", "from_others")])
+def test_the_tables_of_keys_are_current(name: str, function: str) -> None:
+    written = runpy.run_path(str(DOCS / "make_keys.py"))[function]()
+    assert (DOCS / name).read_text(encoding="utf-8") == written, "run: python docs/make_keys.py"
+
+
+def test_every_key_of_the_schema_is_in_the_reference() -> None:
+    text = (DOCS / "keys.md").read_text(encoding="utf-8")
+    for path in {path for paths in hints.all_homes().values() for path in paths}:
+        assert f"`{path}`" in text, path
+
+
+def test_the_commands_for_those_who_come_from_elsewhere_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = Path(__file__).parent / "config" / "theirs"
+    files = {"their.yaml": "handbook_dpo.yaml", "train_dpo.py": "trl_script.py", "train_dpo.sh": "openrlhf_dpo.sh"}
+    for name, their in files.items():
+        shutil.copy(theirs / their, tmp_path / name)
+    lines = re.findall(r"^    (dspref .*?)(?:  +#.*)?$", (DOCS / "from-other-trainers.md").read_text(), flags=re.M)
+    assert len(lines) == 4
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        done = CliRunner().invoke(app, shlex.split(line)[1:], prog_name="dspref")
+        assert done.exit_code == 0, (line, done.output)

@@ -12,9 +12,12 @@ import yaml
 
 from dspref import config
 from dspref.config import hints, yaml12
-from dspref.config.foreign import FOREIGN_KEYS, NOT_NEEDED, VALUES, WHOLE_VALUES, WITHIN
+from dspref.config.absent import NOT_NEEDED
+from dspref.config.foreign import FOREIGN_KEYS
+from dspref.config.foreign_values import VALUES, WHOLE_VALUES
 from dspref.config.load import MAX_LINES
 from dspref.config.sections import OBJECTIVE_SECTIONS, Config, DataSection, SourceSection
+from dspref.config.within import WITHIN
 from dspref.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": {"name_or_path": "m"}, "data": {"train": {"path": "p.jsonl"}}, "output_dir": "out"}
@@ -257,7 +260,7 @@ def test_names_that_are_not_close_are_not_proposed() -> None:
         (line,) = faults(with_("objective.name", name))
         assert "did you mean" not in line, line
     (line,) = faults(with_("train.optim", "sgd"))
-    assert line.endswith("not 'sgd'")
+    assert line.endswith("not 'sgd'; the optimizers are AdamW's three")
 
 
 @pytest.mark.parametrize(

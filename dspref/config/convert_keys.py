@@ -1,0 +1,325 @@
+"""What must be known of single keys of other trainers beyond their place: flags that exclude each other, units, defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dspref import reading
+from dspref.config.convert_objective import objective
+from dspref.config.draft import Draft, is_empty
+from dspref.config.written import short
+
+ATTENTION = {
+    "flash_attn": "flash_attention_2", "flash_attention": "flash_attention_2", "flash_attention_2": "flash_attention_2",
+    "use_flash_attn": "flash_attention_2",
+    "use_flash_attention_2": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "sdpa",
+    "flex_attention": "auto", "xformers_attention": "sdpa", "sage_attention": "sdpa",
+}  # fmt: skip
+EMPTY_STEPS = (None, -1, 0, False)
+
+
+def model(draft: Draft) -> None:
+    kwargs = draft.take("model_init_kwargs")
+    if isinstance(kwargs, Mapping):
+        for key, value in kwargs.items():
+            draft.theirs.setdefault({"revision": "model_revision"}.get(key, str(key)), value)
+    elif kwargs is not None:
+        draft.leave("model_init_kwargs", kwargs, "is no mapping of keys")
+    for key in ("template", "chat_template", "chat_template_path", "chat_template_name", "chat_template_jinja"):
+        value = draft.take(key)
+        text = str(value or "")
+        if text.endswith((".jinja", ".jinja2", ".j2")) or "{%" in text or "{{" in text:
+            draft.put("model.chat_template", text)
+        elif value and text not in ("tokenizer_default", "jinja"):
+            draft.leave(key, value, "the tokenizer's own chat template is used; for another give model.chat_template a file")
+    half, bfloat = draft.flag("fp16", "float16"), draft.flag("bf16", "bfloat16", "pure_bf16")
+    dtype = draft.take("torch_dtype", "dtype", "param_dtype", "ds.param_dtype", "mixed_precision")
+    if half:
+        draft.put("model.dtype", "float16")
+    elif bfloat or draft.flag("float32"):
+        draft.put("model.dtype", "bfloat16" if bfloat else "float32")
+    elif dtype not in (None, "auto", "null"):
+        draft.translate("model.dtype", "dtype", dtype)
+    elif bfloat is False and half is False:
+        draft.put("model.dtype", "float32", "bf16 and fp16 are false there")
+    for key, ours in ATTENTION.items():
+        value = draft.take(key)
+        if isinstance(value, str):
+            draft.translate("model.attn_implementation", key, value)
+        elif value:
+            draft.put("model.attn_implementation", ours, f"{key}: true")
+    off = draft.flag("disable_gradient_checkpointing")
+    on = draft.flag("gradient_checkpointing", "model.gradient_checkpointing_enable", "fsdp_activation_checkpointing")
+    if off is not None or on is not None:
+        draft.put("model.gradient_checkpointing", not off if off is not None else on)
+    bits, four = draft.take("quantization_bit"), draft.flag("load_in_4bit", "ds.load_in_4bit", "use_qlora")
+    if bits not in (None, 4):
+        draft.leave("quantization_bit", bits, "4 bits are supported, with model.lora: model.load_in_4bit")
+    if four or bits == 4:
+        draft.put("model.load_in_4bit", True)
+    if draft.flag("load_in_8bit"):
+        draft.leave("load_in_8bit", True, "8 bits are not supported; model.load_in_4bit, or the whole weights")
+
+
+def lora(draft: Draft) -> None:
+    """model.lora, where an adapter is trained; else what is said of one has no effect there either."""
+    kind = draft.take("adapter", "finetuning_type")
+    asked = draft.flag("use_peft", "use_lora")
+    path = draft.take("lora_model_dir", "adapter_name_or_path")
+    rank = draft.take("lora_r", "lora_rank", "ds.lora.rank")
+    alpha = draft.take("lora_alpha", "ds.lora.alpha")
+    dropout = draft.take("lora_dropout", "ds.lora.dropout")
+    linear = draft.flag("lora_target_linear")
+    targets = draft.take("lora_target_modules", "lora_target", "target_modules", "ds.lora.target_modules")
+    whole = draft.take("lora_modules_to_save", "additional_target")
+    on = asked or kind in ("lora", "qlora") or (draft.dialect == "openrlhf" and isinstance(rank, int) and rank > 0)
+    if kind in ("freeze", "oft"):
+        draft.leave("finetuning_type", kind, "all weights are trained here, or a LoRA adapter")
+    if not on:
+        said = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "modules_to_save": whole}
+        for key, value in said.items():
+            if not is_empty(value) and value != 0:
+                draft.leave(key, value, "no adapter is trained there: the whole model is")
+        return
+    if draft.dialect == "llamafactory":
+        rank = rank or 8
+        alpha, targets = alpha or (2 * rank if isinstance(rank, int) else None), targets or "all"
+    elif draft.dialect == "open-instruct":
+        rank, alpha, dropout = rank or 64, alpha or 16, 0.1 if dropout is None else dropout
+    elif draft.dialect in ("trl", "alignment-handbook"):
+        dropout = 0.05 if dropout is None else dropout
+    if kind == "qlora":
+        draft.put("model.load_in_4bit", True, "adapter: qlora")
+    if path:
+        draft.put(
+            "model.lora.path", path if isinstance(path, str) else path[0], "the adapter brings rank, alpha and targets"
+        )
+        return
+    for key, value in (("r", rank), ("lora_alpha", alpha), ("lora_dropout", dropout)):
+        if value is not None:
+            draft.put(f"model.lora.{key}", value)
+    if linear or targets in ("all", "all-linear", ["all"], ["all-linear"]):
+        draft.put("model.lora.target_modules", "all-linear")
+    elif targets:
+        draft.put("model.lora.target_modules", _words(targets))
+    else:
+        said = "theirs names none: peft's choice for Llama, Mistral and Qwen" if draft.dialect != "openrlhf" else ""
+        draft.put("model.lora.target_modules", ["q_proj", "v_proj"] if said else "all-linear", said)
+    if whole:
+        draft.put("model.lora.modules_to_save", _words(whole))
+    for key in ("use_rslora", "use_dora", "peft_use_rslora", "peft_use_dora"):
+        if draft.flag(key):
+            draft.put(f"model.lora.{key.removeprefix('peft_')}", True)
+
+
+def _words(value: Any) -> Any:
+    return [word.strip() for word in value.split(",")] if isinstance(value, str) and "," in value else (
+        [value] if isinstance(value, str) and value.isidentifier() else value)  # fmt: skip
+
+
+def lengths(draft: Draft) -> None:
+    unlimited = "max_length" in draft.theirs and draft.theirs["max_length"] is None
+    longest = draft.take("max_length", "cutoff_len", "sequence_len", "max_seq_length", "max_len", "data.max_len")
+    if longest is not None:
+        draft.put("data.max_length", longest)
+    elif unlimited:
+        draft.put("data.max_length", None, "max_length: null; an answer of any length is scored")
+    of_prompt = draft.has("max_prompt_length", "max_completion_length")  # as TRL had it before 1.0
+    mode = draft.take("truncation_mode", "truncation_side")
+    if mode in ("keep_start", "right") and not of_prompt:
+        said = f"truncation: {mode} cuts the end of prompt + answer there; here the prompt is cut first, by its beginning"
+        draft.leave("truncation_mode", mode, said)
+    elif mode is not None:
+        draft.translate("data.truncation_mode", "truncation_mode", mode)
+    order = draft.take("train_sampling_strategy")
+    if draft.flag("disable_shuffling") or order == "sequential":
+        draft.put("data.shuffle", False)
+    elif order not in (None, "random"):
+        draft.leave(
+            "train_sampling_strategy", order, "pairs are shuffled by train.seed, or stay in order: data.shuffle: false"
+        )
+    if (shuffled := draft.flag("shuffle_merged_datasets")) is not None:
+        draft.put("data.shuffle", shuffled)
+
+
+def batch(draft: Draft) -> None:
+    """train.pairs_per_step of what a GPU takes, accumulation, and the number of GPUs."""
+    whole = draft.take("train_batch_size", "train.batch_size")
+    own = draft.take("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size")
+    micro = draft.take("micro_train_batch_size", "train.micro_batch_size")
+    steps, total = draft.take("gradient_accumulation_steps"), draft.take("batch_size")
+    if isinstance(whole, int):
+        said = f"train_batch_size: {whole}" + (f", in micro-batches of {micro}" if micro else "")
+        draft.put("train.pairs_per_step", whole, f"{said}; here data.tokens_per_pack bounds the memory")
+        return
+    own = own if isinstance(own, int) else 1
+    steps = steps if isinstance(steps, int) else total // own if isinstance(total, int) and total >= own else 1
+    said = f"{own} per GPU x {steps} accumulated x {draft.gpus} GPUs; here data.tokens_per_pack bounds the memory"
+    draft.put("train.pairs_per_step", own * steps * draft.gpus, said)
+
+
+def steps(draft: Draft) -> None:
+    epochs = draft.take("num_train_epochs", "num_epochs", "max_epochs", "train.max_epochs", "epochs")
+    most = draft.take("max_steps", "max_train_steps")
+    if most not in EMPTY_STEPS:
+        draft.put("train.max_steps", most, f"and not num_train_epochs: {short(epochs)}" if epochs is not None else "")
+    elif epochs is not None:
+        draft.put("train.num_train_epochs", epochs)
+    rate = draft.take("learning_rate", "adam.lr", "lr")
+    if rate is not None:
+        draft.put("train.learning_rate", rate)
+    schedule = draft.take("lr_scheduler_type", "lr_scheduler")
+    ratio, warmup = draft.take("warmup_ratio", "lr_warmup_ratio"), draft.take("warmup_steps")
+    if isinstance(warmup, float) and 0 < warmup < 1:  # as transformers 5 has it
+        ratio, warmup = warmup, None
+    warms = bool(warmup) or bool(ratio)
+    if schedule == "constant" and warms:
+        draft.put("train.lr_scheduler_type", "constant_with_warmup", "lr_scheduler_type: constant, with a warm-up")
+    elif schedule:
+        draft.translate("train.lr_scheduler_type", "lr_scheduler", schedule)
+    least = draft.take("cosine_min_lr_ratio", "min_lr_ratio", default=str(schedule) == "cosine_with_min_lr")
+    if least is not None:
+        draft.put("train.lr_scheduler_type", "cosine_with_min_lr")
+        draft.put("train.lr_scheduler_kwargs", {"min_lr_rate": least})
+    if warmup:
+        draft.put("train.warmup_steps", warmup, f"and not warmup_ratio: {short(ratio)}" if ratio else "")
+    elif draft.get("train.lr_scheduler_type") != "constant":
+        draft.put("train.warmup_ratio", ratio or 0.0)
+    norm = draft.take("max_grad_norm", "clip_grad_norm", "max_norm", "gradient_clipping")
+    if norm is not None:
+        cuts = not isinstance(norm, int | float) or norm >= 0
+        draft.put("train.max_grad_norm", norm if cuts else 0, "" if cuts else f"max_grad_norm: {norm}, which cuts nothing")
+    betas = draft.take("adam_betas", "adam.betas")
+    if isinstance(betas, list) and len(betas) == 2:
+        draft.put("train.adam_beta1", betas[0])
+        draft.put("train.adam_beta2", betas[1])
+    optimizer = draft.take("optim", "optimizer")
+    if isinstance(optimizer, str):
+        draft.translate("train.optim", "optim", optimizer)
+    if draft.flag("use_8bit_optimizer"):
+        draft.put("train.optim", "adamw_8bit")
+    if draft.has("data_seed"):
+        draft.leave("data_seed", draft.take("data_seed"), "train.seed is the seed of data order too")
+
+
+def cadence(draft: Draft) -> None:
+    """Saving, evaluating and logging; steps as they are, other units told."""
+    evaluates = draft.take("eval_strategy", "evaluation_strategy")
+    every = draft.take("eval_steps", "eval.steps")
+    draft.flag("do_eval")
+    if draft.get("data.eval") is None and (evaluates not in (None, "no", False) or every not in EMPTY_STEPS):
+        draft.leave("eval_steps", every or evaluates, "there is nothing to evaluate: name held-out pairs in data.eval")
+    elif evaluates in ("no", False):
+        draft.leave("eval_strategy", evaluates, "what is in data.eval is evaluated at the end")
+    elif isinstance(every, int) and every > 0:
+        draft.put("train.eval_every", every)
+    elif every not in EMPTY_STEPS or evaluates == "epoch":
+        draft.leave("eval_steps", every or evaluates, "write train.eval_every, in steps")
+    saves = draft.take("save_strategy")
+    every = draft.take("save_steps", "checkpointing_steps", "ckpt.save_steps")
+    if saves in ("no", False) or every in EMPTY_STEPS or (isinstance(every, int) and every < 0):
+        every = None
+    if saves in ("epoch", "best") or (every is not None and not isinstance(every, int)):
+        draft.leave("save_strategy" if saves else "save_steps", saves or every, "write checkpoint.save_every, in steps")
+    elif every is not None:
+        draft.put("checkpoint.save_every", every)
+    kept = draft.take("save_total_limit", "keep_last_n_checkpoints", "max_ckpt_num", "ckpt.max_num")
+    if isinstance(kept, int) and kept > 0:
+        draft.put("checkpoint.keep_last", kept)
+    elif every is not None:
+        draft.note("checkpoint", "every checkpoint is kept there; here the last 2 are, unless keep_last says more")
+    best, metric = draft.flag("load_best_model_at_end"), draft.take("metric_for_best_model")
+    if best and metric:
+        draft.put("checkpoint.keep_best", metric if str(metric).startswith("eval_") else f"eval_{metric}")
+    elif best:
+        draft.leave("load_best_model_at_end", True, "name the metric in checkpoint.keep_best, such as eval_loss")
+    resumes = draft.take("resume_from_checkpoint", "auto_resume_from_checkpoints", "load_checkpoint", "ckpt.load_enable")
+    if resumes:
+        draft.leave("resume_from_checkpoint", resumes, "a run goes on from its newest checkpoint: checkpoint.resume: auto")
+    if draft.flag("overwrite_output_dir"):
+        draft.leave("overwrite_output_dir", True, "a run goes on where there is one; checkpoint.resume: never begins anew")
+    logging = draft.take("logging_steps", "logger.logging_steps")
+    if isinstance(logging, int) and logging > 0:
+        draft.put("log.every", logging)
+    elif logging is not None:
+        draft.leave("logging_steps", logging, "write log.every, in steps")
+
+
+def trackers(draft: Draft) -> None:
+    asked = draft.take("report_to")
+    names = [asked] if isinstance(asked, str) else [str(name) for name in asked] if isinstance(asked, list) else []
+    if asked is not None and not isinstance(asked, str | list):
+        draft.leave("report_to", asked, "log.trackers lists the trackers that there are")
+    if (
+        draft.flag("with_tracking")
+        or draft.take("use_wandb")
+        or draft.has("wandb_project", "wandb_name", "logger.wandb.project")
+    ):
+        names.append("wandb")
+    if draft.take("use_tensorboard", "logger.tensorboard_dir"):
+        names.append("tensorboard")
+    words = ["wandb", "tensorboard"] if "all" in names and draft.dialect != "open-instruct" else names
+    kept = [name for name in dict.fromkeys(words) if name in ("wandb", "tensorboard")]
+    for name in names:
+        if name not in (*kept, "none", "all"):
+            draft.leave("report_to", name, "log.trackers lists the trackers that there are")
+    if kept:
+        draft.put("log.trackers", kept)
+    name = draft.take("run_name", "wandb_name", "wandb_run_name", "logger.wandb.run_name", "exp_name")
+    if name is not None:
+        draft.put("log.run_name", str(name))
+    folder = draft.take("output_dir", "save_path", "ckpt.output_dir", "out_dir")
+    if folder is not None:
+        draft.put("output_dir", folder)
+
+
+def strategy(draft: Draft) -> None:
+    """deepspeed: the one of ds_configs/ that theirs is like."""
+    file = draft.take("deepspeed", "deepspeed_config", "deepspeed_config_file")
+    stage = draft.take("zero_stage", "ds.zero_stage")
+    states = draft.take("adam_offload", "ds.adam_offload", "offload_optimizer", "offload_optimizer_device")
+    weights = draft.take("offload_param", "offload_param_device", "fsdp_offload_params")
+    sharded = draft.take("fsdp")
+    inner = file if isinstance(file, Mapping) else _read(str(file)) if file else {}
+    zero = inner.get("zero_optimization", inner)
+    if isinstance(zero, Mapping) and "stage" in zero:
+        stage = stage if stage is not None else zero["stage"]
+        states, weights = states or zero.get("offload_optimizer"), weights or zero.get("offload_param")
+    elif isinstance(file, str):
+        name = Path(file).name.lower()
+        stage = stage if stage is not None else next((int(c) for c in name if c in "0123"), None)
+        states = states or "offload" in name or None
+        weights = weights or ("all" in name and bool(states)) or None
+    if draft.get("model.load_in_4bit") and stage in (None, 3):
+        draft.put("deepspeed", "ds_configs/zero2.json", "ZeRO-3 cannot shard weights in 4 bits")
+        return
+    if stage is None and not sharded and file is None:
+        draft.put(
+            "deepspeed", "ds_configs/zero3.json", "theirs names no strategy; zero1 and zero2 take more memory, less traffic"
+        )
+        return
+    stage = stage if stage in (1, 2, 3) else 1 if stage == 0 else 3
+    on = [_is_on(states), _is_on(weights)]
+    name = "zero3_offload_all" if stage == 3 and on[1] else f"zero{max(stage, 2)}_offload" if on[0] else f"zero{stage}"
+    said = f"deepspeed: {short(file)}" if file else f"fsdp: {short(sharded)}" if sharded else f"ZeRO stage {stage}"
+    draft.put("deepspeed", f"ds_configs/{name}.json", f"{said}; batch size, precision and optimizer are this file's")
+
+
+def _is_on(device: Any) -> bool:
+    device = device.get("device", "none") if isinstance(device, Mapping) else device
+    return bool(device) and device not in ("none", "false", "False")
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    try:
+        found = reading.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+CHAPTERS: tuple[Callable[[Draft], None], ...] = (
+    model, lora, objective, lengths, batch, steps, strategy, cadence, trackers,
+)  # fmt: skip

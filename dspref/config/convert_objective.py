@@ -1,0 +1,153 @@
+"""The objective and the reference of another trainer's config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dspref.config.draft import Draft
+from dspref.config.foreign_values import VALUES
+from dspref.objectives import OBJECTIVES, needs_reference
+
+MARGINS = ("simpo_gamma", "gamma_beta_ratio")
+
+
+def objective(draft: Draft) -> None:
+    name = draft.objective
+    loss = _loss_of(draft)
+    beta = draft.take("beta", "dpo_beta", "rl_beta", "pref_beta", "orpo_alpha", "model.beta")
+    inner = draft.take("trl")
+    if inner is not None and not isinstance(inner, dict):
+        draft.leave("trl", inner, "is no mapping of keys")
+    if isinstance(inner, dict):
+        beta = inner.pop("beta", beta)
+        for key, value in inner.items():
+            draft.theirs.setdefault(str(key), value)
+    if name == "simpo" and (weight := draft.take("sft_weight")):
+        name, loss = "cpo", "simpo"
+        draft.put("objective.cpo_alpha", weight, "sft_weight")
+    draft.document["objective"] = {"name": name} | (draft.document["objective"] or {})
+    if loss and loss != next(iter(OBJECTIVES[name].losses)):
+        draft.put("objective.loss_type", loss)
+    if beta is None:
+        beta = 2.0 if name == "simpo" and draft.dialect == "alignment-handbook" else 0.1
+        draft.assumed.append(f"beta {beta}")
+    draft.put("objective.beta", beta)
+    if name == "orpo":
+        draft.note("objective.beta", "the weight of the odds-ratio term, as there")
+    (_cpo if name in ("cpo", "simpo") else _dpo if name == "dpo" else _leave_dpo)(draft)
+    _reference(draft, name)
+
+
+def _loss_of(draft: Draft) -> Any:
+    """The loss by the name that it has here; flags that stand for one set keys on the way."""
+    asked = [draft.take(key) for key in ("loss_type", "dpo_loss_type", "pref_loss")]
+    loss = next((value for value in asked if value is not None), None)
+    if isinstance(loss, list) and len(loss) == 1:
+        loss = loss[0]
+    rl = draft.take("rl")
+    draft.take("stage")
+    if draft.flag("ipo", "model.ipo_enable"):
+        draft.put("objective.ipo_length_normalize", False, "theirs takes sums of log-ratios")
+        return "ipo"
+    if rl == "ipo":
+        return "ipo"
+    if draft.flag("dpo_norm_loss"):
+        return "sigmoid_norm"
+    if loss == "wpo":
+        draft.put("objective.use_weighting", True, "loss_type: wpo")
+        return "sigmoid"
+    if loss in (None, draft.objective) or (draft.objective == "simpo" and loss == "sigmoid"):
+        return "simpo" if draft.dialect == "axolotl" and draft.objective == "cpo" else None
+    if isinstance(loss, list):
+        return [VALUES["loss_type"].get(str(one).lower(), one) for one in loss]
+    return VALUES["loss_type"].get(str(loss).lower(), loss)
+
+
+def _cpo(draft: Draft) -> None:
+    """Margins, and the NLL term, which CPO has by default."""
+    is_simpo = "simpo" in (draft.get("objective.name"), draft.get("objective.loss_type"))
+    absolute, ratio = draft.take("simpo_gamma"), draft.take("gamma_beta_ratio", "dpo_gamma_beta_ratio")
+    if ratio is not None and is_simpo:
+        draft.put("objective.gamma_beta_ratio", ratio)
+    elif absolute is not None and is_simpo:
+        draft.put("objective.simpo_gamma", absolute)
+    elif is_simpo and draft.dialect in ("trl", "axolotl", "llamafactory"):
+        draft.put("objective.simpo_gamma", 0.5, "their default")
+    elif is_simpo:
+        draft.put("objective.gamma_beta_ratio", 0.3 if draft.dialect == "open-instruct" else 0.25, "their default")
+    for key, value in (("simpo_gamma", absolute), ("gamma_beta_ratio", ratio)):
+        if value is not None and draft.get(f"objective.{key}") is None:
+            draft.leave(key, value, "has no effect on this loss")
+    if draft.get("objective.name") == "cpo" and draft.get("objective.cpo_alpha") is None:
+        weight = draft.take("cpo_alpha")
+        if weight == 0 and is_simpo:
+            kept = {key: value for key, value in draft.document["objective"].items() if key != "loss_type"}
+            draft.document["objective"] = kept | {"name": "simpo"}
+            draft.note("objective", "CPO's simpo loss with cpo_alpha: 0 is SimPO")
+        else:
+            draft.put("objective.cpo_alpha", 1.0 if weight is None else weight, "their default" if weight is None else "")
+    nll = draft.take("pref_ftx")
+    if nll:
+        draft.leave("pref_ftx", nll, "here it is objective.cpo_alpha, with objective.name: cpo and loss_type: simpo")
+    _smoothing(draft)
+
+
+def _dpo(draft: Draft) -> None:
+    nll = draft.take("rpo_alpha", "pref_ftx", "nll_loss_coef", "model.nll_loss_coef")
+    if nll:
+        draft.put("objective.rpo_alpha", nll, "a mean over the tokens of the step; theirs is one over each micro-batch")
+    coefficient = draft.take("f_alpha_divergence_coef")
+    if coefficient is not None and draft.theirs.get("f_divergence_type") == "alpha_divergence":
+        share = isinstance(coefficient, int | float) and 0 < coefficient < 1
+        draft.put("objective.f_alpha_divergence_coef", round(1 - coefficient, 9) if share else coefficient,
+                  f"{coefficient} there: TRL's coefficient is 1 - alpha")  # fmt: skip
+    elif coefficient is not None:
+        draft.leave("f_alpha_divergence_coef", coefficient, "it is for f_divergence_type: alpha_divergence")
+    for key in ("simpo_gamma", "gamma_beta_ratio", "dpo_gamma_beta_ratio", "cpo_alpha", "discopop_tau"):
+        if draft.has(key) and (key != "discopop_tau" or draft.get("objective.loss_type") != "discopop"):
+            draft.leave(key, draft.take(key), "has no effect on this loss")
+    _smoothing(draft)
+
+
+def _leave_dpo(draft: Draft) -> None:
+    for key in (
+        "label_smoothing",
+        "dpo_label_smoothing",
+        "simpo_gamma",
+        "gamma_beta_ratio",
+        "cpo_alpha",
+        "rpo_alpha",
+        "pref_ftx",
+    ):
+        if value := draft.take(key):
+            draft.leave(key, value, "ORPO has no such term")
+
+
+def _smoothing(draft: Draft) -> None:
+    smoothing = draft.take("label_smoothing", "dpo_label_smoothing", "model.label_smoothing")
+    if smoothing:
+        draft.put("objective.label_smoothing", smoothing)
+
+
+def _reference(draft: Draft, name: str) -> None:
+    """The reference section, where the objective needs one."""
+    free = bool(draft.theirs.get("reference_free"))
+    path = draft.take("ref_model", "ref_model_name_or_path", "ref_pretrain", "ref.model_name_or_path", "ref_model_adapters")
+    stored = draft.flag("precompute_ref_log_probs")
+    offload, moves = draft.flag("ref_offload", "ref.offload"), draft.flag("sync_ref_model")
+    said = {"ref_model": path, "precompute_ref_log_probs": stored, "ref_offload": offload, "sync_ref_model": moves}
+    if not needs_reference(name, free):
+        for key, value in said.items():
+            if value:
+                draft.leave(key, value, f"{name} needs no reference")
+        return
+    own = draft.theirs.get("model_name_or_path", draft.theirs.get("pretrain"))
+    if isinstance(path, str) and path != own:
+        draft.put("reference.name_or_path", path)
+    if moves:
+        draft.put("reference.sync_ref_model", True)
+    elif stored:
+        draft.put("reference.mode", "stored", "precompute_ref_log_probs: true")
+    elif offload:
+        draft.put("reference.mode", "engine")
+        draft.put("reference.offload", "cpu", "ref_offload")
