@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,7 +141,9 @@ def plan(
         from dspref.report import plan_table
         from dspref.training import stages
 
-        found = stages.foresee(config, card, gpus, nodes, mean_tokens)
+        # What is said of the data is for people.
+        with redirect_stdout(sys.stderr if format is Format.json else sys.stdout):
+            found = stages.foresee(config, card, gpus, nodes, mean_tokens)
         if format is Format.json:
             print(json.dumps(found, indent=2))
         else:

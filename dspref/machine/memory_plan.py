@@ -169,8 +169,8 @@ def reference(layout: Layout) -> float:
 
 
 def two_copies(layout: Layout) -> bool:
-    """Stage 1 in bf16 without offload: DeepSpeed's BF16_Optimizer, which keeps fp32 gradients of all weights, and adds those
-    in 16 bits to them when a backward pass is done."""
+    """Stage 1 in bf16 without offload: DeepSpeed's BF16_Optimizer, which keeps fp32 gradients of all weights, adds those in
+    16 bits to them when a backward pass is done, and then sets these to zero but does not free them before the update."""
     return layout.stage == 1 and layout.value == 2 and layout.states_on == "gpu"
 
 
@@ -178,7 +178,7 @@ def gradients(shape: ModelShape, layout: Layout, moment: str) -> float:
     """Gradients, but for those in a bucket (see `zero_buffers`).
 
     stage 0      fp32, all: 4 T
-    stage 1      all, 4 T; in bf16 always there, and v T beside them at the end of a backward pass
+    stage 1      all, 4 T; in bf16 always there, and v T beside them from the first backward pass of a step on
     stage 2      own part, 4 T / N, from the end of the first pack on
     stage 3      own part, 4 T / N, always there
     In the update the own part is flattened: once more 4 T / N (stage 3: by sub-groups).
@@ -188,7 +188,7 @@ def gradients(shape: ModelShape, layout: Layout, moment: str) -> float:
     if layout.stage == 0:
         return 4 * trained if later or moment != "begin" else 0.0
     if two_copies(layout):
-        return (4 + layout.value * (moment == "end")) * trained
+        return (4 + layout.value * (later or moment != "begin")) * trained
     if layout.stage == 1:
         if moment == "update":
             return 4 * trained + own

@@ -13,7 +13,7 @@ from dspref.machine.memory_plan import PARTS
 from dspref.terminal import duration, printable
 
 GIB = 2**30
-TITLE = "GiB of each GPU where it needs most, by ZeRO stage (s: states in host memory, w: weights too)"
+TITLE = "GiB of each rank where it needs most, by ZeRO stage (s: states in host memory, w: weights too)"
 MOMENTS = {
     "head": "where the LM head's gradient is made, with all activations kept",
     "layer": "in the backward pass of the last layer",
@@ -28,9 +28,7 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     width = max(len(name) for name, _ in facts(plan))
     for name, text in facts(plan):
         console.print(Text(f"{name:<{width}}  {printable(text, 400)}"), soft_wrap=True)
-    console.print(
-        "\nGiB of each GPU where it needs most, by ZeRO stage (s: states in host memory, w: weights too)", soft_wrap=True
-    )
+    console.print(f"\n{TITLE}", soft_wrap=True)
     console.print(table(plan))
     for line in verdict(plan):
         console.print(Text(line), soft_wrap=True)
@@ -51,7 +49,8 @@ def facts(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     per_epoch = f", {steps['per_epoch']:,} steps an epoch" if steps["per_epoch"] else ""
     whole = f", {steps['run']:,} in all" if steps["run"] else ""
     yield "step", f"{load['pairs_per_step']:,.0f} pairs in {load['packs']:.3g} packs a rank{per_epoch}{whole}"
-    tokens = f"{load['computed']:,.0f} computed a step ({load['real']:,.0f} with each answer's prompt), "
+    real = f" ({load['real']:,.0f} with each answer's prompt)" if load["real"] > load["computed"] else ""
+    tokens = f"{load['computed']:,.0f} computed a step{real}, "
     yield "tokens", f"{tokens}{load['scored']:,.0f} scored; packs {load['fill']:.0%} full, the largest {load['largest']:,}"
     flops = plan["flops"]
     epoch = f", {flops['epoch'] / 1e15:,.4g} an epoch" if flops["epoch"] else ""
@@ -115,7 +114,10 @@ def verdict(plan: Mapping[str, Any]) -> Iterator[str]:
     said = f"{gib(memory['bytes'])} GiB of {room:.1f}"
     yield f"it fits: {said}" if memory["fits"] else f"it does not fit: {said}"
     if tokens["largest"] >= tokens["longest_pair"]:
-        yield f"the largest data.tokens_per_pack that fits: {tokens['largest']:,} (configured: {tokens['configured']:,})"
+        in_step = plan["load"]["computed"] / machine["ranks"]
+        few = f"; a step has {in_step:,.0f} for each rank" if in_step < tokens["largest"] else ""
+        largest, configured = f"{tokens['largest']:,}", f"{tokens['configured']:,}"
+        yield f"the largest data.tokens_per_pack that fits: {largest} (configured: {configured}{few})"
     else:
         yield f"no data.tokens_per_pack fits: the longest pair has {tokens['longest_pair']:,} tokens"
     if changes:
