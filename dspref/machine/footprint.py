@@ -120,5 +120,11 @@ def _by_config(text: dict[str, Any]) -> int | None:
 
 
 def number_of(text: dict[str, Any], *names: str, default: int = 0) -> int:
-    found = (text[name] for name in names if isinstance(text.get(name), int) and text[name] > 0)
-    return next(found, default)
+    """The first of these that a config has; of a value for each layer, the mean."""
+    for name in names:
+        value = text.get(name)
+        if isinstance(value, list) and value and all(isinstance(x, int) for x in value):
+            value = round(sum(value) / len(value))
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return default

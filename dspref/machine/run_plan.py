@@ -200,6 +200,7 @@ def plan(
             "tokens": run.pack.tokens,
             "scored": run.pack.scored,
             "host_bytes_per_node": need.host * machine.ranks_per_node,
+            "imports_bytes": memory_plan.IMPORTS if machine.device == "cpu" else 0,
         },
         "strategies": rows,
         "tokens_per_pack": {"configured": tokens_per_pack, "largest": largest, "longest_pair": load.longest},

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from dspref import reading
 from dspref.config import LoraSection, ModelSection
 from dspref.errors import ConfigError, UserError
 from dspref.machine import footprint
@@ -82,7 +84,7 @@ def of_section(section: ModelSection) -> ModelShape:
         except (OSError, UserError):
             tensors = None  # config.json is enough
     try:
-        return of_tensors(tensors or imagined(text), text, section.lora)
+        return of_tensors(tensors or imagined(text), text, as_saved(section.lora))
     except (ValueError, ArithmeticError):
         raise ConfigError(
             f"{name}: config.json tells no sizes (hidden_size, num_hidden_layers, ...); fetch it again"
@@ -100,7 +102,7 @@ def of_tensors(tensors: Tensors, text: Mapping[str, Any], lora: LoraSection | No
     width = number_of(config, "head_dim", default=hidden // heads)
     experts = number_of(config, *EXPERTS, default=1)
     met = number_of(config, *PER_TOKEN, default=experts) if experts > 1 else 0
-    inner = number_of(config, "intermediate_size", "n_inner", default=4 * hidden)
+    inner = number_of(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
     if met:
         shared = number_of(config, "shared_expert_intermediate_size")
         inner = met * number_of(config, "moe_intermediate_size", default=inner) + shared
@@ -121,13 +123,26 @@ def of_tensors(tensors: Tensors, text: Mapping[str, Any], lora: LoraSection | No
         gated="n_embd" not in config and any("gate" in name for name in tensors),
         vocabulary=vocabulary,
         largest=max(map(math.prod, tensors.values())),
-        trained=adapted(matrices, lora) if lora else total,
+        trained=adapted(matrices, lora) + whole(tensors, lora) if lora else total,
         body=body,
         query_norms=any("q_norm" in name for name in tensors),
         root_norms="n_embd" not in config and not any(name.endswith("norm.bias") for name in tensors),
         copies=met,
         frozen_base=lora is not None,
     )
+
+
+def as_saved(lora: LoraSection | None) -> LoraSection | None:
+    """The settings of an adapter: a saved one brings its own, as far as they decide its size."""
+    if lora is None or lora.path is None:
+        return lora
+    try:
+        saved = reading.read_json(Path(lora.path) / "adapter_config.json", strict=False)
+    except (OSError, ValueError):
+        return lora  # on the hub, or broken: told where it is loaded
+    keys = ("r", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "rank_pattern", "use_dora")
+    found = {key: saved[key] for key in keys if saved.get(key)} if isinstance(saved, dict) else {}
+    return lora.model_copy(update=found)
 
 
 def adapted(matrices: Tensors, lora: LoraSection) -> int:
@@ -140,6 +155,12 @@ def adapted(matrices: Tensors, lora: LoraSection) -> int:
         r = next((r for words, r in lora.rank_pattern.items() if re.search(rf"(^|\.){words}$", module)), lora.r)
         count += r * sum(shape) + shape[0] * lora.use_dora
     return count
+
+
+def whole(tensors: Tensors, lora: LoraSection) -> int:
+    """Weights of modules that are trained whole beside an adapter, which peft copies."""
+    saved = lora.modules_to_save or []
+    return sum(math.prod(shape) for name, shape in tensors.items() if any(f".{module}." in f".{name}" for module in saved))
 
 
 def targeted(module: str, lora: LoraSection) -> bool:
@@ -165,7 +186,7 @@ def imagined(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise ValueError("no sizes")
     width = number_of(config, "head_dim", default=hidden // heads)
     keys = width * number_of(config, "num_key_value_heads", default=heads)
-    inner = number_of(config, "intermediate_size", "n_inner", default=4 * hidden)
+    inner = number_of(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
     experts = number_of(config, *EXPERTS, default=1)
     gpt2 = "n_embd" in config
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}

@@ -109,6 +109,8 @@ def verdict(plan: Mapping[str, Any]) -> Iterator[str]:
     memory, machine, tokens, changes = (plan[name] for name in ("memory", "machine", "tokens_per_pack", "changes"))
     room = machine["gib"] * (1 - machine["reserve"])
     yield f"\n>: {memory['strategy']}, as configured; its peak is {MOMENTS[memory['moment']]}"
+    if memory["imports_bytes"]:
+        yield f"beside this a process has {gib(memory['imports_bytes'])} GiB of what it imports"
     if memory["host_bytes_per_node"]:
         yield f"host memory: {gib(memory['host_bytes_per_node'])} GiB on each node"
     said = f"{gib(memory['bytes'])} GiB of {room:.1f}"

@@ -40,14 +40,14 @@ def read(model: ModelSection, data: DataSection, train: TrainSection, score_prom
     listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
     pairs = preparation.load_sources(data, tokenizer, listings)
     packing, loader = steps_of(data, train, pairs, score_prompt, 0, ranks)
-    return load_of(loader, packing)
+    return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.max_steps))
 
 
-def load_of(loader: StepLoader, packing: Packing) -> Load:
-    """The load of the first epoch, from steps all over it."""
+def load_of(loader: StepLoader, packing: Packing, total: int) -> Load:
+    """The load of the first epoch, or of its first `total` steps, from steps all over it."""
     steps = loader.epoch(0)
     # The last is short: it counts where it is all there is.
-    chosen = steps[:-1] or steps
+    chosen = (steps[:-1] or steps)[:total]
     chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_STEPS)).astype(int))]
     placed = [place(loader.store, ids, packing) for ids in chosen]
     lengths = loader.store.lengths

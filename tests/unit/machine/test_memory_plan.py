@@ -61,7 +61,7 @@ def test_a_shape_is_that_of_the_model(family: str, files: bool, tmp_path: Path) 
     "settings",
     [{}, {"r": 4, "target_modules": ["q_proj", "v_proj"]}, {"target_modules": r".*\.mlp\.\w+_proj"},
      {"exclude_modules": ["down_proj"]}, {"layers_to_transform": [1], "target_modules": ["q_proj"]}, {"use_dora": True},
-     {"rank_pattern": {"q_proj": 2}}],
+     {"rank_pattern": {"q_proj": 2}}, {"modules_to_save": ["lm_head"]}],
 )  # fmt: skip
 def test_an_adapter_has_as_many_weights_as_peft_makes(settings: dict[str, Any], tmp_path: Path) -> None:
     lm = save_tiny(tmp_path / "m", tiny_config("llama", 500), 1)
@@ -70,6 +70,14 @@ def test_an_adapter_has_as_many_weights_as_peft_makes(settings: dict[str, Any], 
     adapters.for_training(lm, section=section, seed=1, reference=None, live=False)
     assert shape.trained == sum(p.numel() for p in lm.parameters() if p.requires_grad)
     assert shape.frozen == shape.weights and shape.work.trained_head == 0
+
+
+def test_a_saved_adapter_brings_its_own_size(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "m", tiny_config("llama", 500), 1)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 2, "target_modules": ["v_proj"]}))
+    model = ModelSection(name_or_path=str(tmp_path / "m"), lora=LoraSection(path=str(tmp_path / "adapter")))
+    assert shapes.of_section(model).trained == 2 * 2 * (64 + 32)
 
 
 def test_a_model_that_is_not_here_is_named_with_a_way_to_get_its_config(tmp_path: Path) -> None:
