@@ -4,7 +4,7 @@ A step is looked at in four moments, of which one has the peak:
 
 - `head`: the whole forward pass is kept, and the LM head's gradient is made;
 - `layer`: the head is done with, and the backward pass is in the last layer (which is recomputed, with checkpointing);
-- `end`: the backward pass is in the first layer, and all gradients are in their buckets;
+- `end`: the backward pass has come to the embedding, and all gradients are in their buckets;
 - `update`: gradients are flattened beside what the optimizer holds.
 
 T trained weights, F frozen ones, N ranks, v bytes of a weight in forward and backward. What DeepSpeed 0.19.8 holds where was
@@ -28,6 +28,8 @@ GIB = 2**30
 # in 16 bits oneDNN's buffers too, one for the forward and one for the backward pass.
 FRAMEWORK = {"cuda": int(1.5 * GIB), "cpu": 97 * 2**20}
 FRAMEWORK_16_BITS_ON_CPU = 66 * 2**20
+# Of the first, what ZeRO's own modules take: stage 0 does without.
+ZERO_ON_CPU = 45 * 2**20
 # What Python and the libraries take before anything is loaded; on a GPU's machine it is host memory. Measured, torch 2.13.
 IMPORTS = 364 * 2**20
 # Bytes of a weight in nf4 with double quantization: half a byte, an 8-bit scale for 64 of them, and a few more.
@@ -114,7 +116,7 @@ def estimate(shape: ModelShape, layout: Layout, pack: Pack) -> Estimate:
     moments = {
         "head": {"gradients": gradients(shape, layout, "begin"), "activations": kept, "LM head": head(shape, layout, pack)},
         "layer": {"gradients": gradients(shape, layout, "begin"), "activations": kept + inside},
-        "end": {"gradients": gradients(shape, layout, "end"), "activations": first_layer(shape, layout, pack)},
+        "end": {"gradients": gradients(shape, layout, "end"), "activations": pack.tokens * layout.value * 2 * shape.hidden},
         "update": {"gradients": gradients(shape, layout, "update")},
     }
     buffers = {moment: zero_buffers(shape, layout, moment) for moment in moments}
@@ -159,7 +161,10 @@ def states(shape: ModelShape, layout: Layout) -> dict[str, float]:
 
 
 def framework(layout: Layout) -> int:
-    return FRAMEWORK[layout.device] + (FRAMEWORK_16_BITS_ON_CPU if layout.device == "cpu" and layout.value == 2 else 0)
+    if layout.device == "cuda":
+        return FRAMEWORK["cuda"]
+    extra = FRAMEWORK_16_BITS_ON_CPU if layout.value == 2 else 0 if layout.stage else -ZERO_ON_CPU
+    return FRAMEWORK["cpu"] + extra
 
 
 def reference(layout: Layout) -> float:
@@ -284,11 +289,6 @@ def in_a_layer(shape: ModelShape, layout: Layout, pack: Pack) -> float:
     """Of the layer whose backward pass runs: gradients in its MLP, with checkpointing also what is recomputed."""
     own = kept_per_token(shape, layout, pack.keys_per_token) if layout.checkpointing else 0.0
     return pack.tokens * (own + layout.value * (2 * shape.inner + 2 * shape.hidden))
-
-
-def first_layer(shape: ModelShape, layout: Layout, pack: Pack) -> float:
-    """What is left when the backward pass comes to the embedding: the gradient of its output."""
-    return pack.tokens * layout.value * 2 * shape.hidden
 
 
 def head(shape: ModelShape, layout: Layout, pack: Pack) -> float:
