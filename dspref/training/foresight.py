@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from glob import glob
 from statistics import fmean
 
 import numpy as np
 
-from dspref.config import DataSection, ModelSection, TrainSection
+from dspref.config import DataSection, ModelSection, TrainSection, shipped
 from dspref.data.loader import Packing, StepLoader, count, place, sharing_pays
 from dspref.data.plan import rows_per_epoch
 from dspref.data.store import PairStore
-from dspref.errors import DataError
-from dspref.machine.run_plan import Load
+from dspref.errors import ConfigError, DataError
+from dspref.machine.run_plan import Load, assumed
 from dspref.training import preparation
 
 # Steps of an epoch that are looked at: planning one takes milliseconds.
 MOST_STEPS = 400
+# Tokens of a sequence, where nothing says how long they are.
+LONGEST = 2048
 
 
 def steps_of(
@@ -29,6 +32,34 @@ def steps_of(
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
     return packing, StepLoader(pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together)
+
+
+def load(
+    model: ModelSection,
+    data: DataSection,
+    train: TrainSection,
+    score_prompt: bool,
+    ranks: int,
+    mean_tokens: int | None,
+) -> Load:
+    """The load of a run's own pairs, where they are here and can be tokenized; else of pairs with `mean_tokens` for each
+    prompt + answer, or as long as they may be, with the reason in its `source`.
+
+    Raises DataError as the run would.
+    """
+    longest = data.max_length or LONGEST
+    at_most = f"{longest} tokens a sequence" + (" (data.max_length)" if data.max_length else "")
+    missing = next((source.path for source in data.train_sources if not glob(str(shipped(source.path)))), None)
+    if mean_tokens:
+        why = f"--mean-tokens {mean_tokens}"
+    elif missing:
+        why = f"{at_most}, as {missing} is not here"
+    else:
+        try:
+            return read(model, data, train, score_prompt, ranks)
+        except ConfigError as error:  # no tokenizer here, no template
+            why = f"{at_most}, as the data could not be tokenized ({error})"
+    return assumed(train, ranks, data.tokens_per_pack, mean_tokens or longest, why)
 
 
 def read(model: ModelSection, data: DataSection, train: TrainSection, score_prompt: bool, ranks: int) -> Load:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import numpy as np
 
 from dspref import config as configuration
 from dspref import distributed
-from dspref.config import Config, ModelSection, shipped
+from dspref.config import Config, ModelSection
 from dspref.data.loader import Packing, StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
@@ -145,23 +144,14 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     """
     loading.quiet()
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data, gpus * nodes
-    machine, shape = run_plan.Machine(card, gpus, nodes), shapes.of_section(config.model)
-    missing = [source.path for source in data.train_sources if not os.path.exists(shipped(source.path))]
-    if mean_tokens is None and not missing:
-        load = foresight.read(config.model, data, config.train, objective.scores_prompt, ranks)
-    else:
-        longest = data.max_length or shape.hidden
-        why = (
-            f"--mean-tokens {mean_tokens}"
-            if mean_tokens
-            else f"{longest} tokens a sequence (data.max_length), as {missing[0]} is not here"
-        )
-        load = run_plan.assumed(config.train, ranks, data.tokens_per_pack, mean_tokens or longest, why)
+    machine = run_plan.Machine(card, gpus, nodes)
+    shapes.of_section(config.model)  # before the data, which may take long
+    load = foresight.load(config.model, data, config.train, objective.scores_prompt, ranks, mean_tokens)
     needed = needs_reference(**config.objective.model_dump())
     run = run_plan.asked(config.model, config.reference, config.train.optim, needed, config.strategy, machine, load)
     return run_plan.plan(
         run, config.model, config.train, config.checkpoint, Path(config.output_dir), machine, load,
-        tokens_per_pack=data.tokens_per_pack, looks_ahead=objective.couples,
+        tokens_per_pack=data.tokens_per_pack, looks_ahead=objective.couples or config.model.router_aux_scope == "step",
         scores_reference=config.reference.mode_where(needed) == "stored",
     )  # fmt: skip
 

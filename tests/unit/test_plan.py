@@ -86,6 +86,13 @@ def test_without_data_lengths_are_assumed_and_said(folder: Path) -> None:
     assert code == 0 and "assumed: --mean-tokens 50" in said
 
 
+def test_globs_are_read_and_a_tokenizer_that_is_missing_is_said(folder: Path) -> None:
+    (folder / "pairs.jsonl").rename(folder / "pairs-0.jsonl")
+    assert found("data.train=pairs-*.jsonl")["load"]["pairs"] == PAIRS
+    load = found("data.train=pairs-*.jsonl", "model.tokenizer_name_or_path=some/tokenizer", "data.max_length=null")["load"]
+    assert not load["measured"] and load["source"].startswith("assumed: 2048 tokens a sequence, as the data could not be")
+
+
 def test_all_stages_are_there_and_parts_add_up(folder: Path) -> None:
     plan = found()
     rows = plan["strategies"]
@@ -130,6 +137,11 @@ def test_a_plan_writes_nothing_beside_the_token_cache(folder: Path) -> None:
     before = sorted(folder.rglob("*"))
     assert call()[0] == 0
     assert sorted(folder.rglob("*")) == before
+
+
+def test_the_help_names_every_card() -> None:
+    said = " ".join(CliRunner().invoke(app, ["plan", "--help"], prog_name="dspref", env={"COLUMNS": "200"}).output.split())
+    assert all(f"{name}," in said for name in gpus.GPUS) and "or cpu" in said
 
 
 def test_cpu_is_this_machine(folder: Path) -> None:
