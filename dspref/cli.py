@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,13 @@ AlsoFile = Annotated[Path | None, typer.Argument(metavar="[X.yaml]", help="Also 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
 ]
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+
+
 Asked = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 
 
@@ -96,6 +104,50 @@ def check(
             survey.report(config.model, config.data, colour=sys.stdout.isatty())
 
         raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+
+
+@app.command(cls=OfRun)
+def plan(
+    file: File,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Of each node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100-80, a100-40, l40s, 4090, b200, mi300x, or cpu.")] = "h100",
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpu_gib: Annotated[float | None, typer.Option(min=0.1, help="Memory of each GPU, in place of the card's.")] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of the peak that is assumed of all that is executed (HFU).")
+    ] = None,
+    mean_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Mean tokens of prompt + answer, instead of reading the data.")
+    ] = None,
+    format: Annotated[Format, typer.Option(help="json: everything, for programs.")] = Format.text,
+) -> None:
+    """Say what a run needs, without a GPU and without its weights: memory for every ZeRO stage, steps, time, disk; and
+    what to change where it does not fit."""
+    import json
+
+    from dspref import config as configuration
+    from dspref import launcher
+    from dspref.machine import gpus as cards
+
+    with faults_in_one_line():
+        tell_repeated(overrides)
+        config = configuration.load(file, overrides or [])
+        card = cards.chosen(gpu, gpu_gib, utilisation, gpus)
+
+    def job() -> None:
+        from dspref.report import plan_table
+        from dspref.training import stages
+
+        # What is said of the data is for people.
+        with redirect_stdout(sys.stderr if format is Format.json else sys.stdout):
+            found = stages.foresee(config, card, gpus, nodes, mean_tokens)
+        if format is Format.json:
+            print(json.dumps(found, indent=2))
+        else:
+            plan_table.show(found)
+
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
 @app.command(cls=OfRun)

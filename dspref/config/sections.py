@@ -124,6 +124,16 @@ class ReferenceSection(Section):
     ref_model_sync_steps: Annotated[int, Field(gt=0)] = 512
     """TR-DPO: optimizer steps between two syncs."""
 
+    def mode_where(self, needed: bool) -> str:
+        """none, stored, engine or adapter, where the objective has a use for a reference or not. `auto` is the cheapest that
+        is exact: none where none is needed, else stored."""
+        if self.mode != "auto":
+            return self.mode
+        if not needed:
+            return "none"
+        # Offloading is for a model that stays, and what moves cannot be stored.
+        return "engine" if self.offload == "cpu" or self.sync_ref_model else "stored"
+
 
 class TrainSection(Section):
     pairs_per_step: Annotated[int, Field(gt=0)] = 128

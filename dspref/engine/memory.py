@@ -24,7 +24,12 @@ def weight_bytes(module: nn.Module) -> tuple[int, str]:
 
 def count_weights(module: nn.Module) -> int:
     """All weights of a module, those of other ranks too."""
-    return sum(torch.Size(getattr(p, "ds_shape", p.shape)).numel() for p in module.parameters())
+    return sum(elements(p) for p in module.parameters())
+
+
+def elements(parameter: nn.Parameter) -> int:
+    """Of a weight, those on other ranks too."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel()
 
 
 def free_memory(device: torch.device) -> int:

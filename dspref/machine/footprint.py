@@ -54,7 +54,7 @@ def checkpoints_to_come(rules: CheckpointSection, steps: int | None, output_dir:
 def _adapted(model: ModelSection, weights: int) -> int:
     """Weights of a LoRA adapter on every linear layer: two thin matrices of rank r in place of a square one."""
     lora, text = model.lora, read_config(model)
-    hidden = _number(text, "hidden_size", "n_embd", default=weights)
+    hidden = number_of(text, "hidden_size", "n_embd", default=weights)
     return round(weights * min(1.0, 2 * (lora.r if lora else 0) / hidden))
 
 
@@ -102,23 +102,29 @@ def read_config(section: ModelSection) -> dict[str, Any]:
 
 def _by_config(text: dict[str, Any]) -> int | None:
     """Embeddings, attention and MLPs of a decoder; biases and norms are too few to count."""
-    hidden, layers = _number(text, "hidden_size", "n_embd"), _number(text, "num_hidden_layers", "n_layer")
+    hidden, layers = number_of(text, "hidden_size", "n_embd"), number_of(text, "num_hidden_layers", "n_layer")
     if not (hidden and layers):
         return None
-    heads = _number(text, "num_attention_heads", "n_head", default=1)
-    width = _number(text, "head_dim", default=hidden // heads)
-    shared = _number(text, "num_key_value_heads", default=heads)
-    inner = _number(text, "intermediate_size", "n_inner", default=4 * hidden)
-    experts = _number(text, *EXPERTS, default=1)
+    heads = number_of(text, "num_attention_heads", "n_head", default=1)
+    width = number_of(text, "head_dim", default=hidden // heads)
+    shared = number_of(text, "num_key_value_heads", default=heads)
+    inner = number_of(text, "intermediate_size", "n_inner", default=4 * hidden)
+    experts = number_of(text, *EXPERTS, default=1)
     if experts > 1:
-        inner = _number(text, "moe_intermediate_size", default=inner)
+        inner = number_of(text, "moe_intermediate_size", default=inner)
     gpt2 = "n_embd" in text  # whose MLP has no gate, and whose head is its embedding
     attention = 2 * hidden * width * (heads + shared)
     mlp = (2 if gpt2 else 3) * hidden * inner * experts
     heads_of_vocabulary = 1 if text.get("tie_word_embeddings", gpt2) else 2
-    return layers * (attention + mlp) + heads_of_vocabulary * hidden * _number(text, "vocab_size")
+    return layers * (attention + mlp) + heads_of_vocabulary * hidden * number_of(text, "vocab_size")
 
 
-def _number(text: dict[str, Any], *names: str, default: int = 0) -> int:
-    found = (text[name] for name in names if isinstance(text.get(name), int) and text[name] > 0)
-    return next(found, default)
+def number_of(text: dict[str, Any], *names: str, default: int = 0) -> int:
+    """The first of these that a config has; of a value for each layer, the mean."""
+    for name in names:
+        value = text.get(name)
+        if isinstance(value, list) and value and all(isinstance(x, int) for x in value):
+            value = round(sum(value) / len(value))
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return default

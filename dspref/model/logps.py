@@ -11,22 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from dspref.data.batch import PROMPT, PackedBatch
+from dspref.model import head_room
+from dspref.model.head_room import PART, TILE, fits
 from dspref.objectives.families import PairLogps
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
-
-# fp32 logits alive at once, whatever the batch and the vocabulary: 128 MB feed a GPU, 16 MB stay near a CPU's caches.
-LOGITS_PER_CHUNK = 2**25
-LOGITS_PER_CPU_CHUNK = 2**22
-# Rows of the head that the backward pass meets at a time, at least: each part of the vocabulary is added to the gradients of
-# all hidden states, so that many small ones would cost more than their matrix products.
-PART = 4096
-# GPUs multiply in tiles.
-TILE = 128
-# fp32 probabilities that may stay until the backward pass, which then needs no second look at the head: 512 and 256 MB.
-KEPT, KEPT_ON_CPU = 2**27, 2**26
 
 
 @dataclass(frozen=True)
@@ -280,27 +271,18 @@ def _room_for_all(hidden: Tensor, weight: Tensor) -> Tensor | None:
     return hidden.new_empty(shape, dtype=torch.float32) if fits(*shape, hidden.device.type) else None
 
 
-def fits(scored: int, vocabulary: int, device_type: str) -> bool:
-    """Whether the probabilities of so many tokens are kept for the backward pass."""
-    return scored * vocabulary <= (KEPT_ON_CPU if device_type == "cpu" else KEPT)
-
-
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """The scored tokens, a chunk at a time with the whole vocabulary."""
-    size = max(1, _room(hidden) // weight.shape[0])
+    size = max(1, head_room.room(hidden.device.type) // weight.shape[0])
     return _slices(hidden.shape[0], size if hidden.is_cpu else -(-size // TILE) * TILE)
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice]]:
     """(parts of the vocabulary, chunks of the scored tokens): all tokens at once where they are few."""
-    room, words, rows = _room(hidden), weight.shape[0], max(hidden.shape[0], 1)
+    room, words, rows = head_room.room(hidden.device.type), weight.shape[0], max(hidden.shape[0], 1)
     part = min(max(_in_tiles(room // rows), PART), words)
     chunk = rows if room // part >= rows else _in_tiles(max(room // part, 1))
     return _slices(words, part), _slices(hidden.shape[0], chunk)
-
-
-def _room(hidden: Tensor) -> int:
-    return LOGITS_PER_CPU_CHUNK if hidden.is_cpu else LOGITS_PER_CHUNK
 
 
 def _in_tiles(size: int) -> int:

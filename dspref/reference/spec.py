@@ -31,13 +31,8 @@ class ReferenceSpec:
 
     @property
     def mode(self) -> str:
-        """none, stored, engine or adapter. `auto` is the cheapest that is exact: none where none is needed, else stored."""
-        if self.section.mode != "auto":
-            return self.section.mode
-        if not self.needed:
-            return "none"
-        # Offloading is for a model that stays, and what moves cannot be stored.
-        return "engine" if self.section.offload == "cpu" or self.section.sync_ref_model else "stored"
+        """none, stored, engine or adapter."""
+        return self.section.mode_where(self.needed)
 
     @property
     def is_another(self) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
-from dspref.config import ModelSection
-from dspref.data.loader import StepLoader, place
+from dspref.config import ModelSection, TrainSection
+from dspref.data.loader import StepLoader, count, place
 from dspref.engine import memory
 from dspref.engine.engine import Engine
+from dspref.machine import footprint, memory_plan
+from dspref.machine.memory_plan import Layout, Pack
+from dspref.machine.shapes import of_tensors
 from dspref.model import admission, attention
 from dspref.report import performance
 
@@ -18,9 +22,6 @@ WORTH_SAYING = 0.10
 # Tokens per rank and gather at which compute hides ZeRO-3's traffic in a dense bf16 model: 6 FLOPs a weight at half of an
 # H100's peak against three transfers of 2 bytes at 350 GB/s. With slower links it takes more.
 TOKENS_PER_GATHER = 1_100
-# Without checkpointing, a layer keeps about so many vectors of its hidden size for each token, by bytes per value (in 16
-# bits two norms keep their inputs in fp32), and 4 of its MLP's: counted on transformers' layers with grouped heads.
-HIDDEN_KEPT, MLP_KEPT = {2: 10.5, 4: 8.5}, 4
 # Steps of the first epoch that are planned to see how packs come out: it takes milliseconds.
 STEPS_LOOKED_AT = 20
 # Of a budget over the tokens that it is for, as pairs cannot be cut.
@@ -40,8 +41,6 @@ class Facts:
     waiting: float
     tokens_per_rank: int
     """Computed in a step."""
-    largest_pack: int
-    """Tokens."""
     fewer_packs: tuple[int, float] | None
     """A budget of tokens that was tried, and the packs per step that it gives, where those are fewer."""
     faster_kernel: str | None
@@ -50,48 +49,74 @@ class Facts:
     """All weights over those that a token meets: 1 for a dense model."""
     checkpointing: bool
     kept_bytes: int
-    """That a token's activations would take without gradient checkpointing."""
+    """That activations and the LM head would take without gradient checkpointing."""
     free_bytes: int
+    """That neither the run has yet nor the optimizer will need."""
 
 
 def of_run(
-    section: ModelSection, pairs_per_step: int, zero_stage: int, policy: Engine, loader: StepLoader, kernel: str
+    section: ModelSection,
+    train: TrainSection,
+    strategy: Mapping[str, Any],
+    policy: Engine,
+    loader: StepLoader,
+    kernel: str,
 ) -> list[str]:
-    """Advice for a run whose models are in memory."""
+    """Advice for a run whose models are in memory, under a DeepSpeed strategy."""
     steps, packing = loader.epoch(0)[:STEPS_LOOKED_AT], loader.packing
     placed = [place(loader.store, ids, packing) for ids in steps]
     lm, world = policy.module.lm, packing.world_size
-    text, size = lm.config.get_text_config(), performance.size_of(policy.module)
-    hidden = performance.number_in(text, "hidden_size", default=0)
-    mlp, layers = (
-        performance.number_in(text, name, default=otherwise)
-        for name, otherwise in (("intermediate_size", 4 * hidden), ("num_hidden_layers", 0))
-    )
-    value = 4 if section.dtype == "float32" else 2
+    size = performance.size_of(policy.module)
     packs, per_rank = fmean(len(p.ids[0]) for p in placed), fmean(p.tokens for p in placed) / world
     budget = -int(-per_rank * ROOM // max(int(per_rank / packing.tokens_per_pack), 1) // 256) * 256
     larger = replace(packing, tokens_per_pack=budget)
     then = fmean(len(place(loader.store, ids, larger).ids[0]) for ids in steps)
-    # Gradients are not there yet: fp32 ones, and before they are reduced those of the run's type.
-    coming = 6 * memory.count_weights(lm) // (world if zero_stage >= 2 else 1)
+    layout = Layout(
+        policy.device.type,
+        footprint.BYTES[section.dtype],
+        world,
+        packs=2 if packs > 1 else 1,
+        checkpointing=False,
+        moments=2 if train.optim == "adamw_8bit" else 8,
+        kernel="sdpa" if kernel == "sdpa" else "fused",
+        liger=section.liger,
+        four_bits=section.load_in_4bit,
+        **memory_plan.zero_settings(strategy),
+    )
+    tokens = sum(p.tokens for p in placed)
+    shares = sum(p.scored for p in placed) / tokens, sum(count(loader.store, ids)["tokens"] for ids in steps) / tokens
+    largest = max(p.largest for p in placed)
+    kept, coming = still_to_come(section, lm, layout, Pack(largest, round(largest * shares[0]), shares[1]))
     facts = Facts(
         device=policy.device.type,
-        zero_stage=zero_stage,
+        zero_stage=layout.stage,
         world_size=world,
-        pairs_per_step=pairs_per_step,
+        pairs_per_step=train.pairs_per_step,
         packs_per_step=packs,
         fill=fmean(p.fill for p in placed),
         waiting=fmean(p.waiting for p in placed),
         tokens_per_rank=round(per_rank),
-        largest_pack=max(p.largest for p in placed),
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
         faster_kernel=_faster_kernel(section, policy, kernel),
         sparsity=memory.count_weights(lm) / max(size.body + size.head, 1),
         checkpointing=section.gradient_checkpointing,
-        kept_bytes=round(kept_per_token(hidden, mlp, layers, value)),
+        kept_bytes=kept,
         free_bytes=memory.free_memory(policy.device) - coming,
     )
     return list(lines(facts))
+
+
+def still_to_come(section: ModelSection, lm: Any, layout: Layout, pack: Pack) -> tuple[int, int]:
+    """Bytes that a run whose models are in memory will need yet: (for activations and the head, for all else), by the
+    estimate that `dspref plan` shows."""
+    named = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in lm.named_parameters()}
+    own = {name: shape for name, shape in named.items() if ".lora_" not in name}
+    trained = sum(memory.elements(p) for p in lm.parameters() if p.requires_grad)
+    shape = replace(of_tensors(own, lm.config.get_text_config().to_dict(), section.lora), trained=trained)
+    parts = memory_plan.estimate(shape, layout, pack).parts
+    kept = parts["activations"] + parts["LM head"]
+    there = sum(parts[name] for name in ("weights", "fp32 masters", "reference", "framework"))
+    return kept, sum(parts.values()) - kept - there
 
 
 def _faster_kernel(section: ModelSection, policy: Engine, kernel: str) -> str | None:
@@ -127,17 +152,12 @@ def lines(facts: Facts) -> Iterator[str]:
             f"each gather of the weights serves {per_gather:,.0f} tokens, and compute hides it from about {needed:,.0f} on: "
             "raise data.tokens_per_pack, use fewer ranks, or stage 2 where the weights fit"
         )
-    kept = facts.kept_bytes * facts.largest_pack
+    kept = facts.kept_bytes
     if facts.checkpointing and 0 < kept < facts.free_bytes / 2:
         yield (
             f"activations would take about {_size(kept)} of {_size(facts.free_bytes)} free memory: "
             "model.gradient_checkpointing=false saves about a quarter of the compute"
         )
-
-
-def kept_per_token(hidden: float, mlp: float, layers: float, bytes_per_value: int) -> float:
-    """Bytes of activations for each token, with gated MLPs; scores of attention are kept by no fused kernel."""
-    return layers * bytes_per_value * (HIDDEN_KEPT[bytes_per_value] * hidden + MLP_KEPT * mlp)
 
 
 def _size(count: float) -> str:

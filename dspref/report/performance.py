@@ -1,19 +1,14 @@
-"""How fast a run is, and why: time by phase, tokens and floating-point operations per second, memory.
-
-Operations are counted, not measured: 2 per weight and token of every matrix product, 4 per query, key and attention channel;
-the backward pass costs the same again for activations, and again for weights that are trained.
-"""
+"""How fast a run is, and why: time by phase, tokens and floating-point operations per second, memory."""
 
 from __future__ import annotations
 
-import re
 import resource
 import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,19 +16,14 @@ from dspref import distributed
 from dspref.config import ModelSection
 from dspref.data.loader import Step
 from dspref.engine.engine import Engine
+from dspref.machine.flops import ModelSize, Work, of_step
 from dspref.machine.footprint import EXPERTS
-from dspref.model.logps import fits
+from dspref.machine.gpus import peak_of
+from dspref.model.head_room import fits
 from dspref.model.packed import PackedCausalLM
 from dspref.reference.modes import Reference
 
 PHASES = ("data", "forward", "reference", "backward", "update")
-
-# Dense bf16 matrix products, TFLOP/s, by words of the device's name, from data sheets. The first match counts.
-PEAK_TFLOPS = {
-    "B200": 2250, "GB200": 2500, "H200": 989, "GH200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989,
-    "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A10G": 70, "A10": 125, "RTX A6000": 155, "L40S": 362, "L40": 181,
-    "L4": 121, "MI300X": 1307, "MI250X": 383,
-}  # fmt: skip
 
 
 class Clock:
@@ -67,39 +57,6 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-class Work(NamedTuple):
-    """What a model is asked to compute: tokens through its layers, tokens scored by its head, and (query, key) pairs."""
-
-    tokens: int
-    scored: int
-    attention: int
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Weights that one token meets in matrix products: of the layers, of the head; how many of them are trained; and the
-    channels of attention over all layers."""
-
-    body: float
-    head: float
-    trained_body: float
-    trained_head: float
-    channels: float
-
-    def forward(self, work: Work) -> float:
-        """FLOPs of a forward pass."""
-        return 2 * (self.body * work.tokens + self.head * work.scored) + 4 * self.channels * work.attention
-
-    def recomputed(self, work: Work) -> float:
-        """FLOPs of the forward pass that gradient checkpointing repeats: all but the head."""
-        return self.forward(work._replace(scored=0))
-
-    def backward(self, work: Work) -> float:
-        """FLOPs of a backward pass."""
-        weights = 2 * (self.trained_body * work.tokens + self.trained_head * work.scored)
-        return self.forward(work) + weights + 4 * self.channels * work.attention
 
 
 def size_of(model: PackedCausalLM) -> ModelSize:
@@ -190,17 +147,15 @@ class Account:
     def flops(self, step: Step) -> tuple[float, float]:
         """(of the policy's forward and backward, of all that is executed) in a step, on all ranks."""
         work = Work(step.computed_tokens, step.scored_tokens, step.attention_pairs)
-        useful = executed = self.policy.forward(work) + self.policy.backward(work)
         packs = step.num_packs * distributed.world().size
-        if self.recomputes:
-            executed += self.policy.recomputed(work)
-        if not fits(step.scored_tokens // packs, self.vocabulary, self.device.type):
-            executed += 2 * self.policy.head * work.scored  # the head is met again in the backward pass
-        if self.looks_ahead and packs > 1:
-            executed += self.policy.forward(work)
-        if self.reference:
-            executed += self.reference.forward(work)
-        return useful, executed
+        return of_step(
+            self.policy,
+            self.reference,
+            work,
+            recomputes=self.recomputes,
+            head_again=not fits(step.scored_tokens // packs, self.vocabulary, self.device.type),
+            looks_ahead=self.looks_ahead and packs > 1,
+        )
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -208,11 +163,6 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda" or dtype == "float32":
         return None
     return peak_of(torch.cuda.get_device_name(device))
-
-
-def peak_of(name: str) -> float | None:
-    """FLOP/s of a device of this name: whole words, as an RTX A1000 is no A100."""
-    return next((1e12 * tflops for words, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> int:

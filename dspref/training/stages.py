@@ -14,14 +14,14 @@ import numpy as np
 from dspref import config as configuration
 from dspref import distributed
 from dspref.config import Config, ModelSection
-from dspref.data.loader import Packing, StepLoader, sharing_pays
-from dspref.data.plan import rows_per_epoch
+from dspref.data.loader import Packing, StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
 from dspref.engine import ds_config, finite
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
-from dspref.machine import agreement, preflight
+from dspref.machine import agreement, preflight, run_plan, shapes
 from dspref.machine.context import FAIL, CheckContext, Verdict
+from dspref.machine.gpus import Gpu
 from dspref.model import adapters, loading, packed
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe, needs_reference
@@ -33,6 +33,7 @@ from dspref.report import console
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder
 from dspref.run.settings import refuse_changes
+from dspref.training import foresight
 from dspref.training.closing import show_summary
 from dspref.training.model_card import Recipe, adapter_in_words
 from dspref.watch import lock
@@ -131,17 +132,28 @@ def check_environment(config: Config, device_type: str) -> None:
 
 def plan(config: Config, pairs: PairStore) -> tuple[Packing, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run."""
-    data, world = config.data, distributed.world()
-    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
-    sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
-    prompts = build_objective(**config.objective.model_dump()).scores_prompt
-    packing = Packing(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt=prompts)
-    weights = [source.weight for source in data.train_sources]
-    if not rows_per_epoch(pairs.source_rows, weights):
-        raise DataError("data.train: the weights leave no pair per epoch; raise them")
-    return packing, StepLoader(
-        pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, packing, together
-    )
+    world, prompts = distributed.world(), build_objective(**config.objective.model_dump()).scores_prompt
+    return foresight.steps_of(config.data, config.train, pairs, prompts, world.rank, world.size)
+
+
+def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int | None) -> dict[str, Any]:
+    """What the run would need on such a machine: `run_plan.plan`. Reads its data, where they are here and no mean length is
+    given; no weights.
+
+    Raises ConfigError where the model's config.json is not here, and as the run would for its data.
+    """
+    loading.quiet()
+    objective, data, ranks = build_objective(**config.objective.model_dump()), config.data, gpus * nodes
+    machine = run_plan.Machine(card, gpus, nodes)
+    shapes.of_section(config.model)  # before the data, which may take long
+    load = foresight.load(config.model, data, config.train, objective.scores_prompt, ranks, mean_tokens)
+    needed = needs_reference(**config.objective.model_dump())
+    run = run_plan.asked(config.model, config.reference, config.train.optim, needed, config.strategy, machine, load)
+    return run_plan.plan(
+        run, config.model, config.train, config.checkpoint, Path(config.output_dir), machine, load,
+        tokens_per_pack=data.tokens_per_pack, looks_ahead=objective.couples or config.model.router_aux_scope == "step",
+        scores_reference=config.reference.mode_where(needed) == "stored",
+    )  # fmt: skip
 
 
 def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, steps: int) -> dict[str, Need]:

@@ -24,7 +24,7 @@ ABOVE = {
     "distributed": {"ranks"},
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "commandline": set(),
-    "cli": {"commandline", "config", "launcher", "machine", "objectives", "run", "slurm", "training"},
+    "cli": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
     "__main__": {"cli"},
 }
 
@@ -40,7 +40,7 @@ OWNERS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"report.trackers"},
     "tensorboard": {"report.trackers"},
     "typer": {"cli", "commandline"},
-    "rich": {"cli", "report.console"},
+    "rich": {"cli", "report.console", "report.plan_table"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
     "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
@@ -60,9 +60,9 @@ PURE_FILES = {"model.attention", "model.logps", "model.router"}
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
-    "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "model.weights", "processes", "reading",
-    "reference.store", "run.manifest", "run.record", "run.status", "secrets", "terminal", "watch.interruption",
-    "watch.lock",
+    "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "model.head_room", "model.weights",
+    "processes", "reading", "reference.store", "run.manifest", "run.record", "run.status", "secrets", "terminal",
+    "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 

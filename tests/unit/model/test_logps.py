@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch, collate
 from dspref.data.truncate import TokenizedPair
+from dspref.model import head_room
 from dspref.model import logps as module
 from dspref.model.logps import HeadTransform, TokenLogps, pair_logps, scored_logps, scored_tokens
 
@@ -30,9 +31,9 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Five rows at a time: 23 scored tokens make four whole chunks and a rest; with probabilities that stay until the
     backward pass, and with ones that are made again, for ten words of the vocabulary and all tokens at a time, or for thirty
     words and eight tokens."""
-    monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 5 * V + 1)
+    monkeypatch.setattr(head_room, "LOGITS_PER_CPU_CHUNK", 5 * V + 1)
     if request.param != "kept":
-        monkeypatch.setattr(module, "KEPT_ON_CPU", 0)
+        monkeypatch.setattr(head_room, "KEPT_ON_CPU", 0)
         monkeypatch.setattr(module, "PART", 30 if request.param == "made again in blocks" else 1)
 
 
@@ -101,8 +102,8 @@ def test_chunk_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) 
     hidden, weight, offset, targets = head()
     whole = scored_logps(hidden, weight, offset, targets, with_collision=True)
     expected = torch.autograd.grad(whole.logps.sum(), (hidden, weight, offset))
-    monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", rows * V)
-    monkeypatch.setattr(module, "KEPT_ON_CPU", 0)
+    monkeypatch.setattr(head_room, "LOGITS_PER_CPU_CHUNK", rows * V)
+    monkeypatch.setattr(head_room, "KEPT_ON_CPU", 0)
     chunked = scored_logps(hidden, weight, offset, targets, with_collision=True)
     for ours, theirs in zip(chunked, whole):
         assert_close(ours, theirs)
@@ -111,7 +112,7 @@ def test_chunk_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_vocabulary_larger_than_a_chunk_still_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 1)
+    monkeypatch.setattr(head_room, "LOGITS_PER_CPU_CHUNK", 1)
     hidden, weight, offset, targets = head(count=3)
     ours, theirs = scored_logps(hidden, weight, offset, targets), plain(hidden, weight, offset, targets, HeadTransform())
     assert_close(ours.logps, theirs[0])
@@ -171,9 +172,9 @@ def test_bf16_inputs_are_reduced_in_fp32(small_chunks: None) -> None:
 @pytest.mark.parametrize(("kept", "part"), [(0, 1), (0, 2), (10**6, 1)])
 def test_gradients_accumulate_in_fp32(kept: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, 128 + 0.5 is 128: hundreds of equal shares, of tokens or of parts of the vocabulary, would stop adding up."""
-    monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 1)
+    monkeypatch.setattr(head_room, "LOGITS_PER_CPU_CHUNK", 1)
     monkeypatch.setattr(module, "PART", part)
-    monkeypatch.setattr(module, "KEPT_ON_CPU", kept)
+    monkeypatch.setattr(head_room, "KEPT_ON_CPU", kept)
     count = 400
     hidden = torch.ones(count, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -242,7 +243,7 @@ def test_blocks_are_whole_tiles_on_a_gpu() -> None:
             assert all((s.stop - s.start) % 128 == 0 for s in slices[:-1])
         assert parts[0].stop >= min(4096, vocabulary)
         assert len(blocks) <= 1 or parts[0].stop == 4096
-        assert parts[0].stop * max((b.stop - b.start for b in blocks), default=0) <= module.LOGITS_PER_CHUNK
+        assert parts[0].stop * max((b.stop - b.start for b in blocks), default=0) <= head_room.LOGITS_PER_CHUNK
 
 
 @pytest.mark.parametrize("with_collision", [False, True])
@@ -266,8 +267,8 @@ def test_both_ways_to_normalize_agree(keep: bool, with_collision: bool) -> None:
 def test_16_bit_logits_are_rounded_only_where_torch_must(bias: bool, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU has no product of bf16 matrices into fp32: there logits are what bf16 has of them. A GPU has one, for which the
     fp32 product of the same numbers stands in: log-probs are off by what fp32 rounds."""
-    monkeypatch.setattr(module, "LOGITS_PER_CPU_CHUNK", 5 * V + 1)
-    monkeypatch.setattr(module, "KEPT_ON_CPU", kept)
+    monkeypatch.setattr(head_room, "LOGITS_PER_CPU_CHUNK", 5 * V + 1)
+    monkeypatch.setattr(head_room, "KEPT_ON_CPU", kept)
     monkeypatch.setattr(module, "PART", 30)
     hidden, weight, offset, targets = head(bias=bias, dtype=torch.bfloat16)
     inputs = [x for x in (hidden, weight, offset) if x is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,17 +11,20 @@ import torch
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
+from dspref.config import ModelSection
 from dspref.data.batch import collate
 from dspref.data.truncate import TokenizedPair
+from dspref.machine.memory_plan import Layout, Pack, estimate, kept_per_token
+from dspref.machine.shapes import of_tensors
 from dspref.model.attention import PACKED
 from dspref.model.packed import PackedCausalLM
-from dspref.report.advice import Facts, kept_per_token, lines
+from dspref.report.advice import Facts, lines, still_to_come
 
 GIB = 2**30
 GOOD = Facts(
     device="cuda", zero_stage=3, world_size=8, pairs_per_step=256, packs_per_step=2, fill=0.95, waiting=0.03,
-    tokens_per_rank=31_000, largest_pack=16_000, fewer_packs=None, faster_kernel=None, sparsity=1.0, checkpointing=True,
-    kept_bytes=4 * 10**6, free_bytes=60 * GIB,
+    tokens_per_rank=31_000, fewer_packs=None, faster_kernel=None, sparsity=1.0, checkpointing=True,
+    kept_bytes=60 * GIB, free_bytes=60 * GIB,
 )  # fmt: skip
 
 
@@ -36,8 +40,8 @@ def test_a_good_run_hears_nothing() -> None:
         ({"fill": 0.55, "fewer_packs": (18_944, 1.0)}, {"fewer_packs": None}, "data.tokens_per_pack=18944 needs 1 a step"),
         ({"tokens_per_rank": 900, "packs_per_step": 1}, {"world_size": 1}, "serves 900 tokens"),
         ({"sparsity": 20}, {"zero_stage": 2}, "from about 22,000 on"),
-        ({"kept_bytes": 10**6}, {"checkpointing": False}, "model.gradient_checkpointing=false"),
-        ({"kept_bytes": 10**6}, {"largest_pack": 40_000}, "model.gradient_checkpointing=false"),
+        ({"kept_bytes": 16 * GIB}, {"checkpointing": False}, "model.gradient_checkpointing=false"),
+        ({"kept_bytes": 16 * GIB}, {"free_bytes": 20 * GIB}, "model.gradient_checkpointing=false"),
     ],
 )
 def test_each_advice_names_its_setting_and_comes_alone(bad, mended, said) -> None:
@@ -47,20 +51,38 @@ def test_each_advice_names_its_setting_and_comes_alone(bad, mended, said) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("family", "mlp"), [("llama", 1792), ("qwen2", 2816)])
-def test_activations_are_those_that_a_layer_keeps(family: str, mlp: int, dtype: torch.dtype) -> None:
-    """Counted in real layers, with the proportions of Llama-3.1-8B and Qwen2.5-1.5B: the second and third of three."""
-    kept = {layers: kept_by(family, dtype, layers, 512, mlp) for layers in (1, 3)}
-    expected = kept_per_token(512, mlp, 2, torch.finfo(dtype).bits // 8)
-    assert kept[3] - kept[1] == pytest.approx(expected, rel=0.1)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("family", "keys"), [("llama", 1), ("llama", 4), ("qwen2", 2), ("qwen3", 1), ("qwen3", 4)])
+def test_activations_are_those_that_a_layer_keeps(family: str, keys: int, shared: bool, dtype: torch.dtype) -> None:
+    """Counted in real layers: the second and third of three."""
+    few, tokens, attended, _ = kept_by(family, dtype, 1, keys, shared)
+    many, _, _, lm = kept_by(family, dtype, 3, keys, shared)
+    shape = of_tensors({n: tuple(p.shape) for n, p in lm.named_parameters()}, lm.config.to_dict(), None)
+    layout = Layout("cpu", dtype.itemsize, 1, 2, kernel="sdpa")
+    expected = tokens * kept_per_token(shape, layout, attended / tokens)
+    assert (many - few) / 2 == pytest.approx(expected, rel=0.02)
 
 
-def kept_by(family: str, dtype: torch.dtype, layers: int, hidden: int, mlp: int) -> float:
-    """Bytes for each token that a forward keeps for the backward pass."""
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
-    config = tiny_config(family, 256, hidden_size=hidden, intermediate_size=mlp, **heads)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_keep_what_their_tokens_need(dtype: torch.dtype) -> None:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "decoder_sparse_step": 1}
+    few, tokens, attended, _ = kept_by("qwen3_moe", dtype, 1, 2, False, **experts)
+    many, _, _, lm = kept_by("qwen3_moe", dtype, 3, 2, False, **experts)
+    shape = of_tensors({n: tuple(p.shape) for n, p in lm.named_parameters()}, lm.config.to_dict(), None)
+    assert shape.inner == 512 and shape.copies == 2
+    expected = tokens * kept_per_token(shape, Layout("cpu", dtype.itemsize, 1, 2, kernel="sdpa"), attended / tokens)
+    assert (many - few) / 2 == pytest.approx(expected, rel=0.1)
+
+
+def kept_by(
+    family: str, dtype: torch.dtype, layers: int, keys: int, shared: bool, **more: int
+) -> tuple[float, int, int, Any]:
+    """(bytes that a forward keeps for the backward pass, tokens, keys that are attended to, the model)."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": keys, "num_hidden_layers": layers, **more}
+    config = tiny_config(family, 256, hidden_size=512, intermediate_size=1792, **heads)
     lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED).train()
-    batch = collate([TokenizedPair(*[np.arange(n, dtype=np.int32) for n in (40, 80, 80)])], [0], prefix_sharing=False)
+    pair = TokenizedPair(*[np.arange(start, start + n, dtype=np.int32) for start, n in ((0, 40), (40, 80), (120, 80))])
+    batch = collate([pair], [0], prefix_sharing=shared)
     weights, seen = {p.untyped_storage().data_ptr() for p in lm.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,4 +93,15 @@ def kept_by(family: str, dtype: torch.dtype, layers: int, hidden: int, mlp: int)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         PackedCausalLM(lm, "sdpa")(batch)
-    return sum(storage.nbytes() for storage in seen.values()) / len(batch.input_ids)
+    kept = sum(storage.nbytes() for storage in seen.values())
+    return kept, len(batch.input_ids), int(batch.cu_seqlens_k[-1]), lm
+
+
+def test_advice_and_plan_have_one_estimate() -> None:
+    _, _, _, lm = kept_by("llama", torch.float32, 2, 2, False)
+    shape = of_tensors({n: tuple(p.shape) for n, p in lm.named_parameters()}, lm.config.to_dict(), None)
+    layout, pack = Layout("cpu", 4, 2, 2, packs=2, checkpointing=False, kernel="sdpa"), Pack(10_000, 5_000)
+    parts = estimate(shape, layout, pack).parts
+    kept, coming = still_to_come(ModelSection(name_or_path="m"), lm, layout, pack)
+    assert kept == parts["activations"] + parts["LM head"] and kept > 2e8
+    assert coming == parts["optimizer states"] + parts["gradients"] + parts["ZeRO buffers"] > 0

@@ -149,7 +149,7 @@ def test_medians_leave_the_first_step_out() -> None:
         ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
         ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GH200 480GB", 989), ("NVIDIA GB200", 2500), ("NVIDIA L40S", 362),
         ("NVIDIA L4", 121), ("NVIDIA A10G", 70), ("AMD Instinct MI300X", 1307), ("NVIDIA RTX A6000", 155),
-        ("NVIDIA RTX A1000", None), ("NVIDIA RTX A4000", None), ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA RTX A1000", None), ("NVIDIA RTX A4000", None), ("NVIDIA GeForce RTX 4090", 165),
         ("Tesla V100-SXM2-32GB", None),
     ],
 )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Which ZeRO stages a run fits at, the largest pack that does, and what to change where it does not fit.
+
+`longest`: tokens of the longest pair, which no pack can be smaller than; `room`: bytes that a plan may fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dspref.machine import memory_plan
+from dspref.machine.memory_plan import Estimate, Layout, Pack
+from dspref.machine.shapes import ModelShape
+
+GIB = 2**30
+# The longest budget that is tried.
+MOST_TOKENS = 2**20
+# A change is worth naming that saves more than this share of the memory.
+WORTH_NAMING = 0.01
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run, as far as its memory goes."""
+
+    shape: ModelShape
+    layout: Layout
+    pack: Pack
+    moving: bool = False
+    """Whether the reference follows the policy, so that it cannot be stored."""
+    optim: str = "adamw"
+
+    @property
+    def needs(self) -> Estimate:
+        return memory_plan.estimate(self.shape, self.layout, self.pack)
+
+
+def strategies(run: Asked) -> Iterator[tuple[str, Layout, bool]]:
+    """(name, layout, whether it is the run's own) of every ZeRO stage, and of offload where the device has a host."""
+    own, on_gpu = run.layout, run.layout.device == "cuda"
+    kinds = [(0, "gpu", "gpu")] * (own.value == 4) + [(1, "gpu", "gpu"), (2, "gpu", "gpu")]
+    kinds += [(2, "cpu", "gpu")] * on_gpu + [(3, "gpu", "gpu")]
+    kinds += [(3, "cpu", "gpu"), (3, "cpu", "cpu")] * on_gpu
+    here = (own.stage, own.states_on, own.weights_on)
+    if here not in kinds:
+        kinds.append(here)
+    for stage, states_on, weights_on in sorted(kinds, key=lambda kind: (kind[0], kind[1] != "gpu", kind[2] != "gpu")):
+        kind = (stage, states_on, weights_on)
+        yield name_of(*kind), own if kind == here else _with(own, *kind), kind == here
+
+
+def name_of(stage: int, states_on: str, weights_on: str) -> str:
+    off = [f"{what} on {where}" for what, where in (("states", states_on), ("weights", weights_on)) if where != "gpu"]
+    return f"ZeRO-{stage}" + (f", {', '.join(off)}" if off else "")
+
+
+def _with(own: Layout, stage: int, states_on: str, weights_on: str) -> Layout:
+    live = own.reference and replace(own.reference, sharded=stage == 3)
+    overlap = stage == 3 or (own.overlap and stage == own.stage)
+    return replace(own, stage=stage, states_on=states_on, weights_on=weights_on, overlap=overlap, reference=live)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to change
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that makes a run smaller, with what it costs; bytes of the run with it and all changes before it."""
+
+    setting: str
+    cost: str
+    saves: int
+    total: int
+
+
+def changes(run: Asked, longest: int, room: float) -> list[Change]:
+    """What to change, in order, until the run fits: first what costs nothing, last what changes the result. Each stands on
+    those before it. What a later one makes needless is left out, the dearest first."""
+    chain: list[Step] = []
+    for step in STEPS:
+        if _after(run, chain, longest, room).needs.total <= room:
+            break
+        chain.append(step)
+    if _after(run, chain, longest, room).needs.total <= room:
+        for step in chain[-2::-1]:
+            without = [other for other in chain if other is not step]
+            chain = without if _after(run, without, longest, room).needs.total <= room else chain
+    return _followed(run, chain, longest, room)
+
+
+def _followed(run: Asked, chain: Sequence[Step], longest: int, room: float) -> list[Change]:
+    found: list[Change] = []
+    for step in chain:
+        if proposal := step(run, longest, room):
+            setting, cost, then = proposal
+            before, total = run.needs.total, then.needs.total
+            if before - total > WORTH_NAMING * before:
+                found.append(Change(setting, cost, before - total, total))
+                run = then
+    return found
+
+
+def _after(run: Asked, chain: Sequence[Step], longest: int, room: float) -> Asked:
+    for step in chain:
+        if proposal := step(run, longest, room):
+            run = proposal[2] if proposal[2].needs.total < (1 - WORTH_NAMING) * run.needs.total else run
+    return run
+
+
+Proposal = tuple[str, str, Asked] | None
+Step = Callable[[Asked, int, float], Proposal]
+
+
+def _laid(run: Asked, **updates: Any) -> Asked:
+    return replace(run, layout=replace(run.layout, **updates))
+
+
+def _store(run: Asked, longest: int, room: float) -> Proposal:
+    if run.layout.reference is None or run.moving:
+        return None
+    return "reference.mode=stored", "one pass over the pairs, once", _laid(run, reference=None)
+
+
+def _shard(run: Asked, longest: int, room: float) -> Proposal:
+    """The lowest stage that fits, else the third."""
+    own = run.layout
+    higher = [_with(own, stage, own.states_on, own.weights_on) for stage in (2, 3) if stage > own.stage]
+    if own.ranks == 1 or not higher:
+        return None
+    fitting = (one for one in higher if memory_plan.estimate(run.shape, one, run.pack).total <= room)
+    then = next(fitting, higher[-1])
+    file = f"zero{then.stage}_offload" if own.states_on != "gpu" else f"zero{then.stage}"
+    cost = "traffic: weights are gathered as they are used" if then.stage == 3 else "none"
+    return f"deepspeed=ds_configs/{file}.json", cost, replace(run, layout=then)
+
+
+def _recompute(run: Asked, longest: int, room: float) -> Proposal:
+    if run.layout.checkpointing:
+        return None
+    return "model.gradient_checkpointing=true", "about a quarter more compute", _laid(run, checkpointing=True)
+
+
+def _smaller(run: Asked, longest: int, room: float) -> Proposal:
+    """The largest budget that fits, else the longest pair, below which packs do not get smaller."""
+    tokens = max(largest_budget(run, room), longest)
+    if tokens >= run.pack.tokens:
+        return None
+    smaller = replace(_laid(run, packs=2), pack=memory_plan.scaled(run.pack, tokens))
+    return f"data.tokens_per_pack={tokens}", "more packs a step, each with less to compute; losses stay the same", smaller
+
+
+def _eight_bits(run: Asked, longest: int, room: float) -> Proposal:
+    if run.layout.moments == 2 or run.layout.device != "cuda" or run.layout.states_on != "gpu":
+        return None
+    return "train.optim=adamw_8bit", "states are rounded to 8 bits; needs bitsandbytes", _laid(run, moments=2)
+
+
+def _offload_states(run: Asked, longest: int, room: float) -> Proposal:
+    if run.layout.device != "cuda" or run.layout.states_on != "gpu" or run.optim == "adamw_8bit":
+        return None
+    stage = max(run.layout.stage, 2)
+    # What is on the host stays in 32 bits.
+    then = replace(_with(run.layout, stage, "cpu", "gpu"), moments=8)
+    host = memory_plan.host(run.shape, then) / GIB
+    cost = f"updates on the CPU, and {host:.1f} GiB of host memory for each rank"
+    return f"deepspeed=ds_configs/zero{stage}_offload.json", cost, replace(run, layout=then)
+
+
+def _offload_weights(run: Asked, longest: int, room: float) -> Proposal:
+    if run.layout.device != "cuda" or run.layout.weights_on != "gpu" or run.layout.four_bits:
+        return None
+    then = replace(_with(run.layout, 3, "cpu", "cpu"), live=min(run.layout.live, 10**8))
+    host = memory_plan.host(run.shape, then) / GIB
+    cost = f"weights come over PCIe, and {host:.1f} GiB of host memory for each rank"
+    setting = "deepspeed=ds_configs/zero3_offload_all.json, with stage3_max_live_parameters: 100000000"
+    return setting, cost, replace(run, layout=then)
+
+
+def _adapter(run: Asked, longest: int, room: float) -> Proposal:
+    if run.shape.frozen_base:
+        return None
+    # r = 16 on all linear layers: 2 r / h of a square matrix.
+    trained = round(run.shape.body * 32 / run.shape.hidden)
+    return (
+        "model.lora=true",
+        "an adapter is trained, not the model",
+        replace(run, shape=replace(run.shape, frozen_base=True, trained=trained)),
+    )
+
+
+def largest_budget(run: Asked, room: float) -> int:
+    """The largest data.tokens_per_pack that fits, found by bisection."""
+
+    def needs(tokens: int) -> int:
+        return memory_plan.estimate(run.shape, run.layout, memory_plan.scaled(run.pack, tokens)).total
+
+    return memory_plan.largest_pack(needs, room, MOST_TOKENS)
+
+
+STEPS: tuple[Step, ...] = (
+    _store, _shard, _recompute, _smaller, _eight_bits, _offload_states, _offload_weights, _adapter,
+)  # fmt: skip

@@ -1,0 +1,348 @@
+"""The memory that a rank of a run needs, by part, as arithmetic on numbers: no torch, no config, no machine.
+
+A step is looked at in four moments, of which one has the peak:
+
+- `head`: the whole forward pass is kept, and the LM head's gradient is made;
+- `layer`: the head is done with, and the backward pass is in the last layer (which is recomputed, with checkpointing);
+- `end`: the backward pass has come to the embedding, and all gradients are in their buckets;
+- `update`: gradients are flattened beside what the optimizer holds.
+
+T trained weights, F frozen ones, N ranks, v bytes of a weight in forward and backward. What DeepSpeed 0.19.8 holds where was
+read in its source (`bf16_optimizer`, `zero/stage_1_and_2`, `zero/stage3`) and measured on CPU ranks:
+tests/distributed/test_memory_plan.py. docs/memory.md tells what only a GPU could confirm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dspref.machine.shapes import ModelShape
+from dspref.model import head_room
+
+GIB = 2**30
+
+# Bytes that every rank has beside its tensors, by kind of device. On CUDA an assumption: context and kernels 0.6 GiB, work
+# spaces of cuBLAS and attention 0.3, buffers of NCCL 0.6. On CPU measured: threads, work spaces, what libraries load late;
+# in 16 bits oneDNN's buffers too, one for the forward and one for the backward pass.
+FRAMEWORK = {"cuda": int(1.5 * GIB), "cpu": 97 * 2**20}
+FRAMEWORK_16_BITS_ON_CPU = 66 * 2**20
+# Of the first, what ZeRO's own modules take: stage 0 does without.
+ZERO_ON_CPU = 45 * 2**20
+# What Python and the libraries take before anything is loaded; on a GPU's machine it is host memory. Measured, torch 2.13.
+IMPORTS = 364 * 2**20
+# Bytes of a weight in nf4 with double quantization: half a byte, an 8-bit scale for 64 of them, and a few more.
+NF4 = 0.516
+# Of a device's memory, what is left free for fragments and for packs that are a little larger than those looked at.
+RESERVE = 0.08
+
+# DeepSpeed's defaults, in elements.
+DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "sub_group_size": 1e9}
+
+PARTS = (
+    "weights", "fp32 masters", "optimizer states", "gradients", "reference", "activations", "LM head", "ZeRO buffers",
+    "ZeRO-3 gather", "framework",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What a rank computes at a time: tokens, those that meet the head, and keys that are attended to for each token (more
+    than 1 where answers share a prompt)."""
+
+    tokens: int
+    scored: int
+    keys_per_token: float = 1.0
+
+
+@dataclass(frozen=True)
+class Live:
+    """A second model that stays in memory."""
+
+    shape: ModelShape
+    value: int
+    sharded: bool
+    offloaded: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out over its ranks."""
+
+    device: str
+    """cuda | cpu"""
+    value: int
+    """Bytes of a weight in forward and backward: v."""
+    ranks: int
+    stage: int
+    packs: int = 1
+    """In a step, of each rank."""
+    checkpointing: bool = True
+    moments: int = 8
+    """Bytes of the optimizer's states for each weight."""
+    states_on: str = "gpu"
+    """Where masters and states are: gpu, cpu or nvme."""
+    weights_on: str = "gpu"
+    bucket: int = int(DEFAULTS["reduce_bucket_size"])
+    overlap: bool = False
+    contiguous: bool = True
+    live: int = int(DEFAULTS["stage3_max_live_parameters"])
+    sub_group: int = int(DEFAULTS["sub_group_size"])
+    kernel: str = "fused"
+    """fused | sdpa, which keeps the output of each sequence and all of them once more."""
+    liger: bool = False
+    four_bits: bool = False
+    reference: Live | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a rank at the moment that needs most, by PARTS; and what it has in host memory."""
+
+    parts: Mapping[str, int]
+    moment: str
+    host: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(shape: ModelShape, layout: Layout, pack: Pack) -> Estimate:
+    """The memory of one rank."""
+    held = states(shape, layout)
+    kept, inside = activations(shape, layout, pack), in_a_layer(shape, layout, pack)
+    moments = {
+        "head": {"gradients": gradients(shape, layout, "begin"), "activations": kept, "LM head": head(shape, layout, pack)},
+        "layer": {"gradients": gradients(shape, layout, "begin"), "activations": kept + inside},
+        "end": {"gradients": gradients(shape, layout, "end"), "activations": pack.tokens * layout.value * 2 * shape.hidden},
+        "update": {"gradients": gradients(shape, layout, "update")},
+    }
+    buffers = {moment: zero_buffers(shape, layout, moment) for moment in moments}
+    gathered = gather(shape, layout)
+    found = {
+        moment: {
+            **held,
+            **parts,
+            "ZeRO buffers": buffers[moment],
+            "ZeRO-3 gather": 0 if moment == "update" else gathered,
+        }
+        for moment, parts in moments.items()
+    }
+    peak = max(found, key=lambda moment: sum(found[moment].values()))
+    return Estimate({part: int(found[peak].get(part, 0)) for part in PARTS}, peak, host(shape, layout))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stays
+
+
+def states(shape: ModelShape, layout: Layout) -> dict[str, float]:
+    """What lies on the device from step to step.
+
+    Weights: v (T + F), sharded at stage 3. Masters: 4 T / N, at stage 0 (fp32 alone) the weights themselves. AdamW: two
+    moments of 4 T / N.
+    """
+    trained, frozen, shard = shape.trained, shape.frozen, layout.ranks if layout.stage else 1
+    base = frozen * layout.value
+    if layout.four_bits:  # embedding and head stay as they are
+        linear = max(frozen - shape.head * (1 if shape.tied else 2), 0)
+        base = linear * NF4 + (frozen - linear) * layout.value
+    weights = layout.value * trained + base
+    on_device = layout.states_on == "gpu" or layout.device == "cpu"
+    return {
+        "weights": 0.0 if layout.weights_on != "gpu" else weights / (shard if layout.stage == 3 else 1),
+        "fp32 masters": 4 * trained / shard if layout.stage and on_device else 0.0,
+        "optimizer states": layout.moments * trained / shard if on_device else 0.0,
+        "reference": reference(layout),
+        "framework": framework(layout),
+    }
+
+
+def framework(layout: Layout) -> int:
+    if layout.device == "cuda":
+        return FRAMEWORK["cuda"]
+    extra = FRAMEWORK_16_BITS_ON_CPU if layout.value == 2 else 0 if layout.stage else -ZERO_ON_CPU
+    return FRAMEWORK["cpu"] + extra
+
+
+def reference(layout: Layout) -> float:
+    """A live second model: v F, sharded by its own ZeRO-3; in host memory only what is gathered. Its own activations come
+    and go before those of the policy."""
+    if (live := layout.reference) is None or live.offloaded:
+        return 0.0
+    return live.value * live.shape.weights / (layout.ranks if live.sharded else 1)
+
+
+def two_copies(layout: Layout) -> bool:
+    """Stage 1 in bf16 without offload: DeepSpeed's BF16_Optimizer, which keeps fp32 gradients of all weights, adds those in
+    16 bits to them when a backward pass is done, and then sets these to zero but does not free them before the update."""
+    return layout.stage == 1 and layout.value == 2 and layout.states_on == "gpu"
+
+
+def gradients(shape: ModelShape, layout: Layout, moment: str) -> float:
+    """Gradients, but for those in a bucket (see `zero_buffers`).
+
+    stage 0      fp32, all: 4 T
+    stage 1      all, 4 T; in bf16 always there, and v T beside them from the first backward pass of a step on
+    stage 2      own part, 4 T / N, from the end of the first pack on
+    stage 3      own part, 4 T / N, always there
+    In the update the own part is flattened: once more 4 T / N (stage 3: by sub-groups).
+    """
+    trained, ranks, later = shape.trained, layout.ranks, layout.packs > 1
+    own = 4 * trained / ranks
+    if layout.stage == 0:
+        return 4 * trained if later or moment != "begin" else 0.0
+    if two_copies(layout):
+        return (4 + layout.value * (later or moment != "begin")) * trained
+    if layout.stage == 1:
+        if moment == "update":
+            return 4 * trained + own
+        return 4 * trained if later or moment == "end" else 0.0
+    if layout.states_on != "gpu" and layout.device != "cpu":
+        return 0.0  # they go to the host as they come
+    if layout.stage == 2:
+        # In fp32 a pack's own part is copied out of the bucket before it is added to that of the packs before.
+        copies = {"begin": float(later), "end": 1.0 + (later and layout.value == 4), "update": 2.0}
+        return own * copies[moment]
+    return own + (4 * min(trained, layout.sub_group) / ranks if moment == "update" else 0.0)
+
+
+def zero_buffers(shape: ModelShape, layout: Layout, moment: str) -> float:
+    """Buckets in which gradients are reduced.
+
+    A GPU allocates them whole (`reduce_bucket_size` elements, twice with `overlap_comm` at stage 2), a CPU only what is
+    written to. Stage 2 has one in the backward pass, stage 3 always, stages 0 and 1 reduce at the end of a step.
+    """
+    filled = min(shape.trained, layout.bucket)
+    # gloo keeps a rank's share of what it sums
+    share = layout.value * filled / layout.ranks if layout.device == "cpu" and layout.ranks > 1 else 0.0
+    if layout.stage == 0 or two_copies(layout):
+        return 4 * filled if moment == "update" and layout.ranks > 1 else 0.0
+    if layout.stage == 1:
+        whole = layout.bucket if layout.device == "cuda" and layout.contiguous else 0
+        return 4.0 * whole + (share if moment == "update" else 0.0)
+    size = layout.value * (layout.bucket if layout.device == "cuda" and layout.contiguous else filled)
+    if layout.stage == 2:
+        if layout.device == "cpu":
+            return size + share if moment == "end" else 0.0
+        return size * (2 if layout.overlap else 1) if moment != "update" else 0.0
+    # reduce-scatter copies the bucket, and gives a rank its share
+    return size + (layout.value * filled * (1 + 1 / layout.ranks) if moment == "end" else 0.0)
+
+
+def gather(shape: ModelShape, layout: Layout) -> float:
+    """Whole weights under ZeRO-3: up to `stage3_max_live_parameters` of them, so a model with fewer is gathered whole, and
+    stays so from a forward pass to its backward pass."""
+    if layout.stage != 3 or (layout.ranks == 1 and layout.weights_on == "gpu"):
+        return 0.0
+    return layout.value * min(shape.trained + shape.frozen, max(layout.live, shape.largest))
+
+
+def host(shape: ModelShape, layout: Layout) -> int:
+    """Bytes in host memory for each rank: masters, moments, gradients and a copy in 16 bits of what is offloaded to it."""
+    own, found = shape.trained / layout.ranks, 0.0
+    if layout.states_on == "cpu":
+        found += own * (4 + layout.moments + 4 + layout.value + (4 if layout.packs > 1 else 0))
+    if layout.weights_on == "cpu":
+        found += layout.value * (shape.trained + shape.frozen) / layout.ranks
+    if layout.reference and layout.reference.offloaded:
+        found += layout.reference.value * layout.reference.shape.weights / layout.ranks
+    return int(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a pack needs
+
+
+def kept_per_token(shape: ModelShape, layout: Layout, keys_per_token: float = 1.0) -> float:
+    """Bytes that one layer keeps for each token until its backward pass.
+
+    Norm: in fp32 its input (the residual stream), the normalized input (if its weight is trained) and its output: 3 h v. In
+    16 bits the input is copied to fp32: 4 h + 2 h + 2 h. LayerNorm and Liger's norms: input and output, 2 h v. Attention:
+    queries, the keys and values of each query's own pack, and the output (sdpa: each sequence's, and all of them). Norms of
+    queries and keys as above, but for their output. MLP: gate, its activation, up and their product; experts copy the
+    token, and scale their output.
+    """
+    v, hidden, trained_norms = layout.value, shape.hidden, 0 if shape.frozen_base else 1
+    per_channel = (2 + trained_norms) * v if v == 4 else 4 + 2 * trained_norms + 2
+    norms = 2 * hidden * (per_channel if shape.root_norms and not layout.liger else 2 * v)
+    outputs = 2 if layout.kernel == "sdpa" else 1
+    attention = v * (shape.queries * (1 + outputs) + 2 * shape.keys * keys_per_token)
+    if shape.query_norms:
+        attention += (shape.queries + shape.keys) * (per_channel - v)
+    width = 3 if layout.liger and shape.gated else 4 if shape.gated else 5
+    mlp = v * (width * shape.inner + 2 * shape.copies * hidden)
+    return norms + attention + mlp
+
+
+def activations(shape: ModelShape, layout: Layout, pack: Pack) -> float:
+    """All layers', and those of the last norm; with checkpointing, of each layer its input."""
+    v, hidden = layout.value, shape.hidden
+    last = hidden * (3 * v if v == 4 else 8) if shape.root_norms else 2 * v * hidden
+    each = v * hidden if layout.checkpointing else kept_per_token(shape, layout, pack.keys_per_token)
+    return pack.tokens * (shape.layers * each + last)
+
+
+def in_a_layer(shape: ModelShape, layout: Layout, pack: Pack) -> float:
+    """Of the layer whose backward pass runs: gradients in its MLP, with checkpointing also what is recomputed."""
+    own = kept_per_token(shape, layout, pack.keys_per_token) if layout.checkpointing else 0.0
+    return pack.tokens * (own + layout.value * (2 * shape.inner + 2 * shape.hidden))
+
+
+def head(shape: ModelShape, layout: Layout, pack: Pack) -> float:
+    """The LM head in its backward pass, as `model/logps.py` does it: C scored tokens, V words, hidden size d.
+
+    Probabilities kept: 4 C V, a copy in 16 bits where v = 2. Else chunks of them. The gradient of the head: v V d (none
+    below an adapter), of the hidden states 4 C d and their product 4 C d, and v T d where it is spread over all tokens.
+    """
+    scored, words, hidden, v = pack.scored, shape.vocabulary, shape.hidden, layout.value
+    if head_room.fits(scored, words, layout.device):
+        logits = scored * words * (4 + (v if v == 2 else 0))
+    else:
+        room = head_room.room(layout.device)
+        part = min(max(room // max(scored, 1), head_room.PART), words)
+        logits = room * 12 + 4 * part * hidden
+    whole = 0 if shape.frozen_base else v * words * hidden
+    return logits + whole + scored * hidden * (8 + v)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fits
+
+
+def largest_pack(needs: Callable[[int], int], room: float, most: int) -> int:
+    """The most tokens per pack, in 256s, for which `needs` (bytes, growing with them) is within `room`; 0 where none is."""
+    low, high = 0, most // 256
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needs(256 * middle) <= room else (low, middle - 1)
+    return 256 * low
+
+
+def scaled(pack: Pack, tokens: int) -> Pack:
+    """The same pack with another number of tokens."""
+    return replace(pack, tokens=tokens, scored=round(pack.scored * tokens / max(pack.tokens, 1)))
+
+
+def zero_settings(strategy: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Layout that a DeepSpeed strategy decides."""
+    zero = strategy.get("zero_optimization") or {}
+    stage = int(zero.get("stage", 0))
+
+    def device(key: str) -> str:
+        found = (zero.get(key) or {}).get("device", "none")
+        return "gpu" if found == "none" else str(found)
+
+    overlap = zero.get("overlap_comm")
+    return {
+        "stage": stage,
+        "states_on": device("offload_optimizer"),
+        "weights_on": device("offload_param"),
+        "bucket": int(zero.get("reduce_bucket_size", DEFAULTS["reduce_bucket_size"])),
+        "live": int(zero.get("stage3_max_live_parameters", DEFAULTS["stage3_max_live_parameters"])),
+        "sub_group": int(zero.get("sub_group_size", DEFAULTS["sub_group_size"])),
+        "contiguous": bool(zero.get("contiguous_gradients", True)),
+        "overlap": stage == 3 if overlap is None else bool(overlap) and stage != 1,
+    }

@@ -1,0 +1,214 @@
+"""The shape of a model, in numbers, before it is loaded: from config.json, and from the headers of its safetensors files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspref import reading
+from dspref.config import LoraSection, ModelSection
+from dspref.errors import ConfigError, UserError
+from dspref.machine import footprint
+from dspref.machine.flops import ModelSize
+from dspref.machine.footprint import EXPERTS, number_of
+from dspref.model import weights
+
+Tensors = Mapping[str, tuple[int, ...]]
+
+# What families call the embedding and the head.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+PER_TOKEN = ("num_experts_per_tok", "moe_k", "top_k")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Numbers of a decoder. `inner` is the width of its MLP, of the experts that a token meets together where there are
+    experts; `copies` how often a token's vector is copied for its experts (0: a dense model)."""
+
+    weights: int
+    head: int
+    tied: bool
+    layers: int
+    hidden: int
+    queries: int
+    """Channels of all query heads."""
+    keys: int
+    """Channels of all key heads; as many are of values."""
+    inner: int
+    gated: bool
+    vocabulary: int
+    largest: int
+    """Weights of the largest tensor."""
+    trained: int
+    """Weights that are trained: all, or an adapter's, which are then beside `weights`."""
+    body: float
+    """Weights of matrices that a token meets in the layers."""
+    query_norms: bool = False
+    root_norms: bool = True
+    """RMS norms; else LayerNorm."""
+    copies: int = 0
+    frozen_base: bool = False
+    """Whether the model itself is frozen below an adapter."""
+
+    @property
+    def frozen(self) -> int:
+        return self.weights if self.frozen_base else 0
+
+    @property
+    def work(self) -> ModelSize:
+        """For counting operations."""
+        channels = float(self.layers * self.queries)
+        if not self.frozen_base:
+            return ModelSize(self.body, self.head, self.body, self.head, channels)
+        return ModelSize(self.body + self.trained, self.head, self.trained, 0, channels)
+
+
+def of_section(section: ModelSection) -> ModelShape:
+    """Raises ConfigError where the model's config.json is not on this machine, or tells no sizes."""
+    text, tensors = footprint.read_config(section), None
+    name = f"model.name_or_path: {section.name_or_path}"
+    if not text:
+        raise ConfigError(
+            f"{name}: no config.json of it on this machine, and the sizes are read from there; "
+            f"fetch it first: hf download {section.name_or_path} config.json"
+        )
+    if section.init == "pretrained" and (folder := footprint.model_folder(section)):
+        try:
+            headers = [weights.header(path, section.name_or_path) for path in weights.files_of(folder)]
+            tensors = {name: shape for header in headers for name, (_, shape) in header.items()}
+        except (OSError, UserError):
+            tensors = None  # config.json is enough
+    try:
+        return of_tensors(tensors or imagined(text), text, as_saved(section.lora))
+    except (ValueError, ArithmeticError):
+        raise ConfigError(
+            f"{name}: config.json tells no sizes (hidden_size, num_hidden_layers, ...); fetch it again"
+        ) from None
+
+
+def of_tensors(tensors: Tensors, text: Mapping[str, Any], lora: LoraSection | None) -> ModelShape:
+    """The shape of a model of these tensors, by name, whose config says `text`. Raises ValueError where that lacks sizes."""
+    config = dict(text)
+    hidden, layers = number_of(config, "hidden_size", "n_embd"), number_of(config, "num_hidden_layers", "n_layer")
+    vocabulary = number_of(config, "vocab_size")
+    if not (hidden and layers and vocabulary):
+        raise ValueError("no sizes")
+    heads = number_of(config, "num_attention_heads", "n_head", default=1)
+    width = number_of(config, "head_dim", default=hidden // heads)
+    experts = number_of(config, *EXPERTS, default=1)
+    met = number_of(config, *PER_TOKEN, default=experts) if experts > 1 else 0
+    inner = number_of(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    if met:
+        shared = number_of(config, "shared_expert_intermediate_size")
+        inner = met * number_of(config, "moe_intermediate_size", default=inner) + shared
+    embedding = [name for name in tensors if name.endswith(EMBEDDINGS)]
+    own_head = [name for name in tensors if name.endswith(HEADS)]
+    matrices = {n: shape for n, shape in tensors.items() if len(shape) >= 2 and n not in (*embedding, *own_head)}
+    body = sum(math.prod(shape) * (met / experts if ".experts." in n else 1) for n, shape in matrices.items())
+    total = sum(map(math.prod, tensors.values()))
+    return ModelShape(
+        weights=total,
+        head=vocabulary * hidden,
+        tied=not own_head,
+        layers=layers,
+        hidden=hidden,
+        queries=heads * width,
+        keys=number_of(config, "num_key_value_heads", default=heads) * width,
+        inner=inner,
+        gated="n_embd" not in config and any("gate" in name for name in tensors),
+        vocabulary=vocabulary,
+        largest=max(map(math.prod, tensors.values())),
+        trained=adapted(matrices, lora) + whole(tensors, lora) if lora else total,
+        body=body,
+        query_norms=any("q_norm" in name for name in tensors),
+        root_norms="n_embd" not in config and not any(name.endswith("norm.bias") for name in tensors),
+        copies=met,
+        frozen_base=lora is not None,
+    )
+
+
+def as_saved(lora: LoraSection | None) -> LoraSection | None:
+    """The settings of an adapter: a saved one brings its own, as far as they decide its size."""
+    if lora is None or lora.path is None:
+        return lora
+    try:
+        saved = reading.read_json(Path(lora.path) / "adapter_config.json", strict=False)
+    except (OSError, ValueError):
+        return lora  # on the hub, or broken: told where it is loaded
+    keys = ("r", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "rank_pattern", "use_dora")
+    found = {key: saved[key] for key in keys if saved.get(key)} if isinstance(saved, dict) else {}
+    return lora.model_copy(update=found)
+
+
+def adapted(matrices: Tensors, lora: LoraSection) -> int:
+    """Weights of an adapter: a matrix of m x n gets two thin ones of r x n and m x r (and with DoRA m magnitudes)."""
+    count = 0
+    for name, shape in matrices.items():
+        module = name.removesuffix(".weight")
+        if len(shape) != 2 or ".experts." in name or "norm" in module or not targeted(module, lora):
+            continue
+        r = next((r for words, r in lora.rank_pattern.items() if re.search(rf"(^|\.){words}$", module)), lora.r)
+        count += r * sum(shape) + shape[0] * lora.use_dora
+    return count
+
+
+def whole(tensors: Tensors, lora: LoraSection) -> int:
+    """Weights of modules that are trained whole beside an adapter, which peft copies."""
+    saved = lora.modules_to_save or []
+    return sum(math.prod(shape) for name, shape in tensors.items() if any(f".{module}." in f".{name}" for module in saved))
+
+
+def targeted(module: str, lora: LoraSection) -> bool:
+    """Whether a module gets an adapter, by peft's rules: a list has last words of names."""
+
+    def named(rule: str | list[str] | None) -> bool:
+        if isinstance(rule, str):
+            return rule == "all-linear" or re.fullmatch(rule, module) is not None
+        return any(module == word or module.endswith(f".{word}") for word in rule or [])
+
+    number = re.search(r"\.(\d+)\.", module)
+    chosen = lora.layers_to_transform is None or (number is not None and int(number[1]) in lora.layers_to_transform)
+    return chosen and named(lora.target_modules) and not named(lora.exclude_modules)
+
+
+def imagined(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama-like decoder with these settings, where no weights are at hand; biases are too few to count.
+    Experts are given as one tensor of three dimensions, as transformers holds them."""
+    config = dict(text)
+    hidden, layers = number_of(config, "hidden_size", "n_embd"), number_of(config, "num_hidden_layers", "n_layer")
+    vocabulary, heads = number_of(config, "vocab_size"), number_of(config, "num_attention_heads", "n_head", default=1)
+    if not (hidden and layers and vocabulary):
+        raise ValueError("no sizes")
+    width = number_of(config, "head_dim", default=hidden // heads)
+    keys = width * number_of(config, "num_key_value_heads", default=heads)
+    inner = number_of(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    experts = number_of(config, *EXPERTS, default=1)
+    gpt2 = "n_embd" in config
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    if gpt2:
+        found["transformer.wpe.weight"] = (number_of(config, "n_positions", default=1024), hidden)
+    if not config.get("tie_word_embeddings", gpt2):
+        found["lm_head.weight"] = (vocabulary, hidden)
+    block = {
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (heads * width, hidden), "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, heads * width),
+    }  # fmt: skip
+    if str(config.get("model_type", "")).startswith(("qwen3", "olmo2", "gemma3")):
+        block |= {"self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
+    if experts > 1:
+        own = number_of(config, "moe_intermediate_size", default=inner)
+        block |= {"mlp.gate": (experts, hidden), "mlp.experts.gate_up_proj": (experts, 2 * own, hidden)}
+        block |= {"mlp.experts.down_proj": (experts, hidden, own)}
+        if shared := number_of(config, "shared_expert_intermediate_size"):
+            parts = (("gate_proj", (shared, hidden)), ("up_proj", (shared, hidden)), ("down_proj", (hidden, shared)))
+            block |= {f"mlp.shared_expert.{name}": shape for name, shape in parts}
+    else:
+        block |= {"mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+        block |= {} if gpt2 else {"mlp.gate_proj": (inner, hidden)}
+    return found | {f"model.layers.{n}.{name}.weight": shape for n in range(layers) for name, shape in block.items()}

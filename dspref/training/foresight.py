@@ -1,0 +1,102 @@
+"""What the data ask of a run: its packs, planned as the run will plan them, for any number of ranks. No model is loaded."""
+
+from __future__ import annotations
+
+from glob import glob
+from statistics import fmean
+
+import numpy as np
+
+from dspref.config import DataSection, ModelSection, TrainSection, shipped
+from dspref.data.loader import Packing, StepLoader, count, place, sharing_pays
+from dspref.data.plan import rows_per_epoch
+from dspref.data.store import PairStore
+from dspref.errors import ConfigError, DataError
+from dspref.machine.run_plan import Load, assumed
+from dspref.training import preparation
+
+# Steps of an epoch that are looked at: planning one takes milliseconds.
+MOST_STEPS = 400
+# Tokens of a sequence, where nothing says how long they are.
+LONGEST = 2048
+
+
+def steps_of(
+    data: DataSection, train: TrainSection, pairs: PairStore, score_prompt: bool, rank: int, ranks: int
+) -> tuple[Packing, StepLoader]:
+    """How packs are laid out over the ranks, and the steps of the run."""
+    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
+    sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
+    packing = Packing(data.tokens_per_pack, sharing, rank, ranks, score_prompt=score_prompt)
+    weights = [source.weight for source in data.train_sources]
+    if not rows_per_epoch(pairs.source_rows, weights):
+        raise DataError("data.train: the weights leave no pair per epoch; raise them")
+    return packing, StepLoader(pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together)
+
+
+def load(
+    model: ModelSection,
+    data: DataSection,
+    train: TrainSection,
+    score_prompt: bool,
+    ranks: int,
+    mean_tokens: int | None,
+) -> Load:
+    """The load of a run's own pairs, where they are here and can be tokenized; else of pairs with `mean_tokens` for each
+    prompt + answer, or as long as they may be, with the reason in its `source`.
+
+    Raises DataError as the run would.
+    """
+    longest = data.max_length or LONGEST
+    at_most = f"{longest} tokens a sequence" + (" (data.max_length)" if data.max_length else "")
+    missing = next((source.path for source in data.train_sources if not glob(str(shipped(source.path)))), None)
+    if mean_tokens:
+        why = f"--mean-tokens {mean_tokens}"
+    elif missing:
+        why = f"{at_most}, as {missing} is not here"
+    else:
+        try:
+            return read(model, data, train, score_prompt, ranks)
+        except ConfigError as error:  # no tokenizer here, no template
+            why = f"{at_most}, as the data could not be tokenized ({error})"
+    return assumed(train, ranks, data.tokens_per_pack, mean_tokens or longest, why)
+
+
+def read(model: ModelSection, data: DataSection, train: TrainSection, score_prompt: bool, ranks: int) -> Load:
+    """The load of a run's own pairs, read and tokenized as the run would, into the cache that it will use.
+
+    Raises DataError and ConfigError as the run would.
+    """
+    tokenizer = preparation.tokenizer_of(model)
+    listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
+    pairs = preparation.load_sources(data, tokenizer, listings)
+    packing, loader = steps_of(data, train, pairs, score_prompt, 0, ranks)
+    return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.max_steps))
+
+
+def load_of(loader: StepLoader, packing: Packing, total: int) -> Load:
+    """The load of the first epoch, or of its first `total` steps, from steps all over it."""
+    steps = loader.epoch(0)
+    # The last is short: it counts where it is all there is.
+    chosen = (steps[:-1] or steps)[:total]
+    chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_STEPS)).astype(int))]
+    placed = [place(loader.store, ids, packing) for ids in chosen]
+    lengths = loader.store.lengths
+    prompts = 1 if packing.prefix_sharing else 2
+    pairs = sum(len(ids) for ids in steps)
+    return Load(
+        source=f"planned from the run's {len(loader.store):,} pairs"
+        + (", prompts shared" if packing.prefix_sharing else ""),
+        measured=True,
+        pairs=pairs,
+        pairs_per_step=fmean(len(ids) for ids in chosen),
+        packs=fmean(len(p.ids[0]) for p in placed),
+        largest=max(p.largest for p in placed),
+        longest=int((prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).max()),
+        computed=fmean(p.tokens for p in placed),
+        real=fmean(count(loader.store, ids)["tokens"] for ids in chosen),
+        scored=fmean(p.scored for p in placed),
+        attention=fmean(p.attention for p in placed),
+        fill=fmean(p.fill for p in placed),
+        steps_per_epoch=loader.steps_per_epoch,
+    )
