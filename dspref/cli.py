@@ -12,40 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 import dspref
+from dspref.commandline import Commands, OfRun
 from dspref.errors import ConfigError, ExitCode, UserError
-from dspref.terminal import outlive_streams, shown
-
-
-class Commands(TyperGroup):
-    """The commands; a mistake in the command line is one line, as any other, and not a box of several."""
-
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        outlive_streams()
-        try:
-            code = super().main(*args, standalone_mode=False, **extra)
-        except Exception as error:
-            if not standalone_mode or not hasattr(error, "format_message"):
-                raise  # a bug: the fault of a user, or of a disk, is said where the command is
-            code = tell_misuse(error)
-        if standalone_mode:
-            sys.exit(code or 0)
-        return code
-
-
-def tell_misuse(error: Any) -> int:
-    """Say what is wrong with a command line. A command that was given nothing at all shows its help."""
-    context = error.ctx if hasattr(error, "ctx") else None
-    if type(error).__name__ == "NoArgsIsHelpError":
-        print(error.format_message(), end="")  # empty where it has been printed in colours, when the error was made
-        return int(error.exit_code)
-    path = context.command_path if context else "dspref"
-    said = " ".join(error.format_message().split()).removesuffix(".").removeprefix("Invalid value: ")
-    print(ConfigError(f"{path}: {said}; see {path} --help"), file=sys.stderr)
-    return int(error.exit_code)
-
+from dspref.terminal import shown
 
 app = typer.Typer(
     cls=Commands,
@@ -53,28 +24,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they show the values of variables
 )
-
-
-class OfRun(TyperCommand):
-    """A command whose first argument is a run's YAML file, which may also be given as `--config X.yaml`, as launch/train.py
-    takes it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for at, word in enumerate(args):
-            if word == "--config" and at + 1 < len(args):
-                args = [args[at + 1], *args[:at], *args[at + 2 :]]
-                break
-            if word.startswith("--config="):
-                args = [word.removeprefix("--config="), *args[:at], *args[at + 1 :]]
-                break
-        if "--config" in args:
-            raise typer.BadParameter("--config: the path of a YAML file is missing behind it", ctx)
-        known = {"--help", *(name for option in self.params for name in (*option.opts, *option.secondary_opts))}
-        for word in args[: args.index("--") if "--" in args else None]:
-            if word.startswith("--") and word.partition("=")[0] not in known:
-                remedy = "a value of the run is changed by section.key=value, without dashes"
-                raise typer.BadParameter(f"{word}: no such option; {remedy}", ctx)
-        return super().parse_args(ctx, args)
 
 
 # Said of a command that a signal stopped, and that has written nothing by then.
@@ -114,6 +63,13 @@ AlsoFile = Annotated[Path | None, typer.Argument(metavar="[X.yaml]", help="Also 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
 ]
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+
+
 Asked = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 
 
@@ -150,6 +106,51 @@ def check(
             survey.report(config.model, config.data, colour=sys.stdout.isatty())
 
         raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+
+
+class Worst(StrEnum):
+    length = "length"
+    prompt = "prompt"
+    margin = "margin"
+
+
+@app.command(cls=OfRun)
+def inspect(
+    file: File,
+    overrides: Overrides = None,
+    row: Annotated[str | None, typer.Option(metavar="N|FILE:N", help="The pairs of a row, as `check` numbers it.")] = None,
+    worst: Annotated[Worst | None, typer.Option(help="The longest pair or prompt, or answers that differ most.")] = None,
+    random: Annotated[int | None, typer.Option(metavar="N", min=1, help="So many pairs, drawn at random.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of --random; default 0.")] = None,
+    held_out: Annotated[bool, typer.Option("--eval", help="Of the held-out pairs.")] = False,
+    source: Annotated[str | None, typer.Option(metavar="NAME|N", help="Of one source, by its key in the YAML.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the id of each token.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Plan the packs for so many.")] = 1,
+    format: Annotated[Format, typer.Option(help="json: one object, for programs.")] = Format.text,
+) -> None:
+    """Look at pairs as the model will see them, and at the data in numbers. Loads no weights.
+
+    Without --row, --worst or --random: the numbers, and the first pairs.
+    """
+    from dspref import config as configuration
+    from dspref import launcher
+    from dspref.machine import inputs
+    from dspref.machine.context import CheckContext
+    from dspref.objectives import build_objective
+
+    with faults_in_one_line():
+        tell_repeated(overrides)
+        config, positions = configuration.read(file, overrides or [])
+        inputs.refuse(CheckContext(config).look(file.parent), positions)
+
+    def job() -> None:
+        from dspref.training import inspection
+
+        prompts = build_objective(**config.objective.model_dump()).scores_prompt
+        asked = inspection.Asked(row, worst and worst.value, random, seed, held_out, source, ids, ranks)
+        inspection.inspect(config.model, config.data, config.train, prompts, asked, format is Format.json)
+
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
 @app.command(cls=OfRun)

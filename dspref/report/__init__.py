@@ -2,8 +2,8 @@
 
 `metrics` reduces the numbers of a step over ranks and writes metrics.jsonl; `trackers` passes them on to wandb and
 TensorBoard. `performance` measures time, tokens and operations; `advice` reads from these which setting would help.
-`console` has the banner, the progress and the summary.
+`console` has the banner, the progress and the summary; `closeup` draws pairs and packs, `census` the data in numbers.
 
 Enters: config, data, distributed, engine, machine, model, objectives, reference, run.
-Shows: advice, console, metrics, performance.
+Shows: advice, census, closeup, console, metrics, performance.
 """

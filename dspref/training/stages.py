@@ -14,8 +14,7 @@ import numpy as np
 from dspref import config as configuration
 from dspref import distributed
 from dspref.config import Config, ModelSection
-from dspref.data.loader import Packing, StepLoader, sharing_pays
-from dspref.data.plan import rows_per_epoch
+from dspref.data.loader import Packing, StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
 from dspref.engine import ds_config, finite
@@ -33,6 +32,7 @@ from dspref.report import console
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder
 from dspref.run.settings import refuse_changes
+from dspref.training import preparation
 from dspref.training.closing import show_summary
 from dspref.training.model_card import Recipe, adapter_in_words
 from dspref.watch import lock
@@ -131,17 +131,8 @@ def check_environment(config: Config, device_type: str) -> None:
 
 def plan(config: Config, pairs: PairStore) -> tuple[Packing, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run."""
-    data, world = config.data, distributed.world()
-    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
-    sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
-    prompts = build_objective(**config.objective.model_dump()).scores_prompt
-    packing = Packing(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt=prompts)
-    weights = [source.weight for source in data.train_sources]
-    if not rows_per_epoch(pairs.source_rows, weights):
-        raise DataError("data.train: the weights leave no pair per epoch; raise them")
-    return packing, StepLoader(
-        pairs, weights, config.train.pairs_per_step, config.train.seed, data.shuffle, packing, together
-    )
+    world, prompts = distributed.world(), build_objective(**config.objective.model_dump()).scores_prompt
+    return preparation.steps_of(config.data, config.train, pairs, prompts, world.rank, world.size)
 
 
 def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, steps: int) -> dict[str, Need]:
