@@ -17,9 +17,10 @@ from dspref.data.truncate import TokenizedPair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Around scored tokens where there is no colour; a line end, a space and a tab that would not be seen; where tokens were cut.
-OPEN, CLOSE, LINE, SPACE, TAB, CUT = "⟦", "⟧", "⏎", "␣", "⇥", "✂"
-MARKS = frozenset((OPEN, CLOSE, LINE, SPACE, TAB, CUT))
+# Around scored tokens where there is no colour; a line end, a space and a tab that would not be seen; where tokens were cut,
+# and where some are not shown.
+OPEN, CLOSE, LINE, SPACE, TAB, CUT, MORE = "⟦", "⟧", "⏎", "␣", "⇥", "✂", "⋯"
+MARKS = frozenset((OPEN, CLOSE, LINE, SPACE, TAB, CUT, MORE))
 SIDES = ("prompt", "chosen", "rejected")
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from dspref.data.spans import CLOSE, CUT, LINE, OPEN, SPACE, TAB, visible
+from dspref.data.spans import CLOSE, CUT, LINE, MORE, OPEN, SPACE, TAB, visible
 from dspref.terminal import printable, shown
 
 SCORED, SPECIAL, QUIET, LOST = "green", "magenta", "bright_black", "bold red"
@@ -123,7 +123,7 @@ def _text_of(section: Mapping[str, Any], colour: bool) -> Text:
     runs, text, at, inside = section["runs"], Text(), 0, False
     words = iter(visible([word for run in runs for word in _words(run)]))
     gap = section["gap"] if section["lost"] else None
-    cut = f"{CUT} {section['lost']:,} tokens {CUT}" if section["lost"] else ""
+    cut = f" {CUT} {section['lost']:,} tokens {CUT} " if section["lost"] else ""
     for run in runs:
         scored = bool(run.get("scored"))
         if gap == at:
@@ -133,7 +133,7 @@ def _text_of(section: Mapping[str, Any], colour: bool) -> Text:
             text.append(OPEN if scored else CLOSE)
         inside = scored
         if run.get("left_out"):
-            text.append(f" ... {run['left_out']:,} tokens ... ", QUIET)
+            text.append(f" {MORE} {run['left_out']:,} tokens {MORE} ", QUIET)
             at += run["left_out"]
             next(words)
             continue
@@ -148,7 +148,7 @@ def _text_of(section: Mapping[str, Any], colour: bool) -> Text:
     if gap == at:
         text.append(cut, LOST)
     if section["lost"] and section["gap"] is None:
-        text.append(f"  ({cut}, at a place that is not known)", LOST)
+        text.append(f"{cut}(where is not known: its row could not be read again as it was)", LOST)
     if text.plain.endswith("\n"):
         text.right_crop(1)
     return text
