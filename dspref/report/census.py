@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dspref.report.closeup import QUIET, named
+from dspref.report.closeup import QUIET, counted, named
 from dspref.terminal import shown
 
 # Percentiles that there is room for.
@@ -23,7 +23,7 @@ def draw(said: Mapping[str, Any], console: Console) -> None:
     _draw_sources(said, console)
     for key, figures in said["sets"].items():
         console.print()
-        console.print(Text(f"{key}, as the model gets it: {figures['pairs']:,} pairs", "bold"))
+        console.print(Text(shown(f"{key}, as the model gets it: {counted(figures['pairs'], 'pair')}"), "bold"))
         if figures["pairs"]:
             _draw_lengths(figures, console)
             _draw_histogram(figures["histogram"], console)
@@ -116,7 +116,10 @@ def _lines(figures: Mapping[str, Any], limits: str) -> Iterator[tuple[str, str]]
     again = figures["repeated"]
     several = _of(again["prompts_of_several_pairs"], again["prompts_of_several_pairs_share"], "", "are", "is")
     rows = f", {again['prompts_of_several_rows']:,} in several rows" if again["prompts_of_several_rows"] else ""
-    yield "prompts", f"{again['prompts']:,} different; {several} in several pairs ({again['pairs_of_these']:,} pairs){rows}"
+    yield (
+        "prompts",
+        f"{again['prompts']:,} different; {several} in several pairs ({counted(again['pairs_of_these'], 'pair')}){rows}",
+    )
     said = [f"{_of(again['pairs'], again['pairs_share'], 'pair', 'repeat', 'repeats')} an earlier one"]
     if again["contradicted"]:
         said.append(f"{again['contradicted']:,} of the others say the opposite of another")
@@ -137,9 +140,8 @@ def _lines(figures: Mapping[str, Any], limits: str) -> Iterator[tuple[str, str]]
 
 def _of(count: int, part: float, what: str, many: str = "", one: str = "") -> str:
     """Such as `12 pairs (0.6 %) repeat`."""
-    noun = f" {what}{'' if count == 1 else 's'}" if what else ""
     verb = f" {one if count == 1 else many}" if many else ""
-    return f"{count:,}{noun} ({part:.1%}){verb}"
+    return f"{counted(count, what) if what else f'{count:,}'} ({part:.1%}){verb}"
 
 
 def _cut(name: str, figures: Mapping[str, Any]) -> str:
@@ -153,7 +155,7 @@ def _cut(name: str, figures: Mapping[str, Any]) -> str:
 def _overlap(shared: Mapping[str, int]) -> str:
     if not shared["prompts"]:
         return "none of its prompts is in the training set"
-    words = f"{shared['prompts']:,} of its prompts ({shared['pairs_of_these']:,} pairs) are in the training set too"
+    words = f"{shared['prompts']:,} of its prompts ({counted(shared['pairs_of_these'], 'pair')}) are in the training set too"
     return f"{words}, {shared['pairs']:,} of these pairs with the same answers"
 
 
@@ -168,6 +170,6 @@ def _draw_packing(packing: Mapping[str, Any], console: Console) -> None:
         table.add_row(name, f"{tokens:,}", f"{tokens / max(packing['padded'], 1):.1%}")
     console.print()
     console.print(table)
-    ranks = f"{packing['ranks']} rank{'s' if packing['ranks'] > 1 else ''}"
-    packs = f"{packing['packs']:,} packs of {packing['tokens_per_pack']:,} tokens, {packing['fill']:.0%} full"
-    named(console, "packing", f"{packs}; {packing['steps']:,} steps on {ranks}; saves {packing['saved']:.1%} of the tokens")
+    ranks, steps = counted(packing["ranks"], "rank"), counted(packing["steps"], "step")
+    packs = f"{counted(packing['packs'], 'pack')} of {packing['tokens_per_pack']:,} tokens, {packing['fill']:.0%} full"
+    named(console, "packing", f"{packs}; {steps} on {ranks}; saves {packing['saved']:.1%} of the tokens")

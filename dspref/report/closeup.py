@@ -70,7 +70,7 @@ def draw(pairs: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print()
         _draw_pair(pair, console)
     if pairs and (more := pairs[0]["more_of_row"]):
-        console.print(f"\nThis row makes {more} more pairs.")
+        console.print(f"\nThis row makes {counted(more, 'more pair')}.")
 
 
 def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
@@ -79,7 +79,7 @@ def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
     if pair["turns"]:
         turns = pair["turns"]
         behind = f"{' '.join(turns['chosen'])} | {' '.join(turns['rejected'])}"
-        tools = f"  (with {pair['tools']} tool{'s' if pair['tools'] > 1 else ''})" if pair["tools"] else ""
+        tools = f"  (with {counted(pair['tools'], 'tool')})" if pair["tools"] else ""
         named(console, "turns", f"{' '.join(turns['prompt'])} > {behind}{tools}")
     if pair["columns"]:
         named(console, "columns", "   ".join(f"{printable(name)}: {_value(v)}" for name, v in pair["columns"].items()))
@@ -90,6 +90,11 @@ def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
         _draw_pack(pair["pack"], console)
     else:
         named(console, "pack", "in none of the first epoch's (a source of a weight below 1 is sampled anew each epoch)")
+
+
+def counted(count: int, what: str) -> str:
+    """Such as `1 pair`, `1,200 pairs`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def indented(console: Console, text: Text) -> None:
@@ -110,7 +115,7 @@ def _value(value: Any) -> str:
 
 def _about(name: str, section: Mapping[str, Any], limits: str) -> str:
     tokens, scored, lost = section["tokens"], section["scored"], section["lost"]
-    said = [f"{tokens:,} token{'s' if tokens != 1 else ''}"]
+    said = [counted(tokens, "token")]
     if name != "prompt":
         said.append("all scored" if scored == tokens else f"{scored:,} scored")
     if lost:
@@ -175,11 +180,14 @@ def _append(text: Text, word: str, style: str, run: Mapping[str, Any], index: in
 def _draw_pack(pack: Mapping[str, Any], console: Console) -> None:
     where = f"step {pack['step']:,} of {pack['steps']:,}, " if not pack["evaluation"] else "of an evaluation, "
     where += f"rank {pack['rank']} of {pack['ranks']}, micro-step {pack['micro_step']} of {pack['micro_steps']}"
-    fill = f"{pack['tokens']:,} of {pack['room']:,} tokens ({pack['tokens'] / pack['room']:.0%}), {pack['pairs']:,} pairs"
+    fill = f"{pack['tokens']:,} of {pack['room']:,} tokens ({pack['tokens'] / pack['room']:.0%})"
+    fill += f", {counted(pack['pairs'], 'pair')}"
+    if pack["tokens"] > pack["room"]:
+        fill = f"{pack['tokens']:,} tokens: a pack of its own, beyond tokens_per_pack ({pack['room']:,})"
     if pack["last_step"] is not None and pack["step"] > pack["last_step"]:
         where += f" (the run ends with step {pack['last_step']:,})"
     named(console, "pack", f"{where}; {fill}")
-    width = console.width - 2
+    width = max(console.width - 2, 8)
     scale = max(pack["room"], pack["tokens"])
     console.print(Text.assemble("  ", strip(pack["pieces"], 0, scale, width)))
     own = [piece for piece in pack["pieces"] if piece["own"]]
@@ -187,7 +195,7 @@ def _draw_pack(pack: Mapping[str, Any], console: Console) -> None:
     _draw_group(own, pack["pieces"], console)
     there = {piece["kind"] for piece in pack["pieces"]}
     kinds = [(f"{glyph} {kind}   ", COLOURS[kind]) for kind, glyph in GLYPHS.items() if kind in there or kind == "free"]
-    indented(console, Text.assemble(*kinds, "▲ this pair   ", ("─ keys that its tokens see beside their own", QUIET)))
+    indented(console, Text.assemble(*kinds, "▲ this pair   ", ("─ keys that it sees", QUIET)))
 
 
 def _draw_group(own: Sequence[Mapping[str, Any]], pieces: Iterable[Mapping[str, Any]], console: Console) -> None:
@@ -195,7 +203,7 @@ def _draw_group(own: Sequence[Mapping[str, Any]], pieces: Iterable[Mapping[str, 
     numbers = {piece["group"] for piece in own}
     members = [piece for piece in pieces if piece["group"] in numbers]
     first, stop = min(piece["start"] for piece in members), max(piece["start"] + piece["tokens"] for piece in members)
-    width = console.width - 24
+    width = max(console.width - 24, 8)
     for piece in members[:MOST_ANSWERS]:
         cells = [" "] * width
         for key in piece["keys"]:
@@ -207,11 +215,12 @@ def _draw_group(own: Sequence[Mapping[str, Any]], pieces: Iterable[Mapping[str, 
         label = piece["kind"] if piece["own"] else "other"
         console.print(Text.assemble(f"  {label:<9}", (f"{piece['tokens']:>9,}  ", QUIET), (bar.rstrip(), style)))
     if (left := len(members) - MOST_ANSWERS) > 0:
-        console.print(f"  and {left:,} more answers to this prompt")
+        console.print(f"  and {counted(left, 'more answer')} to this prompt")
 
 
 def strip(pieces: Iterable[Mapping[str, Any]], first: int, stop: int, width: int) -> Text:
-    """Tokens `first` to `stop` in so many cells, each of the kind that most of its tokens are of."""
+    """Tokens `first` to `stop` in so many cells. A cell is of the kind of most of its tokens, and of those before that had
+    none: where pieces are smaller than cells, kinds have cells in proportion to their tokens."""
     tokens: list[dict[str, float]] = [{} for _ in range(width)]  # of each kind, in cells
     size = (stop - first) / width
     for piece in pieces:
@@ -219,10 +228,13 @@ def strip(pieces: Iterable[Mapping[str, Any]], first: int, stop: int, width: int
         for cell in range(int(start), min(int(end) + 1, width)):
             part = min(end, cell + 1) - max(start, cell)
             tokens[cell][piece["kind"]] = tokens[cell].get(piece["kind"], 0.0) + max(part, 0.0)
-    text = Text()
+    text, owed = Text(), dict.fromkeys(GLYPHS, 0.0)
     for cell in tokens:
         cell["free"] = 1 - sum(cell.values())
-        kind = max(cell, key=cell.__getitem__)
+        for kind, part in cell.items():
+            owed[kind] += part
+        kind = max(cell, key=owed.__getitem__)
+        owed[kind] -= 1
         text.append(GLYPHS[kind], COLOURS[kind])
     return text
 
