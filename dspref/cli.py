@@ -118,7 +118,7 @@ class Worst(StrEnum):
 def inspect(
     file: File,
     overrides: Overrides = None,
-    row: Annotated[str | None, typer.Option(metavar="N|FILE:N", help="The pairs of a row, as `check` numbers it.")] = None,
+    row: Annotated[list[str] | None, typer.Option(metavar="N|FILE:N", help="A row by its line; repeatable.")] = None,
     worst: Annotated[Worst | None, typer.Option(help="The longest pair or prompt, or answers that differ most.")] = None,
     random: Annotated[int | None, typer.Option(metavar="N", min=1, help="So many pairs, drawn at random.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of --random; default 0.")] = None,
@@ -147,7 +147,7 @@ def inspect(
         from dspref.training import inspection
 
         prompts = build_objective(**config.objective.model_dump()).scores_prompt
-        asked = inspection.Asked(row, worst and worst.value, random, seed, held_out, source, ids, ranks)
+        asked = inspection.Asked(tuple(row or ()), worst and worst.value, random, seed, held_out, source, ids, ranks)
         inspection.inspect(config.model, config.data, config.train, prompts, asked, format is Format.json)
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))

@@ -69,8 +69,8 @@ def draw(pairs: Sequence[Mapping[str, Any]], console: Console) -> None:
     for pair in pairs:
         console.print()
         _draw_pair(pair, console)
-    if pairs and (more := pairs[0]["more_of_row"]):
-        console.print(f"\nThis row makes {counted(more, 'more pair')}.")
+        if more := pair["more_of_row"]:
+            console.print(f"\n{counted(more, 'more pair')} of this row not shown")
 
 
 def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
@@ -132,7 +132,9 @@ def _text_of(section: Mapping[str, Any], colour: bool) -> Text:
     for run in runs:
         scored = bool(run.get("scored"))
         if gap == at:
-            text.append(f"{CLOSE if inside and not colour else ''}{cut}", LOST)
+            if inside and not colour:
+                text.append(CLOSE)
+            text.append(cut.lstrip() if text.plain[-1:] in ("", "\n") else cut, LOST)
             inside, gap = inside and colour, None
         if scored != inside and not colour:
             text.append(OPEN if scored else CLOSE)

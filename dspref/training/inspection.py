@@ -35,7 +35,7 @@ from dspref.terminal import shown
 from dspref.training import preparation, survey
 from dspref.training.survey import Survey
 
-# Pairs that are shown where none was asked for, and of a row that makes more.
+# Pairs that are shown where none was asked for, and at most of one row.
 FIRST, OF_ROW = 2, 8
 # Tokens that are shown of a prompt and of an answer of a pair that nobody asked for.
 LIMITS = (60, 120, 120)
@@ -45,9 +45,9 @@ MOST_COLUMNS, MOST_CHARACTERS = 24, 160
 
 @dataclass(frozen=True)
 class Asked:
-    """What to look at: at most one of `row`, `worst` and `random`; none: the numbers, and the first pairs."""
+    """What to look at: at most one of `rows`, `worst` and `random`; none: the numbers, and the first pairs."""
 
-    row: str | None = None
+    rows: Sequence[str] = ()
     worst: str | None = None
     random: int | None = None
     seed: int | None = None
@@ -58,7 +58,8 @@ class Asked:
 
     def check(self, data: DataSection) -> None:
         """Raise ConfigError for what does not go together, or has no effect."""
-        given = [name for name in ("row", "worst", "random") if getattr(self, name) is not None]
+        asked = {"row": bool(self.rows), "worst": self.worst is not None, "random": self.random is not None}
+        given = [name for name, is_given in asked.items() if is_given]
         if len(given) > 1:
             raise ConfigError(f"--{given[0]} and --{given[1]}: each names other pairs; give one of them")
         if self.seed is not None and self.random is None:
@@ -68,7 +69,7 @@ class Asked:
 
     @property
     def selects(self) -> bool:
-        return (self.row or self.worst or self.random) is not None
+        return bool(self.rows) or self.worst is not None or self.random is not None
 
 
 def inspect(
@@ -118,8 +119,9 @@ class Look:
     # ------------------------------------------------------------------------------------------------------- pairs
 
     def chosen(self) -> list[Chosen]:
-        if self.asked.row is not None:
-            return self._of_row(self.asked.row)
+        if self.asked.rows:
+            found = [chosen for row in self.asked.rows for chosen in self._of_row(row)]
+            return list({(source.key, index): (source, index) for source, index in found}.values())
         sources = choosing.with_pairs(self.sources)
         if self.asked.worst is not None:
             return [choosing.worst(sources, self.asked.worst)]
@@ -148,11 +150,13 @@ class Look:
 
     def pairs(self, chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
         """All that is shown of some pairs, of which the rows are read again."""
-        shown_of = chosen[:OF_ROW] if self.asked.row is not None else chosen
-        origins = self._origins(shown_of)
-        made = [self._pair(source, index, origins.get((source.key, index))) for source, index in shown_of]
-        for record in made:
-            record["more_of_row"] = len(chosen) - len(shown_of)
+        of_row: dict[tuple[str, tuple[int, int]], list[Chosen]] = {}
+        for source, index in chosen:
+            of_row.setdefault((source.key, source.store.place(index)), []).append((source, index))
+        origins, made = self._origins(chosen), []
+        for pairs in of_row.values():
+            made += [self._pair(source, index, origins.get((source.key, index))) for source, index in pairs[:OF_ROW]]
+            made[-1]["more_of_row"] = max(len(pairs) - OF_ROW, 0)
         return made
 
     def _origins(self, chosen: Sequence[Chosen]) -> dict[tuple[str, int], Origin | None]:
@@ -186,6 +190,7 @@ class Look:
         return {
             "source": source.key,
             "where": store.where(index),
+            "more_of_row": 0,
             "turns": _turns(origin) if origin else None,
             "tools": len(origin.preference.tools or ()) if origin else 0,
             "columns": _extra(origin.values, source) if origin else {},

@@ -119,7 +119,38 @@ def test_all_pairs_of_a_row_are_shown() -> None:
     assert [pair["where"] for pair in pairs] == ["a.jsonl:7"] * 3
     chosen = ["".join(run["text"] for run in pair["sections"]["chosen"]["runs"]) for pair in pairs]
     assert [text.split("<")[0] for text in chosen] == [" good", " good", " fair"]
-    assert all(pair["columns"] == {"scores": "[3, 2, 1]"} for pair in pairs)
+    assert all(pair["columns"] == {"scores": "[3, 2, 1]"} and not pair["more_of_row"] for pair in pairs)
+
+
+def test_of_a_row_that_makes_many_pairs_some_are_shown_and_the_rest_counted() -> None:
+    row = {"prompt": "p", "completions": [f" answer {k}" for k in range(6)], "scores": [*range(6)]}
+    write(Path("many.jsonl"), [row, {"prompt": "q", "chosen": " a", "rejected": " b"}])
+    words = ["data.train=many.jsonl", "--row", "1", "--row", "2", "--row", "many.jsonl:1"]
+    pairs = found(*words)["pairs"]
+    assert [pair["where"] for pair in pairs] == ["many.jsonl:1"] * 8 + ["many.jsonl:2"], "15 pairs, of which 8 are shown"
+    assert [pair["more_of_row"] for pair in pairs] == [0] * 7 + [7, 0]
+    assert "7 more pairs of this row not shown" in call(*words)[1]
+
+
+def test_turns_and_tools_are_told(shared: Path) -> None:
+    """And a prompt that is too long loses what comes behind its first header."""
+    tokenizer = f"model.tokenizer_name_or_path={shared}/tokenizer/gpt2-chatml"
+    turns = [
+        {"role": "user", "content": "one " * 40},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "x"},
+    ]
+    said = [{"role": "assistant", "content": word} for word in ("yes", "no")]
+    write(Path("turns.jsonl"), [{"prompt": turns, "chosen": said[:1], "rejected": said[1:], "lang": "en"}])
+    words = ["data.train=turns.jsonl", tokenizer, "data.max_length=30", "--row", "1"]
+    tiny_config("qwen2", 50304).save_pretrained("large")
+    (pair,) = found(*words, "model.name_or_path=large")["pairs"]
+    assert pair["turns"] == {"prompt": ["user", "assistant", "user"], "chosen": ["assistant"], "rejected": ["assistant"]}
+    prompt = pair["sections"]["prompt"]
+    assert prompt["gap"] == 3 and prompt["lost"] > 20 and pair["columns"] == {"lang": "en"}
+    out = call(*words, "model.name_or_path=large")[1]
+    assert "turns     user assistant user > assistant | assistant\n" in out and "⟦yes<|im_end|>⟧" in out
+    assert re.search(r"^  <\|im_start\|>user⏎\n  ✂ \d+ tokens ✂", out, re.M)
 
 
 @pytest.mark.parametrize(
