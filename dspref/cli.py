@@ -106,6 +106,51 @@ def check(
         raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
+class Worst(StrEnum):
+    length = "length"
+    prompt = "prompt"
+    margin = "margin"
+
+
+@app.command(cls=OfRun)
+def inspect(
+    file: File,
+    overrides: Overrides = None,
+    row: Annotated[list[str] | None, typer.Option(metavar="N|FILE:N", help="A row by its line; repeatable.")] = None,
+    worst: Annotated[Worst | None, typer.Option(help="The longest pair or prompt, or answers that differ most.")] = None,
+    random: Annotated[int | None, typer.Option(metavar="N", min=1, help="So many pairs, drawn at random.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of --random; default 0.")] = None,
+    held_out: Annotated[bool, typer.Option("--eval", help="Of the held-out pairs.")] = False,
+    source: Annotated[str | None, typer.Option(metavar="NAME|N", help="Of one source, by its key in the YAML.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the id of each token.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Plan the packs for so many.")] = 1,
+    format: Annotated[Format, typer.Option(help="json: one object, for programs.")] = Format.text,
+) -> None:
+    """Look at pairs as the model will see them, and at the data in numbers. Loads no weights.
+
+    Without --row, --worst or --random: the numbers, and the first pairs.
+    """
+    from dspref import config as configuration
+    from dspref import launcher
+    from dspref.machine import inputs
+    from dspref.machine.context import CheckContext
+    from dspref.objectives import build_objective
+
+    with faults_in_one_line():
+        tell_repeated(overrides)
+        config, positions = configuration.read(file, overrides or [])
+        inputs.refuse(CheckContext(config).look(file.parent), positions)
+
+    def job() -> None:
+        from dspref.training import inspection
+
+        prompts = build_objective(**config.objective.model_dump()).scores_prompt
+        asked = inspection.Asked(tuple(row or ()), worst and worst.value, random, seed, held_out, source, ids, ranks)
+        inspection.inspect(config.model, config.data, config.train, prompts, asked, format is Format.json)
+
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+
+
 @app.command(cls=OfRun)
 def plan(
     file: File,

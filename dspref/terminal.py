@@ -58,7 +58,9 @@ def outlive_streams() -> None:
         if isinstance(stream.buffer, io.BufferedWriter):
             own = io.BufferedWriter(own)
         by_line, at_once = stream.line_buffering, stream.write_through
-        found = io.TextIOWrapper(own, stream.encoding, stream.errors, line_buffering=by_line, write_through=at_once)
+        # What an encoding has no character for, such as an ASCII terminal's, is written as its escape.
+        errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+        found = io.TextIOWrapper(own, stream.encoding, errors, line_buffering=by_line, write_through=at_once)
         setattr(sys, name, found)
         setattr(sys, f"__{name}__", found)
 

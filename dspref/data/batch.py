@@ -76,7 +76,7 @@ def collate(
     are the same either way. No pairs give a filler pack.
 
     `score_prompt`: the prompt's tokens 2..n are scored too, for every pair."""
-    groups = _shared_groups(pairs, score_prompt) if prefix_sharing else _separate_groups(pairs, score_prompt)
+    groups = groups_of(pairs, prefix_sharing, score_prompt)
     segments = [segment for group in groups for segment in _segments(group)] or [_filler()]
     starts = np.cumsum([0] + [len(s.tokens) for s in segments])
     keys, predictors = [], []
@@ -113,7 +113,7 @@ def collate(
 
 
 @dataclass
-class _Answer:
+class Answer:
     """Tokens behind a prompt, the places of those that are scored, and the spans, one for each pair, that these count in."""
 
     tokens: np.ndarray
@@ -122,38 +122,43 @@ class _Answer:
 
 
 @dataclass
-class _Group:
+class Group:
     """A prompt and answers to it; and the spans of the prompt where it is scored."""
 
     prompt: np.ndarray
     prompt_spans: list[int]
-    answers: list[_Answer]
+    answers: list[Answer]
 
 
-def _sides(pair: TokenizedPair) -> tuple[_Answer, _Answer]:
+def groups_of(pairs: Sequence[TokenizedPair], prefix_sharing: bool, score_prompt: bool = False) -> list[Group]:
+    """What a pack holds, in order: prompts, each with the answers that run behind it."""
+    return _shared_groups(pairs, score_prompt) if prefix_sharing else _separate_groups(pairs, score_prompt)
+
+
+def _sides(pair: TokenizedPair) -> tuple[Answer, Answer]:
     """Both answers of a pair, without spans yet."""
     of = zip((pair.chosen, pair.rejected), (pair.chosen_scored, pair.rejected_scored))
-    chosen, rejected = (_Answer(ids, np.arange(len(ids)) if mask is None else np.flatnonzero(mask), []) for ids, mask in of)
+    chosen, rejected = (Answer(ids, np.arange(len(ids)) if mask is None else np.flatnonzero(mask), []) for ids, mask in of)
     return chosen, rejected
 
 
-def _separate_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[_Group]:
+def _separate_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[Group]:
     groups, count = [], len(pairs)
     for k, pair in enumerate(pairs):
         for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
             answer.spans.append(side * count + k)
             prompt_spans = [PROMPT * count + k] if score_prompt and side == CHOSEN else []
-            groups.append(_Group(pair.prompt, prompt_spans, [answer]))
+            groups.append(Group(pair.prompt, prompt_spans, [answer]))
     return groups
 
 
-def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[_Group]:
+def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[Group]:
     """Groups of equal prompts, with their distinct answers, each in the order of first sight."""
-    groups: dict[bytes, _Group] = {}
-    answers: dict[tuple[bytes, ...], _Answer] = {}
+    groups: dict[bytes, Group] = {}
+    answers: dict[tuple[bytes, ...], Answer] = {}
     for k, pair in enumerate(pairs):
         key = pair.prompt.tobytes()
-        group = groups.setdefault(key, _Group(pair.prompt, [], []))
+        group = groups.setdefault(key, Group(pair.prompt, [], []))
         if score_prompt:
             group.prompt_spans.append(PROMPT * len(pairs) + k)
         for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
@@ -179,7 +184,7 @@ class _Segment:
     prompt_offset: int = 0
 
 
-def _segments(group: _Group) -> list[_Segment]:
+def _segments(group: Group) -> list[_Segment]:
     """The prompt with its first answer, then each other answer."""
     first, *others = group.answers
     size, offset = len(group.prompt), len(group.prompt) + len(first.tokens)

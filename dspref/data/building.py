@@ -70,15 +70,16 @@ def build(
     built, told, reader = _Build(_Files.create(folder), limits), time.monotonic(), Reader.of(tokenizer, scored)
     first_file = 0
     for listing in listings:
-        before = built.kept
+        converter = Converter(listing, chat_model=tokenizer.chat_template is not None)
+        built.begin_source()
         # The tokenizer leaves Python free to read and render the next rows meanwhile, and to write the last ones.
-        rendered = ahead(reader.chunks(listing, built.notes))
+        rendered = ahead(reader.chunks(converter, built.notes))
         for chunk, ids in ahead((chunk, ids_of(chunk.texts, reader.encoder)) for chunk in rendered):
             built.add(chunk, ids, reader.encoder, first_file)
             if time.monotonic() - told > TELL_EVERY_SECONDS:
                 told = time.monotonic()
                 log(f"data: tokenized {built.read:,} rows, up to {chunk.rows[-1][1].where}")
-        built.source_rows.append(built.kept - before)
+        built.end_source(converter.decided)
         first_file += len(listing.names)
     if built.bad.count and on_bad_row == "error":
         raise DataError(built.bad.lines())
@@ -102,16 +103,15 @@ class Reader:
     def of(cls, tokenizer: PreTrainedTokenizerBase, scored: str) -> Reader:
         return cls(tokenizer, Encoder(tokenizer), Learned(tokenizer), scored)
 
-    def chunks(self, listing: Listing, notes: Counter[str]) -> Iterator[Chunk]:
-        """Chunks of rows, with the texts of all their pairs; a bad row gives its error. Raises DataError in the end where
-        `pairs` had no effect on any row."""
-        rows, source = listing.rows(), listing.source
+    def chunks(self, convert: Converter, notes: Counter[str]) -> Iterator[Chunk]:
+        """Chunks of rows of the converter's source, with the texts of all their pairs; a bad row gives its error. Raises
+        DataError in the end where `pairs` had no effect on any row."""
+        rows, source = convert.listing.rows(), convert.source
         pairs_made = source.pairs == "all"
-        convert = Converter(listing, chat_model=self.tokenizer.chat_template is not None)
         while chunk := list(islice(rows, CHUNK_ROWS)):
             own = [row for _, row in chunk if isinstance(row, Row)]
             pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
-            converted = [(k, _within_reason(item)) for k, item in convert(chunk)]
+            converted = [(k, within_reason(item)) for k, item in convert(chunk)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
             texts = [render(item, self.tokenizer, self.learned, self.scored) for _, item in converted]
             yield Chunk(chunk, [k for k, _ in converted], texts)
@@ -128,7 +128,8 @@ class Reader:
         return {REPEATED: repeated, KEPT: kept, AS_TEXT: as_text, **told}
 
 
-def _within_reason(preference: Preference | RowError) -> Preference | RowError:
+def within_reason(preference: Preference | RowError) -> Preference | RowError:
+    """The pair, or an error where it is too much text for any model."""
     if isinstance(preference, RowError):
         return preference
     for name in PARTS:
@@ -153,6 +154,8 @@ class _Files:
     """True for each scored token; all prompts' are false."""
     offsets: Column
     scored: Column
+    uncut: Column
+    """Tokens of prompt, chosen and rejected before truncation."""
     rows: Column
     places: Column
     """(file through all sources, line) of each pair."""
@@ -162,7 +165,7 @@ class _Files:
     def create(cls, folder: Path) -> _Files:
         layout = {
             "tokens": (np.int32, None), "mask": (np.bool_, None), "offsets": (np.int64, None), "scored": (np.int64, 2),
-            "rows": (np.int64, None), "places": (np.int64, 2), "same": (np.int64, 3),
+            "uncut": (np.int32, 3), "rows": (np.int64, None), "places": (np.int64, 2), "same": (np.int64, 3),
         }  # fmt: skip
         return cls(**{name: Column(folder / f"{name}.npy", dtype, width) for name, (dtype, width) in layout.items()})
 
@@ -177,6 +180,11 @@ class _Build:
     files: _Files
     limits: Limits
     source_rows: list[int] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """Of each source, what was read, what of it was left out and why, and how its rows were taken."""
+    left_out: Complaints = field(default_factory=Complaints)
+    """Of the source that is being read; `dropped` has those of all."""
+    before: tuple[int, int, int] = (0, 0, 0)
     bad: Complaints = field(default_factory=Complaints)
     dropped: Complaints = field(default_factory=Complaints)
     notes: Counter[str] = field(default_factory=Counter)
@@ -194,20 +202,31 @@ class _Build:
     largest_id: int = 0
     longest: int = 0
 
+    def begin_source(self) -> None:
+        self.before, self.left_out = (self.read, self.seen, self.kept), Complaints()
+
+    def end_source(self, decided: dict[str, Any]) -> None:
+        rows, pairs, kept = (now - then for now, then in zip((self.read, self.seen, self.kept), self.before))
+        self.source_rows.append(kept)
+        counts = {"rows": rows, "pairs": pairs, "kept": kept, "dropped": self.left_out.counts()}
+        self.sources.append(counts | {"decided": decided})
+
     def add(self, chunk: Chunk, ids: Ids, encoder: Encoder, first_file: int) -> None:
         """Split and truncate the pairs of a chunk, and keep them or note why they are left out."""
-        kept, rows, places = [], [], []
+        kept, uncut, rows, places = [], [], [], []
         for k, texts, item in zip(chunk.of, chunk.texts, split(chunk.texts, ids, encoder), strict=True):
             file, row = chunk.rows[k]
             self.seen += 1
             if (pair := self._cut(item, row)) is not None and isinstance(texts, Rendering):
                 kept.append(pair)
+                uncut += [[len(part) for part in item.pair[:3]]] if isinstance(item, Whole) else []
                 rows.append(self.read + k)
                 places.append((first_file + file, row.line))
                 self.notes.update(texts.notes)
                 self.conversations += not texts.special
         self.read += len(chunk.rows)
         if kept:
+            self.files.uncut.append(uncut)
             self._write(kept, rows, places)
 
     def _cut(self, item: Whole | RowError, row: Row | BadRow) -> TokenizedPair | None:
@@ -226,6 +245,7 @@ class _Build:
 
     def _leave_out(self, row: Row | BadRow, error: RowError) -> None:
         self.dropped.note(row, error)
+        self.left_out.note(row, error)
         if not error.droppable:
             self.bad.note(row, error)
 
@@ -264,6 +284,7 @@ class _Build:
 
     def report(self) -> dict[str, Any]:
         counts = {"rows": self.read, "pairs": self.seen, "kept": self.kept, "source_rows": self.source_rows}
+        counts["sources"] = self.sources
         measures = {"largest_id": self.largest_id, "longest": self.longest}
         said = {"dropped": self.dropped.counts(), "notes": dict(+self.notes)}
         return {**counts, **measures, **said, "truncated": self.cut, "limits": _in_force(self.limits)}

@@ -7,7 +7,7 @@ repeat their prompts, all do: one that says "Hi! ..." to "Hi" among others repea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspref.data.completions import to_preferences
@@ -26,13 +26,22 @@ class Converter:
     """Makes preferences of the rows of a listing, a few at a time. Its files are read through once more where it depends on
     other rows what a row is: only then, and once."""
 
-    def __init__(self, listing: Listing, chat_model: bool) -> None:
+    def __init__(self, listing: Listing, chat_model: bool, decided: Mapping[str, Any] | None = None) -> None:
+        """`decided`: what a converter of the same listing found, to take single rows as it did."""
         self.listing, self.source = listing, listing.source
         self.how = {"as_": self.source.as_, "chat_model": chat_model, "key": self.source.key}
         self.lacking: dict[str, None] | None = None
         """Columns that a row has, with null, where it lacks them; None while it has not been looked for them."""
         self.repeated: bool | None = None
         """Whether the answers of conversations that are made of texts repeat their prompts; None before the first."""
+        if decided is not None:
+            self.lacking = None if decided["lacking"] is None else dict.fromkeys(decided["lacking"])
+            self.repeated = decided["repeated"]
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What hangs on other rows, as found so far."""
+        return {"lacking": None if self.lacking is None else sorted(self.lacking), "repeated": self.repeated}
 
     def __call__(self, rows: Sequence[Place]) -> Made:
         """(row, preference or why there is none) of each pair of some rows."""

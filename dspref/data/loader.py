@@ -168,11 +168,16 @@ def place(store: PairStore, ids: np.ndarray, packing: Packing) -> StepPacks:
 
 def sweep(store: PairStore, packing: Packing) -> Iterator[tuple[float, PackedBatch]]:
     """This rank's packs over every pair of a store, once, each with the share of the store that is then done."""
-    for start in range(0, len(store), PAIRS_PER_SWEEP):
-        ids = np.arange(start, min(start + PAIRS_PER_SWEEP, len(store)))
+    for ids in swept(store):
         placed = place(store, ids, packing)
         for k, batch in enumerate(placed.packs(store, packing), start=1):
-            yield (start + len(ids) * k / len(placed.ids[0])) / len(store), batch
+            yield (int(ids[0]) + len(ids) * k / len(placed.ids[0])) / len(store), batch
+
+
+def swept(store: PairStore) -> list[np.ndarray]:
+    """Every pair of a store, in the parts that a sweep plans one after another."""
+    starts = range(0, len(store), PAIRS_PER_SWEEP)
+    return [np.arange(start, min(start + PAIRS_PER_SWEEP, len(store))) for start in starts]
 
 
 def sharing_pays(store: PairStore, together: np.ndarray | None) -> bool:

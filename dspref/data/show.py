@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 PROMPT_TOKENS, ANSWER_TOKENS = 60, 120
 # Around scored tokens: on a terminal green, elsewhere brackets.
 COLOUR, PLAIN = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
+# Tokens that are decoded together: more than a letter is made of.
+WINDOW = 32
 SHOWN_AS = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -32,10 +34,10 @@ def mark(pair: Any, tokenizer: PreTrainedTokenizerBase, colour: bool = False) ->
 
 def shown(ids: Sequence[int] | np.ndarray, scored: np.ndarray, tokenizer: Any, limit: int, colour: bool) -> str:
     """One line: the text of the tokens, runs of scored ones between marks."""
-    pieces = texts(np.asarray(ids).tolist(), tokenizer)
-    head, tail = (range(limit // 2), range(len(pieces) - limit // 2, len(pieces)))
-    left_out = len(pieces) - limit
-    kept = [*head, None, *tail] if left_out > 0 else [*range(len(pieces))]
+    words = texts(np.asarray(ids).tolist(), tokenizer)
+    head, tail = (range(limit // 2), range(len(words) - limit // 2, len(words)))
+    left_out = len(words) - limit
+    kept = [*head, None, *tail] if left_out > 0 else [*range(len(words))]
     before, after = COLOUR if colour else PLAIN
     line, inside = [], False
     for k in kept:
@@ -43,31 +45,30 @@ def shown(ids: Sequence[int] | np.ndarray, scored: np.ndarray, tokenizer: Any, l
         if within != inside:
             line.append(before if within else after)
         inside = within
-        line.append(f" ... {left_out} tokens ... " if k is None else pieces[k])
+        line.append(f" ... {left_out} tokens ... " if k is None else words[k])
     return "".join(line) + (after if inside else "")
 
 
 def texts(ids: list[int], tokenizer: Any) -> list[str]:
+    """The same in one line, without control characters."""
+    return [plain(piece) for piece in pieces(ids, tokenizer)]
+
+
+def pieces(ids: list[int], tokenizer: Any) -> list[str]:
     """The text that each token adds to those before it; of a letter made of several tokens, the last has it all."""
-    pieces, done = [], 0
-    for end, whole in enumerate(_growing(ids, tokenizer), start=1):
-        if whole.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(plain(whole[done:]))
-        done = len(whole)
-    return pieces
-
-
-def _growing(ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """The text of the first token, the first two, ..., from a window that is moved on: decoding all anew is slow."""
-    text, start = "", 0
+    # From a window that is moved on: decoding all anew is slow. `done`: characters of it that have been given.
+    found, start, done = [], 0, 0
     for end in range(1, len(ids) + 1):
         window = _decode(tokenizer, ids[start:end])
-        yield text + window
-        if end - start >= 32 and not window.endswith("\N{REPLACEMENT CHARACTER}"):
+        if window.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+            found.append("")
+            continue
+        found.append(window[done:])
+        done = len(window)
+        if end - start >= WINDOW and not window.endswith("\N{REPLACEMENT CHARACTER}"):
             # A token may be read otherwise at the start of a text, so the new window begins with one that is known.
-            text, start = text + window[: len(window) - len(_decode(tokenizer, ids[end - 1 : end]))], end - 1
+            start, done = end - 1, len(_decode(tokenizer, ids[end - 1 : end]))
+    return found
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

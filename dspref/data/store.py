@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 # Of a source, what the digests of its rows stand for, or what does not touch a row.
 NOT_DECISIVE = ("key", "path", "split", "max_samples", "weight", "name", "data_dir", "revision")
 
@@ -63,6 +63,8 @@ class PairStore:
         """Scored tokens of chosen and rejected, int64 [n, 2]."""
         self.lengths: np.ndarray = np.diff(self._offsets).reshape(-1, 3)
         """Computed tokens of prompt, chosen and rejected, int64 [n, 3]."""
+        self.uncut: np.ndarray = np.asarray(_mapped(folder / "uncut.npy"))
+        """Tokens of prompt, chosen and rejected before truncation, int32 [n, 3]."""
         self._files = list(files)
 
     def __len__(self) -> int:
@@ -95,6 +97,15 @@ class PairStore:
         file, line = self._places[index].tolist()
         return place_of(self._files[file], line)
 
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of its file through all sources, line) of a pair."""
+        file, line = self._places[index].tolist()
+        return file, line
+
+    def at(self, file: int, line: int) -> np.ndarray:
+        """The pairs of the row at a place, in order: int64 [k]."""
+        return np.flatnonzero((self._places[:, 1] == line) & (self._places[:, 0] == file))
+
     @property
     def reads_clock(self) -> bool:
         """Whether the chat template writes the date or time into what it renders."""
@@ -112,10 +123,12 @@ def load_pairs(
     scored: str = "assistant",
     digest: Digest = sha256,
     verify: bool = True,
+    summarise: bool = True,
 ) -> PairStore:
     """Read and tokenize the sources, unless the cache has them. `on_bad_row`: error | drop; `scored`: which tokens of a
     conversation are scored, last | assistant | all. `verify`: compare what the cache
-    has with its digests, byte by byte; once for each start of a run on a machine is enough.
+    has with its digests, byte by byte; once for each start of a run on a machine is enough. `summarise`: say what was left
+    out and cut, which is in the store's report too.
 
     Raises DataError (one line per reason), ConfigError for a bad template, EnvironmentFault for an unusable `cache_dir`.
     """
@@ -123,7 +136,7 @@ def load_pairs(
     for listing in listings:
         if listing.source.template:
             check_template(listing.source.template, listing.source.key)
-        if listing.left_out:
+        if listing.left_out and summarise:
             what = f"left out, as their names say no split or more than it: {_listed(listing.left_out)}"
             log(f"data: {one_line(listing.source.path)}: {what} (name files in path to read them)")
     files = [name for listing in listings for name in listing.names]
@@ -140,7 +153,8 @@ def load_pairs(
                     raise unusable(listing.names[0], reason, fix)
             put_in_place(scratch / folder.name, folder)
             store = PairStore(folder, files)
-    _log_report(store.report, log)
+    if summarise:
+        _log_report(store.report, log)
     return store
 
 
@@ -174,11 +188,8 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _log_report(report: Mapping[str, Any], log: Log) -> None:
-    if report["unknown_template"]:
-        log(
-            "warning: data: where the model's own words begin and end under this chat template cannot be told "
-            f"({report['unknown_template']}); everything behind the prompt is scored (data.scored: all)"
-        )
+    if warning := unknown_template(report):
+        log(f"warning: data: {warning}")
     if report["dropped"]:
         left_out, unit = report["pairs"] - report["kept"], "rows" if report["pairs"] == report["rows"] else "pairs"
         log(f"data: left out {left_out} of {report['pairs']} {unit}: {in_words(report['dropped'])}")
@@ -186,6 +197,16 @@ def _log_report(report: Mapping[str, Any], log: Log) -> None:
         log(f"data: {in_words(report['notes'])}")
     if lost := [truncation_in_words(name, *figures) for name, figures in report["truncated"].items() if figures[0]]:
         log(f"data: beyond {report['limits']}, of {report['kept']} pairs: {'; '.join(lost)}")
+
+
+def unknown_template(report: Mapping[str, Any]) -> str | None:
+    """What is to be said of a chat template that could not be probed."""
+    if not report["unknown_template"]:
+        return None
+    return (
+        "where the model's own words begin and end under this chat template cannot be told "
+        f"({report['unknown_template']}); everything behind the prompt is scored (data.scored: all)"
+    )
 
 
 def truncation_in_words(name: str, count: int, lost: int, had: int) -> str:

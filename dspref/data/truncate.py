@@ -105,10 +105,16 @@ def _overlong(pair: TokenizedPair, limits: Limits, may_be_cut: bool) -> RowError
 
 def _kept(prompt: np.ndarray, size: int, truncation_mode: str, head: int) -> np.ndarray:
     size = max(1, size)
-    if len(prompt) <= size or truncation_mode == "keep_start":
-        return prompt[:size]
-    head = min(head, size // 2)  # a long opening must leave room for what follows it
+    if len(prompt) <= size:
+        return prompt
+    head = gap(size, truncation_mode, head)
     return np.concatenate([prompt[:head], prompt[len(prompt) - size + head :]])
+
+
+def gap(size: int, truncation_mode: str, head: int) -> int:
+    """How many of the `size` tokens that are left of a prompt stand before those that it lost."""
+    # A long opening must leave room for what follows it.
+    return size if truncation_mode == "keep_start" else min(head, size // 2)
 
 
 def _cut(answer: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:

@@ -8,10 +8,8 @@ from statistics import fmean
 import numpy as np
 
 from dspref.config import DataSection, ModelSection, TrainSection, shipped
-from dspref.data.loader import Packing, StepLoader, count, place, sharing_pays
-from dspref.data.plan import rows_per_epoch
-from dspref.data.store import PairStore
-from dspref.errors import ConfigError, DataError
+from dspref.data.loader import Packing, StepLoader, count, place
+from dspref.errors import ConfigError
 from dspref.machine.run_plan import Load, assumed
 from dspref.training import preparation
 
@@ -19,19 +17,6 @@ from dspref.training import preparation
 MOST_STEPS = 400
 # Tokens of a sequence, where nothing says how long they are.
 LONGEST = 2048
-
-
-def steps_of(
-    data: DataSection, train: TrainSection, pairs: PairStore, score_prompt: bool, rank: int, ranks: int
-) -> tuple[Packing, StepLoader]:
-    """How packs are laid out over the ranks, and the steps of the run."""
-    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
-    sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
-    packing = Packing(data.tokens_per_pack, sharing, rank, ranks, score_prompt=score_prompt)
-    weights = [source.weight for source in data.train_sources]
-    if not rows_per_epoch(pairs.source_rows, weights):
-        raise DataError("data.train: the weights leave no pair per epoch; raise them")
-    return packing, StepLoader(pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together)
 
 
 def load(
@@ -70,7 +55,7 @@ def read(model: ModelSection, data: DataSection, train: TrainSection, score_prom
     tokenizer = preparation.tokenizer_of(model)
     listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
     pairs = preparation.load_sources(data, tokenizer, listings)
-    packing, loader = steps_of(data, train, pairs, score_prompt, 0, ranks)
+    packing, loader = preparation.steps_of(data, train, pairs, score_prompt, 0, ranks)
     return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.max_steps))
 
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspref import distributed
-from dspref.config import DataSection, ModelSection, SourceSection, cache_folder, shipped
+from dspref.config import DataSection, ModelSection, SourceSection, TrainSection, cache_folder, shipped
+from dspref.data.loader import Packing, StepLoader, sharing_pays
 from dspref.data.overlap import shared
+from dspref.data.plan import rows_per_epoch
 from dspref.data.rows import one_line
 from dspref.data.sources import Listing, Source, find
-from dspref.data.store import PairStore, load_pairs
+from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
@@ -114,16 +116,40 @@ def tokenizer_of(section: ModelSection) -> PreTrainedTokenizerBase:
     return load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
 
 
-def load_sources(data: DataSection, tokenizer: PreTrainedTokenizerBase, listings: Sequence[Listing]) -> PairStore:
-    """The pairs of some sources, tokenized and cut as `data` says."""
-    limits = Limits(
+def load_sources(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    listings: Sequence[Listing],
+    log: Log = distributed.log,
+    summarise: bool = True,
+) -> PairStore:
+    """The pairs of some sources, tokenized and cut as `data` says; `summarise`: say what was left out or cut."""
+    return load_pairs(
+        listings, tokenizer, limits_of(data), scored=data.scored, on_bad_row=data.on_bad_row,
+        cache_dir=cache_folder("tokens"), log=log, digest=digests.sha256,
+        verify=distributed.world().local_rank == 0, summarise=summarise,
+    )  # fmt: skip
+
+
+def limits_of(data: DataSection) -> Limits:
+    return Limits(
         data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode, data.min_prompt_length,
         data.on_overlong,
     )  # fmt: skip
-    return load_pairs(
-        listings, tokenizer, limits, scored=data.scored, on_bad_row=data.on_bad_row, cache_dir=cache_folder("tokens"),
-        log=distributed.log, digest=digests.sha256, verify=distributed.world().local_rank == 0,
-    )  # fmt: skip
+
+
+def steps_of(
+    data: DataSection, train: TrainSection, pairs: PairStore, score_prompt: bool, rank: int, world_size: int
+) -> tuple[Packing, StepLoader]:
+    """How packs are laid out over the ranks, and the steps of a run. `score_prompt`: the objective scores prompts."""
+    together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
+    sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
+    packing = Packing(data.tokens_per_pack, sharing, rank, world_size, score_prompt)
+    weights = [source.weight for source in data.train_sources]
+    if not rows_per_epoch(pairs.source_rows, weights):
+        raise DataError("data.train: the weights leave no pair per epoch; raise them")
+    loader = StepLoader(pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together)
+    return packing, loader
 
 
 def check_adapters(section: ModelSection, optim: str, device_type: str) -> None:

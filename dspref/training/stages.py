@@ -33,7 +33,7 @@ from dspref.report import console
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder
 from dspref.run.settings import refuse_changes
-from dspref.training import foresight
+from dspref.training import foresight, preparation
 from dspref.training.closing import show_summary
 from dspref.training.model_card import Recipe, adapter_in_words
 from dspref.watch import lock
@@ -133,7 +133,7 @@ def check_environment(config: Config, device_type: str) -> None:
 def plan(config: Config, pairs: PairStore) -> tuple[Packing, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run."""
     world, prompts = distributed.world(), build_objective(**config.objective.model_dump()).scores_prompt
-    return foresight.steps_of(config.data, config.train, pairs, prompts, world.rank, world.size)
+    return preparation.steps_of(config.data, config.train, pairs, prompts, world.rank, world.size)
 
 
 def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int | None) -> dict[str, Any]:

@@ -1,18 +1,69 @@
-"""What a run's data look like, read and tokenized as the run would: `dspref check --data`."""
+"""What a run's data look like, read and tokenized as the run would: `dspref check --data`. `inspection` begins with it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dspref import distributed
 from dspref.config import DataSection, ModelSection
+from dspref.data.choosing import SourcePairs, sources_of
 from dspref.data.show import mark
-from dspref.data.store import PairStore
+from dspref.data.store import Log, PairStore
 from dspref.model import admission, loading
 from dspref.training import preparation
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Pairs that are shown of each source.
 SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The data of a run, as it would read them. The pairs of all training sources are in one store, those of each held-out
+    set in one of its own."""
+
+    model_config: Any
+    tokenizer: PreTrainedTokenizerBase
+    train: list[SourcePairs]
+    held_out: list[SourcePairs]
+
+    @property
+    def stores(self) -> list[PairStore]:
+        return [self.train[0].store, *(source.store for source in self.held_out)]
+
+    def check_sizes(self, max_length: int | None) -> None:
+        """Raises ConfigError for tokens or lengths that the model has no embedding or no position for."""
+        preparation.check_sizes(max_length, self.model_config, self.stores)
+
+
+def read(model: ModelSection, data: DataSection, log: Log = distributed.log, summarise: bool = True) -> Survey:
+    """Read and tokenize all sources, from the cache that a run uses. Raises DataError and ConfigError as the run would.
+    `summarise`: say what was left out or cut."""
+    loading.quiet()
+    model_config = loading.load_config(model)
+    tokenizer = preparation.tokenizer_of(model)
+    admission.refuse_long_limit(model_config, data.max_length)
+    train, held_out = (
+        {name: preparation.listing_of(source, name) for name, source in data.source_keys(of).items()}
+        for of in ("train", "eval")
+    )
+    for listing in held_out.values():
+        preparation.refuse_training_rows(listing, list(train.values()))
+
+    def load(named: dict[str, Any]) -> list[SourcePairs]:
+        listings = list(named.values())
+        store = preparation.load_sources(data, tokenizer, listings, log, summarise)
+        return sources_of(store, listings, list(named))
+
+    return Survey(
+        model_config, tokenizer, load(train), [source for key, one in held_out.items() for source in load({key: one})]
+    )
 
 
 def report(model: ModelSection, data: DataSection, colour: bool = False) -> None:
@@ -20,37 +71,30 @@ def report(model: ModelSection, data: DataSection, colour: bool = False) -> None
 
     Raises DataError and ConfigError as the run would.
     """
-    loading.quiet()
-    model_config = loading.load_config(model)
-    tokenizer = preparation.tokenizer_of(model)
-    admission.refuse_long_limit(model_config, data.max_length)
-    stores = []
-    train, held_out = (
-        {name: preparation.listing_of(source, name) for name, source in data.source_keys(of).items()}
-        for of in ("train", "eval")
-    )
-    for listing in held_out.values():
-        preparation.refuse_training_rows(listing, list(train.values()))
-    for name, listing in {**train, **held_out}.items():
-        distributed.log(f"\n{name}  {listing.source.path}")
-        store = preparation.load_sources(data, tokenizer, [listing])
-        stores.append(store)
-        distributed.log(figures(store))
-        for index in range(min(SHOWN, len(store))):
-            distributed.log(f"\n{store.where(index)}\n{mark(store[index], tokenizer, colour)}")
-    preparation.check_sizes(data.max_length, model_config, stores)
+    found = read(model, data)
+    for source in (*found.train, *found.held_out):
+        distributed.log(f"\n{source.key}  {source.listing.source.path}\n{figures(source)}")
+        for index in source.ids[:SHOWN].tolist():
+            distributed.log(f"\n{source.store.where(index)}\n{mark(source.store[index], found.tokenizer, colour)}")
+    found.check_sizes(data.max_length)
 
 
-def figures(store: PairStore) -> str:
-    """Rows, pairs and lengths of a store, a line each."""
-    counts, lengths = store.report, store.lengths
+def figures(source: SourcePairs) -> str:
+    """Rows, pairs and lengths of a source, a line each."""
+    counts, ids = source.store.report["sources"][source.number], source.ids
     lines = [
-        f"rows {counts['rows']:,}, pairs {len(store):,} of {counts['pairs']:,}",
+        f"rows {counts['rows']:,}, pairs {counts['kept']:,} of {counts['pairs']:,}",
         f"{'tokens':<10}{'min':>8}{'median':>8}{'max':>8}{'total':>12}",
     ]
-    for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
-        least, middle, most = (int(value) for value in np.percentile(column, [0, 50, 100]))
-        lines.append(f"{name:<10}{least:>8,}{middle:>8,}{most:>8,}{int(column.sum()):>12,}")
-    chosen, rejected = store.scored.sum(axis=0).tolist()
+    lines += _lengths(("prompt", "chosen", "rejected"), source.store.lengths[ids])
+    chosen, rejected = source.store.scored[ids].sum(axis=0).tolist()
     lines.append(f"scored of them: {chosen:,} chosen, {rejected:,} rejected")
     return "\n".join(lines)
+
+
+def _lengths(names: Sequence[str], lengths: np.ndarray) -> list[str]:
+    lines = []
+    for name, column in zip(names, lengths.T if len(lengths) else ()):
+        least, middle, most = (int(value) for value in np.percentile(column, [0, 50, 100]))
+        lines.append(f"{name:<10}{least:>8,}{middle:>8,}{most:>8,}{int(column.sum()):>12,}")
+    return lines

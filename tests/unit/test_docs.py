@@ -45,3 +45,12 @@ def test_the_commands_for_those_who_come_from_elsewhere_work(tmp_path: Path, mon
     for line in lines:
         done = CliRunner().invoke(app, shlex.split(line)[1:], prog_name="dspref")
         assert done.exit_code == 0, (line, done.output)
+
+
+@pytest.mark.parametrize(
+    "block", re.findall(r"^```\n\$ dspref (.*?)^```$", (DOCS / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+)
+def test_what_data_md_shows_is_what_the_command_says(block: str) -> None:
+    command, _, shown = block.partition("\n")
+    result = CliRunner().invoke(app, shlex.split(command), prog_name="dspref")
+    assert result.exit_code == 0 and shown.strip() and shown.strip("\n") in result.stdout

@@ -40,7 +40,7 @@ OWNERS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"report.trackers"},
     "tensorboard": {"report.trackers"},
     "typer": {"cli", "commandline"},
-    "rich": {"cli", "report.console", "report.plan_table"},
+    "rich": {"cli", "report.census", "report.closeup", "report.console", "report.plan_table"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
     "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},

@@ -17,7 +17,7 @@ from dspref import config as configuration
 from dspref.cli import app
 from dspref.data.loader import Packing, place
 from dspref.machine import gpus
-from dspref.training import foresight, preparation
+from dspref.training import preparation
 
 PAIRS = 90
 
@@ -60,7 +60,7 @@ def test_packs_and_tokens_are_those_that_the_run_will_have(folder: Path) -> None
     config = configuration.load(folder / "run.yaml", [])
     tokenizer = preparation.tokenizer_of(config.model)
     pairs = preparation.load_sources(config.data, tokenizer, [preparation.listing_of(config.data.train, "data.train")])
-    packing, loader = foresight.steps_of(config.data, config.train, pairs, False, 3, 4)
+    packing, loader = preparation.steps_of(config.data, config.train, pairs, False, 3, 4)
     assert isinstance(packing, Packing) and packing.world_size == 4
     steps = [place(pairs, ids, packing) for ids in loader.epoch(0)][:-1]
     load = plan["load"]

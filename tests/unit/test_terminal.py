@@ -62,6 +62,15 @@ def test_nothing_ends_by_streams_that_nobody_reads(end, how, tmp_path):
         assert done.stderr == "False\n"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "ascii:replace"])
+def test_what_a_terminal_has_no_character_for_is_an_escape(encoding):
+    program = "from dspref.terminal import outlive_streams\noutlive_streams()\nprint('⟦你好\\udcff⟧')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
+    written = {"utf-8": "⟦你好\\udcff⟧", "ascii:replace": "?????"}.get(encoding, "\\u27e6\\u4f60\\u597d\\udcff\\u27e7")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"{written}\n", b"")
+
+
 def test_legitimate_text_stays():
     for text in ("a\nb\n\tc", "naïve 你好 🙂", "C:\\x1b", ""):
         assert shown(text) == text

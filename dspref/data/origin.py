@@ -1,0 +1,99 @@
+"""The row that a pair of a store was made of, read again; and the pair as it was before it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dspref.data.building import Reader, within_reason
+from dspref.data.converting import Converter
+from dspref.data.formats import Preference
+from dspref.data.rows import BadRow, Row, RowError
+from dspref.data.sources import Listing
+from dspref.data.template import render
+from dspref.data.tokenize import Whole, ids_of, split
+from dspref.data.truncate import Limits, TokenizedPair, truncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# (number of a file in its source, line)
+Place = tuple[int, int]
+
+
+class Origin(NamedTuple):
+    """A raw row, the pair of texts or messages in it, and the same as tokens before truncation."""
+
+    values: dict[str, Any]
+    preference: Preference
+    whole: Whole
+
+
+def rows_at(listing: Listing, places: Iterable[Place]) -> dict[Place, Row | BadRow]:
+    """The rows at some places of a source, as far as there are such. Each file is read once, up to the last of them."""
+    parts = [part for selection in listing.selections for part in selection.parts]
+    found: dict[Place, Row | BadRow] = {}
+    wanted: dict[int, set[int]] = {}
+    for file, line in places:
+        wanted.setdefault(file, set()).add(line)
+    for file, lines in wanted.items():
+        last = max(lines)
+        for row in parts[file].rows():
+            if row.line in lines:
+                found[file, row.line] = row
+            if row.line >= last:
+                break
+    return found
+
+
+class Again:
+    """Makes pairs of single rows of a source, as they were made for the store. `decided`: what its report says of that."""
+
+    def __init__(
+        self, listing: Listing, tokenizer: PreTrainedTokenizerBase, scored: str, decided: Mapping[str, Any]
+    ) -> None:
+        self.reader = Reader.of(tokenizer, scored)
+        self.convert = Converter(listing, tokenizer.chat_template is not None, decided)
+
+    def __call__(self, row: Row | BadRow) -> list[Origin | RowError]:
+        """The pairs of a row, or why there are none."""
+        reader = self.reader
+        made = [within_reason(item) for _, item in self.convert([(0, row)])]
+        texts = [render(item, reader.tokenizer, reader.learned, reader.scored) for item in made]
+        wholes = split(texts, ids_of(texts, reader.encoder), reader.encoder)
+        return [
+            Origin(row.values, item, whole)
+            if isinstance(row, Row) and isinstance(item, Preference) and isinstance(whole, Whole)
+            else whole
+            for item, whole in zip(made, wholes, strict=True)
+            if isinstance(whole, RowError) or isinstance(item, Preference)
+        ]  # pyright: ignore[reportReturnType]
+
+
+def origin_of(pair: TokenizedPair, made: Iterable[Origin | RowError], limits: Limits) -> Origin | None:
+    """The one of a row's pairs that became this one; None where none does, as under a template that writes the time."""
+    for origin in made:
+        if isinstance(origin, RowError):
+            continue
+        try:
+            cut = truncate(origin.whole.pair, limits, origin.whole.head)
+        except RowError:
+            continue
+        if all(np.array_equal(one, other) for one, other in zip(pair[:3], cut[:3])):
+            return origin
+    return None
+
+
+def why_left_out(made: Iterable[Origin | RowError], limits: Limits) -> list[RowError]:
+    """The reasons why pairs of a row are not in the store."""
+    reasons: list[RowError] = []
+    for item in made:
+        try:
+            if isinstance(item, RowError):
+                raise item
+            truncate(item.whole.pair, limits, item.whole.head)
+        except RowError as error:
+            reasons.append(error)
+    return reasons
