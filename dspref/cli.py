@@ -9,43 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 import dspref
+from dspref.commandline import Commands, OfRun
 from dspref.errors import ConfigError, ExitCode, UserError
-from dspref.terminal import outlive_streams, shown
-
-
-class Commands(TyperGroup):
-    """The commands; a mistake in the command line is one line, as any other, and not a box of several."""
-
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        outlive_streams()
-        try:
-            code = super().main(*args, standalone_mode=False, **extra)
-        except Exception as error:
-            if not standalone_mode or not hasattr(error, "format_message"):
-                raise  # a bug: the fault of a user, or of a disk, is said where the command is
-            code = tell_misuse(error)
-        if standalone_mode:
-            sys.exit(code or 0)
-        return code
-
-
-def tell_misuse(error: Any) -> int:
-    """Say what is wrong with a command line. A command that was given nothing at all shows its help."""
-    context = error.ctx if hasattr(error, "ctx") else None
-    if type(error).__name__ == "NoArgsIsHelpError":
-        print(error.format_message(), end="")  # empty where it has been printed in colours, when the error was made
-        return int(error.exit_code)
-    path = context.command_path if context else "dspref"
-    said = " ".join(error.format_message().split()).removesuffix(".").removeprefix("Invalid value: ")
-    print(ConfigError(f"{path}: {said}; see {path} --help"), file=sys.stderr)
-    return int(error.exit_code)
-
+from dspref.terminal import shown
 
 app = typer.Typer(
     cls=Commands,
@@ -53,28 +24,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they show the values of variables
 )
-
-
-class OfRun(TyperCommand):
-    """A command whose first argument is a run's YAML file, which may also be given as `--config X.yaml`, as launch/train.py
-    takes it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for at, word in enumerate(args):
-            if word == "--config" and at + 1 < len(args):
-                args = [args[at + 1], *args[:at], *args[at + 2 :]]
-                break
-            if word.startswith("--config="):
-                args = [word.removeprefix("--config="), *args[:at], *args[at + 1 :]]
-                break
-        if "--config" in args:
-            raise typer.BadParameter("--config: the path of a YAML file is missing behind it", ctx)
-        known = {"--help", *(name for option in self.params for name in (*option.opts, *option.secondary_opts))}
-        for word in args[: args.index("--") if "--" in args else None]:
-            if word.startswith("--") and word.partition("=")[0] not in known:
-                remedy = "a value of the run is changed by section.key=value, without dashes"
-                raise typer.BadParameter(f"{word}: no such option; {remedy}", ctx)
-        return super().parse_args(ctx, args)
 
 
 # Said of a command that a signal stopped, and that has written nothing by then.
@@ -261,31 +210,51 @@ def submit(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or of a sweep.", callback=whole)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The output_dir of a run or a sweep, or a folder of runs.", callback=whole)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, for programs.")] = False,
 ) -> None:
-    """Show how far a run is: state, step, time left, last checkpoint, goodput, restarts. Reads its files, and asks SLURM of
-    its job where there is one."""
+    """Show how far a run is: state, step, time left, last checkpoint, loss, accuracy, evaluations; of several a line each.
+    Reads its files, and asks SLURM of its job where there is one."""
     import json
 
     from dspref.run import status
     from dspref.slurm import job_state
 
-    def known(folder: Path, asks: bool = True) -> dict[str, Any]:
-        about = status.read(folder)
-        asks = asks and about["job"] and about["state"] != "finished"
-        return job_state.joined(about, job_state.ask(about["job"]) if asks else None)
-
     with faults_in_one_line():
         if run.exists() and not run.is_dir():
             raise ConfigError(f"{run}: is no folder; give the output_dir of a run")
-        about = known(run)
-        # A controller that did not answer for the sweep is not waited for at each of its runs.
-        runs = [known(Path(one), about["slurm"] is not None) for one in about["runs"] or [] if Path(one).exists()]
+        about, runs = job_state.known(run)
         if as_json:
             print(json.dumps(about | {"runs": runs} if runs else about, indent=2))
         else:
-            print(status.show_sweep(runs) if runs else status.show(about))
+            print(status.show_sweep(runs, run) if runs else status.show(about))
+
+
+class Form(StrEnum):
+    html = "html"
+    png = "png"
+    md = "md"
+    csv = "csv"
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs to compare, or folders of runs.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: report.html; md and csv: printed.", callback=whole),
+    ] = None,
+    format: Annotated[Form | None, typer.Option(help="Default: by the file's name, else html.")] = None,
+) -> None:
+    """Show what runs did, side by side: one HTML file with curves, evaluations, samples, settings and events, which needs no
+    network; or a picture (png), tables to paste (md), every value (csv)."""
+    from dspref.report import written
+
+    with faults_in_one_line():
+        text, file = written.report([found for run in runs if (found := whole(run))], output, format and format.value)
+    print(text or shown(f"{file}: written; open it in a browser" if file and file.suffix == ".html" else f"{file}: written"))
 
 
 def tell_repeated(overrides: list[str] | None) -> None:

@@ -23,7 +23,8 @@ GROUND: tuple[tuple[str, ...], ...] = (
 ABOVE = {
     "distributed": {"ranks"},
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
-    "cli": {"config", "launcher", "machine", "objectives", "run", "slurm", "training"},
+    "commandline": set(),
+    "cli": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
     "__main__": {"cli"},
 }
 
@@ -38,7 +39,8 @@ OWNERS: dict[str, set[str]] = {
     "wandb": {"report.trackers"},
     "torch.utils.tensorboard": {"report.trackers"},
     "tensorboard": {"report.trackers"},
-    "typer": {"cli"},
+    "matplotlib": {"report.plots"},
+    "typer": {"cli", "commandline"},
     "rich": {"cli", "report.console"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
@@ -59,8 +61,9 @@ PURE_FILES = {"model.attention", "model.logps", "model.router"}
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
-    "cli", "engine.builds", "errors", "files", "launcher", "lazily", "model.weights", "processes", "reading",
-    "reference.store", "run.manifest", "run.record", "run.status", "secrets", "terminal", "watch.interruption",
+    "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "model.weights", "processes", "reading",
+    "reference.store", "report.charts", "report.page", "report.plots", "report.specs", "report.tables", "report.written",
+    "run.curves", "run.history", "run.manifest", "run.record", "run.status", "secrets", "terminal", "watch.interruption",
     "watch.lock",
 }  # fmt: skip
 
