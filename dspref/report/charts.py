@@ -249,8 +249,9 @@ def notes(charts: Sequence[Chart], runs: Sequence[History]) -> list[str]:
             "are drawn, so that no spike is lost. --format csv has every value."
         )
     gaps = [
-        f"{f'{run.name}: ' if len(runs) > 1 else ''}{text(key, MOST_OF_NAME)}: {count:,} of {len(told.steps):,} values are not finite: gaps."
+        f"{of_run}{text(key, MOST_OF_NAME)}: {count:,} of {len(told.steps):,} values are not finite: gaps."
         for run in runs
+        for of_run in [f"{run.name}: " if len(runs) > 1 else ""]
         for keys, column in (
             (run.curves.training_keys, run.curves.trained),
             (run.curves.evaluation_keys, run.curves.evaluated),
@@ -271,7 +272,8 @@ def payload(charts: Sequence[Chart], runs: Sequence[History]) -> dict[str, Any]:
                 "id": chart.id, "title": chart.title, "log": chart.log, "stacked": chart.stacked,
                 "curves": [
                     {
-                        "run": curve.run, "key": text(curve.key, MOST_OF_NAME), "label": curve.label, "held_out": curve.held_out,
+                        "run": curve.run, "key": text(curve.key, MOST_OF_NAME),
+                        "label": curve.label, "held_out": curve.held_out,
                         "x": curve.steps, "y": curve.values, "smooth": None if curve.held_out else curve.smooth,
                     }
                     for curve in chart.curves

@@ -128,8 +128,9 @@ def by_step(samples: Sequence[Sample]) -> list[tuple[str, list[Answers]]]:
 def compared(sample: Sample) -> Answers:
     """The reference's and the policy's answer, with the words that only one of them has."""
     if sample.reference is None or sample.policy is None:
-        alone = ([Part(answer, False)] if answer is not None else None for answer in (sample.reference, sample.policy))
-        return Answers(sample.prompt, *alone, sample.chosen)
+        answers = (sample.reference, sample.policy)
+        reference, policy = (None if answer is None else [Part(answer, False)] for answer in answers)
+        return Answers(sample.prompt, reference, policy, sample.chosen)
     (before, rest_before), (after, rest_after) = map(_words, (sample.reference, sample.policy))
     matches = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
     old = [Part("".join(before[a:b]), tag != "equal") for tag, a, b, _, _ in matches if b > a]
