@@ -31,6 +31,10 @@ MOST_WORDS = 600
 COLOURS = 8
 
 
+# Details of an event that say nothing.
+EMPTY = ("null", "{}", "[]", "")
+
+
 class Part(NamedTuple):
     """A piece of an answer; `changed`: the other answer does not have it."""
 
@@ -73,6 +77,7 @@ def render(runs: Sequence[History], now: datetime | None = None) -> str:
         events=[(run.name, [_told(event) for event in run.events]) for run in runs if run.events],
         most_events=MOST_EVENTS,
         data_lines=[(run.name, run.data) for run in runs if run.data],
+        marked=any(charts.marks(run) for run in runs),
         half_life=f"{charts.HALF_LIFE:.0%}",
     )
 
@@ -107,7 +112,7 @@ def _sections(drawn: Sequence[Chart]) -> dict[str, list[Chart]]:
 
 
 def _told(event: Event) -> tuple[str, str, str, str]:
-    details = ", ".join(f"{name} {printable(value, 300)}" for name, value in event.details if value != "null")
+    details = ", ".join(f"{name} {printable(value, 300)}" for name, value in event.details if value not in EMPTY)
     step = "" if event.step is None else f"{event.step:,}"
     return event.time.strftime("%Y-%m-%d %H:%M:%S"), event.name, step, details
 

@@ -116,7 +116,9 @@ def markdown(runs: Sequence[History]) -> str:
         lines += [
             f"- {event.time:%Y-%m-%d %H:%M:%S} {_cell(event.name)}"
             + (f" at step {event.step:,}" if event.step is not None else "")
-            + "".join(f", {_cell(name)} {_cell(value)}" for name, value in event.details if value != "null")
+            + "".join(
+                f", {_cell(name)} {_cell(value)}" for name, value in event.details if value not in ("null", "{}", "[]", "")
+            )
             for event in told[-MOST_ROWS:]
         ]
         lines += [f"- {_cell(line)}" for line in run.data]

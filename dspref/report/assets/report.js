@@ -104,10 +104,10 @@
     });
     return {
       width, height: HEIGHT, padding: [8, 24, 0, 0], legend: { show: false }, series: [{}, ...series],
-      scales: { x: { time: false }, y: { distr: logs[chart.id] ? 3 : 1, range: logs[chart.id] ? undefined : range(chart) } },
+      scales: { x: { time: false }, y: { distr: logs[chart.id] ? 3 : 1, range: logs[chart.id] ? decades : range(chart) } },
       axes: [
         { ...axis, size: 30, values: (_, ticks) => ticks.map((value) => (value % 1 ? "" : tick(value))) },
-        { ...axis, values: (_, ticks) => ticks.map(tick), size: (_, ticks) => 14 + 6.5 * Math.max(2, ...(ticks ?? []).map((text) => text.length)) },
+        { ...axis, grid: { ...axis.grid, filter: powers(chart) }, ticks: { ...axis.ticks, filter: powers(chart) }, values: (_, ticks) => ticks.map(tick), size: (_, ticks) => 14 + 6.5 * Math.max(2, ...(ticks ?? []).map((text) => text.length)) },
       ],
       bands: chart.stacked ? chart.curves.slice(1).map((_, k) => ({ series: [k + 2, k + 1] })) : [],
       cursor: { sync: { key: "report" }, drag: { x: true, y: false }, points: { size: 6 } },
@@ -123,6 +123,18 @@
       return [chart.stacked || (low >= 0 && low - room < 0) ? 0 : low - room, high + room];
     };
   }
+
+  // Whole decades, at most six: a schedule that ends near zero would leave no room for the rest.
+  function decades(_, low, high) {
+    if (!(low > 0) || !(high > 0)) return [0.1, 1];
+    const top = Math.ceil(Math.log10(high) - 1e-9);
+    const bottom = Math.max(Math.floor(Math.log10(low) + 1e-9), top - 6);
+    return [10 ** Math.min(bottom, top - 1), 10 ** top];
+  }
+
+  // Of the lines of a logarithmic axis, those of the powers of ten.
+  const powers = (chart) => (_, splits) =>
+    logs[chart.id] ? splits.map((value) => (value > 0 && Math.abs(Math.log10(value) % 1) < 1e-6 ? value : null)) : splits;
 
   const legends = {};
   function buildLegend(chart) {
