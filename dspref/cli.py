@@ -254,7 +254,10 @@ def report(
 
     with faults_in_one_line():
         text, file = written.report([found for run in runs if (found := whole(run))], output, format and format.value)
-    print(text or shown(f"{file}: written; open it in a browser" if file and file.suffix == ".html" else f"{file}: written"))
+    if text:
+        print(text, end="")
+        return
+    print(shown(f"{file}: written; open it in a browser" if file and file.suffix == ".html" else f"{file}: written"))
 
 
 def tell_repeated(overrides: list[str] | None) -> None:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -55,8 +56,7 @@ def render(runs: Sequence[History], now: datetime | None = None) -> str:
     drawn = charts.of(runs)
     script = "\n".join(_asset(name) for name in ("uplot/uPlot.iife.min.js", "report.js"))
     style = "\n".join(_asset(name) for name in ("uplot/uPlot.min.css", "report.css"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_asset("report.html")).render(
+    return _template().render(
         version=dspref.__version__,
         made=(now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
         title=", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs",
@@ -88,6 +88,13 @@ def embedded(value: Any) -> str:
     return said.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_asset("report.html"))
+
+
+@cache
 def _asset(name: str) -> str:
     found = ASSETS
     for part in name.split("/"):

@@ -6,7 +6,6 @@ steps twice: the later word holds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,8 @@ from dspref.reading import is_count, is_number
 
 # The share of the logged steps that a last value is the mean of, and the most of them: a single step is a few pairs.
 TAIL_SHARE, TAIL_MOST = 0.1, 50
+# What is larger is as good as infinite.
+LARGEST = 1e100
 EVALUATION = "eval_"
 ACCURACY = "rewards/accuracies"
 Records = dict[int, dict[str, Any]]
@@ -109,9 +110,8 @@ def column(records: Mapping[int, Mapping[str, Any]], key: str) -> Column:
 
 
 def finite(value: Any) -> float | None:
-    if type(value) is float:  # nearly all are
-        return value if math.isfinite(value) else None
-    return float(value) if is_number(value) else None
+    """A number as a float; None for what is none, or too large for sums of it."""
+    return float(value) if is_number(value) and -LARGEST < value < LARGEST else None
 
 
 def keys_of(records: Mapping[int, Mapping[str, Any]]) -> list[str]:

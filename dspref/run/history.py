@@ -135,7 +135,10 @@ def _counted(count: int, what: str) -> str:
 
 def text(value: Any, limit: int = MOST_CHARACTERS) -> str:
     """A value of a file in words: without secrets and without what a terminal or a browser would obey."""
-    said = value if isinstance(value, str) else json.dumps(value, default=str)
+    try:
+        said = value if isinstance(value, str) else json.dumps(value)
+    except (RecursionError, ValueError):  # nested by a hand that means it
+        said = "…"
     said = shown(redact(said[: 2 * limit]))
     return said if len(said) <= limit else f"{said[: limit - 1]}…"
 

@@ -61,9 +61,11 @@ def is_run(folder: Path) -> bool:
     return any(os.path.isfile(folder / name) for name in left) or bool(record.read(folder)[1])
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The runs in a folder of runs, by name: those beside each other in it, and those of its sweeps; none that was set
+def runs_in(folder: Path, depth: int = 2) -> list[Path]:
+    """The runs in a folder of runs, by name: those in it, or in a folder in it, and those of its sweeps; none that was set
     aside."""
+    if not depth:
+        return []
     try:
         inner = sorted(path for path in folder.iterdir() if path.is_dir() and not record.PASSING.fullmatch(path.name))
     except OSError:
@@ -74,7 +76,7 @@ def runs_in(folder: Path) -> list[Path]:
         of_sweep = (
             [Path(run) for run in runs if isinstance(run, str) and is_run(Path(run))] if isinstance(runs, list) else []
         )
-        found += of_sweep or [path] * is_run(path)
+        found += of_sweep or ([path] if is_run(path) else runs_in(path, depth - 1))
     return list({os.path.realpath(path): path for path in found}.values())
 
 

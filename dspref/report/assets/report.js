@@ -206,7 +206,7 @@
     const width = place.clientWidth;
     if (plots[chart.id]) plots[chart.id].destroy();
     delete plots[chart.id];
-    if (!width) return; // in a part that is closed
+    if (!width || place.closest("details:not([open])")) return; // drawn when that is opened
     buildLegend(chart);
     plots[chart.id] = new uPlot(options(chart, width), table(chart), place);
   }
@@ -273,9 +273,11 @@
       const plot = plots[id];
       const width = target.clientWidth;
       if (plot && width && width !== plot.width) plot.setSize({ width, height: HEIGHT });
-      else if (!plot && width) draw(data.charts.find((chart) => chart.id === id));
     }
   });
+  for (const part of document.querySelectorAll("details.others")) {
+    part.addEventListener("toggle", () => data.charts.filter((chart) => part.contains(find("chart", chart.id)) && !plots[chart.id]).forEach(draw));
+  }
 
   drawAll();
   for (const place of document.querySelectorAll(".chart")) sizes.observe(place);

@@ -268,6 +268,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert first.startswith("<!doctype html>") and "<title>a, b · dspref report</title>" in first
     assert call("all", "-o", "x.html") == 0 and call("all", "--format", "html", "--output", "y.HTML") == 0
     capsys.readouterr()
+    assert call("all/a", "--format", "csv") == 0 and "\n\n" not in capsys.readouterr().out
     assert call("all/a", "--format", "md") == 0 and capsys.readouterr().out.startswith("## dspref report: a\n")
     assert call("all/a", "-o", "x.csv") == 0 and Path("x.csv").read_text().startswith("run,step,key,value\n")
     assert not Path("report.md").exists() and not Path("report.csv").exists()
@@ -310,10 +311,10 @@ def test_a_picture_needs_matplotlib(tmp_path, monkeypatch, capsys):
 def test_a_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra dspref[plots] is not installed")
     monkeypatch.chdir(tmp_path)
-    runs.write(tmp_path / "all/$a_{x}", steps=2000)
+    runs.write(tmp_path / "all/$a_{x}", steps=1300)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/metrics.jsonl").touch()
-    for words in (["all"], ["all", runs.write(tmp_path / "b", steps=8, rate=1e-3)], ["empty"]):
+    for words in (["all", runs.write(tmp_path / "b", steps=8, rate=1e-3)], ["empty"]):
         assert call(*words, "-o", "x.png") == 0
         content = Path("x.png").read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 2_000
