@@ -162,7 +162,7 @@ def _events(path: Path) -> tuple[list[Event], int]:
 
 
 def _samples(path: Path) -> tuple[list[Sample], int, int]:
-    """(samples, lines that are none, samples that are left out): the newest of each step are as good as the first."""
+    """(the last samples, lines that are none, how many samples are left out)."""
     found, bad = [], 0
     for line in lines_of(path):
         answers = [_first(line or {}, names) for names in (POLICY, REFERENCE, ("chosen",))]

@@ -140,8 +140,10 @@ def test_the_keyboard_moves_along_a_chart_and_what_is_there_is_said(opened):
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_the_screen_in_light_and_dark(width, dark, opened):
     opened.resize(width, 844, dark)
+    assert not opened.evaluate("'other-0' in window.dspref.plots"), "what is closed is not drawn yet"
     opened.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
     opened.evaluate("new Promise((done) => setTimeout(done, 60))")
+    assert opened.evaluate("window.dspref.data.charts.every((chart) => chart.id in window.dspref.plots)")
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.evaluate("[...document.querySelectorAll('figure')].every((f) => f.scrollWidth <= f.clientWidth + 1)")
     ground, ink = opened.evaluate(
