@@ -1,16 +1,20 @@
-"""The manners of the command line: what is wrong with it, and with what it names, is one line each, with an exit code."""
+"""What all commands share: the app, their arguments, and that a mistake is one line with its exit code."""
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+import dspref
 from dspref.errors import ConfigError, ExitCode, UserError
 from dspref.terminal import outlive_streams, shown
 
@@ -20,6 +24,9 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         outlive_streams()
+        if not os.path.exists(os.curdir):
+            print("the folder that you are in has been deleted; cd into one that is there", file=sys.stderr)
+            sys.exit(ExitCode.ENVIRONMENT)
         try:
             code = super().main(*args, standalone_mode=False, **extra)
         except Exception as error:
@@ -79,3 +86,58 @@ def faults_in_one_line() -> Iterator[None]:
         remedy = "use a shorter name" if error.errno == errno.ENAMETOOLONG else "mend the permissions, or use another folder"
         print(shown(f"{error.filename}: {error.strerror}; {remedy}"), file=sys.stderr)
         raise typer.Exit(int(ExitCode.IO)) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Preference optimization with DeepSpeed, from one YAML file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # they show the values of variables
+)
+
+
+# Said of a command that a signal stopped, and that has written nothing by then.
+NOTHING_LOST = "before it was done; the same command begins anew"
+
+
+def whole(path: Path | None) -> Path | None:
+    """A path with the home folder in place of `~`, where the shell left it."""
+    from dspref.config import expand
+
+    try:
+        return Path(expand(str(path))) if path else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def version(asked: bool) -> None:
+    if asked:
+        print(f"dspref {dspref.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print it and leave.")] = False,
+) -> None:
+    """Preference optimization with DeepSpeed, from one YAML file."""
+
+
+File = Annotated[Path, typer.Argument(metavar="X.yaml", help="The run; see launch/configs.", callback=whole)]
+AlsoFile = Annotated[Path | None, typer.Argument(metavar="[X.yaml]", help="Also check what this run needs.", callback=whole)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
+]
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+
+
+def tell_repeated(overrides: list[str] | None) -> None:
+    """An override that a later one replaces is said, as it may be a slip."""
+    from dspref.config import repeated
+
+    for line in repeated(overrides or []):
+        print(line, file=sys.stderr)

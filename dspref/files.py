@@ -102,11 +102,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. Whatever else stands in its lines is passed over."""
+    return (value for value in lines_of(path) if value is not None)
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The lines of a JSONL file that are not empty, each the object that it holds, or None."""
     try:
         with reading.open_regular(path) as file:
             while line := file.readline(LARGEST):
-                if (value := _object(line)) is not None:
-                    yield value
+                if line.strip():
+                    yield _object(line)
     except OSError:
         return
 

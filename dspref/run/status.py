@@ -18,7 +18,8 @@ from dspref.config import yaml12
 from dspref.errors import ConfigError
 from dspref.files import read_lines, read_object
 from dspref.reading import is_count, is_number
-from dspref.run import manifest, record
+from dspref.run import curves, manifest, record
+from dspref.run.curves import Curves
 from dspref.terminal import duration, printable
 
 # The file of a run folder that says how far the scoring of its reference is, while that lasts.
@@ -54,19 +55,48 @@ def is_foreign(folder: Path) -> bool:
     return bool(entries) and manifest.newest(folder / "checkpoints") is None
 
 
-def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
-    """Everything that is known of a run; None for what is not. Raises ConfigError where there is no run."""
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    left = (record.NAME, "submit/config.yaml", "submit/job.json", "metrics.jsonl", "events.jsonl")
+    return any(os.path.isfile(folder / name) for name in left) or bool(record.read(folder)[1])
+
+
+def runs_in(folder: Path, depth: int = 2) -> list[Path]:
+    """The runs in a folder of runs, by name: those in it, or in a folder in it, and those of its sweeps; none that was set
+    aside."""
+    if not depth:
+        return []
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not record.PASSING.fullmatch(path.name))
+    except OSError:
+        return []
+    found: list[Path] = []
+    for path in inner:
+        runs = read_object(path / "submit" / "job.json").get("runs")
+        of_sweep = (
+            [Path(run) for run in runs if isinstance(run, str) and is_run(Path(run))] if isinstance(runs, list) else []
+        )
+        found += of_sweep or ([path] if is_run(path) else runs_in(path, depth - 1))
+    return list({os.path.realpath(path): path for path in found}.values())
+
+
+def read(folder: Path, now: datetime | None = None, numbers: Curves | None = None) -> dict[str, Any]:
+    """Everything that is known of a run; None for what is not. Raises ConfigError where there is no run. `numbers`: of its
+    metrics.jsonl, if they have been read."""
     now = now or datetime.now(UTC)
     (found, damage), job = record.read(folder), read_object(folder / "submit" / "job.json")
     run = record.sound(found)
-    if not run and not damage and not job and not os.path.exists(folder / "submit" / "config.yaml"):
+    if not is_run(folder):
         raise ConfigError(f"{folder}: holds no dspref run; give the output_dir of one")
+    if not damage and not found and not job and not os.path.exists(folder / "submit" / "config.yaml"):
+        damage = "is missing"
     if damage and not run:
         run = {"state": "damaged", "error": f"{record.NAME}: {damage}"}
-    events = [event for event in read_lines(folder / "events.jsonl") if moment(event.get("time"))]
+    events = events_of(folder)
     # What runs outside of SLURM belongs to no job, whatever was submitted before.
     jobs = [] if run.get("state") == "running" and not run.get("job") else [job.get("job"), run.get("job")]
-    step, effective, recent = training(folder / "metrics.jsonl")
+    numbers = numbers or curves.read(folder / "metrics.jsonl", resumes_of(events))
+    step, effective, recent = training(numbers)
     commit_step, commit_time = newest_commit(folder, events)
     scoring = scoring_of(folder)
     state = state_of(run, job, events)
@@ -100,7 +130,18 @@ def read(folder: Path, now: datetime | None = None) -> dict[str, Any]:
         "error": run.get("error"),
         "log": job.get("log") if isinstance(job.get("log"), str) else None,
         "runs": [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else None,
+        **curves.summary(numbers),
     }
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    """events.jsonl, but for what has no time."""
+    return [event for event in read_lines(folder / "events.jsonl") if moment(event.get("time"))]
+
+
+def resumes_of(events: list[dict[str, Any]]) -> set[int]:
+    """The steps that a run went on from."""
+    return {event["step"] for event in events if event.get("event") == "resume" and is_count(event.get("step"))}
 
 
 def state_of(run: Mapping[str, Any], job: Mapping[str, Any], events: list[dict[str, Any]]) -> str:
@@ -137,14 +178,12 @@ def is_gone(run: Mapping[str, Any]) -> bool:
     return False
 
 
-def training(path: Path) -> tuple[int, float, float | None]:
+def training(numbers: Curves) -> tuple[int, float, float | None]:
     """(last step, seconds of all steps, median seconds of the recent ones), from the steps that metrics.jsonl keeps."""
     step, effective = 0, 0.0
     recent: list[float] = []
-    for line in read_lines(path):
-        number, seconds = line.get("step"), line.get("perf/seconds")
-        if "loss" not in line or not is_count(number):
-            continue
+    for number, line in numbers.training.items():
+        seconds = line.get("perf/seconds")
         if is_number(seconds) and 0 <= seconds < LONGEST:
             effective += seconds * (number - step)  # steps without a line of their own took as long
             recent = [*recent[1 - RECENT :], seconds]
@@ -229,19 +268,66 @@ def show(status: Mapping[str, Any]) -> str:
         rows["commit"] = f"step {status['commit_step']:,}, {duration(status['commit_age_seconds'])} ago"
     if status["goodput"] is not None:
         rows["goodput"] = f"{status['goodput']:.0%} of {duration(status['wall_seconds'])} went into steps that were kept"
+    rows |= {name: text for name, text in learned(status).items() if text}
     rows |= {name: str(status[name]) for name in ("slurm", "error", "log") if status.get(name)}
     if next_step := NEXT.get(status["state"]):
         rows["next"] = next_step
-    return "\n".join(f"{name:<8}  {printable(text, limit=500)}" for name, text in rows.items())
+    width = max(8, *map(len, rows))
+    return "\n".join(f"{name:<{width}}  {printable(text, limit=500)}" for name, text in rows.items())
 
 
-def show_sweep(statuses: list[dict[str, Any]]) -> str:
-    """A line per run."""
-    width = max(len(status["run"]) for status in statuses)
-    return "\n".join(
-        printable(f"{status['run']:<{width}}  {status['state']:<11}  step {steps_in_words(status)}", limit=width + 60)
-        for status in statuses
-    )
+def learned(status: Mapping[str, Any]) -> dict[str, str]:
+    """Loss, accuracy and held-out sets in words; "" for what is not known."""
+    tail = f", {{}} as mean of the last {status['tail']} logged" if (status["tail"] or 0) > 1 else ""
+    rows = {
+        name: f"{figure(status[name])}{tail.format(figure(status[f'{name}_mean']))}" if status[name] is not None else ""
+        for name in ("loss", "accuracy")
+    }
+    for name, told in status["evaluations"].items():
+        parts = []
+        for of in ("loss", "accuracy"):
+            if found := told[of]:
+                best = f" (best {figure(found['best'])} at {found['best_step']:,})"
+                parts.append(f"{of} {figure(found['last'])} at step {found['step']:,}{best}")
+        rows[printable(name, limit=40)] = ", ".join(parts)
+    return rows
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+# Of a table of runs: the head of a column, and whether it holds numbers, which are set to the right.
+COLUMNS = {
+    "run": False, "state": False, "step": True, "loss": True, "acc": True, "eval loss": True, "eval acc": True,
+    "tok/s": True, "left": True, "checkpoint": True,
+}  # fmt: skip
+
+
+def show_sweep(statuses: list[dict[str, Any]], within: Path | None = None) -> str:
+    """A line per run, below the heads of their columns; `within`: the folder that their names are told from."""
+    rows = [list(COLUMNS), *(in_columns(status, within) for status in statuses)]
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in zip(row, widths, COLUMNS.values()))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def in_columns(status: Mapping[str, Any], within: Path | None) -> list[str]:
+    name = status["run"]
+    if within and Path(name).is_relative_to(within):
+        name = str(Path(name).relative_to(within))
+    held_out = next(iter(status["evaluations"].values()), {})
+    loss, accuracy = (figure((held_out.get(of) or {}).get("last")) for of in ("loss", "accuracy"))
+    speed, left, commit = status["tokens_per_second_mean"], status["eta_seconds"], status["commit_step"]
+    cells = [
+        name, status["state"], steps_in_words(status), figure(status["loss"]), figure(status["accuracy"]), loss, accuracy,
+        "-" if speed is None else f"{speed:,.0f}", "-" if left is None else duration(left),
+        "-" if commit is None else f"{commit:,}",
+    ]  # fmt: skip
+    return [printable(cell, limit=120) for cell in cells]
 
 
 def steps_in_words(status: Mapping[str, Any]) -> str:

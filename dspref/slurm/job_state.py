@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dspref.run import status
 from dspref.run.status import ALIVE
 from dspref.slurm import asking
 
@@ -46,6 +47,27 @@ def ask(job: str) -> JobState | None:
     line = account.stdout.strip().splitlines()[:1] if not account.returncode else []
     state, _, code = line[0].partition("|") if line else (FORGOTTEN, "", "")
     return JobState(state.split()[0] if line else state, f"exit code {code}" if code and code != "0:0" else "")
+
+
+def known(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is known of a run, and of the runs of a sweep or in a folder of runs. Raises ConfigError where there is none."""
+    if not status.is_run(folder) and (runs := status.runs_in(folder)):
+        about: dict[str, Any] = {"run": str(folder)}
+    else:
+        about = _with_job(status.read(folder))
+        runs = [Path(run) for run in about["runs"] or [] if Path(run).exists()]
+    found, answers = [], about.get("slurm", "") is not None
+    for run in runs:
+        # A controller that did not answer once is not waited for at each run.
+        found.append(_with_job(status.read(run), answers))
+        asked = found[-1]["job"] and found[-1]["state"] != "finished"
+        answers = answers and not (asked and found[-1]["slurm"] is None)
+    return about, found
+
+
+def _with_job(about: dict[str, Any], asks: bool = True) -> dict[str, Any]:
+    asks = bool(asks and about["job"] and about["state"] != "finished")
+    return joined(about, ask(about["job"]) if asks else None)
 
 
 def joined(about: dict[str, Any], job: JobState | None) -> dict[str, Any]:

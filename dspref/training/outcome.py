@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 from dspref.files import read_lines
 from dspref.reading import is_number
 from dspref.report import metrics, performance
-from dspref.run import status
+from dspref.run import curves, status
 from dspref.run.folder import EVENTS, METRICS
 from dspref.training import numbers
 
 # What is shown of metrics.jsonl, of training and of evaluations.
 SHOWN = ("loss", "nll_loss", "aux_loss", "rewards/accuracies", "rewards/margins")
-# The share of the logged steps that a last value is the mean of, and the most of them.
-TAIL_SHARE, TAIL_MOST = 0.1, 50
 
 
 def summary(run: Path, step: int, seconds: float, vocabulary: int) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def summary(run: Path, step: int, seconds: float, vocabulary: int) -> dict[str, 
         "step": step,
         "seconds": round(seconds, 1),
         # Of each step once, whichever start it belongs to.
-        "seconds_in_steps": round(status.training(written)[1], 1),
+        "seconds_in_steps": round(status.training(curves.read(written))[1], 1),
         "starts": sum(event.get("event") == "start" for event in read_lines(run / EVENTS)),
         "tail": tail,
         "learned": {name: values for name, values in table.items() if name.endswith(SHOWN)},
@@ -47,7 +44,7 @@ def learned(path: Path) -> tuple[dict[str, tuple[float | None, float]], int]:
     """
     records = list(read_lines(path))
     training = [record for record in records if is_number(record.get("loss"))]
-    tail = training[-min(max(ceil(TAIL_SHARE * len(training)), 1), TAIL_MOST) :]
+    tail = training[-curves.tail_of(len(training)) :]
     table: dict[str, tuple[float | None, float]] = {}
     for name in (*SHOWN, *numbers.TELLING):
         values = [record[name] for record in tail if is_number(record.get(name))]

@@ -229,3 +229,14 @@ def test_the_command_itself_loads_neither_config_nor_torch() -> None:
     """`dspref --help` answers at once."""
     program = "import sys, dspref.cli; print(*sorted({'dspref.config', 'pydantic', 'torch'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "\n"
+
+
+def test_a_folder_that_is_gone_is_said(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (elsewhere / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    (elsewhere / "gone").rmdir()
+    with pytest.raises(SystemExit) as end:
+        app(["check", str(elsewhere / "x.yaml")])
+    assert end.value.code == 4 and "the folder that you are in has been deleted" in capsys.readouterr().err

@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import runs
 from typer.testing import CliRunner
 
+from dspref import cli
 from dspref.cli import app
 from dspref.config import hints
+from dspref.run import status
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -54,3 +57,21 @@ def test_what_data_md_shows_is_what_the_command_says(block: str) -> None:
     command, _, shown = block.partition("\n")
     result = CliRunner().invoke(app, shlex.split(command), prog_name="dspref")
     assert result.exit_code == 0 and shown.strip() and shown.strip("\n") in result.stdout
+
+
+def test_the_commands_of_seeing_md_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS / "seeing.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    (dspref .*)$", text, flags=re.M)
+    assert len(commands) >= 8
+    for name in ("a", "b", "mine"):
+        runs.write(tmp_path / "runs" / name, steps=8)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        with pytest.raises(SystemExit) as end:
+            cli.app(shlex.split(command)[1:])
+        missing = command.endswith(".png") and end.value.code == 4  # without the extra dspref[plots]
+        assert not end.value.code or missing, command
+    assert {"report.html", "both.html", "runs.csv"} <= {path.name for path in tmp_path.iterdir()}
+    assert re.split(r"  +", text.split("```\n")[1].splitlines()[0]) == list(status.COLUMNS)
+    images = re.findall(r"\]\((images/[^)]+)\)", text)
+    assert len(images) == 2 and all((DOCS / image).stat().st_size < 120_000 for image in images)

@@ -23,8 +23,9 @@ GROUND: tuple[tuple[str, ...], ...] = (
 ABOVE = {
     "distributed": {"ranks"},
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
-    "commandline": set(),
-    "cli": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
+    "commandline": {"config"},
+    "looking": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
+    "cli": {"commandline", "config", "launcher", "looking", "slurm", "training"},
     "__main__": {"cli"},
 }
 
@@ -39,8 +40,9 @@ OWNERS: dict[str, set[str]] = {
     "wandb": {"report.trackers"},
     "torch.utils.tensorboard": {"report.trackers"},
     "tensorboard": {"report.trackers"},
-    "typer": {"cli", "commandline"},
-    "rich": {"cli", "report.census", "report.closeup", "report.console", "report.plan_table"},
+    "typer": {"cli", "commandline", "looking"},
+    "rich": {"report.census", "report.closeup", "report.console", "report.plan_table"},
+    "matplotlib": {"report.plots"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
     "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
@@ -60,9 +62,10 @@ PURE_FILES = {"model.attention", "model.logps", "model.router"}
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
-    "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "model.head_room", "model.weights",
-    "processes", "reading", "reference.store", "run.manifest", "run.record", "run.status", "secrets", "terminal",
-    "watch.interruption", "watch.lock",
+    "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "looking", "model.head_room",
+    "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page", "report.plots",
+    "report.specs", "report.tables", "report.written", "run.curves", "run.history", "run.manifest", "run.record",
+    "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 

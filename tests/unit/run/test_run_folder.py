@@ -19,7 +19,7 @@ from dspref.machine import preflight
 from dspref.machine.context import CheckContext
 from dspref.machine.machine import FAIL
 from dspref.report import metrics
-from dspref.run import export, manifest, record, saving, status
+from dspref.run import curves, export, manifest, record, saving, status
 from dspref.run.checkpoint import Progress, find, prune, resume
 from dspref.run.folder import RunFolder, mend_tail
 from dspref.run.manifest import signed
@@ -507,7 +507,7 @@ def test_a_damaged_tail_is_cut_to_whole_lines_and_told(name, tmp_path, capsys):
     assert [line["step"] for line in metrics.training_lines(path)] == [*range(1, left + 1), 5]
     assert path.read_bytes().endswith(b"\n")
     assert capsys.readouterr().out.count("warning: ") == told
-    assert status.training(path)[0] == 5
+    assert status.training(curves.read(path))[0] == 5
 
 
 @pytest.mark.parametrize("what", ["removed", "cut", "replaced"])

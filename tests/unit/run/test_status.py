@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -139,8 +140,9 @@ def test_the_command(tmp_path, capsys):
     write_run(tmp_path / "run", state="finished")
     assert json.loads(shown(str(tmp_path / "run"), "--json")[1])["state"] == "finished"
     assert "finished" in shown(str(tmp_path / "run"))[1]
-    code, out, err = shown(str(tmp_path))
-    assert (code, out) == (2, "") and err == f"{tmp_path}: holds no dspref run; give the output_dir of one\n"
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    code, out, err = shown(str(tmp_path / "empty"))
+    assert (code, out) == (2, "") and err == f"{tmp_path / 'empty'}: holds no dspref run; give the output_dir of one\n"
     assert shown(str(tmp_path / "missing"))[0] == 2
 
 
@@ -151,8 +153,63 @@ def test_a_sweep_is_a_line_per_run(tmp_path, capsys):
     (tmp_path / "submit/job.json").write_text(json.dumps(about))
     with pytest.raises(SystemExit):
         cli.app(["status", str(tmp_path)])
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("finished     step 10 of 40 (25%)") and "interrupted" in second
+    heads, first, second = capsys.readouterr().out.splitlines()
+    assert heads.split()[:3] == ["run", "state", "step"]
+    assert first.startswith("0    finished     10 of 40 (25%)") and second.startswith("1    interrupted")
+
+
+def test_what_was_learned_is_told(tmp_path):
+    """The last logged value, the mean of the last ones, and of every held-out set the last figure and the best."""
+    run = write_run(tmp_path / "run")
+    records = [{"step": n, "loss": n / 100, "rewards/accuracies": 1 - n / 100} for n in range(1, 41)]
+    records += [{"step": 41, "loss": None, "rewards/accuracies": 0.25, "perf/tokens_per_second": 1234.5}]
+    for step, loss, accuracy in ((10, 0.5, 0.6), (20, 0.3, 0.9), (30, 0.4, 0.8)):
+        records.append({"step": step, "eval_a_loss": loss, "eval_a_rewards/accuracies": accuracy, "eval_a_nll_loss": 9.0})
+        records.append({"step": step, "eval_b_loss": 2 * loss, "eval_b_rewards/accuracies": None})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = status.read(run, NOW)
+    assert (found["loss"], found["accuracy"], found["tokens_per_second"], found["tail"]) == (0.4, 0.25, 1234.5, 5)
+    assert found["loss_mean"] == pytest.approx(0.385) and found["accuracy_mean"] == pytest.approx((4 - 1.54 + 0.25) / 5)
+    assert list(found["evaluations"]) == ["eval_a", "eval_b"]
+    assert found["evaluations"]["eval_a"] == {
+        "loss": {"last": 0.4, "step": 30, "best": 0.3, "best_step": 20},
+        "accuracy": {"last": 0.8, "step": 30, "best": 0.9, "best_step": 20},
+    }
+    assert found["evaluations"]["eval_b"]["accuracy"] is None and found["evaluations"]["eval_b"]["loss"]["best"] == 0.6
+    shown = status.show(found)
+    assert "loss      0.4, 0.385 as mean of the last 5 logged" in shown
+    assert "eval_a    loss 0.4 at step 30 (best 0.3 at 20), accuracy 0.8 at step 30 (best 0.9 at 20)" in shown
+
+
+def test_a_folder_of_runs_is_a_table(tmp_path, capsys):
+    """Those of a sweep among them, each run once; what was set aside, notes and empty folders are none."""
+    write_run(tmp_path / "done", state="finished")
+    write_run(tmp_path / "going")
+    write_run(tmp_path / "previous-20260501-120000")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/run.json").write_text("{half")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/metrics.jsonl").write_text('{"step": 3, "loss": 0.25}\n')
+    inner = write_run(tmp_path / "elsewhere-0")
+    (tmp_path / "sweep/submit").mkdir(parents=True)
+    (tmp_path / "sweep/submit/job.json").write_text(json.dumps({"runs": [str(inner), str(tmp_path / "gone")]}))
+    with pytest.raises(SystemExit) as end:
+        cli.app(["status", str(tmp_path)])
+    heads, *rows = capsys.readouterr().out.splitlines()
+    assert not end.value.code and [row.split()[0] for row in rows] == ["damaged", "done", "elsewhere-0", "going", "old"]
+    table = [dict(zip(status.COLUMNS, re.split(r"  +", row))) for row in rows]
+    assert re.split(r"  +", heads) == list(status.COLUMNS)
+    assert [row["state"] for row in table] == ["damaged", "finished", "running", "running", "damaged"]
+    assert table[3] | {"left": ""} == {
+        "run": "going", "state": "running", "step": "10 of 40 (25%)", "loss": "0.5", "acc": "-", "eval loss": "1",
+        "eval acc": "-", "tok/s": "-", "left": "", "checkpoint": "8",
+    }  # fmt: skip
+    assert table[3]["left"] == "10 min" and table[4]["loss"] == "0.25"
+    with pytest.raises(SystemExit):
+        cli.app(["status", str(tmp_path), "--json"])
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 5
 
 
 @pytest.mark.parametrize(
