@@ -24,7 +24,9 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         outlive_streams()
-        if not os.path.exists(os.curdir):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
             print("the folder that you are in has been deleted; cd into one that is there", file=sys.stderr)
             sys.exit(ExitCode.ENVIRONMENT)
         try:
