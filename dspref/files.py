@@ -137,12 +137,25 @@ def whole_lines(path: Path, end: int) -> tuple[int, dict[str, Any] | None]:
     return length, last
 
 
+def end_of(path: Path, size: int) -> str | None:
+    """The last `size` bytes of a text, or all of it; None where it cannot be read."""
+    try:
+        return _tail(path, size).decode(errors="replace")
+    except OSError:
+        return None
+
+
+def _tail(path: Path, size: int) -> bytes:
+    with reading.open_regular(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read()
+
+
 def end_line(path: Path) -> None:
     """Give a last line that is whole the end that it lacks: editors leave it out."""
     tail = b""
-    with suppress(FileNotFoundError), reading.open_regular(path) as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - LARGEST))
-        tail = file.read()
+    with suppress(FileNotFoundError):
+        tail = _tail(path, LARGEST)
     line = tail[tail.rfind(b"\n") + 1 :]
     if line and _object(line) is not None:
         with open(path, "ab") as file:

@@ -35,6 +35,7 @@ NEXT = {
     **dict.fromkeys(
         ("interrupted", "stopped", "ended", "cancelled"), "the same command again goes on from the newest checkpoint"
     ),
+    "held": "scontrol release and the job's number: SLURM starts no job that is held",
     "requeued": "nothing: SLURM starts the job again, and it goes on from the newest checkpoint",
 }
 # No step takes so many seconds.

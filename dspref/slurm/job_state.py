@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dspref.files import end_of
 from dspref.run import status
 from dspref.run.status import ALIVE
 from dspref.slurm import asking
@@ -15,6 +16,8 @@ from dspref.slurm import asking
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 THERE = ("RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "SIGNALING", "STAGE_OUT")
 STILL = ("SUSPENDED", "STOPPED")
+# Of those to come, the ones that wait for somebody's word: states, and reasons of one that is pending.
+HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "JobHeldUser", "JobHeldAdmin", "job_requeued_in_held_state")
 # What a job of which SLURM has no record any more has come to.
 FORGOTTEN = "no longer known"
 # Bytes of the end of a job's log in which its last word is looked for.
@@ -44,6 +47,8 @@ def ask(job: str) -> JobState | None:
         return JobState(state, "" if reason == "None" else reason)
     words = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={job}"]
     account = asking.answer(words)
+    if account.returncode == asking.NO_ANSWER:
+        return None
     line = account.stdout.strip().splitlines()[:1] if not account.returncode else []
     state, _, code = line[0].partition("|") if line else (FORGOTTEN, "", "")
     return JobState(state.split()[0] if line else state, f"exit code {code}" if code and code != "0:0" else "")
@@ -80,11 +85,12 @@ def joined(about: dict[str, Any], job: JobState | None) -> dict[str, Any]:
         return about
     if job.state in WAITING:
         began = own not in ("submitted", "prepared")
-        return about | no_time | ({"state": "requeued", "scoring": None} if began else {})
+        held = job.state in HELD or job.reason in HELD
+        return about | no_time | ({"state": "held" if held else "requeued", "scoring": None} if began or held else {})
     if job.state in STILL:
         return about | no_time | {"state": "suspended"}
     if job.state in THERE:
-        return about if own in (*ALIVE, "submitted") else about | {"state": "starting"}
+        return about if own in (*ALIVE, "submitted") or job.state == "COMPLETING" else about | {"state": "starting"}
     if own not in (*ALIVE, "submitted", "stopped"):
         return about  # it has said itself how it ended
     ended = {"CANCELLED": "cancelled", "COMPLETED": "ended", FORGOTTEN: "ended"}.get(job.state, "failed")
@@ -93,14 +99,8 @@ def joined(about: dict[str, Any], job: JobState | None) -> dict[str, Any]:
 
 def last_word(about: Mapping[str, Any]) -> str | None:
     """dspref's last line in the log of a job, else the last line; None where there is no log."""
-    if not about.get("log"):
-        return None
-    try:
-        with open(Path(about["log"]), "rb") as file:
-            file.seek(max(file.seek(0, 2) - TAIL, 0))
-            lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    except OSError:
-        return None
+    log = end_of(Path(about["log"]), TAIL) if about.get("log") else None
+    lines = [line.strip() for line in (log or "").splitlines() if line.strip()]
     began = max((n for n, line in enumerate(lines) if line.startswith("dspref: job ")), default=0)
     lines = lines[began:]
     own = [

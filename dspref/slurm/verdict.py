@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dspref.errors import ExitCode
-from dspref.files import read_lines, read_object, write_atomically
+from dspref.files import end_of, read_lines, read_object, write_atomically
 from dspref.reading import is_count
 from dspref.run import manifest
 from dspref.run.status import moment
@@ -121,12 +120,7 @@ def behind_interruption(start: Start, cause: str) -> tuple[int, str]:
 def first_failure(start: Start) -> tuple[int, str] | None:
     """(exit code, cause) of the first rank that failed, as the job's log tells it; None where none did before SLURM, or srun
     because of it, ended the others."""
-    try:
-        with open(start.run / "logs" / f"slurm-{start.job}.out", "rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
-            log = file.read().decode(errors="replace")
-    except OSError:  # --output is elsewhere
-        return None
+    log = end_of(start.run / "logs" / f"slurm-{start.job}.out", TAIL_BYTES) or ""
     ranks = ENDED_BY_SLURM.split(BEGINNING.split(log)[-1])[0]
     for found in TASK_ENDED.finditer(ranks):
         host, which, code, killed = found.groups()
