@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -32,11 +33,42 @@ Asked = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 
 
 @app.command(cls=OfRun)
-def train(file: File, overrides: Overrides = None) -> None:
-    """Train in this one process. For several: deepspeed launch/train.py --config X.yaml."""
+def train(
+    file: File,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Default: the GPUs of this machine, or one.")] = None,
+) -> None:
+    """Train on this machine, by one process for each GPU. On several machines: deepspeed, torchrun, or dspref submit."""
     from dspref import launcher
 
-    raise typer.Exit(launcher.main(["--config", str(file), *(overrides or [])]))
+    arguments = ["--config", str(file), *(overrides or [])]
+    with faults_in_one_line():
+        count = ranks_here(ranks)
+    if count == 1:
+        raise typer.Exit(launcher.main(arguments))
+
+    from dspref import config as configuration
+    from dspref.ranks import starting
+
+    with faults_in_one_line():
+        configuration.load(file, overrides or [])  # once for all
+    script = configuration.shipped("launch/train.py").resolve()
+    raise typer.Exit(starting.start([sys.executable, "-P", str(script), *arguments], count))
+
+
+def ranks_here(asked: int | None) -> int:
+    """How many ranks this command is to start: none but itself, where a launcher has started it. Raises ConfigError."""
+    if "RANK" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        if asked:
+            raise ConfigError("--ranks: this process is a rank of a launcher already; leave it out, or start it without")
+        return 1
+    if asked or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return asked or 1
+
+    from dspref.machine import machine
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",") if visible else machine.gpus().names if visible is None else []) or 1
 
 
 @app.command(cls=OfRun)

@@ -8,5 +8,5 @@ as arithmetic on numbers, `shapes` the numbers of a model, `fitting` what fits a
 ranks with one another.
 
 Enters: config, data, engine, model, run.
-Shows: agreement, context, doctor, flops, footprint, gpus, inputs, memory_plan, preflight, run_plan, shapes.
+Shows: agreement, context, doctor, flops, footprint, gpus, inputs, machine, memory_plan, preflight, run_plan, shapes.
 """

@@ -9,7 +9,7 @@ A step is looked at in four moments, of which one has the peak:
 
 T trained weights, F frozen ones, N ranks, v bytes of a weight in forward and backward. What DeepSpeed 0.19.8 holds where was
 read in its source (`bf16_optimizer`, `zero/stage_1_and_2`, `zero/stage3`) and measured on CPU ranks:
-tests/distributed/test_memory_plan.py. docs/memory.md tells what only a GPU could confirm.
+tests/distributed/test_measured_memory.py. docs/memory.md tells what only a GPU could confirm.
 """
 
 from __future__ import annotations

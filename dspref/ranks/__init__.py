@@ -1,8 +1,8 @@
 """How the ranks of a job find each other, before torch.distributed does. No torch, no deepspeed.
 
 `rendezvous` agrees on one address through a folder or the environment of a launcher; `local_store` is the key-value store
-of ranks on one machine, on loopback alone; `wire` the form of what they say.
+of ranks on one machine, on loopback alone; `wire` the form of what they say. `starting` starts those of one machine.
 
 Enters: nothing.
-Shows: local_store, rendezvous, wire.
+Shows: local_store, rendezvous, starting, wire.
 """

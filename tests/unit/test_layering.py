@@ -25,7 +25,7 @@ ABOVE = {
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "commandline": {"config"},
     "looking": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
-    "cli": {"commandline", "config", "launcher", "looking", "slurm", "training"},
+    "cli": {"commandline", "config", "launcher", "looking", "machine", "ranks", "slurm", "training"},
     "__main__": {"cli"},
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from dspref import cli
+from dspref import cli, looking
 from dspref.report import charts, page, tables, written
 from dspref.run import history
 from dspref.run.curves import Column
@@ -351,4 +351,4 @@ def test_the_wheel_ships_the_assets(tmp_path):
 
 
 def test_forms_are_those_of_the_command():
-    assert set(written.FORMS) == {form.value for form in cli.Form} == set(written.SUFFIXES.values())
+    assert set(written.FORMS) == {form.value for form in looking.Form} == set(written.SUFFIXES.values())
