@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import hosts_apart
 import pytest
 import real_slurm
 from hosts_apart import own_files, plug_in, pull
-from jobs import EVERY, ROOT, STEPS, at_step, check, ended, events, ranks_of, restarted, steps, submit
+from jobs import EVERY, ROOT, STEPS, at_step, check, ended, events, ranks_of, restarted, steps, submit, weights
 from real_slurm import Cluster
 
 CLOCK = Path(__file__).with_name("clock.c")
@@ -37,6 +38,23 @@ def cluster() -> Iterator[Cluster]:
 
 def test_a_normal_end(cluster, whole, run_file):
     check(cluster, submit(cluster, run_file, "apart", pace=0), whole, restarts=0)
+
+
+def test_torchrun_on_each_host(cluster, whole, run_file):
+    """As where no SLURM is: a command a host, which agree on an address."""
+    run, torchrun = run_file.parent / "torchrun", str(Path(sys.executable).with_name("torchrun"))
+    shape = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=cn1", "--master-port=29411"]
+    train = [f"{ROOT}/launch/train.py", "--config", str(run_file), f"output_dir={run}"]
+    agents = [
+        subprocess.Popen(
+            [*cluster.places[node].enter, torchrun, *shape, f"--node-rank={rank}", *train], text=True,
+            env=cluster.environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank, node in enumerate(cluster.nodes)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert weights(run) == whole
 
 
 def test_a_cable_that_is_mended_in_time_costs_time_alone(cluster, whole, run_file):
