@@ -17,6 +17,8 @@ PATTERN = r"[-+]?[0-9][0-9_]*(\.[0-9]+)?[kKmM]|[0-9]{1,9}(\^|\*\*)[0-9]{1,3}|[-+
 # Keys that count tokens.
 IN_TOKENS = re.compile(r"tokens|_length\Z")
 LARGEST = 2**64
+# Nothing that is counted has more.
+DIGITS = 300
 
 
 class Shorthand(str):
@@ -29,7 +31,7 @@ class Exponent(float):
 
 def meant(text: str, key: str) -> int | float | None:
     """The number that a text stands for as a value of `key`; None where it is none, or beyond what is counted."""
-    if not re.fullmatch(PATTERN, text):
+    if len(text) > DIGITS or not re.fullmatch(PATTERN, text):
         return None
     unit = (1024 if IN_TOKENS.search(key) else 1000) ** {"k": 1, "m": 2}.get(text[-1].lower(), 0)
     base, power, exponent = text.replace("**", "^").partition("^")

@@ -106,6 +106,8 @@ _Loader.add_implicit_resolver(SHORTHAND, re.compile(rf"(?:{numbers.PATTERN})\Z",
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
+    if len(text) > numbers.DIGITS:  # Python writes no number of thousands of digits, in an error's words neither
+        raise ValueError(f"a number of {len(text)} digits")
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 

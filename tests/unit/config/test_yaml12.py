@@ -36,6 +36,7 @@ REFUSED = {
     "bool of words": ("a: !!bool yes\n", "1:4", "as bool"),
     "list as an integer": ("a: !!int [1]\n", "1:4", "as int"),
     "integer of 5,000 digits": (f"a: {'1' * 5000}\n", "1:4", "cannot read this value"),
+    "integer of 5,000 hexadecimal digits": (f"a: 0x{'1' * 5000}\n", "1:4", "cannot read this value"),
     "set": ("a: !!set {b}\n", "1:4", "the tag '!!set'"),
     "binary": ("a: !!binary aGVsbG8=\n", "1:4", "the tag '!!binary'"),
     "date": ("a: !!timestamp 2001-01-01\n", "1:4", "the tag '!!timestamp'"),
