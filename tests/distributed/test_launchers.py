@@ -80,6 +80,7 @@ def test_the_deepspeed_launcher_on_a_bare_machine(folder, tmp_path):
     assert not [line for line in lines if "warning" in line.lower() and "[WARNING]" not in line]
 
 
+@pytest.mark.slow
 def test_plain_python_with_trackers(folder, tmp_path):
     command = [str(BIN / "python"), "launch/train.py", "--config", f"{folder}/run.yaml"]
     done = run([*command, "log.trackers=[wandb, tensorboard]"], tmp_path / "run", WANDB_MODE="offline")
