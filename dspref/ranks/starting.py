@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from dspref.errors import ExitCode
+
 # What asks ranks to stop. A terminal gives its own to all of them; that they have it twice is one to them.
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # After the end of one the others leave by themselves, within minutes where they still commit.
@@ -69,9 +71,14 @@ def _ended(children: dict[int, subprocess.Popen[bytes]]) -> list[int]:
 
 
 def code_of(codes: Sequence[int]) -> int:
-    """One exit code for all: of the first that failed by itself, else that of a signal, as a shell has it."""
-    failed = [code for code in codes if code > 0] or [128 - code for code in codes if code < 0]
+    """One exit code for all: of the first that failed by itself; else that of a signal, as a shell has it, or of an
+    interruption where it is one that asks, and came before Python could hear it."""
+    failed = [code for code in codes if code > 0] or [_code_of_signal(-code) for code in codes if code < 0]
     return failed[0] if failed else 0
+
+
+def _code_of_signal(number: int) -> int:
+    return int(ExitCode.INTERRUPTED) if number in (signal.SIGTERM, signal.SIGUSR1) else 128 + number
 
 
 def _end_with_parent() -> None:

@@ -43,9 +43,8 @@ def is_here() -> bool:
 
 def state_of(job: str) -> str | None:
     """The state of a job that has not ended, in SLURM's words; None where SLURM does not answer."""
-    found = answer(["squeue", "--noheader", "--format=%T", f"--jobs={job}"])
-    words = found.stdout.split()
-    return words[0] if found.returncode == 0 and words else None
+    found = _in_queue(job)
+    return _state_in(found) if found.returncode == 0 else None
 
 
 def queued(job: str) -> str | None:
@@ -53,9 +52,17 @@ def queued(job: str) -> str | None:
     where SLURM does not answer."""
     if not is_here():
         return None
-    found = answer(["squeue", "--noheader", "--format=%T", f"--jobs={job}"])
+    found = _in_queue(job)
     if found.returncode and "Invalid job id" not in found.stderr:
         raise EnvironmentFault(f"squeue: {said(found)}: whether job {job} has ended is not known; try again")
+    return _state_in(found)
+
+
+def _in_queue(job: str) -> subprocess.CompletedProcess[str]:
+    return answer(["squeue", "--noheader", "--format=%T", f"--jobs={job}"])
+
+
+def _state_in(found: subprocess.CompletedProcess[str]) -> str | None:
     return (found.stdout.split() or [None])[0]
 
 

@@ -123,7 +123,8 @@ def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list
 
 def without_comment(line: str) -> str:
     """A line up to a # that begins a word, as in bash: within one, as in a path, it is a character like others."""
-    return BEFORE_COMMENT.match(line)[0]  # type: ignore[index]: what matches nothing matches the empty text
+    found = BEFORE_COMMENT.match(line)
+    return found[0] if found else ""
 
 
 def refuse_occupied(run: Path) -> None:

@@ -73,7 +73,18 @@ def test_no_rank_outlives_it_and_its_exit_code_is_theirs(who, name, code, folder
 
 
 @pytest.mark.parametrize(
-    ("codes", "code"), [([0, 0], 0), ([0, 75], 75), ([3, 1], 3), ([-9, 1], 1), ([-9, -9], 137), ([0, -15], 143)]
+    ("codes", "code"),
+    [
+        ([0, 0], 0),
+        ([0, 75], 75),
+        ([3, 1], 3),
+        ([-9, 1], 1),
+        ([-9, -9], 137),
+        ([0, -15], 75),
+        ([-10, -2], 75),
+        ([-2, -2], 130),
+        ([-15, 3], 3),
+    ],
 )
 def test_one_exit_code_for_all_ranks(codes, code):
     assert code_of(codes) == code

@@ -46,7 +46,8 @@ def test_the_lists_are_whole() -> None:
 
 def test_dpo_keys_are_those_that_are_installed() -> None:
     """Of the part of TRL's configs that transformers has."""
-    arguments = pytest.importorskip("transformers").TrainingArguments
+    from transformers import TrainingArguments as arguments
+
     installed = {name for name, field in arguments.__dataclass_fields__.items() if field.init}
     if "warmup_ratio" in installed:
         pytest.skip("another version of transformers")
