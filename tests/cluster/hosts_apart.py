@@ -56,7 +56,7 @@ def plug_in(name: str) -> None:
 def own_files(cluster: Cluster, node: str) -> Path:
     """The /dev/shm of a node that is up, as the jobs on it see it, and nobody else."""
     (daemon, *_) = descendants(cluster.holders[node].pid)
-    return Path(f"/proc/{daemon}/root/dev/shm")
+    return Path("/proc", str(daemon), "root", "dev", "shm")
 
 
 def enter(name: str, hosts: Path) -> tuple[str, ...]:
