@@ -236,7 +236,8 @@ def introduce(
     steps: int,
     kernel: str,
 ) -> None:
-    """The banner: what is about to happen, in numbers, and the first pair as text with its scored tokens marked."""
+    """The banner: what is about to happen, in numbers; in one line behind the nine or more of DeepSpeed's launcher. In the
+    log file the first pair too, as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
     prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
@@ -253,8 +254,9 @@ def introduce(
         "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
         "run": config.output_dir,
     }
-    console.banner(rows)
-    console.first_pair(lambda colour: mark(pairs[0], tokenizer, colour))
+    brief = f"{rows['run']}: {rows['objective']}; {rows['steps']}; {rows['engine']}; more in logs/rank-0.log"
+    console.banner(rows, brief if distributed.is_announced() else None)
+    console.first_pair(mark(pairs[0], tokenizer))
 
 
 def engine_config(config: Config) -> dict[str, Any]:

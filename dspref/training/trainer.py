@@ -74,7 +74,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         needs = stages.needs(loader, held_out, done, steps)
         reference = references.build(asked, policy, beginning, sets, packing, needs, view)
     for line in advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel):
-        distributed.log(f"advice: {line}")
+        distributed.remark(f"advice: {line}")
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
     recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
     saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, configuration.resolved(config)), watch)
