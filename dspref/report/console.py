@@ -79,6 +79,10 @@ class ProgressView:
             self._task = self._bar.add_task("", total=total, completed=done, left="")
             self._bar.start()
 
+    def begin(self) -> None:
+        """What came before the steps is over: their time begins."""
+        self._ends[0] = (self._ends[0][0], now())
+
     @property
     def seconds_left(self) -> float | None:
         """By the mean time of the last steps, with what was done between them; None before the first step."""
@@ -212,6 +216,8 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(Text(shown(name)), _figure(first), _figure(last))
     console.print(table)
+    if stopped := run_summary.get("stopped"):
+        console.print(Text(shown(f"stopped {stopped}")), soft_wrap=True)
     for warning in run_summary.get("warnings") or ():
         console.print(Text(f"warning: {warning}"), soft_wrap=True)
     with suppress(KeyError, TypeError):  # of a metrics.jsonl that was damaged any may be missing
