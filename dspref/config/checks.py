@@ -226,6 +226,9 @@ def _check_schedule(config: Config) -> Iterator[Complaint]:
         yield ("train", "warmup_steps"), "give warmup_steps or warmup_ratio, not both"
     if train.eval_every and not config.data.eval:
         yield ("train", "eval_every"), "there is nothing to evaluate; set data.eval"
+    for key in ("max_steps", "num_train_epochs") if train.overfit else ():
+        if key in train.model_fields_set and getattr(train, key) is not None:
+            yield ("train", key), "has no effect beside train.overfit, which says the steps; drop one of them"
     if train.eval_at_start is True and not config.data.eval:
         yield ("train", "eval_at_start"), "there is nothing to evaluate; set data.eval"
     asked = train.warmup_steps or ("warmup_ratio" in train.model_fields_set and train.warmup_ratio)

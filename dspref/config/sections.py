@@ -155,6 +155,12 @@ class TrainSection(Section):
     """Passes over the training data; a fraction ends within an epoch."""
     max_steps: Annotated[int, Field(gt=0)] | None = None
     """Optimizer steps; overrides num_train_epochs."""
+    overfit: Annotated[int, Field(gt=1)] | None = None
+    """A check of settings and data: take the pairs of the first step so many times, and nothing else. Where the loss does
+    not fall, the run ends with exit code 5."""
+    dry_run: bool | None = None
+    """Compute the largest pack, forward and backward, before the first step, so that memory that does not suffice is told
+    then; nothing else changes. Default: on GPUs."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-7
     """Peak learning rate."""
     lr_scheduler_type: Literal[

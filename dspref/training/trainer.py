@@ -21,13 +21,13 @@ from dspref.report import advice, console
 from dspref.report.metrics import Recorder
 from dspref.run import checkpoint
 from dspref.run.checkpoint import Progress
-from dspref.run.folder import RunFolder
+from dspref.run.folder import METRICS, RunFolder
 from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
-from dspref.training import closing, gradient, preparation, stages
+from dspref.training import closing, gradient, preparation, rehearsal, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
-from dspref.training.numbers import Skips
+from dspref.training.numbers import Skips, judge_overfit
 from dspref.training.records import StepRecords, header
 from dspref.training.session import Session
 from dspref.watch.request import Request
@@ -57,7 +57,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         config.model, config.data, asked, config.train.optim, device_type
     )
     packing, loader = stages.plan(config, pairs)
-    steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
+    steps = loader.total_steps(config.train.num_train_epochs, config.train.overfit or config.train.max_steps)
     sets = {"train": pairs, **held_out}
     beginning = stages.open_run(run, config, source, sets, steps, watch)
     stages.introduce(config, tokenizer, pairs, held_out, loader, steps, kernel)
@@ -124,6 +124,8 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
 
     if is_over(session, progress):
         return progress
+    if policy.device.type != "cpu" if train.dry_run is None else train.dry_run:
+        rehearsal.rehearse(session, loader, progress.step, steps)
     records.end()
     session.view.begin()
     for step in loader.steps(progress.step, steps):
@@ -140,6 +142,8 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         if is_over(session, progress):
             break
         records.end()
+    if train.overfit:
+        judge_overfit(session.run.path / METRICS)
     return progress
 
 

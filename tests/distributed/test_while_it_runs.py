@@ -89,3 +89,30 @@ def test_the_best_weights_are_exported(run_file, forked, tmp_path):
     ranks = forked.start(2, arguments(run_file, short, *common, f"train.max_steps={step}"))
     assert forked.wait(ranks) == [0, 0], ranks.said()
     assert weights(run) == weights(short)
+
+
+@pytest.mark.parametrize("stage", [3, *(pytest.param(number, marks=SLOW) for number in (0, 1, 2))])
+def test_a_dry_run_changes_nothing(stage, run_file, forked, tmp_path):
+    common = ("train.max_steps=2", "train.eval_every=null", f"deepspeed={{zero_optimization: {{stage: {stage}}}}}")
+    for name in ("true", "false"):
+        ranks = forked.start(2, arguments(run_file, tmp_path / name, *common, f"train.dry_run={name}"))
+        assert forked.wait(ranks) == [0, 0], ranks.said()
+    said = [(tmp_path / name / "logs/rank-0.log").read_text().count("the largest pack fits") for name in ("true", "false")]
+    assert said == [1, 0]
+    assert trained(tmp_path / "true") == trained(tmp_path / "false")
+    assert weights(tmp_path / "true") == weights(tmp_path / "false")
+
+
+@pytest.mark.parametrize(("rate", "codes"), [("1e-2", [0, 0]), ("1e-12", [5, 5])])
+def test_overfit_takes_one_steps_pairs_again_and_says_whether_the_loss_fell(rate, codes, run_file, forked, tmp_path):
+    common = (
+        "train.overfit=3",
+        "train.max_steps=null",
+        "data.eval=null",
+        "train.eval_every=null",
+        "model.disable_dropout=true",
+    )
+    ranks = forked.start(2, arguments(run_file, tmp_path / "run", *common, f"train.learning_rate={rate}"))
+    assert forked.wait(ranks) == codes, ranks.said()
+    assert ("the loss fell from" if codes == [0, 0] else "the loss does not fall") in ranks.said(0)
+    assert len({record["lengths/chosen"] for record in trained(tmp_path / "run")}) == 1
