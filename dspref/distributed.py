@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import ipaddress
 import json
 import os
@@ -19,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, TypeVar
@@ -31,12 +31,14 @@ from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 from dspref.errors import EnvironmentFault, Relayed, exit_code_of
 from dspref.ranks import rendezvous, wire
 from dspref.ranks.local_store import ContactLost, LocalStore
+from dspref.ranks.log_file import LogFile
 from dspref.ranks.rendezvous import MEETING_MINUTES, World, read_environment
 from dspref.secrets import redact
 from dspref.terminal import shown
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
+CLOCK = "%Y-%m-%dT%H:%M:%S"
 
 
 _world = World()
@@ -44,6 +46,7 @@ _leader = 0  # the lowest rank of this machine
 _store: Any = None  # a LocalStore, or torch's; None on a single rank
 _turns = _purposes = 0
 _log_file: Any = None
+is_announced = partial(rendezvous.is_announced, os.environ)
 
 
 def world() -> World:
@@ -308,12 +311,22 @@ def set_seed(seed: int) -> None:
 
 def log(message: str, stamp: bool = False) -> None:
     """Say something once: rank 0 on standard output (behind the time, with `stamp`), every rank in its log file."""
-    message, clock = shown(redact(message)), time.strftime("%Y-%m-%dT%H:%M:%S")
     if _world.rank == 0:
-        print(f"{clock} {message}" if stamp else message, flush=True)
+        said = shown(redact(message))
+        print(f"{time.strftime(CLOCK)} {said}" if stamp else said, flush=True)
+    note(message)
+
+
+def note(message: str) -> None:
+    """Say something in this rank's log file alone, behind the time."""
     if _log_file is not None:
         with contextlib.suppress(OSError):  # a full disk is told by what must be written
-            _log_file.write(f"{clock} {message}\n")
+            _log_file.write(f"{time.strftime(CLOCK)} {shown(redact(message))}\n")
+
+
+def remark(message: str) -> None:
+    """Say in the log file what not everyone needs, and on the terminal where that launcher has not filled it."""
+    (note if is_announced() else log)(message)
 
 
 def first_to_say(message: str) -> bool:
@@ -324,16 +337,6 @@ def first_to_say(message: str) -> bool:
         return _store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
     except (dist.DistError, ContactLost):  # what serves the store is gone
         return True
-
-
-class LogFile(io.TextIOWrapper):
-    """A text file, a line at a time, without the secrets and the control characters of what libraries print."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(open(path, "ab"), encoding="utf-8", errors="backslashreplace", line_buffering=True)
-
-    def write(self, text: str, /) -> int:
-        return super().write(shown(redact(text)).replace("\\r", "\n"))  # a progress bar is lines
 
 
 def log_to(folder: Path) -> None:

@@ -18,6 +18,7 @@ from dspref.config.objective_checks import Complaint
 from dspref.config.paths import shipped
 from dspref.config.sections import Config, Section, SourceSection
 from dspref.config.sound import KeyPath, sound
+from dspref.config.watched import lower_is_better
 from dspref.errors import ConfigError
 from dspref.objectives import as_list
 
@@ -225,6 +226,11 @@ def _check_schedule(config: Config) -> Iterator[Complaint]:
         yield ("train", "warmup_steps"), "give warmup_steps or warmup_ratio, not both"
     if train.eval_every and not config.data.eval:
         yield ("train", "eval_every"), "there is nothing to evaluate; set data.eval"
+    for key in ("max_steps", "num_train_epochs") if train.overfit else ():
+        if key in train.model_fields_set and getattr(train, key) is not None:
+            yield ("train", key), "has no effect beside train.overfit, which says the steps; drop one of them"
+    if train.eval_at_start is True and not config.data.eval:
+        yield ("train", "eval_at_start"), "there is nothing to evaluate; set data.eval"
     asked = train.warmup_steps or ("warmup_ratio" in train.model_fields_set and train.warmup_ratio)
     if train.lr_scheduler_type == "constant" and asked:
         yield ("train", "lr_scheduler_type"), "constant has no warm-up; use constant_with_warmup"
@@ -254,6 +260,31 @@ def _check_best(config: Config) -> Iterator[Complaint]:
         )
 
 
+def _check_stopping(config: Config) -> Iterator[Complaint]:
+    stop, sets, best = config.train.stop_when, config.data.eval_sources, config.export.weights == "best"
+    if stop is not None:
+        own = ("train", "stop_when")
+        if not sets:
+            yield own, "there is nothing to evaluate; set data.eval"
+        elif stop.metric not in {prefix + name for prefix in sets for name in _evaluated(config)}:
+            yield (*own, "metric"), f"no such metric; for example {next(iter(sets))}loss"
+        elif stop.direction is None and lower_is_better(stop.metric) is None:
+            yield (*own, "metric"), "its name does not tell which way is better; set direction: min or max beside it"
+        elif not config.train.eval_every:
+            yield own, "a run is evaluated at its end alone, when there is nothing to stop; set train.eval_every"
+    if not best:
+        return
+    if config.judged_by is None:
+        yield ("export",), "by which metric? set train.stop_when, or checkpoint.keep_best, such as eval_loss"
+    elif stop and config.checkpoint.keep_best not in (None, stop.metric):
+        yield (
+            ("checkpoint", "keep_best"),
+            f"with export: best it must be {stop.metric}, as in train.stop_when",
+        )
+    elif stop and stop.direction and lower_is_better(stop.metric) not in (None, stop.direction == "min"):
+        yield ("train", "stop_when", "direction"), "with export: best it must be that of the metric's name; leave it out"
+
+
 def _evaluated(config: Config) -> set[str]:
     section = config.objective
     names = as_list(section.loss_type)
@@ -279,6 +310,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_sources,
     _check_schedule,
     _check_best,
+    _check_stopping,
     lambda config: objective_checks.check_reference(config.reference, config.model.lora),
     lambda config: objective_checks.check_sync_keys(config.reference),
     lambda config: objective_checks.check_sync(

@@ -135,6 +135,19 @@ class ReferenceSection(Section):
         return "engine" if self.offload == "cpu" or self.sync_ref_model else "stored"
 
 
+class StopWhenSection(Section):
+    """Early stopping, by the evaluations of a run."""
+
+    metric: str
+    """A metric of an evaluation, such as eval_loss."""
+    patience: Annotated[int, Field(gt=0)] = 3
+    """So many evaluations in a row without progress end the run."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """What is no more than this is no progress."""
+    direction: Literal["min", "max"] | None = None
+    """Which way is progress; default: by the metric's name, losses down, accuracies, margins and rewards/chosen up."""
+
+
 class TrainSection(Section):
     pairs_per_step: Annotated[int, Field(gt=0)] = 128
     """Pairs per optimizer step over all ranks: the global batch."""
@@ -142,6 +155,12 @@ class TrainSection(Section):
     """Passes over the training data; a fraction ends within an epoch."""
     max_steps: Annotated[int, Field(gt=0)] | None = None
     """Optimizer steps; overrides num_train_epochs."""
+    overfit: Annotated[int, Field(gt=1)] | None = None
+    """A check of settings and data: take the pairs of the first step so many times, and nothing else. Where the loss does
+    not fall, the run ends with exit code 5."""
+    dry_run: bool | None = None
+    """Compute the largest pack, forward and backward, before the first step, so that memory that does not suffice is told
+    then; nothing else changes. Default: on GPUs."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-7
     """Peak learning rate."""
     lr_scheduler_type: Literal[
@@ -172,6 +191,10 @@ class TrainSection(Section):
     """Seed of data order, sampling, dropout and random weights."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Evaluate every so many steps; null: at the end only."""
+    eval_at_start: bool | Literal["auto"] = "auto"
+    """Evaluate the initial policy too, as step 0; auto: where held-out pairs are at most a tenth of those trained on."""
+    stop_when: StopWhenSection | None = None
+    """End the run early, as a finished one, when a held-out metric no longer improves. Step 0 does not count."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     """A step whose loss or gradient is not finite changes nothing; so many in a row, and the next ends the run."""
     spike_sigmas: Annotated[float, Field(gt=0)] | None = None
@@ -214,6 +237,19 @@ class LogSection(Section):
     """The tracker's name for this run; default: the name of the run folder."""
 
 
+class ExportSection(Section):
+    """The model in RUN/final."""
+
+    weights: Literal["last", "best"] = "last"
+    """`best`: those of the best evaluation, by the metric of train.stop_when or checkpoint.keep_best, whose checkpoint is
+    saved and kept; step 0 is none of them."""
+
+
+def _export(value: Any) -> Any:
+    """`last` and `best` may stand for the section."""
+    return {"weights": value} if isinstance(value, str) else value
+
+
 class Config(Section):
     """A whole run."""
 
@@ -233,6 +269,10 @@ class Config(Section):
     """Saving and resuming."""
     log: LogSection = LogSection()
     """Metrics and trackers."""
+    export: Annotated[
+        ExportSection, BeforeValidator(_export, json_schema_input_type=ExportSection | Literal["last", "best"])
+    ] = ExportSection()
+    """The model that the run leaves; `export: best` for short."""
     output_dir: FilePath
     """The run folder."""
 
@@ -245,6 +285,11 @@ class Config(Section):
     def strategy(self) -> dict[str, Any]:
         """The DeepSpeed strategy as a mapping, read from its file where `deepspeed` is a path."""
         return strategy.load(shipped(self.deepspeed)) if isinstance(self.deepspeed, str) else self.deepspeed
+
+    @property
+    def judged_by(self) -> str | None:
+        """The held-out metric by which evaluations are better or worse."""
+        return self.train.stop_when.metric if self.train.stop_when else self.checkpoint.keep_best
 
     @property
     def zero_stage(self) -> int:
@@ -262,6 +307,8 @@ def in_full(path: tuple[str | int, ...], value: Any) -> Any:
             return _lora(value)
         case ("data", "train" | "eval") | ("data", "train", int()):
             return source_in_full(value)
+        case ("export",):
+            return _export(value)
         case ("log", "trackers"):
             return _trackers(value)
     return value
@@ -277,6 +324,8 @@ def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | No
             return OBJECTIVE_SECTIONS.get(name) if isinstance(name, str) else None
         case ("model", "lora"):
             return LoraSection
+        case ("train", "stop_when"):
+            return StopWhenSection
         case ("data", "train" | "eval", *_, "columns"):
             return Columns
         case ("data", "train" | "eval", *_, "template"):

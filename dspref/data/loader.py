@@ -66,10 +66,12 @@ class StepLoader:
     packing: Packing
     together: np.ndarray | None = None
     """Pairs with the same number lie side by side in a shuffled epoch."""
+    again: bool = False
+    """Every step holds the pairs of the first one."""
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(self.store.source_rows, self.weights, self.pairs_per_step)
+        return 1 if self.again else steps_per_epoch(self.store.source_rows, self.weights, self.pairs_per_step)
 
     def total_steps(self, num_train_epochs: float, max_steps: int | None) -> int:
         return max_steps or ceil(num_train_epochs * self.steps_per_epoch)
@@ -106,8 +108,9 @@ class StepLoader:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The pairs of every step of an epoch."""
-        rows = self.store.source_rows
-        return order(rows, self.weights, self.seed, epoch, self.pairs_per_step, self.shuffle, self.together)
+        rows, number = self.store.source_rows, 0 if self.again else epoch
+        steps = order(rows, self.weights, self.seed, number, self.pairs_per_step, self.shuffle, self.together)
+        return steps[:1] if self.again else steps
 
 
 def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:

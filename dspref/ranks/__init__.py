@@ -1,8 +1,9 @@
 """How the ranks of a job find each other, before torch.distributed does. No torch, no deepspeed.
 
 `rendezvous` agrees on one address through a folder or the environment of a launcher; `local_store` is the key-value store
-of ranks on one machine, on loopback alone; `wire` the form of what they say. `starting` starts those of one machine.
+of ranks on one machine, on loopback alone; `wire` the form of what they say. `starting` starts those of one machine;
+`log_file` is what each writes.
 
 Enters: nothing.
-Shows: local_store, rendezvous, starting, wire.
+Shows: local_store, log_file, rendezvous, starting, wire.
 """

@@ -87,6 +87,11 @@ def read_environment(env: Mapping[str, str]) -> World:
     return found
 
 
+def is_announced(env: Mapping[str, str]) -> bool:
+    """Whether DeepSpeed's launcher, which has printed seven lines and one for each rank by now, started this process."""
+    return "CROSS_RANK" in env
+
+
 class Mark(NamedTuple):
     """A process that left a word in the folder."""
 

@@ -270,4 +270,4 @@ def report(store: ReferenceStore | None, wanted: Mapping[str, Wanted], scored: i
     """Say what was scored, and where it is kept."""
     if store is not None:
         total = sum(int(want.now.sum()) for want in wanted.values())
-        distributed.log(f"reference: scored {scored} of {total} pairs, kept in {store.folder}")
+        distributed.remark(f"reference: scored {scored} of {total} pairs, kept in {store.folder}")

@@ -9,13 +9,14 @@ import contextlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -27,60 +28,96 @@ from dspref.run.folder import RunFolder
 from dspref.secrets import redact
 from dspref.terminal import duration, printable, shown
 
-# metric name -> its short form. A terminal has room for three beside the bar.
+# metric name -> its short form.
 ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
-# How often a scoring says how far it is, in lines and in the run folder.
-TELL_EVERY_SECONDS, WRITE_EVERY_SECONDS = 20.0, 5.0
+# What the bar has beside it, the first ones on a narrow terminal.
+BESIDE_BAR = ("loss", "learning_rate", "perf/tokens_per_second", "grad_norm", "rewards/accuracies", "rewards/margins")
+# After what time, and how often, a scoring says how far it is in lines; how often in the run folder.
+TELL_AFTER_SECONDS, TELL_EVERY_SECONDS, WRITE_EVERY_SECONDS = 3.0, 20.0, 5.0
 IN_LINES = ON_TERMINAL | {"nll_loss": "nll", "grad_norm": "grad", "learning_rate": "lr"}
+SPEED = "perf/tokens_per_second"
+# Of the banner, what is not needed by everyone: the log file has it.
+IN_LOG = ("scored", "packs")
+# Steps whose mean time the time left is told by.
+STEPS_TIMED = 50
+BAR_WIDTH = 8
+LEFT = "{task.fields[left]}"
 
 
-def banner(rows: Mapping[str, str]) -> None:
-    """The run in a few lines, before anything slow happens."""
+def now() -> float:
+    return time.monotonic()
+
+
+def banner(rows: Mapping[str, str], brief: str | None = None) -> None:
+    """The run in a few lines, before anything slow happens; all of them in the log file. `brief`: one line instead."""
     width = max(map(len, rows))
-    distributed.log("\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows.items()))
+    lines = {name: f"{name:<{width}}  {printable(text)}" for name, text in rows.items()}
+    distributed.note("\n".join(lines.values()))
+    if distributed.world().rank == 0:
+        told = [line for name, line in lines.items() if name not in IN_LOG] if brief is None else [printable(brief, 400)]
+        print(redact("\n".join(told)), flush=True)
 
 
-def first_pair(show: Callable[[bool], str]) -> None:
-    """A pair as text; scored tokens are green on a terminal, and between brackets in a log."""
-    if distributed.world().rank != 0:
-        return
-    if sys.stdout.isatty():
-        print(redact(f"the first pair, scored tokens in green\n{show(True)}"), flush=True)
-    else:
-        distributed.log(f"the first pair, scored tokens in [[ ]]\n{show(False)}")
+def first_pair(text: str) -> None:
+    """A pair as text, scored tokens between brackets, in the log file; `dspref inspect` shows any other."""
+    if distributed.world().rank == 0:
+        distributed.note(f"the first pair, scored tokens in [[ ]]\n{text}")
 
 
 class ProgressView:
-    """One bar on a terminal; a line per logged step anywhere else, never a carriage return."""
+    """One bar on a terminal; a line per logged step anywhere else, never a carriage return. The log file has the lines
+    either way."""
 
     def __init__(self, done: int, total: int) -> None:
         self._total = total
         self._bar: Progress | None = None
+        self._ends = deque([(done, now())], maxlen=STEPS_TIMED + 1)
         if distributed.world().rank == 0 and sys.stdout.isatty():
             count = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1))
-            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True))
-            columns = (TextColumn("step"), count, BarColumn(bar_width=16), TimeRemainingColumn(compact=True), figures)
-            self._bar = Progress(*columns, console=Console())
-            self._task = self._bar.add_task("", total=total, completed=done)
+            left, figures = (TextColumn(text, table_column=Column(no_wrap=True)) for text in (LEFT, "{task.description}"))
+            self._bar = Progress(TextColumn("step"), count, BarColumn(bar_width=BAR_WIDTH), left, figures, console=Console())
+            self._task = self._bar.add_task("", total=total, completed=done, left="")
             self._bar.start()
 
+    def begin(self) -> None:
+        """What came before the steps is over: their time begins."""
+        self._ends[0] = (self._ends[0][0], now())
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the mean time of the last steps, with what was done between them; None before the first step."""
+        (first, began), (last, ended) = self._ends[0], self._ends[-1]
+        return (ended - began) / (last - first) * (self._total - last) if last > first else None
+
     def advance(self, step: int) -> None:
+        if step > self._ends[-1][0]:
+            self._ends.append((step, now()))
         if self._bar:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, left=self._left())
 
     def show(self, step: int, record: Mapping[str, float]) -> None:
-        """The figures of a logged step."""
-        names = ON_TERMINAL if self._bar else IN_LINES
-        figures = "  ".join(f"{short} {record[name]:.4g}" for name, short in names.items() if name in record)
+        """The figures of a logged step that is done."""
+        self.advance(step)
+        figures = {name: f"{short} {record[name]:.4g}" for name, short in IN_LINES.items() if name in record}
+        figures[SPEED] = f"{record.get(SPEED, 0):,.0f} tok/s"
+        left = self._left()
+        line = f"step {step}/{self._total}  {'  '.join([*figures.values(), *([left] if left else [])])}"
         if self._bar:
-            self._bar.update(self._task, completed=step, description=figures)
+            distributed.note(line)
+            taken = len(f"step {self._total}/{self._total}   {left} ") + BAR_WIDTH
+            beside = within([figures[name] for name in BESIDE_BAR if name in figures], self._bar.console.width - taken)
+            self._bar.update(self._task, completed=step, description=beside)
         else:
-            throughput = f"{record.get('perf/tokens_per_second', 0):,.0f} tok/s"
-            distributed.log(f"step {step}/{self._total}  {figures}  {throughput}", stamp=True)
+            distributed.log(line, stamp=True)
+
+    def _left(self) -> str:
+        seconds = self.seconds_left
+        return f"{duration(seconds)} left" if seconds is not None and self._ends[-1][0] < self._total else ""
 
     def note(self, text: str) -> None:
         """A line between the steps: an evaluation, a checkpoint."""
         if self._bar:
+            distributed.note(text)
             self._bar.console.print(Text(shown(text)))
         else:
             distributed.log(text)
@@ -88,6 +125,12 @@ class ProgressView:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def within(figures: Sequence[str], width: int) -> str:
+    """So many of the first figures, at least one, as a terminal has columns for."""
+    count = max((n for n in range(1, len(figures) + 1) if len("  ".join(figures[:n])) <= width), default=1)
+    return "  ".join(figures[:count])
 
 
 @contextlib.contextmanager
@@ -116,11 +159,13 @@ class _ScoringView:
         self.done = done
         if distributed.world().rank == 0 and sys.stdout.isatty():
             self._draw(done, total, seconds_left)
-        elif not self._told or time.monotonic() - self._told > TELL_EVERY_SECONDS:
+        elif not self._told:
+            self._told = time.monotonic() - TELL_EVERY_SECONDS + TELL_AFTER_SECONDS
+            distributed.note(f"reference: {total:,} pairs to score")
+        elif time.monotonic() - self._told > TELL_EVERY_SECONDS:
             self._told = time.monotonic()
             left = f", about {duration(seconds_left)} left" if seconds_left is not None else ""
-            said = f"scored {done:,} of {total:,} pairs so far{left}" if done else f"{total:,} pairs to score"
-            distributed.log(f"reference: {said}", stamp=True)
+            distributed.log(f"reference: scored {done:,} of {total:,} pairs so far{left}", stamp=True)
         if self._file and (not done or time.monotonic() - self._written > WRITE_EVERY_SECONDS):
             self._written = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk is told by what must be written
@@ -171,6 +216,8 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     for name, (first, last) in run_summary["learned"].items():
         table.add_row(Text(shown(name)), _figure(first), _figure(last))
     console.print(table)
+    if stopped := run_summary.get("stopped"):
+        console.print(Text(shown(f"stopped {stopped}")), soft_wrap=True)
     for warning in run_summary.get("warnings") or ():
         console.print(Text(f"warning: {warning}"), soft_wrap=True)
     with suppress(KeyError, TypeError):  # of a metrics.jsonl that was damaged any may be missing

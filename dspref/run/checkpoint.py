@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspref import distributed
-from dspref.config import CheckpointSection
+from dspref.config import CheckpointSection, lower_is_better
 from dspref.errors import ConfigError, IOFault
 from dspref.files import read_json, remove
 from dspref.objectives import RunningMean
 from dspref.reading import is_count
 from dspref.run import manifest
+from dspref.run.best import Best
 from dspref.run.folder import RunFolder
 from dspref.run.manifest import step_of
 from dspref.terminal import printable
@@ -48,13 +49,17 @@ class Progress:
     """Whether the run was stopped within the evaluation of this step."""
     skipped: int = 0
     """Steps in a row, up to this one, that changed nothing."""
+    best: Best = field(default_factory=Best)
+    """What the evaluations so far have come to."""
 
     @classmethod
     def read(cls, path: Path) -> Progress:
         """Raises IOFault where the file holds something else."""
         try:
             state = read_json(path)
-            found = cls(**state | {"rewards": RunningMean(**state.get("rewards", {}))})
+            found = cls(
+                **state | {"rewards": RunningMean(**state.get("rewards", {})), "best": Best(**state.get("best", {}))}
+            )
             if not is_count(found.step) or not is_count(found.metrics_offset) or not is_count(found.skipped):
                 raise ValueError("a number is none")
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -81,7 +86,8 @@ def prune(run: RunFolder, rules: CheckpointSection) -> list[str]:
     manifests = {folder: said for folder in committed_folders(run) if (said := manifest.read(folder))}
     scores = {folder: m["metrics"].get(rules.keep_best) if rules.keep_best else None for folder, m in manifests.items()}
     steps = [(m["step"], scores[folder]) for folder, m in manifests.items()]
-    gone = to_delete(steps, rules.keep_last, rules.keep_every, lower_is_better="loss" in (rules.keep_best or ""))
+    lower = rules.keep_best is not None and lower_is_better(rules.keep_best)
+    gone = to_delete(steps, rules.keep_last, rules.keep_every, bool(lower))
     try:
         for folder, said in manifests.items():
             if said["step"] in gone:
@@ -99,14 +105,15 @@ def to_delete(
     keep_every: int | None,
     lower_is_better: bool = False,
 ) -> set[int]:
-    """Steps to delete of `checkpoints` (step, score); the newest, multiples of `keep_every` and the best score stay."""
+    """Steps to delete of `checkpoints` (step, score); the newest, multiples of `keep_every` and the first of the best score
+    stay."""
     steps = sorted(step for step, _ in checkpoints)
     kept = set(steps[-keep_last:])
     if keep_every:
         kept |= {step for step in steps if step % keep_every == 0}
-    scored = [(score, step) for step, score in checkpoints if score is not None]
+    scored = [(score if lower_is_better else -score, step) for step, score in checkpoints if score is not None]
     if scored:
-        kept.add((min if lower_is_better else max)(scored)[1])
+        kept.add(min(scored)[1])
     return set(steps) - kept
 
 
@@ -168,6 +175,17 @@ def resume(run: RunFolder, found: Found | None, parts: Sequence[Part], seed: int
     run.event("resume", step=found.progress.step)
     distributed.log(f"resumed from {found.folder.name}")
     return found.progress
+
+
+def load_step(run: RunFolder, step: int, part: Part) -> bool:
+    """Load the checkpoint of a step into `part`; False where there is none, or it is not sound."""
+    folder = manifest.folder_of(run.checkpoints, step)
+    said = distributed.broadcast_object(manifest.read(folder) if distributed.world().rank == 0 else None)
+    if said is None or damage_of(folder, said):
+        return False
+    with _named_files_of(folder, said) as clean:
+        part.load(clean)
+    return True
 
 
 def _candidates(run: RunFolder) -> list[tuple[Path, dict[str, Any] | None, bool]]:

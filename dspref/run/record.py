@@ -125,6 +125,7 @@ SUMMARY: dict[str, Callable[[Any], bool]] = {
     "starts": _maybe(is_count),
     "seconds_in_steps": _maybe(is_number),
     "warnings": _maybe(_are_words),
+    "stopped": _maybe(is_word),
 }
 KINDS: dict[str, Callable[[Any], bool]] = {
     "run_id": is_word,

@@ -15,10 +15,13 @@ from dspref.files import read_lines, write_atomically
 from dspref.model import adapters, unpacked
 from dspref.model.weights import one_line
 from dspref.report import console
+from dspref.run import checkpoint
+from dspref.run.checkpoint import Progress
 from dspref.run.export import export
 from dspref.run.folder import RunFolder
 from dspref.training import outcome
 from dspref.training.model_card import Recipe, model_card
+from dspref.training.session import Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +30,31 @@ if TYPE_CHECKING:
 SAMPLE = ("prompt", "before", "after", "chosen")
 # Tokens that a sample answer may have.
 SAMPLE_TOKENS = 64
+
+
+def take_best(session: Session, progress: Progress) -> None:
+    """Load the weights of the best evaluation, where they are to be exported."""
+    best, rule = progress.best, session.rule
+    if not (rule and rule.exports and best.value is not None) or best.step == progress.step:
+        return
+    session.saver.wait()
+    if checkpoint.load_step(session.run, best.step, session.policy):
+        distributed.log(f"export: the weights of step {best.step}, where {rule.metric} was best ({best.value:.4g})")
+    else:
+        distributed.log(
+            f"warning: export: the checkpoint of step {best.step}, where {rule.metric} was best, is gone or damaged; the "
+            "weights of the last step are exported"
+        )
+
+
+def why_it_ended(session: Session, progress: Progress, steps: int) -> str | None:
+    """In words, where a run ended before its last step."""
+    if session.rule is None or progress.step == steps or not session.rule.is_over(progress.best):
+        return None
+    said = session.rule.in_words(progress.best, progress.step)
+    session.run.event("early_stop", step=progress.step, metric=session.rule.metric, best=progress.best.step)
+    distributed.log(f"stopped {said}")
+    return said
 
 
 def finish(
@@ -39,12 +67,14 @@ def finish(
     samples: int,
     steps: int,
     seconds: float,
+    stopped: str | None = None,
 ) -> None:
-    """Export and verify the model, answer sample prompts, record the summary."""
+    """Export and verify the model, answer sample prompts, record the summary; `stopped`: why before the last step."""
     vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
 
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
     summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
+    summary |= {"stopped": stopped}
     card = model_card(recipe, {"step": steps, "metrics": outcome.of_card(summary)})
     exported = export(run, policy, tokenizer, recipe.model, weights, card)
     run.event("finish", step=steps)
@@ -56,7 +86,7 @@ def finish(
             except (RuntimeError, ValueError, TypeError) as error:  # of transformers: the model is exported all the same
                 distributed.log(f"warning: log.samples: no answers ({type(error).__name__}: {one_line(error)})")
         run.flush()
-        run.update(state="finished", summary=summary, exported=exported)
+        run.update(state="finished", steps=steps, summary=summary, exported=exported)
 
     distributed.on_main(close)
 

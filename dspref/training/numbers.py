@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dspref import distributed
 from dspref.data.store import PairStore
 from dspref.errors import NumericFault
 from dspref.objectives.families import PairLoss
+from dspref.run import curves
 from dspref.run.folder import RunFolder
 
 # Pairs that a message names.
@@ -83,6 +85,23 @@ class Skips:
             f"(train.max_skipped_steps: {self.limit}); the weights of step {sound} are kept; lower train.learning_rate, or "
             "mend the pairs that events.jsonl names"
         )
+
+
+def judge_overfit(metrics: Path) -> None:
+    """Say how the loss over the same pairs has fallen, by metrics.jsonl. Raises NumericFault where it has not."""
+
+    def losses() -> tuple[float, float] | None:
+        found = [value for value in curves.read(metrics).trained("loss").values if value is not None]
+        return (found[0], found[-1]) if found else None
+
+    ends = distributed.broadcast_object(losses() if distributed.world().rank == 0 else None)
+    if ends is None or not ends[1] < ends[0]:
+        said = f"from {ends[0]:.4g} to {ends[1]:.4g}" if ends else "no step has a finite one"
+        raise NumericFault(
+            f"train.overfit: on the same pairs again and again the loss does not fall ({said}); look at the pairs "
+            "(dspref inspect), at train.learning_rate and at the objective"
+        )
+    distributed.log(f"overfit: on the same pairs again and again the loss fell from {ends[0]:.4g} to {ends[1]:.4g}")
 
 
 class Spikes:

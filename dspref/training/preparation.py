@@ -148,7 +148,9 @@ def steps_of(
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
-    loader = StepLoader(pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together)
+    loader = StepLoader(
+        pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together, train.overfit is not None
+    )
     return packing, loader
 
 

@@ -12,6 +12,7 @@ from dspref.engine.engine import Engine
 from dspref.reference.modes import Reference
 from dspref.report import console
 from dspref.report.metrics import Recorder
+from dspref.run.best import Rule
 from dspref.run.folder import RunFolder
 from dspref.run.saving import Saver
 from dspref.training.gradient import StepLoss
@@ -39,3 +40,5 @@ class Session:
     view: console.ProgressView
     watch: Watch
     saver: Saver
+    rule: Rule | None = None
+    """By which evaluations are judged."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from dspref import config as configuration
 from dspref import distributed
-from dspref.config import Config, ModelSection
+from dspref.config import Config, ModelSection, TrainSection, lower_is_better
 from dspref.data.loader import Packing, StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
@@ -30,6 +30,7 @@ from dspref.reference.filling import Need, whole
 from dspref.reference.modes import InitialWeights
 from dspref.reference.spec import ReferenceSpec
 from dspref.report import console
+from dspref.run.best import Rule
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder
 from dspref.run.settings import refuse_changes
@@ -48,6 +49,12 @@ SCORED = {
     "last": "of conversations, the assistant's last turn with its end token (data.scored: last)",
     "all": "everything behind the prompt, as TRL has it (data.scored: all)",
 }
+
+
+# Changed keys by which a finished run may have steps to take.
+LONGER = ("train.max_steps", "train.num_train_epochs", "train.stop_when")
+# Of the pairs that a run trains on, so many may be evaluated at its start unasked.
+EVALUATION_SHARE = 0.1
 
 
 def reference_spec(config: Config) -> ReferenceSpec:
@@ -80,7 +87,7 @@ def already_finished(run: RunFolder, config: Config) -> bool:
         for change in changes:
             distributed.log(f"changed since this run began: {change}")
         finished = not anew and run.is_finished
-        longer = any(change.startswith(("train.max_steps", "train.num_train_epochs")) for change in changes)
+        longer = any(change.startswith(LONGER) for change in changes)
         if finished and longer and not committed_folders(run):
             raise ConfigError(
                 f"train.max_steps: the run in {run.path} left no checkpoint to go on from (checkpoint.save_every); "
@@ -227,6 +234,22 @@ def refuse_fewer_steps(run: RunFolder, done: int, steps: int) -> None:
         )
 
 
+def evaluates_at_start(train: TrainSection, held_out: Mapping[str, PairStore], steps: int) -> bool:
+    """Whether the initial policy is evaluated; `auto`: where that is cheap, as a pair is only read."""
+    pairs = sum(len(store) for store in held_out.values())
+    few = pairs <= EVALUATION_SHARE * steps * train.pairs_per_step
+    return pairs > 0 and (few if train.eval_at_start == "auto" else train.eval_at_start)
+
+
+def rule_of(config: Config) -> Rule | None:
+    """By which evaluations are judged, where anything follows from them."""
+    stop, exports = config.train.stop_when, config.export.weights == "best"
+    if config.judged_by is None or not (stop or exports):
+        return None
+    lower = stop.direction == "min" if stop and stop.direction else bool(lower_is_better(config.judged_by))
+    return Rule(config.judged_by, lower, stop.min_delta if stop else 0.0, stop.patience if stop else None, exports)
+
+
 def introduce(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
@@ -236,7 +259,8 @@ def introduce(
     steps: int,
     kernel: str,
 ) -> None:
-    """The banner: what is about to happen, in numbers, and the first pair as text with its scored tokens marked."""
+    """The banner: what is about to happen, in numbers; in one line behind the nine or more of DeepSpeed's launcher. In the
+    log file the first pair too, as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
     prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
@@ -253,8 +277,9 @@ def introduce(
         "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
         "run": config.output_dir,
     }
-    console.banner(rows)
-    console.first_pair(lambda colour: mark(pairs[0], tokenizer, colour))
+    brief = f"{rows['run']}: {rows['objective']}; {rows['steps']}; {rows['engine']}; more in logs/rank-0.log"
+    console.banner(rows, brief if distributed.is_announced() else None)
+    console.first_pair(mark(pairs[0], tokenizer))
 
 
 def engine_config(config: Config) -> dict[str, Any]:

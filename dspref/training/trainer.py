@@ -21,13 +21,13 @@ from dspref.report import advice, console
 from dspref.report.metrics import Recorder
 from dspref.run import checkpoint
 from dspref.run.checkpoint import Progress
-from dspref.run.folder import RunFolder
+from dspref.run.folder import METRICS, RunFolder
 from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
-from dspref.training import closing, gradient, preparation, stages
+from dspref.training import closing, gradient, preparation, rehearsal, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
-from dspref.training.numbers import Skips
+from dspref.training.numbers import Skips, judge_overfit
 from dspref.training.records import StepRecords, header
 from dspref.training.session import Session
 from dspref.watch.request import Request
@@ -57,7 +57,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         config.model, config.data, asked, config.train.optim, device_type
     )
     packing, loader = stages.plan(config, pairs)
-    steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
+    steps = loader.total_steps(config.train.num_train_epochs, config.train.overfit or config.train.max_steps)
     sets = {"train": pairs, **held_out}
     beginning = stages.open_run(run, config, source, sets, steps, watch)
     stages.introduce(config, tokenizer, pairs, held_out, loader, steps, kernel)
@@ -74,19 +74,23 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         needs = stages.needs(loader, held_out, done, steps)
         reference = references.build(asked, policy, beginning, sets, packing, needs, view)
     for line in advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel):
-        distributed.log(f"advice: {line}")
+        distributed.remark(f"advice: {line}")
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
     recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
-    saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, configuration.resolved(config)), watch)
+    rule, rules = stages.rule_of(config), config.checkpoint
+    if rule and rule.exports:
+        rules = rules.model_copy(update={"keep_best": rule.metric})
+    saver = Saver(run, (policy, reference), rules, facts_of(run, configuration.resolved(config)), watch)
     view = console.ProgressView(progress.step, steps)
 
     session = Session(
         config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_step_tolerance(asked),
-        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver,
+        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver, rule,
     )  # fmt: skip
     watch.steps_begin(config.train.hang_timeout)
     try:
-        run_steps(session, loader, progress, steps)
+        progress = run_steps(session, loader, progress, steps)
+        closing.take_best(session, progress)
     except BaseException as error:
         saver.leave()
         watch.report(error)  # before trackers are waited for
@@ -96,23 +100,34 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         recorder.close()
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
     recipe, seconds = stages.recipe(config, asked), time.monotonic() - started
-    closing.finish(run, recipe, policy, tokenizer, beginning.weights, held_out, config.log.samples, steps, seconds)
+    said = closing.why_it_ended(session, progress, steps)
+    closing.finish(
+        run, recipe, policy, tokenizer, beginning.weights, held_out, config.log.samples, progress.step, seconds, said
+    )
     watch.run_ends()
     closing.show_summary(run)
     policy.close()
 
 
-def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> None:
-    """Steps `progress.step` + 1 to `steps`, with what is due between them.
+def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> Progress:
+    """Steps `progress.step` + 1 to `steps`, or until evaluations no longer improve, with what is due between them.
 
     Raises Interrupted, with a checkpoint committed, where the run was asked to stop, and NumericFault.
     """
     train, policy = session.train, session.policy
     records, sound = StepRecords(session, steps), progress
     skips = Skips(train.max_skipped_steps, session.model.dtype == "float16", progress.skipped)
+    if progress.step == 0 and stages.evaluates_at_start(train, session.held_out, steps):
+        evaluate_at_start(session)
     if progress.owes_evaluation:
         progress = evaluate_and_save(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
+    if is_over(session, progress):
+        return progress
+    if policy.device.type != "cpu" if train.dry_run is None else train.dry_run:
+        rehearsal.rehearse(session, loader, progress.step, steps)
+    records.end()
+    session.view.begin()
     for step in loader.steps(progress.step, steps):
         rewards = optimizer_step(session, step, progress.rewards, records)
         if skips.judge(step.number, policy.applied, records.suspects, session.pairs, session.run):
@@ -121,10 +136,40 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         last = step.number == steps
         evaluates = bool(session.held_out) and (last or due(step.number, train.eval_every))
         offset, tracker = session.recorder.offset, session.recorder.tracker_id
-        progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row)
+        progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row, progress.best)
         progress = evaluate_and_save(session, progress, step.epoch, last)
         sound = progress if policy.applied else sound
+        if is_over(session, progress):
+            break
         records.end()
+    if train.overfit:
+        judge_overfit(session.run.path / METRICS)
+    return progress
+
+
+def is_over(session: Session, progress: Progress) -> bool:
+    """Whether evaluations no longer improve."""
+    return session.rule is not None and session.rule.is_over(progress.best)
+
+
+def evaluate_at_start(session: Session) -> None:
+    """Evaluate the initial policy, which later evaluations are compared with. Left out where the run is asked to stop: it
+    does so after step 1."""
+    if session.watch.agreed() is not Request.STOP and (found := evaluated(session, RunningMean())) is not None:
+        write_evaluation(session, 0, 0.0, found)
+
+
+def evaluated(session: Session, rewards: RunningMean) -> dict[str, float] | None:
+    """Metrics of all held-out pairs; None where the run was asked to stop meanwhile."""
+    return evaluate(
+        session.policy, session.loss, session.reference, rewards, session.held_out, session.packing,
+        must_stop=lambda: session.watch.agreed() is Request.STOP,
+    )  # fmt: skip
+
+
+def write_evaluation(session: Session, step: int, epoch: float, found: dict[str, float]) -> None:
+    session.recorder.write(header(step, epoch) | found)
+    session.view.note(console.evaluation_line(step, found, list(session.held_out)))
 
 
 def optimizer_step(session: Session, step: Step, rewards: RunningMean, records: StepRecords) -> RunningMean:
@@ -153,18 +198,16 @@ def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: 
     tell(session)
     found: dict[str, float] | None = {}
     if progress.owes_evaluation and ask is not Request.STOP:
-        found = evaluate(
-            session.policy, session.loss, session.reference, progress.rewards, session.held_out, session.packing,
-            must_stop=lambda: watch.agreed() is Request.STOP,
-        )  # fmt: skip
+        found = evaluated(session, progress.rewards)
         if found is None:
             ask = Request.STOP
         else:
-            session.recorder.write(header(progress.step, epoch) | found)
-            session.view.note(console.evaluation_line(progress.step, found, list(session.held_out)))
-            progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset)
-    every = session.save_every
-    if ask or due(progress.step, every) or (last and every):
+            write_evaluation(session, progress.step, epoch, found)
+            best = session.rule.judge(progress.best, progress.step, found) if session.rule else progress.best
+            progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset, best=best)
+    every, last = session.save_every, last or is_over(session, progress)
+    is_best = bool(found and session.rule and session.rule.exports and progress.best.step == progress.step)
+    if ask or is_best or due(progress.step, every) or (last and every):
         save(session, progress, found or {}, at_once=bool(ask) or last)
         watch.granted()
     if ask is Request.STOP:

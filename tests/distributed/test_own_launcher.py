@@ -22,7 +22,10 @@ FAR = ("train.max_steps=2000",)
 def test_two_ranks_of_one_command(folder, tmp_path):
     done = run([DSPREF, "train", f"{folder}/run.yaml", "--ranks", "2"], tmp_path / "run")
     assert_trained(done, tmp_path / "run", ranks=2)
-    assert not done.stderr and not [line for line in done.stdout.splitlines() if "[INFO]" in line or "[WARNING]" in line]
+    lines = done.stdout.splitlines()
+    assert not done.stderr and not [line for line in lines if "[INFO]" in line or "[WARNING]" in line]
+    first_step = next(i for i, line in enumerate(lines) if "step 1/2" in line)
+    assert first_step <= 12 and "model " in "\n".join(lines[:first_step]), "\n".join(lines[:first_step])
 
 
 def test_what_is_wrong_is_said_once_and_before_ranks_are_started(folder, tmp_path):

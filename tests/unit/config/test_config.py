@@ -593,6 +593,34 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "not both",
     ),
     "no eval set": (MINIMAL + "train: {eval_every: 3}\n", "5:9", "train.eval_every", "set data.eval"),
+    "stop, no eval": (MINIMAL + "train: {stop_when: {metric: eval_loss}}\n", "5:9", "train.stop_when", "set data.eval"),
+    "stop, no such metric": (
+        with_data("eval: {path: p}") + "train: {eval_every: 5, stop_when: {metric: eval_acc}}\n",
+        "6:36",
+        "train.stop_when.metric",
+        "for example eval_loss",
+    ),
+    "stop, which way": (
+        with_data("eval: {path: p}") + "train: {eval_every: 5, stop_when: {metric: eval_rewards/rejected}}\n",
+        "6:36",
+        "train.stop_when.metric",
+        "set direction: min or max",
+    ),
+    "stop, only at the end": (
+        with_data("eval: {path: p}") + "train: {stop_when: {metric: eval_loss}}\n",
+        "6:9",
+        "train.stop_when",
+        "set train.eval_every",
+    ),
+    "best of what": (with_data("eval: {path: p}") + "export: best\n", "6:1", "export", "by which metric?"),
+    "two best": (
+        with_data("eval: {path: p}") + "train: {eval_every: 5, stop_when: {metric: eval_loss}}\n"
+        "checkpoint: {save_every: 5, keep_best: eval_rewards/margins}\nexport: best\n",
+        "7:29",
+        "checkpoint.keep_best",
+        "it must be eval_loss",
+    ),
+    "start, no eval": (MINIMAL + "train: {eval_at_start: true}\n", "5:9", "train.eval_at_start", "set data.eval"),
     "no best": (MINIMAL + "checkpoint: {keep_best: eval_loss}\n", "5:14", "checkpoint.keep_best", "set data.eval"),
     "warm-up of a constant": (
         MINIMAL + "train: {lr_scheduler_type: constant, warmup_steps: 3}\n",

@@ -98,7 +98,8 @@ RIGHT = {
     "data_seed": "train.seed", "hub_token": "HF_TOKEN", "wandb_run_group": "WANDB_RUN_GROUP",
     "val_set_size": "data.eval", "padding_free": "packed", "gradient_checkpointing_kwargs": "DeepSpeed",
     "muon.lr": "train.optim", "kto_desirable_weight": "apo_zero", "neftune_noise_alpha": "noise",
-    "early_stopping_patience": "keep_best", "mixed_precision": "model.dtype", "alpha": "objective.alpha",
+    "early_stopping_patience": "train.stop_when", "mixed_precision": "model.dtype", "alpha": "objective.alpha",
+    "eval_on_start": "train.eval_at_start", "load_best_model_at_end": "export: best",
     "project": "log.project", "trust_remote_code": "model.trust_remote_code", "config": "include",
 }  # fmt: skip
 

@@ -185,7 +185,7 @@ def test_a_scoring_says_how_far_it_is_in_lines_and_in_the_run_folder(
         view(0, 2304, None)
         assert status.read(tmp_path)["scoring"] == {"done": 0, "total": 2304, "seconds_left": None}
         view(10, 2304, 100.0)
-        assert capsys.readouterr().out.splitlines()[0].endswith("reference: 2,304 pairs to score")
+        assert capsys.readouterr().out == "", "most are over before anybody asks"
         monkeypatch.setattr(console, "TELL_EVERY_SECONDS", -1.0)
         monkeypatch.setattr(console, "WRITE_EVERY_SECONDS", -1.0)
         view(120, 2304, 600.0)

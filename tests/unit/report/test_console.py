@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from dspref import distributed
 from dspref.report import console
 from dspref.training import closing
 
@@ -56,3 +57,58 @@ def test_a_prompt_in_a_command_to_paste_runs_nothing(text, tmp_path):
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout == f"print('{shown}')\n" and not list(tmp_path.iterdir())
     assert len(shlex.split(command)) == 2
+
+
+RECORD = {
+    "loss": 0.6931, "rewards/accuracies": 0.5, "rewards/margins": 0.01234, "nll_loss": 2.0, "grad_norm": 1.25,
+    "learning_rate": 5e-7, "perf/tokens_per_second": 12345.6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """The log file of this rank."""
+    monkeypatch.setattr(distributed, "_log_file", None)
+    distributed.log_to(tmp_path)
+    return tmp_path / "rank-0.log"
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_step_is_a_line_of_the_log_with_the_time_left_from_the_first_on(on_terminal, log, monkeypatch, capsys):
+    clock = iter([100.0, 160.0, 161.0])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: on_terminal, raising=False)
+    monkeypatch.setattr(console, "now", lambda: next(clock))
+    monkeypatch.setenv("COLUMNS", "100")
+    view = console.ProgressView(2, 12)
+    assert view.seconds_left is None
+    view.show(3, RECORD)
+    view.advance(3)
+    assert view.seconds_left == 9 * 60.0, "a step of a minute has told it"
+    view.advance(4)
+    assert view.seconds_left == pytest.approx(8 * 61 / 2)
+    view.note("step 4: checkpoint committed")
+    view.close()
+    (line, noted), shown = log.read_text().splitlines(), capsys.readouterr().out
+    figures = "loss 0.6931  acc 0.5  margin 0.01234  nll 2  grad 1.25  lr 5e-07  12,346 tok/s"
+    assert line.endswith(f" step 3/12  {figures}  9 min left") and noted.endswith(" step 4: checkpoint committed")
+    assert "step 4: checkpoint committed" in shown
+    if on_terminal:
+        assert "loss 0.6931  lr 5e-07  12,346 tok/s  grad 1.25  acc 0.5" in shown and "4 min 4 s left" in shown
+    else:
+        assert shown.splitlines()[0].endswith(line[20:]) and shown.count("\n") == 2
+
+
+def test_a_narrow_terminal_has_the_first_figures_whole():
+    figures = ["loss 0.6931", "lr 5e-07", "12,346 tok/s"]
+    assert [console.within(figures, width) for width in (5, 21, 34, 35)] == [
+        "loss 0.6931", "loss 0.6931  lr 5e-07", "loss 0.6931  lr 5e-07", "loss 0.6931  lr 5e-07  12,346 tok/s",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("brief", [None, "one line"])
+def test_what_the_banner_leaves_out_is_in_the_log(brief, log, capsys):
+    console.banner({"model": "m", "scored": "s", "packs": "p", "run": "r"}, brief)
+    console.first_pair("prompt    x")
+    shown = capsys.readouterr().out
+    assert shown == ("model   m\nrun     r\n" if brief is None else "one line\n")
+    assert all(word in log.read_text() for word in ("model   m", "scored  s", "packs   p", "run     r", "prompt    x"))
