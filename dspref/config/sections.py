@@ -201,6 +201,17 @@ def _trackers(value: Any) -> Any:
 Tracker = Literal["wandb", "tensorboard"]
 
 
+class GenerationSection(Section):
+    """How sample prompts are answered."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy, the likeliest token each time; above, tokens are drawn, by the same random numbers at every evaluation."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that have this much probability between them."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 128
+    """Where an answer is cut that has not ended."""
+
+
 class LogSection(Section):
     every: Annotated[int, Field(gt=0)] = 1
     """Steps between two lines of metrics."""
@@ -209,7 +220,14 @@ class LogSection(Section):
     project: str = "dspref"
     """The tracker's project."""
     samples: Annotated[int, Field(ge=0)] = 0
-    """Held-out prompts to answer with the initial and the final model at the end, by plain transformers on rank 0."""
+    """Held-out prompts that the policy answers while it is trained, beside the reference: at step 0, at every evaluation and
+    at the end (samples.jsonl)."""
+    sample_every: Annotated[int, Field(gt=0)] | None = None
+    """Answer every so many steps instead of at evaluations; at step 0 and at the end all the same."""
+    samples_file: FilePath | None = None
+    """Prompts of your own, all answered: rows with `prompt` (text or messages), or a line of plain text each."""
+    generation: GenerationSection = GenerationSection()
+    """How they are answered."""
     run_name: str | None = None
     """The tracker's name for this run; default: the name of the run folder."""
 
@@ -277,6 +295,8 @@ def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | No
             return OBJECTIVE_SECTIONS.get(name) if isinstance(name, str) else None
         case ("model", "lora"):
             return LoraSection
+        case ("log", "generation"):
+            return GenerationSection
         case ("data", "train" | "eval", *_, "columns"):
             return Columns
         case ("data", "train" | "eval", *_, "template"):

@@ -117,6 +117,10 @@ WITHIN: dict[type[Section], dict[str, str]] = {
         "name": "log.run_name",
         "steps": "log.every",
         "interval": "log.every",
+        "prompts": "log.samples_file",
+        "temperature": "log.generation.temperature",
+        "top_p": "log.generation.top_p",
+        "max_new_tokens": "log.generation.max_new_tokens",
     },
     **{
         section: {"type": "objective.name", "loss": "objective.loss_type", "weights": "objective.loss_weights"}

@@ -14,6 +14,7 @@ from dspref.report import console
 from dspref.report.metrics import Recorder
 from dspref.run.folder import RunFolder
 from dspref.run.saving import Saver
+from dspref.training.answers import Asking
 from dspref.training.gradient import StepLoss
 from dspref.watch.watch import Watch
 
@@ -39,3 +40,5 @@ class Session:
     view: console.ProgressView
     watch: Watch
     saver: Saver
+    asking: Asking | None = None
+    """The prompts that are answered on the way."""

@@ -24,7 +24,7 @@ from dspref.run.checkpoint import Progress
 from dspref.run.folder import RunFolder
 from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
-from dspref.training import closing, gradient, preparation, stages
+from dspref.training import answers, closing, gradient, preparation, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
 from dspref.training.numbers import Skips
@@ -57,6 +57,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         config.model, config.data, asked, config.train.optim, device_type
     )
     packing, loader = stages.plan(config, pairs)
+    prompts = answers.prompts_of(config.log, held_out, tokenizer)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
     beginning = stages.open_run(run, config, source, sets, steps, watch)
@@ -75,17 +76,24 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         reference = references.build(asked, policy, beginning, sets, packing, needs, view)
     for line in advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel):
         distributed.log(f"advice: {line}")
+    asking = answers.prepare(
+        config.log, prompts, pairs, tokenizer, packing.tokens_per_pack, config.train.seed, run, asked, reference, policy,
+        beginning,
+    )  # fmt: skip
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
     recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
     saver = Saver(run, (policy, reference), config.checkpoint, facts_of(run, configuration.resolved(config)), watch)
     view = console.ProgressView(progress.step, steps)
+    answers.forget_undone(run, progress)
 
     session = Session(
         config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_step_tolerance(asked),
-        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver,
+        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver, asking,
     )  # fmt: skip
-    watch.steps_begin(config.train.hang_timeout)
     try:
+        if asking and found is None:  # a signal ends this at once, as all that comes before the first step
+            answers.take(asking, 0, policy, reference, run, recorder, view)
+        watch.steps_begin(config.train.hang_timeout)
         run_steps(session, loader, progress, steps)
     except BaseException as error:
         saver.leave()
@@ -96,7 +104,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         recorder.close()
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
     recipe, seconds = stages.recipe(config, asked), time.monotonic() - started
-    closing.finish(run, recipe, policy, tokenizer, beginning.weights, held_out, config.log.samples, steps, seconds)
+    closing.finish(run, recipe, policy, tokenizer, beginning.weights, steps, seconds)
     watch.run_ends()
     closing.show_summary(run)
     policy.close()
@@ -110,7 +118,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
     train, policy = session.train, session.policy
     records, sound = StepRecords(session, steps), progress
     skips = Skips(train.max_skipped_steps, session.model.dtype == "float16", progress.skipped)
-    if progress.owes_evaluation:
+    if progress.owes_evaluation or progress.owes_samples:
         progress = evaluate_and_save(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
     for step in loader.steps(progress.step, steps):
@@ -121,7 +129,8 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         last = step.number == steps
         evaluates = bool(session.held_out) and (last or due(step.number, train.eval_every))
         offset, tracker = session.recorder.offset, session.recorder.tracker_id
-        progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row)
+        answers_now = session.asking is not None and session.asking.due(step.number, evaluates, last)
+        progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row, answers_now)
         progress = evaluate_and_save(session, progress, step.epoch, last)
         sound = progress if policy.applied else sound
         records.end()
@@ -148,7 +157,7 @@ def save_last_good(session: Session, sound: Progress) -> None:
 
 
 def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
-    """What is due after a step: an evaluation, a checkpoint, and the end where somebody asks for it."""
+    """What is due after a step: an evaluation, answers to prompts, a checkpoint, and the end where somebody asks for it."""
     watch, ask = session.watch, session.watch.agreed(session.saver.wish)
     tell(session)
     found: dict[str, float] | None = {}
@@ -163,6 +172,13 @@ def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: 
             session.recorder.write(header(progress.step, epoch) | found)
             session.view.note(console.evaluation_line(progress.step, found, list(session.held_out)))
             progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset)
+    if session.asking and progress.owes_samples and ask is not Request.STOP:
+        done = answers.take(
+            session.asking, progress.step, session.policy, session.reference, session.run, session.recorder, session.view,
+            must_stop=lambda: watch.agreed() is Request.STOP,
+        )  # fmt: skip
+        progress = replace(progress, owes_samples=not done)
+        ask = ask if done else Request.STOP
     every = session.save_every
     if ask or due(progress.step, every) or (last and every):
         save(session, progress, found or {}, at_once=bool(ask) or last)
