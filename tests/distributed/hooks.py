@@ -306,8 +306,8 @@ def slow_scoring(rank: int, seconds: float) -> None:
 
 
 def slow_answers(rank: int, into: str, first: bool) -> None:
-    """Every token of an answer takes its time: of the reference's, before the first step, or else of the policy's at the first
-    evaluation; a file `into`/answers-RANK is there by then."""
+    """Every token of an answer takes its time: of the reference's, before the first step, or else of the policy's at the
+    first evaluation; a file `into`/answers-RANK is there by then."""
     from dspref.model import generation
 
     plain, passes = generation.generate, []
