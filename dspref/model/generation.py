@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dspref.model import admission
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -60,7 +62,7 @@ def style_of(lm: PreTrainedModel, max_new_tokens: int, temperature: float, top_p
         top_p,
         frozenset(end for end in (*listed, *ends) if isinstance(end, int)),
         float(penalty) if isinstance(penalty, int | float) and penalty > 0 else 1.0,
-        getattr(text, "max_position_embeddings", None),
+        admission.positions_of(lm.config),
     )
 
 

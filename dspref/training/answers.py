@@ -11,14 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dspref import distributed
-from dspref.config import LogSection
-from dspref.data.prompts import read_prompts
+from dspref.config import LogSection, ModelSection
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
 from dspref.model import generation
@@ -31,6 +29,7 @@ from dspref.report.metrics import Recorder
 from dspref.run import record, samples
 from dspref.run.checkpoint import Progress
 from dspref.run.folder import RunFolder
+from dspref.training import preparation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,14 +73,18 @@ class Asking:
 # Before the first step
 
 
-def prompts_of(log: LogSection, held_out: Mapping[str, PairStore], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def prompts_of(
+    log: LogSection, section: ModelSection, held_out: Mapping[str, PairStore], tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
     """The prompts that a run asks: some of its held-out sets, taken from each in turn and none twice, then those of its own
     file. Rank 0 reads that one. Raises DataError."""
 
     def own() -> list[Any]:
-        return [list(prompt) for prompt in read_prompts(Path(str(log.samples_file)), tokenizer)]
+        return [list(prompt) for prompt in preparation.own_prompts(str(log.samples_file), section, tokenizer)]
 
     found = list(islice(_held_out(held_out, tokenizer), log.samples))
+    if len(found) < log.samples:
+        distributed.log(f"log.samples: {log.samples}, but the held-out sets have {len(found)} different prompts")
     if log.samples_file is not None:
         read = distributed.broadcast_object(distributed.on_main(own) or [])
         found += [Prompt(ids, _text(tokenizer, ids), chosen, where) for ids, chosen, where in read]

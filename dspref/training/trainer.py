@@ -57,7 +57,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         config.model, config.data, asked, config.train.optim, device_type
     )
     packing, loader = stages.plan(config, pairs)
-    prompts = answers.prompts_of(config.log, held_out, tokenizer)
+    prompts = answers.prompts_of(config.log, config.model, held_out, tokenizer)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.max_steps)
     sets = {"train": pairs, **held_out}
     beginning = stages.open_run(run, config, source, sets, steps, watch)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
+from tiny import write_run
+from typer.testing import CliRunner
 
+from dspref.cli import app
 from dspref.run import samples
 from dspref.training.answers import shares
 
@@ -38,3 +42,22 @@ def test_rows_of_steps_that_are_made_again_are_dropped(tmp_path):
     assert path.stat().st_mtime_ns == before, "written only where something is dropped"
     samples.forget_behind(path, -1)
     assert path.read_text() == "" and samples.kept_answers(path, ["a"]) is None
+
+
+def test_prompts_of_ones_own_are_looked_at_before_a_run(tmp_path):
+    run_file, path = write_run(tmp_path), tmp_path / "own.jsonl"
+    values = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump(values | {"log": {"samples_file": str(path)}}))
+
+    def check():
+        result = CliRunner().invoke(app, ["check", "--data", str(run_file)])
+        return result.exit_code, result.output
+
+    path.write_text('{"prompt": "What is it?"}\n{"prompt": "x"}\n')
+    code, said = check()
+    assert code == 0 and "prompts 2\n\n<|im_start|>user\nWhat is it?<|im_end|>" in said
+    path.write_text('{"prompt": "x"}\n' + json.dumps({"prompt": "x" * 5000}))
+    code, said = check()
+    assert (
+        code == 3 and f"{path}:2: prompt: 5019 tokens leave no room in the model's 4096 positions; fix: shorten it" in said
+    )
