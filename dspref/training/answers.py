@@ -161,7 +161,8 @@ def prepare(
     kept = distributed.broadcast_object(_kept(run, key, prompts) if distributed.world().rank == 0 else None)
     if kept is not None:
         return replace(asking, of_reference=kept)
-    with modes.speaking(spec, reference, policy, beginning) as speaker:
+    # A reference that is loaded for this draws random numbers, which training would have had.
+    with policy.rehearsing(), modes.speaking(spec, reference, policy, beginning) as speaker:
         found = ask(speaker, asking, policy)
         is_policy = speaker[1] is policy.module and policy.module.adapters is None
     assert found is not None

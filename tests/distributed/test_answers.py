@@ -29,7 +29,9 @@ OWN = [
 LORA = "model.lora={r: 4, lora_alpha: 16, init_lora_weights: false}"
 KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "qwen2": ("qwen2", {}, []),
-    "live": ("llama", {"tie_word_embeddings": True}, ["reference.mode=engine"]),
+    "another": ("qwen2", {}, ["reference.name_or_path={folder}/other"]),
+    "live": ("llama", {"tie_word_embeddings": True}, ["reference={mode: engine, name_or_path: '{folder}/other'}"]),
+    "moving": ("qwen2", {}, ["reference={sync_ref_model: true, ref_model_mixup_alpha: 1.0, ref_model_sync_steps: 4}"]),
     "moe": ("qwen3_moe", FAMILIES["qwen3_moe"], []),
     "lora": ("qwen2", {}, [LORA, "reference.mode=adapter"]),
     "lora none": ("qwen2", {}, [LORA, "objective={name: simpo, beta: 2.0}"]),
@@ -37,10 +39,10 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 SOME = (f"log.samples={HELD_OUT - 2}", f"log.generation.max_new_tokens={NEW}")
 
 
-def talkative(model_type: str, vocabulary: int, tokenizer: Any, **shape: Any) -> PreTrainedModel:
+def talkative(model_type: str, vocabulary: int, tokenizer: Any, seed: int = 4, **shape: Any) -> PreTrainedModel:
     """A model that says many things, all of them in printable ASCII, so that texts tell tokens apart; long answers to some
     prompts, short ones to others."""
-    lm = tiny_model(tiny_config(model_type, vocabulary, **shape), seed=4)
+    lm = tiny_model(tiny_config(model_type, vocabulary, **shape), seed)
     said = [tokenizer.decode([i]) for i in range(vocabulary)]
     mute = torch.tensor([not (text.isascii() and text.isprintable() and len(text) == 1) for text in said])
     mute[tokenizer.eos_token_id] = False
@@ -61,6 +63,9 @@ def make(folder: Path, kind: str = "qwen2") -> Path:
     # Beside the tokenizer's end token, which ends no turn of these models: a letter.
     lm.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("e")]
     lm.save_pretrained(folder / "model")
+    if kind in ("another", "live"):
+        other = talkative(model_type, vocabulary, tokenizer, seed=5, **shape)
+        other.save_pretrained(folder / "other")
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in OWN))
     return run_file
 
@@ -98,7 +103,7 @@ def answers_of(lm: PreTrainedModel, tokenizer: Any, **settings: Any) -> list[str
 
 FAST, SLOW = (
     {("qwen2", 2, 3), ("lora", 1, 2)},
-    {("moe", 2, 3), ("moe", 1, 2), ("live", 2, 3), ("lora none", 2, 3), ("lora", 2, 3)},
+    {("moe", 2, 3), ("another", 2, 3), ("live", 1, 3), ("moving", 2, 2), ("lora", 2, 3)},
 )
 MATRIX = [
     pytest.param(
@@ -112,25 +117,30 @@ MATRIX = [
 def test_answers_are_those_of_plain_transformers(kind, world, stage, all_workers, tmp_path):
     """At each moment: the initial model's and the final one's, beside the reference's."""
     run_file, run = make(tmp_path, kind), tmp_path / "run"
-    changes = [zero(stage), *SOME, f"log.samples_file={tmp_path}/own.jsonl", "data.tokens_per_pack=120", *KINDS[kind][2]]
+    changes = [zero(stage), *SOME, f"log.samples_file={tmp_path}/own.jsonl", "data.tokens_per_pack=120"]
+    changes += [change.replace("{folder}", str(tmp_path)) for change in KINDS[kind][2]]
     train(all_workers[world], run_file, run, *changes, "train.learning_rate=2e-3")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    expected = {"reference": answers_of(base, tokenizer)}
+    initial = answers_of(base, tokenizer)
     final = base
     if "lora" in kind:
         final = PeftModel.from_pretrained(base, str(run / "final"))
     else:
         final = AutoModelForCausalLM.from_pretrained(run / "final", dtype=torch.float32)
-    expected["policy"] = answers_of(final, tokenizer)
+    expected = {"policy": answers_of(final, tokenizer), "reference": initial}
+    if kind in ("another", "live"):
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=torch.float32)
+        other.generation_config.eos_token_id = base.generation_config.eos_token_id  # an answer ends as the policy's
+        expected["reference"] = answers_of(other, tokenizer)
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [step for step in (0, 2, 4) for _ in range(len(OWN) + HELD_OUT - 2)]
     first, last = ([row for row in rows if row["step"] == step] for step in (0, 4))
     assert [row["policy"] for row in last] == expected["policy"]
-    for rows in (first, last):
-        assert [row["reference"] for row in rows] == expected["reference"]
+    assert [row["reference"] for row in first] == expected["reference"]
+    assert [row["reference"] for row in last] == expected["policy" if kind == "moving" else "reference"]
     if "lora" not in kind:  # whose B is random from the start
-        assert [row["policy"] for row in first] == expected["reference"]
+        assert [row["policy"] for row in first] == initial
     assert expected["policy"] != expected["reference"] and len(set(expected["policy"])) > 2, "something was learned"
     assert any(answer.endswith("e") for answer in [*expected["policy"], *expected["reference"]]), "the model's own end token"
     assert [row["source"] for row in first] == ["eval"] * 3 + [f"{tmp_path}/own.jsonl:{line}" for line in (1, 2)]
