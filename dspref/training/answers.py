@@ -143,8 +143,9 @@ def prepare(
     reference: Reference,
     policy: Engine,
     beginning: InitialWeights,
+    goes_on: bool,
 ) -> Asking | None:
-    """How the prompts are asked, and what the reference answers, unless an earlier start of the run has written that down.
+    """How the prompts are asked, and what the reference answers, unless the run `goes_on` and has written that down.
 
     Must be called while `policy` still has its initial weights. None where there are no prompts.
     """
@@ -158,7 +159,8 @@ def prepare(
         return asking
     identity = [beginning.reference_digest, spec.mode, seed, how.model_dump(), sorted(style.ends), [p.ids for p in prompts]]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    kept = distributed.broadcast_object(_kept(run, key, prompts) if distributed.world().rank == 0 else None)
+    looks = goes_on and distributed.world().rank == 0
+    kept = distributed.broadcast_object(_kept(run, key, prompts) if looks else None)
     if kept is not None:
         return replace(asking, of_reference=kept)
     # A reference that is loaded for this draws random numbers, which training would have had.

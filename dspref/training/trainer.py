@@ -78,7 +78,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         distributed.log(f"advice: {line}")
     asking = answers.prepare(
         config.log, prompts, pairs, tokenizer, packing.tokens_per_pack, config.train.seed, run, asked, reference, policy,
-        beginning,
+        beginning, goes_on=found is not None,
     )  # fmt: skip
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
     recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
