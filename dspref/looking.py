@@ -56,7 +56,7 @@ def check(
         def job() -> None:
             from dspref.training import survey
 
-            survey.report(config.model, config.data, colour=sys.stdout.isatty())
+            survey.report(config.model, config.data, sys.stdout.isatty(), config.log.samples_file)
 
         raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 

@@ -240,9 +240,8 @@ _NOT_NEEDED = {
         "gs_bucket_path oe_eval_tasks oe_eval_max_length oe_eval_gpu_multiplier eval_workspace eval_priority "
         "hf_metadata_dataset"
     ),
-    "log.samples says how many prompts are answered": (
-        "generation_max_new_tokens generation_temperature generation_top_p generation_top_k generation_prompt_ratio "
-        "generation_do_sample"
+    "answers are greedy, or drawn by log.generation: {temperature, top_p}": (
+        "generation_top_k generation_prompt_ratio generation_do_sample"
     ),
     "models are served by other tools": (
         "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction "

@@ -300,6 +300,23 @@ def _check_optimizer(config: Config) -> Iterator[Complaint]:
         yield ("train", "optim"), "adamw_8bit keeps its states on the GPU; drop offload_optimizer, or use adamw"
 
 
+def _check_samples(config: Config) -> Iterator[Complaint]:
+    """Prompts that are answered while the policy is trained, and how."""
+    log, how = config.log, config.log.generation
+    if log.samples and not config.data.eval:
+        own = "; log.samples_file alone has its prompts answered" if log.samples_file else ""
+        yield ("log", "samples"), f"there is no held-out prompt to answer; set data.eval, or drop it{own}"
+    if not log.samples and log.samples_file is None:
+        for key in ("sample_every", "generation"):
+            if getattr(log, key) != type(log).model_fields[key].default:
+                yield (
+                    ("log", key),
+                    "has no effect without prompts; set log.samples or log.samples_file, or drop it",
+                )
+    if not how.temperature and how.top_p != 1:
+        yield ("log", "generation", "top_p"), "has no effect with temperature: 0, which draws nothing; set one, or drop it"
+
+
 CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_numbers,
     _check_lora,
@@ -317,4 +334,5 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
         config.reference, config.zero_stage, strategy.device_of(config.strategy, "offload_param")
     ),
     _check_optimizer,
+    _check_samples,
 )

@@ -14,7 +14,7 @@ from typing import Any
 from dspref.config.absent import NOT_NEEDED
 from dspref.config.foreign import FOREIGN_KEYS
 from dspref.config.foreign_values import STRANGERS, VALUES, WHOLE_VALUES
-from dspref.config.sections import OBJECTIVE_SECTIONS, TOP, LoraSection, Section, SourceSection
+from dspref.config.sections import OBJECTIVE_SECTIONS, TOP, GenerationSection, LoraSection, Section, SourceSection
 from dspref.config.within import WITHIN
 from dspref.objectives import KTO, OBJECTIVES, Family, defaults
 
@@ -135,6 +135,7 @@ def all_homes() -> dict[str, list[str]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             note(name, field.annotation.model_fields)
     note("model.lora", LoraSection.model_fields)
+    note("log.generation", GenerationSection.model_fields)
     note("data.train", SourceSection.model_fields)
     for section in OBJECTIVE_SECTIONS.values():
         note("objective", section.model_fields)

@@ -7,6 +7,7 @@ from dspref.config.sections import (
     TOP,
     CheckpointSection,
     DataSection,
+    GenerationSection,
     LogSection,
     LoraSection,
     ModelSection,
@@ -117,6 +118,16 @@ WITHIN: dict[type[Section], dict[str, str]] = {
         "name": "log.run_name",
         "steps": "log.every",
         "interval": "log.every",
+        "prompts": "log.samples_file",
+        "temperature": "log.generation.temperature",
+        "top_p": "log.generation.top_p",
+        "max_new_tokens": "log.generation.max_new_tokens",
+    },
+    GenerationSection: {
+        "max_tokens": "log.generation.max_new_tokens",
+        "max_length": "log.generation.max_new_tokens",
+        "tokens": "log.generation.max_new_tokens",
+        "do_sample": "log.generation.temperature",
     },
     **{
         section: {"type": "objective.name", "loss": "objective.loss_type", "weights": "objective.loss_weights"}

@@ -10,11 +10,12 @@
 5. `batch` makes a `PackedBatch` of a pack: one row of tokens, attention segments, the index of every scored token.
 6. `loader` gives the steps, from any on, and `ahead` makes the next one while one is in use.
 
-To be looked at: pairs (`choosing`: which; `origin`: their rows; `show`, `spans`), packs (`layout`), and `figures` of all.
+`prompts` reads prompts without answers. To be looked at: pairs (`choosing`: which; `origin`: their rows; `show`, `spans`),
+packs (`layout`), and `figures` of all.
 
 Enters: nothing.
-Shows: ahead, batch, choosing, figures, layout, loader, origin, overlap, plan, rows, show, sources, spans, store, tokenize,
-truncate.
+Shows: ahead, batch, choosing, figures, layout, loader, origin, overlap, plan, prompts, rows, show, sources, spans, store,
+tokenize, truncate.
 """
 
 from typing import TYPE_CHECKING

@@ -26,6 +26,7 @@ from dspref.engine.memory import full_state
 from dspref.engine.optimizer import make_optimizer
 from dspref.errors import EnvironmentFault
 from dspref.model import packed
+from dspref.model.generation import Passage
 from dspref.model.logps import TokenLogps
 from dspref.model.packed import PackedCausalLM
 from dspref.model.router import Routing
@@ -109,6 +110,10 @@ class Engine:
         """Log-probs of the scored tokens and nothing else."""
         return self._engine(batch, only_logps=True)
 
+    def read_on(self, passage: Passage) -> tuple[Tensor, Any]:
+        """Logits [B, V] behind a passage, and the cache with it."""
+        return self._engine(passage)
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """No dropout and no gradient inside."""
@@ -174,6 +179,11 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, on any number of ranks."""
         shards.restore(self._engine, folder, strict=self.module.adapters is None)
+
+    def release_memory(self) -> None:
+        """Give back to the device what a pass of another kind than a step's has left in the allocator."""
+        if self.device.type != "cpu":
+            ACCELERATOR.empty_cache()
 
     def full_state(self, trained_only: bool = False) -> dict[str, Tensor]:
         """All weights of the inner model by name, or those that are trained, on the CPU of rank 0; empty on the others."""

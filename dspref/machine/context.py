@@ -110,6 +110,6 @@ class CheckContext:
         """At the things that the config names; `beside`: its folder."""
         if (run := self.config) is None:
             return Found([], [])
-        found = inputs.look(run.model, run.reference, run.data, beside)
+        found = inputs.look(run.model, run.reference, run.data, beside, run.log.samples_file)
         found.faults.extend(inputs.folders(Path(run.output_dir), run.reference.store, self.begins_anew))
         return inputs.once_each(found)

@@ -42,13 +42,21 @@ class Found(NamedTuple):
     """`key value`, of what was not looked at."""
 
 
-def look(model: ModelSection, reference: ReferenceSection, data: DataSection, beside: Path | None = None) -> Found:
-    """At what a run reads. `beside`: the folder of the config, where people expect what they name relative to it."""
+def look(
+    model: ModelSection,
+    reference: ReferenceSection,
+    data: DataSection,
+    beside: Path | None = None,
+    prompts: str | None = None,
+) -> Found:
+    """At what a run reads. `beside`: the folder of the config, where people expect what they name relative to it; `prompts`:
+    the file of log.samples_file."""
     found = Found([], [])
-    for path, name, judge in _named(model, reference, data):
+    own: list[tuple[KeyPath, str, Judge]] = [(("log", "samples_file"), prompts, _prompts)] if prompts else []
+    for path, name, judge in [*_named(model, reference, data), *own]:
         place = Path(name) if path == ("model", "chat_template") else shipped(name)
         try:
-            if judge is not _template and not place.exists() and _is_hub_id(name):
+            if judge not in (_template, _prompts) and not place.exists() and _is_hub_id(name):
                 if not (beside and (beside / name).exists()):
                     found.on_hub.append(f"{'.'.join(map(str, path))} {name}")
                     continue
@@ -155,6 +163,18 @@ def _data_file(path: Path) -> Iterator[str]:
         yield "the file is empty; write at least one row"
     elif head == LFS_POINTER:
         yield "is a pointer of Git LFS, and not the data; git lfs pull"
+
+
+def _prompts(path: Path) -> Iterator[str]:
+    if not path.exists():
+        yield _absent(path, "file")
+        return
+    try:
+        with reading.open_regular(path) as file:
+            if not file.read(1):
+                yield "the file is empty; write at least one prompt"
+    except OSError as error:
+        yield f"{error.strerror}; name a file"
 
 
 def _folder(path: Path, key: str) -> Iterator[str]:

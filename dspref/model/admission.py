@@ -137,14 +137,26 @@ def refuse_long_pairs(config: PretrainedConfig, longest: int) -> None:
         )
 
 
-def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:
-    """Some rotary embeddings change with the longest sequence of a forward: a pair would depend on its neighbours."""
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Tokens of a sequence up to which the model has positions, and those do not depend on its neighbours."""
+    text = config.get_text_config()
+    _, fixed_up_to = _scaled_positions(text)
+    return fixed_up_to or number(text, "max_position_embeddings")
+
+
+def _scaled_positions(text: PretrainedConfig) -> tuple[str, int | None]:
+    """Some rotary embeddings change with the longest sequence of a forward: their kind, and up to where they do not."""
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in ("longrope", "dynamic"):
-        return
-    fixed_up_to = rope.get("original_max_position_embeddings") or number(text, "max_position_embeddings") or 0
-    if max_length is None or max_length > fixed_up_to:
+        return kind, None
+    return kind, rope.get("original_max_position_embeddings") or number(text, "max_position_embeddings") or 0
+
+
+def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:
+    """A pair would depend on its neighbours."""
+    kind, fixed_up_to = _scaled_positions(text)
+    if fixed_up_to is not None and (max_length is None or max_length > fixed_up_to):
         raise ConfigError(
             f"data.max_length: {text.model_type}'s {kind} positions depend on the longest sequence beyond {fixed_up_to} "
             f"tokens; set max_length to {fixed_up_to} or less"

@@ -24,6 +24,7 @@ from dspref.model import router
 from dspref.model.adapters import Adapters
 from dspref.model.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
 from dspref.model.attention import Segments
+from dspref.model.generation import Passage
 from dspref.model.logps import HeadTransform, TokenLogps, counted, scored_logps
 from dspref.model.router import Routing
 
@@ -50,11 +51,17 @@ class PackedCausalLM(nn.Module):
         self.with_collision = False
         self.router_aux_loss_coef = 0.0
 
-    def forward(self, batch: PackedBatch, only_logps: bool = False) -> tuple[TokenLogps, Routing | None]:
+    def forward(self, batch: PackedBatch | Passage, only_logps: bool = False) -> Any:
         """log p of each scored token, and what the routers did, where their loss is trained.
 
-        `only_logps`: as a reference, which is asked for nothing else.
+        `only_logps`: as a reference, which is asked for nothing else. Of a passage: logits [B, V] behind it, and the cache.
+        It comes through the same door as packs, since ZeRO-3 follows the forwards of the outermost module.
         """
+        if isinstance(batch, Passage):
+            return self._read_on(batch)
+        return self._logps(batch, only_logps)
+
+    def _logps(self, batch: PackedBatch, only_logps: bool) -> tuple[TokenLogps, Routing | None]:
         routed = bool(self.router_aux_loss_coef) and not only_logps
         segments = Segments(batch, self.kernel)
         outputs = self.lm.base_model(
@@ -77,6 +84,19 @@ class PackedCausalLM(nn.Module):
             self.with_collision and not only_logps,
         )
         return counted(scored, batch), self._routing(outputs, batch) if routed else None
+
+    def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
+        outputs = self.lm.base_model(
+            input_ids=passage.input_ids,
+            attention_mask=passage.attention_mask,
+            position_ids=passage.position_ids,
+            past_key_values=passage.cache,
+            use_cache=True,
+        )
+        head: Any = self.lm.get_output_embeddings()
+        hidden = outputs.last_hidden_state[:, -1]
+        logits = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
+        return self.transform(logits.float()), outputs.past_key_values
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -36,25 +35,3 @@ def load_original(section: ModelSection, source: str, dtype: str = "auto") -> An
         str(weights.folder_of(section)), config=config, dtype=dtype, trust_remote_code=section.trust_remote_code,
         use_safetensors=True,
     )  # fmt: skip
-
-
-def load_initial_policy(section: ModelSection, source: str) -> Any:
-    """What a policy began as, plain: its weights from `source`, and the saved adapter that it goes on from."""
-    lm = load_original(section, source)
-    adapter = adapters.own(section)
-    return adapters.plain(lm, str(adapters.folder_of(adapter))) if adapter else lm
-
-
-@torch.no_grad()
-def generate(lm: Any, prompts: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
-    """Greedy continuations of some prompts (token ids) by a plain transformers model."""
-    lm.eval()
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = lm.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
-            pad_token_id=stop,
-        )  # fmt: skip
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers

@@ -22,8 +22,9 @@ from dspref.data.loader import Packing
 from dspref.data.store import PairStore
 from dspref.engine import ds_config, engine, finite, memory
 from dspref.engine.engine import Engine
-from dspref.model import adapters, admission, loading, packed
+from dspref.model import adapters, admission, generation, loading, packed
 from dspref.model.logps import TokenLogps, pair_logps, scored_tokens
+from dspref.model.packed import PackedCausalLM
 from dspref.model.router import Routing
 from dspref.objectives.families import PairLogps
 from dspref.reference import filling
@@ -33,6 +34,8 @@ from dspref.reference.store import ReferenceStore
 from dspref.reference.trust_region import MovingReference
 
 Forward = Callable[[PackedBatch], tuple[TokenLogps, Routing | None]]
+# A forward that reads passages, and the model behind it.
+Speaker = tuple[generation.Forward, PackedCausalLM]
 
 
 class InitialWeights(NamedTuple):
@@ -45,12 +48,13 @@ class InitialWeights(NamedTuple):
 @dataclass(frozen=True)
 class Reference:
     """Answers for packs of named data sets; with `moving`, a reference that is saved and resumed like the policy. `module`:
-    the model that is asked; None where none is."""
+    the model that is asked; None where none is. `forward`: of a second model, whatever it is asked."""
 
     logps: Callable[[str, PackedBatch], PairLogps | None]
     moving: MovingReference | None = None
     sync_steps: int = 0
     module: Any = None
+    forward: Any = None
 
     def __call__(self, name: str, batch: PackedBatch) -> PairLogps | None:
         return self.logps(name, batch)
@@ -95,7 +99,7 @@ def build(
             forward = load_forward(spec, beginning.weights, policy.device.type)
             moving = _moving(spec, policy, forward)
             module = getattr(forward, "module", forward)  # of a DeepSpeed engine
-            return Reference(partial(_ask, forward), moving, spec.section.ref_model_sync_steps, module)
+            return Reference(partial(_ask, forward), moving, spec.section.ref_model_sync_steps, module, forward)
         case _:
             return Reference(partial(_read, stored(spec, policy, beginning, sets, packing, needs, view)))
 
@@ -133,6 +137,23 @@ def _moving(spec: ReferenceSpec, policy: Engine, forward: Any) -> MovingReferenc
         return None
     reference = forward.module if hasattr(forward, "module") else forward  # of a DeepSpeed engine
     return MovingReference(policy.module.lm, reference.lm, spec.section.ref_model_mixup_alpha)
+
+
+@contextmanager
+def speaking(spec: ReferenceSpec, reference: Reference, policy: Engine, beginning: InitialWeights) -> Iterator[Speaker]:
+    """The reference, or where there is none the policy as it began, for as long as this is open, to be asked for answers.
+
+    Must be called while `policy` still has its initial weights; of a live second model at any time.
+    """
+    if reference.forward is not None:
+        with torch.no_grad():
+            yield reference.forward, reference.module
+    elif spec.mode in ("adapter", "none") or policy_can_score(spec):
+        with policy.as_reference():
+            yield policy.read_on, policy.module
+    else:
+        with scorer(spec, None, beginning.weights, policy.device.type) as forward:
+            yield forward, getattr(forward, "module", forward)  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from rich.text import Text
 from dspref import distributed
 from dspref.files import write_atomically
 from dspref.report.performance import PHASES
-from dspref.run import status
+from dspref.run import record, status
 from dspref.run.folder import RunFolder
+from dspref.run.history import Sample
 from dspref.secrets import redact
 from dspref.terminal import duration, printable, shown
 
@@ -34,6 +35,8 @@ ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "
 BESIDE_BAR = ("loss", "learning_rate", "perf/tokens_per_second", "grad_norm", "rewards/accuracies", "rewards/margins")
 # After what time, and how often, a scoring says how far it is in lines; how often in the run folder.
 TELL_AFTER_SECONDS, TELL_EVERY_SECONDS, WRITE_EVERY_SECONDS = 3.0, 20.0, 5.0
+# Answers that are shown when they are given, and at the end.
+SHORTLY, AT_THE_END = 2, 8
 IN_LINES = ON_TERMINAL | {"nll_loss": "nll", "grad_norm": "grad", "learning_rate": "lr"}
 SPEED = "perf/tokens_per_second"
 # Of the banner, what is not needed by everyone: the log file has it.
@@ -258,14 +261,32 @@ def speed_in_words(speed: Mapping[str, float]) -> dict[str, str]:
     return {"speed": "; ".join(figures), "time": f"{speed['seconds']:.3g} s a step: {shares}"}
 
 
-def samples(rows: Sequence[Mapping[str, str]]) -> None:
-    """Answers to held-out prompts before and after training, beside the preferred answer."""
-    table = Table(title="Held-out prompts, answered before and after", title_justify="left", show_lines=False)
-    for name in ("prompt", "before", "after", "chosen"):
+def sample_lines(step: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The answers of a step, the first of them in a line each."""
+    lines = [f"step {step}: {len(rows)} answer{'s' * (len(rows) != 1)} in {record.SAMPLES}"]
+    for row in rows[:SHORTLY]:
+        lines.append(
+            f"  {_short(row['prompt'], 40)}  ->  {_short(row['policy'], 50)}  (reference: {_short(row['reference'], 30)})"
+        )
+    return "\n".join(lines)
+
+
+def _short(text: str, limit: int) -> str:
+    return printable(" ".join(text.split()), limit) or "(nothing)"
+
+
+def samples(rows: Sequence[Sample]) -> None:
+    """The newest answers beside the reference's and the preferred one."""
+    table = Table(title="Prompts, answered by reference and policy", title_justify="left", show_lines=False)
+    for name in ("prompt", "reference", "policy", "chosen"):
         table.add_column(name, overflow="fold", max_width=44)
-    for row in rows:
-        table.add_row(*(Text(printable(row[name], limit=80)) for name in ("prompt", "before", "after", "chosen")))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for row in rows[:AT_THE_END]:
+        texts = (row.prompt, row.reference, row.policy, row.chosen)
+        table.add_row(*(Text("-" if text is None else printable(text, limit=80)) for text in texts))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    if len(rows) > AT_THE_END:
+        console.print(Text(f"and {len(rows) - AT_THE_END} more in {record.SAMPLES}"))
 
 
 def _figure(value: float | None) -> str:

@@ -184,6 +184,11 @@ class Recorder:
         for thread in self._trackers:
             thread.send(record)
 
+    def show(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Answers to prompts, for the trackers alone."""
+        for thread in self._trackers:
+            thread.send({"step": step, "samples": samples})
+
     def _refind(self) -> None:
         """Begin the file anew where it was removed or cut while it was open, and say so."""
         assert self._file is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from dspref.secrets import redact_words
 Send = Callable[[Mapping[str, Any] | None], None]
 Opened = tuple[str | None, Send]
 
+# Of a record that has answers to prompts, their rows.
+SAMPLES = "samples"
 # Records that may wait for a slow network; then the oldest is left out.
 WAITING = 10_000
 # How long the end of a run waits for them.
@@ -84,7 +87,16 @@ def _wandb(folder: Path, log: LogSection, settings: Mapping[str, Any], run_id: s
         project=log.project, name=log.run_name or folder.name, dir=str(folder), id=run_id,
         resume="allow" if run_id else None, config=dict(settings), settings=quiet,
     )  # fmt: skip
-    return run.id, lambda record: run.finish() if record is None else run.log(dict(record), step=record["step"])
+
+    def send(record: Mapping[str, Any] | None) -> None:
+        if record is None:
+            return run.finish()
+        shown = dict(record)
+        if rows := shown.pop(SAMPLES, None):
+            shown[SAMPLES] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        run.log(shown, step=record["step"])
+
+    return run.id, send
 
 
 def _tensorboard(folder: Path, log: LogSection, settings: Mapping[str, Any], run_id: str | None) -> Opened:
@@ -98,9 +110,21 @@ def _tensorboard(folder: Path, log: LogSection, settings: Mapping[str, Any], run
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
                 writer.add_scalar(name, value, record["step"])
+        for number, row in enumerate(record.get(SAMPLES, ())):
+            writer.add_text(f"{SAMPLES}/{number}", in_markdown(row), record["step"])
         writer.flush()
 
     return None, send
+
+
+def in_markdown(row: Mapping[str, Any]) -> str:
+    """A row of texts, each as it stands: what is in a code block is neither laid out nor followed."""
+    parts = []
+    for name, text in row.items():
+        if isinstance(text, str):
+            fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+            parts.append(f"**{name}**\n\n{fence}\n{text}\n{fence}")
+    return "\n\n".join(parts)
 
 
 # Each opens a tracker: its own name for the run, and what sends a record to it; None as a record closes it.

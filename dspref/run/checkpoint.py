@@ -49,6 +49,8 @@ class Progress:
     """Whether the run was stopped within the evaluation of this step."""
     skipped: int = 0
     """Steps in a row, up to this one, that changed nothing."""
+    owes_samples: bool = False
+    """Whether the run was stopped before prompts were answered that were due at this step."""
     best: Best = field(default_factory=Best)
     """What the evaluations so far have come to."""
 

@@ -160,8 +160,8 @@ class RunFolder:
             append_line(self.path / EVENTS, redact(json.dumps({"time": _now(), "event": kind, **details})))
 
     def flush(self) -> None:
-        """Bring to disk what has been written of metrics and events so far: a checkpoint counts on it."""
-        for name in (METRICS, EVENTS):
+        """Bring to disk what has been written of metrics, events and samples so far: a checkpoint counts on it."""
+        for name in (METRICS, EVENTS, record.SAMPLES):
             if (self.path / name).exists():
                 flushed(self.path / name)
 

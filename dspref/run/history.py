@@ -102,7 +102,7 @@ def read(folder: Path, name: str) -> History:
     events, bad_events = _events(folder / "events.jsonl")
     numbers = curves.read(folder / "metrics.jsonl", {e.step for e in events if e.name == "resume" and e.step is not None})
     about = status.read(folder, numbers=numbers)
-    samples, bad_samples, more = _samples(folder / "samples.jsonl")
+    samples, bad_samples, more = samples_of(folder / record.SAMPLES)
     config = _config(folder, faults)
     data, warnings = _log(folder / "logs" / "rank-0.log")
     warnings += [text(line) for line in (_summary(folder).get("warnings") or []) if text(line) not in warnings]
@@ -161,7 +161,7 @@ def _events(path: Path) -> tuple[list[Event], int]:
     return found, bad
 
 
-def _samples(path: Path) -> tuple[list[Sample], int, int]:
+def samples_of(path: Path) -> tuple[list[Sample], int, int]:
     """(the last samples, lines that are none, how many samples are left out)."""
     found, bad = [], 0
     for line in lines_of(path):

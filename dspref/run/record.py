@@ -21,8 +21,9 @@ STARTING = {
     "submit", "logs", "STOP", "SAVE", LOCK, "config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json",
 }  # fmt: skip
 # What a run writes anew as a whole, what it adds to, and what it keeps in folders; of these the logs of its ranks.
-WHOLE = ("config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "samples.jsonl", "scoring.json")
-APPENDED = ("metrics.jsonl", "events.jsonl")
+SAMPLES = "samples.jsonl"
+WHOLE = ("config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "scoring.json")
+APPENDED = ("metrics.jsonl", "events.jsonl", SAMPLES)
 FOLDERS = ("checkpoints", "logs", "submit")
 MODELS = ("final", "adapter")
 LOG = re.compile(r"rank-\d+(\.log|\.stacks\.txt)")
@@ -126,6 +127,7 @@ SUMMARY: dict[str, Callable[[Any], bool]] = {
     "seconds_in_steps": _maybe(is_number),
     "warnings": _maybe(_are_words),
     "stopped": _maybe(is_word),
+    "weights_of": _maybe(is_count),
 }
 KINDS: dict[str, Callable[[Any], bool]] = {
     "run_id": is_word,
@@ -137,6 +139,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "pid": _maybe(is_count),
     "world_size": _maybe(is_count),
     "content": are_words,
+    "samples": is_word,
     "exported": are_files,
     "summary": _is_summary,
     "error": lambda value: isinstance(value, str),

@@ -65,3 +65,9 @@ def of_card(summary: Mapping[str, Any]) -> dict[str, float]:
     of_training = f" (training, mean of the last {tail} logged steps)" if tail > 1 else " (training, last step)"
     names = {name: name if name.startswith("eval_") else name + of_training for name in summary.get("learned", {})}
     return {names[name]: last for name, (_, last) in summary.get("learned", {}).items()}
+
+
+def of_evaluation(run: Path, step: int) -> dict[str, float]:
+    """The same of a model that has the weights of an earlier step: what its evaluation found."""
+    records = (record for record in read_lines(run / METRICS) if record.get("step") == step and "loss" not in record)
+    return {name: value for found in records for name, value in found.items() if name.endswith(SHOWN) and is_number(value)}

@@ -15,6 +15,7 @@ from dspref.config import DataSection, ModelSection, SourceSection, TrainSection
 from dspref.data.loader import Packing, StepLoader, sharing_pays
 from dspref.data.overlap import shared
 from dspref.data.plan import rows_per_epoch
+from dspref.data.prompts import OwnPrompt, read_prompts
 from dspref.data.rows import one_line
 from dspref.data.sources import Listing, Source, find
 from dspref.data.store import Log, PairStore, load_pairs
@@ -129,6 +130,18 @@ def load_sources(
         cache_dir=cache_folder("tokens"), log=log, digest=digests.sha256,
         verify=distributed.world().local_rank == 0, summarise=summarise,
     )  # fmt: skip
+
+
+def own_prompts(file: str, section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> list[OwnPrompt]:
+    """The prompts of log.samples_file. Raises DataError for what is no prompt, or is too long for the model."""
+    model_config, found = loading.load_config(section), read_prompts(shipped(file), tokenizer)
+    positions = admission.positions_of(model_config)
+    for prompt in found:
+        if positions and len(prompt.ids) >= positions:
+            beyond = f"prompt: {len(prompt.ids)} tokens leave no room in the model's {positions} positions"
+            raise DataError(f"{prompt.where}: {beyond}; fix: shorten it")
+    admission.refuse_unknown_tokens(model_config, max(max(prompt.ids) for prompt in found))
+    return found
 
 
 def limits_of(data: DataSection) -> Limits:

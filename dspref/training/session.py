@@ -15,6 +15,7 @@ from dspref.report.metrics import Recorder
 from dspref.run.best import Rule
 from dspref.run.folder import RunFolder
 from dspref.run.saving import Saver
+from dspref.training.answers import Asking
 from dspref.training.gradient import StepLoss
 from dspref.watch.watch import Watch
 
@@ -42,3 +43,5 @@ class Session:
     saver: Saver
     rule: Rule | None = None
     """By which evaluations are judged."""
+    asking: Asking | None = None
+    """The prompts that are answered on the way."""

@@ -66,8 +66,9 @@ def read(model: ModelSection, data: DataSection, log: Log = distributed.log, sum
     )
 
 
-def report(model: ModelSection, data: DataSection, colour: bool = False) -> None:
-    """Say, for each source, its rows and pairs, what was left out or cut and why, lengths, and its first pairs as text.
+def report(model: ModelSection, data: DataSection, colour: bool = False, prompts: str | None = None) -> None:
+    """Say, for each source, its rows and pairs, what was left out or cut and why, lengths, and its first pairs as text; and
+    the first of `prompts`, the file of log.samples_file.
 
     Raises DataError and ConfigError as the run would.
     """
@@ -77,6 +78,9 @@ def report(model: ModelSection, data: DataSection, colour: bool = False) -> None
         for index in source.ids[:SHOWN].tolist():
             distributed.log(f"\n{source.store.where(index)}\n{mark(source.store[index], found.tokenizer, colour)}")
     found.check_sizes(data.max_length)
+    if prompts:
+        own = preparation.own_prompts(prompts, model, found.tokenizer)
+        distributed.log(f"\nlog.samples_file  {prompts}\nprompts {len(own):,}\n\n{found.tokenizer.decode(own[0].ids)}")
 
 
 def figures(source: SourcePairs) -> str:

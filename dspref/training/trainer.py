@@ -24,7 +24,7 @@ from dspref.run.checkpoint import Progress
 from dspref.run.folder import METRICS, RunFolder
 from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
-from dspref.training import closing, gradient, preparation, rehearsal, stages
+from dspref.training import answers, closing, gradient, preparation, rehearsal, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
 from dspref.training.numbers import Skips, judge_overfit
@@ -57,6 +57,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         config.model, config.data, asked, config.train.optim, device_type
     )
     packing, loader = stages.plan(config, pairs)
+    prompts = answers.prompts_of(config.log, config.model, held_out, tokenizer)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.overfit or config.train.max_steps)
     sets = {"train": pairs, **held_out}
     beginning = stages.open_run(run, config, source, sets, steps, watch)
@@ -75,6 +76,10 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         reference = references.build(asked, policy, beginning, sets, packing, needs, view)
     for line in advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel):
         distributed.remark(f"advice: {line}")
+    asking = answers.prepare(
+        config.log, prompts, pairs, tokenizer, packing.tokens_per_pack, config.train.seed, run, asked, reference, policy,
+        beginning, goes_on=found is not None,
+    )  # fmt: skip
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
     recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
     rule, rules = stages.rule_of(config), config.checkpoint
@@ -82,31 +87,39 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         rules = rules.model_copy(update={"keep_best": rule.metric})
     saver = Saver(run, (policy, reference), rules, facts_of(run, configuration.resolved(config)), watch)
     view = console.ProgressView(progress.step, steps)
+    answers.forget_undone(run, progress)
 
     session = Session(
         config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_step_tolerance(asked),
-        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver, rule,
+        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver, rule, asking,
     )  # fmt: skip
-    watch.steps_begin(config.train.hang_timeout)
-    try:
-        progress = run_steps(session, loader, progress, steps)
-        closing.take_best(session, progress)
-    except BaseException as error:
-        saver.leave()
-        watch.report(error)  # before trackers are waited for
-        raise
-    finally:
-        view.close()
-        recorder.close()
+    progress, weights_of = take_steps(session, loader, progress, steps)
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
     recipe, seconds = stages.recipe(config, asked), time.monotonic() - started
     said = closing.why_it_ended(session, progress, steps)
-    closing.finish(
-        run, recipe, policy, tokenizer, beginning.weights, held_out, config.log.samples, progress.step, seconds, said
-    )
+    closing.finish(run, recipe, policy, tokenizer, beginning.weights, progress.step, weights_of, seconds, said)
     watch.run_ends()
     closing.show_summary(run)
     policy.close()
+
+
+def take_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> tuple[Progress, int]:
+    """All that changes the policy: (where the run ended, the step that its weights are of). Raises as `run_steps`."""
+    try:
+        if session.asking and not progress.step:  # a signal ends this at once, as all that comes before the first step
+            answers.take(
+                session.asking, 0, session.policy, session.reference, session.run, session.recorder, session.view,
+            )  # fmt: skip
+        session.watch.steps_begin(session.train.hang_timeout)
+        progress = run_steps(session, loader, progress, steps)
+        return progress, closing.take_best(session, progress)
+    except BaseException as error:
+        session.saver.leave()
+        session.watch.report(error)  # before trackers are waited for
+        raise
+    finally:
+        session.view.close()
+        session.recorder.close()
 
 
 def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> Progress:
@@ -119,7 +132,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
     skips = Skips(train.max_skipped_steps, session.model.dtype == "float16", progress.skipped)
     if progress.step == 0 and stages.evaluates_at_start(train, session.held_out, steps):
         evaluate_at_start(session)
-    if progress.owes_evaluation:
+    if progress.owes_evaluation or progress.owes_samples:
         progress = evaluate_and_save(session, progress, progress.step / loader.steps_per_epoch, progress.step == steps)
 
     if is_over(session, progress):
@@ -136,7 +149,8 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         last = step.number == steps
         evaluates = bool(session.held_out) and (last or due(step.number, train.eval_every))
         offset, tracker = session.recorder.offset, session.recorder.tracker_id
-        progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row, progress.best)
+        answers_now = session.asking is not None and session.asking.due(step.number, evaluates, last)
+        progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row, answers_now, progress.best)
         progress = evaluate_and_save(session, progress, step.epoch, last)
         sound = progress if policy.applied else sound
         if is_over(session, progress):
@@ -193,7 +207,7 @@ def save_last_good(session: Session, sound: Progress) -> None:
 
 
 def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: bool) -> Progress:
-    """What is due after a step: an evaluation, a checkpoint, and the end where somebody asks for it."""
+    """What is due after a step: an evaluation, answers to prompts, a checkpoint, and the end where somebody asks for it."""
     watch, ask = session.watch, session.watch.agreed(session.saver.wish)
     tell(session)
     found: dict[str, float] | None = {}
@@ -205,6 +219,15 @@ def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: 
             write_evaluation(session, progress.step, epoch, found)
             best = session.rule.judge(progress.best, progress.step, found) if session.rule else progress.best
             progress = replace(progress, owes_evaluation=False, metrics_offset=session.recorder.offset, best=best)
+            ends = session.asking is not None and is_over(session, progress)
+            progress = replace(progress, owes_samples=progress.owes_samples or ends)
+    if session.asking and progress.owes_samples and ask is not Request.STOP:
+        done = answers.take(
+            session.asking, progress.step, session.policy, session.reference, session.run, session.recorder, session.view,
+            must_stop=lambda: watch.agreed() is Request.STOP,
+        )  # fmt: skip
+        progress = replace(progress, owes_samples=not done)
+        ask = ask if done else Request.STOP
     every, last = session.save_every, last or is_over(session, progress)
     is_best = bool(found and session.rule and session.rule.exports and progress.best.step == progress.step)
     if ask or is_best or due(progress.step, every) or (last and every):

@@ -303,3 +303,23 @@ def slow_scoring(rank: int, seconds: float) -> None:
         return plain(tally)
 
     filling._Tally.is_due = is_due
+
+
+def slow_answers(rank: int, into: str, first: bool) -> None:
+    """Every token of an answer takes its time: of the reference's, before the first step, or else of the policy's at the
+    first evaluation; a file `into`/answers-RANK is there by then."""
+    from dspref.model import generation
+
+    plain, passes = generation.generate, []
+
+    def generate(forward: Any, *arguments: Any, **more: Any) -> Any:
+        passes.append(None)
+
+        def slow(passage: Any) -> Any:
+            Path(into, f"answers-{rank}").touch()
+            time.sleep(0.4)
+            return forward(passage)
+
+        return plain(slow if len(passes) == (1 if first else 2) else forward, *arguments, **more)
+
+    generation.generate = generate

@@ -87,15 +87,15 @@ def test_under_a_launcher_nothing_is_left(launcher, how, run_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_sample_answers_that_fail_do_not_end_a_run(run_file, forked, tmp_path):
-    """The model is trained and exported by then; what its authors say of generation may be wrong."""
+def test_what_a_model_says_of_its_generation_may_be_wrong(run_file, forked, tmp_path):
+    """Prompts are answered all the same."""
     shutil.copytree(run_file.parent / "model", tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text('{"num_beams": "a"}')
     changes = (f"model.name_or_path={tmp_path}/model", "log.samples=1", "train.max_steps=1")
     ranks = forked.start(1, arguments(run_file, tmp_path / "run", *changes))
     assert forked.wait(ranks) == [0], ranks.said()
-    assert "warning: log.samples: no answers (TypeError: " in ranks.said() and "Traceback" not in ranks.said()
-    assert (tmp_path / "run/final/model.safetensors").exists() and not (tmp_path / "run/samples.jsonl").exists()
+    assert "Traceback" not in ranks.said() and (tmp_path / "run/final/model.safetensors").exists()
+    assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -459,7 +459,7 @@ def test_the_exported_adapter_and_the_merged_model_are_the_trained_one(kind, wor
     settings = json.loads((final / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == f"{folder}/model" and settings["inference_mode"] is True
     assert AutoTokenizer.from_pretrained(final).chat_template
-    assert len((tmp_path / "adapted" / "samples.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "adapted" / "samples.jsonl").read_text().splitlines()) == 2  # at step 0, and at the end
 
     merged = tmp_path / "merged" / "final"
     assert {path.name for path in merged.iterdir()} - {"generation_config.json"} == WRITTEN | {
@@ -475,7 +475,7 @@ def test_the_exported_adapter_and_the_merged_model_are_the_trained_one(kind, wor
     expected = logps_of(plain_model(merged), folder)
     base = plain_model(folder / "model")
     assert (logps_of(base, folder) - expected).abs().max() > 0.1, "something was learned"
-    # As samples.jsonl is written, and as users of peft do.
+    # As an export is read, and as users of peft do.
     for lm in (load_plain(str(final)), PeftModel.from_pretrained(base, str(final))):
         assert (logps_of(lm, folder) - expected).abs().max() <= 1e-5
     if not KINDS[kind].get("use_dora"):  # transformers 5.23 leaves the magnitudes of any DoRA file out

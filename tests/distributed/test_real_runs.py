@@ -30,8 +30,10 @@ def test_the_quick_start_learns_and_shows_it(tmp_path):
     last = [record for record in metrics(run) if "eval_loss" in record][-1]
     assert last["eval_rewards/accuracies"] >= 0.9
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert sum(row["after"].strip() == row["chosen"].strip() for row in samples) >= len(samples) - 1
-    assert not any(row["before"].strip() == row["chosen"].strip() for row in samples)
+    assert samples[0]["step"] == 0 and len({row["step"] for row in samples}) > 2
+    samples = [row for row in samples if row["step"] == last["step"]]
+    assert sum(row["policy"].strip() == row["chosen"].strip() for row in samples) >= len(samples) - 1
+    assert not any(row["reference"].strip() == row["chosen"].strip() for row in samples)
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "this run is finished" in again.stdout
 

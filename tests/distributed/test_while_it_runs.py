@@ -62,8 +62,11 @@ def stopped_at(run: Path) -> list[int]:
 
 def test_a_run_whose_evaluations_do_not_improve_ends_and_a_restart_changes_nothing(run_file, forked, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    ranks = forked.start(2, arguments(run_file, whole, STOP))
+    asked = ("log.samples=1", "log.sample_every=100", "log.generation.max_new_tokens=2")
+    ranks = forked.start(2, arguments(run_file, whole, STOP, *asked))
     assert forked.wait(ranks) == [0, 0], ranks.said()
+    answered = [json.loads(line)["step"] for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert answered == [0, 3], "where it stops is its end"
     assert [record["step"] for record in trained(whole)] == [1, 2, 3] and stopped_at(whole) == [3]
     assert "stopped after step 3: eval_loss has not improved by more than 1000 for 2 evaluations" in ranks.said(0)
     about = json.loads((whole / "run.json").read_text())
@@ -89,6 +92,8 @@ def test_the_best_weights_are_exported(run_file, forked, tmp_path):
     assert step < 6, "else it shows nothing"
     assert f"export: the weights of step {step}, where eval_loss was best" in ranks.said(0)
     assert step in committed(run) and len(committed(run)) <= 2, "retention keeps it"
+    card = (run / "final/README.md").read_text()
+    assert f"| steps | {step} of " in card and f"| eval_loss | {losses[step]:.4f} |" in card
     ranks = forked.start(2, arguments(run_file, short, *common, f"train.max_steps={step}"))
     assert forked.wait(ranks) == [0, 0], ranks.said()
     assert weights(run) == weights(short)

@@ -592,6 +592,37 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "train.warmup_steps",
         "not both",
     ),
+    "samples of nothing": (MINIMAL + "log: {samples: 3}\n", "5:7", "log.samples", "set data.eval, or drop it"),
+    "samples of a file": (
+        MINIMAL + "log: {samples: 3, samples_file: p.txt}\n",
+        "5:7",
+        "log.samples",
+        "log.samples_file alone has its prompts",
+    ),
+    "every without samples": (
+        MINIMAL + "log: {sample_every: 3}\n",
+        "5:7",
+        "log.sample_every",
+        "has no effect without prompts",
+    ),
+    "style without samples": (
+        MINIMAL + "log: {generation: {temperature: 1}}\n",
+        "5:7",
+        "log.generation",
+        "has no effect without prompts",
+    ),
+    "top_p without draws": (
+        MINIMAL + "log: {samples_file: p.txt, generation: {top_p: 0.9}}\n",
+        "5:41",
+        "log.generation.top_p",
+        "has no effect with temperature: 0",
+    ),
+    "generation misspelt": (
+        MINIMAL + "log: {samples_file: p.txt, generation: {temprature: 1}}\n",
+        "5:41",
+        "log.generation.temprature",
+        "did you mean 'temperature'?",
+    ),
     "no eval set": (MINIMAL + "train: {eval_every: 3}\n", "5:9", "train.eval_every", "set data.eval"),
     "stop, no eval": (MINIMAL + "train: {stop_when: {metric: eval_loss}}\n", "5:9", "train.stop_when", "set data.eval"),
     "stop, no such metric": (

@@ -28,7 +28,7 @@ NUMBERS: dict[str, tuple[str, Any]] = {
     "10k": ("data.train.max_samples", 10000), "1_000": ("train.pairs_per_step", 1000),
     "1e3": ("checkpoint.save_every", 1000),
     "1e-6": ("train.learning_rate", 1e-6), "5e-7": ("train.learning_rate", 5e-7), "1_0.5": ("train.max_grad_norm", 10.5),
-    "3k": ("train.hang_timeout", 3000.0), "1k": ("log.samples", 1000), "1e0": ("objective.beta", 1.0),
+    "3k": ("train.hang_timeout", 3000.0), "1k": ("log.every", 1000), "1e0": ("objective.beta", 1.0),
     "2^3": ("model.lora.r", 8), "1e1": ("model.lora.lora_alpha", 10.0), "2^8": ("train.seed", 256),
 }  # fmt: skip
 

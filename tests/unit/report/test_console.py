@@ -9,6 +9,7 @@ import pytest
 
 from dspref import distributed
 from dspref.report import console
+from dspref.run.history import Sample
 from dspref.training import closing
 
 HOSTILE = {
@@ -35,16 +36,20 @@ FOR_A_SHELL = ["$(touch owned)", "`touch owned`", "a'; touch owned; '", '"; touc
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_samples_are_one_table(name, capsys):
     text = HOSTILE[name]
-    console.samples([{"prompt": text, "before": text, "after": "fine", "chosen": text}])
+    console.samples([Sample(3, text, "fine", text, None)])
+    row = {"prompt": text, "policy": "fine", "reference": text, "chosen": text}
+    console.ProgressView(0, 1).note(console.sample_lines(3, [row] * 5))
     shown = capsys.readouterr().out
+    assert "step 3: 5 answers in samples.jsonl" in shown and shown.count("->") == console.SHORTLY
     shown.encode()  # a lone surrogate could not be written
     assert "fine" in shown
     assert all(character.isprintable() or character == "\n" for character in shown)
 
 
 def test_markup_is_shown_as_it_stands(capsys):
-    console.samples([{"prompt": "[/x] [red]y", "before": "", "after": "", "chosen": ""}])
-    assert "[/x] [red]y" in capsys.readouterr().out
+    console.samples([Sample(3, "[/x] [red]y", "", None, "")] * (console.AT_THE_END + 2))
+    shown = capsys.readouterr().out
+    assert shown.count("[/x] [red]y") == console.AT_THE_END and "and 2 more in samples.jsonl" in shown
     learned = {"eval_[/x]_loss": (None, 0.5)}
     console.summary({"step": 1, "seconds": 1.0, "learned": learned}, {"model": "[/x]"}, ["echo [/x]"])
     assert capsys.readouterr().out.count("[/x]") == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,3 +68,37 @@ def test_one_that_fails_is_switched_off(tmp_path, monkeypatch, capsys):
     thread.send({"step": 1})
     thread.close()
     assert capsys.readouterr().out == "broken: switched off (no network); metrics.jsonl goes on\n"
+
+
+ROWS = [
+    {"step": 3, "prompt": f"p{i}", "policy": "`a`\n<b>", "reference": "```x```", "chosen": None, "source": "eval"}
+    for i in range(2)
+]
+
+
+def test_answers_are_a_table_in_wandb(tmp_path, monkeypatch):
+    wandb, logged = pytest.importorskip("wandb"), []
+    run = SimpleNamespace(id="x", log=lambda record, step: logged.append((record, step)), finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    thread = trackers.TrackerThread("wandb", tmp_path, RUN.log, {}, None)
+    thread.send({"step": 3, "samples": ROWS})
+    thread.close()
+    ((record, step),) = logged
+    assert step == record["step"] == 3 and record["samples"].columns == list(ROWS[0])
+    assert record["samples"].data == [list(row.values()) for row in ROWS]
+
+
+def test_answers_are_texts_in_tensorboard(tmp_path, capsys):
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    thread = trackers.TrackerThread("tensorboard", tmp_path, RUN.log, {}, None)
+    thread.send({"step": 3, "samples": ROWS})
+    thread.send({"step": 3, "loss": 0.5})
+    thread.close()
+    assert capsys.readouterr().out == ""
+    events = loading.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    (event,) = events.Tensors("samples/1/text_summary")
+    assert event.step == 3 and event.tensor_proto.string_val[0].decode() == (
+        "**prompt**\n\n```\np1\n```\n\n**policy**\n\n```\n`a`\n<b>\n```\n\n**reference**\n\n````\n```x```\n````\n\n**source**\n\n```\neval\n```"
+    )

@@ -1,0 +1,104 @@
+"""A file of prompts without answers -> the tokens that a model is asked with, as training would render them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dspref import reading
+from dspref.data.formats import to_preference
+from dspref.data.manners import Learned
+from dspref.data.pieces import Encoder
+from dspref.data.rowfiles import rows_of
+from dspref.data.rows import DROP, BadRow, RowError, close_name, kind_of, place_of
+from dspref.data.splits import SUFFIXES, unusable
+from dspref.data.template import Rendering, render
+from dspref.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MEND = "mend the row"
+# What stands in for the answers that such a row has not: a prompt is rendered as the first part of a pair.
+ANSWERS = ("a", "b")
+
+
+class OwnPrompt(NamedTuple):
+    """`ids`: what the model reads; `chosen`: an answer that stands beside the prompt; `where`: its file and line."""
+
+    ids: list[int]
+    chosen: str | None
+    where: str
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnPrompt]:
+    """The prompts of a file: rows with `prompt`, a text or messages (`system`, `tools` and `chat_template_kwargs` as in
+    pairs), or else a prompt in each line. A text is what a user says, where the tokenizer has a chat template.
+
+    Raises DataError for the first that is no prompt.
+    """
+    learned, encoder = Learned(tokenizer), Encoder(tokenizer)
+    found = []
+    for values, where in _rows(path):
+        try:
+            rendering = render(to_preference(_as_pair(values, tokenizer)), tokenizer, learned)
+            if isinstance(rendering, RowError):
+                raise rendering
+            found.append(OwnPrompt(_ids(rendering, encoder), _said(values.get("chosen")), where))
+        except RowError as error:
+            fix = MEND if error.fix == DROP else error.fix
+            raise DataError(f"{where}: {error.field}: {error.reason}; fix: {fix}") from None
+    if not found:
+        raise unusable(path, "the file holds no prompt", "write at least one")
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """(values, file and line) of each prompt."""
+    if path.name.lower().endswith(SUFFIXES):
+        for row in rows_of(path):
+            if isinstance(row, BadRow):
+                raise DataError(f"{row.where}: {row.error.field}: {row.error.reason}; fix: {MEND}")
+            yield row.values, row.where
+        return
+    try:
+        text = reading.read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise unusable(path, reading.words(error), "give a text file, or rows in a .jsonl file") from None
+    if text.lstrip("\ufeff \t\r\n").startswith('{"'):
+        raise unusable(path, "its lines are rows of JSON", "name it .jsonl")
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
+        if line.strip():
+            yield {"prompt": line.strip()}, place_of(str(path), number)
+
+
+def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A row with answers, as rows of pairs have them."""
+    prompt = values.get("prompt")
+    if kind_of(prompt) == "other" or not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        near = close_name("prompt", values) if "prompt" not in values else None
+        reason = "is missing" if "prompt" not in values else "is no text, and no list of messages"
+        raise RowError("prompt", reason, f"rename {near} to prompt" if near else "write a text, or a list of messages")
+    kept = {key: values[key] for key in ("system", "tools", "chat_template_kwargs") if values.get(key) is not None}
+    if isinstance(prompt, str) and tokenizer.chat_template is None:
+        return {**kept, "prompt": prompt, **dict(zip(("chosen", "rejected"), ANSWERS))}
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in ANSWERS)
+    return {**kept, "prompt": turns, "chosen": chosen, "rejected": rejected}
+
+
+def _ids(rendering: Rendering, encoder: Encoder) -> list[int]:
+    ids = encoder([rendering.prompt], rendering.special)[0].tolist()
+    if not ids:
+        raise RowError("prompt", "no token precedes the answer", "write a prompt, or use a tokenizer with BOS")
+    return ids
+
+
+def _said(answer: Any) -> str | None:
+    """The text of an answer: a text, a message, or the last of several."""
+    if isinstance(answer, list) and answer:
+        answer = answer[-1]
+    if isinstance(answer, dict):
+        answer = answer.get("content")
+    return answer if isinstance(answer, str) else None

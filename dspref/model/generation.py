@@ -1,0 +1,158 @@
+"""Answers to prompts by a model in the middle of its training: in batches, with a cache of keys and values.
+
+The tokens are those of transformers' `generate`, greedy or drawn, with its end tokens and its repetition penalty; how a
+forward is made is the caller's, as under ZeRO-3 all ranks must make it together. B sequences, T new tokens of each, K tokens
+so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dspref.model import admission
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a model reads next of some sequences, behind what `cache` holds of them; sequences end together, and begin with
+    padding."""
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B K"]
+    position_ids: Int[Tensor, "B T"]
+    cache: Any = None
+
+
+@dataclass(frozen=True)
+class Style:
+    """How answers are written."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: the likeliest token each time."""
+    top_p: float = 1.0
+    ends: frozenset[int] = frozenset()
+    """Tokens that end an answer, and belong to it."""
+    repetition_penalty: float = 1.0
+    positions: int | None = None
+    """Tokens of prompt and answer that the model has positions for."""
+
+
+def style_of(lm: PreTrainedModel, max_new_tokens: int, temperature: float, top_p: float, ends: Sequence[int]) -> Style:
+    """With what the model's generation config says beside: further end tokens, and the penalty of what was said before."""
+    said: Any = getattr(lm, "generation_config", None)
+    text: Any = lm.config.get_text_config()
+    own = getattr(said, "eos_token_id", None)
+    own = getattr(text, "eos_token_id", None) if own is None else own
+    listed = own if isinstance(own, list | tuple) else [own]
+    penalty = getattr(said, "repetition_penalty", None)
+    return Style(
+        max_new_tokens,
+        temperature,
+        top_p,
+        frozenset(end for end in (*listed, *ends) if isinstance(end, int)),
+        float(penalty) if isinstance(penalty, int | float) and penalty > 0 else 1.0,
+        admission.positions_of(lm.config),
+    )
+
+
+# Passages -> (logits of the token behind each sequence [B, V], the cache with what was read)
+Forward = Callable[[Passage], "tuple[Float[Tensor, 'B V'], Any]"]
+
+
+@torch.no_grad()
+def generate(
+    forward: Forward,
+    prompts: Sequence[Sequence[int]],
+    style: Style,
+    device: torch.device,
+    any_goes_on: Callable[[bool], bool] = lambda own: own,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """An answer to each prompt (token ids), up to its end token.
+
+    `any_goes_on`: after each token, told whether an answer here goes on; whether there will be another forward, by which all
+    ranks make as many. `seeds`: of each prompt, for the numbers by which tokens are drawn: an answer depends on no other in
+    the batch, and no generator of the process is touched.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    room = [min(style.max_new_tokens, (style.positions or 2**62) - len(prompt)) for prompt in prompts]
+    draws = _draws(seeds, style) if style.temperature else None
+    answers: list[list[int]] = [[] for _ in prompts]
+    goes_on = [left > 0 for left in room]
+    cache = None
+    for number in range(style.max_new_tokens):
+        logits, cache = forward(Passage(ids, mask, positions, cache))
+        logits = _penalised(logits, [[*p, *a] for p, a in zip(prompts, answers)], style.repetition_penalty)
+        chosen = logits.argmax(dim=-1) if draws is None else draw(logits, draws[number].to(device), style)
+        for row, token in enumerate(chosen.tolist()):
+            if goes_on[row]:
+                answers[row].append(token)
+                goes_on[row] = token not in style.ends and len(answers[row]) < room[row]
+        if not any_goes_on(any(goes_on)):
+            break
+        ids = chosen[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        # A sequence that is done is read on beside the others, and has no position behind its last.
+        positions = (positions[:, -1:] + 1).clamp(max=(style.positions or 2**62) - 1)
+    return answers
+
+
+def _draws(seeds: Sequence[int] | None, style: Style) -> Float[Tensor, "n B"]:
+    """Numbers in [0, 1) for the n-th token of each answer."""
+    assert seeds is not None, "tokens are drawn by a seed of each prompt"
+    columns = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        columns.append(torch.rand(style.max_new_tokens, generator=generator, dtype=torch.float64))
+    return torch.stack(columns, dim=1)
+
+
+def draw(logits: Float[Tensor, "B V"], number: Float[Tensor, "B"], style: Style) -> Int[Tensor, "B"]:
+    """The token at `number` (in [0, 1)) of the tokens' probabilities, the likeliest first, cut to the fewest that have
+    `top_p` together."""
+    probabilities, tokens = (logits.double() / style.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    sums = probabilities.cumsum(dim=-1)
+    kept: Bool[Tensor, "B V"] = sums - probabilities < style.top_p  # the likeliest always
+    whole = (probabilities * kept).sum(dim=-1)
+    place = (sums <= (number * whole)[:, None]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return tokens.gather(1, torch.minimum(place, kept.sum(dim=-1) - 1)[:, None])[:, 0]
+
+
+def _penalised(logits: Float[Tensor, "B V"], said: Sequence[Sequence[int]], penalty: float) -> Float[Tensor, "B V"]:
+    """Less of the tokens that a sequence has (Keskar et al. 2019, arXiv:1909.05858), as transformers has it."""
+    if penalty == 1.0:
+        return logits
+    for row, tokens in enumerate(said):
+        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+        own = logits[row, seen]
+        logits[row, seen] = torch.where(own < 0, own * penalty, own / penalty)
+    return logits
+
+
+@contextmanager
+def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """While open, the model attends to a batch of sequences with padding, as its authors have it, and not to a pack."""
+    kernel = "sdpa" if getattr(lm, "_supports_sdpa", False) else "eager"
+    configs: Any = [part.config for part in lm.modules() if isinstance(getattr(part, "config", None), PretrainedConfig)]
+    before = [(config, config._attn_implementation) for config in {id(config): config for config in configs}.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = kernel
+        yield
+    finally:
+        for config, packed in before:
+            config._attn_implementation = packed
