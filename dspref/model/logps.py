@@ -33,9 +33,9 @@ class HeadTransform:
             logits = logits.mul_(self.scale)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def derivative(self, transformed: Float[Tensor, "c V"]) -> Float[Tensor, "c V"] | float:
-        """d transformed / d raw: s (1 - (z / softcap)^2) at the capped logit z."""
-        return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap) ** 2)
+    def bend(self, transformed: Float[Tensor, "c V"]) -> Float[Tensor, "c V"] | None:
+        """d transformed / d (scale x raw): 1 - (z / softcap)^2 at the capped logit z; None: 1 everywhere."""
+        return None if self.softcap is None else 1 - (transformed / self.softcap) ** 2
 
 
 class TokenLogps(NamedTuple):
@@ -142,10 +142,10 @@ class _ScoredLogps(torch.autograd.Function):
             logits = transform(_raw_logits(hidden[rows], weight, bias, None if kept is None else kept[rows]))
             if transform.softcap is not None:
                 mean_logit[rows] = logits.mean(dim=-1)
-            of_target = logits.gather(-1, targets[rows, None])[:, 0]
             normalize = _by_powers if hidden.is_cpu else _by_log_softmax
-            log_normalizer[rows], squares = normalize(logits, None if kept is None else kept[rows], with_collision)
-            logps[rows] = of_target - log_normalizer[rows]
+            logps[rows], log_normalizer[rows], squares = normalize(
+                logits, targets[rows, None], None if kept is None else kept[rows], with_collision
+            )
             if squares is not None:
                 collision[rows] = squares
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
@@ -157,6 +157,11 @@ class _ScoredLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Of the gradient s (onehot - p) at the logits, -|s| is computed with it, and the sign of s beside it: to give it to
+        # d numbers of a row costs less than to V of them.
+        steep = grad_logps * ctx.transform.scale
+        minus_sign, steep = -steep.sign()[:, None], steep.abs()
+        signed = (hidden * minus_sign).to(hidden.dtype) if needs_weight else hidden
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias else None
@@ -171,28 +176,27 @@ class _ScoredLogps(torch.autograd.Function):
                 of_words = torch.zeros_like(weight[words], dtype=torch.float32)
             of_biases = None if grad_bias is None else torch.zeros_like(grad_bias[words], dtype=torch.float32)
             for rows in blocks:
-                slope = grad_logps[rows, None]
+                place = targets[rows, None] - words.start
                 if kept is None:
                     logits = ctx.transform(_raw_logits(hidden[rows], weight[words], None if bias is None else bias[words]))
-                    slope = slope * ctx.transform.derivative(logits)
-                    grad = logits.sub_(log_normalizer[rows, None]).exp_()
+                    bend = ctx.transform.bend(logits)
+                    grad = _errors(logits, log_normalizer[rows], steep[rows], place, bend, hidden.dtype)
                 else:
-                    slope, grad = slope * ctx.transform.scale, kept
-                grad = _with_target(grad.mul_(-slope), slope, targets[rows] - words.start).to(hidden.dtype)
+                    grad = _kept_errors(kept, steep, place, hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] += _product(grad, weight[words])
+                    _add_product(grad_hidden[rows], grad, weight[words])
                 if of_words is not None:
-                    of_words += _product(grad.t(), hidden[rows])
+                    _add_product(of_words, grad.t(), signed[rows])
                 elif grad_weight is not None:
-                    torch.mm(grad.t(), hidden, out=grad_weight[words])
+                    torch.mm(grad.t(), signed, out=grad_weight[words])
                 if of_biases is not None:
-                    of_biases += grad.sum(dim=0, dtype=torch.float32)
+                    of_biases += (grad * minus_sign[rows]).sum(dim=0, dtype=torch.float32)
             if grad_weight is not None and of_words is not None:
                 grad_weight[words] = of_words
             if grad_bias is not None and of_biases is not None:
                 grad_bias[words] = of_biases
         return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_hidden is None else grad_hidden.mul_(minus_sign).to(hidden.dtype),
             grad_weight,
             grad_bias,
             None,
@@ -202,11 +206,15 @@ class _ScoredLogps(torch.autograd.Function):
         )
 
 
+Normalized = tuple["Float[Tensor, 'c']", "Float[Tensor, 'c']", "Float[Tensor, 'c'] | None"]
+
+
 def _by_powers(
-    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
-) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
-    """(log of the sum of exp, collision entropies where asked for) of logits, in whose place (which is `kept`) come their
-    probabilities: no other memory is touched, which is what counts near a CPU's caches."""
+    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, with_collision: bool
+) -> Normalized:
+    """(log p of the targets, log of the sum of exp, collision entropies where asked for) of logits, in whose place (which is
+    `kept`) come their probabilities: no other memory is touched, which is what counts near a CPU's caches."""
+    of_target = logits.gather(-1, targets)[:, 0]
     largest = logits.amax(dim=-1)
     powers = logits.sub_(largest[:, None]).exp_()
     log_normalizer = largest + powers.sum(dim=-1).log()
@@ -216,26 +224,64 @@ def _by_powers(
         collision = 2 * (log_normalizer - square)
     if kept is not None:
         powers.mul_((largest - log_normalizer).exp_()[:, None])
-    return log_normalizer, collision
+    return of_target - log_normalizer, log_normalizer, collision
 
 
 def _by_log_softmax(
-    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
-) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
-    """The same by torch's own kernel, with half the reading and writing of memory."""
+    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, with_collision: bool
+) -> Normalized:
+    """The same by torch's own kernel, with a third of the reading and writing of memory."""
     chances = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    largest, place = logits.max(dim=-1, keepdim=True)  # where the difference is the least rounded
-    log_normalizer = (largest - chances.gather(-1, place))[:, 0]
+    logps = chances.gather(-1, targets)[:, 0]
+    log_normalizer = logits.gather(-1, targets)[:, 0] - logps
     if kept is not None:
         torch.exp(chances, out=kept)
-    return log_normalizer, -chances.mul_(2).logsumexp(dim=-1) if with_collision else None
+    return logps, log_normalizer, -chances.mul_(2).logsumexp(dim=-1) if with_collision else None
 
 
-def _with_target(grad: Float[Tensor, "C v"], slope: Tensor, place: Int[Tensor, "C"]) -> Float[Tensor, "C v"]:
-    """Add each row's slope at its target, where the target's `place` lies in this part of the vocabulary."""
-    inside, column = (place >= 0) & (place < grad.shape[1]), place.clamp(0, grad.shape[1] - 1)[:, None]
-    own = slope if slope.shape[1] == 1 else slope.gather(-1, column)
-    return grad.scatter_add_(-1, column, own * inside[:, None])
+def _errors(
+    logits: Float[Tensor, "c v"],
+    log_normalizer: Float[Tensor, "c"],
+    steep: Float[Tensor, "c"],
+    place: Int[Tensor, "c 1"],
+    bend: Float[Tensor, "c v"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "c v"]:
+    """|s| (p - onehot) x `bend` over part of the vocabulary, in `dtype`; the logits' memory is used up.
+
+    |s| goes into the exponent, |s| p = exp(z - (log Z - log |s|)): one pass over the logits less.
+    """
+    powers = logits.sub_((log_normalizer - steep.log())[:, None])
+    column = _column(place, powers)
+    of_target = powers.gather(-1, column).exp_() - steep[:, None]
+    grad = torch.exp(powers, out=_typed(powers, dtype) if bend is None else powers)
+    if bend is not None:
+        grad, of_target = torch.mul(grad, bend, out=_typed(grad, dtype)), of_target * bend.gather(-1, column)
+    return _with_target(grad, of_target, place)
+
+
+def _kept_errors(
+    probabilities: Float[Tensor, "C V"], steep: Float[Tensor, "C"], place: Int[Tensor, "C 1"], dtype: torch.dtype
+) -> Float[Tensor, "C V"]:
+    """The same out of probabilities, whose memory is used up."""
+    of_target = (probabilities.gather(-1, place) - 1) * steep[:, None]
+    return _with_target(torch.mul(probabilities, steep[:, None], out=_typed(probabilities, dtype)), of_target, place)
+
+
+def _with_target(grad: Float[Tensor, "c v"], of_target: Float[Tensor, "c 1"], place: Int[Tensor, "c 1"]) -> Tensor:
+    """Put each row's number at its target, where the target's `place` lies in this part of the vocabulary. It was computed
+    in fp32: in 16 bits, p near 1 leaves nothing to subtract."""
+    column = _column(place, grad)
+    return grad.scatter_(-1, column, torch.where(place == column, of_target.to(grad.dtype), grad.gather(-1, column)))
+
+
+def _column(place: Int[Tensor, "c 1"], part: Float[Tensor, "c v"]) -> Int[Tensor, "c 1"]:
+    return place.clamp(0, part.shape[1] - 1)
+
+
+def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A place for a result of this type: the tensor itself where that is its own."""
+    return tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -258,6 +304,16 @@ def _product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Tensor | Non
         return torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload, arg-type]
     product = torch.mm(a, b).float()
     return product if out is None else out.copy_(product)
+
+
+def _add_product(total: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> None:
+    """total += a b in fp32, by the matrix product itself where it can."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif _multiplies_into_fp32(a) and "dtype_out" in torch.ops.aten.addmm.overloads():
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    else:
+        total += _product(a, b)
 
 
 def _multiplies_into_fp32(matrix: Tensor) -> bool:

@@ -169,6 +169,18 @@ def test_bf16_inputs_are_reduced_in_fp32(small_chunks: None) -> None:
         assert_close(mine.float(), reference, 2e-2)
 
 
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_of_a_nearly_certain_token_bf16_keeps_what_is_left(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """p = 0.9975 is 1 in bf16, and the gradient is its distance from 1."""
+    monkeypatch.setattr(head_room, "KEPT_ON_CPU", kept)
+    weight = torch.tensor([[6.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16)
+    scored_logps(hidden, weight, None, torch.zeros(1, dtype=torch.int64)).logps.sum().backward()
+    left = 1 / (1 + float(np.exp(6.0)))
+    assert weight.grad is not None
+    assert weight.grad[:, 0].tolist() == pytest.approx([left, -left], rel=2**-8)
+
+
 @pytest.mark.parametrize(("kept", "part"), [(0, 1), (0, 2), (10**6, 1)])
 def test_gradients_accumulate_in_fp32(kept: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, 128 + 0.5 is 128: hundreds of equal shares, of tokens or of parts of the vocabulary, would stop adding up."""
@@ -252,10 +264,11 @@ def test_both_ways_to_normalize_agree(keep: bool, with_collision: bool) -> None:
     """In place, as on a CPU, and by torch's kernel, as elsewhere."""
     logits = 30 * torch.randn(C, V, generator=torch.Generator().manual_seed(3))
     logits[:, 0] = -1e6  # a word that is masked out
+    targets = torch.arange(1, C + 1)[:, None]
     found = []
     for normalize in (module._by_powers, module._by_log_softmax):
         kept = logits.clone()
-        found.append((*normalize(kept, kept if keep else None, with_collision), kept if keep else None))
+        found.append((*normalize(kept, targets, kept if keep else None, with_collision), kept if keep else None))
     for ours, theirs in zip(*found):
         assert (ours is None) == (theirs is None)
         if ours is not None:
@@ -286,9 +299,13 @@ def test_16_bit_logits_are_rounded_only_where_torch_must(bias: bool, kept: int, 
         product = multiply(a.to(out_dtype), b.to(out_dtype))
         return product if out is None else out.copy_(product)
 
+    def added_in_fp32(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        return out.copy_(total + into_fp32(a, b, out_dtype=out_dtype))
+
     multiply = torch.mm
     monkeypatch.setattr(module, "_multiplies_into_fp32", lambda matrix: True)
     monkeypatch.setattr(torch, "mm", into_fp32)
+    monkeypatch.setattr(torch, "addmm", added_in_fp32)
     ours = scored_logps(hidden, weight, offset, targets).logps
     assert (ours - expected).abs().max() < 2e-5
     for mine, reference in zip(torch.autograd.grad(ours.sum(), inputs), gradients):
