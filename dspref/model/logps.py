@@ -47,6 +47,22 @@ class TokenLogps(NamedTuple):
     """Mean over the vocabulary of the logits at its position, without gradient."""
     collision: Float[Tensor, "N"] | None = None
     """Collision entropy -log sum_v p(v)^2 at its position, without gradient, where it was asked for."""
+    entropy: Float[Tensor, "N"] | None = None
+    """Entropy -sum_v p(v) log p(v) at its position, in nats, likewise."""
+    hit: Float[Tensor, "N"] | None = None
+    """1 where no other token is more likely, else 0, likewise."""
+
+
+class Asked(NamedTuple):
+    """What a forward is asked for beside log-probs and mean logits."""
+
+    collision: bool
+    statistics: bool
+
+    @property
+    def each(self) -> tuple[bool, bool, bool]:
+        """Of collision entropy, entropy, hit."""
+        return self.collision, self.statistics, self.statistics
 
 
 def scored_logps(
@@ -56,25 +72,26 @@ def scored_logps(
     targets: Int[Tensor, "C"],
     transform: HeadTransform = HeadTransform(),
     with_collision: bool = False,
+    with_statistics: bool = False,
 ) -> TokenLogps:
-    """log p(target) at each position, with what else is asked for.
+    """log p(target) at each position, with what else is asked for; `with_statistics`: `entropy` and `hit`.
 
     Logits are made chunk by chunk, and made again in the backward pass unless few enough to keep. `weight` and `bias` are
     read once: under ZeRO-3 they must be the parameters themselves, read inside the forward of the module that the engine
     wraps.
     """
-    logps, mean_logits, collision = _ScoredLogps.apply(  # type: ignore[misc]
-        hidden, weight, bias, targets, transform, with_collision, torch.is_grad_enabled()
+    asked = Asked(with_collision, with_statistics)
+    logps, mean_logits, *others = _ScoredLogps.apply(  # type: ignore[misc]
+        hidden, weight, bias, targets, transform, asked, torch.is_grad_enabled()
     )
-    return TokenLogps(logps, mean_logits, collision if with_collision else None)
+    return TokenLogps(logps, mean_logits, *(x if wanted else None for x, wanted in zip(others, asked.each)))
 
 
 def counted(tokens: TokenLogps, batch: PackedBatch) -> TokenLogps:
     """Computed tokens [C] -> tokens of every answer of every pair [N]: gradients of all that share a token add up."""
     if batch.scored_index is None:
         return tokens
-    logps, mean_logits, collision = (x if x is None else x[batch.scored_index] for x in tokens)
-    return TokenLogps(logps, mean_logits, collision)  # type: ignore[arg-type]
+    return TokenLogps(*(x if x is None else x[batch.scored_index] for x in tokens))  # type: ignore[arg-type]
 
 
 def pair_logps(tokens: TokenLogps, batch: PackedBatch) -> PairLogps:
@@ -124,14 +141,14 @@ class _ScoredLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: HeadTransform,
-        with_collision: bool,
+        asked: Asked,
         with_gradient: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         count = hidden.shape[0]
         logps = hidden.new_empty(count, dtype=torch.float32)
         log_normalizer = torch.empty_like(logps)
         mean_logit = torch.empty_like(logps)
-        collision = torch.empty_like(logps) if with_collision else logps.new_empty(0)
+        collision, entropy, hit = (torch.empty_like(logps) if wanted else None for wanted in asked.each)
         if transform.softcap is None:
             # The mean of h . w over the vocabulary is h . mean(w): one pass over the head instead of one over all logits.
             mean_bias = 0.0 if bias is None else bias.float().mean()
@@ -143,15 +160,15 @@ class _ScoredLogps(torch.autograd.Function):
             if transform.softcap is not None:
                 mean_logit[rows] = logits.mean(dim=-1)
             normalize = _by_powers if hidden.is_cpu else _by_log_softmax
-            logps[rows], log_normalizer[rows], squares = normalize(
-                logits, targets[rows, None], None if kept is None else kept[rows], with_collision
-            )
-            if squares is not None:
-                collision[rows] = squares
+            found = normalize(logits, targets[rows, None], None if kept is None else kept[rows], asked)
+            for whole, part in zip((logps, log_normalizer, collision, entropy, hit), found):
+                if whole is not None and part is not None:
+                    whole[rows] = part
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
         ctx.transform, ctx.probabilities = transform, kept
-        ctx.mark_non_differentiable(mean_logit, collision)
-        return logps, mean_logit, collision
+        others = [logps.new_empty(0) if x is None else x for x in (collision, entropy, hit)]
+        ctx.mark_non_differentiable(mean_logit, *others)
+        return logps, mean_logit, *others
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -206,37 +223,53 @@ class _ScoredLogps(torch.autograd.Function):
         )
 
 
-Normalized = tuple["Float[Tensor, 'c']", "Float[Tensor, 'c']", "Float[Tensor, 'c'] | None"]
+class Normalized(NamedTuple):
+    """Of a chunk of logits, all fp32 [c]."""
+
+    logps: Tensor
+    log_normalizer: Tensor
+    """log of the sum of exp."""
+    collision: Tensor | None
+    entropy: Tensor | None
+    hit: Tensor | None
 
 
-def _by_powers(
-    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, with_collision: bool
-) -> Normalized:
-    """(log p of the targets, log of the sum of exp, collision entropies where asked for) of logits, in whose place (which is
-    `kept`) come their probabilities: no other memory is touched, which is what counts near a CPU's caches."""
+def _by_powers(logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Asked) -> Normalized:
+    """In place of the logits (which is `kept`) come their probabilities: no other memory is touched but for `statistics`,
+    which is what counts near a CPU's caches."""
     of_target = logits.gather(-1, targets)[:, 0]
     largest = logits.amax(dim=-1)
     powers = logits.sub_(largest[:, None]).exp_()
-    log_normalizer = largest + powers.sum(dim=-1).log()
-    collision = None
-    if with_collision:
+    total = powers.sum(dim=-1)
+    log_normalizer = largest + total.log()
+    collision = entropy = hit = None
+    if asked.collision:
         square = torch.linalg.vector_norm(powers, dim=-1).log() + largest
         collision = 2 * (log_normalizer - square)
+    if asked.statistics:
+        # -sum p log p with p = e / Z: log Z - sum e log e / Z
+        entropy = total.log() + torch.special.entr(powers).sum(dim=-1) / total
+        hit = (of_target >= largest).float()
     if kept is not None:
         powers.mul_((largest - log_normalizer).exp_()[:, None])
-    return of_target - log_normalizer, log_normalizer, collision
+    return Normalized(of_target - log_normalizer, log_normalizer, collision, entropy, hit)
 
 
 def _by_log_softmax(
-    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, with_collision: bool
+    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Asked
 ) -> Normalized:
     """The same by torch's own kernel, with a third of the reading and writing of memory."""
     chances = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     logps = chances.gather(-1, targets)[:, 0]
     log_normalizer = logits.gather(-1, targets)[:, 0] - logps
+    entropy = hit = None
+    if asked.statistics:
+        hit = (logits.gather(-1, targets)[:, 0] >= logits.amax(dim=-1)).float()
+        entropy = torch.special.entr(chances.exp()).sum(dim=-1)
     if kept is not None:
         torch.exp(chances, out=kept)
-    return logps, log_normalizer, -chances.mul_(2).logsumexp(dim=-1) if with_collision else None
+    collision = -chances.mul_(2).logsumexp(dim=-1) if asked.collision else None
+    return Normalized(logps, log_normalizer, collision, entropy, hit)
 
 
 def _errors(
