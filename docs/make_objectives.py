@@ -31,8 +31,10 @@ packs without gradient, one forward more, and so give the same values on every l
 
 **Rewards** (`rewards/*`): dpo beta (S - R), under every loss and divergence; cpo beta S, or beta A for losses per token;
 simpo and orpo beta A. With `ld_alpha`, S and R (and `logps/*`, `kl/*`) count by it; with `alpha`, (1 - e^(-alpha A)) / alpha
-stands for A. Metrics have TRL's names; each loss is logged as `loss/<loss_type>`, an NLL term also as `nll_loss`. Not
-logged: TRL's `entropy`, `mean_token_accuracy` and `num_tokens`.
+stands for A. Metrics have TRL's names; each loss is logged as `loss/<loss_type>`, an NLL term also as `nll_loss`. `entropy`
+(mean over the scored tokens of both answers, nats), `mean_token_accuracy` (chosen answers' tokens than which none was more
+likely) and `num_tokens` (of all steps so far, each answer with its prompt) are TRL's too. Of a mixture, loss, accuracy and
+margin of each source are `source/<name>/...`, where the step has pairs of it.
 
 **Where TRL 1.16 is not followed.** It ignores `label_smoothing` in `sigmoid`; its BCO has no delta; its WPO weight is not
 clamped at 1; its `f_alpha_divergence_coef` is 1 - alpha; its NLL and AOT see a micro-batch, not the step; its length

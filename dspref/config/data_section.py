@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import chain, count
 from typing import Annotated, Any, Literal, Union, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model
 
 from dspref.config.paths import FilePath
 from dspref.config.section import Section, one_or_list
+
+ENDINGS = re.compile(r"(\.(jsonl|json|parquet|csv|arrow))?(\.(gz|bz2|xz))?$")
 
 
 class Columns(Section):
@@ -153,6 +157,16 @@ class DataSection(Section):
         if isinstance(part, dict):
             return {f"{key}.{name}": source for name, source in part.items()}
         return {key: part} if part else {}
+
+    @property
+    def labels(self) -> list[str]:
+        """What the sources of train are called in metrics: the last part of their path, numbered where that is taken."""
+        found: list[str] = []
+        for source in self.train_sources:
+            name = ENDINGS.sub("", source.path.rstrip("/").rpartition("/")[2])
+            others = (f"{name}-{number}" for number in count(2))
+            found.append(next(label for label in chain([name], others) if label not in found))
+        return found
 
     @property
     def train_sources(self) -> list[SourceSection]:

@@ -106,6 +106,12 @@ class StepLoader:
             seen[held] = True
         return np.concatenate(found)
 
+    def tokens_of(self, done: int) -> int:
+        """Tokens of prompt + chosen and of prompt + rejected answers in steps 1 to `done`."""
+        whole, rest = divmod(done, self.steps_per_epoch)
+        steps = [step for epoch in range(whole) for step in self.epoch(epoch)] + self.epoch(whole)[:rest]
+        return sum(count(self.store, step)["tokens"] for step in steps)
+
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The pairs of every step of an epoch."""
         rows, number = self.store.source_rows, 0 if self.again else epoch

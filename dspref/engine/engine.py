@@ -102,9 +102,9 @@ class Engine:
         _announce_dora(policy)
         return cls(engine, optimizer, train.max_grad_norm)
 
-    def forward(self, batch: PackedBatch) -> tuple[TokenLogps, Routing | None]:
+    def forward(self, batch: PackedBatch, with_statistics: bool = False) -> tuple[TokenLogps, Routing | None]:
         """Log-probs of the scored tokens, and what the routers did, where their loss is trained."""
-        return self._engine(batch)
+        return self._engine(batch, with_statistics=with_statistics)
 
     def score(self, batch: PackedBatch) -> tuple[TokenLogps, None]:
         """Log-probs of the scored tokens and nothing else."""

@@ -51,17 +51,18 @@ class PackedCausalLM(nn.Module):
         self.with_collision = False
         self.router_aux_loss_coef = 0.0
 
-    def forward(self, batch: PackedBatch | Passage, only_logps: bool = False) -> Any:
+    def forward(self, batch: PackedBatch | Passage, only_logps: bool = False, with_statistics: bool = False) -> Any:
         """log p of each scored token, and what the routers did, where their loss is trained.
 
-        `only_logps`: as a reference, which is asked for nothing else. Of a passage: logits [B, V] behind it, and the cache.
+        `only_logps`: as a reference, which is asked for nothing else; `with_statistics`: entropies and hits too, which are
+        for people to look at. Of a passage: logits [B, V] behind it, and the cache.
         It comes through the same door as packs, since ZeRO-3 follows the forwards of the outermost module.
         """
         if isinstance(batch, Passage):
             return self._read_on(batch)
-        return self._logps(batch, only_logps)
+        return self._logps(batch, only_logps, with_statistics)
 
-    def _logps(self, batch: PackedBatch, only_logps: bool) -> tuple[TokenLogps, Routing | None]:
+    def _logps(self, batch: PackedBatch, only_logps: bool, with_statistics: bool) -> tuple[TokenLogps, Routing | None]:
         routed = bool(self.router_aux_loss_coef) and not only_logps
         segments = Segments(batch, self.kernel)
         outputs = self.lm.base_model(
@@ -82,6 +83,7 @@ class PackedCausalLM(nn.Module):
             batch.targets,
             self.transform,
             self.with_collision and not only_logps,
+            with_statistics,
         )
         return counted(scored, batch), self._routing(outputs, batch) if routed else None
 

@@ -58,12 +58,16 @@ class PairLogps:
 
     def count(self, what: str) -> Tensor | int:
         """How many `pairs`, `chosen_tokens` or `chosen_and_prompt_tokens` these are."""
+        return len(self.chosen) if what == "pairs" else self.counts(what).sum()
+
+    def counts(self, what: str) -> Int[Tensor, "P"]:
+        """The same of each pair."""
         if what == "pairs":
-            return len(self.chosen)
+            return self.chosen_tokens.new_ones(len(self.chosen))
         if what == "chosen_and_prompt_tokens":
             assert self.prompt_tokens is not None
-            return (self.chosen_tokens + self.prompt_tokens).sum()
-        return getattr(self, what).sum()
+            return self.chosen_tokens + self.prompt_tokens
+        return getattr(self, what)
 
 
 @dataclass(frozen=True)

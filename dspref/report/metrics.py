@@ -11,6 +11,7 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 
 from dspref import distributed
 from dspref.config import LogSection
-from dspref.data.batch import CHOSEN, REJECTED, PackedBatch
+from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch
 from dspref.files import read_lines
 from dspref.model.logps import TokenLogps
 from dspref.model.router import Routing, balance, load_metrics
@@ -32,12 +33,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Sources:
+    """The sources of a mixture, whose pairs lie one behind the other in a store."""
+
+    def __init__(self, labels: Sequence[str], rows: Sequence[int], device: torch.device) -> None:
+        self.labels = tuple(labels)
+        self._ends = torch.tensor(list(accumulate(rows)), device=device)
+
+    def of(self, pair_ids: Tensor) -> Tensor:
+        """The number of the source of each pair: int64 [P]."""
+        return torch.bucketize(pair_ids, self._ends, right=True)
+
+
 class Meter:
     """Sums and counts by name, on the device. All ranks must add the same names in the same order."""
 
-    def __init__(self, device: torch.device, router_coef: float = 0.0) -> None:
-        """`router_coef`: weight of `aux_loss` in the loss."""
-        self._device = device
+    def __init__(self, device: torch.device, router_coef: float = 0.0, sources: Sources | None = None) -> None:
+        """`router_coef`: weight of `aux_loss` in the loss; `sources`: those whose pairs are told apart."""
+        self._device, self._sources = device, sources
         self._totals: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {"aux_loss": router_coef} if router_coef else {}
         self._routing: Routing | None = None
@@ -49,8 +62,11 @@ class Meter:
         pair = torch.stack([x.detach().to(torch.float64) for x in (total, many)])
         self._totals[name] = self._totals[name] + pair if name in self._totals else pair
 
-    def add_pairs(self, loss: PairLoss, pairs: PairLogps) -> None:
-        """The metrics of some pairs under their TRL names, and each term of the loss as `loss/<component>`."""
+    def add_pairs(self, loss: PairLoss, pairs: PairLogps, pair_ids: Tensor | None = None) -> None:
+        """The metrics of some pairs under their TRL names, and each term of the loss as `loss/<component>`.
+
+        Of pairs with `pair_ids`, loss, accuracy and margin of each source too, as `source/<label>/...`.
+        """
         for component, term in loss.terms.items():
             self.add(f"loss/{component}", term.values.sum(), pairs.count(term.per))
             self._weights[f"loss/{component}"] = term.weight
@@ -64,10 +80,27 @@ class Meter:
         }
         for name, of_pairs in values.items():
             self.add(name, of_pairs.sum(), pairs.count("pairs"))
+        if self._sources and pair_ids is not None:
+            each = {f"loss/{component}": (term.values, pairs.counts(term.per)) for component, term in loss.terms.items()}
+            each |= {name: (values[name], pairs.counts("pairs")) for name in ("rewards/accuracies", "rewards/margins")}
+            self._add_by_source(self._sources, self._sources.of(pair_ids), each)
+
+    def _add_by_source(self, sources: Sources, source: Tensor, each: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """`each`: values and counts of pairs, [P] both, by metric."""
+        for name, columns in each.items():
+            table = torch.zeros(2, len(sources.labels), dtype=torch.float64, device=self._device)
+            table.index_add_(1, source, torch.stack([column.detach().double() for column in columns]))
+            for label, total, count in zip(sources.labels, *table):
+                self.add(f"{SOURCE}{label}/{name}", total, count)
 
     def add_logits(self, tokens: TokenLogps, pairs: PairLogps, batch: PackedBatch) -> None:
-        """Mean logits of a pack's scored answer tokens."""
+        """Mean logits of a pack's scored answer tokens; mean entropy of both sides', and how many of the chosen ones are the
+        policy's most likely, where the forward was asked for them."""
         side = batch.span_index // max(batch.num_pairs, 1)
+        if tokens.entropy is not None and tokens.hit is not None:
+            answers = pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum()
+            self.add("entropy", (tokens.entropy * (side < PROMPT)).sum(), answers)
+            self.add("mean_token_accuracy", (tokens.hit * (side == CHOSEN)).sum(), pairs.count("chosen_tokens"))
         self.add("logits/chosen", (tokens.mean_logits * (side == CHOSEN)).sum(), pairs.count("chosen_tokens"))
         self.add("logits/rejected", (tokens.mean_logits * (side == REJECTED)).sum(), pairs.count("rejected_tokens"))
 
@@ -88,7 +121,9 @@ class Meter:
             return {}
         sums = [torch.stack(list(self._totals.values())), *(self._routing or ())]
         table, *routing = (part.cpu() for part in distributed.sum_over_ranks(*sums))
-        means = {name: _mean(*row) for name, row in zip(self._totals, table.tolist())}
+        rows = dict(zip(self._totals, table.tolist()))
+        # A step may have no pair of a source.
+        means = {name: _mean(*row) for name, row in rows.items() if row[1] or not name.startswith(SOURCE)}
         if routing:
             load = Routing(*routing)
             # An evaluation asks for no share of a step: there the balance is that of all its tokens.
@@ -97,10 +132,18 @@ class Meter:
         self._totals.clear()
         self._routing = None
         loss = sum(weight * means[name] for name, weight in self._weights.items())
+        for label in self._sources.labels if self._sources else ():
+            terms = [(name, f"{SOURCE}{label}/{name}") for name in self._weights]
+            found = [self._weights[name] * means.pop(of_source) for name, of_source in terms if of_source in means]
+            means |= {f"{SOURCE}{label}/loss": sum(found)} if found else {}
         for component in ("loss/nll", "loss/sft"):
             if component in means:
                 means["nll_loss"] = means[component]
         return {"loss": loss, **means}
+
+
+# Before the metrics of each source of a mixture.
+SOURCE = "source/"
 
 
 def _mean(total: float, count: float) -> float:

@@ -40,7 +40,7 @@ def evaluate(
                 if must_stop():
                     return None
                 batch = batch.to(policy.device)
-                tokens, routing = policy.forward(batch)
+                tokens, routing = policy.forward(batch, with_statistics=True)
                 seen.append((pair_logps(tokens, batch), reference(prefix, batch)))
                 meter.add_logits(tokens, seen[-1][0], batch)
                 if routing:

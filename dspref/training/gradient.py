@@ -100,7 +100,7 @@ def _one_pass(
         looking.lap("data")
         base = reference("train", batch)
         looking.lap("reference")
-        tokens, routing = policy.forward(batch)
+        tokens, routing = policy.forward(batch, with_statistics=looking.meter is not None)
         pairs = pair_logps(tokens, batch)
         rewards = _with_step(rewards, loss.objective, pairs, base)
         value = loss.objective(pairs, base, rewards.value)
@@ -109,7 +109,7 @@ def _one_pass(
             share = share + loss.router_coef * _balance(routing, step, None, looking.meter)
         looking.at_loss(batch.pair_ids, value)
         if meter := looking.meter:
-            meter.add_pairs(value, pairs)
+            meter.add_pairs(value, pairs, batch.pair_ids)
             meter.add_logits(tokens, pairs, batch)
             if step.number == 1 and base:
                 meter.add_gap(pairs, base)
@@ -143,14 +143,15 @@ def _two_passes(
     rewards = _with_step(rewards, loss.objective, pairs, base)
     slopes = slopes_of(loss.objective, pairs, base, rewards.value, step)
     value = rows_of(loss.objective(pairs, base, rewards.value), own)
-    looking.at_loss(torch.cat([batch.pair_ids for batch in packs]), value)
+    ids = torch.cat([batch.pair_ids for batch in packs])
+    looking.at_loss(ids, value)
     if meter := looking.meter:
-        meter.add_pairs(value, part_of(pairs, own))
+        meter.add_pairs(value, part_of(pairs, own), ids)
         if step.number == 1 and base:
             meter.add_gap(part_of(pairs, own), part_of(base, own))
     start = own.start
     for batch in packs:
-        tokens, routing = policy.forward(batch)
+        tokens, routing = policy.forward(batch, with_statistics=meter is not None)
         logps = pair_logps(tokens, batch)
         share = with_faults(_surrogate(logps, part_of(slopes, slice(start, start + batch.num_pairs))), value)
         start += batch.num_pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dspref.data.loader import Step
-from dspref.report.metrics import Displacement, Meter
+from dspref.report.metrics import Displacement, Meter, Sources
 from dspref.report.performance import Account, Clock
 from dspref.training.gradient import Instruments
 from dspref.training.numbers import Spikes, Suspects, check_first_step, check_loss
@@ -13,12 +13,14 @@ from dspref.training.session import Session
 class StepRecords:
     """What looks on while the steps of a session are taken, and writes of them. Made, and called, on all ranks alike."""
 
-    def __init__(self, session: Session, steps: int) -> None:
-        """`steps`: the number of the last one, which is logged whatever `log.every` says."""
-        device = session.policy.device
+    def __init__(self, session: Session, steps: int, tokens: int) -> None:
+        """`steps`: the number of the last one, which is logged whatever `log.every` says; `tokens`: of the steps before."""
+        device, labels = session.policy.device, session.sources
+        sources = Sources(labels, session.pairs.source_rows, device) if len(labels) > 1 else None
+        self._tokens = tokens
         self.suspects = Suspects()
         self._session, self._steps = session, steps
-        self._meter, self._clock = Meter(device, session.loss.router_coef), Clock(device)
+        self._meter, self._clock = Meter(device, session.loss.router_coef, sources), Clock(device)
         self._account = Account.of(session.model, session.policy, session.reference, session.loss.looks_ahead)
         self._displacement, self._spikes = Displacement(), Spikes(session.train.spike_sigmas)
 
@@ -35,13 +37,15 @@ class StepRecords:
     def write(self, step: Step, learning_rate: float, grad_norm: float) -> None:
         """The record of a step that was taken. Raises NumericFault where its numbers cannot be believed."""
         session = self._session
+        self._tokens += step.counts["tokens"]
         if self.is_logged(step.number):
             applied, means = session.policy.applied, self._meter.reduce()
             check_loss(step.number, means["loss"], applied)
             if step.number == 1:
                 check_first_step(means, session.first_step_tolerance, applied)
             record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
-            record |= {"learning_rate": learning_rate, **means, **self._account.record(step, self._clock.read())}
+            record |= {"learning_rate": learning_rate, **means, "num_tokens": self._tokens}
+            record |= {**self._account.record(step, self._clock.read())}
             session.recorder.write(record)
             session.view.show(step.number, record)
             for warning in (self._displacement.watch(record), self._spikes.watch(step.number, record["loss"])):

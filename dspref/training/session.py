@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dspref.config import ModelSection, TrainSection
@@ -35,6 +35,8 @@ class Session:
     reference: Reference
     loss: StepLoss
     pairs: PairStore
+    sources: Sequence[str]
+    """What the sources of `pairs` are called."""
     held_out: Mapping[str, PairStore]
     packing: Packing
     recorder: Recorder

@@ -91,7 +91,8 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
 
     session = Session(
         config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_step_tolerance(asked),
-        run, policy, reference, loss, pairs, held_out, packing, recorder, view, watch, saver, rule, asking,
+        run, policy, reference, loss, pairs, config.data.labels, held_out, packing, recorder, view, watch, saver, rule,
+        asking,
     )  # fmt: skip
     progress, weights_of = take_steps(session, loader, progress, steps)
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
@@ -128,7 +129,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
     Raises Interrupted, with a checkpoint committed, where the run was asked to stop, and NumericFault.
     """
     train, policy = session.train, session.policy
-    records, sound = StepRecords(session, steps), progress
+    records, sound = StepRecords(session, steps, loader.tokens_of(progress.step)), progress
     skips = Skips(train.max_skipped_steps, session.model.dtype == "float16", progress.skipped)
     if progress.step == 0 and stages.evaluates_at_start(train, session.held_out, steps):
         evaluate_at_start(session)

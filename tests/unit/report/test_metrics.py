@@ -13,7 +13,7 @@ from dspref.data.truncate import TokenizedPair
 from dspref.model.logps import TokenLogps, pair_logps
 from dspref.objectives import build_objective
 from dspref.objectives.families import PairLogps, total
-from dspref.report.metrics import Displacement, Meter, falls
+from dspref.report.metrics import Displacement, Meter, Sources, falls
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def packs(sizes: list[int], score_prompt: bool = True) -> list[Pack]:
         pairs = [TokenizedPair(*(np.zeros(n, dtype=np.int32) for n in of_pair)) for of_pair in lengths]
         batch = collate(pairs, range(size), prefix_sharing=True, score_prompt=score_prompt)
         logps, mean_logits, other = (torch.as_tensor(draws.normal(-2, 1, len(batch.span_index))) for _ in range(3))
-        tokens = TokenLogps(logps, mean_logits, torch.full_like(logps, 1.5))
+        tokens = TokenLogps(logps, mean_logits, torch.full_like(logps, 1.5), -logps, (logps > -2).float())
         found.append((batch, tokens, pair_logps(tokens, batch), pair_logps(TokenLogps(other, mean_logits), batch)))
     return found
 
@@ -97,6 +97,41 @@ def test_logits_are_means_over_the_answers_tokens_of_all_packs() -> None:
     for side, name in enumerate(("chosen", "rejected")):
         logits = torch.cat([t.mean_logits[b.span_index // max(b.num_pairs, 1) == side] for b, t, *_ in given])
         assert found[f"logits/{name}"] == pytest.approx(logits.mean().item())
+
+
+def test_entropy_is_of_both_answers_and_accuracy_of_the_chosen_one() -> None:
+    """As TRL counts them; a forward that was not asked for them says nothing."""
+    given = packs([3, 0, 1])
+    found = measured(given)
+    sides = [b.span_index // max(b.num_pairs, 1) for b, *_ in given]
+    answers = torch.cat([t.logps[side < 2] for (_, t, *_), side in zip(given, sides)])
+    chosen = torch.cat([t.logps[side == 0] for (_, t, *_), side in zip(given, sides)])
+    assert found["entropy"] == pytest.approx(-answers.mean().item())
+    assert found["mean_token_accuracy"] == pytest.approx((chosen > -2).double().mean().item())
+    plain = [(batch, TokenLogps(tokens.logps, tokens.mean_logits), *rest) for batch, tokens, *rest in given]
+    assert not {"entropy", "mean_token_accuracy"} & measured(plain).keys()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("dpo", {"rpo_alpha": 0.4}), ("orpo", {}), ("orpo", {"nll_on_prompt": False}), ("cpo", {})]
+)
+def test_each_source_has_the_loss_of_its_own_pairs(name: str, keys: dict[str, object]) -> None:
+    """Pairs 0 and 1, none, 2 to 5: what they would be as a run of their own. A source without a pair is not told."""
+    given = packs([1, 3, 0, 2])
+    objective = build_objective(name, "orpo" if name == "orpo" else "sigmoid", **keys)  # type: ignore[arg-type]
+    filled, first = Meter(CPU, sources=Sources(["a", "empty", "b"], [2, 0, 4], CPU)), 0
+    for _, _, pairs, base in given:
+        filled.add_pairs(objective(pairs, base), pairs, torch.arange(first, first + len(pairs.chosen)))
+        first += len(pairs.chosen)
+    found = filled.reduce()
+    assert not [key for key in found if "empty" in key or "/loss/" in key]
+    pairs, base = whole([p for *_, p, _ in given]), whole([b for *_, b in given])
+    for label, rows in (("a", slice(0, 2)), ("b", slice(2, 6))):
+        alone, own = meter(), [one.map(lambda x, rows=rows: x[rows]) for one in (pairs, base)]
+        alone.add_pairs(objective(*own), own[0])
+        expected = alone.reduce()
+        for metric in ("loss", "rewards/accuracies", "rewards/margins"):
+            assert found[f"source/{label}/{metric}"] == pytest.approx(expected[metric]), (label, metric)
 
 
 def test_the_loss_comes_first_and_a_tie_is_no_win() -> None:
