@@ -26,8 +26,8 @@ from dspref.terminal import shown
 
 ShellFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A shell file to source first.", callback=whole)]
 SweepFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A job array: a run per line.", callback=whole)]
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="RUN/checkpoints/step-N", help="A committed checkpoint.", callback=whole)
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or its checkpoints/step-N.", callback=whole)
 ]
 Asked = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 
@@ -149,18 +149,22 @@ class Precision(StrEnum):
 
 @app.command()
 def export(
-    checkpoint: Checkpoint,
+    source: RunOrCheckpoint,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.", callback=whole)],
     dtype: Annotated[Precision | None, typer.Option(help="Default: the run's model.dtype.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the LoRA adapter to its model: no peft is needed then.")
+    ] = False,
 ) -> None:
-    """Write the model of a checkpoint as from_pretrained loads it; of any ZeRO stage and number of ranks, without a GPU."""
+    """Write the model of a run or a checkpoint as from_pretrained loads it; of any ZeRO stage and number of ranks, without a
+    GPU."""
     from dspref import launcher
 
     def job() -> None:
-        from dspref.training.consolidate import consolidate
+        from dspref.training import exporting
 
-        consolidate(checkpoint, to, dtype.value if dtype else None)
-        print(shown(f"{checkpoint} -> {to}"))
+        found = exporting.write(source, to, dtype.value if dtype else None, merge)
+        print(shown(f"{found} -> {to}"))
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
