@@ -33,7 +33,7 @@ ABOVE = {
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine.accelerator", "engine.engine", "engine.plain", "engine.shards"},
     "torch.distributed": {"distributed", "engine.engine"},
-    "transformers": {"data.pieces", "data.tokenize", "model", "run.checkpoint", "run.export"},
+    "transformers": {"data.pieces", "data.tokenize", "data.vocabulary", "model", "run.checkpoint", "run.export"},
     "peft": {"model.adapter_files", "model.adapters"},
     "bitsandbytes": {"engine.optimizer"},
     "liger_kernel": {"model.liger"},
@@ -278,6 +278,7 @@ def test_pure_files_need_only_torch_and_numpy() -> None:
         "data.splits": {"yaml"},
         "data.tokenize": {"transformers"},
         "data.pieces": {"transformers"},
+        "data.vocabulary": {"transformers"},
     }
     violations = [
         f
