@@ -17,6 +17,7 @@ from dspref.commandline import (
     OfRun,
     Overrides,
     app,
+    expanded,
     faults_in_one_line,
     tell_repeated,
     whole,
@@ -165,6 +166,43 @@ def export(
 
         found = exporting.write(source, to, dtype.value if dtype else None, merge)
         print(shown(f"{found} -> {to}"))
+
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a model's or adapter's folder.", callback=expanded)
+    ],
+    versus: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Both answer, side by side.", callback=expanded)
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Press 1, 2 or s: a preference row.", callback=whole)
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy. Default: the model's own.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.001, max=1, help="Default: the model's own.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer. Default: the model's own, or 512.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn.")] = None,
+) -> None:
+    """Talk to a model, with its chat template and generation config. Piped: a prompt a line in, an answer a block out.
+
+    /reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from dspref import launcher
+
+    with faults_in_one_line():
+        if greedy and (temperature or top_p):
+            raise ConfigError(f"--greedy: draws nothing; leave out {'--temperature' if temperature else '--top-p'}")
+
+    def job() -> None:
+        from dspref.chat import talk
+        from dspref.model.speaking import Asked
+
+        names = [model, versus] if versus else [model]
+        talk.chat(names, Asked(temperature, top_p, max_tokens, greedy), system, save, seed)
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 

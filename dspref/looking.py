@@ -19,6 +19,7 @@ from dspref.commandline import (
     OfRun,
     Overrides,
     app,
+    expanded,
     faults_in_one_line,
     tell_repeated,
     whole,
@@ -113,7 +114,7 @@ def evaluate(
     overrides: Overrides = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="RUN|CHECKPOINT|MODEL", help="Default: the model that the run begins with."),
+        typer.Option(metavar="RUN|CHECKPOINT|MODEL", help="Default: what the run begins with.", callback=expanded),
     ] = None,
     format: Annotated[Format, typer.Option(help="json: one object, for programs.")] = Format.text,
 ) -> None:
@@ -129,7 +130,6 @@ def evaluate(
     with faults_in_one_line():
         tell_repeated(overrides)
         config = configuration.load(file, overrides or [])
-        source = configuration.expand(model) if model else None
 
     def job() -> None:
         from dspref.report import evaluations
@@ -141,7 +141,7 @@ def evaluate(
         )  # fmt: skip
         # What is said on the way is for people.
         with redirect_stdout(sys.stderr if format is Format.json else sys.stdout):
-            found = held_out.held_out(asked, source)
+            found = held_out.held_out(asked, model)
         if launcher.first_rank(os.environ):
             print(json.dumps(found, indent=2) if format is Format.json else evaluations.in_text(found), end="")
 

@@ -1,13 +1,14 @@
 """A causal language model that is run over packed pairs, without padding.
 
-`loading` has a model of transformers loaded, `packed` runs it over a `PackedBatch`, `unpacked` as its authors would.
+`loading` has a model of transformers loaded, `packed` runs it over a `PackedBatch`, `unpacked` as its authors would;
+`speaking` answers by it.
 `attention` has the kernels that keep the segments of a pack apart; `logps` the log-probabilities of scored tokens, without
 all logits in memory (`head_room`: how many); `router` the load-balancing loss of mixtures of experts; `adapters` (with
 `adapter_files`) LoRA; `liger` its kernels; `by_hand` a model and its log-probs without a run. Before anything is loaded,
 `admission` says which models can be packed, `weights` which files a model is made of (no torch), `digests` their sha256.
 
 Enters: config, data, objectives.
-Shows: adapters, admission, attention, digests, head_room, loading, logps, packed, router, unpacked, weights.
+Shows: adapters, admission, attention, digests, head_room, loading, logps, packed, router, speaking, unpacked, weights.
 """
 
 from typing import TYPE_CHECKING

@@ -8,5 +8,5 @@ computes a step's, `numbers` guards it, `records` writes of it, `evaluate` score
 `consolidate` a checkpoint's).
 
 Enters: config, data, distributed, engine, machine, model, objectives, reference, report, run, watch.
-Shows: exporting, held_out, inspection, scorer, stages, survey, trainer.
+Shows: exporting, held_out, inspection, named, scorer, stages, survey, trainer.
 """

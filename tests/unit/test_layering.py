@@ -25,7 +25,7 @@ ABOVE = {
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "commandline": {"config"},
     "looking": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
-    "cli": {"commandline", "config", "launcher", "looking", "machine", "ranks", "slurm", "training"},
+    "cli": {"chat", "commandline", "config", "launcher", "looking", "machine", "model", "ranks", "slurm", "training"},
     "__main__": {"cli"},
 }
 
@@ -41,7 +41,7 @@ OWNERS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"report.trackers"},
     "tensorboard": {"report.trackers"},
     "typer": {"cli", "commandline", "looking"},
-    "rich": {"report.census", "report.closeup", "report.console", "report.plan_table"},
+    "rich": {"chat.sides", "report.census", "report.closeup", "report.console", "report.plan_table"},
     "matplotlib": {"report.plots"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
