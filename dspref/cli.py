@@ -207,6 +207,33 @@ def chat(
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", callback=whole)],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model repository of the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Default: private.")] = False,
+) -> None:
+    """Upload a finished run's model, or its adapter, to the Hugging Face hub, with its card. Private, but with --public.
+
+    The token is $HF_TOKEN, or that of `hf auth login`."""
+    from dspref import config as configuration
+    from dspref.run import publish
+    from dspref.run.record import read
+
+    with faults_in_one_line():
+        final = publish.finished_model(run)
+        config = configuration.load(run / "config.resolved.yaml")
+        if config.model.lora and not config.model.lora.merge_on_export and Path(config.model.name_or_path).exists():
+            line = f"warning: the adapter is for {config.model.name_or_path}, a folder that others do not have"
+            print(shown(f"{line}; dspref export --merge writes the whole model"), file=sys.stderr)
+        learned = read(run)[0].get("summary", {}).get("learned", {})
+        metrics = {name: last for name, (_, last) in learned.items() if name.startswith("eval_") and last is not None}
+        paths = [source.path for source in config.data.train_sources]
+        said = publish.metadata_of(config.model, paths, config.objective.name, run.absolute().name, metrics)
+        address = publish.push(final, repo, public, said)
+        print(shown(f"{final} -> {address}"))
+
+
 def parse_share(text: str) -> tuple[int, int]:
     """'2/8' -> (2, 8)."""
     k, slash, n = text.partition("/")

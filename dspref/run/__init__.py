@@ -3,8 +3,9 @@
 `folder` opens it as new or to go on, and `settings` says which may have changed by then. `record` is run.json, `manifest`
 says what is a checkpoint, `curves` reads metrics.jsonl, `status` tells of a run by its files alone, and `history` all that a
 report shows (these load no torch). `saving` writes checkpoints beside the steps, where threads of all ranks come together in
-`meeting`; `checkpoint` finds and reads them; `export` writes the model that people use.
+`meeting`; `checkpoint` finds and reads them; `export` writes the model that people use, and
+`publish` (no torch) uploads it to the hub.
 
 Enters: config, distributed, engine, model, objectives, watch.
-Shows: checkpoint, curves, export, folder, history, manifest, record, saving, settings, status.
+Shows: checkpoint, curves, export, folder, history, manifest, publish, record, saving, settings, status.
 """

@@ -25,7 +25,7 @@ ABOVE = {
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "commandline": {"config"},
     "looking": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
-    "cli": {"chat", "commandline", "config", "launcher", "looking", "machine", "model", "ranks", "slurm", "training"},
+    "cli": {"chat", "commandline", "config", "launcher", "looking", "machine", "model", "ranks", "run", "slurm", "training"},
     "__main__": {"cli"},
 }
 
@@ -45,7 +45,7 @@ OWNERS: dict[str, set[str]] = {
     "matplotlib": {"report.plots"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
-    "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
+    "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights", "run.publish"},
 }  # fmt: skip
 
 # The rooms below get sections of a config, or values: where these see it whole, they are handed out. (The room's door only
@@ -64,8 +64,8 @@ NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
     "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "looking", "model.head_room",
     "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page", "report.plots",
-    "report.specs", "report.tables", "report.written", "run.curves", "run.history", "run.manifest", "run.record",
-    "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
+    "report.specs", "report.tables", "report.written", "run.curves", "run.history", "run.manifest", "run.publish",
+    "run.record", "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 
