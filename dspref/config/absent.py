@@ -268,7 +268,7 @@ _NOT_NEEDED = {
         "use_otel_metrics otel_metrics_host otel_metrics_port use_swanlab swanlab_project swanlab_workspace "
         "swanlab_run_name swanlab_mode swanlab_logdir swanlab_lark_webhook_url"
     ),
-    "upload RUN/final with `huggingface-cli upload`": (
+    "`dspref push RUN owner/name` uploads the model": (
         "push_to_hub hub_model_id hub_strategy hub_revision hub_private_repo hub_always_push hub_model_revision "
         "overwrite_hub_revision push_to_hub_revision push_to_hub_model_id push_to_hub_organization push_dataset_to_hub "
         "export_hub_model_id save_to_hub hf_entity hf_repo_id hf_repo_revision hf_repo_url"
