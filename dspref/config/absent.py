@@ -226,7 +226,6 @@ _NOT_NEEDED = {
     "checkpoints go to a shared folder": "save_on_each_node",
     "a signal has a checkpoint committed": "enable_jit_checkpoint dynamic_checkpoint save_first_step",
     "a resumed run goes on with its order, exactly": "ignore_data_skip restore_callback_states_from_checkpoint",
-    "a metric's name tells which way is better": "greater_is_better",
     "train.max_skipped_steps and train.spike_sigmas watch the loss": "loss_watchdog_threshold loss_watchdog_patience",
     "train.seed fixes every draw": "full_determinism train.full_determinism_enable",
     # ------------------------------------------------------------------------------------------------ evaluation and logs

@@ -90,6 +90,7 @@ def test_public_only_where_somebody_says_so(hub: Hub, run: Path) -> None:
     assert code == 2 and "public; give --public" in said and not hub.repos["me/open"]["files"]
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_one_line(hub: Hub, run: Path) -> None:
     def refused(code: int, words: str, *arguments: str, token: str = TOKEN) -> None:
         found, said = push(hub, run, *arguments, token=token)
