@@ -17,6 +17,7 @@ from dspref.commandline import (
     OfRun,
     Overrides,
     app,
+    expanded,
     faults_in_one_line,
     tell_repeated,
     whole,
@@ -26,8 +27,8 @@ from dspref.terminal import shown
 
 ShellFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A shell file to source first.", callback=whole)]
 SweepFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A job array: a run per line.", callback=whole)]
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="RUN/checkpoints/step-N", help="A committed checkpoint.", callback=whole)
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or its checkpoints/step-N.", callback=whole)
 ]
 Asked = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 
@@ -149,20 +150,86 @@ class Precision(StrEnum):
 
 @app.command()
 def export(
-    checkpoint: Checkpoint,
+    source: RunOrCheckpoint,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.", callback=whole)],
     dtype: Annotated[Precision | None, typer.Option(help="Default: the run's model.dtype.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the LoRA adapter to its model: no peft is needed then.")
+    ] = False,
 ) -> None:
-    """Write the model of a checkpoint as from_pretrained loads it; of any ZeRO stage and number of ranks, without a GPU."""
+    """Write the model of a run or a checkpoint as from_pretrained loads it; of any ZeRO stage and number of ranks, without a
+    GPU."""
     from dspref import launcher
 
     def job() -> None:
-        from dspref.training.consolidate import consolidate
+        from dspref.training import exporting
 
-        consolidate(checkpoint, to, dtype.value if dtype else None)
-        print(shown(f"{checkpoint} -> {to}"))
+        found = exporting.write(source, to, dtype.value if dtype else None, merge)
+        print(shown(f"{found} -> {to}"))
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a model's or adapter's folder.", callback=expanded)
+    ],
+    versus: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Both answer, side by side.", callback=expanded)
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Press 1, 2 or s: a preference row.", callback=whole)
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy. Default: the model's own.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.001, max=1, help="Default: the model's own.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer. Default: the model's own, or 512.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn.")] = None,
+) -> None:
+    """Talk to a model, with its chat template and generation config. Piped: a prompt a line in, an answer a block out.
+
+    /reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from dspref import launcher
+
+    with faults_in_one_line():
+        if greedy and (temperature or top_p):
+            raise ConfigError(f"--greedy: draws nothing; leave out {'--temperature' if temperature else '--top-p'}")
+
+    def job() -> None:
+        from dspref.chat import talk
+
+        names = [model, versus] if versus else [model]
+        talk.chat(names, talk.Asked(temperature, top_p, max_tokens, greedy), system, save, seed)
+
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", callback=whole)],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model repository of the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Default: private.")] = False,
+) -> None:
+    """Upload a finished run's model, or its adapter, to the Hugging Face hub, with its card. Private, but with --public.
+
+    The token is $HF_TOKEN, or that of `hf auth login`."""
+    from dspref import config as configuration
+    from dspref.run import publish
+    from dspref.run.record import read
+
+    with faults_in_one_line():
+        final = publish.finished_model(run)
+        config = configuration.load(run / "config.resolved.yaml")
+        if config.model.lora and not config.model.lora.merge_on_export and Path(config.model.name_or_path).exists():
+            line = f"warning: the adapter is for {config.model.name_or_path}, a folder that others do not have"
+            print(shown(f"{line}; dspref export --merge writes the whole model"), file=sys.stderr)
+        metrics = publish.held_out_of(run, read(run)[0].get("summary", {}))
+        paths = [source.path for source in config.data.train_sources]
+        said = publish.metadata_of(config.model, paths, config.objective.name, run.absolute().name, metrics)
+        address = publish.push(final, repo, public, said)
+        print(shown(f"{final} -> {address}"))
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -112,6 +112,12 @@ def whole(path: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from None
 
 
+def expanded(name: str | None) -> str | None:
+    """As `whole`, of what may be a folder or an id of the hub."""
+    found = whole(Path(name)) if name else None
+    return str(found) if found else name
+
+
 def version(asked: bool) -> None:
     if asked:
         print(f"dspref {dspref.__version__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import redirect_stdout
 from enum import StrEnum
@@ -18,6 +19,7 @@ from dspref.commandline import (
     OfRun,
     Overrides,
     app,
+    expanded,
     faults_in_one_line,
     tell_repeated,
     whole,
@@ -102,6 +104,46 @@ def inspect(
         prompts = build_objective(**config.objective.model_dump()).scores_prompt
         asked = inspection.Asked(tuple(row or ()), worst and worst.value, random, seed, held_out, source, ids, ranks)
         inspection.inspect(config.model, config.data, config.train, prompts, asked, format is Format.json)
+
+    raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
+
+
+@app.command(cls=OfRun)
+def evaluate(
+    file: File,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|CHECKPOINT|MODEL", help="Default: what the run begins with.", callback=expanded),
+    ] = None,
+    format: Annotated[Format, typer.Option(help="json: one object, for programs.")] = Format.text,
+) -> None:
+    """Evaluate a model on the run's held-out pairs (data.eval) and nothing else, as the run does.
+
+    Rows with a `subset` column: accuracy by subset too. Several ranks: srun, or torchrun --no-python, before this
+    command."""
+    import json
+
+    from dspref import config as configuration
+    from dspref import launcher
+
+    with faults_in_one_line():
+        tell_repeated(overrides)
+        config = configuration.load(file, overrides or [])
+
+    def job() -> None:
+        from dspref.report import evaluations
+        from dspref.training import held_out, stages
+
+        asked = held_out.Asked(
+            config.model, config.data, config.objective.model_dump(), stages.reference_spec(config), config.train.seed,
+            Path(config.output_dir),
+        )  # fmt: skip
+        # What is said on the way is for people.
+        with redirect_stdout(sys.stderr if format is Format.json else sys.stdout):
+            found = held_out.held_out(asked, model)
+        if launcher.first_rank(os.environ):
+            print(json.dumps(found, indent=2) if format is Format.json else evaluations.in_text(found), end="")
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 

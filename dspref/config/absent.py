@@ -226,7 +226,6 @@ _NOT_NEEDED = {
     "checkpoints go to a shared folder": "save_on_each_node",
     "a signal has a checkpoint committed": "enable_jit_checkpoint dynamic_checkpoint save_first_step",
     "a resumed run goes on with its order, exactly": "ignore_data_skip restore_callback_states_from_checkpoint",
-    "a metric's name tells which way is better": "greater_is_better",
     "train.max_skipped_steps and train.spike_sigmas watch the loss": "loss_watchdog_threshold loss_watchdog_patience",
     "train.seed fixes every draw": "full_determinism train.full_determinism_enable",
     # ------------------------------------------------------------------------------------------------ evaluation and logs
@@ -268,7 +267,7 @@ _NOT_NEEDED = {
         "use_otel_metrics otel_metrics_host otel_metrics_port use_swanlab swanlab_project swanlab_workspace "
         "swanlab_run_name swanlab_mode swanlab_logdir swanlab_lark_webhook_url"
     ),
-    "upload RUN/final with `huggingface-cli upload`": (
+    "`dspref push RUN owner/name` uploads the model": (
         "push_to_hub hub_model_id hub_strategy hub_revision hub_private_repo hub_always_push hub_model_revision "
         "overwrite_hub_revision push_to_hub_revision push_to_hub_model_id push_to_hub_organization push_dataset_to_hub "
         "export_hub_model_id save_to_hub hf_entity hf_repo_id hf_repo_revision hf_repo_url"

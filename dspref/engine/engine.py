@@ -203,6 +203,26 @@ class Engine:
                 parameter.grad = None
 
 
+class Still:
+    """A model that is asked and not trained, with what an evaluation needs of an `Engine`."""
+
+    def __init__(self, forward: Any, module: PackedCausalLM) -> None:
+        self._forward = forward
+        self.module = module
+        self.device = torch.device(ACCELERATOR.current_device_name())
+
+    @classmethod
+    def of(cls, model: PackedCausalLM, zero3: Mapping[str, Any] | None) -> Still:
+        """`zero3`: as `reference_forward` takes it."""
+        return cls(reference_forward(model, zero3), model)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.no_grad()
+
+    def forward(self, batch: PackedBatch, with_statistics: bool = False) -> tuple[TokenLogps, Routing | None]:
+        return self._forward(batch, with_statistics=with_statistics)
+
+
 def reference_forward(reference: PackedCausalLM, zero3: Mapping[str, Any] | None):
     """A frozen model as a function from packs to log-probs: sharded by its own ZeRO-3 engine, with a config of
     `ds_config.reference_config`, or whole on the device."""

@@ -1,25 +1,34 @@
-"""Answers to prompts by a model in the middle of its training: in batches, with a cache of keys and values.
+"""Answers to prompts: in batches by a model in the middle of its training, or token by token by a plain one.
 
-The tokens are those of transformers' `generate`, greedy or drawn, with its end tokens and its repetition penalty; how a
-forward is made is the caller's, as under ZeRO-3 all ranks must make it together. B sequences, T new tokens of each, K tokens
-so far, V vocabulary.
+The first are made with a cache of keys and values; the tokens are those of transformers' `generate`, greedy or drawn, with
+its end tokens and its repetition penalty; how a forward is made is the caller's, as under ZeRO-3 all ranks must make it
+together. A plain model is asked by `generate` itself, with all that its generation config says. B sequences, T new tokens of
+each, K tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from dspref.model import admission
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens of an answer where neither the caller nor the model says how many.
+MOST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -50,20 +59,23 @@ class Style:
 
 def style_of(lm: PreTrainedModel, max_new_tokens: int, temperature: float, top_p: float, ends: Sequence[int]) -> Style:
     """With what the model's generation config says beside: further end tokens, and the penalty of what was said before."""
-    said: Any = getattr(lm, "generation_config", None)
-    text: Any = lm.config.get_text_config()
-    own = getattr(said, "eos_token_id", None)
-    own = getattr(text, "eos_token_id", None) if own is None else own
-    listed = own if isinstance(own, list | tuple) else [own]
-    penalty = getattr(said, "repetition_penalty", None)
+    penalty = getattr(getattr(lm, "generation_config", None), "repetition_penalty", None)
     return Style(
         max_new_tokens,
         temperature,
         top_p,
-        frozenset(end for end in (*listed, *ends) if isinstance(end, int)),
+        frozenset(ends_of(lm, ends)),
         float(penalty) if isinstance(penalty, int | float) and penalty > 0 else 1.0,
         admission.positions_of(lm.config),
     )
+
+
+def ends_of(lm: Any, more: Sequence[int | None]) -> list[int]:
+    """The tokens that end an answer: those of the model's generation config, or else of its config, and `more`."""
+    own = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    own = getattr(lm.config.get_text_config(), "eos_token_id", None) if own is None else own
+    listed = own if isinstance(own, list | tuple) else [own]
+    return list(dict.fromkeys(end for end in (*listed, *more) if isinstance(end, int)))
 
 
 # Passages -> (logits of the token behind each sequence [B, V], the cache with what was read)
@@ -156,3 +168,79 @@ def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, packed in before:
             config._attn_implementation = packed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A plain model
+
+
+class Asked(NamedTuple):
+    """How answers are drawn; what is None is as the model's generation config has it."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    greedy: bool = False
+
+
+def config_of(lm: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> GenerationConfig:
+    """The model's own generation config with what is asked for; it stops at the tokenizer's end token too."""
+    how: Any = copy.deepcopy(lm.generation_config)
+    eos: Any = tokenizer.eos_token_id
+    ends = ends_of(lm, [eos])
+    how.eos_token_id = ends or None
+    how.pad_token_id = how.pad_token_id if how.pad_token_id is not None else next(iter(ends), 0)
+    how.max_new_tokens, how.max_length = asked.max_tokens or how.max_new_tokens or MOST_TOKENS, None
+    how.num_beams = 1  # several cannot be shown as they grow
+    if asked.greedy or asked.temperature == 0:
+        how.do_sample, how.temperature, how.top_p, how.top_k = False, None, None, None
+    elif asked.temperature is not None or asked.top_p is not None:
+        how.do_sample = True
+        how.temperature = asked.temperature if asked.temperature is not None else how.temperature
+        how.top_p = asked.top_p if asked.top_p is not None else how.top_p
+    return how
+
+
+class _Tokens(BaseStreamer):
+    """Hands on each new token; what comes first is the prompt."""
+
+    def __init__(self, queue: SimpleQueue[Any]) -> None:
+        self._queue, self._begun = queue, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._begun:
+            self._queue.put(int(value.reshape(-1)[0]))
+        self._begun = True
+
+    def end(self) -> None:
+        pass
+
+
+def stream(lm: Any, ids: Sequence[int], how: GenerationConfig) -> Iterator[int]:
+    """The tokens of an answer as they are made, in a thread of its own, which ends when this is closed."""
+    queue: SimpleQueue[Any] = SimpleQueue()
+    stopped = threading.Event()
+    prompt = torch.tensor([list(ids)], device=lm.device)
+
+    def make() -> None:
+        try:
+            stopping: Any = StoppingCriteriaList([lambda found, scores, **_: torch.full((1,), stopped.is_set())])
+            with torch.no_grad():
+                lm.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), generation_config=how, streamer=_Tokens(queue),
+                    stopping_criteria=stopping,
+                )  # fmt: skip
+            queue.put(None)
+        except BaseException as error:
+            queue.put(error)
+
+    thread = threading.Thread(target=make, name="answer", daemon=True)
+    thread.start()
+    try:
+        while (found := queue.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        stopped.set()
+        thread.join()

@@ -148,6 +148,13 @@ def _freeze_again(lm: PreTrainedModel) -> None:
             lm.get_parameter(name).requires_grad_(False)
 
 
+def prepare_for_evaluation(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
+    """Set a model up that is evaluated as a policy is, and not trained."""
+    model.with_collision = with_collision
+    model.router_aux_loss_coef = router_coefficient(section, model.lm)
+    return model.requires_grad_(False).eval()
+
+
 def prepare_as_reference(model: PackedCausalLM) -> PackedCausalLM:
     return model.requires_grad_(False).eval()
 

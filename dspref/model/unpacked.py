@@ -26,6 +26,13 @@ def load_plain(folder: str, trust_remote_code: bool = False, dtype: str = "auto"
     )
 
 
+def load_named(name: str, trust_remote_code: bool = False) -> Any:
+    """The plain model of a folder, an adapter's or of weights, or of a hub id, in its own type."""
+    if adapters.is_saved(name, ""):
+        return load_plain(name, trust_remote_code)
+    return load_original(ModelSection(name_or_path=name, trust_remote_code=trust_remote_code), name)
+
+
 def load_original(section: ModelSection, source: str, dtype: str = "auto") -> Any:
     """The plain model of a folder or hub id, by the rules of a policy's."""
     section = section.model_copy(update={"name_or_path": source})

@@ -101,7 +101,19 @@ def build(
             module = getattr(forward, "module", forward)  # of a DeepSpeed engine
             return Reference(partial(_ask, forward), moving, spec.section.ref_model_sync_steps, module, forward)
         case _:
-            return Reference(partial(_read, stored(spec, policy, beginning, sets, packing, needs, view)))
+            return Reference(partial(_read, stored(spec, policy, policy.device, beginning, sets, packing, needs, view)))
+
+
+def apart(
+    spec: ReferenceSpec,
+    beginning: InitialWeights,
+    sets: Mapping[str, PairStore],
+    packing: Packing,
+    device: torch.device,
+    view: View = lambda done, total, left: None,
+) -> Reference:
+    """A stored reference beside a model that is not the policy it began as, and cannot stand for it."""
+    return Reference(partial(_read, stored(spec, None, device, beginning, sets, packing, None, view)))
 
 
 @torch.no_grad()
@@ -168,15 +180,17 @@ def scoring_packing(spec: ReferenceSpec, packing: Packing, device_type: str) -> 
 
 def stored(
     spec: ReferenceSpec,
-    policy: Engine,
+    policy: Engine | None,
+    device: torch.device,
     beginning: InitialWeights,
     sets: Mapping[str, PairStore],
     packing: Packing,
     needs: Mapping[str, Need] | None,
     view: View,
 ) -> dict[str, torch.Tensor]:
-    """Tables [n, columns] of every data set, scored where the store has not what is needed: no reference stays in memory."""
-    store, device = open_store(spec, beginning.reference_digest), policy.device
+    """Tables [n, columns] of every data set, scored where the store has not what is needed: no reference stays in memory.
+    `policy`: which may stand for the reference; None where there is none."""
+    store = open_store(spec, beginning.reference_digest)
     wanted = filling.wanted_of(store, sets, needs)
     ready = partial(scorer, spec, policy, beginning.weights, device.type)
     scored = filling.fill(store, wanted, sets, ready, scoring_packing(spec, packing, device.type), device, view=view)

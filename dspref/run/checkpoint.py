@@ -230,6 +230,13 @@ def _set_aside(folder: Path) -> None:
     folder.rename(manifest.free_name(folder.with_name(f"damaged-{folder.name}")))
 
 
+def behind_final(run: RunFolder) -> Path | None:
+    """The checkpoint with the weights that a finished run has exported; None where it is not kept."""
+    summary = run.run["summary"]
+    step = summary.get("weights_of", summary.get("step"))
+    return next((folder for folder in committed_folders(run) if step_of(folder.absolute()) == step), None)
+
+
 def committed_folders(run: RunFolder) -> list[Path]:
     """Folders that bear the name of a committed checkpoint, oldest first."""
     return manifest.committed(run.checkpoints)

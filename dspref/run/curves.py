@@ -95,6 +95,12 @@ def read(path: Path, resumes: Collection[int] = ()) -> Curves:
     return Curves(dict(sorted(training.items())), dict(sorted(evaluations.items())), bad, repeated)
 
 
+def evaluation_of(path: Path, step: int) -> dict[str, float]:
+    """What the evaluation of a step found, of all held-out sets; {} where there is none."""
+    found = read(path).evaluations.get(step, {})
+    return {name: value for name, value in found.items() if name.startswith(EVALUATION) and is_number(value)}
+
+
 def _go_back(records: Records, step: int, resumes: Collection[int]) -> int:
     """Drop what had been done beyond the checkpoint that a run went on from, which now says `step`; how many those were."""
     start = max((resume for resume in resumes if resume < step), default=None)

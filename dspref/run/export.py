@@ -63,16 +63,16 @@ def write(
     if lora is None:
         with _replacing(final, written) as draft:
             _write_model(draft, policy, state, section.trust_remote_code)
-            _accompany(draft, tokenizer, card)
+            accompany(draft, tokenizer, card)
         return written
     adapter = beside if lora.merge_on_export else final
     with _replacing(adapter, written) as draft:
         _write_adapter(draft, policy, state, base, section)
-        _accompany(draft, tokenizer, card)
+        accompany(draft, tokenizer, card)
     if lora.merge_on_export:
         with _replacing(final, written) as draft:
-            _write_merged(draft, base, adapter, section)
-            _accompany(draft, tokenizer, card)
+            write_merged(draft, base, adapter, section)
+            accompany(draft, tokenizer, card)
     return written
 
 
@@ -110,15 +110,16 @@ def _write_adapter(
     _compare(draft, written, adapters.read(draft))
 
 
-def _write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) -> None:
-    """Added up in fp32 and rounded once, to the type of the run."""
+def write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) -> None:
+    """The model `base` with a saved adapter, added up in fp32 and rounded once, to the section's type."""
     plain = unpacked.load_original(section, base, dtype="float32")
     lm = adapters.merged(plain, str(adapter)).to(getattr(torch, section.dtype))
     lm.save_pretrained(draft, max_shard_size=MAX_SHARD)
     verify(draft, lm.state_dict(), section.trust_remote_code)
 
 
-def _accompany(draft: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+def accompany(draft: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """What goes with weights: the tokenizer with its template, and the model card."""
     tokenizer.save_pretrained(draft)
     (draft / "README.md").write_text(redact(card), encoding="utf-8")
 

@@ -65,8 +65,8 @@ def finish(
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
     summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
     summary |= {"weights_of": weights_of, "stopped": stopped}
-    figures = outcome.of_card(summary) if weights_of == steps else outcome.of_evaluation(run.path, weights_of)
-    card = model_card(recipe, {"step": weights_of, "metrics": figures})
+    figures = distributed.on_main(lambda: outcome.of_card(run.path, summary)) or {"step": weights_of, "metrics": {}}
+    card = model_card(recipe, figures)
     exported = export(run, policy, tokenizer, recipe.model, weights, card)
     run.event("finish", step=steps)
 

@@ -34,8 +34,9 @@ INNER = "lm."
 
 
 @torch.no_grad()
-def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
-    """Write the model of a committed checkpoint to the folder `to`, in `dtype` (default: the run's).
+def consolidate(checkpoint: Path, to: Path, dtype: str | None = None, merge: bool = False) -> None:
+    """Write the model of a committed checkpoint to the folder `to`, in `dtype` (default: the run's). `merge`: with its
+    adapter added to it, whatever the run's merge_on_export.
 
     Raises ConfigError where there is no such checkpoint or `to` is taken, IOFault where the checkpoint is damaged; then
     `to` is as it was.
@@ -45,6 +46,9 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
     said = checked_manifest(checkpoint)
     if dtype:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    if merge:
+        refuse_unmergeable(config.model)
+        config = config.model_copy(update={"model": as_merged(config.model)})
     base = str(run.path / "init") if config.model.init == "random" else config.model.name_or_path
     refuse_other_base(run, config.model)
     loading.quiet()
@@ -72,6 +76,17 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None) -> None:
 def refuse_taken(to: Path) -> None:
     if os.path.exists(to) and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to: {to} is there already; give a folder that is not")
+
+
+def refuse_unmergeable(section: ModelSection) -> None:
+    if section.lora is None:
+        raise ConfigError("--merge: the run trains the whole model, and has no adapter; leave --merge out")
+
+
+def as_merged(section: ModelSection) -> ModelSection:
+    """The section of a model whose adapter is added to it."""
+    assert section.lora
+    return section.model_copy(update={"lora": section.lora.model_copy(update={"merge_on_export": True})})
 
 
 def checked_config(checkpoint: Path) -> Config:

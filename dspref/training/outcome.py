@@ -59,15 +59,14 @@ def learned(path: Path) -> tuple[dict[str, tuple[float | None, float]], int]:
     return table, max(len(tail), 1)
 
 
-def of_card(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a model card, each with what it is."""
+def of_card(run: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card says of a run: the `step` whose weights the model has, and `metrics`, each with what it is. Of an
+    earlier step than the last these are what its evaluation found."""
+    step, learned = summary.get("weights_of", summary["step"]), summary.get("learned", {})
+    if step != summary["step"]:
+        found = curves.evaluation_of(run / METRICS, step)
+        return {"step": step, "metrics": {name: value for name, value in found.items() if name.endswith(SHOWN)}}
     tail = summary.get("tail", 1)
     of_training = f" (training, mean of the last {tail} logged steps)" if tail > 1 else " (training, last step)"
-    names = {name: name if name.startswith("eval_") else name + of_training for name in summary.get("learned", {})}
-    return {names[name]: last for name, (_, last) in summary.get("learned", {}).items()}
-
-
-def of_evaluation(run: Path, step: int) -> dict[str, float]:
-    """The same of a model that has the weights of an earlier step: what its evaluation found."""
-    records = (record for record in read_lines(run / METRICS) if record.get("step") == step and "loss" not in record)
-    return {name: value for found in records for name, value in found.items() if name.endswith(SHOWN) and is_number(value)}
+    names = {name: name if name.startswith("eval_") else name + of_training for name in learned}
+    return {"step": step, "metrics": {names[name]: last for name, (_, last) in learned.items()}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspref import distributed
@@ -63,6 +63,40 @@ def prepare(
     keys = [store.key for store in (found[2], *found[3].values())]
     refuse_other_pairs(distributed.gather_objects((socket.gethostname(), keys)))
     return found
+
+
+def prepare_held_out(
+    section: ModelSection, data: DataSection, reference: ReferenceSpec, device_type: str
+) -> tuple[str, PreTrainedTokenizerBase, dict[str, PairStore], dict[str, Listing]]:
+    """(attention kernel, tokenizer, held-out sets by metric prefix, their files), each checked: for a model that is only
+    evaluated."""
+
+    def work():
+        model_config = loading.load_config(section)
+        tokenizer = tokenizer_of(section)
+        kernel = admission.check(section, model_config, data.max_length, 0, device_type)
+        admission.check_weights(section, model_config)
+        adapters.check(section)
+        of_eval = zip(data.eval_sources, data.source_keys("eval").items())
+        listings = {prefix: listing_of(source, key) for prefix, (key, source) in of_eval}
+        refuse_seen_rows(data, listings)
+        sets = {prefix: load_sources(data, tokenizer, [listing]) for prefix, listing in listings.items()}
+        check_tokens(reference, model_config, list(sets.values()), device_type)
+        return kernel, tokenizer, sets, listings
+
+    found = distributed.in_turn(work)
+    refuse_other_pairs(distributed.gather_objects((socket.gethostname(), [store.key for store in found[2].values()])))
+    return found
+
+
+def refuse_seen_rows(data: DataSection, held_out: Mapping[str, Listing]) -> None:
+    """As `refuse_training_rows`, where the training files are still there."""
+    try:
+        listed = [listing_of(source, key) for key, source in data.source_keys("train").items()]
+    except UserError:
+        return  # the run is over, or elsewhere
+    for listing in held_out.values():
+        refuse_training_rows(listing, listed)
 
 
 def refuse_training_rows(listing: Listing, training: Sequence[Listing]) -> None:

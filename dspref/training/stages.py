@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspref import config as configuration
-from dspref import distributed
+from dspref import distributed, terminal
 from dspref.config import Config, ModelSection, TrainSection, lower_is_better
 from dspref.data.loader import Packing, StepLoader
 from dspref.data.show import mark
@@ -87,6 +87,8 @@ def already_finished(run: RunFolder, config: Config) -> bool:
         for change in changes:
             distributed.log(f"changed since this run began: {change}")
         finished = not anew and run.is_finished
+        if finished:
+            refuse_late_merge(run, config.model, changes)
         longer = any(change.startswith(LONGER) for change in changes)
         if finished and longer and not committed_folders(run):
             raise ConfigError(
@@ -103,6 +105,17 @@ def already_finished(run: RunFolder, config: Config) -> bool:
         show_summary(run)
         distributed.log("this run is finished; start anew with checkpoint.resume=never, or elsewhere with output_dir=")
     return done
+
+
+def refuse_late_merge(run: RunFolder, section: ModelSection, changes: list[str]) -> None:
+    """Raise ConfigError where a finished run is to be exported otherwise than it was: nothing would be done."""
+    if not any(change.startswith("model.lora.merge_on_export") for change in changes):
+        return
+    merges = section.lora is not None and section.lora.merge_on_export
+    has = "the adapter" if merges else "the merged model"
+    export = terminal.command("dspref", "export", run.path, "--to", "FOLDER", "--merge")
+    remedy = f"merge it by `{export}`" if merges else f"its adapter is in {run.path / 'adapter'}"
+    raise ConfigError(f"model.lora.merge_on_export: {run.path} is finished, and final/ holds {has}; {remedy}")
 
 
 def must_export_again(run: RunFolder) -> bool:

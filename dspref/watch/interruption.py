@@ -60,6 +60,19 @@ def leaving_at_once(what: str = BEFORE_RUN) -> Iterator[None]:
         os.close(writer)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While open, within `leaving_at_once`, Ctrl-C raises KeyboardInterrupt: whoever talks has something to stop by it. The
+    others end the process as before."""
+    wakeup = signal.set_wakeup_fd(-1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+
 def catch_to_the_end() -> None:
     """From now on, and while the interpreter is taken down too, no signal ends this process by itself."""
     global _outcome

@@ -256,6 +256,21 @@ def score_reference(
     return 0, said.getvalue()
 
 
+def evaluated(config_path: str, overrides: list[str], source: str | None) -> dict[str, Any] | str:
+    """What `dspref evaluate` finds in these ranks, or why it finds nothing."""
+    from dspref.training import held_out
+
+    config = configuration.load(config_path, overrides)
+    reference, objective = stages.reference_spec(config), config.objective.model_dump()
+    run = Path(config.output_dir)
+    try:
+        return held_out.held_out(
+            held_out.Asked(config.model, config.data, objective, reference, config.train.seed, run), source
+        )
+    except UserError as error:
+        return str(error)
+
+
 def environment_of_unlike_ranks(config_path: str) -> str:
     """What the check before a run says where each rank has a config of its own."""
     world = distributed.init(seed=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_elastic import LORA, SLOW, run_file, stage, train  # noqa: F401  (the fixture)
+from test_elastic import LORA, SLOW, refusal, run_file, stage, train  # noqa: F401  (the fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -102,7 +102,6 @@ def test_what_is_refused(finished, tmp_path):
         found, said = export(checkpoint, folder)
         assert found == code and said.count("\n") == 1 and all(word in said for word in words), (found, said)
 
-    refused(run, to, 2, "no committed checkpoint", f"there is {run / STEP}")
     refused(run / "checkpoints/.saving-step-000004", to, 2, "no committed checkpoint")
     refused(tmp_path / "nowhere", to, 2, "no committed checkpoint")
     refused(run / STEP, tmp_path / "taken", 2, "--to", "is there already")
@@ -136,3 +135,57 @@ def test_numbers_that_are_none_are_not_exported(finished, tmp_path):
     code, said = export(run / STEP, tmp_path / "to")
     assert code == 5 and "not finite" in said and said.count("\n") == 1, said
     assert not (tmp_path / "to").exists() and not list(tmp_path.glob(".export-*"))
+
+
+def test_a_run_is_exported_as_its_newest_checkpoint_is(finished, tmp_path):
+    assert export(finished, tmp_path / "model") == (0, f"{finished / 'final'} -> {tmp_path}/model\n")
+    assert_same_model(tmp_path / "model", finished / "final")
+    assert export(finished, tmp_path / "masters", "--dtype", "float32")[1].startswith(str(finished / STEP))
+    assert export(finished / STEP, tmp_path / "same", "--dtype", "float32")[0] == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "masters" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "final/model.safetensors").write_bytes(b"lost")
+    code, said = export(run, tmp_path / "again")
+    assert (code, said) == (0, f"{run / STEP} -> {tmp_path}/again\n")
+    assert_same_model(tmp_path / "again", finished / "final")
+    shutil.rmtree(run / "checkpoints")
+    code, said = export(run, tmp_path / "to")
+    assert code == 7 and "model.safetensors: is not what the run wrote" in said
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"state": "running"}))
+    code, said = export(run, tmp_path / "to")
+    assert code == 2 and "is not finished, and has no committed checkpoint" in said and not (tmp_path / "to").exists()
+
+
+def test_an_adapter_is_merged_when_somebody_asks(run_file, all_workers, tmp_path):  # noqa: F811
+    """By the run itself, of its checkpoint and of its final adapter: the same bytes."""
+    lora = "model.lora={r: 4, lora_alpha: 8, init_lora_weights: false, merge_on_export: %s}"
+    plain, merging = (
+        trained(all_workers[1], run_file, tmp_path / merge, stage(2), *BF16, lora % merge) for merge in ("false", "true")
+    )
+    shutil.copytree(plain, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare/checkpoints")
+    for k, source in enumerate((plain, plain / STEP, tmp_path / "bare", merging)):
+        code, said = export(source, tmp_path / f"merged-{k}", "--merge")
+        assert code == 0, said
+        assert_same_model(tmp_path / f"merged-{k}", merging / "final")
+        assert "library_name: transformers" in (tmp_path / f"merged-{k}/README.md").read_text()
+    assert export(tmp_path / "bare", tmp_path / "wide", "--merge", "--dtype", "float32")[0] == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype.itemsize == 4
+    code, said = export(tmp_path / "bare", tmp_path / "to", "--dtype", "float32")
+    assert code == 2 and "--dtype" in said and "leave --dtype out" in said
+    assert not list(tmp_path.glob(".export-*")) and not (tmp_path / "to").exists()
+    # The finished run would do nothing about it, and says what does.
+    overrides = (stage(2), *BF16, "train.max_steps=2")
+    code, said = refusal(all_workers[1], run_file, plain, *overrides, lora % "true")
+    assert code == 2 and f"merge it by `dspref export {plain} --to FOLDER --merge`" in said
+    code, said = refusal(all_workers[1], run_file, merging, *overrides, lora % "false")
+    assert code == 2 and f"its adapter is in {merging / 'adapter'}" in said
+
+
+def test_a_whole_model_has_no_adapter_to_merge(finished, tmp_path):
+    for source in (finished, finished / STEP):
+        code, said = export(source, tmp_path / "to", "--merge")
+        assert (code, said.count("\n")) == (2, 1) and "no adapter" in said and not (tmp_path / "to").exists()

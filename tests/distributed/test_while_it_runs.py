@@ -10,8 +10,6 @@ import pytest
 from test_preemption import arguments, committed, events
 from tiny import write_run
 
-SLOW = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,23 +34,6 @@ def weights(run: Path) -> bytes:
     return (run / "final/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("stage", [3, *(pytest.param(number, marks=SLOW) for number in (0, 1, 2))])
-def test_an_evaluation_of_step_0_and_a_dry_run_change_nothing(stage, run_file, forked, tmp_path):
-    common = ("train.max_steps=2", "train.eval_every=null", f"deepspeed={{zero_optimization: {{stage: {stage}}}}}")
-    for name in ("true", "false"):
-        before = (f"train.eval_at_start={name}", f"train.dry_run={name}")
-        ranks = forked.start(2, arguments(run_file, tmp_path / name, *common, *before))
-        assert forked.wait(ranks) == [0, 0], ranks.said()
-    first, *_ = records(tmp_path / "true")
-    assert first["step"] == 0 and first["epoch"] == 0 and "loss" not in first and first["eval_loss"] > 0
-    said = [(tmp_path / name / "logs/rank-0.log").read_text().count("the largest pack fits") for name in ("true", "false")]
-    assert said == [1, 0]
-    assert trained(tmp_path / "true") == trained(tmp_path / "false")
-    assert weights(tmp_path / "true") == weights(tmp_path / "false")
-    learned = json.loads((tmp_path / "true/run.json").read_text())["summary"]["learned"]
-    assert learned["eval_loss"][0] == first["eval_loss"], "the summary has a before"
-
-
 STOP = "train.stop_when={metric: eval_loss, patience: 2, min_delta: 1000.0}"  # which no evaluation gets beyond
 
 
@@ -60,17 +41,48 @@ def stopped_at(run: Path) -> list[int]:
     return [event["step"] for event in events(run, "early_stop")]
 
 
-def test_a_run_whose_evaluations_do_not_improve_ends_and_a_restart_changes_nothing(run_file, forked, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    asked = ("log.samples=1", "log.sample_every=100", "log.generation.max_new_tokens=2")
-    ranks = forked.start(2, arguments(run_file, whole, STOP, *asked))
+def test_a_run_evaluates_before_its_first_step_stops_early_and_exports_its_best(run_file, forked, tmp_path):
+    """All of it in one run, of which the slow tests take each by itself."""
+    run, asked = tmp_path / "run", ("log.samples=1", "log.sample_every=100", "log.generation.max_new_tokens=2")
+    before = ("train.eval_at_start=true", "train.dry_run=true", "export=best")
+    ranks = forked.start(2, arguments(run_file, run, STOP, *asked, *before))
     assert forked.wait(ranks) == [0, 0], ranks.said()
-    answered = [json.loads(line)["step"] for line in (whole / "samples.jsonl").read_text().splitlines()]
-    assert answered == [0, 3], "where it stops is its end"
-    assert [record["step"] for record in trained(whole)] == [1, 2, 3] and stopped_at(whole) == [3]
+    first, *_ = records(run)
+    assert first["step"] == 0 and first["epoch"] == 0 and "loss" not in first and first["eval_loss"] > 0
+    assert (run / "logs/rank-0.log").read_text().count("the largest pack fits") == 1
+    assert [record["step"] for record in trained(run)] == [1, 2, 3] and stopped_at(run) == [3]
     assert "stopped after step 3: eval_loss has not improved by more than 1000 for 2 evaluations" in ranks.said(0)
-    about = json.loads((whole / "run.json").read_text())
+    answered = [json.loads(line)["step"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert answered == [0, 3], "where it stops is its end"
+    about = json.loads((run / "run.json").read_text())
     assert about["state"] == "finished" and about["steps"] == 3 and "eval_loss" in about["summary"]["stopped"]
+    assert about["summary"]["learned"]["eval_loss"][0] == first["eval_loss"], "the summary has a before"
+    losses = {record["step"]: record["eval_loss"] for record in records(run) if "eval_loss" in record and record["step"]}
+    step = about["summary"]["weights_of"]
+    assert step == min(losses, key=lambda number: losses[number]) and step in committed(run)
+    card = (run / "final/README.md").read_text()
+    assert f"| steps | {step} of " in card and f"| eval_loss | {losses[step]:.4f} |" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_evaluation_of_step_0_and_a_dry_run_change_nothing(stage, run_file, forked, tmp_path):
+    common = ("train.max_steps=2", "train.eval_every=null", f"deepspeed={{zero_optimization: {{stage: {stage}}}}}")
+    for name in ("true", "false"):
+        before = (f"train.eval_at_start={name}", f"train.dry_run={name}")
+        ranks = forked.start(2, arguments(run_file, tmp_path / name, *common, *before))
+        assert forked.wait(ranks) == [0, 0], ranks.said()
+    said = [(tmp_path / name / "logs/rank-0.log").read_text().count("the largest pack fits") for name in ("true", "false")]
+    assert said == [1, 0]
+    assert trained(tmp_path / "true") == trained(tmp_path / "false")
+    assert weights(tmp_path / "true") == weights(tmp_path / "false")
+
+
+@pytest.mark.slow
+def test_an_early_stop_is_that_of_a_run_that_was_killed_before_it(run_file, forked, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    ranks = forked.start(2, arguments(run_file, whole, STOP))
+    assert forked.wait(ranks) == [0, 0], ranks.said()
     # What was waited for goes with a checkpoint: the second start has one evaluation to go.
     ranks = forked.start(
         2, arguments(run_file, broken, STOP, "checkpoint.save_every=2"), "hooks:die", victim=1, step=3, how="kill"
@@ -81,6 +93,7 @@ def test_a_run_whose_evaluations_do_not_improve_ends_and_a_restart_changes_nothi
     assert stopped_at(broken) == [3] and weights(broken) == weights(whole) and trained(broken) == trained(whole)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_exported(run_file, forked, tmp_path):
     run, short = tmp_path / "run", tmp_path / "short"
     common = ("train.learning_rate=0.3", "objective.beta=1.0", "checkpoint.keep_last=1")
@@ -99,7 +112,7 @@ def test_the_best_weights_are_exported(run_file, forked, tmp_path):
     assert weights(run) == weights(short)
 
 
-@pytest.mark.parametrize(("rate", "codes"), [("1e-3", [0, 0]), ("1e-12", [5, 5])])
+@pytest.mark.parametrize(("rate", "codes"), [pytest.param("1e-3", [0, 0], marks=pytest.mark.slow), ("1e-12", [5, 5])])
 def test_overfit_takes_one_steps_pairs_again_and_says_whether_the_loss_fell(rate, codes, run_file, forked, tmp_path):
     only = ("train.max_steps=null", "data.eval=null", "train.eval_every=null", "model.disable_dropout=true")
     common = ("train.overfit=3", *only, f"train.learning_rate={rate}")

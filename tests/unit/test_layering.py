@@ -25,7 +25,7 @@ ABOVE = {
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "commandline": {"config"},
     "looking": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
-    "cli": {"commandline", "config", "launcher", "looking", "machine", "ranks", "slurm", "training"},
+    "cli": {"chat", "commandline", "config", "launcher", "looking", "machine", "ranks", "run", "slurm", "training"},
     "__main__": {"cli"},
 }
 
@@ -33,7 +33,7 @@ ABOVE = {
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine.accelerator", "engine.engine", "engine.plain", "engine.shards"},
     "torch.distributed": {"distributed", "engine.engine"},
-    "transformers": {"data.pieces", "data.tokenize", "model", "run.checkpoint", "run.export"},
+    "transformers": {"data.pieces", "data.tokenize", "data.vocabulary", "model", "run.checkpoint", "run.export"},
     "peft": {"model.adapter_files", "model.adapters"},
     "bitsandbytes": {"engine.optimizer"},
     "liger_kernel": {"model.liger"},
@@ -41,11 +41,11 @@ OWNERS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"report.trackers"},
     "tensorboard": {"report.trackers"},
     "typer": {"cli", "commandline", "looking"},
-    "rich": {"report.census", "report.closeup", "report.console", "report.plan_table"},
+    "rich": {"chat.sides", "report.census", "report.closeup", "report.console", "report.plan_table"},
     "matplotlib": {"report.plots"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
-    "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights"},
+    "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights", "run.publish"},
 }  # fmt: skip
 
 # The rooms below get sections of a config, or values: where these see it whole, they are handed out. (The room's door only
@@ -64,8 +64,8 @@ NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
     "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "looking", "model.head_room",
     "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page", "report.plots",
-    "report.specs", "report.tables", "report.written", "run.curves", "run.history", "run.manifest", "run.record",
-    "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
+    "report.specs", "report.tables", "report.written", "run.curves", "run.history", "run.manifest", "run.publish",
+    "run.record", "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 
@@ -278,6 +278,7 @@ def test_pure_files_need_only_torch_and_numpy() -> None:
         "data.splits": {"yaml"},
         "data.tokenize": {"transformers"},
         "data.pieces": {"transformers"},
+        "data.vocabulary": {"transformers"},
     }
     violations = [
         f

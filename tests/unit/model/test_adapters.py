@@ -22,7 +22,7 @@ from dspref.errors import ConfigError
 from dspref.model import adapters
 from dspref.model.adapters import Adapters, Saved
 from dspref.model.loading import content_digest
-from dspref.model.unpacked import load_initial_policy
+from dspref.model.unpacked import load_named
 
 IDS = torch.arange(5, 25)[None]
 
@@ -399,11 +399,9 @@ def test_weights_of_another_kind_of_file_cannot_be_told_apart(base, tmp_path):
         content_digest(section(tmp_path / "copy"))
 
 
-def test_a_run_that_goes_on_begins_with_its_adapter(base, tmp_path):
-    """What answers the sample prompts "before": the model with the saved adapter, not the model alone."""
+def test_a_folder_of_an_adapter_names_the_model_with_it(base, tmp_path):
     folder = saved(base, tmp_path / "adapter", seed=3)
-    fresh = load_initial_policy(section(base), str(base))
-    going_on = load_initial_policy(section(base, lora={"path": str(folder)}), str(base))
+    fresh, going_on = load_named(str(base)), load_named(str(folder))
     assert torch.equal(logits(fresh), logits(model_of(base)))
     assert torch.equal(logits(going_on), logits(PeftModel.from_pretrained(model_of(base), str(folder))))
     assert not torch.allclose(logits(going_on), logits(fresh), atol=1e-3)

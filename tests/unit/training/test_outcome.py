@@ -59,9 +59,11 @@ def test_the_summary_counts_every_start_and_says_what_it_shows(starts, title, tm
     shown = capsys.readouterr().out
     assert shown.startswith(title)
     assert "mean of the last 2 logged; eval: the last" in shown
-    card = outcome.of_card(found)
+    card = outcome.of_card(run, found)["metrics"]
     assert card["loss (training, mean of the last 2 logged steps)"] == 0.5
     assert card["eval_loss"] == pytest.approx(5 / 12)
+    best = {"step": 2, "metrics": {"eval_loss": 5.0, "eval_rewards/accuracies": 0.75}}
+    assert outcome.of_card(run, found | {"weights_of": 2}) == best, "the card of other weights says what those did"
 
 
 def test_a_summary_of_an_older_dspref_is_shown(capsys):

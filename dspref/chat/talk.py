@@ -1,0 +1,228 @@
+"""Prompts in, answers out: a conversation on a terminal, or a prompt a line between pipes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dspref.chat import choice
+from dspref.chat.speaker import Messages, Speaker
+from dspref.data import vocabulary
+from dspref.errors import ConfigError
+from dspref.model import adapters, loading
+from dspref.model.generation import Asked
+from dspref.terminal import printable, shown
+from dspref.training import named
+from dspref.watch.interruption import interruptible
+
+HELP = "/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def chat(names: Sequence[str], asked: Asked, system: str | None, save: Path | None, seed: int | None) -> None:
+    """Talk to one model, or to two; `names`: of runs, checkpoints, folders or hub ids. `save`: where choices go.
+
+    Raises ConfigError where a model cannot be had, or choices not be made or kept.
+    """
+    import torch
+
+    typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if save is not None:
+        refuse_unkept(save, len(names), typed)
+    loading.quiet()
+    if seed is not None:
+        torch.manual_seed(seed)
+    with ExitStack() as stack:
+        found = [stack.enter_context(named.opened(name, option)) for name, option in zip(names, ("", "--versus"))]
+        folders = tokenizers_of(found)
+        speakers = []
+        for one, folder in zip(found, folders):
+            tokenizer = vocabulary.load_as_written(folder, one.trust_remote_code)
+            speakers.append(Speaker.load(one.folder, tokenizer, one.trust_remote_code, asked))
+        stack.enter_context(interruptible())
+        if system and not all(speaker.converses for speaker in speakers):
+            raise ConfigError("--system: a model without a chat template continues texts; leave it out")
+        talk = Talk(list(names), speakers, system, save)
+        (talk.typed if typed else talk.piped)()
+
+
+def tokenizers_of(found: Sequence[named.Named]) -> list[str]:
+    """Where each model's tokenizer lies: with it, with the model below an adapter, or else with the other model that is
+    talked to, which began as this one. Raises ConfigError where there is none."""
+    places = [found_with(one) for one in found]
+    known = [place for place in places if place]
+    if not known:
+        raise ConfigError(f"{found[0].folder}: holds no tokenizer; save one there, or give a run")
+    return [place or known[0] for place in places]
+
+
+def found_with(one: named.Named) -> str | None:
+    for folder in (one.folder, adapters.base_of(one.folder)[0] if one.is_adapter else None):
+        if folder and (not os.path.isdir(folder) or vocabulary.has_tokenizer(folder)):
+            return folder
+    return None
+
+
+def refuse_unkept(save: Path, count: int, typed: bool) -> None:
+    if count < 2:
+        raise ConfigError("--save: keeps which of two answers is better; name the other model by --versus")
+    if not typed:
+        raise ConfigError("--save: which answer is better is a key pressed on a terminal; leave it out between pipes")
+    if not save.absolute().parent.is_dir():
+        raise ConfigError(f"--save: {save.parent}: no such folder; make it first")
+    open(save, "ab").close()  # a file that cannot be written is told now
+
+
+@dataclass
+class Talk:
+    """One conversation, with one model or two."""
+
+    names: list[str]
+    speakers: list[Speaker]
+    system: str | None
+    save: Path | None
+    messages: Messages = field(default_factory=list)
+    kept: int = 0
+
+    def begin(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    # ---------------------------------------------------------------------------------------------------- between pipes
+
+    def piped(self) -> None:
+        """Each line is a prompt of its own; each answer is a block, with an empty line behind it."""
+        for line in lines_of_pipe():
+            if line in ("/quit", "/reset"):
+                if line == "/quit":
+                    break
+                continue
+            self.begin()
+            asked = [*self.messages, {"role": "user", "content": line}]
+            for k, speaker in enumerate(self.speakers, start=1):
+                text = "".join(speaker.answer(asked))
+                print(shown(f"{k}: {text}" if len(self.speakers) > 1 else text))
+                if speaker.ending.startswith("no room"):
+                    print(speaker.ending, file=sys.stderr)
+            print(flush=True)
+
+    # ---------------------------------------------------------------------------------------------------- on a terminal
+
+    def typed(self) -> None:
+        for k, (name, speaker) in enumerate(zip(self.names, self.speakers), start=1):
+            number = f"{k}  " if len(self.names) > 1 else ""
+            print(shown(f"{number}{name}: {speaker.in_words()}"))
+            if not speaker.converses:
+                print("   it has no chat template: what you type is continued as text, each line by itself")
+        print(HELP)
+        self.begin()
+        with suppress(EOFError):
+            for line in lines_of_terminal():
+                if line == "/quit":
+                    break
+                if line == "/reset":
+                    self.begin()
+                    print("begun anew")
+                    continue
+                self.turn(line)
+        print()
+        if self.save and self.kept:
+            print(shown(f"{self.kept} rows added to {self.save}"))
+
+    def turn(self, line: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": line}]
+        try:
+            answer = self.single(asked) if len(self.speakers) == 1 else self.double(asked)
+        except ConfigError as error:  # a template's refusal
+            print(error)
+            return
+        if answer:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def single(self, asked: Messages) -> str:
+        """Show the answer as it grows; what was said of it."""
+        said = []
+        print("model> ", end="", flush=True)
+        ending = ""
+        try:
+            for piece in self.speakers[0].answer(asked):
+                said.append(piece)
+                print(shown(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            ending = "stopped"
+        tell(ending or self.speakers[0].ending)
+        return "".join(said)
+
+    def double(self, asked: Messages) -> str:
+        """Show both answers, and ask which is better where that is kept; the one that the conversation goes on with."""
+        from dspref.chat.sides import Sides
+
+        answers, endings = ["", ""], ["", ""]
+        with Sides([f"{k}  {name}" for k, name in enumerate(self.names, start=1)]) as sides:
+            for k, speaker in enumerate(self.speakers):
+                try:
+                    for piece in speaker.answer(asked):
+                        answers[k] += piece
+                        sides.add(k, piece)
+                    endings[k] = speaker.ending
+                except KeyboardInterrupt:
+                    endings[k] = "stopped"
+        for k, ending in enumerate(endings, start=1):
+            if ending:
+                print(f"({k} {ending})")
+        return answers[self.better(asked, answers) or 0]
+
+    def better(self, asked: Messages, answers: list[str]) -> int | None:
+        """Ask which answer is better, and keep it; None where nobody says."""
+        if self.save is None:
+            return None
+        if reason := choice.refusal(answers):
+            print(f"(not kept: {reason})")
+            return None
+        try:
+            key = choice.pressed("which is better? 1, 2, or s to skip: ", list(choice.KEYS))
+        except KeyboardInterrupt:
+            key = "s"
+        print(key or "")
+        if key is None:
+            raise EOFError
+        better = choice.KEYS[key]
+        if better is not None:
+            row = choice.row_of(asked, answers[better], answers[1 - better], self.speakers[better].converses)
+            choice.keep(self.save, row)
+            self.kept += 1
+        return better
+
+
+def tell(ending: str) -> None:
+    print(f" ({printable(ending)})" if ending else "", flush=True)
+
+
+def lines_of_pipe() -> Iterator[str]:
+    """Lines that are not empty; bytes that are no UTF-8 are replaced."""
+    if sys.stdin is None:
+        return
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for line in sys.stdin:
+        if text := line.strip():
+            yield text
+
+
+def lines_of_terminal() -> Iterator[str]:
+    """What is typed, but empty lines. Raises EOFError at Ctrl-D."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys, and what was typed before)
+    while True:
+        try:
+            text = input("you> ").strip()
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        except UnicodeDecodeError:
+            print("(not UTF-8; not read)")
+            continue
+        if text:
+            yield text
