@@ -66,6 +66,7 @@ def test_first_step_equals_trl(world, run_file, all_workers):
             "grad_norm",
         } <= compared
         assert {"logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"} <= compared
+        assert {"entropy", "mean_token_accuracy"} <= compared
         for name in compared:
             theirs = variant["metrics"][name]
             assert math.isclose(result[name], theirs, rel_tol=1e-4), (name, result[name], theirs)

@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-    "logps/rejected", "logits/chosen", "logits/rejected", "grad_norm",
+    "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "grad_norm",
 )  # fmt: skip
 TOLERANCE = 1e-5  # relative to max(1, |value|), float64 against TRL
 
@@ -143,11 +143,14 @@ def run_trl(
     return {name: recorded[name] for name in (*METRICS, "grad_norm_logged", "num_tokens")}
 
 
-def score(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token log-probs of `answer` after `prompt` in one unpadded forward, and each token's mean logit."""
+def score(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> tuple[torch.Tensor, ...]:
+    """Per-token log-probs of `answer` after `prompt` in one unpadded forward, each token's mean logit, its entropy, and
+    whether it is the most likely one."""
     logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     targets = torch.tensor(answer)[:, None]
-    return logits.log_softmax(-1).gather(-1, targets)[:, 0], logits.detach().mean(-1)
+    logps, seen = logits.log_softmax(-1), logits.detach()
+    hits = seen.argmax(-1) == targets[:, 0]
+    return logps.gather(-1, targets)[:, 0], seen.mean(-1), -(logps * logps.exp()).detach().sum(-1), hits
 
 
 def run_plain(
@@ -164,7 +167,9 @@ def run_plain(
     for prompt, chosen, rejected in tokens:
         with torch.no_grad():
             reference_c, reference_r = (score(reference, prompt, answer)[0] for answer in (chosen, rejected))
-        (policy_c, logits_c), (policy_r, logits_r) = (score(policy, prompt, a) for a in (chosen, rejected))
+        (policy_c, logits_c, entropy_c, hits), (policy_r, logits_r, entropy_r, _) = (
+            score(policy, prompt, a) for a in (chosen, rejected)
+        )
         reward_c = BETA * (policy_c.sum() - reference_c.sum())
         reward_r = BETA * (policy_r.sum() - reference_r.sum())
         term = weights["sigmoid"] * -F.logsigmoid(reward_c - reward_r) / PAIRS
@@ -177,6 +182,8 @@ def run_plain(
         found["rewards/accuracies"] += float(reward_c > reward_r) / PAIRS
         found["logps/chosen"] += policy_c.sum().item() / PAIRS
         found["logps/rejected"] += policy_r.sum().item() / PAIRS
+        found["entropy"] += (entropy_c.sum() + entropy_r.sum()).item() / (chosen_tokens + rejected_tokens)
+        found["mean_token_accuracy"] += hits.sum().item() / chosen_tokens
         found["logits/chosen"] += logits_c.sum().item() / chosen_tokens
         found["logits/rejected"] += logits_r.sum().item() / rejected_tokens
     return found | {"loss": loss, "grad_norm": exact_norm(policy)}

@@ -57,7 +57,7 @@ SEE_CONFIG = {
 
 # The pure rooms never see a rank, a device string or a config object.
 PURE = {"data", "objectives"}
-PURE_FILES = {"model.attention", "model.logps", "model.router"}
+PURE_FILES = {"model.attention", "model.logits", "model.logps", "model.router"}
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}

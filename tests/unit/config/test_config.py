@@ -158,6 +158,12 @@ def test_the_example_spells_out_the_defaults(write) -> None:
     assert config.load(write(EXAMPLE)) == config.load(write(short, "short.yaml"))
 
 
+def test_sources_are_called_by_the_last_part_of_their_path(write) -> None:
+    paths = "[data/hard.jsonl, other/hard.json.gz, Org/set-v1.5, data/hard-2.csv, runs/, {path: data/hard.jsonl, weight: 2}]"
+    labels = config.load(write(with_train(paths))).data.labels
+    assert labels == ["hard", "hard-2", "set-v1.5", "hard-2-2", "runs", "hard-3"]
+
+
 def test_sources_one_and_many(write) -> None:
     one = config.load(write(with_data("eval: {path: q.jsonl}"))).data
     assert [s.path for s in one.train_sources] == ["p.jsonl"]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dspref.data.batch import CHOSEN, PROMPT, REJECTED, PackedBatch, collate
 from dspref.data.truncate import TokenizedPair
 from dspref.model import head_room
+from dspref.model import logits as logits_of
 from dspref.model import logps as module
 from dspref.model.logps import HeadTransform, TokenLogps, pair_logps, scored_logps, scored_tokens
 
@@ -253,7 +254,7 @@ def test_torch_has_the_operators_that_a_gpu_is_asked_for(
     count: int, transform: HeadTransform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products of bf16 matrices into fp32, into a tensor that is there too. Types and shapes alone are computed."""
-    monkeypatch.setattr(module, "_multiplies_into_fp32", lambda matrix: True)
+    monkeypatch.setattr(logits_of, "multiplies_into_fp32", lambda matrix: True)
     kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
     inputs = [torch.empty(*shape, **kind) for shape in ((count, 256), (32_064, 256), (32_064,))]
     ours = scored_logps(*inputs, torch.empty(count, dtype=torch.int64, device="meta"), transform, with_collision=True)
@@ -285,9 +286,9 @@ def test_both_ways_to_normalize_agree(keep: bool, asked: tuple[bool, bool]) -> N
     logits[:, 0] = -1e6  # a word that is masked out
     targets = torch.arange(1, C + 1)[:, None]
     found = []
-    for normalize in (module._by_powers, module._by_log_softmax):
+    for normalize in (logits_of.by_powers, logits_of.by_log_softmax):
         kept = logits.clone()
-        found.append((*normalize(kept, targets, kept if keep else None, module.Asked(*asked)), kept if keep else None))
+        found.append((*normalize(kept, targets, kept if keep else None, logits_of.Asked(*asked)), kept if keep else None))
     for ours, theirs in zip(*found):
         assert (ours is None) == (theirs is None)
         if ours is not None:
@@ -322,7 +323,7 @@ def test_16_bit_logits_are_rounded_only_where_torch_must(bias: bool, kept: int, 
         return out.copy_(total + into_fp32(a, b, out_dtype=out_dtype))
 
     multiply = torch.mm
-    monkeypatch.setattr(module, "_multiplies_into_fp32", lambda matrix: True)
+    monkeypatch.setattr(logits_of, "multiplies_into_fp32", lambda matrix: True)
     monkeypatch.setattr(torch, "mm", into_fp32)
     monkeypatch.setattr(torch, "addmm", added_in_fp32)
     ours = scored_logps(hidden, weight, offset, targets).logps
