@@ -59,8 +59,8 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def all_workers() -> Iterator[dict[int, Workers]]:
-    workers = {size: Workers(size) for size in (1, 2, 4)}  # which start when they are first asked
+def all_workers(forked: Forked) -> Iterator[dict[int, Workers]]:
+    workers = {size: Workers(size, forked) for size in (1, 2, 4)}  # which start when they are first asked
     yield workers
     for group in workers.values():
         group.stop()
