@@ -134,11 +134,12 @@ def import_what_ranks_need() -> None:
 
     Without the freeze ZeRO-3, which collects garbage whenever an engine starts, would walk all that the imports made.
     """
+    gc.disable()
     for name in LATE:
         importlib.import_module(name)
     with contextlib.suppress(ImportError, AttributeError):  # its regular expressions, which a newer one may keep elsewhere
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen2")
-    gc.collect()
+    gc.enable()
     gc.freeze()
 
 
