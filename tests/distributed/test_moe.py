@@ -230,7 +230,7 @@ def cases(family: str, book: Oracle, world: int) -> list[tuple[list[str], dict[s
     return steps
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_loss_and_gradients_are_those_of_the_oracle(world, family, run_file, book, all_workers):
     """Scope `step` in every layout, with a coupled objective and one without a reference; scope `micro` as packs fall."""
     workers, steps = all_workers[world], cases(family, book, world)

@@ -369,7 +369,7 @@ def test_ranks_that_are_killed_because_they_leave_too_slowly_were_interrupted(he
 
 def test_pairs_that_were_scored_are_progress(here):
     scored = {"act": [75, None, "scored"]}
-    assert played(here, *[scored] * 5, {"act": [0]})[:2] == (0, 6)
+    assert played(here, *[scored] * 4, {"act": [0]})[:2] == (0, 5)
 
 
 def test_requeueing_has_an_end(here):
