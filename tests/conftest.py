@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -29,8 +30,16 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # Files of tests help each other, by their names alone.
 sys.path[:0] = [str(ROOT / "tests" / "distributed"), *map(str, (ROOT / "tests" / "unit").glob("[a-z]*/"))]
 
+# Half the time of collection were walks through all that torch and the tests define, which stays.
+gc.disable()
+
 from forked import Forked  # noqa: E402  (needs the path above)
 from workers import Workers  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,8 +68,8 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def all_workers() -> Iterator[dict[int, Workers]]:
-    workers = {size: Workers(size) for size in (1, 2, 4)}  # which start when they are first asked
+def all_workers(forked: Forked) -> Iterator[dict[int, Workers]]:
+    workers = {size: Workers(size, forked) for size in (1, 2, 4)}  # which start when they are first asked
     yield workers
     for group in workers.values():
         group.stop()

@@ -26,13 +26,17 @@ from dspref.training.gradient import Instruments, StepLoss
 
 
 def first_steps(config_path: str, variants: list[list[str]], gradients: bool = True) -> list[dict[str, Any]]:
-    """Loss, metrics, gradient norm and gradients of step 1, for each list of overrides."""
-    return [_first_step(config_path, overrides, gradients) for overrides in variants]
+    """Loss, metrics, gradient norm and gradients of step 1, for each list of overrides.
+
+    Variants of one model on the same data share what is prepared of them.
+    """
+    prepared: dict[str, Any] = {}
+    return [_first_step(config_path, overrides, gradients, prepared) for overrides in variants]
 
 
-def _first_step(config_path: str, overrides: list[str], gradients: bool) -> dict[str, Any]:
+def _first_step(config_path: str, overrides: list[str], gradients: bool, prepared: dict[str, Any]) -> dict[str, Any]:
     config = configuration.load(config_path, overrides)
-    policy, reference, loader, loss = _start(config, 1)
+    policy, reference, loader, loss = _start(config, 1, prepared)
     meter = Meter(policy.device, loss.router_coef)
     step = next(loader.steps(0, 1))
     gradient.accumulate(step, policy, loss, reference, RunningMean(), Instruments(meter))
@@ -46,9 +50,11 @@ def _first_step(config_path: str, overrides: list[str], gradients: bool) -> dict
     return result
 
 
-def _start(config: configuration.Config, steps: int) -> tuple[Engine, references.Reference, StepLoader, StepLoss]:
+def _start(
+    config: configuration.Config, steps: int, prepared: dict[str, Any] | None = None
+) -> tuple[Engine, references.Reference, StepLoader, StepLoss]:
     """A run as `trainer.train` starts it, without a run folder."""
-    policy, pairs, held_out, loader, weights = _load_policy(config, steps)
+    policy, pairs, held_out, loader, weights = _load_policy(config, steps, prepared)
     reference = _build(config, policy, weights, {"train": pairs, **held_out}, loader)
     objective = build_objective(**config.objective.model_dump())
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
@@ -56,12 +62,16 @@ def _start(config: configuration.Config, steps: int) -> tuple[Engine, references
 
 
 def _load_policy(
-    config: configuration.Config, steps: int
+    config: configuration.Config, steps: int, prepared: dict[str, Any] | None = None
 ) -> tuple[Engine, PairStore, dict[str, PairStore], StepLoader, str]:
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
-    kernel, _, pairs, held_out = _prepare(config, device.type)
+    prepared = {} if prepared is None else prepared
+    key = repr((config.model, config.data, stages.reference_spec(config), config.train.optim))
+    if key not in prepared:
+        prepared[key] = _prepare(config, device.type)
+    kernel, _, pairs, held_out = prepared[key]
     _, loader = stages.plan(config, pairs)
     weights = config.model.name_or_path
     objective = build_objective(**config.objective.model_dump())

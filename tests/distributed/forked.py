@@ -5,6 +5,8 @@ What dies must be a whole process, and importing torch and DeepSpeed takes longe
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -17,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workers import ROOT, receive, send
+from workers import QUIET, ROOT, Rank, own_output, receive, send, serve
+
+LATE = ("dspref.training.trainer", "transformers.models.qwen2.modeling_qwen2", "peft.tuners", "torch._inductor.compile_fx")
 
 
 @dataclass
@@ -49,18 +53,32 @@ class Forked:
         self, ranks: int, arguments: Sequence[str], hook: str = "", environment: dict[str, str] | None = None, **given: Any
     ) -> Run:
         """`launch/train.py` with these arguments on some ranks. `hook`: "module:function" to call first on every rank."""
-        if self._server is None:
-            self._scratch = tempfile.mkdtemp(prefix="dspref-forked-")
-            path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
-            quiet = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            quiet["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher has it, which comes after the server's imports
-            self._server = subprocess.Popen(
-                [sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
-                env={**os.environ, **quiet, "TORCH_EXTENSIONS_DIR": f"{self._scratch}/extensions"}, start_new_session=True,
-            )  # fmt: skip
+        self._serve()
         output = Path(tempfile.mkdtemp(dir=self._scratch))
         pids = self._ask("fork", (ranks, list(arguments), str(output), hook, given, environment or {}))
         return Run(pids, output)
+
+    def rank(self, environment: dict[str, str], pipes: str) -> Rank:
+        """One of `Workers`, by two pipes of these names."""
+        self._serve()
+        names = f"{pipes}.cases", f"{pipes}.answers"
+        for name in names:
+            os.mkfifo(name)
+        pid = self._ask("rank", (environment, *names))
+        # In the order of the rank's own: opening waits for the other end.
+        cases, answers = open(names[0], "wb", buffering=0), open(names[1], "rb", buffering=0)
+        return Rank(pid, cases, answers, lambda: self._ask("wait", pid))
+
+    def _serve(self) -> None:
+        if self._server is not None:
+            return
+        self._scratch = tempfile.mkdtemp(prefix="dspref-forked-")
+        # As the launcher has the level, which comes after the server's imports.
+        own = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_EXTENSIONS_DIR": f"{self._scratch}/extensions"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
+            env={**os.environ, **QUIET, **own}, start_new_session=True,
+        )  # fmt: skip
 
     def wait(self, run: Run, seconds: float = 120) -> list[int]:
         """The exit codes, minus the signal for a rank that one ended. AssertionError where one is still there."""
@@ -99,17 +117,30 @@ def until(found: Callable[[], Any], seconds: float = 90) -> Any:
     return value
 
 
-def serve() -> None:
-    from dspref.training import trainer  # noqa: F401  (what takes long to import)
-
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
+def serve_forks() -> None:
+    answers = own_output()
+    import_what_ranks_need()
+    do = {"fork": lambda value: fork(*value), "rank": lambda value: fork_rank(*value), "reap": reap, "wait": wait}
     while True:
         try:
             what, value = receive(sys.stdin.buffer)
         except EOFError:
             return
-        send(answers, fork(*value) if what == "fork" else reap(value))
+        send(answers, do[what](value))
+
+
+def import_what_ranks_need() -> None:
+    """Also what a run imports late, or makes once; it would be most of the time of a tiny run.
+
+    Without the freeze ZeRO-3, which collects garbage whenever an engine starts, would walk all that the imports made.
+    """
+    gc.disable()
+    for name in LATE:
+        importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # its regular expressions, which a newer one may keep elsewhere
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen2")
+    gc.enable()
+    gc.freeze()
 
 
 def fork(ranks: int, arguments: list[str], output: str, hook: str, given: dict, environment: dict[str, str]) -> list[int]:
@@ -154,6 +185,24 @@ def _be_a_rank(
         os._exit(code)
 
 
+def fork_rank(environment: dict[str, str], cases: str, answers: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.environ.update(environment)
+            tempfile.tempdir = None  # the server's
+            serve(open(cases, "rb", buffering=0), open(answers, "wb", buffering=0))
+        finally:
+            os._exit(0)
+    return pid
+
+
+def wait(pid: int) -> None:
+    os.waitpid(pid, 0)
+
+
 def reap(pids: list[int]) -> dict[int, int]:
     found = {}
     for pid in pids:
@@ -164,4 +213,4 @@ def reap(pids: list[int]) -> dict[int, int]:
 
 
 if __name__ == "__main__":
-    serve()
+    serve_forks()

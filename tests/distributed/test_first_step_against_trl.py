@@ -49,7 +49,7 @@ def run_file(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_first_step_equals_trl(world, run_file, all_workers):
     variants = [[] if alpha is None else [f"objective.rpo_alpha={alpha}"] for alpha in RPO_ALPHA.values()]
     results = all_workers[world].run("cases:first_steps", config_path=str(run_file), variants=variants)[0]

@@ -86,7 +86,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_loss_and_gradients_are_those_of_the_oracle_in_every_layout(world, run_files, expected, all_workers):
     ranks = all_workers[world].run("cases:first_steps", config_path=str(run_files / "run.yaml"), variants=VARIANTS)
     packs = set()

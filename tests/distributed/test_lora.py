@@ -177,8 +177,17 @@ def test_a_random_adapter_does_not_begin_at_ln_2(folder, all_workers):
     assert abs(loss - LN2) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "head"])
-@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 2), (1, 3), pytest.param(2, 3, marks=pytest.mark.slow)])
+HALVES = {("lora", 1, 1), ("dora", 1, 3), ("head", 2, 2)}  # each kind and each stage; the others are slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "stage"),
+    [
+        pytest.param(kind, *ranks, marks=() if (kind, *ranks) in HALVES else pytest.mark.slow)
+        for ranks in ((1, 1), (2, 2), (1, 3), (2, 3))
+        for kind in ("lora", "dora", "head")
+    ],
+)
 def test_half_precision_begins_at_ln_2(kind, world, stage, folder, all_workers, tmp_path):
     losses = train(
         all_workers[world], folder, tmp_path / "run", lora(kind), zero(stage), "model.dtype=bfloat16", "train.max_steps=2"

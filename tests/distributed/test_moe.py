@@ -230,7 +230,7 @@ def cases(family: str, book: Oracle, world: int) -> list[tuple[list[str], dict[s
     return steps
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_loss_and_gradients_are_those_of_the_oracle(world, family, run_file, book, all_workers):
     """Scope `step` in every layout, with a coupled objective and one without a reference; scope `micro` as packs fall."""
     workers, steps = all_workers[world], cases(family, book, world)
@@ -339,7 +339,7 @@ def train(workers: Workers, run_file: Path, run: Path, *overrides: str) -> tuple
     return [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
 
 
-@pytest.mark.parametrize("scope", ["micro", "step"])
+@pytest.mark.parametrize("scope", [pytest.param("micro", marks=pytest.mark.slow), "step"])
 def test_ranks_that_use_disjoint_experts_train_on_and_resume(scope, torn_run, all_workers, tmp_path):
     """Under ZeRO-3 every expert is sharded over both ranks: a rank gathers what it does not use. A run that was killed ends
     with the same metrics and weights, to the bit."""
@@ -384,7 +384,7 @@ WHOLE_RUN = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_evaluates_all_held_out_pairs_and_exports_what_it_evaluated(world, run_file, all_workers, tmp_path):
     """The last evaluation is the oracle's with the exported weights, as a user loads them."""
     folder, run = run_file.parent, tmp_path / "run"

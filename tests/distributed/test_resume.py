@@ -72,8 +72,9 @@ OBJECTIVES = {
 @pytest.mark.parametrize(
     ("world", "stage", "objective"),
     [
-        *[(1, 2, "dpo"), (1, 3, "dpo"), (2, 2, "dpo"), (2, 3, "dpo"), (2, 1, "dpo"), (1, 0, "dpo")],
-        *[(1, 2, "mpo"), (2, 3, "mpo"), (2, 3, "orpo")],
+        *[(1, 2, "mpo"), (2, 3, "dpo"), (2, 1, "dpo"), (1, 0, "dpo"), (2, 3, "orpo")],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2, "dpo"), (1, 3, "dpo"), (2, 2, "dpo"))],
+        pytest.param(2, 3, "mpo", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_ends_bit_identical(world, stage, objective, run_file, all_workers, tmp_path):

@@ -148,7 +148,8 @@ def test_weights_that_are_no_numbers_end_the_run_before_its_first_step(stage, al
     assert all_workers[2].run("cases:run_training", config_path=str(path), overrides=[]) == [0, 0]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_launcher_passes_the_exit_code_on(ranks, model, tmp_path):
     """Every rank leaves with the verdict of rank 0, and only one speaks."""
     (tmp_path / "bad.jsonl").write_bytes(GOOD + b"[1]\n")

@@ -27,7 +27,8 @@ def snippets() -> list[tuple[str, str | None, str]]:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "dspref", folder / "dspref", ignore=shutil.ignore_patterns("__pycache__"))
+    # What is compiled, too; but not what another process is writing there.
+    shutil.copytree(ROOT / "dspref", folder / "dspref", ignore=shutil.ignore_patterns("*.pyc.*"))
     for name in ("docs", "ds_configs", "launch"):
         (folder / name).symlink_to(ROOT / name)
     for path, table, code in snippets():

@@ -31,6 +31,7 @@ def run(program: str, clone: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_blocks_run_and_agree_with_transformers(clone: Path) -> None:
     """Two runs in one process, and what is beside them."""
     assert len(BLOCKS) == 5

@@ -170,7 +170,7 @@ def test_a_manifest_that_names_no_files_is_no_traceback(whole, tmp_path):
 
 
 def test_no_damage_of_small_files_finds_a_traceback(whole):
-    check(whole, 100)
+    check(whole, 30)
 
 
 @pytest.mark.slow
