@@ -11,6 +11,7 @@ from typing import Any
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 HEADER = ("benchmark", "what", "measured", "target", "")
 
 
@@ -59,11 +60,29 @@ def measurements(result: dict[str, Any]) -> Iterator[str]:
         yield f"{', '.join(names)}: {date}, {processor}; least of {min(race['rounds'] for race in races)} rounds or more"
 
 
+def gpu_markdown(result: dict[str, Any]) -> str:
+    """The figures of a results file of `benchmarks.gpu`; what has no value is in the file."""
+    table = [HEADER, ("---",) * len(HEADER)]
+    for benchmark in result["benchmarks"]:
+        for figure in benchmark["figures"]:
+            verdict = {True: "met", False: "missed", None: ""}[figure["met"]]
+            if figure["value"] is not None:
+                table.append((benchmark["id"], figure["what"], measured(figure), figure["target"] or "", verdict))
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([*lines, "", f"- {result['date'][:10]}, {result['hardware']['device']}; {versions}"])
+
+
+def put_into(text: str, table: str, begin: str, end: str) -> str:
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+
+
 def main() -> None:
     result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n\n{as_markdown(result)}\n\n{END}{after}", encoding="utf-8")
+    of_gpu = "benchmarks" in result
+    table, marks = (gpu_markdown(result), (GPU_BEGIN, GPU_END)) if of_gpu else (as_markdown(result), (BEGIN, END))
+    README.write_text(put_into(README.read_text(encoding="utf-8"), table, *marks), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import log
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.gpu import models
@@ -180,11 +180,12 @@ def run_race(
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes out
 
-# Largest differences of the first loss from its analytic value, of other losses from dspref's, and of the mean log-prob of
-# the chosen answers in the first step, relative. In bf16 a sum of 300 log-probs is off by some tenths.
+# Largest differences of the first loss from its analytic value, of other losses and their mean from dspref's, and of the
+# mean log-prob of the chosen answers in the first step, relative. In bf16 a sum of 300 log-probs is off by some tenths: on
+# an H100, losses of TRL with and without fp32 masters were 0.022 apart, root mean square, and 0.0015 in the mean of 25.
 TOLERANCES = {
-    "float32": {"first_loss": 1e-5, "losses": 1e-3, "logps": 1e-4},
-    "bfloat16": {"first_loss": 1e-2, "losses": 5e-2, "logps": 2e-3},
+    "float32": {"first_loss": 1e-5, "losses": 1e-3, "mean_loss": 1e-3, "logps": 1e-4},
+    "bfloat16": {"first_loss": 1e-2, "losses": 0.1, "mean_loss": 0.015, "logps": 2e-3},
 }
 
 
@@ -206,6 +207,8 @@ def fault(
     for step, gap in enumerate(gaps, start=1):
         if not gap <= allowed["losses"]:
             return f"losses differ from dspref's by {gap:.2g} in step {step}"
+    if not (gap := abs(mean(result["losses"]) - mean(ours["losses"]))) <= allowed["mean_loss"]:
+        return f"the mean loss differs from dspref's by {gap:.2g}"
     if not abs(result["logps"][0] / ours["logps"][0] - 1) <= allowed["logps"]:
         return f"the first log-probs are {result['logps'][0]:.6g}, dspref's {ours['logps'][0]:.6g}"
     return None

@@ -302,8 +302,8 @@ def head(shape: ModelShape, layout: Layout, pack: Pack) -> float:
         logits = scored * words * (4 + (v if v == 2 else 0))
     else:
         room = head_room.room(layout.device)
-        part = min(max(room // max(scored, 1), head_room.PART), words)
-        logits = room * 12 + 4 * part * hidden
+        in_blocks = scored > room // head_room.PART  # then gradients of a part of the head are summed in fp32
+        logits = room * 12 + (4 * head_room.PART * hidden if in_blocks else 0)
     whole = 0 if shape.frozen_base else v * words * hidden
     return logits + whole + scored * hidden * (8 + v)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# fp32 logits alive at once, whatever the batch and the vocabulary: 128 MB feed a GPU, 16 MB stay near a CPU's caches.
-LOGITS_PER_CHUNK = 2**25
+# fp32 logits alive at once, whatever the batch and the vocabulary: 256 MB feed a GPU, 16 MB stay near a CPU's caches.
+LOGITS_PER_CHUNK = 2**26
 LOGITS_PER_CPU_CHUNK = 2**22
 # Rows of the head that the backward pass meets at a time, at least: each part of the vocabulary is added to the gradients of
 # all hidden states, so that many small ones would cost more than their matrix products.

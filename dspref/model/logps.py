@@ -33,9 +33,9 @@ class HeadTransform:
             logits = logits.mul_(self.scale)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def derivative(self, transformed: Float[Tensor, "c V"]) -> Float[Tensor, "c V"] | float:
-        """d transformed / d raw: s (1 - (z / softcap)^2) at the capped logit z."""
-        return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap) ** 2)
+    def bend(self, transformed: Float[Tensor, "c V"]) -> Float[Tensor, "c V"] | None:
+        """d transformed / d (scale x raw): 1 - (z / softcap)^2 at the capped logit z; None: 1 everywhere."""
+        return None if self.softcap is None else 1 - (transformed / self.softcap) ** 2
 
 
 class TokenLogps(NamedTuple):
@@ -47,6 +47,22 @@ class TokenLogps(NamedTuple):
     """Mean over the vocabulary of the logits at its position, without gradient."""
     collision: Float[Tensor, "N"] | None = None
     """Collision entropy -log sum_v p(v)^2 at its position, without gradient, where it was asked for."""
+    entropy: Float[Tensor, "N"] | None = None
+    """Entropy -sum_v p(v) log p(v) at its position, in nats, likewise."""
+    hit: Float[Tensor, "N"] | None = None
+    """1 where no other token is more likely, else 0, likewise."""
+
+
+class Asked(NamedTuple):
+    """What a forward is asked for beside log-probs and mean logits."""
+
+    collision: bool
+    statistics: bool
+
+    @property
+    def each(self) -> tuple[bool, bool, bool]:
+        """Of collision entropy, entropy, hit."""
+        return self.collision, self.statistics, self.statistics
 
 
 def scored_logps(
@@ -56,25 +72,26 @@ def scored_logps(
     targets: Int[Tensor, "C"],
     transform: HeadTransform = HeadTransform(),
     with_collision: bool = False,
+    with_statistics: bool = False,
 ) -> TokenLogps:
-    """log p(target) at each position, with what else is asked for.
+    """log p(target) at each position, with what else is asked for; `with_statistics`: `entropy` and `hit`.
 
     Logits are made chunk by chunk, and made again in the backward pass unless few enough to keep. `weight` and `bias` are
     read once: under ZeRO-3 they must be the parameters themselves, read inside the forward of the module that the engine
     wraps.
     """
-    logps, mean_logits, collision = _ScoredLogps.apply(  # type: ignore[misc]
-        hidden, weight, bias, targets, transform, with_collision, torch.is_grad_enabled()
+    asked = Asked(with_collision, with_statistics)
+    logps, mean_logits, *others = _ScoredLogps.apply(  # type: ignore[misc]
+        hidden, weight, bias, targets, transform, asked, torch.is_grad_enabled()
     )
-    return TokenLogps(logps, mean_logits, collision if with_collision else None)
+    return TokenLogps(logps, mean_logits, *(x if wanted else None for x, wanted in zip(others, asked.each)))
 
 
 def counted(tokens: TokenLogps, batch: PackedBatch) -> TokenLogps:
     """Computed tokens [C] -> tokens of every answer of every pair [N]: gradients of all that share a token add up."""
     if batch.scored_index is None:
         return tokens
-    logps, mean_logits, collision = (x if x is None else x[batch.scored_index] for x in tokens)
-    return TokenLogps(logps, mean_logits, collision)  # type: ignore[arg-type]
+    return TokenLogps(*(x if x is None else x[batch.scored_index] for x in tokens))  # type: ignore[arg-type]
 
 
 def pair_logps(tokens: TokenLogps, batch: PackedBatch) -> PairLogps:
@@ -124,14 +141,14 @@ class _ScoredLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: HeadTransform,
-        with_collision: bool,
+        asked: Asked,
         with_gradient: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         count = hidden.shape[0]
         logps = hidden.new_empty(count, dtype=torch.float32)
         log_normalizer = torch.empty_like(logps)
         mean_logit = torch.empty_like(logps)
-        collision = torch.empty_like(logps) if with_collision else logps.new_empty(0)
+        collision, entropy, hit = (torch.empty_like(logps) if wanted else None for wanted in asked.each)
         if transform.softcap is None:
             # The mean of h . w over the vocabulary is h . mean(w): one pass over the head instead of one over all logits.
             mean_bias = 0.0 if bias is None else bias.float().mean()
@@ -142,21 +159,26 @@ class _ScoredLogps(torch.autograd.Function):
             logits = transform(_raw_logits(hidden[rows], weight, bias, None if kept is None else kept[rows]))
             if transform.softcap is not None:
                 mean_logit[rows] = logits.mean(dim=-1)
-            of_target = logits.gather(-1, targets[rows, None])[:, 0]
             normalize = _by_powers if hidden.is_cpu else _by_log_softmax
-            log_normalizer[rows], squares = normalize(logits, None if kept is None else kept[rows], with_collision)
-            logps[rows] = of_target - log_normalizer[rows]
-            if squares is not None:
-                collision[rows] = squares
+            found = normalize(logits, targets[rows, None], None if kept is None else kept[rows], asked)
+            for whole, part in zip((logps, log_normalizer, collision, entropy, hit), found):
+                if whole is not None and part is not None:
+                    whole[rows] = part
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
         ctx.transform, ctx.probabilities = transform, kept
-        ctx.mark_non_differentiable(mean_logit, collision)
-        return logps, mean_logit, collision
+        others = [logps.new_empty(0) if x is None else x for x in (collision, entropy, hit)]
+        ctx.mark_non_differentiable(mean_logit, *others)
+        return logps, mean_logit, *others
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Of the gradient s (onehot - p) at the logits, -|s| is computed with it, and the sign of s beside it: to give it to
+        # d numbers of a row costs less than to V of them.
+        steep = grad_logps * ctx.transform.scale
+        minus_sign, steep = -steep.sign()[:, None], steep.abs()
+        signed = (hidden * minus_sign).to(hidden.dtype) if needs_weight else hidden
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias else None
@@ -171,28 +193,27 @@ class _ScoredLogps(torch.autograd.Function):
                 of_words = torch.zeros_like(weight[words], dtype=torch.float32)
             of_biases = None if grad_bias is None else torch.zeros_like(grad_bias[words], dtype=torch.float32)
             for rows in blocks:
-                slope = grad_logps[rows, None]
+                place = targets[rows, None] - words.start
                 if kept is None:
                     logits = ctx.transform(_raw_logits(hidden[rows], weight[words], None if bias is None else bias[words]))
-                    slope = slope * ctx.transform.derivative(logits)
-                    grad = logits.sub_(log_normalizer[rows, None]).exp_()
+                    bend = ctx.transform.bend(logits)
+                    grad = _errors(logits, log_normalizer[rows], steep[rows], place, bend, hidden.dtype)
                 else:
-                    slope, grad = slope * ctx.transform.scale, kept
-                grad = _with_target(grad.mul_(-slope), slope, targets[rows] - words.start).to(hidden.dtype)
+                    grad = _kept_errors(kept, steep, place, hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] += _product(grad, weight[words])
+                    _add_product(grad_hidden[rows], grad, weight[words])
                 if of_words is not None:
-                    of_words += _product(grad.t(), hidden[rows])
+                    _add_product(of_words, grad.t(), signed[rows])
                 elif grad_weight is not None:
-                    torch.mm(grad.t(), hidden, out=grad_weight[words])
+                    torch.mm(grad.t(), signed, out=grad_weight[words])
                 if of_biases is not None:
-                    of_biases += grad.sum(dim=0, dtype=torch.float32)
+                    of_biases += (grad * minus_sign[rows]).sum(dim=0, dtype=torch.float32)
             if grad_weight is not None and of_words is not None:
                 grad_weight[words] = of_words
             if grad_bias is not None and of_biases is not None:
                 grad_bias[words] = of_biases
         return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_hidden is None else grad_hidden.mul_(minus_sign).to(hidden.dtype),
             grad_weight,
             grad_bias,
             None,
@@ -202,40 +223,98 @@ class _ScoredLogps(torch.autograd.Function):
         )
 
 
-def _by_powers(
-    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
-) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
-    """(log of the sum of exp, collision entropies where asked for) of logits, in whose place (which is `kept`) come their
-    probabilities: no other memory is touched, which is what counts near a CPU's caches."""
+class Normalized(NamedTuple):
+    """Of a chunk of logits, all fp32 [c]."""
+
+    logps: Tensor
+    log_normalizer: Tensor
+    """log of the sum of exp."""
+    collision: Tensor | None
+    entropy: Tensor | None
+    hit: Tensor | None
+
+
+def _by_powers(logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Asked) -> Normalized:
+    """In place of the logits (which is `kept`) come their probabilities: no other memory is touched but for `statistics`,
+    which is what counts near a CPU's caches."""
+    of_target = logits.gather(-1, targets)[:, 0]
     largest = logits.amax(dim=-1)
     powers = logits.sub_(largest[:, None]).exp_()
-    log_normalizer = largest + powers.sum(dim=-1).log()
-    collision = None
-    if with_collision:
+    total = powers.sum(dim=-1)
+    log_normalizer = largest + total.log()
+    collision = entropy = hit = None
+    if asked.collision:
         square = torch.linalg.vector_norm(powers, dim=-1).log() + largest
         collision = 2 * (log_normalizer - square)
+    if asked.statistics:
+        # -sum p log p with p = e / Z: log Z - sum e log e / Z
+        entropy = total.log() + torch.special.entr(powers).sum(dim=-1) / total
+        hit = (of_target >= largest).float()
     if kept is not None:
         powers.mul_((largest - log_normalizer).exp_()[:, None])
-    return log_normalizer, collision
+    return Normalized(of_target - log_normalizer, log_normalizer, collision, entropy, hit)
 
 
 def _by_log_softmax(
-    logits: Float[Tensor, "c V"], kept: Tensor | None, with_collision: bool
-) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"] | None]:
-    """The same by torch's own kernel, with half the reading and writing of memory."""
+    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Asked
+) -> Normalized:
+    """The same by torch's own kernel, with a third of the reading and writing of memory."""
     chances = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    largest, place = logits.max(dim=-1, keepdim=True)  # where the difference is the least rounded
-    log_normalizer = (largest - chances.gather(-1, place))[:, 0]
+    logps = chances.gather(-1, targets)[:, 0]
+    log_normalizer = logits.gather(-1, targets)[:, 0] - logps
+    entropy = hit = None
+    if asked.statistics:
+        hit = (logits.gather(-1, targets)[:, 0] >= logits.amax(dim=-1)).float()
+        entropy = torch.special.entr(chances.exp()).sum(dim=-1)
     if kept is not None:
         torch.exp(chances, out=kept)
-    return log_normalizer, -chances.mul_(2).logsumexp(dim=-1) if with_collision else None
+    collision = -chances.mul_(2).logsumexp(dim=-1) if asked.collision else None
+    return Normalized(logps, log_normalizer, collision, entropy, hit)
 
 
-def _with_target(grad: Float[Tensor, "C v"], slope: Tensor, place: Int[Tensor, "C"]) -> Float[Tensor, "C v"]:
-    """Add each row's slope at its target, where the target's `place` lies in this part of the vocabulary."""
-    inside, column = (place >= 0) & (place < grad.shape[1]), place.clamp(0, grad.shape[1] - 1)[:, None]
-    own = slope if slope.shape[1] == 1 else slope.gather(-1, column)
-    return grad.scatter_add_(-1, column, own * inside[:, None])
+def _errors(
+    logits: Float[Tensor, "c v"],
+    log_normalizer: Float[Tensor, "c"],
+    steep: Float[Tensor, "c"],
+    place: Int[Tensor, "c 1"],
+    bend: Float[Tensor, "c v"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "c v"]:
+    """|s| (p - onehot) x `bend` over part of the vocabulary, in `dtype`; the logits' memory is used up.
+
+    |s| goes into the exponent, |s| p = exp(z - (log Z - log |s|)): one pass over the logits less.
+    """
+    powers = logits.sub_((log_normalizer - steep.log())[:, None])
+    column = _column(place, powers)
+    of_target = powers.gather(-1, column).exp_() - steep[:, None]
+    grad = torch.exp(powers, out=_typed(powers, dtype) if bend is None else powers)
+    if bend is not None:
+        grad, of_target = torch.mul(grad, bend, out=_typed(grad, dtype)), of_target * bend.gather(-1, column)
+    return _with_target(grad, of_target, place)
+
+
+def _kept_errors(
+    probabilities: Float[Tensor, "C V"], steep: Float[Tensor, "C"], place: Int[Tensor, "C 1"], dtype: torch.dtype
+) -> Float[Tensor, "C V"]:
+    """The same out of probabilities, whose memory is used up."""
+    of_target = (probabilities.gather(-1, place) - 1) * steep[:, None]
+    return _with_target(torch.mul(probabilities, steep[:, None], out=_typed(probabilities, dtype)), of_target, place)
+
+
+def _with_target(grad: Float[Tensor, "c v"], of_target: Float[Tensor, "c 1"], place: Int[Tensor, "c 1"]) -> Tensor:
+    """Put each row's number at its target, where the target's `place` lies in this part of the vocabulary. It was computed
+    in fp32: in 16 bits, p near 1 leaves nothing to subtract."""
+    column = _column(place, grad)
+    return grad.scatter_(-1, column, torch.where(place == column, of_target.to(grad.dtype), grad.gather(-1, column)))
+
+
+def _column(place: Int[Tensor, "c 1"], part: Float[Tensor, "c v"]) -> Int[Tensor, "c 1"]:
+    return place.clamp(0, part.shape[1] - 1)
+
+
+def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A place for a result of this type: the tensor itself where that is its own."""
+    return tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -258,6 +337,16 @@ def _product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Tensor | Non
         return torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload, arg-type]
     product = torch.mm(a, b).float()
     return product if out is None else out.copy_(product)
+
+
+def _add_product(total: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> None:
+    """total += a b in fp32, by the matrix product itself where it can."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif _multiplies_into_fp32(a) and "dtype_out" in torch.ops.aten.addmm.overloads():
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    else:
+        total += _product(a, b)
 
 
 def _multiplies_into_fp32(matrix: Tensor) -> bool:

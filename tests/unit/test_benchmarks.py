@@ -95,11 +95,13 @@ def test_parts_run(part: str) -> None:
     assert all(figure.value > 0 for figure in figures)
 
 
-def test_the_table_in_the_readme_is_that_of_the_results() -> None:
-    readme = table.README.read_text(encoding="utf-8")
-    result = json.loads((table.README.parent / "results" / "cpu.json").read_text(encoding="utf-8"))
-    shown = readme.split(table.BEGIN)[1].split(table.END)[0].strip()
-    assert shown == table.as_markdown(result)
+def test_the_tables_in_the_readme_are_those_of_the_results() -> None:
+    readme, results = table.README.read_text(encoding="utf-8"), table.README.parent / "results"
+    of_gpu = table.gpu_markdown(json.loads((results / "h100.json").read_text(encoding="utf-8")))
+    assert readme == table.put_into(readme, of_gpu, table.GPU_BEGIN, table.GPU_END)
+    result = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    shown = table.as_markdown(result)
+    assert readme == table.put_into(readme, shown, table.BEGIN, table.END)
     assert {race["void"] for race in result["races"]} == {None}
     shown_benchmarks = {row.split("|")[1].strip() for row in shown.splitlines() if row.startswith("| B")}
     assert shown_benchmarks >= {claim.benchmark for claim in CLAIMS if claim.target} | PARTS.keys()

@@ -12,7 +12,7 @@ import pytest
 import runs
 from typer.testing import CliRunner
 
-from dspref import cli
+from dspref import cli, config
 from dspref.cli import app
 from dspref.config import hints
 from dspref.run import status
@@ -35,6 +35,40 @@ def test_every_key_of_the_schema_is_in_the_reference() -> None:
     text = (DOCS / "keys.md").read_text(encoding="utf-8")
     for path in {path for paths in hints.all_homes().values() for path in paths}:
         assert f"`{path}`" in text, path
+
+
+def test_links_lead_somewhere() -> None:
+    """To a file, and to a heading of it."""
+    for page in (DOCS.parent / "README.md", *DOCS.glob("*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                name, _, heading = link.partition("#")
+                target = page.parent / name if name else page
+                assert target.exists(), f"{page.name}: {link}"
+                assert not heading or heading in headings_of(target), f"{page.name}: {link}"
+
+
+def headings_of(page: Path) -> set[str]:
+    """As GitHub names them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_starting_points_are_those_of_the_recipes() -> None:
+    rows = re.findall(r"^\|.*\| `([\w.*]+\.yaml)` \|$", (DOCS / "choosing.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 9
+    for line in (DOCS / "choosing.md").read_text(encoding="utf-8").splitlines():
+        if not (found := re.search(r"`([\w.*]+\.yaml)` \|$", line)):
+            continue
+        _, beta, rate, pairs, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        run = config.load(next((DOCS.parent / "launch" / "configs").glob(found[1])))
+        assert run.objective.beta in numbers_in(beta), line
+        assert run.train.learning_rate in numbers_in(rate), line
+        assert run.train.pairs_per_step in numbers_in(pairs), line
+
+
+def numbers_in(cell: str) -> set[float]:
+    return {float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", cell)}
 
 
 def test_the_commands_for_those_who_come_from_elsewhere_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,7 @@ def test_a_head_of_many_words_is_done_in_chunks() -> None:
     small, large = Pack(1000, 800), Pack(16_384, 8_000)
     kept, chunked = (memory_plan.head(SEVEN, EIGHT, pack) for pack in (small, large))
     assert kept > 6 * 800 * 152_064
-    assert chunked < 2.1e9
+    assert chunked < 2.3e9
 
 
 def test_a_frozen_model_keeps_less_of_its_norms() -> None:
