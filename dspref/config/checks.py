@@ -253,7 +253,10 @@ def _check_best(config: Config) -> Iterator[Complaint]:
         yield ("checkpoint", "keep_best"), "there is nothing to evaluate; set data.eval"
     elif best not in {prefix + name for prefix in sets for name in _evaluated(config)}:
         yield ("checkpoint", "keep_best"), f"no such metric; for example {next(iter(sets))}rewards/margins"
-    elif not config.train.eval_every or (config.checkpoint.save_every or 0) % config.train.eval_every:
+    elif not (every := config.train.eval_every):
+        yield ("checkpoint", "keep_best"), "needs evaluations; set train.eval_every"
+    # With export: best there is a checkpoint at each evaluation that is the best so far.
+    elif config.export.weights != "best" and (config.checkpoint.save_every or 0) % every:
         yield (
             ("checkpoint", "keep_best"),
             "needs an evaluation at every checkpoint: save_every a multiple of train.eval_every",

@@ -9,6 +9,7 @@ from typing import Any
 from dspref import reading
 from dspref.config.convert_objective import objective
 from dspref.config.draft import Draft, is_empty
+from dspref.config.watched import lower_is_better
 from dspref.config.written import short
 
 ATTENTION = {
@@ -230,11 +231,6 @@ def cadence(draft: Draft) -> None:
         draft.put("checkpoint.keep_last", kept)
     elif every is not None:
         draft.note("checkpoint", "every checkpoint is kept there; here the last 2 are, unless keep_last says more")
-    best, metric = draft.flag("load_best_model_at_end"), draft.take("metric_for_best_model")
-    if best and metric:
-        draft.put("checkpoint.keep_best", metric if str(metric).startswith("eval_") else f"eval_{metric}")
-    elif best:
-        draft.leave("load_best_model_at_end", True, "name the metric in checkpoint.keep_best, such as eval_loss")
     resumes = draft.take("resume_from_checkpoint", "auto_resume_from_checkpoints", "load_checkpoint", "ckpt.load_enable")
     if resumes:
         draft.leave("resume_from_checkpoint", resumes, "a run goes on from its newest checkpoint: checkpoint.resume: auto")
@@ -245,6 +241,35 @@ def cadence(draft: Draft) -> None:
         draft.put("log.every", logging)
     elif logging is not None:
         draft.leave("logging_steps", logging, "write log.every, in steps")
+
+
+def judging(draft: Draft) -> None:
+    """What follows from evaluations: an early end, the best weights. Theirs are judged by the loss where nothing is said."""
+    best, greater = draft.flag("load_best_model_at_end"), draft.flag("greater_is_better")
+    metric = str(draft.take("metric_for_best_model") or "loss")
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    patience = draft.take("early_stopping_patience", "early_stopping_steps")
+    at_start, lower = draft.flag("eval_on_start"), lower_is_better(metric)
+    if draft.get("data.eval") is None:
+        asked = {"load_best_model_at_end": best, "early_stopping_patience": patience, "eval_on_start": at_start}
+        for key, value in asked.items():
+            if value:
+                draft.leave(key, value, "there is nothing to evaluate: name held-out pairs in data.eval")
+        return
+    if at_start is not None:
+        draft.put("train.eval_at_start", at_start)
+    if best and greater is not None and greater == lower:
+        draft.leave("load_best_model_at_end", True, f"{metric} is better when {'lower' if lower else 'higher'} here")
+    elif best:
+        draft.put("checkpoint.keep_best", metric)
+        draft.put("export.weights", "best")
+    if patience and draft.get("train.eval_every") is None:
+        draft.leave("early_stopping_patience", patience, "train.stop_when needs train.eval_every, in steps")
+    elif patience:
+        draft.put("train.stop_when.metric", metric)
+        draft.put("train.stop_when.patience", patience)
+        if greater is not None and greater != (lower is False):
+            draft.put("train.stop_when.direction", "max" if greater else "min")
 
 
 def trackers(draft: Draft) -> None:
@@ -321,5 +346,5 @@ def _read(path: str) -> Mapping[str, Any]:
 
 
 CHAPTERS: tuple[Callable[[Draft], None], ...] = (
-    model, lora, objective, lengths, batch, steps, strategy, cadence, trackers,
+    model, lora, objective, lengths, batch, steps, strategy, cadence, judging, trackers,
 )  # fmt: skip

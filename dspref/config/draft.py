@@ -10,7 +10,7 @@ from dspref.config.foreign_values import VALUES, WHOLE_VALUES
 from dspref.config.written import short
 from dspref.config.yaml12 import parse_value
 
-SECTIONS = ("model", "reference", "data", "objective", "train", "deepspeed", "checkpoint", "log", "output_dir")
+SECTIONS = ("model", "reference", "data", "objective", "train", "deepspeed", "checkpoint", "log", "export", "output_dir")
 TRUE, FALSE = (True, 1, "true", "True", "auto", "yes"), (False, 0, "false", "False", "no", "none")
 
 

@@ -146,7 +146,7 @@ _FOREIGN_KEYS = {
     "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints max_ckpt_num ckpt.max_num",
     "train.eval_at_start": "eval_on_start",
     "train.stop_when (metric and patience, in evaluations)": "early_stopping_patience early_stopping_steps",
-    "train.stop_when.direction (max where that is true; by default the metric's name tells)": "greater_is_better",
+    "train.stop_when (direction; by default the metric's name tells)": "greater_is_better",
     "checkpoint.keep_best": "metric_for_best_model",
     "export: best (with the metric in checkpoint.keep_best)": "load_best_model_at_end",
     "checkpoint.resume": "resume_from_checkpoint auto_resume_from_checkpoints load_checkpoint ckpt.load_enable",

@@ -100,7 +100,7 @@ RIGHT = {
     "muon.lr": "train.optim", "kto_desirable_weight": "apo_zero", "neftune_noise_alpha": "noise",
     "early_stopping_patience": "train.stop_when", "mixed_precision": "model.dtype", "alpha": "objective.alpha",
     "eval_on_start": "train.eval_at_start", "load_best_model_at_end": "export: best",
-    "early_stopping_steps": "train.stop_when", "greater_is_better": "train.stop_when.direction",
+    "early_stopping_steps": "train.stop_when", "greater_is_better": "train.stop_when (direction",
     "generate_during_eval": "log.samples", "generation_temperature": "log.generation.temperature",
     "generation_max_new_tokens": "log.generation.max_new_tokens", "push_to_hub": "dspref push",
     "project": "log.project", "trust_remote_code": "model.trust_remote_code", "config": "include",
