@@ -36,11 +36,6 @@ def test_every_module_is_in_the_tree():
         assert Path(folder).is_dir(), folder
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text(encoding="utf-8")):
-        assert Path(target).exists(), target
-
-
 def test_the_example_is_a_config(tmp_path):
     (example,) = blocks("yaml")
     (tmp_path / "run.yaml").write_text(example)
