@@ -229,8 +229,8 @@ def poison(rank: int, victim: int, steps: list[int], what: str) -> None:
             return plain(step, policy, *rest)
         forward = policy.forward
 
-        def poisoned(batch: Any) -> Any:
-            tokens, routing = forward(batch)
+        def poisoned(batch: Any, **asked: Any) -> Any:
+            tokens, routing = forward(batch, **asked)
             values = tokens.logps
             if what == "gradient":
                 values.register_hook(lambda slope: slope * float("nan"))
