@@ -71,10 +71,10 @@ def main(path: str, out: str, *overrides: str) -> None:
             marks.leave(out)
         return found
 
-    def seen_forward(self: Any, batch: Any) -> Any:
+    def seen_forward(self: Any, batch: Any, **asked: Any) -> Any:
         if len(batch.input_ids) > marks.largest:
             marks.largest, marks.scored, marks.keys = len(batch.input_ids), len(batch.targets), int(batch.cu_seqlens_k[-1])
-        found = forward(self, batch)
+        found = forward(self, batch, **asked)
         marks.add("forward")
         return found
 
