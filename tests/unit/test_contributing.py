@@ -68,6 +68,7 @@ def run(program: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_loss_is_one_function_and_one_record(copy: Path) -> None:
     (row,) = [code for path, _, code in snippets() if path.startswith("tests/")]
     assert row.split(",")[1].strip() == '"squared"'

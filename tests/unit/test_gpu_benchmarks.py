@@ -94,6 +94,7 @@ def tokens_of(pairs: list[TokenizedPair]) -> list[Tokens]:
     return [Tokens(*(part.tolist() for part in (pair.prompt, pair.chosen, pair.rejected))) for pair in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_sees_what_dsprefs_kernel_sees():
     pairs = random_pairs(LENGTHS)
@@ -118,6 +119,7 @@ def test_flex_scores_the_same_tokens_at_the_same_places():
     assert torch.equal(packed.owners, batch.span_index)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("heads", [4, 6])
 def test_flex_gives_a_model_the_log_probs_of_dspref(heads):
