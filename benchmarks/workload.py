@@ -42,8 +42,6 @@ class Spec:
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo", "loss_type": "sigmoid", "beta": 0.1})
     """The `objective` section of dspref's YAML."""
     pairs_per_step: int = 4
-    at_once: int | None = None
-    """Pairs that a peer pads and computes together, where it accumulates gradients; dspref makes packs."""
     steps: int = 5
     max_length: int = 512
     """No sequence of `data` is longer: truncation, which variants do differently, never happens."""

@@ -92,12 +92,10 @@ def build(spec: Spec, folder: str) -> Any:
     if spec.objective["name"] == "dpo":
         options["precompute_ref_log_probs"] = spec.reference == "stored"
         models |= {"ref_model": load(spec)} if spec.reference == "live" else {}
-    at_once = spec.at_once or spec.pairs_per_step
     arguments = config(
         output_dir=folder, use_cpu=spec.device == "cpu", bf16=spec.dtype == "bfloat16", disable_dropout=True,
         gradient_checkpointing=spec.checkpointing, max_length=spec.max_length, max_steps=spec.steps,
-        per_device_train_batch_size=at_once, gradient_accumulation_steps=spec.pairs_per_step // at_once,
-        train_sampling_strategy="sequential",
+        per_device_train_batch_size=spec.pairs_per_step, train_sampling_strategy="sequential",
         learning_rate=spec.learning_rate, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
         max_grad_norm=1.0, optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to="none",
         dataset_num_proc=spec.workers, disable_tqdm=True, **options,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Asked(NamedTuple):
+class Extras(NamedTuple):
     """What a forward is asked for beside log-probs and mean logits."""
 
     collision: bool
@@ -37,7 +37,7 @@ class Normalized(NamedTuple):
     hit: Tensor | None
 
 
-def by_powers(logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Asked) -> Normalized:
+def by_powers(logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Extras) -> Normalized:
     """In place of the logits (which is `kept`) come their probabilities: no other memory is touched but for `statistics`,
     which is what counts near a CPU's caches."""
     of_target = logits.gather(-1, targets)[:, 0]
@@ -59,9 +59,9 @@ def by_powers(logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: T
 
 
 def by_log_softmax(
-    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Asked
+    logits: Float[Tensor, "c V"], targets: Int[Tensor, "c 1"], kept: Tensor | None, asked: Extras
 ) -> Normalized:
-    """The same by torch's own kernel, with a third of the reading and writing of memory."""
+    """The same by torch's own kernel, with less reading and writing of memory."""
     chances = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     logps = chances.gather(-1, targets)[:, 0]
     log_normalizer = logits.gather(-1, targets)[:, 0] - logps
@@ -75,10 +75,10 @@ def by_log_softmax(
     return Normalized(logps, log_normalizer, collision, entropy, hit)
 
 
-def errors(
+def logit_gradient(
     logits: Float[Tensor, "c v"],
     log_normalizer: Float[Tensor, "c"],
-    steep: Float[Tensor, "c"],
+    slope_size: Float[Tensor, "c"],
     place: Int[Tensor, "c 1"],
     bend: Float[Tensor, "c v"] | None,
     dtype: torch.dtype,
@@ -87,21 +87,21 @@ def errors(
 
     |s| goes into the exponent, |s| p = exp(z - (log Z - log |s|)): one pass over the logits less.
     """
-    powers = logits.sub_((log_normalizer - steep.log())[:, None])
+    powers = logits.sub_((log_normalizer - slope_size.log())[:, None])
     column = _column(place, powers)
-    of_target = powers.gather(-1, column).exp_() - steep[:, None]
+    of_target = powers.gather(-1, column).exp_() - slope_size[:, None]
     grad = torch.exp(powers, out=_typed(powers, dtype) if bend is None else powers)
     if bend is not None:
         grad, of_target = torch.mul(grad, bend, out=_typed(grad, dtype)), of_target * bend.gather(-1, column)
     return _with_target(grad, of_target, place)
 
 
-def kept_errors(
-    probabilities: Float[Tensor, "C V"], steep: Float[Tensor, "C"], place: Int[Tensor, "C 1"], dtype: torch.dtype
+def kept_logit_gradient(
+    probabilities: Float[Tensor, "C V"], slope_size: Float[Tensor, "C"], place: Int[Tensor, "C 1"], dtype: torch.dtype
 ) -> Float[Tensor, "C V"]:
     """The same out of probabilities, whose memory is used up."""
-    of_target = (probabilities.gather(-1, place) - 1) * steep[:, None]
-    return _with_target(torch.mul(probabilities, steep[:, None], out=_typed(probabilities, dtype)), of_target, place)
+    of_target = (probabilities.gather(-1, place) - 1) * slope_size[:, None]
+    return _with_target(torch.mul(probabilities, slope_size[:, None], out=_typed(probabilities, dtype)), of_target, place)
 
 
 def _with_target(grad: Float[Tensor, "c v"], of_target: Float[Tensor, "c 1"], place: Int[Tensor, "c 1"]) -> Tensor:

@@ -13,7 +13,15 @@ import torch
 from dspref.data.batch import PROMPT, PackedBatch
 from dspref.model import head_room
 from dspref.model.head_room import PART, TILE, fits
-from dspref.model.logits import Asked, add_product, by_log_softmax, by_powers, errors, kept_errors, raw_logits
+from dspref.model.logits import (
+    Extras,
+    add_product,
+    by_log_softmax,
+    by_powers,
+    kept_logit_gradient,
+    logit_gradient,
+    raw_logits,
+)
 from dspref.objectives.families import PairLogps
 
 if TYPE_CHECKING:
@@ -69,7 +77,7 @@ def scored_logps(
     read once: under ZeRO-3 they must be the parameters themselves, read inside the forward of the module that the engine
     wraps.
     """
-    asked = Asked(with_collision, with_statistics)
+    asked = Extras(with_collision, with_statistics)
     logps, mean_logits, *others = _ScoredLogps.apply(  # type: ignore[misc]
         hidden, weight, bias, targets, transform, asked, torch.is_grad_enabled()
     )
@@ -130,7 +138,7 @@ class _ScoredLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: HeadTransform,
-        asked: Asked,
+        asked: Extras,
         with_gradient: bool,
     ) -> tuple[Tensor, ...]:
         count = hidden.shape[0]
@@ -165,8 +173,8 @@ class _ScoredLogps(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Of the gradient s (onehot - p) at the logits, -|s| is computed with it, and the sign of s beside it: to give it to
         # d numbers of a row costs less than to V of them.
-        steep = grad_logps * ctx.transform.scale
-        minus_sign, steep = -steep.sign()[:, None], steep.abs()
+        slope = grad_logps * ctx.transform.scale
+        minus_sign, slope_size = -slope.sign()[:, None], slope.abs()
         signed = (hidden * minus_sign).to(hidden.dtype) if needs_weight else hidden
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
@@ -186,9 +194,9 @@ class _ScoredLogps(torch.autograd.Function):
                 if kept is None:
                     logits = ctx.transform(raw_logits(hidden[rows], weight[words], None if bias is None else bias[words]))
                     bend = ctx.transform.bend(logits)
-                    grad = errors(logits, log_normalizer[rows], steep[rows], place, bend, hidden.dtype)
+                    grad = logit_gradient(logits, log_normalizer[rows], slope_size[rows], place, bend, hidden.dtype)
                 else:
-                    grad = kept_errors(kept, steep, place, hidden.dtype)
+                    grad = kept_logit_gradient(kept, slope_size, place, hidden.dtype)
                 if grad_hidden is not None:
                     add_product(grad_hidden[rows], grad, weight[words])
                 if of_words is not None:

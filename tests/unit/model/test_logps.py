@@ -289,7 +289,7 @@ def test_both_ways_to_normalize_agree(keep: bool, asked: tuple[bool, bool]) -> N
     found = []
     for normalize in (logits_of.by_powers, logits_of.by_log_softmax):
         kept = logits.clone()
-        found.append((*normalize(kept, targets, kept if keep else None, logits_of.Asked(*asked)), kept if keep else None))
+        found.append((*normalize(kept, targets, kept if keep else None, logits_of.Extras(*asked)), kept if keep else None))
     for ours, theirs in zip(*found):
         assert (ours is None) == (theirs is None)
         if ours is not None:
