@@ -278,6 +278,7 @@ def introduce(
     prompt, chosen, rejected = pairs.lengths.mean(axis=0)
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
     sharing = "on" if loader.packing.prefix_sharing else "off"
+    pace = f"of {train.pairs_per_step} pairs ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
@@ -286,11 +287,11 @@ def introduce(
         "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
-        "steps": f"{steps} of {train.pairs_per_step} pairs ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}",
+        "steps": f"{steps} {pace}",
         "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
         "run": config.output_dir,
     }
-    brief = f"{rows['run']}: {rows['objective']}; {rows['steps']}; {rows['engine']}; more in logs/rank-0.log"
+    brief = f"{rows['run']}: {rows['objective']}; {steps} steps {pace}; {rows['engine']}; more in logs/rank-0.log"
     console.banner(rows, brief if distributed.is_announced() else None)
     console.first_pair(mark(pairs[0], tokenizer))
 
