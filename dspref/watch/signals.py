@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 from collections.abc import Callable
 from threading import current_thread, main_thread
 from typing import Any
 
+from dspref.errors import Interrupted
 from dspref.watch.interruption import STOPPING
 
 # Wakes the main thread where another rank was asked to stop.
@@ -24,6 +26,9 @@ class Signals:
         for end in self._pipe:
             os.set_blocking(end, False)
         self._before: dict[int, Any] = {}
+        self._swallowed = False
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
         if current_thread() is not main_thread():
             return  # under a debugger or a notebook: the files still work
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -41,8 +46,21 @@ class Signals:
     def poke_main_thread(self) -> None:
         os.kill(os.getpid(), POKE)
 
+    def _on_unraisable(self, what: Any) -> None:
+        """A handler may run within a finalizer, where Python drops what it raises."""
+        if isinstance(what.exc_value, Interrupted):
+            self._swallowed = True
+        else:
+            self._unraisable(what)
+
+    def was_swallowed(self) -> bool:
+        """Whether a finalizer dropped an interruption since the last call."""
+        swallowed, self._swallowed = self._swallowed, False
+        return swallowed
+
     def release(self) -> None:
         """Give them back to who had them."""
+        sys.unraisablehook = self._unraisable
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._before.items():
