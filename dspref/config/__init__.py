@@ -7,7 +7,7 @@ what a DeepSpeed JSON may say, `watched` which metrics are better when lower, `p
 all at once, with file, line and the fix (`explain`, `hints`, `sound`). Keys of other trainers are in tables: `foreign`
 (those that have a place here), `absent` (those that have none, and why), `foreign_values` (their values), `within` (names
 that mean something in one section). `convert` turns a whole config by them: `their_files` reads it, `dialects` tells whose
-it is, `convert_keys`, `convert_data` and `convert_objective` fill a `draft`, and `written` is its YAML.
+it is, `convert_keys`, `convert_log`, `convert_data` and `convert_objective` fill a `draft`, and `written` is its YAML.
 
 Enters: objectives.
 Shows: convert, explain, hints, sound, strategy, yaml12.
@@ -36,13 +36,14 @@ from dspref.config.sections import (
     LoraSection,
     ModelSection,
     ReferenceSection,
+    Tracker,
     TrainSection,
 )  # fmt: skip
 from dspref.config.watched import lower_is_better
 
 __all__ = [
     "CheckpointSection", "Config", "DataSection", "LogSection", "LoraSection", "ModelSection", "ReferenceSection",
-    "SourceSection", "TrainSection",
+    "SourceSection", "Tracker", "TrainSection",
     "as_yaml", "cache_folder", "dump", "examine", "expand", "given", "load", "lower_is_better", "read", "repeated",
     "resolved", "resolved_anew", "schema", "shipped", "source",
 ]  # fmt: skip

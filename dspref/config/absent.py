@@ -260,13 +260,17 @@ _NOT_NEEDED = {
         "profiler_warmup_steps profiler_active_steps profiler_repeat profiler_record_shapes profiler_profile_memory "
         "profiler_with_stack profile_modules wall_clock_breakdown"
     ),
-    "log.trackers lists the trackers that there are": (
-        "use_mlflow mlflow_tracking_uri mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_comet "
-        "comet_workspace comet_project_name comet_experiment_key comet_mode comet_online comet_experiment_config "
-        "use_trackio trackio_project_name trackio_run_name trackio_space_id trackio_bucket_id trackio_static_space_id "
-        "use_otel_metrics otel_metrics_host otel_metrics_port use_swanlab swanlab_project swanlab_workspace "
-        "swanlab_run_name swanlab_mode swanlab_logdir swanlab_lark_webhook_url"
-    ),
+    "log.trackers lists the trackers that there are": "use_otel_metrics otel_metrics_host otel_metrics_port",
+    "export MLFLOW_TRACKING_URI instead": "mlflow_tracking_uri",
+    "export COMET_WORKSPACE instead": "comet_workspace",
+    "export COMET_START_ONLINE instead: 0 keeps the run in its folder": "comet_mode comet_online",
+    "a run goes on in its own experiment": "comet_experiment_key",
+    "the experiment of comet is set by environment variables of comet": "comet_experiment_config",
+    "export TRACKIO_SPACE_ID or TRACKIO_BUCKET_ID instead": "trackio_space_id trackio_bucket_id trackio_static_space_id",
+    "export SWANLAB_WORKSPACE instead": "swanlab_workspace",
+    "export SWANLAB_MODE instead": "swanlab_mode",
+    "swanlab writes into the run folder": "swanlab_logdir",
+    "export SWANLAB_WEBHOOK instead": "swanlab_lark_webhook_url",
     "`dspref push RUN owner/name` uploads the model": (
         "push_to_hub hub_model_id hub_strategy hub_revision hub_private_repo hub_always_push hub_model_revision "
         "overwrite_hub_revision push_to_hub_revision push_to_hub_model_id push_to_hub_organization push_dataset_to_hub "
@@ -281,7 +285,7 @@ _NOT_NEEDED = {
     "export WANDB_RUN_GROUP instead": "wandb_run_group wandb_group logger.wandb.group",
     "export WANDB_MODE instead": "wandb_mode",
     "gradients are not sent": "wandb_watch",
-    "models are not sent": "wandb_log_model",
+    "models are not sent": "wandb_log_model hf_mlflow_log_artifacts",
     "what dspref does needs none": "plugins",
     "every key is checked": "strict",
 }  # fmt: skip

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
+from dspref.config.convert_log import cadence, judging, trackers
 from dspref.config.convert_objective import objective
-from dspref.config.draft import Draft, is_empty
-from dspref.config.watched import lower_is_better
+from dspref.config.draft import EMPTY_STEPS, Draft, is_empty
 from dspref.config.written import short
 
 ATTENTION = {
@@ -18,7 +18,6 @@ ATTENTION = {
     "use_flash_attention_2": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "sdpa",
     "flex_attention": "auto", "xformers_attention": "sdpa", "sage_attention": "sdpa",
 }  # fmt: skip
-EMPTY_STEPS = (None, -1, 0, False)
 
 
 def model(draft: Draft) -> None:
@@ -203,101 +202,6 @@ def steps(draft: Draft) -> None:
         draft.put("train.optim", "adamw_8bit")
     if draft.has("data_seed"):
         draft.leave("data_seed", draft.take("data_seed"), "train.seed is the seed of data order too")
-
-
-def cadence(draft: Draft) -> None:
-    """Saving, evaluating and logging; steps as they are, other units told."""
-    evaluates = draft.take("eval_strategy", "evaluation_strategy")
-    every = draft.take("eval_steps", "eval.steps")
-    draft.flag("do_eval")
-    if draft.get("data.eval") is None and (evaluates not in (None, "no", False) or every not in EMPTY_STEPS):
-        draft.leave("eval_steps", every or evaluates, "there is nothing to evaluate: name held-out pairs in data.eval")
-    elif evaluates in ("no", False):
-        draft.leave("eval_strategy", evaluates, "what is in data.eval is evaluated at the end")
-    elif isinstance(every, int) and every > 0:
-        draft.put("train.eval_every", every)
-    elif every not in EMPTY_STEPS or evaluates == "epoch":
-        draft.leave("eval_steps", every or evaluates, "write train.eval_every, in steps")
-    saves = draft.take("save_strategy")
-    every = draft.take("save_steps", "checkpointing_steps", "ckpt.save_steps")
-    if saves in ("no", False) or every in EMPTY_STEPS or (isinstance(every, int) and every < 0):
-        every = None
-    if saves in ("epoch", "best") or (every is not None and not isinstance(every, int)):
-        draft.leave("save_strategy" if saves else "save_steps", saves or every, "write checkpoint.save_every, in steps")
-    elif every is not None:
-        draft.put("checkpoint.save_every", every)
-    kept = draft.take("save_total_limit", "keep_last_n_checkpoints", "max_ckpt_num", "ckpt.max_num")
-    if isinstance(kept, int) and kept > 0:
-        draft.put("checkpoint.keep_last", kept)
-    elif every is not None:
-        draft.note("checkpoint", "every checkpoint is kept there; here the last 2 are, unless keep_last says more")
-    resumes = draft.take("resume_from_checkpoint", "auto_resume_from_checkpoints", "load_checkpoint", "ckpt.load_enable")
-    if resumes:
-        draft.leave("resume_from_checkpoint", resumes, "a run goes on from its newest checkpoint: checkpoint.resume: auto")
-    if draft.flag("overwrite_output_dir"):
-        draft.leave("overwrite_output_dir", True, "a run goes on where there is one; checkpoint.resume: never begins anew")
-    logging = draft.take("logging_steps", "logger.logging_steps")
-    if isinstance(logging, int) and logging > 0:
-        draft.put("log.every", logging)
-    elif logging is not None:
-        draft.leave("logging_steps", logging, "write log.every, in steps")
-
-
-def judging(draft: Draft) -> None:
-    """What follows from evaluations: an early end, the best weights. Theirs are judged by the loss where nothing is said."""
-    best, greater = draft.flag("load_best_model_at_end"), draft.flag("greater_is_better")
-    metric = str(draft.take("metric_for_best_model") or "loss")
-    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-    patience = draft.take("early_stopping_patience", "early_stopping_steps")
-    at_start, lower = draft.flag("eval_on_start"), lower_is_better(metric)
-    if draft.get("data.eval") is None:
-        asked = {"load_best_model_at_end": best, "early_stopping_patience": patience, "eval_on_start": at_start}
-        for key, value in asked.items():
-            if value:
-                draft.leave(key, value, "there is nothing to evaluate: name held-out pairs in data.eval")
-        return
-    if at_start is not None:
-        draft.put("train.eval_at_start", at_start)
-    if best and greater is not None and greater == lower:
-        draft.leave("load_best_model_at_end", True, f"{metric} is better when {'lower' if lower else 'higher'} here")
-    elif best:
-        draft.put("checkpoint.keep_best", metric)
-        draft.put("export.weights", "best")
-    if patience and draft.get("train.eval_every") is None:
-        draft.leave("early_stopping_patience", patience, "train.stop_when needs train.eval_every, in steps")
-    elif patience:
-        draft.put("train.stop_when.metric", metric)
-        draft.put("train.stop_when.patience", patience)
-        if greater is not None and greater != (lower is False):
-            draft.put("train.stop_when.direction", "max" if greater else "min")
-
-
-def trackers(draft: Draft) -> None:
-    asked = draft.take("report_to")
-    names = [asked] if isinstance(asked, str) else [str(name) for name in asked] if isinstance(asked, list) else []
-    if asked is not None and not isinstance(asked, str | list):
-        draft.leave("report_to", asked, "log.trackers lists the trackers that there are")
-    if (
-        draft.flag("with_tracking")
-        or draft.take("use_wandb")
-        or draft.has("wandb_project", "wandb_name", "logger.wandb.project")
-    ):
-        names.append("wandb")
-    if draft.take("use_tensorboard", "logger.tensorboard_dir"):
-        names.append("tensorboard")
-    words = ["wandb", "tensorboard"] if "all" in names and draft.dialect != "open-instruct" else names
-    kept = [name for name in dict.fromkeys(words) if name in ("wandb", "tensorboard")]
-    for name in names:
-        if name not in (*kept, "none", "all"):
-            draft.leave("report_to", name, "log.trackers lists the trackers that there are")
-    if kept:
-        draft.put("log.trackers", kept)
-    name = draft.take("run_name", "wandb_name", "wandb_run_name", "logger.wandb.run_name", "exp_name")
-    if name is not None:
-        draft.put("log.run_name", str(name))
-    folder = draft.take("output_dir", "save_path", "ckpt.output_dir", "out_dir")
-    if folder is not None:
-        draft.put("output_dir", folder)
 
 
 def strategy(draft: Draft) -> None:

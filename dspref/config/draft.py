@@ -11,6 +11,8 @@ from dspref.config.written import short
 from dspref.config.yaml12 import parse_value
 
 SECTIONS = ("model", "reference", "data", "objective", "train", "deepspeed", "checkpoint", "log", "export", "output_dir")
+# Numbers of steps that mean none.
+EMPTY_STEPS = (None, -1, 0, False)
 TRUE, FALSE = (True, 1, "true", "True", "auto", "yes"), (False, 0, "false", "False", "no", "none")
 
 

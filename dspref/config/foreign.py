@@ -155,8 +155,18 @@ _FOREIGN_KEYS = {
     "log.trackers": "report_to with_tracking",
     "log.trackers: [wandb]": "use_wandb",
     "log.trackers: [tensorboard]": "use_tensorboard logger.tensorboard_dir",
-    "log.project": "wandb_project wandb_project_name logger.wandb.project",
-    "log.run_name": "wandb_name wandb_run_name wandb_run_id exp_name logger.wandb.run_name",
+    "log.trackers: [mlflow]": "use_mlflow",
+    "log.trackers: [trackio]": "use_trackio",
+    "log.trackers: [comet]": "use_comet",
+    "log.trackers: [swanlab]": "use_swanlab",
+    "log.project": (
+        "wandb_project wandb_project_name logger.wandb.project mlflow_experiment_name trackio_project_name "
+        "comet_project_name swanlab_project"
+    ),
+    "log.run_name": (
+        "wandb_name wandb_run_name wandb_run_id exp_name logger.wandb.run_name mlflow_run_name trackio_run_name "
+        "swanlab_run_name"
+    ),
     "log.generation.max_new_tokens": "generation_max_new_tokens",
     "log.generation.temperature": "generation_temperature",
     "log.generation.top_p": "generation_top_p",

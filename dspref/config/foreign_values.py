@@ -45,7 +45,7 @@ _VALUES = {
     "truncation_mode": {"keep_end": "left", "keep_start": "right"},
     "on_bad_row": {"drop": "skip ignore warn", "error": "raise fail"},
     "resume": {"auto": "true yes latest", "never": "false no null"},
-    "trackers": {"tensorboard": "tb", "wandb": "weights_and_biases"},
+    "trackers": {"tensorboard": "tb", "wandb": "weights_and_biases", "comet": "comet_ml"},
     "pairs": {
         "all": "true",
         "best_against_worst": "best_worst best_vs_worst",

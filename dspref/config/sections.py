@@ -154,7 +154,7 @@ def _trackers(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Tracker = Literal["wandb", "tensorboard"]
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet", "swanlab"]
 
 
 class GenerationSection(Section):

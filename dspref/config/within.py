@@ -115,6 +115,10 @@ WITHIN: dict[type[Section], dict[str, str]] = {
     LogSection: {
         "wandb": "log.trackers: [wandb]",
         "tensorboard": "log.trackers: [tensorboard]",
+        "mlflow": "log.trackers: [mlflow]",
+        "trackio": "log.trackers: [trackio]",
+        "comet": "log.trackers: [comet]",
+        "swanlab": "log.trackers: [swanlab]",
         "name": "log.run_name",
         "steps": "log.every",
         "interval": "log.every",

@@ -6,15 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from dspref.config import Config, ModelSection, strategy
+from dspref.config import Config, ModelSection, Tracker, strategy
 from dspref.machine import footprint, inputs
 from dspref.machine.inputs import Found
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
-TRACKERS = ("wandb", "tensorboard")
+# Tracker -> the package that it is.
+TRACKERS = {name: "comet_ml" if name == "comet" else name for name in get_args(Tracker)}
 
 
 class Verdict(NamedTuple):
@@ -71,7 +72,7 @@ class CheckContext:
             "peft": ("model.lora", self.config.model.lora is not None),
             "bitsandbytes": ("model.load_in_4bit", self.config.model.load_in_4bit),
             "liger_kernel": ("model.liger", self.config.model.liger),
-            **{name: (f"log.trackers: {name}", name in self.trackers) for name in TRACKERS},
+            **{package: (f"log.trackers: {name}", name in self.trackers) for name, package in TRACKERS.items()},
         }
         if self.config.train.optim == "adamw_8bit":
             asked["bitsandbytes"] = ("train.optim: adamw_8bit", True)

@@ -83,10 +83,10 @@ def check_packages(context: CheckContext) -> Verdict:
     """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
     needed = context.packages
     absent = {package: key for package, key in needed.items() if find_spec(package) is None}
-    for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS):
-        extra = "liger" if package == "liger_kernel" else package
+    for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS.values()):
+        extra = {"liger_kernel": "liger", "comet_ml": "comet"}.get(package, package)
         remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{extra}]'"
-        ends = package not in TRACKERS
+        ends = package not in TRACKERS.values()
         effect = "needs it" if ends else "will be switched off without it"
         return Verdict(FAIL if ends else WARN, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key")
     return Verdict(OK, f"installed: {', '.join(needed)}" if needed else "none beyond those of every run")

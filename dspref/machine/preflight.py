@@ -208,12 +208,31 @@ def check_hub(context: CheckContext) -> Verdict:
 
 def check_tracker(context: CheckContext) -> Verdict:
     if "wandb" not in context.trackers:
-        return Verdict(OK, "wandb is not asked for")
+        return check_tracker_key(context)
     netrc = Path(context.env.get("NETRC", Path.home() / ".netrc"))
     known = context.env.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
     if known or context.env.get("WANDB_MODE") in ("offline", "disabled"):
-        return Verdict(OK, context.env.get("WANDB_MODE") or "a key is there")
+        found = check_tracker_key(context)
+        return found if found.level == WARN else Verdict(OK, context.env.get("WANDB_MODE") or "a key is there")
     return Verdict(WARN, "log.trackers: wandb has no key and will be switched off; wandb login, or WANDB_MODE=offline")
+
+
+# Tracker -> the variable with its key, the file that its login leaves, and what keeps the run in its folder instead.
+KEYS = {
+    "comet": ("COMET_API_KEY", "~/.comet.config", "COMET_START_ONLINE", ("0", "false")),
+    "swanlab": ("SWANLAB_API_KEY", "~/.swanlab/.netrc", "SWANLAB_MODE", ("offline", "local", "disabled")),
+}
+
+
+def check_tracker_key(context: CheckContext) -> Verdict:
+    """Of those that ask for one, beside wandb."""
+    for name in context.trackers:
+        if name in KEYS:
+            key, file, mode, off = KEYS[name]
+            if not (context.env.get(key) or Path(file).expanduser().exists() or context.env.get(mode, "").lower() in off):
+                remedy = f"export {key}, or {mode}={off[0]} to keep the run in its folder"
+                return Verdict(WARN, f"log.trackers: {name} has no key and will be switched off; {remedy}")
+    return Verdict(OK, f"{', '.join(context.trackers)}: nothing is missing" if context.trackers else "none is asked for")
 
 
 def check_deepspeed_env(context: CheckContext) -> Verdict:

@@ -192,23 +192,24 @@ class Recorder:
     """metrics.jsonl, and trackers beside it. Only rank 0 writes."""
 
     def __init__(
-        self, folder: Path, log: LogSection, settings: Mapping[str, Any], tracker_id: str | None, offset: int | None
+        self, folder: Path, log: LogSection, settings: Mapping[str, Any], tracker_ids: Mapping[str, str], offset: int | None
     ) -> None:
-        """`settings`: of the run, for trackers. `offset`: the length of metrics.jsonl at the checkpoint that is resumed;
-        what came after it is cut off, so that each step stands there once."""
+        """`settings`: of the run, for trackers. `tracker_ids`: their own names for it. `offset`: the length of
+        metrics.jsonl at the checkpoint that is resumed; what came after it is cut off: each step stands there once."""
         self._path = folder / METRICS
         self._file = None
         self._trackers: list[TrackerThread] = []
-        self.tracker_id = tracker_id
+        self.tracker_ids = dict(tracker_ids)
         if distributed.world().rank != 0:
             return
         mend_tail(self._path, offset or 0)
         self._file = open(self._path, "a", encoding="utf-8")
         self._length = self._path.stat().st_size
         for name in log.trackers:
-            thread = TrackerThread(name, folder, log, settings, tracker_id)
+            thread = TrackerThread(name, folder, log, settings, self.tracker_ids.get(name))
             self._trackers.append(thread)
-            self.tracker_id = thread.run_id or self.tracker_id
+            if thread.run_id:
+                self.tracker_ids[name] = thread.run_id
 
     @property
     def offset(self) -> int:

@@ -42,7 +42,8 @@ class Progress:
 
     step: int = 0
     metrics_offset: int = 0
-    tracker_id: str | None = None
+    tracker_ids: dict[str, str] = field(default_factory=dict)
+    """Of each tracker, its own name for the run."""
     rewards: RunningMean = field(default_factory=RunningMean)
     """BCO's delta."""
     owes_evaluation: bool = False
@@ -59,6 +60,8 @@ class Progress:
         """Raises IOFault where the file holds something else."""
         try:
             state = read_json(path)
+            if one := state.pop("tracker_id", None):  # as checkpoints had it when wandb alone had names
+                state["tracker_ids"] = {"wandb": one}
             found = cls(
                 **state | {"rewards": RunningMean(**state.get("rewards", {})), "best": Best(**state.get("best", {}))}
             )

@@ -81,7 +81,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         beginning, goes_on=found is not None,
     )  # fmt: skip
     progress = checkpoint.resume(run, found, (policy, reference), config.train.seed)
-    recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_id, progress.metrics_offset)
+    recorder = Recorder(run.path, config.log, config.model_dump(mode="json"), progress.tracker_ids, progress.metrics_offset)
     rule, rules = stages.rule_of(config), config.checkpoint
     if rule and rule.exports:
         rules = rules.model_copy(update={"keep_best": rule.metric})
@@ -149,7 +149,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
             raise skips.fault(step.number, sound.step)
         last = step.number == steps
         evaluates = bool(session.held_out) and (last or due(step.number, train.eval_every))
-        offset, tracker = session.recorder.offset, session.recorder.tracker_id
+        offset, tracker = session.recorder.offset, session.recorder.tracker_ids
         answers_now = session.asking is not None and session.asking.due(step.number, evaluates, last)
         progress = Progress(step.number, offset, tracker, rewards, evaluates, skips.in_a_row, answers_now, progress.best)
         progress = evaluate_and_save(session, progress, step.epoch, last)

@@ -68,7 +68,6 @@ class Watch:
         self._peers = Peers(self._timer)
         self._requests, self._signalled_at = Requests(), 0.0
         self._at_once, self._where = True, "before the first step"
-        self._interrupted = False
         self.lock: Lock | None = None
         """Of the run folder, on rank 0, once it is claimed."""
         self.was_first = False
@@ -159,9 +158,6 @@ class Watch:
                 self._on_signal(number)
             if self._over:
                 return
-            if self._signals.was_swallowed():
-                self._interrupted = False
-                self._signals.poke_main_thread()
             self._timer.look()
             if self.lock:
                 self._look_at_files(self.lock)
@@ -223,10 +219,9 @@ class Watch:
     # Wishes, and the end
 
     def _in_main_thread(self, number: signal.Signals) -> None:
-        if self._at_once and not self._interrupted and not self._over:
+        if self._at_once and not self._over:
             if number in STOPPING:
                 self._wish(Request.STOP, number.name, STOPPING[number])
-            self._interrupted = True  # what is put in order on the way out is not cut short by the next one
             raise _interrupted(self._requests.cause, self._where, self._requests.exit_code)
 
     def _wish(self, request: Request, cause: str, code: ExitCode = ExitCode.INTERRUPTED) -> None:

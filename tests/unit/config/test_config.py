@@ -575,10 +575,10 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "simpo as a loss of dpo": (with_objective("{loss_type: simpo}"), "5:13", "objective.loss_type", "name: simpo"),
     "orpo as a loss of dpo": (with_objective("{loss_type: orpo}"), "5:13", "objective.loss_type", "name: orpo"),
     "tracker": (
-        MINIMAL + "log: {trackers: [wandb, mlflow]}\n",
+        MINIMAL + "log: {trackers: [wandb, aim]}\n",
         "5:25",
         "log.trackers.1",
-        "'wandb' or 'tensorboard', not 'mlflow'",
+        "'wandb', 'tensorboard', 'mlflow', 'trackio', 'comet' or 'swanlab', not 'aim'",
     ),
     "yes for resume": (MINIMAL + "checkpoint: {resume: yes}\n", "5:14", "checkpoint.resume", "'auto'.*not 'yes'"),
     # missing

@@ -114,9 +114,9 @@ WANTED: dict[str, tuple[str, int | None, dict[str, Any], list[str]]] = {
         "trl", 1,
         {"objective.loss_type": ["sigmoid", "bco_pair", "sft"], "objective.loss_weights": [0.8, 0.2, 1.0],
          "reference.mode": "stored", "data.max_length": None, "train.warmup_ratio": 0.1, "train.pairs_per_step": 32,
-         "model.lora.r": 32, "train.eval_every": 50, "log.trackers": ["wandb"], "train.adam_beta2": 0.95,
+         "model.lora.r": 32, "train.eval_every": 50, "log.trackers": ["wandb", "trackio"], "train.adam_beta2": 0.95,
          "train.num_train_epochs": 3.0, "data.eval.split": "test"},
-        ["train.optim: adafactor", "padding_free: true", "save_strategy: epoch", "report_to: trackio", "env:", "keep_start"],
+        ["train.optim: adafactor", "padding_free: true", "save_strategy: epoch", "env:", "keep_start"],
     ),
     "trl_script.py": (
         "trl", 4,
