@@ -215,21 +215,13 @@ def push(
     """Upload a finished run's model, or its adapter, to the Hugging Face hub, with its card. Private, but with --public.
 
     The token is $HF_TOKEN, or that of `hf auth login`."""
-    from dspref import config as configuration
-    from dspref.run import publish
-    from dspref.run.record import read
+    from dspref.training import publishing
 
     with faults_in_one_line():
-        final = publish.finished_model(run)
-        config = configuration.load(run / "config.resolved.yaml")
-        if config.model.lora and not config.model.lora.merge_on_export and Path(config.model.name_or_path).exists():
-            line = f"warning: the adapter is for {config.model.name_or_path}, a folder that others do not have"
-            print(shown(f"{line}; dspref export --merge writes the whole model"), file=sys.stderr)
-        metrics = publish.held_out_of(run, read(run)[0].get("summary", {}))
-        paths = [source.path for source in config.data.train_sources]
-        said = publish.metadata_of(config.model, paths, config.objective.name, run.absolute().name, metrics)
-        address = publish.push(final, repo, public, said)
-        print(shown(f"{final} -> {address}"))
+        address, warnings = publishing.push(run, repo, public)
+        for line in warnings:
+            print(shown(line), file=sys.stderr)
+        print(shown(f"{run / 'final'} -> {address}"))
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -272,9 +272,9 @@ _NOT_NEEDED = {
     "swanlab writes into the run folder": "swanlab_logdir",
     "export SWANLAB_WEBHOOK instead": "swanlab_lark_webhook_url",
     "`dspref push RUN owner/name` uploads the model": (
-        "push_to_hub hub_model_id hub_strategy hub_revision hub_private_repo hub_always_push hub_model_revision "
-        "overwrite_hub_revision push_to_hub_revision push_to_hub_model_id push_to_hub_organization push_dataset_to_hub "
-        "export_hub_model_id save_to_hub hf_entity hf_repo_id hf_repo_revision hf_repo_url"
+        "hub_strategy hub_revision hub_private_repo hub_always_push hub_model_revision overwrite_hub_revision "
+        "push_to_hub_revision push_to_hub_organization push_dataset_to_hub save_to_hub hf_entity "
+        "hf_repo_id hf_repo_revision hf_repo_url"
     ),
     "export HF_TOKEN instead; a config holds no secrets": "hub_token push_to_hub_token hf_hub_token hf_use_auth_token",
     "a config holds no secrets": (

@@ -320,6 +320,12 @@ def _check_samples(config: Config) -> Iterator[Complaint]:
         yield ("log", "generation", "top_p"), "has no effect with temperature: 0, which draws nothing; set one, or drop it"
 
 
+def _check_hub(config: Config) -> Iterator[Complaint]:
+    repo = config.export.push_to_hub
+    if repo is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
+        yield ("export", "push_to_hub"), f"{repo}: is no repository of the hub; write it as owner/name"
+
+
 CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_numbers,
     _check_lora,
@@ -331,6 +337,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_schedule,
     _check_best,
     _check_stopping,
+    _check_hub,
     lambda config: objective_checks.check_reference(config.reference, config.model.lora),
     lambda config: objective_checks.check_sync_keys(config.reference),
     lambda config: objective_checks.check_sync(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.config.convert_log import cadence, judging, trackers
+from dspref.config.convert_log import cadence, hub, judging, trackers
 from dspref.config.convert_objective import objective
 from dspref.config.draft import EMPTY_STEPS, Draft, is_empty
 from dspref.config.written import short
@@ -250,5 +250,5 @@ def _read(path: str) -> Mapping[str, Any]:
 
 
 CHAPTERS: tuple[Callable[[Draft], None], ...] = (
-    model, lora, objective, lengths, batch, steps, strategy, cadence, judging, trackers,
+    model, lora, objective, lengths, batch, steps, strategy, cadence, judging, trackers, hub,
 )  # fmt: skip

@@ -108,3 +108,14 @@ def trackers(draft: Draft) -> None:
     folder = draft.take("output_dir", "save_path", "ckpt.output_dir", "out_dir")
     if folder is not None:
         draft.put("output_dir", folder)
+
+
+def hub(draft: Draft) -> None:
+    """TRL and LLaMA-Factory upload where a flag says so, axolotl where there is a name."""
+    names = ("hub_model_id", "push_to_hub_model_id", "export_hub_model_id")
+    wanted, repo = draft.flag("push_to_hub"), draft.take(*names)
+    if isinstance(repo, str) and repo.count("/") == 1 and (wanted or (wanted is None and draft.dialect == "axolotl")):
+        draft.put("export.push_to_hub", repo)
+    elif wanted or (repo is not None and wanted is None):
+        key, value = ("push_to_hub", wanted) if repo is None else ("hub_model_id", repo)
+        draft.leave(key, value, "write export.push_to_hub, as owner/name, where the model is to be uploaded")

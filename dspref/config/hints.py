@@ -18,7 +18,7 @@ from dspref.config.sections import OBJECTIVE_SECTIONS, TOP, GenerationSection, L
 from dspref.config.within import WITHIN
 from dspref.objectives import KTO, OBJECTIVES, Family, defaults
 
-SECTIONS = "model|reference|data|objective|train|checkpoint|log"
+SECTIONS = "model|reference|data|objective|train|checkpoint|log|export"
 LOSS = re.compile(r"write loss_type: (\w+)")
 NAMED = re.compile(rf"\b(?:(?:{SECTIONS})(?:\.\w+)+|output_dir\b|deepspeed\b)")
 

@@ -194,6 +194,8 @@ class ExportSection(Section):
     weights: Literal["last", "best"] = "last"
     """`best`: those of the best evaluation, by the metric of train.stop_when or checkpoint.keep_best, whose checkpoint is
     saved and kept; step 0 is none of them."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub, as owner/name, that the finished model is uploaded to, private."""
 
 
 def _export(value: Any) -> Any:

@@ -190,11 +190,27 @@ def check_meeting(context: CheckContext) -> Verdict:
     return Verdict(OK, f"{name} resolves" + (f", port {port}" if port else ""))
 
 
-def check_hub(context: CheckContext) -> Verdict:
+def _contact(context: CheckContext) -> tuple[bool, bool]:
+    """Of the hub: (whether it is not to be asked, whether a token for it is there)."""
     token = any(context.env.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
     home = footprint.hub_cache().parent
     token = token or Path(context.env.get("HF_TOKEN_PATH", home / "token")).exists()
-    offline = context.env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return context.env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"), token
+
+
+def check_upload(context: CheckContext) -> Verdict:
+    offline, token = _contact(context)
+    if context.config is None or context.config.export.push_to_hub is None:
+        return Verdict(OK, "export.push_to_hub is not asked for")
+    if offline or not token:
+        lacks, remedy = ("no token", "export HF_TOKEN, or run `hf auth login`")
+        lacks, remedy = ("HF_HUB_OFFLINE is set", "unset it") if offline else (lacks, remedy)
+        return Verdict(FAIL, f"export.push_to_hub: {lacks}; {remedy}, or drop the key and use `dspref push` later")
+    return Verdict(OK, "a token is there")
+
+
+def check_hub(context: CheckContext) -> Verdict:
+    offline, token = _contact(context)
     state = f"{'offline' if offline else 'online'}, {'a token is there' if token else 'no token'}"
     if context.model and footprint.model_folder(context.model) is None:
         name = context.model.name_or_path
@@ -272,11 +288,12 @@ CHECKS: dict[str, Callable[[CheckContext], Verdict]] = {
     "local folders": check_network_folders,
     "meeting": check_meeting,
     "hub": check_hub,
+    "upload": check_upload,
     "wandb": check_tracker,
     ".deepspeed_env": check_deepspeed_env,
     "slurm": check_slurm,
 }
-AT_START = ("versions", "build locks", "shared memory", "folders", "disk")
+AT_START = ("versions", "build locks", "shared memory", "folders", "disk", "upload")
 
 
 def examine(context: CheckContext, names: Iterable[str] = tuple(CHECKS)) -> dict[str, Verdict]:

@@ -24,7 +24,7 @@ from dspref.run.checkpoint import Progress
 from dspref.run.folder import METRICS, RunFolder
 from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
-from dspref.training import answers, closing, gradient, preparation, rehearsal, stages
+from dspref.training import answers, closing, gradient, preparation, publishing, rehearsal, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
 from dspref.training.numbers import Skips, judge_overfit
@@ -102,6 +102,8 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     watch.run_ends()
     closing.show_summary(run)
     policy.close()
+    if config.export.push_to_hub:
+        publishing.push_at_the_end(run.path, config.export.push_to_hub)
 
 
 def take_steps(session: Session, loader: StepLoader, progress: Progress, steps: int) -> tuple[Progress, int]:

@@ -25,7 +25,7 @@ ABOVE = {
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "commandline": {"config"},
     "looking": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
-    "cli": {"chat", "commandline", "config", "launcher", "looking", "machine", "ranks", "run", "slurm", "training"},
+    "cli": {"chat", "commandline", "config", "launcher", "looking", "machine", "ranks", "slurm", "training"},
     "__main__": {"cli"},
 }
 

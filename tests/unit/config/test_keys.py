@@ -102,7 +102,8 @@ RIGHT = {
     "eval_on_start": "train.eval_at_start", "load_best_model_at_end": "export: best",
     "early_stopping_steps": "train.stop_when", "greater_is_better": "train.stop_when (direction",
     "generate_during_eval": "log.samples", "generation_temperature": "log.generation.temperature",
-    "generation_max_new_tokens": "log.generation.max_new_tokens", "push_to_hub": "dspref push",
+    "generation_max_new_tokens": "log.generation.max_new_tokens",
+    "push_to_hub": "export.push_to_hub", "hub_strategy": "dspref push",
     "project": "log.project", "trust_remote_code": "model.trust_remote_code", "config": "include",
 }  # fmt: skip
 

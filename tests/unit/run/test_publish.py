@@ -110,3 +110,29 @@ def test_a_card_keeps_what_is_not_known_better() -> None:
     card = publish.with_metadata("---\nlanguage: de\ntags: [a]\n---\ntext\n", {"tags": ["b"], "license": "mit"})
     assert card == "---\nlanguage: de\ntags:\n- b\nlicense: mit\n---\ntext\n"
     assert publish.with_metadata("text", {"a": 1}) == "---\na: 1\n---\ntext"
+
+
+@pytest.mark.slow
+def test_a_run_pushes_its_model_when_it_is_done(hub: Hub, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+    root = Path(__file__).resolve().parents[3]
+
+    def train(run: str, **more: str) -> tuple[int, str]:
+        words = [f"output_dir={tmp_path / run}", "export.push_to_hub=me/mine", "train.max_steps=1", "data.eval=null"]
+        words += ["train.eval_every=null", "log.samples=0", "log.every=1"]
+        command = [sys.executable, "-m", "dspref", "train", "launch/configs/quickstart.yaml", *words]
+        done = subprocess.run(command, cwd=root, env=env | more, capture_output=True, text=True, timeout=300)
+        said = done.stdout + done.stderr
+        assert "Traceback" not in said and "hf_" not in said, said
+        return done.returncode, said
+
+    code, said = train("none")
+    assert code == 4 and "upload: export.push_to_hub: no token; export HF_TOKEN" in said and not (tmp_path / "none").exists()
+    code, said = train("one", HF_TOKEN="hf_" + "x" * 34)
+    again = f"`dspref push {tmp_path / 'one'} me/mine` uploads it"
+    assert code == 0 and "warning: export.push_to_hub: me/mine: the hub refuses the token (401)" in said and again in said
+    assert not hub.repos and (tmp_path / "one/final/model.safetensors").is_file()
+    code, said = train("two", HF_TOKEN=TOKEN)
+    assert code == 0 and f"pushed  {hub.url}/me/mine\n" in said
+    assert hub.repos["me/mine"]["private"] is True and "model.safetensors" in hub.repos["me/mine"]["files"]
