@@ -7,6 +7,7 @@ behind them. Nothing that fails here ends a run, or changes what it computes.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import pickle
@@ -35,12 +36,21 @@ COMPRESSION = 4
 class Profile:
     """The profile of steps `first` to `last` on this rank, in a folder for each trace. Called on all ranks alike."""
 
-    def __init__(self, run: Path, steps: tuple[int, int] | None, device: torch.device, say: Callable[[str], None]) -> None:
-        """`run`: its folder; `steps`: the first and the last one, from 1; None: nothing here does anything."""
-        self._folder, self._steps, self._say = run / NAME, steps, say
+    def __init__(
+        self,
+        run: Path,
+        steps: tuple[int, int] | None,
+        device: torch.device,
+        say: Callable[[str], None],
+        beat: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        """`run`: its folder; `steps`: the first and the last one, from 1; None: nothing here does anything. `say` tells a
+        person, and `beat` that this rank moves, as what is written may be large."""
+        self._folder, self._steps, self._say, self._beat = run / NAME, steps, say, beat
         self._cuda = device.type == "cuda"
         self._at = 0
         self._session: profile | None = None
+        self._recorded: profile | None = None
         self._began = 0
         self._stopped = 0
         self._memory: Any = None
@@ -80,7 +90,7 @@ class Profile:
 
     def due(self, name: str) -> None:
         """What is due between two steps, and is short."""
-        if self._session and not self._stopped:
+        if self._session:
             self._guarded(lambda: self._rename(name, below=0))
 
     def pause(self) -> None:
@@ -138,12 +148,12 @@ class Profile:
                 remove(left)
         # Else it prints two lines at each start and stop.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        if self._cuda:
-            torch.cuda.memory._record_memory_history(stacks="python", max_entries=EVENTS)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         session = profile(activities=kinds, record_shapes=True, profile_memory=True)
         session.start()
         self._session = session
+        if self._cuda:
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=EVENTS)
 
     def _stop(self) -> None:
         self._leave(0)
@@ -153,6 +163,7 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
         if self._session:
             self._session.stop()
+            self._recorded, self._session = self._session, None
 
     def _enter(self, name: str) -> None:
         self._leave(0)
@@ -177,8 +188,11 @@ class Profile:
         folder = self._folder / (f"steps-{began}-{ended}" if ended > began else f"step-{began}")
         lacks: list[str] = []
         self._guarded(lambda: lacks.extend(self._write_into(folder, began, ended)))
+        if self._fault:
+            with suppress(OSError):  # others have written into it
+                folder.rmdir()
         self._began = self._stopped = 0
-        self._session = self._memory = None
+        self._recorded = self._memory = None
         faults = distributed.gather_objects(self._fault)
         if all(faults):
             self._steps = None
@@ -187,16 +201,18 @@ class Profile:
 
     def _write_into(self, folder: Path, began: int, ended: int) -> list[str]:
         """Write the files of this rank; what is not among them, in words."""
-        assert self._session is not None
+        assert self._recorded is not None
         stem = f"rank-{distributed.world().rank}"
         folder.mkdir(parents=True, exist_ok=True)
         with drafted(folder / f"{stem}.trace.json.gz") as draft:
             self._compress(draft)
-        averages = self._session.key_averages(group_by_input_shape=True)
+        self._beat(NAME)
+        averages = self._recorded.key_averages(group_by_input_shape=True)
         by, device = ("self_device_time_total", "CUDA") if self._cuda else ("self_cpu_time_total", "CPU")
         table = averages.table(by, OPERATORS, max_name_column_width=70, max_shapes_column_width=80)
         title = f"{in_steps(began, ended)}, {stem}: the {OPERATORS} costliest operators and shapes, by {device} time\n"
         write_atomically(folder / f"{stem}.operators.txt", title + table)
+        self._beat(NAME)
         if not self._cuda:
             return ["a CPU has no memory snapshot"]
         write_atomically(folder / f"{stem}.memory.pickle", pickle.dumps(self._memory))
@@ -204,20 +220,25 @@ class Profile:
         return [] if has_kernels else ["without GPU kernels: CUPTI gave none"]
 
     def _compress(self, draft: Path) -> None:
-        """Write the trace. Raises OSError where it does not fit: the profiler itself would only cut it short."""
-        assert self._session is not None
+        """Write the trace. Raises OSError where it does not fit, of which the profiler itself says nothing."""
+        assert self._recorded is not None
         plain = draft.with_name(f"{draft.name}.json")
         try:
-            self._session.export_chrome_trace(str(plain))
+            self._recorded.export_chrome_trace(str(plain))
+            if not plain.exists():
+                raise OSError(errno.EIO, "no trace came of it; is the disk full?")
             with open(plain, "rb") as file:
                 file.seek(-min(16, plain.stat().st_size), os.SEEK_END)
                 if not file.read().rstrip().endswith(b"}"):
-                    raise OSError("the trace was cut short; is the disk full?")
+                    raise OSError(errno.EIO, "the trace was cut short; is the disk full?")
                 file.seek(0)
                 with gzip.open(draft, "wb", COMPRESSION) as packed:
                     shutil.copyfileobj(file, packed, 2**20)
         finally:
-            remove(plain)
+            for left in plain.parent.glob(f"{plain.name}*"):  # with its own draft, on a full disk
+                with suppress(OSError):
+                    os.truncate(left, 0)  # it keeps that one open
+                remove(left)
 
 
 def in_words(error: Exception) -> str:

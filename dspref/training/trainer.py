@@ -95,7 +95,8 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     session = Session(
         config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_step_tolerance(asked),
         run, policy, reference, loss, pairs, config.data.labels, held_out, packing, recorder, view, watch, saver,
-        Profile(run.path, stages.profiled(config.train, done), policy.device, view.note), rule, asking,
+        Profile(run.path, stages.profiled(config.train, done), policy.device, view.note, watch.beat),
+        rule, asking,
     )  # fmt: skip
     progress, weights_of = take_steps(session, loader, progress, steps)
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
