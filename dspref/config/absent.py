@@ -258,7 +258,7 @@ _NOT_NEEDED = {
     "train.profile: [FIRST, LAST] has one window, and traces of every rank in RUN/profile": (
         "profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_repeat"
     ),
-    "train.profile: [FIRST, LAST] records shapes and memory, and no stacks": (
+    "train.profile: [FIRST, LAST] records shapes, no stacks, and memory apart": (
         "profiler_record_shapes profiler_profile_memory profiler_with_stack"
     ),
     "the clock of DeepSpeed is set in its settings": "profile_modules wall_clock_breakdown",
