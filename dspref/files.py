@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises OSError, always with `path` as its file name.
     """
+    with drafted(path) as draft, open(draft, "xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the name `path` as a whole, after the block; not at all where that raises.
+
+    Raises OSError, always with `path` as its file name.
+    """
     draft = path.with_name(f"{DRAFT}{os.getpid()}-{uuid.uuid4().hex}")
     try:
-        with open(draft, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+        yield draft
+        with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
         sync_folder(path.parent)

@@ -255,11 +255,13 @@ _NOT_NEEDED = {
         "plot_loss logging_nan_inf_filter include_num_input_tokens_seen include_tokens_per_second include_tkps "
         "include_effective_tokens_per_second skip_memory_metrics steps_per_print"
     ),
-    "the profiler of DeepSpeed is set in its settings": (
-        "profiler_steps profiler_steps_start enable_torch_profiler profiler_output_dir profiler_wait_steps "
-        "profiler_warmup_steps profiler_active_steps profiler_repeat profiler_record_shapes profiler_profile_memory "
-        "profiler_with_stack profile_modules wall_clock_breakdown"
+    "train.profile: [FIRST, LAST] has one window, and traces of every rank in RUN/profile": (
+        "profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_repeat"
     ),
+    "train.profile: [FIRST, LAST] records shapes, no stacks, and memory apart": (
+        "profiler_record_shapes profiler_profile_memory profiler_with_stack"
+    ),
+    "the clock of DeepSpeed is set in its settings": "profile_modules wall_clock_breakdown",
     "log.trackers lists the trackers that there are": "use_otel_metrics otel_metrics_host otel_metrics_port",
     "export MLFLOW_TRACKING_URI instead": "mlflow_tracking_uri",
     "export COMET_WORKSPACE instead": "comet_workspace",

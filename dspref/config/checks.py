@@ -241,6 +241,14 @@ def _check_schedule(config: Config) -> Iterator[Complaint]:
         yield ("train", "lr_scheduler_kwargs"), f"{train.lr_scheduler_type} needs {_names(needed)}"
 
 
+def _check_profile(config: Config) -> Iterator[Complaint]:
+    train, steps = config.train, config.train.profile.steps if config.train.profile else [1, 1]
+    if len(steps) != 2 or steps[0] > steps[1]:
+        yield ("train", "profile", "steps"), "takes the first step and the last one, such as [5, 8]"
+    elif steps[1] > (total := train.overfit or train.max_steps or steps[1]):
+        yield ("train", "profile", "steps"), f"there is no step {steps[1]}, the run has {total}; name earlier ones"
+
+
 def _names(keys: set[str]) -> str:
     return " or ".join(sorted(keys)) or "none"
 
@@ -335,6 +343,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_lengths,
     _check_sources,
     _check_schedule,
+    _check_profile,
     _check_best,
     _check_stopping,
     _check_hub,

@@ -38,6 +38,10 @@ _FOREIGN_KEYS = {
     "train.eval_every": "eval_steps eval_strategy evaluation_strategy eval.steps eval_delay",
     "train.eval_every (steps)": "evals_per_epoch",
     "train.hang_timeout (seconds)": "ddp_timeout timeout",
+    "train.profile: [FIRST, LAST], both included (profiler_steps counts from profiler_steps_start)": (
+        "profiler_steps profiler_steps_start"
+    ),
+    "train.profile: [FIRST, LAST] (optimizer steps)": "enable_torch_profiler profiler_active_steps",
     # ------------------------------------------------------------------------------------------------------------- model
     "model.name_or_path": "model_name_or_path model_path base_model pretrain model.model_name_or_path",
     "model.revision": "model_revision revision_of_model",

@@ -2,7 +2,7 @@
 
 The config refuses; it does not rewrite what the user wrote. Two things are read as what they stand for, here and nowhere
 else, so that runs, locks and resolved configs agree: `~` in a path (`FilePath`), and the short forms `train: file.jsonl`,
-`lora: true`, `trackers: wandb`. `dspref.config` reads files into these.
+`lora: true`, `trackers: wandb`, `profile: 5`. `dspref.config` reads files into these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dspref.config.data_section import Columns, DataSection, SourceSection, Temp
 from dspref.config.objective_section import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, ObjectiveSection, objective_name
 from dspref.config.paths import FilePath, TemplatePath, shipped
 from dspref.config.section import Section
-from dspref.config.train_section import StopWhenSection, TrainSection
+from dspref.config.train_section import ProfileSection, StopWhenSection, TrainSection, profile_in_full
 
 
 class LoraSection(Section):
@@ -262,6 +262,8 @@ def in_full(path: tuple[str | int, ...], value: Any) -> Any:
             return source_in_full(value)
         case ("export",):
             return _export(value)
+        case ("train", "profile"):
+            return profile_in_full(value)
         case ("log", "trackers"):
             return _trackers(value)
     return value
@@ -279,6 +281,8 @@ def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | No
             return LoraSection
         case ("train", "stop_when"):
             return StopWhenSection
+        case ("train", "profile"):
+            return ProfileSection
         case ("log", "generation"):
             return GenerationSection
         case ("data", "train" | "eval", *_, "columns"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dspref.config.section import Section
 
@@ -20,6 +20,25 @@ class StopWhenSection(Section):
     """What is no more than this is no progress."""
     direction: Literal["min", "max"] | None = None
     """Which way is progress; default: by the metric's name, losses down, accuracies, margins and rewards/chosen up."""
+
+
+class ProfileSection(Section):
+    """A profile of some steps, in RUN/profile."""
+
+    steps: list[Annotated[int, Field(ge=1)]]
+    """The first and the last optimizer step to profile, both included; the first of a run is 1."""
+
+
+def profile_in_full(value: Any) -> Any:
+    """`[5, 8]` and `5` may stand for the section."""
+    if isinstance(value, dict) and is_step(value.get("steps")):
+        return {**value, "steps": [value["steps"]] * 2}
+    value = [value, value] if is_step(value) else value
+    return {"steps": value} if isinstance(value, list) else value
+
+
+def is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class TrainSection(Section):
@@ -73,5 +92,11 @@ class TrainSection(Section):
     """A step whose loss or gradient is not finite changes nothing; so many in a row, and the next ends the run."""
     spike_sigmas: Annotated[float, Field(gt=0)] | None = None
     """Warn of a logged loss so many standard deviations above the 128 before it, such as 6; null: no watch."""
+    profile: Annotated[
+        ProfileSection | None,
+        BeforeValidator(profile_in_full, json_schema_input_type=ProfileSection | list[int] | int | None),
+    ] = None
+    """Profile some steps with torch's profiler, `[5, 8]` or `5` for short: a trace of every rank, a table of operators, and
+    on GPUs a memory snapshot, in RUN/profile. Weights stay the same to the bit."""
     hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
     """Seconds without progress within a step or an evaluation after which the run is taken for hung; 0: never."""

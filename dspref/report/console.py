@@ -102,7 +102,7 @@ class ProgressView:
         """The figures of a logged step that is done."""
         self.advance(step)
         figures = {name: f"{short} {record[name]:.4g}" for name, short in IN_LINES.items() if name in record}
-        figures[SPEED] = f"{record.get(SPEED, 0):,.0f} tok/s"
+        figures[SPEED] = f"{record[SPEED]:,.0f} tok/s" if SPEED in record else "profiled"
         left = self._left()
         line = f"step {step}/{self._total}  {'  '.join([*figures.values(), *([left] if left else [])])}"
         if self._bar:

@@ -34,12 +34,14 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """A new step begins."""
-        self._marks: list[tuple[str, Any]] = [("", self._now())]
+        """A new step begins, with its data."""
+        self.phase, self._marks = "data", []
+        self.begin("data")
         self._cpu = time.process_time()
 
-    def lap(self, phase: str) -> None:
-        """What was done since the last lap belongs to `phase`."""
+    def begin(self, phase: str) -> None:
+        """What is done from now on belongs to `phase`, one of PHASES, or to none."""
+        self.phase = phase
         self._marks.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
@@ -47,7 +49,7 @@ class Clock:
         if self._cuda:
             self._marks[-1][1].synchronize()
         found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, after) in pairwise(self._marks):
+        for (phase, before), (_, after) in pairwise(self._marks):
             found[phase] += before.elapsed_time(after) / 1000 if self._cuda else after - before
         return found | {"total": sum(found.values()), "cpu": time.process_time() - self._cpu}
 

@@ -25,6 +25,7 @@ from dspref.objectives.families import PairLogps, PairLoss, total
 from dspref.reference.modes import Reference
 from dspref.report.metrics import Meter
 from dspref.report.performance import Clock
+from dspref.report.profiling import Profile
 from dspref.training.numbers import Suspects, with_faults
 
 if TYPE_CHECKING:
@@ -57,13 +58,17 @@ class Instruments:
     clock: Clock | None = None
     suspects: Suspects | None = None
     beat: Callable[[str], None] | None = None
+    profile: Profile | None = None
 
-    def lap(self, phase: str) -> None:
-        """A phase of PHASES has ended."""
-        if self.clock:
-            self.clock.lap(phase)
+    def begin(self, phase: str) -> None:
+        """A phase of PHASES begins, and the one before it has ended; with "" the step is done."""
+        if self.clock is None or self.clock.phase == phase:
+            return
         if self.beat:
-            self.beat(phase)
+            self.beat(self.clock.phase)
+        self.clock.begin(phase)
+        if self.profile and phase:
+            self.profile.phase(phase)
 
     def at_loss(self, pair_ids: Tensor, loss: PairLoss) -> None:
         if self.suspects:
@@ -96,10 +101,11 @@ def _one_pass(
     looking: Instruments,
 ) -> RunningMean:
     for batch in step.packs:
+        looking.begin("data")
         batch = batch.to(policy.device)
-        looking.lap("data")
+        looking.begin("reference")
         base = reference("train", batch)
-        looking.lap("reference")
+        looking.begin("forward")
         tokens, routing = policy.forward(batch, with_statistics=looking.meter is not None)
         pairs = pair_logps(tokens, batch)
         rewards = _with_step(rewards, loss.objective, pairs, base)
@@ -113,9 +119,8 @@ def _one_pass(
             meter.add_logits(tokens, pairs, batch)
             if step.number == 1 and base:
                 meter.add_gap(pairs, base)
-        looking.lap("forward")
+        looking.begin("backward")
         policy.backward(share)
-        looking.lap("backward")
     return rewards
 
 
@@ -128,16 +133,15 @@ def _two_passes(
     looking: Instruments,
 ) -> RunningMean:
     packs = [batch.to(policy.device) for batch in step.packs]
-    looking.lap("data")
     seen, routings = [], []
     with policy.rehearsing():
         for batch in packs:
+            looking.begin("reference")
             base = reference("train", batch)
-            looking.lap("reference")
+            looking.begin("forward")
             tokens, routing = policy.forward(batch)
             seen.append((pair_logps(tokens, batch), base))
             routings += [routing] if routing else []
-            looking.lap("forward")
     load = _step_load(routings) if routings and loss.router_scope == "step" else None
     pairs, base, own = gathered(seen)
     rewards = _with_step(rewards, loss.objective, pairs, base)
@@ -151,6 +155,7 @@ def _two_passes(
             meter.add_gap(part_of(pairs, own), part_of(base, own))
     start = own.start
     for batch in packs:
+        looking.begin("forward")
         tokens, routing = policy.forward(batch, with_statistics=meter is not None)
         logps = pair_logps(tokens, batch)
         share = with_faults(_surrogate(logps, part_of(slopes, slice(start, start + batch.num_pairs))), value)
@@ -159,9 +164,8 @@ def _two_passes(
             share = share + loss.router_coef * _balance(routing, step, load, looking.meter)
         if meter:
             meter.add_logits(tokens, logps, batch)
-        looking.lap("forward")
+        looking.begin("backward")
         policy.backward(share)
-        looking.lap("backward")
     return rewards
 
 

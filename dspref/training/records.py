@@ -32,11 +32,12 @@ class StepRecords:
         self._session.watch.beat("batches", number)
         self.suspects.clear()
         meter = self._meter if self.is_logged(number) else None
-        return Instruments(meter, self._clock, self.suspects, self._session.watch.beat)
+        return Instruments(meter, self._clock, self.suspects, self._session.watch.beat, self._session.profile)
 
     def write(self, step: Step, learning_rate: float, grad_norm: float) -> None:
         """The record of a step that was taken. Raises NumericFault where its numbers cannot be believed."""
         session = self._session
+        session.profile.phase("record")
         self._tokens += step.counts["tokens"]
         if self.is_logged(step.number):
             applied, means = session.policy.applied, self._meter.reduce()
@@ -45,17 +46,22 @@ class StepRecords:
                 check_first_step(means, session.first_step_tolerance, applied)
             record = header(step.number, step.epoch) | {"loss": means.pop("loss"), "grad_norm": grad_norm}
             record |= {"learning_rate": learning_rate, **means, "num_tokens": self._tokens}
-            record |= {**self._account.record(step, self._clock.read())}
+            if not session.profile.covers(step.number):  # which is slower than others, and would pass for the run's speed
+                record |= {**self._account.record(step, self._clock.read())}
             session.recorder.write(record)
             session.view.show(step.number, record)
             for warning in (self._displacement.watch(record), self._spikes.watch(step.number, record["loss"])):
                 if warning:
                     session.view.note(warning)
         session.view.advance(step.number)
+        session.profile.end()
 
-    def end(self) -> None:
-        """What was due after the step is done; the time of the next one begins."""
+    def end(self, number: int) -> None:
+        """What was due after step `number` is done; the time of the next one begins."""
+        self._session.profile.write()
         self._clock.start()
+        if number < self._steps:
+            self._session.profile.begin(number + 1)
 
 
 def header(step: int, epoch: float) -> dict[str, float]:

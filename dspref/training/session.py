@@ -12,6 +12,7 @@ from dspref.engine.engine import Engine
 from dspref.reference.modes import Reference
 from dspref.report import console
 from dspref.report.metrics import Recorder
+from dspref.report.profiling import Profile
 from dspref.run.best import Rule
 from dspref.run.folder import RunFolder
 from dspref.run.saving import Saver
@@ -43,6 +44,7 @@ class Session:
     view: console.ProgressView
     watch: Watch
     saver: Saver
+    profile: Profile
     rule: Rule | None = None
     """By which evaluations are judged."""
     asking: Asking | None = None

@@ -30,6 +30,7 @@ from dspref.reference.filling import Need, whole
 from dspref.reference.modes import InitialWeights
 from dspref.reference.spec import ReferenceSpec
 from dspref.report import console
+from dspref.report.profiling import in_steps
 from dspref.run.best import Rule
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder
@@ -245,6 +246,26 @@ def refuse_fewer_steps(run: RunFolder, done: int, steps: int) -> None:
         raise ConfigError(
             f"train.max_steps: {steps}, but {run.path} is at step {done}; raise it, or use another output_dir="
         )
+
+
+def refuse_late_profile(train: TrainSection, done: int, steps: int) -> None:
+    """Raise ConfigError where steps are to be profiled that the run does not have; say so where they are done."""
+    if train.profile is None:
+        return
+    first, last = train.profile.steps
+    if last > steps:
+        raise ConfigError(f"train.profile.steps: there is no step {last}, the run has {steps}; name earlier ones")
+    if last <= done:
+        distributed.log(
+            f"warning: train.profile: the run goes on after step {done}, and has {in_steps(first, last)} behind it; "
+            "nothing is profiled"
+        )
+
+
+def profiled(train: TrainSection, done: int) -> tuple[int, int] | None:
+    """The first and the last step to profile of a run that goes on after `done`."""
+    first, last = train.profile.steps if train.profile else (0, 0)
+    return (max(first, done + 1), last) if last > done else None
 
 
 def evaluates_at_start(train: TrainSection, held_out: Mapping[str, PairStore], steps: int) -> bool:

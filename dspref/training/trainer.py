@@ -13,12 +13,14 @@ from dspref.config import Config
 from dspref.data.loader import Step, StepLoader
 from dspref.engine import engine
 from dspref.engine.engine import Engine
+from dspref.errors import Interrupted
 from dspref.model import loading
 from dspref.objectives import RunningMean, build_objective
 from dspref.reference import modes as references
 from dspref.reference import spec
 from dspref.report import advice, console
 from dspref.report.metrics import Recorder
+from dspref.report.profiling import Profile
 from dspref.run import checkpoint
 from dspref.run.checkpoint import Progress
 from dspref.run.folder import METRICS, RunFolder
@@ -65,6 +67,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     found = checkpoint.find(run, config.checkpoint.resume)
     done = found.progress.step if found else 0
     stages.refuse_fewer_steps(run, done, steps)
+    stages.refuse_late_profile(config.train, done, steps)
 
     objective = build_objective(**config.objective.model_dump())
     policy = stages.load_policy(config, objective, beginning.weights, kernel)
@@ -91,8 +94,9 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
 
     session = Session(
         config.model, config.train, config.log.every, config.checkpoint.save_every, spec.first_step_tolerance(asked),
-        run, policy, reference, loss, pairs, config.data.labels, held_out, packing, recorder, view, watch, saver, rule,
-        asking,
+        run, policy, reference, loss, pairs, config.data.labels, held_out, packing, recorder, view, watch, saver,
+        Profile(run.path, stages.profiled(config.train, done), policy.device, view.note, watch.beat),
+        rule, asking,
     )  # fmt: skip
     progress, weights_of = take_steps(session, loader, progress, steps)
     watch.steps_end(may_leave=config.checkpoint.save_every is not None)
@@ -115,12 +119,16 @@ def take_steps(session: Session, loader: StepLoader, progress: Progress, steps: 
             )  # fmt: skip
         session.watch.steps_begin(session.train.hang_timeout)
         progress = run_steps(session, loader, progress, steps)
+        session.profile.close(over=True)
         return progress, closing.take_best(session, progress)
     except BaseException as error:
         session.saver.leave()
+        if isinstance(error, Interrupted):  # of all ranks at once, and what they have is committed
+            session.profile.close()
         session.watch.report(error)  # before trackers are waited for
         raise
     finally:
+        session.profile.drop()
         session.view.close()
         session.recorder.close()
 
@@ -142,7 +150,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         return progress
     if policy.device.type != "cpu" if train.dry_run is None else train.dry_run:
         rehearsal.rehearse(session, loader, progress.step, steps)
-    records.end()
+    records.end(progress.step)
     session.view.begin()
     for step in loader.steps(progress.step, steps):
         rewards = optimizer_step(session, step, progress.rewards, records)
@@ -158,7 +166,7 @@ def run_steps(session: Session, loader: StepLoader, progress: Progress, steps: i
         sound = progress if policy.applied else sound
         if is_over(session, progress):
             break
-        records.end()
+        records.end(step.number)
     if train.overfit:
         judge_overfit(session.run.path / METRICS)
     return progress
@@ -193,10 +201,11 @@ def optimizer_step(session: Session, step: Step, rewards: RunningMean, records: 
     """One optimizer step, and what is written of it; the running mean of the rewards behind it."""
     policy, looking = session.policy, records.begin(step.number)
     with_step = gradient.accumulate(step, policy, session.loss, session.reference, rewards, looking)
+    looking.begin("update")
     learning_rate, grad_norm = policy.learning_rate, policy.step()
     if policy.applied:
         session.reference.follow(step.number)
-    looking.lap("update")
+    looking.begin("")
     records.write(step, learning_rate, grad_norm)
     return with_step if policy.applied else rewards
 
@@ -214,6 +223,8 @@ def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: 
     watch, ask = session.watch, session.watch.agreed(session.saver.wish)
     tell(session)
     found: dict[str, float] | None = {}
+    if progress.owes_evaluation or progress.owes_samples:
+        session.profile.pause()
     if progress.owes_evaluation and ask is not Request.STOP:
         found = evaluated(session, progress.rewards)
         if found is None:
@@ -242,6 +253,7 @@ def evaluate_and_save(session: Session, progress: Progress, epoch: float, last: 
 
 
 def save(session: Session, progress: Progress, evaluation: Mapping[str, float], at_once: bool) -> None:
+    session.profile.due("checkpoint")
     try:
         session.saver.save(progress, evaluation, at_once)
     finally:

@@ -279,6 +279,22 @@ def mark_phases(rank: int, into: str, slow: str = "", seconds: float = 0.0) -> N
     wrap(closing, "export", "export")
 
 
+def take_a_name(rank: int, path: str, folder: bool) -> None:
+    """Before the first step is applied, something else takes a name in the run folder."""
+    from dspref.engine.engine import Engine
+
+    plain = Engine.step
+
+    def taking(self: Any) -> float:
+        if rank == 0 and not os.path.exists(path):
+            os.makedirs(path if folder else os.path.dirname(path), exist_ok=True)
+            if not folder:
+                Path(path).touch()
+        return plain(self)
+
+    Engine.step = taking
+
+
 def load_for_ever(rank: int, what: str, into: str) -> None:
     """A class of transformers stands in `from_pretrained`, once the file `into` is there."""
     import transformers

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from dspref.objectives import RunningMean, build_objective
 from dspref.reference.modes import Reference
 from dspref.report.metrics import Meter
 from dspref.report.performance import Clock
+from dspref.report.profiling import Profile
 from dspref.training import gradient
 from dspref.training.gradient import Instruments, StepLoss
 from dspref.training.numbers import Suspects
@@ -158,6 +161,25 @@ def test_a_logged_step_waits_for_nothing(loss_type, device=CUDA):
             gradient.accumulate(step, Undistributed(model, device), StepLoss(made), reference, RunningMean(), looking)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_profile_has_kernels_and_a_memory_snapshot(tmp_path: Path):
+    said: list[str] = []
+    profile = Profile(tmp_path, (2, 3), torch.device("cuda"), said.append)
+    for step in range(1, 5):
+        profile.write()
+        profile.begin(step)
+        profile.phase("forward")
+        torch.ones(256, 256, device="cuda") @ torch.ones(256, 256, device="cuda")
+        profile.end()
+    profile.close(over=True)
+    folder = tmp_path / "profile/steps-2-3"
+    with gzip.open(folder / "rank-0.trace.json.gz", "rt") as file:
+        kinds = [event.get("cat") for event in json.load(file)["traceEvents"]]
+    assert kinds.count("kernel") >= 2 and len(said) == 1 and said[0].startswith("profile: steps 2 to 3")
+    snapshot = pickle.loads((folder / "rank-0.memory.pickle").read_bytes())
+    assert snapshot["segments"] and any(snapshot["device_traces"])
+    assert "CUDA" in (folder / "rank-0.operators.txt").read_text()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

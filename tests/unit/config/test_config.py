@@ -1352,6 +1352,10 @@ output_dir: o
         (["model.lora=false", "model.lora.r=4"], {"model.lora.r": 4}),
         (["data.train=c.jsonl", "data.train.weight=2.0"], {"data.train.path": "c.jsonl", "data.train.weight": 2.0}),
         (["data.train=[c, d]", "data.train.1.weight=2.0"], {"data.train.1.path": "d", "data.train.1.weight": 2.0}),
+        (["train.profile=5"], {"train.profile.steps": [5, 5]}),
+        (["train.profile=[5, 8]"], {"train.profile.steps": [5, 8]}),
+        (["train.profile={steps: 5}"], {"train.profile.steps": [5, 5]}),
+        (["train.profile=[5, 8]", "train.profile.steps=[6, 8]"], {"train.profile.steps": [6, 8]}),
         (["log.trackers.0=tensorboard"], {"log.trackers": ["tensorboard"]}),
         (["data.train.0=c.jsonl", "data.train.0.path=d.jsonl"], {"data.train.0.path": "d.jsonl"}),
     ],
@@ -1379,6 +1383,24 @@ def test_keys_below_a_short_form_are_set_as_below_its_long_one(overrides, change
 )
 def test_what_is_wrong_below_a_short_form_is_blamed_on_the_override(overrides, place, write) -> None:
     assert refusal(write(SHORT), *overrides).startswith(place)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["train.profile=[8, 5]"], "takes the first step and the last one, such as [5, 8]"),
+        (["train.profile=[5, 6, 8]"], "takes the first step and the last one, such as [5, 8]"),
+        (["train.profile=0"], "must be greater than or equal to 1, not 0"),
+        (["train.profile=[0, 3]"], "must be greater than or equal to 1, not 0"),
+        (["train.profile=true"], "train.profile: must be a mapping of keys, not true"),
+        (["train.profile=[5, 8]", "train.max_steps=7"], "there is no step 8, the run has 7"),
+        (["train.profile=5", "train.overfit=4"], "there is no step 5, the run has 4"),
+        (["train.profile={step: 5}"], "train.profile.step: unknown key; did you mean 'steps'?"),
+    ],
+)
+def test_steps_that_cannot_be_profiled_are_refused_in_one_line(overrides, reason, write) -> None:
+    message = refusal(write(SHORT), *overrides)
+    assert reason in message and "train.profile" in message and "\n" not in message
 
 
 def test_what_the_file_said_in_a_short_form_is_blamed_on_its_line(write) -> None:

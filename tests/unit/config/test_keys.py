@@ -98,6 +98,8 @@ RIGHT = {
     "data_seed": "train.seed", "hub_token": "HF_TOKEN", "wandb_run_group": "WANDB_RUN_GROUP",
     "val_set_size": "data.eval", "padding_free": "packed", "gradient_checkpointing_kwargs": "DeepSpeed",
     "muon.lr": "train.optim", "kto_desirable_weight": "apo_zero", "neftune_noise_alpha": "noise",
+    "profiler_steps_start": "train.profile: [FIRST, LAST]", "enable_torch_profiler": "train.profile",
+    "profiler_with_stack": "train.profile",
     "early_stopping_patience": "train.stop_when", "mixed_precision": "model.dtype", "alpha": "objective.alpha",
     "eval_on_start": "train.eval_at_start", "load_best_model_at_end": "export: best",
     "early_stopping_steps": "train.stop_when", "greater_is_better": "train.stop_when (direction",
