@@ -14,6 +14,8 @@ from dspref.terminal import duration, printable
 
 GIB = 2**30
 TITLE = "GiB of each rank where it needs most, by ZeRO stage (s: states in host memory, w: weights too)"
+# Seconds of arithmetic in a step below which a GPU waits for the host, so that its share of the peak says nothing.
+LAUNCHES = 0.1
 MOMENTS = {
     "head": "where the LM head's gradient is made, with all activations kept",
     "layer": "in the backward pass of the last layer",
@@ -70,6 +72,8 @@ def time_of(plan: Mapping[str, Any]) -> str:
         of = f"{plan['model']['dtype']} on {plan['machine']['gpu']}"
         other = "; with model.dtype=bfloat16 it is" if plan["machine"]["gpu"] != "CPU" else ""
         return f"not estimated: no peak is known of {of}{other}"
+    if seconds["step"] < LAUNCHES:
+        return f"not estimated: a step has under {LAUNCHES:g} s of arithmetic, and takes what launching its kernels takes"
     parts = [f"{seconds['step']:.2f} s a step"]
     parts += [
         f"{duration(seconds[name])} {words}" for name, words in (("epoch", "an epoch"), ("run", "the run")) if seconds[name]
