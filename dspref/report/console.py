@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -267,7 +268,7 @@ def sample_lines(step: int, rows: Sequence[Mapping[str, Any]]) -> str:
     """The answers of a step; the first of them in a line each, or in three where that is too long for a narrow terminal."""
     lines = [f"step {step}: {len(rows)} answer{'s' * (len(rows) != 1)} in {record.SAMPLES}"]
     for row in rows[:SHORTLY]:
-        prompt, policy, reference = (_short(text, 64) for text in (asked(row["prompt"]), row["policy"], row["reference"]))
+        prompt, (policy, reference) = _short(asked(row["prompt"]), 64), apart(row["policy"], row["reference"], 64)
         reference = "the same" if row["policy"] == row["reference"] else reference
         line = f"  {prompt}  ->  {policy}  (reference: {reference})"
         lines.append(line if len(line) < NARROW else f"  {prompt}\n    ->  {policy}\n    reference: {reference}")
@@ -286,13 +287,26 @@ def _short(text: str, limit: int) -> str:
     return printable(" ".join(text.split()), limit) or "(nothing)"
 
 
+def apart(one: str, other: str, limit: int) -> tuple[str, str]:
+    """Two texts in one line of at most `limit` characters each: from their beginnings, or where these would look the same
+    though the texts are not, from a little before they part."""
+    texts = [" ".join(text.split()) for text in (one, other)]
+    same = len(os.path.commonprefix(texts))
+    if texts[0] != texts[1] and same >= limit - 1:
+        texts = [f"…{text[same - limit // 3 :]}" for text in texts]
+    return _short(texts[0], limit), _short(texts[1], limit)
+
+
 def samples(rows: Sequence[Sample]) -> None:
     """The newest answers beside the reference's and the preferred one."""
     table = Table(title="Prompts, answered by reference and policy", title_justify="left", show_lines=False)
     for name in ("prompt", "reference", "policy", "chosen"):
         table.add_column(name, overflow="fold", max_width=44)
     for row in rows[:AT_THE_END]:
-        texts = (asked(row.prompt), row.reference, row.policy, row.chosen)
+        answers = row.reference, row.policy
+        if row.reference and row.policy:
+            answers = apart(row.reference, row.policy, 80)
+        texts = (asked(row.prompt), *answers, row.chosen)
         table.add_row(*(Text("-" if text is None else printable(text, limit=80)) for text in texts))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)

@@ -87,6 +87,9 @@ def test_an_answer_that_is_the_references_is_not_said_twice():
     rows = [{"prompt": "user\nHi\nassistant\n", "policy": policy, "reference": "Hello"} for policy in ("Hello", "Yo")]
     first, second = console.sample_lines(1, rows).splitlines()[1:]
     assert first == "  Hi  ->  Hello  (reference: the same)" and second == "  Hi  ->  Yo  (reference: Hello)"
+    rows[0] = {"prompt": "Hi", "policy": "word " * 99 + "and left", "reference": "word " * 99 + "and right"}
+    assert console.apart(rows[0]["policy"], rows[0]["reference"], 12) == ("…and left", "…and right"), "where they part"
+    assert console.apart("a b", "a\nc", 12) == ("a b", "a c")
     long = console.sample_lines(1, [rows[1] | {"policy": "word " * 99}]).splitlines()
     assert [line.split()[0] for line in long[1:]] == ["Hi", "->", "reference:"] and max(map(len, long)) < console.NARROW
 
