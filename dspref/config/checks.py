@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dspref import secrets
-from dspref.config import hints, objective_checks, strategy
+from dspref.config import hints, objective_checks, outcome_checks, strategy
 from dspref.config.objective_checks import Complaint
 from dspref.config.paths import shipped
 from dspref.config.sections import Config, Section, SourceSection
 from dspref.config.sound import KeyPath, sound
-from dspref.config.watched import lower_is_better
 from dspref.errors import ConfigError
-from dspref.objectives import as_list
 
 # lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
 SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
@@ -30,8 +28,6 @@ SCHEDULE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
     "inverse_sqrt": ({"timescale"}, set()),
     "cosine_with_min_lr": ({"num_cycles", "min_lr", "min_lr_rate"}, {"min_lr", "min_lr_rate"}),
 }
-# Metrics of every evaluation, behind its prefix.
-EVALUATED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
 # A column of places, 1 being the best.
 RANK_NAME = re.compile(r"(^|[._-])rank(s|ing|ings)?$", re.IGNORECASE)
@@ -253,56 +249,6 @@ def _names(keys: set[str]) -> str:
     return " or ".join(sorted(keys)) or "none"
 
 
-def _check_best(config: Config) -> Iterator[Complaint]:
-    best, sets = config.checkpoint.keep_best, config.data.eval_sources
-    if best is None:
-        return
-    if not sets:
-        yield ("checkpoint", "keep_best"), "there is nothing to evaluate; set data.eval"
-    elif best not in {prefix + name for prefix in sets for name in _evaluated(config)}:
-        yield ("checkpoint", "keep_best"), f"no such metric; for example {next(iter(sets))}rewards/margins"
-    elif not (every := config.train.eval_every):
-        yield ("checkpoint", "keep_best"), "needs evaluations; set train.eval_every"
-    # With export: best there is a checkpoint at each evaluation that is the best so far.
-    elif config.export.weights != "best" and (config.checkpoint.save_every or 0) % every:
-        yield (
-            ("checkpoint", "keep_best"),
-            "needs an evaluation at every checkpoint: save_every a multiple of train.eval_every",
-        )
-
-
-def _check_stopping(config: Config) -> Iterator[Complaint]:
-    stop, sets, best = config.train.stop_when, config.data.eval_sources, config.export.weights == "best"
-    if stop is not None:
-        own = ("train", "stop_when")
-        if not sets:
-            yield own, "there is nothing to evaluate; set data.eval"
-        elif stop.metric not in {prefix + name for prefix in sets for name in _evaluated(config)}:
-            yield (*own, "metric"), f"no such metric; for example {next(iter(sets))}loss"
-        elif stop.direction is None and lower_is_better(stop.metric) is None:
-            yield (*own, "metric"), "its name does not tell which way is better; set direction: min or max beside it"
-        elif not config.train.eval_every:
-            yield own, "a run is evaluated at its end alone, when there is nothing to stop; set train.eval_every"
-    if not best:
-        return
-    if config.judged_by is None:
-        yield ("export",), "by which metric? set train.stop_when, or checkpoint.keep_best, such as eval_loss"
-    elif stop and config.checkpoint.keep_best not in (None, stop.metric):
-        yield (
-            ("checkpoint", "keep_best"),
-            f"with export: best it must be {stop.metric}, as in train.stop_when",
-        )
-    elif stop and stop.direction and lower_is_better(stop.metric) not in (None, stop.direction == "min"):
-        yield ("train", "stop_when", "direction"), "with export: best it must be that of the metric's name; leave it out"
-
-
-def _evaluated(config: Config) -> set[str]:
-    section = config.objective
-    names = as_list(section.loss_type)
-    has_nll = section.name != "dpo" or "sft" in names or section.rpo_alpha is not None
-    return {*EVALUATED, *(f"loss/{name}" for name in names), *(["nll_loss"] if has_nll else [])}
-
-
 def _check_optimizer(config: Config) -> Iterator[Complaint]:
     offloaded = strategy.offloads_optimizer(config.strategy)
     if config.train.optim == "cpu_adam" and not offloaded:
@@ -328,12 +274,6 @@ def _check_samples(config: Config) -> Iterator[Complaint]:
         yield ("log", "generation", "top_p"), "has no effect with temperature: 0, which draws nothing; set one, or drop it"
 
 
-def _check_hub(config: Config) -> Iterator[Complaint]:
-    repo = config.export.push_to_hub
-    if repo is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
-        yield ("export", "push_to_hub"), f"{repo}: is no repository of the hub; write it as owner/name"
-
-
 CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_numbers,
     _check_lora,
@@ -344,9 +284,9 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_sources,
     _check_schedule,
     _check_profile,
-    _check_best,
-    _check_stopping,
-    _check_hub,
+    outcome_checks.check_best,
+    outcome_checks.check_stopping,
+    outcome_checks.check_hub,
     lambda config: objective_checks.check_reference(config.reference, config.model.lora),
     lambda config: objective_checks.check_sync_keys(config.reference),
     lambda config: objective_checks.check_sync(

@@ -10,8 +10,10 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that are shown of a prompt and of an answer, of each half from its end.
+# Tokens that are shown of a prompt and of an answer, of each half from its end. A few more are shown too: saying that they
+# are left out would take as much room.
 PROMPT_TOKENS, ANSWER_TOKENS = 60, 120
+WORTH_LEAVING_OUT = 16
 # Around scored tokens: on a terminal green, elsewhere brackets.
 COLOUR, PLAIN = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
 # Tokens that are decoded together: more than a letter is made of.
@@ -37,7 +39,7 @@ def shown(ids: Sequence[int] | np.ndarray, scored: np.ndarray, tokenizer: Any, l
     words = texts(np.asarray(ids).tolist(), tokenizer)
     head, tail = (range(limit // 2), range(len(words) - limit // 2, len(words)))
     left_out = len(words) - limit
-    kept = [*head, None, *tail] if left_out > 0 else [*range(len(words))]
+    kept = [*head, None, *tail] if left_out > WORTH_LEAVING_OUT else [*range(len(words))]
     before, after = COLOUR if colour else PLAIN
     line, inside = [], False
     for k in kept:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dspref.data.show import pieces
+from dspref.data.show import WORTH_LEAVING_OUT, pieces
 from dspref.data.truncate import TokenizedPair
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def runs_of(
 ) -> list[Run]:
     """Runs of tokens of one kind; they end where tokens were `cut`, too, and at those left out beyond `limit`."""
     size = len(ids)
-    half = size if limit is None or size <= limit else limit // 2
+    half = size if limit is None or size <= limit + WORTH_LEAVING_OUT else limit // 2
     # Of a long text only what is shown is decoded.
     parts = [range(size)] if half == size else [range(half), range(size - half, size)]
     runs: list[Run] = []

@@ -270,4 +270,5 @@ def report(store: ReferenceStore | None, wanted: Mapping[str, Wanted], scored: i
     """Say what was scored, and where it is kept."""
     if store is not None:
         total = sum(int(want.now.sum()) for want in wanted.values())
-        distributed.remark(f"reference: scored {scored} of {total} pairs, kept in {store.folder}")
+        others = f" ({total - scored} known before, or equal to another)" if scored < total else ""
+        distributed.remark(f"reference: scored {scored} of {total} pairs, kept in {store.folder}{others}")

@@ -155,7 +155,10 @@ def _cut(name: str, figures: Mapping[str, Any]) -> str:
 def _overlap(shared: Mapping[str, int]) -> str:
     if not shared["prompts"]:
         return "none of its prompts is in the training set"
-    words = f"{shared['prompts']:,} of its prompts ({counted(shared['pairs_of_these'], 'pair')}) are in the training set too"
+    are = "is" if shared["prompts"] == 1 else "are"
+    words = (
+        f"{shared['prompts']:,} of its prompts ({counted(shared['pairs_of_these'], 'pair')}) {are} in the training set too"
+    )
     return f"{words}, {shared['pairs']:,} of these pairs with the same answers"
 
 

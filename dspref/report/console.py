@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sys
 import time
 from collections import deque
@@ -37,6 +39,7 @@ BESIDE_BAR = ("loss", "learning_rate", "perf/tokens_per_second", "grad_norm", "r
 TELL_AFTER_SECONDS, TELL_EVERY_SECONDS, WRITE_EVERY_SECONDS = 3.0, 20.0, 5.0
 # Answers that are shown when they are given, and at the end.
 SHORTLY, AT_THE_END = 2, 8
+NARROW = 80
 IN_LINES = ON_TERMINAL | {"nll_loss": "nll", "grad_norm": "grad", "learning_rate": "lr"}
 SPEED = "perf/tokens_per_second"
 # Of the banner, what is not needed by everyone: the log file has it.
@@ -44,7 +47,7 @@ IN_LOG = ("scored", "packs")
 # Steps whose mean time the time left is told by.
 STEPS_TIMED = 50
 BAR_WIDTH = 8
-LEFT = "{task.fields[left]}"
+LEFT = "{task.fields[left]} "
 
 
 def now() -> float:
@@ -107,7 +110,7 @@ class ProgressView:
         line = f"step {step}/{self._total}  {'  '.join([*figures.values(), *([left] if left else [])])}"
         if self._bar:
             distributed.note(line)
-            taken = len(f"step {self._total}/{self._total}   {left} ") + BAR_WIDTH
+            taken = len(f"step {self._total}/{self._total}   {left}  ") + BAR_WIDTH
             beside = within([figures[name] for name in BESIDE_BAR if name in figures], self._bar.console.width - taken)
             self._bar.update(self._task, completed=step, description=beside)
         else:
@@ -262,17 +265,36 @@ def speed_in_words(speed: Mapping[str, float]) -> dict[str, str]:
 
 
 def sample_lines(step: int, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The answers of a step, the first of them in a line each."""
+    """The answers of a step; the first of them in a line each, or in three where that is too long for a narrow terminal."""
     lines = [f"step {step}: {len(rows)} answer{'s' * (len(rows) != 1)} in {record.SAMPLES}"]
     for row in rows[:SHORTLY]:
-        lines.append(
-            f"  {_short(row['prompt'], 40)}  ->  {_short(row['policy'], 50)}  (reference: {_short(row['reference'], 30)})"
-        )
+        prompt, (policy, reference) = _short(asked(row["prompt"]), 64), apart(row["policy"], row["reference"], 64)
+        reference = "the same" if row["policy"] == row["reference"] else reference
+        line = f"  {prompt}  ->  {policy}  (reference: {reference})"
+        lines.append(line if len(line) < NARROW else f"  {prompt}\n    ->  {policy}\n    reference: {reference}")
     return "\n".join(lines)
+
+
+def asked(prompt: str) -> str:
+    """What the user said last, of a prompt in which roles have lines of their own (ChatML, Gemma): shortened, it
+    would else be the system message. Any other prompt as it is."""
+    _, header, turn = f"\n{prompt}".rpartition("\nuser\n")
+    said = re.split(r"\n(?:assistant|model)\n", turn)
+    return said[0].strip() if header and len(said) == 2 and said[0].strip() else prompt
 
 
 def _short(text: str, limit: int) -> str:
     return printable(" ".join(text.split()), limit) or "(nothing)"
+
+
+def apart(one: str, other: str, limit: int) -> tuple[str, str]:
+    """Two texts in one line of at most `limit` characters each: from their beginnings, or where these would look the same
+    though the texts are not, from a little before they part."""
+    texts = [" ".join(text.split()) for text in (one, other)]
+    same = len(os.path.commonprefix(texts))
+    if texts[0] != texts[1] and same >= limit - 1:
+        texts = [f"…{text[same - limit // 3 :]}" for text in texts]
+    return _short(texts[0], limit), _short(texts[1], limit)
 
 
 def samples(rows: Sequence[Sample]) -> None:
@@ -281,7 +303,10 @@ def samples(rows: Sequence[Sample]) -> None:
     for name in ("prompt", "reference", "policy", "chosen"):
         table.add_column(name, overflow="fold", max_width=44)
     for row in rows[:AT_THE_END]:
-        texts = (row.prompt, row.reference, row.policy, row.chosen)
+        answers = row.reference, row.policy
+        if row.reference and row.policy:
+            answers = apart(row.reference, row.policy, 80)
+        texts = (asked(row.prompt), *answers, row.chosen)
         table.add_row(*(Text("-" if text is None else printable(text, limit=80)) for text in texts))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)

@@ -14,6 +14,8 @@ from dspref.terminal import duration, printable
 
 GIB = 2**30
 TITLE = "GiB of each rank where it needs most, by ZeRO stage (s: states in host memory, w: weights too)"
+# Seconds of arithmetic in a step below which a GPU waits for the host, so that its share of the peak says nothing.
+LAUNCHES = 0.1
 MOMENTS = {
     "head": "where the LM head's gradient is made, with all activations kept",
     "layer": "in the backward pass of the last layer",
@@ -48,15 +50,18 @@ def facts(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "data", load["source"]
     per_epoch = f", {steps['per_epoch']:,} steps an epoch" if steps["per_epoch"] else ""
     whole = f", {steps['run']:,} in all" if steps["run"] else ""
-    yield "step", f"{load['pairs_per_step']:,.0f} pairs in {load['packs']:.3g} packs a rank{per_epoch}{whole}"
+    packs = f"{load['packs']:.3g}"
+    packs += " pack" if packs == "1" else " packs"
+    yield "step", f"{load['pairs_per_step']:,.0f} pairs in {packs} a rank{per_epoch}{whole}"
     real = f" ({load['real']:,.0f} with each answer's prompt)" if load["real"] > load["computed"] else ""
     tokens = f"{load['computed']:,.0f} computed a step{real}, "
     yield "tokens", f"{tokens}{load['scored']:,.0f} scored; packs {load['fill']:.0%} full, the largest {load['largest']:,}"
     flops = plan["flops"]
-    epoch = f", {flops['epoch'] / 1e15:,.4g} an epoch" if flops["epoch"] else ""
-    run = f", {flops['run'] / 1e15:,.4g} the run" if flops["run"] else ""
+    name, unit = ("PFLOPs", 1e15) if flops["step"] >= 1e14 else ("TFLOPs", 1e12)
+    epoch = f", {flops['epoch'] / unit:,.4g} an epoch" if flops["epoch"] else ""
+    run = f", {flops['run'] / unit:,.4g} the run" if flops["run"] else ""
     again = flops["executed_step"] / flops["step"]
-    yield "PFLOPs", f"{flops['step'] / 1e15:,.4g} a step{epoch}{run}; {again:.2f} times that is executed"
+    yield name, f"{flops['step'] / unit:,.4g} a step{epoch}{run}; {again:.2f} times that is executed"
     yield "time", time_of(plan)
     yield "disk", disk_of(plan["disk"])
 
@@ -64,7 +69,11 @@ def facts(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def time_of(plan: Mapping[str, Any]) -> str:
     seconds, assumed = plan["seconds"], plan["assumed"]
     if seconds["step"] is None:
-        return "not estimated: no peak is known for this type and device"
+        of = f"{plan['model']['dtype']} on {plan['machine']['gpu']}"
+        other = "; with model.dtype=bfloat16 it is" if plan["machine"]["gpu"] != "CPU" else ""
+        return f"not estimated: no peak is known of {of}{other}"
+    if seconds["step"] < LAUNCHES:
+        return f"not estimated: a step has under {LAUNCHES:g} s of arithmetic, and takes what launching its kernels takes"
     parts = [f"{seconds['step']:.2f} s a step"]
     parts += [
         f"{duration(seconds[name])} {words}" for name, words in (("epoch", "an epoch"), ("run", "the run")) if seconds[name]

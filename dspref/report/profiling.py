@@ -206,7 +206,7 @@ class Profile:
         stem = f"rank-{distributed.world().rank}"
         folder.mkdir(parents=True, exist_ok=True)
         with drafted(folder / f"{stem}.trace.json.gz") as draft:
-            self._compress(draft)
+            compress(self._recorded, draft)
         self._beat(NAME)
         averages = self._recorded.key_averages(group_by_input_shape=True)
         by, device = ("self_device_time_total", "CUDA") if self._cuda else ("self_cpu_time_total", "CPU")
@@ -220,26 +220,26 @@ class Profile:
         has_kernels = any(event.self_device_time_total for event in averages)
         return [] if has_kernels else ["without GPU kernels: CUPTI gave none"]
 
-    def _compress(self, draft: Path) -> None:
-        """Write the trace. Raises OSError where it does not fit, of which the profiler itself says nothing."""
-        assert self._recorded is not None
-        plain = draft.with_name(f"{draft.name}.json")
-        try:
-            self._recorded.export_chrome_trace(str(plain))
-            if not plain.exists():
-                raise OSError(errno.EIO, "no trace came of it; is the disk full?")
-            with open(plain, "rb") as file:
-                file.seek(-min(16, plain.stat().st_size), os.SEEK_END)
-                if not file.read().rstrip().endswith(b"}"):
-                    raise OSError(errno.EIO, "the trace was cut short; is the disk full?")
-                file.seek(0)
-                with gzip.open(draft, "wb", COMPRESSION) as packed:
-                    shutil.copyfileobj(file, packed, 2**20)
-        finally:
-            for left in plain.parent.glob(f"{plain.name}*"):  # with its own draft, on a full disk
-                with suppress(OSError):
-                    os.truncate(left, 0)  # it keeps that one open
-                remove(left)
+
+def compress(recorded: profile, draft: Path) -> None:
+    """Write the trace. Raises OSError where it does not fit, of which the profiler itself says nothing."""
+    plain = draft.with_name(f"{draft.name}.json")
+    try:
+        recorded.export_chrome_trace(str(plain))
+        if not plain.exists():
+            raise OSError(errno.EIO, "no trace came of it; is the disk full?")
+        with open(plain, "rb") as file:
+            file.seek(-min(16, plain.stat().st_size), os.SEEK_END)
+            if not file.read().rstrip().endswith(b"}"):
+                raise OSError(errno.EIO, "the trace was cut short; is the disk full?")
+            file.seek(0)
+            with gzip.open(draft, "wb", COMPRESSION) as packed:
+                shutil.copyfileobj(file, packed, 2**20)
+    finally:
+        for left in plain.parent.glob(f"{plain.name}*"):  # with its own draft, on a full disk
+            with suppress(OSError):
+                os.truncate(left, 0)  # it keeps that one open
+            remove(left)
 
 
 def in_words(error: Exception) -> str:

@@ -34,7 +34,8 @@ LEARNING = (
     ),
     Spec(
         "accuracy", "Accuracy", {"rewards/accuracies": "training"},
-        "Share of pairs whose chosen answer has the higher reward. 0.5 is chance; 1.0 in training alone: learnt by heart.",
+        "Share of pairs whose chosen answer has the higher reward: 0 before the first update, where all tie. 0.5 is chance; "
+        "1.0 in training alone: learnt by heart.",
         True,
     ),
     Spec(

@@ -257,7 +257,7 @@ def show(status: Mapping[str, Any]) -> str:
         "run": status["run"],
         "state": ", ".join([status["state"], *where]),
         "step": steps_in_words(status) + left,
-        "commit": "none yet",
+        "commit": "none, but for the final model" if status["state"] == "finished" else "none yet",
         "goodput": "unknown",
         "restarts": str(status["restarts"]),
     }

@@ -87,7 +87,7 @@ def show_summary(run: RunFolder) -> None:
     if rows:
         console.samples(rows)
     final = terminal.literal(str(run.final))
-    prompt = terminal.literal(harmless(console.printable(rows[0].prompt if rows else "Hello", limit=60)))
+    prompt = terminal.literal(harmless(console.printable(console.asked(rows[0].prompt) if rows else "Hello", limit=60)))
     more, loaded = "", final
     if adapters.is_saved(str(run.final), ""):
         # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
@@ -97,7 +97,11 @@ def show_summary(run: RunFolder) -> None:
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
-        [terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})")],
+        [
+            terminal.command("dspref", "report", run.path),
+            terminal.command("dspref", "chat", run.path),
+            terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})"),
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from tiny import save_tiny, save_tokenizer, tiny_config
 from typer.testing import CliRunner
 
 from dspref import cli, config
@@ -91,6 +93,34 @@ def test_what_data_md_shows_is_what_the_command_says(block: str) -> None:
     command, _, shown = block.partition("\n")
     result = CliRunner().invoke(app, shlex.split(command), prog_name="dspref")
     assert result.exit_code == 0 and shown.strip() and shown.strip("\n") in result.stdout
+
+
+def test_the_commands_of_ten_minutes_md_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny model in the place of its own, and all but those that need weights: these run in the slow suite."""
+    text = (DOCS / "ten-minutes.md").read_text(encoding="utf-8")
+    model = tmp_path / "models" / "smollm2"
+    save_tiny(model, tiny_config("llama", save_tokenizer(model)), 1)
+    said = {"conversations": ("human", "say a"), "chosen": ("gpt", "a"), "rejected": ("gpt", "b")}
+    row: dict = {side: {"from": who, "value": words} for side, (who, words) in said.items()}
+    (tmp_path / "dpo_en_demo.json").write_text(json.dumps([row | {"conversations": [row["conversations"]]}] * 300))
+    (tmp_path / "first.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    for name in ("first", "second"):
+        runs.write(tmp_path / "runs" / name, steps=8)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran = []
+    for command in re.findall(r"^    dspref (.*?)(?:  +#.*)?$", text, flags=re.M):
+        words = shlex.split(command)
+        if words[0] in ("train", "chat", "evaluate"):
+            assert words[1] in ("first.yaml", "runs/first")
+            words = ["check", "first.yaml", *(word for word in words[2:] if re.match(r"[\w.]+=", word))]
+        done = CliRunner().invoke(app, words, prog_name="dspref")
+        assert done.exit_code == 0, (command, done.output)
+        ran.append(words[0])
+    assert {"check", "inspect", "plan", "status", "report"} <= set(ran)
+    images = re.findall(r"\]\((images/[^)]+)\)", text)
+    assert len(images) == 4 and all((DOCS / image).stat().st_size < 120_000 for image in images)
+    assert not re.search(r"/root|/work|/home/", text)
 
 
 def test_the_commands_of_seeing_md_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

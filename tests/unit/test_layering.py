@@ -55,7 +55,7 @@ OWNERS: dict[str, set[str]] = {
 # The rooms below get sections of a config, or values: where these see it whole, they are handed out. (The room's door only
 # passes the name on, and the command line what it has read.)
 SEE_CONFIG = {
-    "config.sections", "config.load", "config.checks", "machine.context",
+    "config.sections", "config.load", "config.checks", "config.outcome_checks", "machine.context",
     "training.consolidate", "training.scorer", "training.stages", "training.trainer",
 }  # fmt: skip
 

@@ -150,6 +150,15 @@ def test_cpu_is_this_machine(folder: Path) -> None:
     assert plan["seconds"]["step"] is None and [row["stage"] for row in plan["strategies"]] == [0, 1, 2, 3]
 
 
+def test_small_figures_have_their_units_and_what_is_not_known_its_reason(folder: Path) -> None:
+    said = call("--gpu", "cpu", "--gpus", "1", "model.dtype=float32", "data.tokens_per_pack=4096")[1]
+    assert " pairs in 1 pack a rank" in said and "TFLOPs  " in said
+    assert "not estimated: no peak is known of float32 on CPU\n" in said
+    said = call("model.dtype=float32")[1]
+    assert "no peak is known of float32 on H100; with model.dtype=bfloat16 it is\n" in said
+    assert "not estimated: a step has under 0.1 s of arithmetic" in call("model.dtype=bfloat16")[1]
+
+
 def test_the_arithmetic_loads_no_torch() -> None:
     code = "import sys; from dspref.machine import run_plan, fitting, gpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import save_tokenizer
 
-from dspref.data.show import COLOUR, mark, shown, texts
+from dspref.data.show import COLOUR, WORTH_LEAVING_OUT, mark, shown, texts
 from dspref.data.tokenize import load_tokenizer
 
 
@@ -55,6 +55,8 @@ def test_a_long_text_loses_its_middle_and_says_how_much(tokenizer) -> None:
     line = shown(ids, np.ones(len(ids), dtype=bool), tokenizer, 20, colour=False)
     assert f" ... {len(ids) - 20} tokens ... " in line and line.count("[[") == line.count("]]") == 2
     assert len(line) < 150
+    nearly = shown(ids[: 20 + WORTH_LEAVING_OUT], np.ones(99, dtype=bool), tokenizer, 20, colour=False)
+    assert " tokens " not in nearly, "the words for it are longer"
 
 
 def test_no_control_character_reaches_a_terminal(tokenizer) -> None:

@@ -13,7 +13,7 @@ from tiny import save_tokenizer
 
 from dspref.data.formats import RowError
 from dspref.data.origin import Again, Origin, origin_of, rows_at, why_left_out
-from dspref.data.show import pieces
+from dspref.data.show import WORTH_LEAVING_OUT, pieces
 from dspref.data.sources import Source, find
 from dspref.data.spans import CUT, LINE, MARKS, OPEN, SPACE, TAB, sections, special_ids, visible
 from dspref.data.store import load_pairs
@@ -91,6 +91,9 @@ def test_a_long_text_is_shown_at_both_ends_and_says_what_is_left_out(tokenizer: 
     prompt = sections(pair, tokenizer, limits=(10, 10, 10))[0]
     assert [run.left_out for run in prompt.runs] == [0, len(pair.prompt) - 10, 0]
     assert prompt.runs[0].ids == pair.prompt[:5].tolist() and prompt.runs[2].ids == pair.prompt[-5:].tolist()
+    size = len(pair.prompt)
+    nearly = sections(pair, tokenizer, limits=(size - WORTH_LEAVING_OUT, 10, 10))[0]
+    assert [run.left_out for run in nearly.runs] == [0], "the words for it are longer"
 
 
 @pytest.mark.parametrize("mode", ["keep_end", "keep_start"])

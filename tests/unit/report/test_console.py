@@ -64,6 +64,36 @@ def test_a_prompt_in_a_command_to_paste_runs_nothing(text, tmp_path):
     assert len(shlex.split(command)) == 2
 
 
+SYSTEM = "You are a helpful assistant."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        (f"system\n{SYSTEM}\nuser\nHi\nassistant\nHello!\nuser\ni am\nbored.\nassistant\n", "i am\nbored."),
+        (f"system\n\n{SYSTEM}user\n\nHiassistant\n\n", f"system\n\n{SYSTEM}user\n\nHiassistant\n\n"),
+        ("user\nHi\nmodel\n", "Hi"),
+        ("user\nHi\nassistant\n<think>\n\n</think>\n\n", "Hi"),
+        ("user\n\nassistant\n", "user\n\nassistant\n"),
+        ("Who is\nuser\nzero?", "Who is\nuser\nzero?"),
+        ("The sky is", "The sky is"),
+    ],
+)
+def test_of_a_chat_the_last_question_is_shown(prompt, shown):
+    assert console.asked(prompt) == shown
+
+
+def test_an_answer_that_is_the_references_is_not_said_twice():
+    rows = [{"prompt": "user\nHi\nassistant\n", "policy": policy, "reference": "Hello"} for policy in ("Hello", "Yo")]
+    first, second = console.sample_lines(1, rows).splitlines()[1:]
+    assert first == "  Hi  ->  Hello  (reference: the same)" and second == "  Hi  ->  Yo  (reference: Hello)"
+    rows[0] = {"prompt": "Hi", "policy": "word " * 99 + "and left", "reference": "word " * 99 + "and right"}
+    assert console.apart(rows[0]["policy"], rows[0]["reference"], 12) == ("…and left", "…and right"), "where they part"
+    assert console.apart("a b", "a\nc", 12) == ("a b", "a c")
+    long = console.sample_lines(1, [rows[1] | {"policy": "word " * 99}]).splitlines()
+    assert [line.split()[0] for line in long[1:]] == ["Hi", "->", "reference:"] and max(map(len, long)) < console.NARROW
+
+
 RECORD = {
     "loss": 0.6931, "rewards/accuracies": 0.5, "rewards/margins": 0.01234, "nll_loss": 2.0, "grad_norm": 1.25,
     "learning_rate": 5e-7, "perf/tokens_per_second": 12345.6,

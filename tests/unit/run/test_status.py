@@ -177,6 +177,7 @@ def test_what_was_learned_is_told(tmp_path):
     }
     assert found["evaluations"]["eval_b"]["accuracy"] is None and found["evaluations"]["eval_b"]["loss"]["best"] == 0.6
     shown = status.show(found)
+    assert "commit    none, but for the final model" in status.show(found | {"state": "finished", "commit_step": None})
     assert "loss      0.4, 0.385 as mean of the last 5 logged" in shown
     assert "eval_a    loss 0.4 at step 30 (best 0.3 at 20), accuracy 0.8 at step 30 (best 0.9 at 20)" in shown
 

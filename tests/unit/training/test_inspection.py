@@ -230,7 +230,7 @@ def test_the_numbers_are_those_of_the_rows() -> None:
     assert code == 0
     for text in (f"{packing['packed']:,}", f"{packing['saved']:.1%}", "1 x chosen: empty answer  (data.train)"):
         assert text in out
-    assert "data.eval: 1 of its prompts (1 pair) are in the training set too, 1 of these pairs with" in out
+    assert "data.eval: 1 of its prompts (1 pair) is in the training set too, 1 of these pairs with" in out
     held_out = found("--eval")["sets"]
     assert list(held_out) == ["data.eval"] and held_out["data.eval"]["pairs"] == 2
     mixed = found(MIXTURE)

@@ -1,0 +1,70 @@
+"""What does not go together in which evaluations a run is judged by, and what becomes of its model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from dspref.config.objective_checks import Complaint
+from dspref.config.sections import Config
+from dspref.config.watched import lower_is_better
+from dspref.objectives import as_list
+
+# Metrics of every evaluation, behind its prefix.
+EVALUATED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+
+
+def check_best(config: Config) -> Iterator[Complaint]:
+    best, sets = config.checkpoint.keep_best, config.data.eval_sources
+    if best is None:
+        return
+    if not sets:
+        yield ("checkpoint", "keep_best"), "there is nothing to evaluate; set data.eval"
+    elif best not in {prefix + name for prefix in sets for name in _evaluated(config)}:
+        yield ("checkpoint", "keep_best"), f"no such metric; for example {next(iter(sets))}rewards/margins"
+    elif not (every := config.train.eval_every):
+        yield ("checkpoint", "keep_best"), "needs evaluations; set train.eval_every"
+    # With export: best there is a checkpoint at each evaluation that is the best so far.
+    elif config.export.weights != "best" and (config.checkpoint.save_every or 0) % every:
+        yield (
+            ("checkpoint", "keep_best"),
+            "needs an evaluation at every checkpoint: save_every a multiple of train.eval_every",
+        )
+
+
+def check_stopping(config: Config) -> Iterator[Complaint]:
+    stop, sets, best = config.train.stop_when, config.data.eval_sources, config.export.weights == "best"
+    if stop is not None:
+        own = ("train", "stop_when")
+        if not sets:
+            yield own, "there is nothing to evaluate; set data.eval"
+        elif stop.metric not in {prefix + name for prefix in sets for name in _evaluated(config)}:
+            yield (*own, "metric"), f"no such metric; for example {next(iter(sets))}loss"
+        elif stop.direction is None and lower_is_better(stop.metric) is None:
+            yield (*own, "metric"), "its name does not tell which way is better; set direction: min or max beside it"
+        elif not config.train.eval_every:
+            yield own, "a run is evaluated at its end alone, when there is nothing to stop; set train.eval_every"
+    if not best:
+        return
+    if config.judged_by is None:
+        yield ("export",), "by which metric? set train.stop_when, or checkpoint.keep_best, such as eval_loss"
+    elif stop and config.checkpoint.keep_best not in (None, stop.metric):
+        yield (
+            ("checkpoint", "keep_best"),
+            f"with export: best it must be {stop.metric}, as in train.stop_when",
+        )
+    elif stop and stop.direction and lower_is_better(stop.metric) not in (None, stop.direction == "min"):
+        yield ("train", "stop_when", "direction"), "with export: best it must be that of the metric's name; leave it out"
+
+
+def _evaluated(config: Config) -> set[str]:
+    section = config.objective
+    names = as_list(section.loss_type)
+    has_nll = section.name != "dpo" or "sft" in names or section.rpo_alpha is not None
+    return {*EVALUATED, *(f"loss/{name}" for name in names), *(["nll_loss"] if has_nll else [])}
+
+
+def check_hub(config: Config) -> Iterator[Complaint]:
+    repo = config.export.push_to_hub
+    if repo is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
+        yield ("export", "push_to_hub"), f"{repo}: is no repository of the hub; write it as owner/name"
