@@ -86,6 +86,7 @@ def show_summary(run: RunFolder) -> None:
     rows = [row for row in rows if row.step == last]
     if rows:
         console.samples(rows)
+    folder = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)  # and no option
     final = terminal.literal(str(run.final))
     prompt = terminal.literal(harmless(console.printable(console.asked(rows[0].prompt) if rows else "Hello", limit=60)))
     more, loaded = "", final
@@ -98,8 +99,8 @@ def show_summary(run: RunFolder) -> None:
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
         [
-            terminal.command("dspref", "report", run.path),
-            terminal.command("dspref", "chat", run.path),
+            terminal.command("dspref", "report", folder),
+            terminal.command("dspref", "chat", folder),
             terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})"),
         ],
     )

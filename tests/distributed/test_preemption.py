@@ -210,7 +210,7 @@ def test_a_second_signal_leaves_at_once_and_the_last_commit_is_whole(run_file, f
     [
         ("train.max_steps=2000", "stopped by SIGTERM after step", TERM, TERM, 75),
         ("train.max_steps=2000", "stopped by SIGINT after step", signal.SIGINT, signal.SIGINT, 130),
-        ("train.max_steps=2", "next    python -c", None, TERM, 0),
+        ("train.max_steps=2", "next    dspref report", None, TERM, 0),
     ],
 )
 def test_a_signal_to_a_run_that_has_ended_changes_no_exit_code(steps, told, first, then, code, run_file, tmp_path):

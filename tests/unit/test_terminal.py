@@ -99,13 +99,19 @@ def test_the_next_line_runs_nothing_but_what_it_says(text, tmp_path, capfd, monk
     closing.show_summary(RunFolder(text))
     said = capfd.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in said)
-    (line,) = [line.removeprefix("next").strip() for line in said.splitlines() if line.startswith("next")]
+    lines = [line.removeprefix("next").strip() for line in said.splitlines()][-3:]
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text('#!/bin/sh\nprintf "%s\\0" "$@" >arguments\n')
-    (tmp_path / "bin/python").chmod(0o755)
-    done = subprocess.run(["bash", "-c", line], env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
-    assert done.returncode == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["arguments", "bin"]
-    flag, code, _ = (tmp_path / "arguments").read_bytes().decode().split("\0")
+    for program in ("python", "dspref"):
+        (tmp_path / "bin" / program).write_text('#!/bin/sh\nprintf "%s\\0" "$@" >arguments\n')
+        (tmp_path / "bin" / program).chmod(0o755)
+    pasted = []
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+        assert done.returncode == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["arguments", "bin"]
+        pasted.append(os.fsdecode((tmp_path / "arguments").read_bytes()).split("\0")[:-1])
+    for name, (verb, folder) in zip(("report", "chat"), pasted, strict=False):
+        assert verb == name and Path(folder) == Path(text) and not folder.startswith("-")
+    flag, code = pasted[-1]
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert flag == "-c" and {ast.unparse(call.func).split("(")[0] for call in calls} == {"print", "pipeline"}
     assert str(Path(text) / "final") in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
