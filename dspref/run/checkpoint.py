@@ -67,6 +67,8 @@ class Progress:
             )
             if not is_count(found.step) or not is_count(found.metrics_offset) or not is_count(found.skipped):
                 raise ValueError("a number is none")
+            if not all(isinstance(name, str) for name in found.tracker_ids.values()):
+                raise ValueError("tracker_ids are no names")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise IOFault(f"{path}: is not the state of a run ({printable(str(error))}); delete that checkpoint") from None
         return found

@@ -33,6 +33,15 @@ def test_the_tables_of_keys_are_current(name: str, function: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == written, "run: python docs/make_keys.py"
 
 
+def test_the_runs_of_the_curves_are_good_configs() -> None:
+    made = runpy.run_path(str(DOCS / "make_curves.py"))
+    for settings in [made["BEGIN"], *made["RUNS"].values()]:
+        keyed = {word.split("=")[0]: word for word in settings}
+        config.load(DOCS.parent / "launch/configs/quickstart.yaml", [*keyed.values()])
+    drawn = {name for name in (DOCS / "curves.md").read_text().split("`") if name in made["RUNS"]}
+    assert drawn == {*made["RUNS"]} == {*made["COLOURS"]}
+
+
 def test_every_key_of_the_schema_is_in_the_reference() -> None:
     text = (DOCS / "keys.md").read_text(encoding="utf-8")
     for path in {path for paths in hints.all_homes().values() for path in paths}:

@@ -114,7 +114,7 @@ def look_at(folder: Path, config: Any) -> None:
         lambda: outcome.learned(written),
         lambda: performance.medians(metrics.training_lines(written)),
         lambda: Progress.read(folder / STEP / "state.json"),
-        lambda: metrics.Recorder(folder, config.log, {}, None, 150).close(),
+        lambda: metrics.Recorder(folder, config.log, {}, {}, 150).close(),
         lambda: resume_step(RunFolder(folder)),
     ]
     for reader in readers:

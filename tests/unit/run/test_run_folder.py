@@ -501,7 +501,7 @@ def test_a_damaged_tail_is_cut_to_whole_lines_and_told(name, tmp_path, capsys):
     path, whole = tmp_path / "metrics.jsonl", lines_of(range(1, 5))
     if (content := damage(whole)) is not None:
         path.write_bytes(content)
-    recorder = metrics.Recorder(tmp_path, load(tmp_path).log, {}, None, len(whole))
+    recorder = metrics.Recorder(tmp_path, load(tmp_path).log, {}, {}, len(whole))
     recorder.write({"step": 5, "loss": 0.1})
     recorder.close()
     assert [line["step"] for line in metrics.training_lines(path)] == [*range(1, left + 1), 5]
@@ -514,7 +514,7 @@ def test_a_damaged_tail_is_cut_to_whole_lines_and_told(name, tmp_path, capsys):
 def test_metrics_that_are_lost_under_a_run_are_begun_anew_and_told(what, tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     path = tmp_path / "metrics.jsonl"
-    recorder = metrics.Recorder(tmp_path, load(tmp_path).log, {}, None, None)
+    recorder = metrics.Recorder(tmp_path, load(tmp_path).log, {}, {}, None)
     for step in (1, 2):
         recorder.write({"step": step, "loss": 0.1})
     if what == "cut":
@@ -535,7 +535,7 @@ def test_a_folder_that_was_emptied_under_a_run_stays_empty(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text("{}")
-    recorder = metrics.Recorder(folder, load(tmp_path).log, {}, None, None)
+    recorder = metrics.Recorder(folder, load(tmp_path).log, {}, {}, None)
     recorder.write({"step": 1, "loss": 0.1})
     for path in folder.iterdir():
         path.unlink()
