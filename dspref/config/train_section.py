@@ -100,3 +100,8 @@ class TrainSection(Section):
     on GPUs a memory snapshot, in RUN/profile. Weights stay the same to the bit."""
     hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
     """Seconds without progress within a step or an evaluation after which the run is taken for hung; 0: never."""
+
+    @property
+    def asked_steps(self) -> int | None:
+        """Optimizer steps of the run, where a number is asked for: epochs tell them else."""
+        return self.overfit or self.max_steps

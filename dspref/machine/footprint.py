@@ -32,7 +32,7 @@ def of_run(
     whole = lora is None or lora.merge_on_export
     drawn = 4 * weights if model.init == "random" else 0
     saved = trained * per_weight(train.optim, model.dtype, zero_stage)
-    return checkpoints_to_come(rules, train.max_steps, output_dir) * saved + (weights if whole else trained) * size + drawn
+    return checkpoints_to_come(rules, train.asked_steps, output_dir) * saved + (weights if whole else trained) * size + drawn
 
 
 def per_weight(optim: str, dtype: str, zero_stage: int) -> int:

@@ -221,7 +221,7 @@ def _work(
     """Steps, operations and time."""
     useful, executed = work_of(run, load, looks_ahead)
     per_epoch = load.steps_per_epoch
-    steps = train.max_steps or (ceil(train.num_train_epochs * per_epoch) if per_epoch else None)
+    steps = train.asked_steps or (ceil(train.num_train_epochs * per_epoch) if per_epoch else None)
     # fp32 has another peak, which is not assumed.
     rate = machine.gpu.peak * machine.gpu.mfu * machine.ranks if run.layout.value == 2 else 0.0
     seconds = executed / rate if rate else None
@@ -254,6 +254,6 @@ def _disk(
     each = run.shape.trained * footprint.per_weight(train.optim, model.dtype, run.layout.stage)
     return {
         "checkpoint": each,
-        "checkpoints": footprint.checkpoints_to_come(rules, train.max_steps, output_dir),
+        "checkpoints": footprint.checkpoints_to_come(rules, train.asked_steps, output_dir),
         "run": footprint.of_run(model, train, rules, run.layout.stage, output_dir),
     }

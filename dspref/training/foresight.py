@@ -56,7 +56,7 @@ def read(model: ModelSection, data: DataSection, train: TrainSection, score_prom
     listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
     pairs = preparation.load_sources(data, tokenizer, listings)
     packing, loader = preparation.steps_of(data, train, pairs, score_prompt, 0, ranks)
-    return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.max_steps))
+    return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.asked_steps))
 
 
 def load_of(loader: StepLoader, packing: Packing, total: int) -> Load:

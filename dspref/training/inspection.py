@@ -209,7 +209,7 @@ class Look:
         members = place.pop("pairs")
         pieces = layout([store[k] for k in members], packing.prefix_sharing)
         own = members.index(index)
-        last = self.loader.total_steps(self.train.num_train_epochs, self.train.max_steps)
+        last = self.loader.total_steps(self.train.num_train_epochs, self.train.asked_steps)
         return place | {
             "evaluation": held_out,
             "last_step": None if held_out else last,

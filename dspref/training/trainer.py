@@ -60,7 +60,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     )
     packing, loader = stages.plan(config, pairs)
     prompts = answers.prompts_of(config.log, config.model, held_out, tokenizer)
-    steps = loader.total_steps(config.train.num_train_epochs, config.train.overfit or config.train.max_steps)
+    steps = loader.total_steps(config.train.num_train_epochs, config.train.asked_steps)
     sets = {"train": pairs, **held_out}
     beginning = stages.open_run(run, config, source, sets, steps, watch)
     stages.introduce(config, tokenizer, pairs, held_out, loader, steps, kernel)

@@ -69,6 +69,7 @@ def test_packs_and_tokens_are_those_that_the_run_will_have(folder: Path) -> None
     assert load["scored"] == pytest.approx(sum(step.scored for step in steps) / len(steps))
     assert load["largest"] == max(step.largest for step in steps)
     assert plan["steps"] == {"per_epoch": 5, "run": 15}
+    assert found("train.overfit=7")["steps"]["run"] == found("train.max_steps=7")["steps"]["run"] == 7
     assert plan["flops"]["run"] == 15 * plan["flops"]["step"] > 0
     assert plan["seconds"]["epoch"] == 5 * plan["seconds"]["step"]
     assert plan["seconds"]["step"] == pytest.approx(plan["flops"]["executed_step"] / (4 * 989e12 * plan["assumed"]["hfu"]))
