@@ -11,7 +11,7 @@ tables: `foreign` (those that have a place here), `absent` (those that have none
 `written` is its YAML.
 
 Enters: objectives.
-Shows: convert, explain, hints, sound, strategy, yaml12.
+Shows: convert, explain, hints, outcome_checks, sound, strategy, yaml12.
 """
 
 from dspref.config.data_section import DataSection, SourceSection

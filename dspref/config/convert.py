@@ -7,6 +7,7 @@ refuse is taken out and told, so that `dspref check` takes it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ MISSING = {
     ("output_dir",): ("output_dir", "runs/converted"),
 }
 MOST_REPAIRS = 60
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def convert(
@@ -153,6 +155,9 @@ def _take_out(draft: Draft, path: Sequence[str | int], reason: str) -> bool:
         last = path[depth - 1]
         if isinstance(node, dict) and node.get(str(last)) is not None:
             value = node.pop(str(last))
+            if isinstance(value, str) and NUMBER.fullmatch(value):  # in quotes there
+                node[str(last)] = parse_value(value)
+                return True
             said = draft.notes.pop(tuple(path[:depth]), [])
             draft.leave(".".join(map(str, path[:depth])), value, "; ".join([reason, *said]))
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 
 from dspref.config.objective_checks import Complaint
 from dspref.config.sections import Config
@@ -11,7 +12,13 @@ from dspref.config.watched import lower_is_better
 from dspref.objectives import as_list
 
 # Metrics of every evaluation, behind its prefix.
-EVALUATED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+EVALUATED = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "entropy", "mean_token_accuracy",
+)  # fmt: skip
+KL = ("kl/chosen", "kl/rejected")
+# A longer name is refused by the hub.
+LONGEST_REPOSITORY = 96
 
 
 def check_best(config: Config) -> Iterator[Complaint]:
@@ -20,8 +27,8 @@ def check_best(config: Config) -> Iterator[Complaint]:
         return
     if not sets:
         yield ("checkpoint", "keep_best"), "there is nothing to evaluate; set data.eval"
-    elif best not in {prefix + name for prefix in sets for name in _evaluated(config)}:
-        yield ("checkpoint", "keep_best"), f"no such metric; for example {next(iter(sets))}rewards/margins"
+    elif no_metric := _no_metric(best, config, "rewards/margins"):
+        yield ("checkpoint", "keep_best"), no_metric
     elif not (every := config.train.eval_every):
         yield ("checkpoint", "keep_best"), "needs evaluations; set train.eval_every"
     # With export: best there is a checkpoint at each evaluation that is the best so far.
@@ -38,8 +45,8 @@ def check_stopping(config: Config) -> Iterator[Complaint]:
         own = ("train", "stop_when")
         if not sets:
             yield own, "there is nothing to evaluate; set data.eval"
-        elif stop.metric not in {prefix + name for prefix in sets for name in _evaluated(config)}:
-            yield (*own, "metric"), f"no such metric; for example {next(iter(sets))}loss"
+        elif no_metric := _no_metric(stop.metric, config, "loss"):
+            yield (*own, "metric"), no_metric
         elif stop.direction is None and lower_is_better(stop.metric) is None:
             yield (*own, "metric"), "its name does not tell which way is better; set direction: min or max beside it"
         elif not config.train.eval_every:
@@ -57,14 +64,37 @@ def check_stopping(config: Config) -> Iterator[Complaint]:
         yield ("train", "stop_when", "direction"), "with export: best it must be that of the metric's name; leave it out"
 
 
+def _no_metric(metric: str, config: Config, example: str) -> str | None:
+    known = [
+        prefix + name
+        for prefix in config.data.eval_sources
+        for name in sorted(_evaluated(config), key=EVALUATED[:1].count, reverse=True)
+    ]
+    if metric in known:
+        return None
+    close = get_close_matches(metric, known, n=1)
+    return (
+        f"no such metric; did you mean {close[0]}?"
+        if close
+        else f"no such metric; for example {next(iter(config.data.eval_sources))}{example}"
+    )
+
+
 def _evaluated(config: Config) -> set[str]:
     section = config.objective
     names = as_list(section.loss_type)
     has_nll = section.name != "dpo" or "sft" in names or section.rpo_alpha is not None
-    return {*EVALUATED, *(f"loss/{name}" for name in names), *(["nll_loss"] if has_nll else [])}
+    kl = KL if section.name == "dpo" else ()
+    return {*EVALUATED, *kl, *(f"loss/{name}" for name in names), *(["nll_loss"] if has_nll else [])}
 
 
 def check_hub(config: Config) -> Iterator[Complaint]:
     repo = config.export.push_to_hub
-    if repo is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
-        yield ("export", "push_to_hub"), f"{repo}: is no repository of the hub; write it as owner/name"
+    if repo is not None and not is_repository(repo):
+        yield ("export", "push_to_hub"), f"{repo!r} is no repository of the hub; write it as owner/name"
+
+
+def is_repository(text: str) -> bool:
+    """Whether the hub would take it as owner/name."""
+    spelt = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) and text[-1] not in ".-" and "/." not in text
+    return bool(spelt) and len(text) <= LONGEST_REPOSITORY and not re.search(r"--|\.\.|\.git\Z", text)

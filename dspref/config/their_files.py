@@ -34,6 +34,8 @@ OF_LORA = {
     "r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save",
     "task_type": "lora_task_type",
 }  # fmt: skip
+# What peft takes where a script says nothing; TRL's command line has its own.
+OF_PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 LAUNCHERS = {
     "num_processes",
     "nproc_per_node",
@@ -121,9 +123,14 @@ def of_python(text: str, where: str) -> Theirs:
             found.method = found.method or TRAINERS[name[-1]]
             wanted = {"beta", "loss_type", "max_length", "max_prompt_length", "label_smoothing", "precompute_ref_log_probs"}
             _keywords(call, known, found, only=wanted)
+            given = next((word.value for word in call.keywords if word.arg == "model"), call.args[0] if call.args else None)
+            if given is not None and isinstance(name_or_path := _literal(given, known), str):
+                found.keys.setdefault("model_name_or_path", name_or_path)
         elif name[-1] == "LoraConfig":
             found.keys["use_peft"] = True
             _keywords(call, known, found, renamed=OF_LORA)
+            for key, value in OF_PEFT.items():
+                found.keys.setdefault(key, value)
         elif name[-1] in ("ModelConfig", "ScriptArguments"):
             _keywords(call, known, found)
         elif name[-1] == "load_dataset":

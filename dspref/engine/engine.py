@@ -177,8 +177,13 @@ class Engine:
         return [*self._files.written(), *(path for path in copied if path.is_file())]
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, on any number of ranks."""
+        """Read back what `save` wrote, on any number of ranks. The next rate is that of this run's schedule."""
         shards.restore(self._engine, folder, strict=self.module.adapters is None)
+        scheduler: Any = self._engine.lr_scheduler
+        # The optimizer's state has the rate that the schedule of the saved run, which may have had fewer steps, gave it.
+        rates = [base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates):
+            group["lr"] = rate
 
     def release_memory(self) -> None:
         """Give back to the device what a pass of another kind than a step's has left in the allocator."""

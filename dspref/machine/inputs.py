@@ -33,6 +33,10 @@ LFS_POINTER = b"version https://git-lfs"
 MAX_JSON, MAX_HEADER = 10_000_000, 100_000_000
 
 
+# What `dspref convert` writes where theirs does not say.
+TO_FILL_IN = "FILL_IN/"
+
+
 class Found(NamedTuple):
     """What was seen of the things that a config names."""
 
@@ -54,6 +58,9 @@ def look(
     found = Found([], [])
     own: list[tuple[KeyPath, str, Judge]] = [(("log", "samples_file"), prompts, _prompts)] if prompts else []
     for path, name, judge in [*_named(model, reference, data), *own]:
+        if name.startswith(TO_FILL_IN):
+            found.faults.append((path, f"{name}: is still to be filled in"))
+            continue
         place = Path(name) if path == ("model", "chat_template") else shipped(name)
         try:
             if judge not in (_template, _prompts) and not place.exists() and _is_hub_id(name):

@@ -83,12 +83,16 @@ def check_packages(context: CheckContext) -> Verdict:
     """Those that only some runs need. A tracker that cannot be had is switched off; the others end a run."""
     needed = context.packages
     absent = {package: key for package, key in needed.items() if find_spec(package) is None}
+    said = []
     for package, key in sorted(absent.items(), key=lambda item: item[0] in TRACKERS.values()):
         extra = {"liger_kernel": "liger", "comet_ml": "comet"}.get(package, package)
         remedy = "pip install wandb" if package == "wandb" else f"pip install -e '.[{extra}]'"
         ends = package not in TRACKERS.values()
         effect = "needs it" if ends else "will be switched off without it"
-        return Verdict(FAIL if ends else WARN, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key")
+        level = FAIL if ends else WARN
+        said.append((level, f"{package} is not installed, and {key} {effect}; {remedy}, or drop the key"))
+    if said:
+        return Verdict(said[0][0], "; ".join(text for _, text in said))
     return Verdict(OK, f"installed: {', '.join(needed)}" if needed else "none beyond those of every run")
 
 

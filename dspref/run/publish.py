@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dspref import reading
-from dspref.config import ModelSection
+from dspref.config import ModelSection, outcome_checks
 from dspref.errors import ConfigError, EnvironmentFault, IOFault, UserError
 from dspref.model import digests, weights
 from dspref.run import curves, record
@@ -50,7 +50,7 @@ def push(folder: Path, repo: str, public: bool, metadata: Mapping[str, Any]) -> 
 
     Raises ConfigError, EnvironmentFault where the hub or a token cannot be had, IOFault where the upload fails.
     """
-    if not (weights.HUB_ID.fullmatch(repo) and "/" in repo):
+    if not outcome_checks.is_repository(repo):
         raise ConfigError(f"{repo}: is no repository of the hub; write it as owner/name")
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars

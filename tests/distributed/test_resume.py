@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,10 @@ def test_a_finished_run_is_not_trained_again(run_file, all_workers, tmp_path):
     assert train(all_workers[2], run_file, f"output_dir={run}", f"train.max_steps={STEPS + 2}") == [0, 0]
     steps = [record["step"] for record in training_records(run) if "loss" in record]
     assert steps == list(range(1, STEPS + 3))
+    rates = [record["learning_rate"] for record in training_records(run) if "loss" in record]
+    behind_warmup = [(done - 1) / (STEPS + 2 - 1) for done in (STEPS, STEPS + 1)]  # of one step
+    cosine = [1.5e-3 * (1 + math.cos(math.pi * share)) for share in behind_warmup]
+    assert rates[STEPS:] == pytest.approx(cosine), "of the longer schedule, the first of them too"
     assert train(all_workers[2], run_file, f"output_dir={run}", "checkpoint.resume=never") == [0, 0]
     assert len(list(run.glob("previous-*"))) == 1
 

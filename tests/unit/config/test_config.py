@@ -637,6 +637,22 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "train.stop_when.metric",
         "for example eval_loss",
     ),
+    "stop, misspelt": (
+        with_data("eval: {path: p}") + "train: {eval_every: 5, stop_when: {metric: eval_los}}\n",
+        "6:36",
+        "train.stop_when.metric",
+        "did you mean eval_loss",
+    ),
+    "stop, entropy": (
+        with_data("eval: {path: p}") + "train: {eval_every: 5, stop_when: {metric: eval_entropy}}\n",
+        "6:36",
+        "train.stop_when.metric",
+        "set direction: min or max",
+    ),
+    **{
+        f"push to {repo}": (MINIMAL + f"export: {{push_to_hub: '{repo}'}}\n", "5:10", "export.push_to_hub", "as owner/name")
+        for repo in ("", "model", "a/b/c", "owner/a--b", "owner/a..b", "owner/name.git", "owner/x.", "owner/" + "x" * 100)
+    },
     "stop, which way": (
         with_data("eval: {path: p}") + "train: {eval_every: 5, stop_when: {metric: eval_rewards/rejected}}\n",
         "6:36",

@@ -273,6 +273,9 @@ def test_simpo_of_llamafactory_takes_its_own_beta() -> None:
         ("use_peft: false\nlora_r: 8", "model.lora", None), ("resume_from_checkpoint: true", "checkpoint.resume", "auto"),
         ("chat_template_path: my.jinja", "model.chat_template", "my.jinja"),
         ("max_prompt_length: 2000", "data.max_prompt_length", None),
+        ('learning_rate: "2e-5"', "train.learning_rate", 2e-5), ("max_steps: '300'", "train.max_steps", 300),
+        ("push_to_hub: true\nhub_model_id: me/mine", "export.push_to_hub", "me/mine"),
+        ("hub_model_id: me/mine", "export.push_to_hub", None), ("use_swanlab: true", "log.trackers", ["swanlab"]),
     ],
 )  # fmt: skip
 def test_values_of_trl(extra: str, key: str, value: Any) -> None:
@@ -455,3 +458,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert call("convert", "b.yaml")[0] == 2
     code, said = call("convert", "b.yaml", "--objective", "orpo", "--from", "trl")
     assert code == 0 and "name: orpo" in said
+
+
+def test_a_script_that_names_its_model_in_the_trainer_and_leaves_out_what_peft_has_by_default() -> None:
+    text = "args = DPOConfig(output_dir='o')\nDPOTrainer(model='me/model', args=args, peft_config=LoraConfig(r=16))\n"
+    loaded, _ = converted(text + "load_dataset('me/pairs')\n", "train.py")
+    assert loaded.model.name_or_path == "me/model" and loaded.model.lora is not None
+    assert (loaded.model.lora.r, loaded.model.lora.lora_alpha, loaded.model.lora.lora_dropout) == (16, 8, 0.0)

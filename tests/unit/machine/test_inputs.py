@@ -168,6 +168,17 @@ def test_what_is_on_the_hub_is_said_not_to_be_checked(run: Path) -> None:
     )
 
 
+def test_what_a_conversion_left_open_is_to_be_filled_in(run: Path) -> None:
+    code, said = check(run, "model.name_or_path=FILL_IN/model")
+    assert code == 2 and "model.name_or_path: FILL_IN/model: is still to be filled in" in said and said.count("\n") == 1
+
+
+def test_the_doctor_names_every_tracker_that_is_not_installed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda package: None)
+    said = CHECKS["packages"](CheckContext(config.load(run, ["log.trackers=[comet, mlflow]"]))).text
+    assert "pip install -e '.[comet]'" in said and "pip install -e '.[mlflow]'" in said
+
+
 def test_a_path_beside_the_config_is_proposed(run: Path) -> None:
     Path("sub").mkdir()
     Path("run.yaml").rename("sub/run.yaml")
