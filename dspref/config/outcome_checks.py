@@ -65,19 +65,12 @@ def check_stopping(config: Config) -> Iterator[Complaint]:
 
 
 def _no_metric(metric: str, config: Config, example: str) -> str | None:
-    known = [
-        prefix + name
-        for prefix in config.data.eval_sources
-        for name in sorted(_evaluated(config), key=EVALUATED[:1].count, reverse=True)
-    ]
+    sets = config.data.eval_sources
+    known = [prefix + name for prefix in sets for name in sorted(_evaluated(config))]
     if metric in known:
         return None
     close = get_close_matches(metric, known, n=1)
-    return (
-        f"no such metric; did you mean {close[0]}?"
-        if close
-        else f"no such metric; for example {next(iter(config.data.eval_sources))}{example}"
-    )
+    return "no such metric; " + (f"did you mean {close[0]}?" if close else f"for example {next(iter(sets))}{example}")
 
 
 def _evaluated(config: Config) -> set[str]:

@@ -289,7 +289,7 @@ CHECKS: dict[str, Callable[[CheckContext], Verdict]] = {
     "meeting": check_meeting,
     "hub": check_hub,
     "upload": check_upload,
-    "wandb": check_tracker,
+    "trackers": check_tracker,
     ".deepspeed_env": check_deepspeed_env,
     "slurm": check_slurm,
 }

@@ -295,9 +295,9 @@ def test_the_hub(tmp_path, monkeypatch):
 def test_wandb_without_a_key(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     asked = run_of(tmp_path, "log.trackers=[wandb]")
-    assert CHECKS["wandb"](CheckContext(asked, {})).level == WARN
-    assert CHECKS["wandb"](CheckContext(asked, {"WANDB_MODE": "offline"})).level == OK
-    assert CHECKS["wandb"](CheckContext(run_of(tmp_path), {})).level == OK
+    assert CHECKS["trackers"](CheckContext(asked, {})).level == WARN
+    assert CHECKS["trackers"](CheckContext(asked, {"WANDB_MODE": "offline"})).level == OK
+    assert CHECKS["trackers"](CheckContext(run_of(tmp_path), {})).level == OK
 
 
 @pytest.mark.parametrize(
