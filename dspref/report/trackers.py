@@ -67,4 +67,6 @@ class TrackerThread:
 
     def _give_up(self, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"{error.name} is not installed; pip install {error.name}"
         distributed.log(f"{self._name}: switched off ({reason}); metrics.jsonl goes on")

@@ -70,6 +70,15 @@ def test_one_that_fails_is_switched_off(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "broken: switched off (no network); metrics.jsonl goes on\n"
 
 
+def test_one_that_is_not_installed_says_how_to(tmp_path, monkeypatch, capsys):
+    def lacking(*_):
+        import comet_ml_that_nobody_has  # type: ignore[import-not-found]  # noqa: F401
+
+    monkeypatch.setitem(trackers.TRACKERS, "comet", lacking)
+    trackers.TrackerThread("comet", tmp_path, RUN.log, {}, None).close()
+    assert "is not installed; pip install comet_ml_that_nobody_has); metrics.jsonl goes on" in capsys.readouterr().out
+
+
 ROWS = [
     {"step": 3, "prompt": f"p{i}", "policy": "`a`\n<b>", "reference": "```x```", "chosen": None, "source": "eval"}
     for i in range(2)
