@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,7 @@ def _trackio(folder: Path, log: LogSection, settings: Mapping[str, Any], run_id:
             embed=False,
         )  # fmt: skip
 
-    def send(record: Mapping[str, Any] | None) -> None:
-        if record is None:
-            return run.finish()
-        shown: dict[str, Any] = scalars(record)
-        if rows := record.get(SAMPLES):
-            shown[SAMPLES] = trackio.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        run.log(shown, step=record["step"])
-
-    return name, send
+    return name, sender(run, lambda rows: trackio.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows]))
 
 
 def _comet(folder: Path, log: LogSection, settings: Mapping[str, Any], run_id: str | None) -> Opened:
@@ -170,15 +162,21 @@ def _swanlab(folder: Path, log: LogSection, settings: Mapping[str, Any], run_id:
         config=dict(settings), log_dir=str(place), settings=quiet,
     )  # fmt: skip
 
+    return run.id, sender(run, lambda rows: [swanlab.Text(in_markdown(row)) for row in rows])
+
+
+def sender(run: Any, of_samples: Callable[[Sequence[Mapping[str, Any]]], Any]) -> Send:
+    """What sends to a run that has `log` and `finish`, as wandb's has; `of_samples`: answers, as its tracker shows them."""
+
     def send(record: Mapping[str, Any] | None) -> None:
         if record is None:
             return run.finish()
         shown: dict[str, Any] = scalars(record)
         if rows := record.get(SAMPLES):
-            shown[SAMPLES] = [swanlab.Text(in_markdown(row)) for row in rows]
+            shown[SAMPLES] = of_samples(rows)
         run.log(shown, step=record["step"])
 
-    return run.id, send
+    return send
 
 
 def apart(make: Callable[..., Any], **how: Any) -> Any:
