@@ -187,6 +187,7 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn.")] = None,
+    as_rows: Annotated[bool, typer.Option("--json", help="Piped: each answer a row, {line, prompt, answers}.")] = False,
 ) -> None:
     """Talk to a model, with its chat template and generation config. Piped: a prompt a line in, an answer a block out.
 
@@ -201,7 +202,7 @@ def chat(
         from dspref.chat import talk
 
         names = [model, versus] if versus else [model]
-        talk.chat(names, talk.Asked(temperature, top_p, max_tokens, greedy), system, save, seed)
+        talk.chat(names, talk.Asked(temperature, top_p, max_tokens, greedy), system, save, seed, as_rows)
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 

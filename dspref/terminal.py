@@ -27,6 +27,13 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c in LINES else _escaped(c) for c in text.replace("\r\n", "\n"))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, with the next where it only leads there; failing that, the error's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = next(iter(lines), type(error).__name__)
+    return (f"{first} {lines[1]}" if first.endswith(":") and len(lines) > 1 else first)[:500]
+
+
 class _Unfailing(io.FileIO):
     """A descriptor for text that people may read and nothing depends on: what cannot be written is dropped."""
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspref.errors import ConfigError
-from dspref.model import admission, generation, unpacked, weights
+from dspref.model import admission, generation, unpacked
 from dspref.model.generation import Asked
+from dspref.terminal import first_line
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ class Speaker:
         try:
             text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # of Jinja, or raised by the template
-            raise ConfigError(f"the chat template refuses this conversation: {weights.one_line(error)}") from None
+            raise ConfigError(f"the chat template refuses this conversation: {first_line(error)}") from None
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
     def _positions(self) -> int:

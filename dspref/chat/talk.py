@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,19 @@ from dspref.watch.interruption import interruptible
 HELP = "/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
-def chat(names: Sequence[str], asked: Asked, system: str | None, save: Path | None, seed: int | None) -> None:
-    """Talk to one model, or to two; `names`: of runs, checkpoints, folders or hub ids. `save`: where choices go.
+def chat(
+    names: Sequence[str], asked: Asked, system: str | None, save: Path | None, seed: int | None, as_rows: bool = False
+) -> None:
+    """Talk to one model, or to two; `names`: of runs, checkpoints, folders or hub ids. `save`: where choices go; `as_rows`:
+    between pipes, answers are rows of JSON.
 
     Raises ConfigError where a model cannot be had, or choices not be made or kept.
     """
     import torch
 
     typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if as_rows and typed:
+        raise ConfigError("--json: is for prompts from a pipe or a file; dspref chat MODEL --json < prompts.txt")
     if save is not None:
         refuse_unkept(save, len(names), typed)
     loading.quiet()
@@ -45,7 +51,7 @@ def chat(names: Sequence[str], asked: Asked, system: str | None, save: Path | No
         stack.enter_context(interruptible())
         if system and not all(speaker.converses for speaker in speakers):
             raise ConfigError("--system: a model without a chat template continues texts; leave it out")
-        talk = Talk(list(names), speakers, system, save)
+        talk = Talk(list(names), speakers, system, save, as_rows)
         (talk.typed if typed else talk.piped)()
 
 
@@ -84,6 +90,7 @@ class Talk:
     speakers: list[Speaker]
     system: str | None
     save: Path | None
+    as_rows: bool = False
     messages: Messages = field(default_factory=list)
     kept: int = 0
 
@@ -93,20 +100,24 @@ class Talk:
     # ---------------------------------------------------------------------------------------------------- between pipes
 
     def piped(self) -> None:
-        """Each line is a prompt of its own; each answer is a block, with an empty line behind it."""
-        for line in lines_of_pipe():
-            if line in ("/quit", "/reset"):
-                if line == "/quit":
-                    break
+        """Each line is a prompt of its own; its answer a block with an empty line behind it, or a row of JSON. What is no
+        answer goes to standard error."""
+        for number, line in lines_of_pipe():
+            if not line:
+                print(f"line {number}: is empty, and not asked", file=sys.stderr)
                 continue
             self.begin()
             asked = [*self.messages, {"role": "user", "content": line}]
-            for k, speaker in enumerate(self.speakers, start=1):
-                text = "".join(speaker.answer(asked))
-                print(shown(f"{k}: {text}" if len(self.speakers) > 1 else text))
-                if speaker.ending.startswith("no room"):
-                    print(speaker.ending, file=sys.stderr)
-            print(flush=True)
+            answers = []
+            for speaker in self.speakers:
+                answers.append("".join(speaker.answer(asked)))
+                if speaker.ending.startswith("no room") or not answers[-1].strip():
+                    print(f"line {number}: {speaker.ending or 'the answer is empty'}", file=sys.stderr)
+            if self.as_rows:
+                print(json.dumps({"line": number, "prompt": line, "answers": answers}), flush=True)
+            else:
+                numbers = [f"{k}: " if len(answers) > 1 else "" for k in range(1, len(answers) + 1)]
+                print(shown("\n".join(map("".join, zip(numbers, answers)))), end="\n\n", flush=True)
 
     # ---------------------------------------------------------------------------------------------------- on a terminal
 
@@ -200,15 +211,14 @@ def tell(ending: str) -> None:
     print(f" ({printable(ending)})" if ending else "", flush=True)
 
 
-def lines_of_pipe() -> Iterator[str]:
-    """Lines that are not empty; bytes that are no UTF-8 are replaced."""
+def lines_of_pipe() -> Iterator[tuple[int, str]]:
+    """(number, text) of each line; bytes that are no UTF-8 are replaced."""
     if sys.stdin is None:
         return
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    for line in sys.stdin:
-        if text := line.strip():
-            yield text
+    for number, line in enumerate(sys.stdin, start=1):
+        yield number, line.strip()
 
 
 def lines_of_terminal() -> Iterator[str]:

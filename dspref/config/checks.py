@@ -240,7 +240,10 @@ def _check_schedule(config: Config) -> Iterator[Complaint]:
 def _check_profile(config: Config) -> Iterator[Complaint]:
     train, steps = config.train, config.train.profile.steps if config.train.profile else [1, 1]
     if len(steps) != 2 or steps[0] > steps[1]:
-        yield ("train", "profile", "steps"), "takes the first step and the last one, such as [5, 8]"
+        yield (
+            ("train", "profile", "steps"),
+            f"takes the first step and the last one, in that order, such as [5, 8], not {steps}",
+        )
     elif steps[1] > (total := train.asked_steps or steps[1]):
         yield ("train", "profile", "steps"), f"there is no step {steps[1]}, the run has {total}; name earlier ones"
 

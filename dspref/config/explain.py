@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dspref.config import hints, numbers
 from dspref.config.paths import VARIABLE
-from dspref.config.sections import SourceSection, section_at
+from dspref.config.sections import ProfileSection, SourceSection, section_at
 from dspref.config.yaml12 import Position, YamlError, parse_value
 from dspref.objectives import OBJECTIVES
 
@@ -51,6 +51,11 @@ EXPECTED = {
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
     "finite_number": "a finite number",
+}
+# The same of a section that has a short form.
+IN_SHORT = {
+    SourceSection.__name__: "a path or a mapping of keys ({path: ...})",
+    ProfileSection.__name__: "the first step and the last one, such as [5, 8], or a step",
 }
 # What to write for a key that is missing.
 EXAMPLES: dict[Path, str] = {
@@ -135,13 +140,17 @@ def _value(path: Path, value: Any, problems: Sequence[Any], document: Any) -> st
     if value is None:
         return f"must be {must}, not null; give it a value" + ", or drop the key" * (not _is_required(path, document))
     elsewhere = _loss_elsewhere(document, value) if path[:2] == ("objective", "loss_type") and choices else ""
-    hint = elsewhere or hints.of_value(key, value, choices) or _remedy(path, value, {one["type"] for one in problems})
+    hint = (
+        elsewhere
+        or hints.of_value(key, value, choices, key != path[-1])
+        or _remedy(path, value, {one["type"] for one in problems})
+    )
     return f"must be {must}, not {written(value)}{hint}"
 
 
 def _expected(problem: Mapping[str, Any]) -> str:
-    if problem.get("ctx", {}).get("class_name") == SourceSection.__name__:
-        return "a path or a mapping of keys ({path: ...})"
+    if of_section := IN_SHORT.get(problem.get("ctx", {}).get("class_name")):
+        return of_section
     known = EXPECTED.get(problem["type"])
     return known or problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("valid ", "")
 

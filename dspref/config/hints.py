@@ -55,11 +55,15 @@ def of_key(key: str, parent: Path, section: type[Section] | None) -> tuple[str, 
     return f"known here: {', '.join(siblings)}" if siblings else "", set()
 
 
-def of_value(key: str, value: Any, choices: Sequence[str]) -> str:
-    """What to write for a value that is none of the choices, behind a semicolon, or nothing."""
+def of_value(key: str, value: Any, choices: Sequence[str], in_list: bool = False) -> str:
+    """What to write for a value that is none of the choices, behind a semicolon, or nothing. `in_list`: it is an item of
+    what the key holds."""
     word = "null" if value is None else str(value).lower()
     if choices and (whole := WHOLE_VALUES.get(key, {}).get(word)):
-        return f"; write {whole}"
+        return f"; write {key}: {whole}" if in_list else f"; write {whole}"
+    parts = [part.strip() for part in word.split(",")]
+    if len(parts) > 1 and set(parts) <= set(choices):
+        return f"; write [{', '.join(parts)}]"
     if choices and (why := STRANGERS.get(key, {}).get(word)):
         return f"; {why}"
     meant = VALUES.get(key, {}).get(word)

@@ -69,6 +69,8 @@ def _found(name: str, above: Path, place: Position) -> Path:
     if not path.exists() and not (path := shipped(name)).exists():
         beside = f"{Path(above).parent / name}"
         raise ConfigError(f"{place}: {KEY}: {beside}: no such file; a path is relative to the file that includes it")
+    if path.is_dir():
+        raise ConfigError(f"{place}: {KEY}: {path}: is a folder; give the path of a YAML file in it")
     return path
 
 

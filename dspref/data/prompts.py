@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspref import reading
+from dspref.data.complaints import Complaints
 from dspref.data.formats import to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.rowfiles import rows_of
-from dspref.data.rows import DROP, BadRow, RowError, close_name, kind_of, place_of
+from dspref.data.rows import DROP, BadRow, Row, RowError, close_name, kind_of
 from dspref.data.splits import SUFFIXES, unusable
 from dspref.data.template import Rendering, render
 from dspref.errors import DataError
@@ -36,31 +37,30 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
     """The prompts of a file: rows with `prompt`, a text or messages (`system`, `tools` and `chat_template_kwargs` as in
     pairs), or else a prompt in each line. A text is what a user says, where the tokenizer has a chat template.
 
-    Raises DataError for the first that is no prompt.
+    Raises DataError, a line for each reason why some are none.
     """
     learned, encoder = Learned(tokenizer), Encoder(tokenizer)
-    found = []
-    for values, where in _rows(path):
+    found, complaints = [], Complaints()
+    for row in _rows(path):
         try:
-            rendering = render(to_preference(_as_pair(values, tokenizer)), tokenizer, learned)
+            if isinstance(row, BadRow):
+                raise row.error
+            rendering = render(to_preference(_as_pair(row.values, tokenizer)), tokenizer, learned)
             if isinstance(rendering, RowError):
                 raise rendering
-            found.append(OwnPrompt(_ids(rendering, encoder), _said(values.get("chosen")), where))
+            found.append(OwnPrompt(_ids(rendering, encoder), _said(row.values.get("chosen")), row.where))
         except RowError as error:
-            fix = MEND if error.fix == DROP else error.fix
-            raise DataError(f"{where}: {error.field}: {error.reason}; fix: {fix}") from None
+            complaints.note(row, RowError(error.field, error.reason, MEND if error.fix == DROP else error.fix))
+    if complaints.count:
+        raise DataError(complaints.lines())
     if not found:
         raise unusable(path, "the file holds no prompt", "write at least one")
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """(values, file and line) of each prompt."""
+def _rows(path: Path) -> Iterator[Row | BadRow]:
     if path.name.lower().endswith(SUFFIXES):
-        for row in rows_of(path):
-            if isinstance(row, BadRow):
-                raise DataError(f"{row.where}: {row.error.field}: {row.error.reason}; fix: {MEND}")
-            yield row.values, row.where
+        yield from rows_of(path)
         return
     try:
         text = reading.read_text(path)
@@ -70,15 +70,17 @@ def _rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
         raise unusable(path, "its lines are rows of JSON", "name it .jsonl")
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if line.strip():
-            yield {"prompt": line.strip()}, place_of(str(path), number)
+            yield Row({"prompt": line.strip()}, str(path), number)
 
 
 def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A row with answers, as rows of pairs have them."""
     prompt = values.get("prompt")
-    if kind_of(prompt) == "other" or not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    empty = prompt == [] or (isinstance(prompt, str) and not prompt.strip())
+    if kind_of(prompt) == "other" or empty:
         near = close_name("prompt", values) if "prompt" not in values else None
-        reason = "is missing" if "prompt" not in values else "is no text, and no list of messages"
+        kind = "is empty" if empty else "is null" if prompt is None else "is no text, and no list of messages"
+        reason = kind if "prompt" in values else "is missing"
         raise RowError("prompt", reason, f"rename {near} to prompt" if near else "write a text, or a list of messages")
     kept = {key: values[key] for key in ("system", "tools", "chat_template_kwargs") if values.get(key) is not None}
     if isinstance(prompt, str) and tokenizer.chat_template is None:

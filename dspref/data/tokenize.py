@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dspref import reading
+from dspref import hub, reading
 from dspref.data.formats import Preference, RowError, one_line, to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
@@ -34,16 +34,20 @@ def load_tokenizer(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; `chat_template` is a path or a template's text. Raises ConfigError in one line."""
+    """The tokenizer of a folder or hub id; `chat_template`: a path, or a template's text. Raises ConfigError in one line."""
     from transformers import AutoTokenizer
 
     key = "model.tokenizer_name_or_path"
     try:
+        if not os.path.isdir(name_or_path) and hub.ID.fullmatch(name_or_path):
+            name_or_path = str(hub.snapshot(name_or_path, revision, (*hub.TOKENIZER, *["*.py"] * trust_remote_code)))
         if os.path.isdir(name_or_path):
             for entry in os.scandir(name_or_path):  # which a library opens by name, and would wait for
                 if not entry.is_dir() and os.path.exists(entry.path):
                     reading.refuse_kind(entry.stat(), entry.path)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
     except BaseException as error:  # missing folder, hub, network: each has its own; Rust's panics are no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # an interruption

@@ -24,7 +24,7 @@ from dspref.data.sources import HUB_NAME, SUFFIXES
 from dspref.errors import ConfigError
 from dspref.machine.places import nearest
 from dspref.run import record
-from dspref.run.status import is_foreign
+from dspref.run.finding import is_foreign
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

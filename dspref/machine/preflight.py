@@ -211,14 +211,16 @@ def check_upload(context: CheckContext) -> Verdict:
 
 def check_hub(context: CheckContext) -> Verdict:
     offline, token = _contact(context)
-    state = f"{'offline' if offline else 'online'}, {'a token is there' if token else 'no token'}"
+    state = (
+        f"{'HF_HUB_OFFLINE is set' if offline else 'not asked for anything'}, {'a token is there' if token else 'no token'}"
+    )
     if context.model and footprint.model_folder(context.model) is None:
         name = context.model.name_or_path
         if reason := weights.no_folder(name):
             return Verdict(FAIL, f"model.name_or_path: {name}: {reason}")
         if offline or name.startswith(("/", ".", "~")):
-            return Verdict(FAIL, f"model.name_or_path: {name} is neither a folder nor in the cache; hub: {state}")
-        return Verdict(OK, f"{state}; {name} is not in the cache and will be downloaded")
+            return Verdict(FAIL, f"model.name_or_path: {name} is neither a folder nor in the cache; {state}")
+        return Verdict(OK, f"{state}; {name} is not in the cache, and is downloaded when it is needed")
     return Verdict(OK, state)
 
 

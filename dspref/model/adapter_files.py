@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dspref import reading
+from dspref import hub, reading
 from dspref.config import LoraSection
 from dspref.errors import ConfigError
 from dspref.model import weights
@@ -53,12 +53,7 @@ def folder_of(source: Saved) -> Path:
     if not os.path.isdir(root):
         if reason := weights.no_folder(source.path):
             raise ConfigError(f"{source.path}: {reason}")
-        from huggingface_hub import snapshot_download
-
-        try:
-            root = Path(snapshot_download(source.path, allow_patterns=[f"**{CONFIG}", f"**{WEIGHTS}"]))
-        except Exception as error:  # offline, gated, misspelt: each has its own exception
-            raise ConfigError(f"{source.path}: no LoRA adapter there: {weights.one_line(error)}") from None
+        root = hub.snapshot(source.path, None, (f"**{CONFIG}", f"**{WEIGHTS}"))
     named = [path.parent.name for path in sorted(root.glob(f"*/{CONFIG}"))]
     # An adapter that lies alone may be called anything; of several, only `default` is the one at the root.
     folder = root / source.name if source.name in named else root

@@ -25,9 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dspref.config import LoraSection, ModelSection
 from dspref.errors import ConfigError, EnvironmentFault, UserError
-from dspref.model import weights
 from dspref.model.adapter_files import CONFIG, WEIGHTS, Saved, base_of, digest, folder_of, is_saved
-from dspref.terminal import printable
+from dspref.terminal import first_line, printable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -188,7 +187,7 @@ def _blamed(key: str) -> Iterator[None]:
         raise
     except Exception as error:  # peft and torch have one of their own for each
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
-        telling = next((line for line in lines if "size mismatch" in line), weights.one_line(error))
+        telling = next((line for line in lines if "size mismatch" in line), first_line(error))
         raise ConfigError(f"{key}: {telling[:500]}") from None
 
 

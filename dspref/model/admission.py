@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedC
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
 from dspref.model import attention, liger, weights
+from dspref.terminal import first_line
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
 SINKS = "has attention sinks, which the packed kernels do not know"
@@ -86,7 +87,7 @@ def build_skeleton(section: ModelSection, config: PretrainedConfig) -> PreTraine
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=section.trust_remote_code)
     except Exception as error:  # of numbers that do not go together: each family stumbles in its own way
-        reason = weights.one_line(error)
+        reason = first_line(error)
         raise ConfigError(
             f"model.name_or_path: {section.name_or_path}: no model comes of its config.json: {reason}"
         ) from None

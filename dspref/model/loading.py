@@ -33,6 +33,7 @@ from dspref.model.adapters import Adapters
 from dspref.model.admission import build_skeleton
 from dspref.model.attention import PACKED
 from dspref.model.packed import PackedCausalLM
+from dspref.terminal import first_line
 
 
 def quiet() -> None:
@@ -78,7 +79,7 @@ def _try_generation(folder: Path, name: str) -> None:
         if methods := [key for key in vars(said) if callable(getattr(GenerationConfig, key, None))]:
             raise ValueError(f"{methods[0]} is no setting")
     except Exception as error:  # a value of a wrong type may fail anywhere in it
-        reason = f"{weights.one_line(error)}; mend it, or fetch it again"
+        reason = f"{first_line(error)}; mend it, or fetch it again"
         raise ConfigError(f"model.name_or_path: {name}: {weights.GENERATION}: {reason}") from None
 
 
@@ -86,7 +87,7 @@ def _of_config(said: Mapping[str, Any], error: Exception) -> str:
     kind = said.get("model_type")
     if kind not in CONFIG_MAPPING and "auto_map" not in said:
         return f"config.json: model_type: {str(kind)[:80]!r} is not known to transformers {transformers.__version__}"
-    return f"config.json: {weights.one_line(error)}"
+    return f"config.json: {first_line(error)}"
 
 
 def _drop_choices(config: PretrainedConfig) -> None:
@@ -250,4 +251,4 @@ def _of_weights(error: Exception) -> str:
         return telling[0][:500]
     if "ignore_mismatched_sizes" in str(error):
         return "a tensor has another shape than config.json gives it; fetch both again"
-    return weights.one_line(error)
+    return first_line(error)

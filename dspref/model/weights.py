@@ -10,14 +10,13 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from dspref import reading
+from dspref import hub, reading
 from dspref.config import ModelSection, shipped
 from dspref.errors import ConfigError
+from dspref.terminal import first_line
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -30,8 +29,6 @@ MOST_LAYERS = 10_000
 # Tensors of quantized layers, by type, or by name where their type is whole numbers.
 NARROW = re.compile(r"F[468](_.*)?|[IU](4|8|16|32)")
 PACKED = re.compile(r"(^|\.)(q?weight|qzeros|weight_packed|\w+_blocks)$")
-# owner/name, or a name alone.
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 class Tensor(NamedTuple):
@@ -67,19 +64,11 @@ def fetch(section: ModelSection) -> list[Path]:
     return files_of(folder)
 
 
-@cache
 def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    get = partial(snapshot_download, name, revision=revision, allow_patterns=list(patterns))
     try:
-        return Path(get())
-    except Exception as error:  # offline, gated, misspelt: each has its own exception
-        # Of a commit by its hash, huggingface_hub 1 asks the hub what is in it though all is here; 2 looks here by itself.
-        with suppress(Exception):
-            return Path(get(local_files_only=True))
-        reason = f"is no folder here, and not had from the hub: {one_line(error)}"
-        raise ConfigError(f"model.name_or_path: {name}: {reason}") from None
+        return hub.snapshot(name, revision, patterns)
+    except ConfigError as error:
+        raise ConfigError(f"model.name_or_path: {error}") from None
 
 
 def no_folder(name: str) -> str | None:
@@ -87,7 +76,7 @@ def no_folder(name: str) -> str | None:
     path = Path(name).expanduser()
     if os.path.exists(path):
         return "is a file; give the folder it lies in"
-    if HUB_ID.fullmatch(name):
+    if hub.ID.fullmatch(name):
         above = os.path.dirname(name)
         if not (above and os.path.isdir(above)):  # folder/model of this working directory
             return None
@@ -273,12 +262,5 @@ def header(path: Path, blamed: str) -> dict[str, tuple[str, tuple[int, ...]]]:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
     except Exception as error:  # safetensors' own, which is no kind of any other
-        reason = f"{path.name} is damaged, or no safetensors file: {one_line(error)}"
+        reason = f"{path.name} is damaged, or no safetensors file: {first_line(error)}"
         raise ConfigError(f"{blamed}: {reason}; fetch it again") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what a library says, with the next where it only leads there; failing that, the error's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = next(iter(lines), type(error).__name__)
-    return (f"{first} {lines[1]}" if first.endswith(":") and len(lines) > 1 else first)[:500]

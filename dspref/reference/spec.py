@@ -95,6 +95,12 @@ def described(spec: ReferenceSpec, weights: str) -> Described:
     return Described(policy.model_copy(update=changes | {"name_or_path": weights or policy.name_or_path}), adapter)
 
 
+def begins_as_policy(spec: ReferenceSpec) -> bool:
+    """Whether the reference is made of the weights that the policy began with, alone or below an adapter."""
+    beginning = "/the beginning"
+    return described(spec, beginning).section.name_or_path == beginning
+
+
 def first_step_tolerance(spec: ReferenceSpec) -> float | None:
     """How far reference and policy may differ at the first step, in nats per token, where they are one model in one type, so
     that the first loss is known; None where they are not."""

@@ -215,7 +215,8 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     if distributed.world().rank != 0:
         return
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    table = Table(title=_length_in_words(run_summary), title_justify="left", box=None)
+    console.print(Text(_length_in_words(run_summary)), soft_wrap=True)
+    table = Table(box=None)
     table.add_column("")
     table.add_column("first logged", justify="right")
     table.add_column(_tail_in_words(run_summary), justify="right")
@@ -240,7 +241,7 @@ def _length_in_words(run_summary: Mapping[str, Any]) -> str:
     if starts == 1:
         return f"{steps} steps in {seconds:.0f} s"
     in_steps = run_summary.get("seconds_in_steps") or seconds
-    return f"{steps} steps in {in_steps:.0f} s, over {starts} starts (the last one took {seconds:.0f} s)"
+    return f"{steps} steps, {in_steps:.0f} s in them, over {starts} starts; the last start took {seconds:.0f} s in all"
 
 
 def _tail_in_words(run_summary: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from dspref.files import DRAFT, append_line, end_line, flushed, remove, whole_li
 from dspref.model import digests
 from dspref.reading import is_count, open_regular
 from dspref.run import manifest, record
-from dspref.run.status import is_foreign
+from dspref.run.finding import is_foreign
 from dspref.secrets import redact
 
 METRICS, EVENTS, RESOLVED = "metrics.jsonl", "events.jsonl", "config.resolved.yaml"

@@ -20,7 +20,7 @@ from dspref.config import yaml12
 from dspref.errors import ConfigError
 from dspref.files import lines_of, read_object
 from dspref.reading import is_count
-from dspref.run import curves, record, status
+from dspref.run import curves, finding, record, status
 from dspref.run.curves import Curves
 from dspref.secrets import redact
 from dspref.terminal import shown
@@ -76,11 +76,11 @@ def read_all(folders: Sequence[Path]) -> list[History]:
     for folder in folders:
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise ConfigError(f"{folder}: is no folder; give the output_dir of a run")
-        runs = [folder] if status.is_run(folder) else status.runs_in(folder)
+        runs = [folder] if finding.is_run(folder) else finding.runs_in(folder)
         if not runs:
             raise ConfigError(f"{folder}: holds no dspref run; give the output_dir of one")
-        sweep = status.read(folder)["runs"] if status.is_run(folder) else None
-        runs = [path for path in map(Path, sweep or []) if status.is_run(path)] or runs
+        sweep = status.read(folder)["runs"] if finding.is_run(folder) else None
+        runs = [path for path in map(Path, sweep or []) if finding.is_run(path)] or runs
         found |= {os.path.realpath(path): path for path in runs if os.path.realpath(path) not in found}
     return [read(path, name) for path, name in zip(found.values(), names(list(found)))]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from dspref import reading
+from dspref import hub, reading
 from dspref.config import ModelSection, outcome_checks
 from dspref.errors import ConfigError, EnvironmentFault, IOFault, UserError
-from dspref.model import digests, weights
+from dspref.model import digests
 from dspref.run import curves, record
 from dspref.secrets import redact
-from dspref.terminal import command
+from dspref.terminal import command, first_line
 
 FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 CARD = "README.md"
@@ -52,9 +52,11 @@ def push(folder: Path, repo: str, public: bool, metadata: Mapping[str, Any]) -> 
     """
     if not outcome_checks.is_repository(repo):
         raise ConfigError(f"{repo}: is no repository of the hub; write it as owner/name")
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
     from huggingface_hub.utils import disable_progress_bars
 
+    if constants.HF_HUB_OFFLINE:
+        raise EnvironmentFault("HF_HUB_OFFLINE is set; unset it to upload")
     if not get_token():
         raise EnvironmentFault("the hub needs a token: export HF_TOKEN, or run `hf auth login`")
     disable_progress_bars()
@@ -80,7 +82,7 @@ def said_in_one_line(repo: str) -> Iterator[None]:
         raise
     except Exception as error:  # of huggingface_hub, httpx, hf_xet: each has its own
         status = getattr(getattr(error, "response", None), "status_code", None)
-        said = redact(weights.one_line(error))
+        said = redact(first_line(error))
         if status in (401, 403):
             raise EnvironmentFault(f"{repo}: the hub refuses the token ({status}); it must allow to write there") from None
         raise IOFault(f"{repo}: not uploaded: {said}; the same command tries again") from None
@@ -120,7 +122,7 @@ def metadata_of(
 
 def is_on_hub(path: str) -> bool:
     """Whether a path of a config can only be an id of the hub."""
-    return bool(weights.HUB_ID.fullmatch(path)) and "/" in path and not Path(path).exists()
+    return bool(hub.ID.fullmatch(path)) and "/" in path and not Path(path).exists()
 
 
 def result_of(key: str, value: float) -> dict[str, Any]:

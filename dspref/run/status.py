@@ -9,8 +9,8 @@ import math
 import os
 import socket
 import statistics
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dspref.files import read_lines, read_object
 from dspref.reading import is_count, is_number
 from dspref.run import curves, manifest, record
 from dspref.run.curves import Curves
+from dspref.run.finding import is_run
 from dspref.terminal import duration, printable
 
 # The file of a run folder that says how far the scoring of its reference is, while that lasts.
@@ -40,45 +41,6 @@ NEXT = {
 }
 # No step takes so many seconds.
 LONGEST = 1e9
-
-
-def is_foreign(folder: Path) -> bool:
-    """True for a folder that holds something which dspref did not make."""
-    if not os.path.isdir(folder):
-        return False
-    if any((folder / name).exists() for name in (record.NAME, "submit/config.yaml", "submit/job.sbatch")):
-        return False
-    passing = record.PASSING.fullmatch
-    known = {*record.STARTING, "events.jsonl"}  # a run may add to it in a folder that was deleted under it
-    entries = [entry for entry in folder.iterdir() if entry.name not in known and not passing(entry.name)]
-    if [entry.name for entry in entries] == ["checkpoints"] and entries[0].is_dir() and not any(entries[0].iterdir()):
-        return False
-    return bool(entries) and manifest.newest(folder / "checkpoints") is None
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, or what is left of one."""
-    left = (record.NAME, "submit/config.yaml", "submit/job.json", "metrics.jsonl", "events.jsonl")
-    return any(os.path.isfile(folder / name) for name in left) or bool(record.read(folder)[1])
-
-
-def runs_in(folder: Path, depth: int = 2) -> list[Path]:
-    """The runs in a folder of runs, by name: those in it, or in a folder in it, and those of its sweeps; none that was set
-    aside."""
-    if not depth:
-        return []
-    try:
-        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not record.PASSING.fullmatch(path.name))
-    except OSError:
-        return []
-    found: list[Path] = []
-    for path in inner:
-        runs = read_object(path / "submit" / "job.json").get("runs")
-        of_sweep = (
-            [Path(run) for run in runs if isinstance(run, str) and is_run(Path(run))] if isinstance(runs, list) else []
-        )
-        found += of_sweep or ([path] if is_run(path) else runs_in(path, depth - 1))
-    return list({os.path.realpath(path): path for path in found}.values())
 
 
 def read(folder: Path, now: datetime | None = None, numbers: Curves | None = None) -> dict[str, Any]:
@@ -105,7 +67,7 @@ def read(folder: Path, now: datetime | None = None, numbers: Curves | None = Non
         state = "scoring"
     begin = moment(run.get("started")) or (moment(events[0]["time"]) if events else None)
     sign = last_sign(folder, events)
-    end = now if state in ALIVE else sign
+    end = now if state in ALIVE else end_of(events, numbers)
     wall = (end - begin).total_seconds() if begin and end else 0
     step, planned = max(step, commit_step or 0), run.get("steps")
     steps = planned if is_count(planned) else max_steps(folder)
@@ -181,15 +143,21 @@ def is_gone(run: Mapping[str, Any]) -> bool:
 
 def training(numbers: Curves) -> tuple[int, float, float | None]:
     """(last step, seconds of all steps, median seconds of the recent ones), from the steps that metrics.jsonl keeps."""
-    step, effective = 0, 0.0
-    recent: list[float] = []
-    for number, line in numbers.training.items():
+    steps = list(timed(numbers))
+    recent = [seconds for _, _, seconds in steps[-RECENT:]]
+    effective = sum(count * seconds for _, count, seconds in steps)
+    return max(numbers.training, default=0), effective, statistics.median(recent) if recent else None
+
+
+def timed(numbers: Curves) -> Iterator[tuple[int, int, float]]:
+    """Of each logged step that says how long it took: (step, steps since the logged one before, seconds of a step). Steps
+    without a line of their own took as long."""
+    before = 0
+    for step, line in numbers.training.items():
         seconds = line.get("perf/seconds")
         if is_number(seconds) and 0 <= seconds < LONGEST:
-            effective += seconds * (number - step)  # steps without a line of their own took as long
-            recent = [*recent[1 - RECENT :], seconds]
-        step = number
-    return step, effective, statistics.median(recent) if recent else None
+            yield step, step - before, seconds
+        before = step
 
 
 def newest_commit(folder: Path, events: list[dict[str, Any]]) -> tuple[int | None, datetime | None]:
@@ -203,6 +171,15 @@ def newest_commit(folder: Path, events: list[dict[str, Any]]) -> tuple[int | Non
     step = manifest.step_of(found[-1])
     times = [event["time"] for event in events if event.get("event") == "commit" and event.get("step") == step]
     return step, moment(times[-1]) if times else modified(found[-1] / manifest.NAME)
+
+
+def end_of(events: list[dict[str, Any]], numbers: Curves) -> datetime | None:
+    """When a run that is over ended: at its last event, and the steps behind it. By what is written and not by the times of
+    files, which a copy of the folder has of its own."""
+    ended = moment(events[-1]["time"]) if events else None
+    known = max((event["step"] for event in events if is_count(event.get("step"))), default=0)
+    behind = sum(count * seconds for step, count, seconds in timed(numbers) if step > known)
+    return ended + timedelta(seconds=behind) if ended else None
 
 
 def last_sign(folder: Path, events: list[dict[str, Any]]) -> datetime | None:

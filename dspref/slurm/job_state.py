@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dspref.files import end_of
-from dspref.run import status
+from dspref.run import finding, status
 from dspref.run.status import ALIVE
 from dspref.slurm import asking
 
@@ -56,7 +56,7 @@ def ask(job: str) -> JobState | None:
 
 def known(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is known of a run, and of the runs of a sweep or in a folder of runs. Raises ConfigError where there is none."""
-    if not status.is_run(folder) and (runs := status.runs_in(folder)):
+    if not finding.is_run(folder) and (runs := finding.runs_in(folder)):
         about: dict[str, Any] = {"run": str(folder)}
     else:
         about = _with_job(status.read(folder))

@@ -22,8 +22,8 @@ from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import read_object, write_atomically
 from dspref.machine import inputs
 from dspref.machine.context import CheckContext
+from dspref.run.finding import is_foreign
 from dspref.run.record import misplaced
-from dspref.run.status import is_foreign
 from dspref.slurm import asking
 from dspref.slurm.asking import said
 from dspref.slurm.script import Job, absolute, lint, log_file, options_of, render

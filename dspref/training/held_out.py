@@ -103,17 +103,18 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
 def _opened(asked: Asked, source: str | None) -> Any:
     if source:
         return named.opened(source, "--model")
-    return named.opened(_weights(asked))
+    return named.opened(_weights(asked, policy=True))
 
 
-def _weights(asked: Asked) -> str:
-    """Where the policy of the run begins. Raises ConfigError where that is random and has not been drawn."""
+def _weights(asked: Asked, policy: bool = False) -> str:
+    """Where the policy of the run begins, and its reference if that has no name of its own; `policy`: for which it is
+    asked. Raises ConfigError where that is random and has not been drawn."""
     if asked.model.init == "pretrained":
         return asked.model.name_or_path
     if not (asked.run / "init").is_dir():
-        raise ConfigError(
-            f"model.init: random weights are drawn when the run begins, and {asked.run} has none; name a --model"
-        )
+        drawn = f"model.init: random weights are drawn when the run begins, and {asked.run} has none"
+        remedy = "name a --model" if policy else "give the output_dir of the run, or a reference.name_or_path"
+        raise ConfigError(f"{drawn}{'' if policy else ' for the reference'}; {remedy}")
     return str(asked.run / "init")
 
 
@@ -160,7 +161,7 @@ def _reference(
 ) -> modes.Reference:
     if reference.mode == "none":
         return modes.Reference(lambda name, batch: None)
-    weights = _weights(asked)
+    weights = _weights(asked) if spec.begins_as_policy(reference) else asked.model.name_or_path
     digest = distributed.broadcast_object(distributed.on_main(lambda: spec.digest(reference, weights)) or "")
     with console.scoring() as view:
         return modes.apart(reference, modes.InitialWeights(weights, digest), sets, packing, device, view)

@@ -65,8 +65,13 @@ def opened(source: str, said: str = "") -> Iterator[Named]:
             consolidate(path, Path(scratch) / "model")
             yield Named(f"{scratch}/model", section.trust_remote_code, delta_of(path))
         return
-    if not os.path.isdir(path) and (reason := weights.no_folder(source)):
-        raise ConfigError(f"{blamed}{source}: {reason}")
+    if not os.path.isdir(path):
+        if reason := weights.no_folder(source):
+            raise ConfigError(f"{blamed}{source}: {reason}")
+        try:  # before anything else is read or said
+            weights.fetch(ModelSection(name_or_path=source))
+        except ConfigError as error:
+            raise ConfigError(f"{blamed}{str(error).removeprefix('model.name_or_path: ')}") from None
     yield Named(source)
 
 

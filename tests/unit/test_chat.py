@@ -147,8 +147,12 @@ def call(*arguments: str, lines: str = "") -> tuple[int, str]:
 def test_between_pipes_a_line_is_a_prompt_and_a_block_an_answer(models: list[Path]) -> None:
     one = str(models[0])
     expected = "".join(speaker(models[0], greedy=True, max_tokens=9).answer(USER))
-    code, said = call(one, "--greedy", "--max-tokens", "9", lines="hello\n\n/reset\nhello\n/quit\nnot this\n")
-    assert (code, said) == (0, f"{expected}\n\n" * 2)
+    code, said = call(one, "--greedy", "--max-tokens", "9", lines="hello\n\nhello\n")
+    assert (code, said) == (0, f"{expected}\n\n" * 2 + "line 2: is empty, and not asked\n")
+    code, said = call(one, "--greedy", "--max-tokens", "9", "--json", lines="/quit\nhello\n")
+    command, row = map(json.loads, said.splitlines())
+    assert code == 0 and command["prompt"] == "/quit", "a command on a terminal, a text between pipes"
+    assert row == {"line": 2, "prompt": "hello", "answers": [expected]}
     code, said = call(one, "--versus", str(models[1]), "--greedy", "--max-tokens", "9", lines="hello\n")
     assert code == 0 and said.startswith(f"1: {expected}\n2: ") and said.endswith("\n\n")
     drawn = [call(one, "--temperature", "2", "--seed", seed, "--max-tokens", "9", lines="hello\n") for seed in "778"]
@@ -159,6 +163,8 @@ def test_what_is_refused(models: list[Path], tmp_path: Path) -> None:
     one, two = map(str, models)
     for arguments, words in (
         ([f"{tmp_path}/none"], "no such folder"),
+        (["some/model"], "some/model: is no folder here, and not had from the hub"),
+        ([one, "--versus", "some/model"], "--versus: some/model: is no folder here"),
         ([two], "holds no tokenizer"),
         ([one, "--save", "x.jsonl"], "name the other model by --versus"),
         ([one, "--versus", two, "--save", "x.jsonl"], "a key pressed on a terminal"),

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "dspref"
 GROUND: tuple[tuple[str, ...], ...] = (
     ("secrets", "terminal", "reading", "lazily"),
     ("errors", "files", "processes"),
+    ("hub",),
 )
 # Of these, `distributed` is entered as a room is.
 ABOVE = {
@@ -49,7 +50,7 @@ OWNERS: dict[str, set[str]] = {
     "matplotlib": {"report.plots"},
     "pydantic": {"config"},
     "datasets": {"data.parts"},
-    "huggingface_hub": {"data.sources", "model.adapter_files", "model.weights", "run.publish"},
+    "huggingface_hub": {"data.sources", "hub", "run.publish"},
 }  # fmt: skip
 
 # The rooms below get sections of a config, or values: where these see it whole, they are handed out. (The room's door only
@@ -66,10 +67,10 @@ PURE_FILES = {"model.attention", "model.logits", "model.logps", "model.router"}
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
-    "cli", "commandline", "engine.builds", "errors", "files", "launcher", "lazily", "looking", "model.head_room",
+    "cli", "commandline", "engine.builds", "errors", "files", "hub", "launcher", "lazily", "looking", "model.head_room",
     "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page", "report.plots",
-    "report.specs", "report.tables", "report.written", "run.curves", "run.history", "run.manifest", "run.publish",
-    "run.record", "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
+    "report.specs", "report.tables", "report.written", "run.curves", "run.finding", "run.history", "run.manifest",
+    "run.publish", "run.record", "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 

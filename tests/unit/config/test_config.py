@@ -1404,11 +1404,12 @@ def test_what_is_wrong_below_a_short_form_is_blamed_on_the_override(overrides, p
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["train.profile=[8, 5]"], "takes the first step and the last one, such as [5, 8]"),
-        (["train.profile=[5, 6, 8]"], "takes the first step and the last one, such as [5, 8]"),
+        (["train.profile=[8, 5]"], "takes the first step and the last one, in that order, such as [5, 8], not [8, 5]"),
+        (["train.profile=[5, 6, 8]"], "takes the first step and the last one, in that order, such as [5, 8], not [5, 6, 8]"),
         (["train.profile=0"], "must be greater than or equal to 1, not 0"),
         (["train.profile=[0, 3]"], "must be greater than or equal to 1, not 0"),
-        (["train.profile=true"], "train.profile: must be a mapping of keys, not true"),
+        (["train.profile=true"], "must be the first step and the last one, such as [5, 8], or a step, not true"),
+        (['train.profile="5-8"'], "must be the first step and the last one, such as [5, 8], or a step, not '5-8'"),
         (["train.profile=[5, 8]", "train.max_steps=7"], "there is no step 8, the run has 7"),
         (["train.profile=5", "train.overfit=4"], "there is no step 5, the run has 4"),
         (["train.profile={step: 5}"], "train.profile.step: unknown key; did you mean 'steps'?"),

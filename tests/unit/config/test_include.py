@@ -101,7 +101,7 @@ def test_faults_are_where_the_key_was_written() -> None:
         ({"x": "include: {path: base.yaml}\n"}, "include: must be the path"),
         ({"x": "include: $HOME/base.yaml\n"}, "variables are not expanded"),
         ({"x": "include: ''\n"}, "include: is empty"),
-        ({"x": "include: runs\n"}, "runs: cannot be read"),
+        ({"x": "include: runs\n"}, "x.yaml:1:1: include: runs: is a folder; give the path of a YAML file in it"),
         ({"x": "include: base.yaml\ninclude: base.yaml\n"}, "include: duplicate key; first at x.yaml:1:1"),
         ({"x": "include: base.yaml\nmodel: {include: base.yaml}\n"}, "model.include: unknown key; drop it"),
         ({"x": "include: y.yaml\n", "y": "- a\n"}, "y.yaml:1:1: a config is a mapping"),

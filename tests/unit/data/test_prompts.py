@@ -69,7 +69,9 @@ BAD = {
         '{"prompt": "x"}\n{"prompt": 3}\n',
         ":2: prompt: is no text, and no list of messages; fix: write a",
     ),
-    "blank": ("a.jsonl", '{"prompt": " "}\n', ":1: prompt: is no text"),
+    "blank": ("a.jsonl", '{"prompt": " "}\n', ":1: prompt: is empty; fix: write a text"),
+    "no messages": ("a.jsonl", '{"prompt": []}\n', ":1: prompt: is empty"),
+    "null": ("a.jsonl", '{"prompt": null}\n', ":1: prompt: is null"),
     "broken": ("a.jsonl", '{"prompt": "x"}\n{"prompt"\n', ":2: "),
     "message": ("a.jsonl", '{"prompt": [{"role": "user"}]}\n', ":1: prompt[0]"),
     "empty": ("a.txt", " \n\n", ": the file holds no prompt; fix: write at least one"),
@@ -89,3 +91,13 @@ def test_what_is_no_prompt_is_one_line(case, tokenizer, tmp_path):
         read_prompts(path, tokenizer)
     assert str(error.value).startswith(str(path)) and said in str(error.value) and "\n" not in str(error.value)
     assert "on_bad_row" not in str(error.value)
+
+
+def test_all_that_is_wrong_is_told_at_once(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": ""}\n{"prompt": "x"}\n{"prompt": 3}\n{"prompt"\n{"prompt": " "}\n')
+    with pytest.raises(DataError) as error:
+        read_prompts(path, tokenizer)
+    empty, number, broken = str(error.value).splitlines()
+    assert empty.startswith(f"{path}:1: prompt: is empty (also {path}:5); fix: ") and f"{path}:3: prompt: is no" in number
+    assert broken.startswith(f"{path}:4: ")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_adapters import saved
 from tiny import save_tiny, save_tokenizer, tiny_config
 
+from dspref import hub
 from dspref.config import LoraSection, ModelSection, ReferenceSection
 from dspref.data.tokenize import load_tokenizer
 from dspref.engine import finite
@@ -410,11 +411,11 @@ def test_model_safetensors_comes_before_an_index(sound: Path, tmp_path: Path) ->
 
 def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(sound: Path, tmp_path: Path, monkeypatch) -> None:
     """snapshots/COMMIT/file -> ../../blobs/HASH, by the hub id and by the folder; a link to anywhere else is refused."""
-    hub = tmp_path / "hub" / "models--some--model"
-    snapshot, blobs = hub / "snapshots" / ("0" * 40), hub / "blobs"
-    for folder in (snapshot, blobs, hub / "refs"):
+    home = tmp_path / "hub" / "models--some--model"
+    snapshot, blobs = home / "snapshots" / ("0" * 40), home / "blobs"
+    for folder in (snapshot, blobs, home / "refs"):
         folder.mkdir(parents=True)
-    (hub / "refs" / "main").write_text("0" * 40)
+    (home / "refs" / "main").write_text("0" * 40)
     for path in sound.iterdir():
         if path.is_file():
             blob = blobs / digests.sha256(path)
@@ -423,7 +424,7 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(sound: Path, tmp
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    weights._snapshot.cache_clear()
+    hub.snapshot.cache_clear()
     by_name = section(Path("some/model"))
     assert weights.fetch(by_name) == [snapshot / "model.safetensors"]
     assert (
@@ -435,7 +436,7 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(sound: Path, tmp
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(sound / "model.safetensors")
     assert "is a link to" in str(refusal(lambda: admitted(section(snapshot))))
-    weights._snapshot.cache_clear()
+    hub.snapshot.cache_clear()
 
 
 def test_a_folder_that_is_a_link_is_a_folder(sound: Path, tmp_path: Path) -> None:

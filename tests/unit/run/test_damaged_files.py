@@ -17,7 +17,7 @@ from test_run_folder import commit, finished, lines_of, load, resume_step
 from dspref import config as configuration
 from dspref.errors import UserError
 from dspref.report import metrics, page, performance, tables
-from dspref.run import history, manifest, status
+from dspref.run import finding, history, manifest, status
 from dspref.run.checkpoint import Progress
 from dspref.run.folder import RunFolder
 from dspref.run.settings import refuse_changes
@@ -102,10 +102,10 @@ def look_at(folder: Path, config: Any) -> None:
         lambda: status.show(status.read(folder)),
         lambda: json.dumps(status.read(folder)),
         lambda: status.show_sweep([status.read(folder)]),
-        lambda: status.runs_in(folder.parent),
+        lambda: finding.runs_in(folder.parent),
         lambda: page.render([history.read(folder, "run")]).encode(),
         lambda: tables.markdown(history.read_all([folder])) + tables.long_form(history.read_all([folder])),
-        lambda: status.is_foreign(folder),
+        lambda: finding.is_foreign(folder),
         lambda: lock.refuse_held(folder),
         lambda: stages.already_finished(RunFolder(folder), config),
         lambda: (folder / ".lock").unlink(missing_ok=True),

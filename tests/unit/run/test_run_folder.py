@@ -19,7 +19,7 @@ from dspref.machine import preflight
 from dspref.machine.context import CheckContext
 from dspref.machine.machine import FAIL
 from dspref.report import metrics
-from dspref.run import curves, export, manifest, record, saving, status
+from dspref.run import curves, export, finding, manifest, record, saving, status
 from dspref.run.checkpoint import Progress, find, prune, resume
 from dspref.run.folder import RunFolder, mend_tail
 from dspref.run.manifest import signed
@@ -91,7 +91,7 @@ def test_what_a_kill_leaves_before_run_json_is_not_foreign(names, tmp_path):
 def test_names_that_only_look_alike_are_foreign(names, tmp_path):
     for name in names:
         (tmp_path / name).mkdir(parents=True) if name.endswith("/") else (tmp_path / name).touch()
-    assert status.is_foreign(tmp_path)
+    assert finding.is_foreign(tmp_path)
 
 
 STRAYS = {

@@ -14,7 +14,7 @@ import pytest
 
 from dspref import cli, terminal
 from dspref.errors import ConfigError
-from dspref.run import status
+from dspref.run import finding, status
 
 BEGIN = datetime(2026, 5, 1, 12, tzinfo=UTC)
 NOW = BEGIN + timedelta(seconds=400)
@@ -80,10 +80,13 @@ def test_a_process_of_this_host_is_looked_for(pid, state, tmp_path):
 
 
 @pytest.mark.parametrize("state", ["interrupted", "failed", "finished"])
-def test_a_run_that_ended_counts_to_its_last_sign(state, tmp_path):
-    found = status.read(write_run(tmp_path / "run", state=state, error="it\x1b[2J broke"), NOW + timedelta(days=1))
+def test_a_run_that_ended_counts_to_the_steps_behind_its_last_event(state, tmp_path):
+    """Wherever its folder was copied to, and whenever."""
+    run = write_run(tmp_path / "run", state=state, error="it\x1b[2J broke")
+    os.utime(run / "metrics.jsonl")
+    found = status.read(run, NOW + timedelta(days=1))
     assert found["state"] == state and found["eta_seconds"] is None
-    assert found["goodput"] == 0.5
+    assert found["wall_seconds"] == 340 + 2 * 20 and found["goodput"] == 10 * 20 / 380
     assert "error     it [2J broke" in status.show(found)
 
 
@@ -226,7 +229,7 @@ def test_a_folder_of_runs_is_a_table(tmp_path, capsys):
 def test_a_folder_of_somebody_else(names, foreign, tmp_path):
     for name in names:
         (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("")
-    assert status.is_foreign(tmp_path) == foreign
+    assert finding.is_foreign(tmp_path) == foreign
 
 
 def test_a_run_begins_where_its_job_was_written(tmp_path):

@@ -49,7 +49,8 @@ def test_skipped_steps_are_in_no_mean(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("starts", "title"), [(1, "24 steps in 90 s"), (3, "24 steps in 240 s, over 3 starts (the last one took 90 s)")]
+    ("starts", "title"),
+    [(1, "24 steps in 90 s"), (3, "24 steps, 240 s in them, over 3 starts; the last start took 90 s in all")],
 )
 def test_the_summary_counts_every_start_and_says_what_it_shows(starts, title, tmp_path, capsys):
     run = write_run(tmp_path, [0.5] * 12, every=2, starts=starts)

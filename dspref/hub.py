@@ -1,0 +1,38 @@
+"""What is had from the Hugging Face hub: the snapshot of a repository, by one request that fails at once without a network.
+
+Libraries that are given a hub id ask for each file by itself, and wait for a hub that does not answer, loudly; they are
+given the folder instead. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+
+from dspref.errors import ConfigError
+from dspref.terminal import first_line
+
+# owner/name, or a name alone.
+ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+# Files that a tokenizer may be made of.
+TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+
+
+@cache
+def snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The folder with the files of a repository whose names match, downloaded first where they are not in the cache.
+
+    Raises ConfigError where they cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    get = partial(snapshot_download, name, revision=revision, allow_patterns=list(patterns))
+    try:
+        return Path(get())
+    except Exception as error:  # offline, gated, misspelt: each has its own exception
+        # Of a commit by its hash, huggingface_hub 1 asks the hub what is in it though all is here; 2 looks here by itself.
+        with suppress(Exception):
+            return Path(get(local_files_only=True))
+        raise ConfigError(f"{name}: is no folder here, and not had from the hub: {first_line(error)}") from None
