@@ -36,3 +36,20 @@ def snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path
         with suppress(Exception):
             return Path(get(local_files_only=True))
         raise ConfigError(f"{name}: is no folder here, and not had from the hub: {first_line(error)}") from None
+
+
+@cache
+def silence() -> str | None:
+    """Why the hub gives no answer at all; None where it does. Where it gives none, libraries are told to be content with
+    what is in the cache, as $HF_HUB_OFFLINE would tell them."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return None  # as was asked for
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of httpx, or of what stands in for it
+        constants.HF_HUB_OFFLINE = True
+        return first_line(error)
+    return None

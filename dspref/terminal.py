@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from typing import Any
 
@@ -25,6 +26,11 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in LINES else _escaped(c) for c in text.replace("\r\n", "\n"))
+
+
+def columns(plain: int) -> int:
+    """Of $COLUMNS, else of the terminal; `plain` where there is neither."""
+    return shutil.get_terminal_size((plain, 24)).columns
 
 
 def first_line(error: BaseException) -> str:

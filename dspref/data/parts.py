@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dspref import hub
 from dspref.data import splits
 from dspref.data.rowfiles import kind_of_file, numbered, reason_of, rows_of
 from dspref.data.rows import BadRow, Row
@@ -71,17 +72,19 @@ def saved_parts(folder: Path, split: str, only: bool) -> tuple[Part, ...]:
 
 def hub_part(path: str, split: str, options: Mapping[str, str | None]) -> Part:
     """The table of a split of a hub set; `options`: name, data_dir and revision. Raises DataError."""
-    from datasets import load_dataset
+    from datasets import config, load_dataset
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if path in _PACKAGED_DATASETS_MODULES:
         reason = f"{path!r} is a kind of file, not a data set, and no file or folder here has this name"
         raise unusable(path, reason, "give the path of the files")
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    if silent := hub.silence():
+        config.HF_HUB_OFFLINE = True  # a set in the cache is had at once
     try:
         loaded: Any = load_dataset(path, split=split, **given)
     except Exception as error:  # network, permission, missing set: each has its own type
-        reason = f"not on disk, and not loadable from the hub: {error}"
+        reason = f"not on disk, and not loadable from the hub: {silent or error}"
         raise unusable(path, reason, f"{RELATIVE}; or check the hub name, name and split") from None
     return table_part(loaded, path, lambda digest: f"hub {loaded._fingerprint}")
 

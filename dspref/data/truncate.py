@@ -100,7 +100,7 @@ def _overlong(pair: TokenizedPair, limits: Limits, may_be_cut: bool) -> RowError
     beyond = ", ".join(f"{name} {getattr(limits, name)}" for name in _exceeded(pair, limits))
     others = ["truncate"] * may_be_cut + ["drop"] * (limits.on_overlong == "error")
     fix = _raise(pair, limits) + (f", or set data.on_overlong: {' or '.join(others)}" if others else "")
-    return RowError("row", f"longer than {beyond}", fix, droppable=limits.on_overlong == "drop")
+    return RowError("pair", f"longer than {beyond}", fix, droppable=limits.on_overlong == "drop")
 
 
 def _kept(prompt: np.ndarray, size: int, truncation_mode: str, head: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from dspref.data.spans import CLOSE, CUT, LINE, MORE, OPEN, SPACE, TAB, visible
-from dspref.terminal import printable, shown
+from dspref.terminal import columns, printable, shown
 
 SCORED, SPECIAL, QUIET, LOST = "green", "magenta", "bright_black", "bold red"
 # Of a strip: what a cell shows, and its colour. Its glyphs alone tell the kinds apart.
@@ -49,11 +49,10 @@ class _Trimmed(io.TextIOBase):
 
 
 def console() -> Console:
-    """Where everything is drawn; as wide as the terminal, within reason."""
+    """Where everything is drawn; as wide as the terminal, or as $COLUMNS says, within reason."""
     own = Console(highlight=False, markup=False, emoji=False)
-    width = own.width if sys.stdout.isatty() else PLAIN_WIDTH
     file: Any = sys.stdout if in_colour(own) else _Trimmed(sys.stdout)
-    return Console(file=file, highlight=False, markup=False, emoji=False, width=min(width, MOST_WIDTH))
+    return Console(file=file, highlight=False, markup=False, emoji=False, width=min(columns(PLAIN_WIDTH), MOST_WIDTH))
 
 
 def in_colour(console: Console) -> bool:

@@ -29,7 +29,7 @@ from dspref.run import record, status
 from dspref.run.folder import RunFolder
 from dspref.run.history import Sample
 from dspref.secrets import redact
-from dspref.terminal import duration, printable, shown
+from dspref.terminal import columns, duration, printable, shown
 
 # metric name -> its short form.
 ON_TERMINAL = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
@@ -39,7 +39,7 @@ BESIDE_BAR = ("loss", "learning_rate", "perf/tokens_per_second", "grad_norm", "r
 TELL_AFTER_SECONDS, TELL_EVERY_SECONDS, WRITE_EVERY_SECONDS = 3.0, 20.0, 5.0
 # Answers that are shown when they are given, and at the end.
 SHORTLY, AT_THE_END = 2, 8
-NARROW = 80
+NARROW, PLAIN_WIDTH = 80, 120
 IN_LINES = ON_TERMINAL | {"nll_loss": "nll", "grad_norm": "grad", "learning_rate": "lr"}
 SPEED = "perf/tokens_per_second"
 # Of the banner, what is not needed by everyone: the log file has it.
@@ -214,7 +214,7 @@ def summary(run_summary: Mapping[str, Any], where: Mapping[str, str], next_comma
     """What was learned, where the model is, what to run next."""
     if distributed.world().rank != 0:
         return
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=columns(PLAIN_WIDTH), highlight=False)
     console.print(Text(_length_in_words(run_summary)), soft_wrap=True)
     table = Table(box=None)
     table.add_column("")
@@ -309,7 +309,7 @@ def samples(rows: Sequence[Sample]) -> None:
             answers = apart(row.reference, row.policy, 80)
         texts = (asked(row.prompt), *answers, row.chosen)
         table.add_row(*(Text("-" if text is None else printable(text, limit=80)) for text in texts))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=columns(PLAIN_WIDTH))
     console.print(table)
     if len(rows) > AT_THE_END:
         console.print(Text(f"and {len(rows) - AT_THE_END} more in {record.SAMPLES}"))

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def prompts_of(
         distributed.log(f"log.samples: {log.samples}, but the held-out sets have {len(found)} different prompts")
     if log.samples_file is not None:
         read = distributed.broadcast_object(distributed.on_main(own) or [])
-        found += [Prompt(ids, _text(tokenizer, ids), chosen, where) for ids, chosen, where in read]
+        found += [Prompt(ids, text_of_prompt(tokenizer, ids), chosen, where) for ids, chosen, where in read]
     return found
 
 
@@ -101,7 +101,7 @@ def _held_out(sets: Mapping[str, PairStore], tokenizer: PreTrainedTokenizerBase)
                 continue
             pair = sets[name][index]
             ids = pair.prompt.tolist()
-            yield Prompt(ids, _text(tokenizer, ids), _text(tokenizer, pair.chosen.tolist()), name.rstrip("_"))
+            yield Prompt(ids, text_of_prompt(tokenizer, ids), _text(tokenizer, pair.chosen.tolist()), name.rstrip("_"))
 
 
 def _distinct(store: PairStore) -> Iterator[int]:
@@ -115,6 +115,17 @@ def _distinct(store: PairStore) -> Iterator[int]:
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def text_of_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """A prompt without its special tokens, each of which ends a line: some templates (Llama 3) put nothing else between a
+    role and what was said before."""
+    special = {*tokenizer.all_special_ids, *(k for k, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    text = ""
+    for is_special, run in groupby(ids, special.__contains__):
+        said = "" if is_special else _text(tokenizer, list(run))
+        text += "\n" * bool(text and said and text[-1] != "\n" and said[0] != "\n") + said
+    return text
 
 
 def ends_of(tokenizer: PreTrainedTokenizerBase, pairs: PairStore) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dspref import config, distributed, launcher, slurm
+from dspref import config, distributed, launcher, slurm, terminal
 from dspref.errors import ConfigError, DataError, EnvironmentFault
 from dspref.run.folder import RunFolder
 from dspref.terminal import command, literal, shown
@@ -227,3 +227,10 @@ def test_no_program_of_python_is_started_in_a_strangers_folder():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             starts = '"-c"' in line or '"-m"' in line or "python | quote }} -c" in line
             assert not starts or "-P" in line or "terminal.command(" in line, f"{path}:{number}: {line}"
+
+
+def test_columns_are_those_that_are_asked_for(monkeypatch):
+    """By $COLUMNS, which `COLUMNS=80 dspref inspect X.yaml | less` sets; there is no terminal here."""
+    assert terminal.columns(100) == 100
+    monkeypatch.setenv("COLUMNS", "72")
+    assert terminal.columns(100) == 72

@@ -293,7 +293,7 @@ def test_a_long_answer_leaves_a_quarter_to_the_prompt_and_the_template_its_openi
     for asked, droppable in (("drop", True), ("error", False)):
         (error,) = encode(rows, gpt2, Limits(max_length=100, on_overlong=asked))
         assert isinstance(error, RowError)
-        assert (error.field, error.droppable) == ("row", droppable)
+        assert (error.field, error.droppable) == ("pair", droppable)
         assert "data.max_length" in error.fix
     (pair,) = encode(rows, gpt2, Limits(max_length=1000, on_overlong="error"))
     assert isinstance(pair, TokenizedPair)

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import yaml
-from tiny import write_run
+from tiny import save_tokenizer, write_run
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from dspref.cli import app
+from dspref.report import console
 from dspref.run import samples
-from dspref.training.answers import shares
+from dspref.training.answers import shares, text_of_prompt
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -24,6 +26,24 @@ def test_every_prompt_is_answered_once_and_ranks_make_as_many_forwards(ranks, to
     assert sorted(own) == list(range(len(lengths)))
     for batch, _ in (pair for batches in found for pair in batches):
         assert len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 8) <= tokens
+
+
+@pytest.mark.parametrize(
+    ("marks", "template", "text"),
+    [
+        (["<|h|>", "<|/h|>", "<|eot|>"], "<|h|>{}<|/h|>\n\n{}<|eot|>", "system\n\nBe kind.\nuser\n\nHi\nyou\nassistant\n\n"),
+        (["<|im_start|>", "<|im_end|>"], "<|im_start|>{}\n{}<|im_end|>\n", "system\nBe kind.\nuser\nHi\nyou\nassistant\n"),
+        (["[INST]", "[/INST]"], "[INST]({}) {}[/INST]", "(system) Be kind.\n(user) Hi\nyou\n(assistant) "),
+    ],
+)  # fmt: skip
+def test_a_prompt_is_read_by_lines_whatever_its_template_puts_between_turns(marks, template, text, tmp_path):
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, extra_special_tokens=marks)
+    turns = ("system", "Be kind."), ("user", "Hi\nyou")
+    head = template.split("{}")
+    prompt = "".join(template.format(*turn) for turn in turns) + f"{head[0]}assistant{head[1]}"
+    assert text_of_prompt(tokenizer, tokenizer(prompt)["input_ids"]) == text
+    assert console.asked(text) == ("Hi\nyou" if "(user)" not in text else text)
 
 
 def test_rows_of_steps_that_are_made_again_are_dropped(tmp_path):
