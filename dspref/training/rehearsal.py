@@ -43,7 +43,7 @@ def rehearse(session: Session, loader: StepLoader, done: int, steps: int) -> Non
             "data.tokens_per_pack or data.max_length, or see docs/memory.md (train.dry_run)"
         ) from None
     session.watch.beat("dry run")
-    distributed.note(f"dry run: the largest pack fits ({size})")
+    distributed.log(f"dry run: the largest pack fits ({size})")
 
 
 def largest_pack(loader: StepLoader, done: int, steps: int) -> PackedBatch:
