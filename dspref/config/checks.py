@@ -128,6 +128,11 @@ def texts(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[s
             yield from texts(item, (*path, i))
 
 
+def _check_freeze(config: Config) -> Iterator[Complaint]:
+    if config.model.freeze and config.model.lora:
+        yield ("model", "freeze"), "an adapter leaves the whole model as it is; drop it, or choose model.lora.target_modules"
+
+
 def _check_lora(config: Config) -> Iterator[Complaint]:
     model, lora = config.model, config.model.lora
     if lora is None:
@@ -279,6 +284,7 @@ def _check_samples(config: Config) -> Iterator[Complaint]:
 
 CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_numbers,
+    _check_freeze,
     _check_lora,
     lambda config: objective_checks.check_losses(config.objective),
     lambda config: objective_checks.check_objective_keys(config.objective),

@@ -88,6 +88,9 @@ class ModelSection(Section):
     router_aux_scope: Literal["micro", "step"] = "micro"
     """Tokens over which experts are balanced: `micro`, packs that run at the same time on all ranks; `step`, the whole step,
     exact on every layout, for one more forward."""
+    freeze: list[Annotated[str, Field(min_length=1)]] = []
+    """Parameters that are not trained, by parts of their names: `[embed_tokens, layers.0]`; `*`, `?` and `[0-7]` as in a
+    shell."""
     lora: Annotated[LoraSection | None, BeforeValidator(_lora, json_schema_input_type=LoraSection | bool | None)] = None
     """Train a LoRA adapter and leave the model as it is; true: one with every default; default: train the whole model."""
     adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "default"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dspref import reading
 from dspref.config import CheckpointSection, ModelSection, TrainSection, shipped
 from dspref.errors import UserError
-from dspref.model import weights
+from dspref.model import freezing, weights
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # How families call the number of experts in a layer.
@@ -28,10 +29,11 @@ def of_run(
     if weights is None:
         return None
     lora, size = model.lora, BYTES[model.dtype]
-    trained = weights if lora is None else _adapted(model, weights)
+    still = count_weights(model, model.freeze) or 0 if model.freeze else 0
+    trained = weights - still if lora is None else _adapted(model, weights)
     whole = lora is None or lora.merge_on_export
     drawn = 4 * weights if model.init == "random" else 0
-    saved = trained * per_weight(train.optim, model.dtype, zero_stage)
+    saved = trained * per_weight(train.optim, model.dtype, zero_stage) + still * size
     return checkpoints_to_come(rules, train.asked_steps, output_dir) * saved + (weights if whole else trained) * size + drawn
 
 
@@ -73,17 +75,19 @@ def hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
-def count_weights(section: ModelSection) -> int | None:
-    """Weights of a model; None where neither its files nor its config are here."""
+def count_weights(section: ModelSection, patterns: Sequence[str] | None = None) -> int | None:
+    """Weights of a model, or those that `patterns` name (see `freezing.chosen`), which only its files tell; None where
+    neither these nor its config are here."""
     folder = model_folder(section)
     if folder is None:
         return None
     try:
         there = any(os.path.lexists(folder / name) for name in (weights.WEIGHTS, weights.INDEX))
         if section.init == "random" or not there:
-            return _by_config(read_config(section))
+            return _by_config(read_config(section)) if patterns is None else None
         headers = [weights.header(path, section.name_or_path) for path in weights.files_of(folder)]
-        return sum(math.prod(shape) for tensors in headers for _, shape in tensors.values())
+        sizes = {name: math.prod(shape) for tensors in headers for name, (_, shape) in tensors.items()}
+        return sum(sizes[name] for name in (sizes if patterns is None else freezing.chosen(sizes, patterns)))
     # Broken files are reported where they are read.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError):
         return None

@@ -251,7 +251,9 @@ def _work(
 def _disk(
     run: Asked, model: ModelSection, train: TrainSection, rules: CheckpointSection, output_dir: Path
 ) -> dict[str, Any]:
+    still = 0 if run.shape.frozen_base else run.shape.frozen
     each = run.shape.trained * footprint.per_weight(train.optim, model.dtype, run.layout.stage)
+    each += still * footprint.BYTES[model.dtype]
     return {
         "checkpoint": each,
         "checkpoints": footprint.checkpoints_to_come(rules, train.asked_steps, output_dir),

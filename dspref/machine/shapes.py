@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dspref.errors import ConfigError, UserError
 from dspref.machine import footprint
 from dspref.machine.flops import ModelSize
 from dspref.machine.footprint import EXPERTS, number_of
-from dspref.model import weights
+from dspref.model import freezing, weights
 
 Tensors = Mapping[str, tuple[int, ...]]
 
@@ -54,17 +54,21 @@ class ModelShape:
     copies: int = 0
     frozen_base: bool = False
     """Whether the model itself is frozen below an adapter."""
+    still_body: float = 0.0
+    """Of `body`, what is not trained (`model.freeze`)."""
+    still_head: bool = False
 
     @property
     def frozen(self) -> int:
-        return self.weights if self.frozen_base else 0
+        return self.weights if self.frozen_base else self.weights - self.trained
 
     @property
     def work(self) -> ModelSize:
         """For counting operations."""
         channels = float(self.layers * self.queries)
         if not self.frozen_base:
-            return ModelSize(self.body, self.head, self.body, self.head, channels)
+            trained_head = 0 if self.still_head else self.head
+            return ModelSize(self.body, self.head, self.body - self.still_body, trained_head, channels)
         return ModelSize(self.body + self.trained, self.head, self.trained, 0, channels)
 
 
@@ -84,15 +88,18 @@ def of_section(section: ModelSection) -> ModelShape:
         except (OSError, UserError):
             tensors = None  # config.json is enough
     try:
-        return of_tensors(tensors or imagined(text), text, as_saved(section.lora))
+        return of_tensors(tensors or imagined(text), text, as_saved(section.lora), section.freeze)
     except (ValueError, ArithmeticError):
         raise ConfigError(
             f"{name}: config.json tells no sizes (hidden_size, num_hidden_layers, ...); fetch it again"
         ) from None
 
 
-def of_tensors(tensors: Tensors, text: Mapping[str, Any], lora: LoraSection | None) -> ModelShape:
-    """The shape of a model of these tensors, by name, whose config says `text`. Raises ValueError where that lacks sizes."""
+def of_tensors(
+    tensors: Tensors, text: Mapping[str, Any], lora: LoraSection | None, freeze: Sequence[str] = ()
+) -> ModelShape:
+    """The shape of a model of these tensors, by name, whose config says `text`; `freeze`: as in `model.freeze`. Raises
+    ValueError where the config lacks sizes."""
     config = dict(text)
     hidden, layers = number_of(config, "hidden_size", "n_embd"), number_of(config, "num_hidden_layers", "n_layer")
     vocabulary = number_of(config, "vocab_size")
@@ -109,12 +116,15 @@ def of_tensors(tensors: Tensors, text: Mapping[str, Any], lora: LoraSection | No
     embedding = [name for name in tensors if name.endswith(EMBEDDINGS)]
     own_head = [name for name in tensors if name.endswith(HEADS)]
     matrices = {n: shape for n, shape in tensors.items() if len(shape) >= 2 and n not in (*embedding, *own_head)}
-    body = sum(math.prod(shape) * (met / experts if ".experts." in n else 1) for n, shape in matrices.items())
+    met_by_token = {n: math.prod(shape) * (met / experts if ".experts." in n else 1) for n, shape in matrices.items()}
     total = sum(map(math.prod, tensors.values()))
+    still = freezing.chosen(tensors, freeze)
+    trained = adapted(matrices, lora) + whole(tensors, lora) if lora else total - sum(math.prod(tensors[n]) for n in still)
+    tied = not own_head
     return ModelShape(
         weights=total,
         head=vocabulary * hidden,
-        tied=not own_head,
+        tied=tied,
         layers=layers,
         hidden=hidden,
         queries=heads * width,
@@ -123,12 +133,14 @@ def of_tensors(tensors: Tensors, text: Mapping[str, Any], lora: LoraSection | No
         gated="n_embd" not in config and any("gate" in name for name in tensors),
         vocabulary=vocabulary,
         largest=max(map(math.prod, tensors.values())),
-        trained=adapted(matrices, lora) + whole(tensors, lora) if lora else total,
-        body=body,
+        trained=trained,
+        body=sum(met_by_token.values()),
         query_norms=any("q_norm" in name for name in tensors),
         root_norms="n_embd" not in config and not any(name.endswith("norm.bias") for name in tensors),
         copies=met,
         frozen_base=lora is not None,
+        still_body=sum(met_by_token.get(n, 0) for n in still),
+        still_head=not still.isdisjoint(embedding if tied else own_head),
     )
 
 

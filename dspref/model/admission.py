@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedC
 
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.model import attention, liger, weights
+from dspref.model import attention, freezing, liger, weights
 from dspref.terminal import first_line
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
@@ -52,6 +52,7 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     if family is not None:
         skeleton = build_skeleton(section, config)
         refuse_layers_before_head(skeleton)
+        freezing.frozen([name for name, _ in skeleton.named_parameters(remove_duplicate=False)], section.freeze)
         if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
             raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
         sizes = head_sizes(skeleton)

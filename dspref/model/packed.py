@@ -6,7 +6,7 @@ A training step sees no transformers model; DeepSpeed wraps `PackedCausalLM`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
-from dspref.model import router
+from dspref.model import freezing, router
 from dspref.model.adapters import Adapters
 from dspref.model.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
 from dspref.model.attention import Segments
@@ -126,6 +126,7 @@ def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_coll
     model.train()
     if model.adapters is None:
         _freeze_again(model.lm)
+        _freeze(model.lm, section.freeze)
     model.with_collision = with_collision
     model.router_aux_loss_coef = router_coefficient(section, model.lm)
     if section.gradient_checkpointing:
@@ -146,6 +147,12 @@ def _freeze_again(lm: PreTrainedModel) -> None:
     for name, parameter in skeleton.named_parameters():
         if not parameter.requires_grad:
             lm.get_parameter(name).requires_grad_(False)
+
+
+def _freeze(lm: PreTrainedModel, patterns: Sequence[str]) -> None:
+    named = dict(lm.named_parameters(remove_duplicate=False))
+    for name in freezing.frozen(named, patterns):
+        named[name].requires_grad_(False)
 
 
 def prepare_for_evaluation(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:

@@ -17,7 +17,7 @@ from dspref.config import Config, ModelSection, TrainSection, lower_is_better
 from dspref.data.loader import Packing, StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
-from dspref.engine import ds_config, finite
+from dspref.engine import ds_config, finite, memory
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.machine import agreement, preflight, run_plan, shapes
 from dspref.machine.context import FAIL, CheckContext, Verdict
@@ -330,6 +330,10 @@ def load_policy(config: Config, objective: Objective, weights: str, kernel: str)
     )
     finite.refuse_not_finite(policy.lm, config.model.dtype, partial(spec.source_in_policy, reference, weights))
     policy = packed.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
+    if config.model.freeze:
+        still = sum(memory.elements(p) for p in policy.lm.parameters() if not p.requires_grad)
+        share = still / memory.count_weights(policy.lm)
+        distributed.log(f"model.freeze: {share:.1%} of the weights stay as they are")
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
         distributed.log(f"experts: load-balancing loss x {coefficient:g}, over the tokens of {over} on all ranks")

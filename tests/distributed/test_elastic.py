@@ -21,6 +21,7 @@ SLOW = pytest.mark.slow
 COUPLED = "objective={name: dpo, loss_type: [aot, bco_pair, sft], beta: 0.3}"
 TR_DPO = "reference={sync_ref_model: true, ref_model_mixup_alpha: 0.6, ref_model_sync_steps: 3}"
 ROUND_ROBIN = "deepspeed.zero_optimization.round_robin_gradients=true"
+FREEZE = "model.freeze=[embed_tokens, layers.0, 'mlp.*_proj']"
 LORA = "model.lora={r: 4, lora_alpha: 8}"
 
 
@@ -106,6 +107,7 @@ def test_one_rank_instead_of_two_and_two_again(run_file, all_workers, tmp_path):
         *[(zero, ()) for zero in (0, 1, 2, 3)],
         *[(2, (COUPLED, TR_DPO)), (3, (TR_DPO,)), (1, (TR_DPO, "reference.zero_stage=3"))],
         *[(zero, ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",)) for zero in (2, 3)],
+        *[(zero, (FREEZE,)) for zero in (0, 1, 2, 3)],
     ],
 )
 def test_other_numbers_of_ranks_change_nothing(zero, more, run_file, all_workers, tmp_path):
@@ -121,6 +123,14 @@ def compare(zero, more, ranks, run_file, all_workers, tmp_path) -> None:
     print("relative distance", distance(run, whole))
     assert distance(run, whole) < 1e-6
     assert_same_steps(run, whole)
+
+
+def test_what_is_frozen_stays_over_ranks_and_a_resume(run_file, all_workers, tmp_path):
+    compare(3, (FREEZE,), (2, 1), run_file, all_workers, tmp_path)
+    before, after = (load_file(path / "model.safetensors") for path in (run_file.parent / "model", tmp_path / "run/final"))
+    for name in before:
+        still = any(part in name for part in ("embed_tokens", "layers.0.", "_proj")) and ".1.self_attn" not in name
+        assert np.array_equal(before[name], after[name]) == still, name
 
 
 @SLOW

@@ -67,10 +67,10 @@ PURE_FILES = {"model.attention", "model.logits", "model.logps", "model.router"}
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
-    "cli", "commandline", "engine.builds", "errors", "files", "hub", "launcher", "lazily", "looking", "model.head_room",
-    "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page", "report.plots",
-    "report.specs", "report.tables", "report.written", "run.curves", "run.finding", "run.history", "run.manifest",
-    "run.publish", "run.record", "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
+    "cli", "commandline", "engine.builds", "errors", "files", "hub", "launcher", "lazily", "looking", "model.freezing",
+    "model.head_room", "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page",
+    "report.plots", "report.specs", "report.tables", "report.written", "run.curves", "run.finding", "run.history",
+    "run.manifest", "run.publish", "run.record", "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 

@@ -968,6 +968,8 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "no such JSON": (MINIMAL + "deepspeed: nope.json\n", "5:1", "deepspeed", "nope.json: no such file"),
     # adapters
     "LoRA key": (with_model("lora: {rank: 8}"), "1:33", "model.lora.rank", "unknown key; in dspref this is model.lora.r$"),
+    "LoRA and frozen": (with_model("lora: {}, freeze: [layers.0]"), "1:36", "model.freeze", "an adapter leaves the whole"),
+    "frozen": (with_model("freeze: ['']"), "1:35", "model.freeze.0", "must be a text that is not empty, not ''"),
     "LoRA rank": (with_model("lora: {r: 0}"), "1:33", "model.lora.r", "greater than 0"),
     "LoRA of TRL": (MINIMAL + "lora_r: 8\n", "5:1", "lora_r", "in dspref this is model.lora.r"),
     "settings of a saved adapter": (

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from dspref.config import LoraSection, ModelSection
 from dspref.errors import ConfigError
-from dspref.machine import fitting, gpus, memory_plan, shapes
+from dspref.machine import fitting, footprint, gpus, memory_plan, shapes
 from dspref.machine.fitting import Asked, changes
 from dspref.machine.memory_plan import GIB, Layout, Live, Pack, estimate
 from dspref.machine.shapes import ModelShape, of_tensors
 from dspref.model import adapters
-from dspref.model.packed import PackedCausalLM
+from dspref.model.packed import PackedCausalLM, prepare_for_training
 from dspref.report.performance import size_of
 
 # Qwen2.5-7B, in numbers.
@@ -55,6 +55,18 @@ def test_a_shape_is_that_of_the_model(family: str, files: bool, tmp_path: Path) 
         assert shape.work.body == pytest.approx(size.body, rel=1e-6)
     assert shape.tied == (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight)
     assert shape.query_norms == family.startswith("qwen3") and shape.gated == (family != "gpt2")
+
+
+@pytest.mark.parametrize("freeze", [["embed_tokens"], ["layers.0", "norm"], ["*_proj"]])
+def test_what_is_frozen_is_not_counted_as_trained(freeze: list[str], tmp_path: Path) -> None:
+    lm = save_tiny(tmp_path / "m", tiny_config("qwen2", 1000, tie_word_embeddings=True), 1)
+    section = ModelSection(name_or_path=str(tmp_path / "m"), freeze=freeze)
+    shape, model = shapes.of_section(section), prepare_for_training(PackedCausalLM(lm, "sdpa"), section, False)
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    assert shape.trained == trained < shape.weights and shape.frozen == shape.weights - trained
+    assert shape.work.trained_body == pytest.approx(size_of(model).trained_body, rel=1e-6)
+    assert shape.work.trained_head == size_of(model).trained_head
+    assert footprint.count_weights(section, section.freeze) == shape.frozen
 
 
 @pytest.mark.parametrize(
