@@ -35,7 +35,8 @@ def snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path
         # Of a commit by its hash, huggingface_hub 1 asks the hub what is in it though all is here; 2 looks here by itself.
         with suppress(Exception):
             return Path(get(local_files_only=True))
-        raise ConfigError(f"{name}: is no folder here, and not had from the hub: {first_line(error)}") from None
+        reason = first_line(error).removeprefix("Got: ")
+        raise ConfigError(f"{name}: is no folder here, and not had from the hub: {reason}; check name and network") from None
 
 
 @cache

@@ -55,7 +55,7 @@ class Speaker:
             raise ConfigError("the prompt has no token under this tokenizer; write some text")
         room = self._positions() - len(ids)
         if room < 1:
-            self.ending = f"no room: the conversation has {len(ids)} tokens, the model {self._positions()} positions; /reset"
+            self.ending = f"no room: the conversation has {len(ids)} tokens, the model {self._positions()} positions"
             return
         how = copy.deepcopy(self.how)
         how.max_new_tokens = most = min(how.max_new_tokens or generation.MOST_TOKENS, room)

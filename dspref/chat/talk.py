@@ -13,7 +13,7 @@ from pathlib import Path
 from dspref.chat import choice
 from dspref.chat.speaker import Messages, Speaker
 from dspref.data import vocabulary
-from dspref.errors import ConfigError
+from dspref.errors import ConfigError, DataError
 from dspref.model import adapters, loading
 from dspref.model.generation import Asked
 from dspref.terminal import printable, shown
@@ -101,23 +101,28 @@ class Talk:
 
     def piped(self) -> None:
         """Each line is a prompt of its own; its answer a block with an empty line behind it, or a row of JSON. What is no
-        answer goes to standard error."""
+        answer goes to standard error. Raises DataError behind the last line, where some had no room for an answer."""
+        refused = 0
         for number, line in lines_of_pipe():
             if not line:
                 print(f"line {number}: is empty, and not asked", file=sys.stderr)
                 continue
             self.begin()
             asked = [*self.messages, {"role": "user", "content": line}]
-            answers = []
+            answers: list[str | None] = []
             for speaker in self.speakers:
-                answers.append("".join(speaker.answer(asked)))
-                if speaker.ending.startswith("no room") or not answers[-1].strip():
+                text = "".join(speaker.answer(asked))
+                answers.append(None if is_full(speaker.ending) else text)
+                if not text.strip():
                     print(f"line {number}: {speaker.ending or 'the answer is empty'}", file=sys.stderr)
+            refused += None in answers
             if self.as_rows:
                 print(json.dumps({"line": number, "prompt": line, "answers": answers}), flush=True)
             else:
                 numbers = [f"{k}: " if len(answers) > 1 else "" for k in range(1, len(answers) + 1)]
-                print(shown("\n".join(map("".join, zip(numbers, answers)))), end="\n\n", flush=True)
+                print(shown("\n".join(n + (text or "") for n, text in zip(numbers, answers))), end="\n\n", flush=True)
+        if refused:
+            raise DataError(f"{refused} prompt{'s' * (refused != 1)} had no room for an answer; shorten them")
 
     # ---------------------------------------------------------------------------------------------------- on a terminal
 
@@ -140,7 +145,7 @@ class Talk:
                 self.turn(line)
         print()
         if self.save and self.kept:
-            print(shown(f"{self.kept} rows added to {self.save}"))
+            print(shown(f"{self.kept} row{'s' * (self.kept != 1)} added to {self.save}"))
 
     def turn(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
@@ -163,7 +168,7 @@ class Talk:
                 print(shown(piece), end="", flush=True)
         except KeyboardInterrupt:
             ending = "stopped"
-        tell(ending or self.speakers[0].ending)
+        tell(ending or self.speakers[0].ending, "/reset")
         return "".join(said)
 
     def double(self, asked: Messages) -> str:
@@ -207,8 +212,14 @@ class Talk:
         return better
 
 
-def tell(ending: str) -> None:
-    print(f" ({printable(ending)})" if ending else "", flush=True)
+def tell(ending: str, remedy: str) -> None:
+    more = f"; {remedy}" if is_full(ending) else ""
+    print(f" ({printable(ending)}{more})" if ending else "", flush=True)
+
+
+def is_full(ending: str) -> bool:
+    """Whether an answer was not begun, as the prompt left no room for it."""
+    return ending.startswith("no room")
 
 
 def lines_of_pipe() -> Iterator[tuple[int, str]]:

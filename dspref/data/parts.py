@@ -85,7 +85,8 @@ def hub_part(path: str, split: str, options: Mapping[str, str | None]) -> Part:
         loaded: Any = load_dataset(path, split=split, **given)
     except Exception as error:  # network, permission, missing set: each has its own type
         reason = f"not on disk, and not loadable from the hub: {silent or error}"
-        raise unusable(path, reason, f"{RELATIVE}; or check the hub name, name and split") from None
+        remedy = "check the network, or give a path" if silent else f"{RELATIVE}; or check the hub name, name and split"
+        raise unusable(path, reason, remedy) from None
     return table_part(loaded, path, lambda digest: f"hub {loaded._fingerprint}")
 
 

@@ -48,7 +48,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
             rendering = render(to_preference(_as_pair(row.values, tokenizer)), tokenizer, learned)
             if isinstance(rendering, RowError):
                 raise rendering
-            found.append(OwnPrompt(_ids(rendering, encoder), _said(row.values.get("chosen")), row.where))
+            found.append(OwnPrompt(_ids(rendering, encoder), _said(row.values), row.where))
         except RowError as error:
             complaints.note(row, RowError(error.field, error.reason, MEND if error.fix == DROP else error.fix))
     if complaints.count:
@@ -97,10 +97,13 @@ def _ids(rendering: Rendering, encoder: Encoder) -> list[int]:
     return ids
 
 
-def _said(answer: Any) -> str | None:
-    """The text of an answer: a text, a message, or the last of several."""
+def _said(values: Mapping[str, Any]) -> str | None:
+    """The text of `chosen`: a text, a message, or the last of several."""
+    answer = values.get("chosen")
     if isinstance(answer, list) and answer:
         answer = answer[-1]
     if isinstance(answer, dict):
         answer = answer.get("content")
-    return answer if isinstance(answer, str) else None
+    if answer is not None and not isinstance(answer, str):
+        raise RowError("chosen", "is no text, and no message with a content", "write a text, or leave it out")
+    return answer

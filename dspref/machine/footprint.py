@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +76,24 @@ def hub_cache() -> Path:
 
 
 def count_weights(section: ModelSection, patterns: Sequence[str] | None = None) -> int | None:
-    """Weights of a model, or those that `patterns` name (see `freezing.chosen`), which only its files tell; None where
-    neither these nor its config are here."""
+    """Weights of a model, or those that `patterns` name (see `freezing.chosen`); None where neither its files nor its
+    config are here."""
     folder = model_folder(section)
     if folder is None:
         return None
     try:
         there = any(os.path.lexists(folder / name) for name in (weights.WEIGHTS, weights.INDEX))
-        if section.init == "random" or not there:
-            return _by_config(read_config(section)) if patterns is None else None
-        headers = [weights.header(path, section.name_or_path) for path in weights.files_of(folder)]
-        sizes = {name: math.prod(shape) for tensors in headers for name, (_, shape) in tensors.items()}
-        return sum(sizes[name] for name in (sizes if patterns is None else freezing.chosen(sizes, patterns)))
+        tensors = in_files(section, folder) if there and section.init != "random" else imagined(read_config(section))
+        return sum(math.prod(tensors[n]) for n in (tensors if patterns is None else freezing.chosen(tensors, patterns)))
     # Broken files are reported where they are read.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UserError):
         return None
+
+
+def in_files(section: ModelSection, folder: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors in the files of a model, by name. Raises OSError and UserError."""
+    headers = [weights.header(path, section.name_or_path) for path in weights.files_of(folder)]
+    return {name: shape for header in headers for name, (_, shape) in header.items()}
 
 
 def read_config(section: ModelSection) -> dict[str, Any]:
@@ -104,23 +107,42 @@ def read_config(section: ModelSection) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _by_config(text: dict[str, Any]) -> int | None:
-    """Embeddings, attention and MLPs of a decoder; biases and norms are too few to count."""
-    hidden, layers = number_of(text, "hidden_size", "n_embd"), number_of(text, "num_hidden_layers", "n_layer")
-    if not (hidden and layers):
-        return None
-    heads = number_of(text, "num_attention_heads", "n_head", default=1)
-    width = number_of(text, "head_dim", default=hidden // heads)
-    shared = number_of(text, "num_key_value_heads", default=heads)
-    inner = number_of(text, "intermediate_size", "n_inner", default=4 * hidden)
-    experts = number_of(text, *EXPERTS, default=1)
+def imagined(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama-like decoder with these settings, where no weights are at hand; biases are too few to count.
+    Experts are given as one tensor of three dimensions, as transformers holds them."""
+    config = dict(text)
+    hidden, layers = number_of(config, "hidden_size", "n_embd"), number_of(config, "num_hidden_layers", "n_layer")
+    vocabulary, heads = number_of(config, "vocab_size"), number_of(config, "num_attention_heads", "n_head", default=1)
+    if not (hidden and layers and vocabulary):
+        raise ValueError("no sizes")
+    width = number_of(config, "head_dim", default=hidden // heads)
+    keys = width * number_of(config, "num_key_value_heads", default=heads)
+    inner = number_of(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    experts = number_of(config, *EXPERTS, default=1)
+    gpt2 = "n_embd" in config
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    if gpt2:
+        found["transformer.wpe.weight"] = (number_of(config, "n_positions", default=1024), hidden)
+    if not config.get("tie_word_embeddings", gpt2):
+        found["lm_head.weight"] = (vocabulary, hidden)
+    block = {
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (heads * width, hidden), "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, heads * width),
+    }  # fmt: skip
+    if str(config.get("model_type", "")).startswith(("qwen3", "olmo2", "gemma3")):
+        block |= {"self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
     if experts > 1:
-        inner = number_of(text, "moe_intermediate_size", default=inner)
-    gpt2 = "n_embd" in text  # whose MLP has no gate, and whose head is its embedding
-    attention = 2 * hidden * width * (heads + shared)
-    mlp = (2 if gpt2 else 3) * hidden * inner * experts
-    heads_of_vocabulary = 1 if text.get("tie_word_embeddings", gpt2) else 2
-    return layers * (attention + mlp) + heads_of_vocabulary * hidden * number_of(text, "vocab_size")
+        own = number_of(config, "moe_intermediate_size", default=inner)
+        block |= {"mlp.gate": (experts, hidden), "mlp.experts.gate_up_proj": (experts, 2 * own, hidden)}
+        block |= {"mlp.experts.down_proj": (experts, hidden, own)}
+        if shared := number_of(config, "shared_expert_intermediate_size"):
+            parts = (("gate_proj", (shared, hidden)), ("up_proj", (shared, hidden)), ("down_proj", (hidden, shared)))
+            block |= {f"mlp.shared_expert.{name}": shape for name, shape in parts}
+    else:
+        block |= {"mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+        block |= {} if gpt2 else {"mlp.gate_proj": (inner, hidden)}
+    return found | {f"model.layers.{n}.{name}.weight": shape for n in range(layers) for name, shape in block.items()}
 
 
 def number_of(text: dict[str, Any], *names: str, default: int = 0) -> int:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dspref import secrets
+from dspref import hub, secrets
 from dspref.config import cache_folder
 from dspref.config.explain import dotted
 from dspref.machine import footprint, inputs
@@ -211,16 +211,16 @@ def check_upload(context: CheckContext) -> Verdict:
 
 def check_hub(context: CheckContext) -> Verdict:
     offline, token = _contact(context)
-    state = (
-        f"{'HF_HUB_OFFLINE is set' if offline else 'not asked for anything'}, {'a token is there' if token else 'no token'}"
-    )
+    state = f"{'HF_HUB_OFFLINE is set' if offline else 'not asked'}, {'a token is there' if token else 'no token'}"
     if context.model and footprint.model_folder(context.model) is None:
         name = context.model.name_or_path
         if reason := weights.no_folder(name):
             return Verdict(FAIL, f"model.name_or_path: {name}: {reason}")
         if offline or name.startswith(("/", ".", "~")):
             return Verdict(FAIL, f"model.name_or_path: {name} is neither a folder nor in the cache; {state}")
-        return Verdict(OK, f"{state}; {name} is not in the cache, and is downloaded when it is needed")
+        if silent := hub.silence():
+            return Verdict(FAIL, f"model.name_or_path: {name} is not in the cache, and the hub does not answer: {silent}")
+        return Verdict(OK, f"{name} is not in the cache, and is downloaded when it is needed; the hub answers")
     return Verdict(OK, state)
 
 

@@ -15,7 +15,7 @@ from dspref.errors import ConfigError, UserError
 from dspref.machine import footprint
 from dspref.machine.flops import ModelSize
 from dspref.machine.footprint import EXPERTS, number_of
-from dspref.model import freezing, weights
+from dspref.model import freezing
 
 Tensors = Mapping[str, tuple[int, ...]]
 
@@ -83,12 +83,13 @@ def of_section(section: ModelSection) -> ModelShape:
         )
     if section.init == "pretrained" and (folder := footprint.model_folder(section)):
         try:
-            headers = [weights.header(path, section.name_or_path) for path in weights.files_of(folder)]
-            tensors = {name: shape for header in headers for name, (_, shape) in header.items()}
+            tensors = footprint.in_files(section, folder)
         except (OSError, UserError):
             tensors = None  # config.json is enough
     try:
-        return of_tensors(tensors or imagined(text), text, as_saved(section.lora), section.freeze)
+        imagined = footprint.imagined(text)
+        freezing.frozen({*imagined, *(tensors or ())}, section.freeze)
+        return of_tensors(tensors or imagined, text, as_saved(section.lora), section.freeze)
     except (ValueError, ArithmeticError):
         raise ConfigError(
             f"{name}: config.json tells no sizes (hidden_size, num_hidden_layers, ...); fetch it again"
@@ -186,41 +187,3 @@ def targeted(module: str, lora: LoraSection) -> bool:
     number = re.search(r"\.(\d+)\.", module)
     chosen = lora.layers_to_transform is None or (number is not None and int(number[1]) in lora.layers_to_transform)
     return chosen and named(lora.target_modules) and not named(lora.exclude_modules)
-
-
-def imagined(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama-like decoder with these settings, where no weights are at hand; biases are too few to count.
-    Experts are given as one tensor of three dimensions, as transformers holds them."""
-    config = dict(text)
-    hidden, layers = number_of(config, "hidden_size", "n_embd"), number_of(config, "num_hidden_layers", "n_layer")
-    vocabulary, heads = number_of(config, "vocab_size"), number_of(config, "num_attention_heads", "n_head", default=1)
-    if not (hidden and layers and vocabulary):
-        raise ValueError("no sizes")
-    width = number_of(config, "head_dim", default=hidden // heads)
-    keys = width * number_of(config, "num_key_value_heads", default=heads)
-    inner = number_of(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
-    experts = number_of(config, *EXPERTS, default=1)
-    gpt2 = "n_embd" in config
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    if gpt2:
-        found["transformer.wpe.weight"] = (number_of(config, "n_positions", default=1024), hidden)
-    if not config.get("tie_word_embeddings", gpt2):
-        found["lm_head.weight"] = (vocabulary, hidden)
-    block = {
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (heads * width, hidden), "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, heads * width),
-    }  # fmt: skip
-    if str(config.get("model_type", "")).startswith(("qwen3", "olmo2", "gemma3")):
-        block |= {"self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
-    if experts > 1:
-        own = number_of(config, "moe_intermediate_size", default=inner)
-        block |= {"mlp.gate": (experts, hidden), "mlp.experts.gate_up_proj": (experts, 2 * own, hidden)}
-        block |= {"mlp.experts.down_proj": (experts, hidden, own)}
-        if shared := number_of(config, "shared_expert_intermediate_size"):
-            parts = (("gate_proj", (shared, hidden)), ("up_proj", (shared, hidden)), ("down_proj", (hidden, shared)))
-            block |= {f"mlp.shared_expert.{name}": shape for name, shape in parts}
-    else:
-        block |= {"mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
-        block |= {} if gpt2 else {"mlp.gate_proj": (inner, hidden)}
-    return found | {f"model.layers.{n}.{name}.weight": shape for n in range(layers) for name, shape in block.items()}

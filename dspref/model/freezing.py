@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from dspref.errors import ConfigError
 
 KEY = "model.freeze"
+# Of names that are offered, so many.
+MOST_PARTS = 25
 
 
 def chosen(names: Collection[str], patterns: Iterable[str]) -> set[str]:
@@ -32,4 +34,5 @@ def _instead(pattern: str, names: Collection[str]) -> str:
     """What may have been meant, or what there is."""
     parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdecimal())
     close = difflib.get_close_matches(pattern.rpartition(".")[2], parts, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(list(parts)[:12])}"
+    more = ", ..." * (len(parts) > MOST_PARTS)
+    return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(list(parts)[:MOST_PARTS])}{more}"

@@ -20,6 +20,8 @@ from dspref.terminal import first_line
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
+# What else may be done about weights that are not there, where a run begins with them.
+OR_DRAWN = ", or set model.init: random"
 # By such names transformers knows a distributed checkpoint, which it would load in place of the other files.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # What config.json may not say: that files of other names are to be read.
@@ -135,8 +137,7 @@ def _missing(folder: Path, path: Path) -> str:
     other = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     if other:
         return f"holds no {WEIGHTS}, nor an index of shards; {other[0]} is not read: rename it, if it is the model"
-    remedy = "save the model again with save_pretrained, or set model.init: random"
-    return f"holds no {WEIGHTS} (pickled weights are not read); {remedy}"
+    return f"holds no {WEIGHTS} (pickled weights are not read); save the model again with save_pretrained{OR_DRAWN}"
 
 
 def shard_names(folder: Path) -> list[str]:

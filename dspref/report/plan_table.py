@@ -85,7 +85,7 @@ def time_of(plan: Mapping[str, Any]) -> str:
 
 
 def disk_of(disk: Mapping[str, Any]) -> str:
-    run = f"{gib(disk['run'])} GiB to write in all, " if disk["run"] is not None else ""
+    run = f"{gib(disk['run'])} GiB of room in all, " if disk["run"] is not None else ""
     kept = f"{disk['checkpoints']} at a time" if disk["checkpoints"] else "none is saved (checkpoint.save_every)"
     return f"{run}{gib(disk['checkpoint'])} GiB a checkpoint, {kept}"
 

@@ -225,7 +225,7 @@ def moment(text: Any) -> datetime | None:
 def show(status: Mapping[str, Any]) -> str:
     """One screen, aligned."""
     where = [f"on {status['host']}"] if status["host"] and status["state"] in (*ALIVE, "stopped") else []
-    where += [f"{status['world_size']} ranks"] if status["world_size"] else []
+    where += [f"{status['world_size']} rank{'s' * (status['world_size'] != 1)}"] if status["world_size"] else []
     where += [f"job {status['job']}"] if status["job"] else []
     if status["state"] in ALIVE and (status["silent_seconds"] or 0) > SILENT_SECONDS:
         where.append(f"no sign of life for {duration(status['silent_seconds'])}")

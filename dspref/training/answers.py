@@ -121,9 +121,10 @@ def text_of_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """A prompt without its special tokens, each of which ends a line: some templates (Llama 3) put nothing else between a
     role and what was said before."""
     special = {*tokenizer.all_special_ids, *(k for k, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    special.discard(tokenizer.unk_token_id)  # stands for what was said
     text = ""
     for is_special, run in groupby(ids, special.__contains__):
-        said = "" if is_special else _text(tokenizer, list(run))
+        said = "" if is_special else str(tokenizer.decode(list(run)))
         text += "\n" * bool(text and said and text[-1] != "\n" and said[0] != "\n") + said
     return text
 

@@ -220,7 +220,7 @@ def _by_subset(store: PairStore, listing: Listing, table: torch.Tensor) -> dict[
     for index, right in table.tolist():
         row = rows.get(store.place(int(index)))
         subset = None if row is None or isinstance(row, BadRow) else row.values.get(SUBSET)
-        if subset is None or isinstance(subset, list | dict):
+        if subset in (None, "") or isinstance(subset, list | dict):
             without += 1
         else:
             found.setdefault(str(subset), []).append(right)

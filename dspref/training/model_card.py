@@ -35,6 +35,9 @@ Trained from `{{ recipe.model.name_or_path }}` by dspref {{ version }}.
 | data | {{ data }} |
 | steps | {{ summary.step }} of {{ recipe.pairs_per_step }} pairs, learning rate {{ recipe.learning_rate }} |
 | precision | {{ recipe.model.dtype }} |
+{%- if recipe.model.freeze %}
+| not trained | {{ recipe.model.freeze | join(", ") }} |
+{%- endif %}
 {%- for key, value in summary.metrics.items() %}
 | {{ key }} | {{ "%.4f" | format(value) }} |
 {%- endfor %}

@@ -65,14 +65,23 @@ def opened(source: str, said: str = "") -> Iterator[Named]:
             consolidate(path, Path(scratch) / "model")
             yield Named(f"{scratch}/model", section.trust_remote_code, delta_of(path))
         return
-    if not os.path.isdir(path):
-        if reason := weights.no_folder(source):
-            raise ConfigError(f"{blamed}{source}: {reason}")
-        try:  # before anything else is read or said
-            weights.fetch(ModelSection(name_or_path=source))
-        except ConfigError as error:
-            raise ConfigError(f"{blamed}{str(error).removeprefix('model.name_or_path: ')}") from None
+    _refuse_without_weights(source, blamed)
     yield Named(source)
+
+
+def _refuse_without_weights(source: str, blamed: str) -> None:
+    """Raise ConfigError where a folder, or a repository of the hub, holds no model, before anything else is said of it."""
+    if not os.path.isdir(source) and (reason := weights.no_folder(source)):
+        raise ConfigError(f"{blamed}{source}: {reason}")
+    if found := manifest.committed(Path(source)):
+        raise ConfigError(f"{blamed}{source}: holds checkpoints; name one of them, such as {found[-1]}")
+    if adapters.is_saved(source, ""):
+        return
+    try:
+        weights.fetch(ModelSection(name_or_path=source))
+    except ConfigError as error:
+        reason = str(error).removeprefix("model.name_or_path: ").removesuffix(weights.OR_DRAWN)
+        raise ConfigError(f"{blamed}{reason}") from None
 
 
 def delta_of(checkpoint: Path) -> float:

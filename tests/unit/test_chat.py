@@ -163,6 +163,7 @@ def test_what_is_refused(models: list[Path], tmp_path: Path) -> None:
     one, two = map(str, models)
     for arguments, words in (
         ([f"{tmp_path}/none"], "no such folder"),
+        ([str(models[0].parent)], "holds no model.safetensors (pickled weights are not read); save the model again"),
         (["some/model"], "some/model: is no folder here, and not had from the hub"),
         ([one, "--versus", "some/model"], "--versus: some/model: is no folder here"),
         ([two], "holds no tokenizer"),
@@ -212,3 +213,11 @@ def test_on_a_terminal(models: list[Path], tmp_path: Path) -> None:
     os.close(ours)
     (row,) = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
     assert row["prompt"] == USER and row["chosen"] != row["rejected"]
+
+
+def test_a_prompt_without_room_between_pipes_has_no_answer(models: list[Path]) -> None:
+    code, said = call(str(models[0]), "--greedy", "--max-tokens", "3", "--json", lines="x" * 300 + "\nhello\n")
+    answers = [json.loads(line)["answers"][0] for line in said.splitlines() if line.startswith("{")]
+    assert code == 3 and answers[0] is None and isinstance(answers[1], str)
+    assert "line 1: no room: " in said and "/reset" not in said
+    assert "1 prompt had no room for an answer; shorten them" in said

@@ -126,6 +126,12 @@ def test_the_live_reference_and_the_stored_one(folder: Path) -> None:
         (["model.name_or_path=some/model"], 2, "hf download some/model config.json"),
         (["train.lerning_rate=1"], 2, "did you mean 'learning_rate'"),
         (["--gpus", "0"], 2, "--gpus"),
+        (
+            ["model.freeze=[embed_token]"],
+            2,
+            "model.freeze: no parameter of the model has 'embed_token' in its name; did you",
+        ),
+        (["model.freeze=['*']"], 2, "model.freeze: leaves nothing to be trained"),
         (["data.on_bad_row=drop", "data.train.columns={prompt: better}"], 3, "better"),
     ],
 )

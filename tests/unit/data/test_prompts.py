@@ -71,6 +71,7 @@ BAD = {
     ),
     "blank": ("a.jsonl", '{"prompt": " "}\n', ":1: prompt: is empty; fix: write a text"),
     "no messages": ("a.jsonl", '{"prompt": []}\n', ":1: prompt: is empty"),
+    "chosen": ("a.jsonl", '{"prompt": "x", "chosen": 5}\n', ":1: chosen: is no text, and no message with a content"),
     "null": ("a.jsonl", '{"prompt": null}\n', ":1: prompt: is null"),
     "broken": ("a.jsonl", '{"prompt": "x"}\n{"prompt"\n', ":2: "),
     "message": ("a.jsonl", '{"prompt": [{"role": "user"}]}\n', ":1: prompt[0]"),

@@ -170,8 +170,6 @@ def test_weights_are_counted_without_loading_them(tmp_path):
         section = run_of(tmp_path, f"model.name_or_path={tmp_path}/{family}").model
         assert footprint.count_weights(section) == real, family
         by_config = footprint.count_weights(section.model_copy(update={"init": "random"}))
-        # The tables of positions of a tiny GPT-2 are most of it.
-        real -= model.transformer.wpe.weight.numel() if family == "gpt2" else 0
         assert by_config and abs(by_config / real - 1) < 0.05, (family, by_config, real)
 
 
@@ -198,6 +196,10 @@ def test_a_disk_that_is_too_small_is_found_before_the_run(tmp_path):
     assert CheckContext(run_of(tmp_path, f"model.name_or_path={model}", *stage2)).bytes_to_write == weights * (2 * 14 + 2)
     adapter = run_of(tmp_path, f"model.name_or_path={model}", "model.lora={r: 8}", "checkpoint.save_every=10")
     assert (CheckContext(adapter).bytes_to_write or 0) < 0.1 * weights
+    layers = run_of(tmp_path, f"model.name_or_path={model}", "checkpoint.save_every=10", "model.freeze=[layers]")
+    still = footprint.count_weights(layers.model, ["layers"])
+    assert still and 0.9 * weights < still < weights  # weights alone, without masters and moments
+    assert CheckContext(layers).bytes_to_write == (weights - still) * 3 * 12 + still * 3 * 2 + weights * 2
     (tmp_path / "out" / "checkpoints" / "step-000010").mkdir(parents=True)
     assert CheckContext(huge).bytes_to_write == weights * (2 * 12 + 2)
     verdict = CHECKS["disk"](CheckContext(huge))
