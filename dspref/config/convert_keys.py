@@ -69,9 +69,10 @@ def lora(draft: Draft) -> None:
     kind = draft.take("adapter", "finetuning_type")
     asked = draft.flag("use_peft", "use_lora")
     path = draft.take("lora_model_dir", "adapter_name_or_path")
-    rank = draft.take("lora_r", "lora_rank", "ds.lora.rank", default=path is None)
-    alpha = draft.take("lora_alpha", "ds.lora.alpha", default=path is None)
-    dropout = draft.take("lora_dropout", "ds.lora.dropout", default=path is None)
+    fresh = path is None and (bool(asked) or kind in ("lora", "qlora"))  # else their defaults are of no adapter
+    rank = draft.take("lora_r", "lora_rank", "ds.lora.rank", default=fresh)
+    alpha = draft.take("lora_alpha", "ds.lora.alpha", default=fresh)
+    dropout = draft.take("lora_dropout", "ds.lora.dropout", default=fresh)
     linear = draft.flag("lora_target_linear")
     targets = draft.take("lora_target_modules", "lora_target", "target_modules", "ds.lora.target_modules")
     whole = draft.take("lora_modules_to_save", "additional_target")

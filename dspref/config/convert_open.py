@@ -13,6 +13,7 @@ from dspref.config.draft import Draft
 from dspref.config.foreign import FOREIGN_KEYS, place_of
 from dspref.config.hints import FILL_IN
 from dspref.config.sections import section_at
+from dspref.config.their_keys import PARSERS
 from dspref.secrets import redact
 from dspref.terminal import shown
 
@@ -98,6 +99,8 @@ def _forget(draft: Draft, path: str) -> None:
 
 
 def _reason(draft: Draft, key: str, path: str | None) -> str:
+    if key in PARSERS:
+        return "has its settings from the command line: convert that, in a shell script, or the YAML file that it names"
     if why := NOT_NEEDED.get(key):
         return f"is computed there; {why}"
     if path and draft.get(path) is not None and (sources := draft.sources(path, above=False)):

@@ -5,6 +5,7 @@ scripts, of which the longest command with `--key value` is read. Nothing is run
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shlex
 import tomllib
@@ -21,6 +22,7 @@ from dspref.config.yaml12 import MAX_BYTES, Position, YamlError, parse, parse_te
 from dspref.errors import ConfigError
 
 SHELL = (".sh", ".bash", ".sbatch", ".slurm")
+PAIR = re.compile(r"(?<!\\)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
 TABLE, SETTING = re.compile(r"\s*\[\[?([\w.-]+)\]\]?"), re.compile(r"\s*[\"']?([\w.-]+)[\"']?\s*=")
 LAUNCHERS = {
     "num_processes",
@@ -58,9 +60,11 @@ def read(path: Path, python: bool = False) -> Theirs:
 
 
 def _of_json(path: Path) -> tuple[dict[str, Any], dict[tuple, Position]]:
-    """JSON is YAML, but that tabs may stand between its tokens; within its texts they are escapes."""
+    """JSON is YAML, but that tabs may stand between its tokens (within its texts they are escapes), and two escapes for one
+    letter."""
+    text = PAIR.sub(lambda pair: json.loads(f'"{pair[0]}"'), _text(path))
     try:
-        return parse_text(_text(path).replace("\t", " "), str(path))
+        return parse_text(text.replace("\t", " "), str(path))
     except ConfigError as error:
         raise ConfigError(str(error).replace("not valid YAML", "not valid JSON")) from None
 

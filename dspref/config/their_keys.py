@@ -15,6 +15,8 @@ OF_LORA = {
 }  # fmt: skip
 # What peft takes where a LoraConfig says nothing; TRL's command line has its own.
 OF_PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+# By these a script has its settings from a command line.
+PARSERS = {"HfArgumentParser", "TrlParser"}
 # Mappings whose keys stand at the top of a file elsewhere.
 GROUPS = {
     f"{name}{end}"

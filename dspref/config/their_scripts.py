@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspref.config.literals import Unknown, Values
-from dspref.config.their_keys import OF_LORA, OF_PEFT, Theirs
+from dspref.config.their_keys import OF_LORA, OF_PEFT, PARSERS, Theirs
 from dspref.errors import ConfigError
 
 CONFIGS = {"DPOConfig": "dpo", "CPOConfig": "cpo", "ORPOConfig": "orpo", "SimPOConfig": "simpo", "KTOConfig": "kto"}
@@ -72,6 +72,8 @@ class _Script:
             found.keys["use_peft"] = True
             self.keywords(call, renamed=OF_LORA)
             found.defaults |= OF_PEFT
+        elif name[-1] in PARSERS:
+            found.unread[name[-1]], found.lines[name[-1]] = ast.unparse(call), call.lineno
         elif name[-1] == "BitsAndBytesConfig":
             self.keywords(call, only=OF_BITS)
         elif name[-1] in ("ModelConfig", "ScriptArguments"):

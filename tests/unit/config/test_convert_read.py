@@ -159,6 +159,12 @@ def test_later_changes_of_a_config_count() -> None:
     assert found == [0.3, "FILL_IN", 77, 0.2], made
 
 
+def test_a_script_that_has_its_settings_from_a_command_line_says_so() -> None:
+    text = "args, model = TrlParser((DPOConfig, ModelConfig)).parse_args_and_config()\nDPOTrainer(model, args=args)\n"
+    comments = " ".join(line.strip("# ") for line in made_of(text, "train.py")[1].splitlines())
+    assert "train.py:1: TrlParser: TrlParser((DPOConfig, ModelConfig)) -- has its settings from the command line" in comments
+
+
 def test_weights_in_4_bits_of_a_script() -> None:
     text = "bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')\npeft_config = LoraConfig(r=8)\n"
     document, made = made_of(text + "args = DPOConfig(output_dir='o')\n", "train.py")
@@ -203,6 +209,11 @@ def test_quotes_and_texts_with_commas(text: str, path: str, value: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds of files
+
+
+def test_two_escapes_of_json_are_one_letter() -> None:
+    document, made = made_of(json.dumps(yaml.safe_load(TRL) | {"run_name": "\U0001f600/\\ud83d"}), "theirs.json")
+    assert document["log"]["run_name"] == "\U0001f600/\\ud83d", made
 
 
 def test_groups_of_keys_are_opened() -> None:

@@ -68,6 +68,7 @@ def at(document: Any, path: str) -> Any:
             ["num_train_epochs", "save_steps"],
             ["lora_rank 8", "lora_alpha 16"],
         ),
+        (TRL + "use_peft: false\nlora_config: {r: 4}\n", ["lora_alpha", "lora_dropout"], []),
         (FACTORY + "adapter_name_or_path: a\n", ["lora_rank", "lora_alpha"], []),
         (FACTORY + "disable_gradient_checkpointing: true\n", ["gradient_checkpointing"], []),
         (INSTRUCT + "max_train_steps: 10\nwarmup_steps: 3\n", ["num_epochs", "warmup_ratio"], ["learning_rate 2e-05"]),
