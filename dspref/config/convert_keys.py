@@ -68,7 +68,7 @@ def lora(draft: Draft) -> None:
     """model.lora, where an adapter is trained; else what is said of one has no effect there either."""
     kind = draft.take("adapter", "finetuning_type")
     asked = draft.flag("use_peft", "use_lora")
-    path = draft.take("lora_model_dir", "adapter_name_or_path")
+    path = as_list(draft.take("lora_model_dir", "adapter_name_or_path"))
     fresh = path is None and (bool(asked) or kind in ("lora", "qlora"))  # else their defaults are of no adapter
     rank = draft.take("lora_r", "lora_rank", "ds.lora.rank", default=fresh)
     alpha = draft.take("lora_alpha", "ds.lora.alpha", default=fresh)
@@ -91,9 +91,10 @@ def lora(draft: Draft) -> None:
     if kind == "qlora":
         draft.put("model.load_in_4bit", True, f"{draft.name('adapter')}: qlora")
     if path:
-        draft.put(
-            "model.lora.path", path if isinstance(path, str) else path[0], "the adapter brings rank, alpha and targets"
-        )
+        paths = path if isinstance(path, list) else [path]
+        draft.put("model.lora.path", paths[0], "the adapter brings rank, alpha and targets")
+        if len(paths) > 1:
+            draft.leave("adapter_name_or_path", path, "one adapter is trained on: the first")
         return
     if draft.dialect == "llamafactory" and not draft.computes("lora_target", "lora_target_modules"):
         targets = targets or draft.assume("lora_target", "all")
@@ -164,16 +165,26 @@ def lengths(draft: Draft) -> None:
 def batch(draft: Draft) -> None:
     """train.pairs_per_step of what a GPU takes, accumulation, and the number of GPUs."""
     whole = draft.take("train_batch_size", "train.batch_size")
-    own = draft.take("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size")
+    alone = whole is None and not draft.computes("train_batch_size", "train.batch_size")
+    own = draft.take("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size", default=alone)
     micro = draft.take("micro_train_batch_size", "train.micro_batch_size")
     total = draft.take("batch_size")
-    steps = draft.take("gradient_accumulation_steps", default=total is None)
+    steps = draft.take("gradient_accumulation_steps", default=alone and total is None)
+    parts = {"per_device_train_batch_size": own, "gradient_accumulation_steps": steps, "batch_size": total}
     if isinstance(whole, int):
         said = f"{draft.name('train_batch_size')}: {whole}" + (f", in micro-batches of {micro}" if micro else "")
         draft.put("train.pairs_per_step", whole, f"{said}; here data.tokens_per_pack bounds the memory")
+    for key, value in parts.items():
+        if value is not None and isinstance(whole, int):
+            draft.leave(key, value, f"{draft.name('train_batch_size')} goes before it")
+        elif value is not None and not isinstance(value, int):
+            draft.leave(key, value, "is no number of pairs or micro-steps; write train.pairs_per_step")
+        elif value is not None and key == "batch_size" and isinstance(steps, int):
+            draft.leave(key, value, "gradient_accumulation_steps goes before it")
+    if isinstance(whole, int):
         return
     own = own if isinstance(own, int) else 1
-    steps = steps if isinstance(steps, int) else total // own if isinstance(total, int) and total >= own else 1
+    steps = steps if isinstance(steps, int) else total // own if isinstance(total, int) and total >= own > 0 else 1
     said = f"{own} per GPU x {steps} accumulated x {draft.gpus} GPUs; here data.tokens_per_pack bounds the memory"
     draft.put("train.pairs_per_step", own * steps * draft.gpus, said)
 
