@@ -47,10 +47,13 @@ FROM_OTHERS = """\
     dspref check run.yaml
 
 reads configs of {dialects}, and writes a dspref YAML. What
-differs there, or has no place here, stands in it as a comment; so do their defaults, where the file has none. `--gpus`
-is how many it ran on: their batch is per GPU, dspref's `train.pairs_per_step` the whole step's. TRL's configs do not name
-the method, so `--objective orpo` does where keys and names do not. Configs of supervised fine-tuning, KTO, reward models and
-reinforcement learning are refused.
+differs there, or has no place here, stands in it as a comment, by the name that it has there and with its line; so do
+their defaults, where the file has none. Files may be YAML, JSON or TOML, flat or in groups (`training_args:`). Of a script
+literals are read, names that are given one, and simple arithmetic and text of these. What else is computed there, and what
+only you know, is `FILL_IN`: the command says how many there are, and `dspref check` refuses each until it is written.
+`--gpus` is how many it ran on: their batch is per GPU, dspref's `train.pairs_per_step` the whole step's. TRL's configs do
+not name the method, so `--objective orpo` does where keys and names do not. Configs of supervised fine-tuning, KTO, reward
+models and reinforcement learning are refused.
 
 You may also just write their keys: each is answered with dspref's, by `dspref check`, before anything is loaded.
 

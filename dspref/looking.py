@@ -264,7 +264,9 @@ def convert(
         text = conversion.convert(source, dialect, gpus, objective, bool(from_python))
         if output:
             write_atomically(output, text)
-            print(shown(f"{source} -> {output}; read its comments, then: {command('dspref', 'check', output)}"))
+            still = conversion.to_fill_in(text)
+            said = f"{still} value{'s' * (still > 1)} to fill in (FILL_IN); " if still else ""
+            print(shown(f"{source} -> {output}; {said}read its comments, then: {command('dspref', 'check', output)}"))
         else:
             print(text, end="")
 

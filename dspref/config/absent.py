@@ -145,7 +145,7 @@ _NOT_NEEDED = {
     "models are causal language models": "lora_task_type",
     "model.lora without path makes one": "create_new_adapter",
     "adapters are LoRA's, as model.lora has them": (
-        "lora_target_parameters peft_layers_pattern peft_layer_replication peft_trainable_token_indices "
+        "bias lora_bias lora_target_parameters peft_layers_pattern peft_layer_replication peft_trainable_token_indices "
         "peft_ensure_weight_tying relora relora_prune_ratio relora_prune_method relora_cpu_offload jagged_restart_steps "
         "jagged_restart_warmup_steps jagged_restart_anneal_steps module_dropout oft_rank oft_block_size oft_target "
         "pissa_init pissa_iter pissa_convert base_model_attribute_name"
@@ -273,11 +273,13 @@ _NOT_NEEDED = {
     "export SWANLAB_MODE instead": "swanlab_mode",
     "swanlab writes into the run folder": "swanlab_logdir",
     "export SWANLAB_WEBHOOK instead": "swanlab_lark_webhook_url",
-    "`dspref push RUN owner/name` uploads the model": (
-        "hub_strategy hub_revision hub_private_repo hub_always_push hub_model_revision overwrite_hub_revision "
-        "push_to_hub_revision push_to_hub_organization push_dataset_to_hub save_to_hub hf_entity "
-        "hf_repo_id hf_repo_revision hf_repo_url"
+    "export.push_to_hub: owner/name uploads the finished model once, to main, and so does `dspref push RUN owner/name`": (
+        "hub_strategy hub_revision hub_always_push hub_model_revision overwrite_hub_revision push_to_hub_revision "
+        "hf_repo_revision"
     ),
+    "export.push_to_hub: owner/name uploads private; `dspref push RUN owner/name --public` does not": "hub_private_repo",
+    "export.push_to_hub and `dspref push RUN owner/name` upload the model, and no data": "push_dataset_to_hub",
+    "the address follows from export.push_to_hub: owner/name, or `dspref push RUN owner/name`": "hf_repo_url",
     "export HF_TOKEN instead; a config holds no secrets": "hub_token push_to_hub_token hf_hub_token hf_use_auth_token",
     "a config holds no secrets": (
         "comet_api_key swanlab_api_key swanlab_lark_secret ms_hub_token om_hub_token"

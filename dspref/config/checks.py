@@ -54,6 +54,7 @@ def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ())
                 raise
 
     yield from new(partial(_of_secrets, document=document), unsound)
+    yield from new(lambda _: _to_fill_in(document), unsound)
     of_strategy = list(new(_of_strategy, unsound))
     yield from of_strategy
     # What DeepSpeed cannot run is no ground to judge other keys by.
@@ -90,8 +91,18 @@ def _of_secrets(config: Config, document: Any) -> Iterator[Complaint]:
             yield path, f"holds {kind}, and would be written down with the run; leave secrets to the environment"
 
 
+def _to_fill_in(document: Any) -> Iterator[Complaint]:
+    """What `dspref convert` left open. Paths, which have FILL_IN/ before a word, are looked at with all others."""
+    for path, text in texts(document):
+        if text == hints.FILL_IN and path != ("deepspeed",):  # which `_of_strategy` tells
+            yield path, hints.STILL_OPEN
+
+
 def _of_strategy(config: Config) -> Iterator[Complaint]:
     """What is wrong with the DeepSpeed settings, in their own file or in the config."""
+    if config.deepspeed == hints.FILL_IN:
+        yield ("deepspeed",), hints.STILL_OPEN
+        return
     if not config.has_strategy_file:
         yield ("deepspeed",), f"{config.deepspeed}: no such file; {_known_strategies(str(config.deepspeed))}"
         return

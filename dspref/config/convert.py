@@ -7,6 +7,7 @@ refuse is taken out and told, so that `dspref check` takes it.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from dspref.config import hints, their_files
 from dspref.config.absent import NOT_NEEDED
 from dspref.config.convert_data import data
 from dspref.config.convert_keys import CHAPTERS
+from dspref.config.convert_open import fill_in, leave_open, open_paths
 from dspref.config.dialects import DEFAULTS, DIALECTS, objective_of, recognise, refuse_other_runs
-from dspref.config.draft import Draft, is_empty
+from dspref.config.draft import Draft, as_list, is_empty, quoted
 from dspref.config.explain import Kind
 from dspref.config.foreign import FOREIGN_KEYS, place_of
 from dspref.config.load import examine
 from dspref.config.sections import section_at
-from dspref.config.their_files import Theirs
+from dspref.config.their_keys import Theirs
 from dspref.config.written import as_text, short
 from dspref.config.yaml12 import parse_value
 from dspref.errors import ConfigError
@@ -44,7 +46,12 @@ MISSING = {
     ("output_dir",): ("output_dir", "runs/converted"),
 }
 MOST_REPAIRS = 60
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# Keys whose values are counted or computed with here, so that a number in quotes must be one.
+COUNTED = re.compile(
+    r"(batch_size|_steps|epochs?|ratio|rate|_norm|_r|rank|alpha|beta|gamma|weight|coef|limit|patience|samples|stage|_bit|_len"
+    r"|length|dropout|seed|timeout|^lr|decay|epsilon|smoothing|_num)\Z"
+)
+WHOLE = re.compile(r"(batch_size|_steps|rank|_r|limit|patience|_bit|_num|samples)\Z")
 
 
 def convert(
@@ -66,7 +73,7 @@ def convert_keys(
     method = objective or (theirs.method if theirs.method in (*OBJECTIVES, "kto") else None)
     if method == "kto":
         raise ConfigError(f"{where}: is a config of KTO, which needs no pairs; dspref trains on preference pairs")
-    keys = {str(key): value for key, value in theirs.keys.items()}
+    keys = {str(key): _number(str(key), value) for key, value in theirs.keys.items()}
     if not objective and {*keys} & {"model", "data", "output_dir"} == {"model", "data", "output_dir"}:
         raise ConfigError(f"{where}: is a dspref config already; `dspref check` says what is wrong with it")
     refuse_other_runs(keys | {"_file": Path(where).name}, where, method)
@@ -75,23 +82,44 @@ def convert_keys(
         raise ConfigError(f"{where}: no key tells whose config it is; give --from {' | '.join(DIALECTS)}")
     number = gpus or theirs.gpus
     named = method if method in OBJECTIVES else objective_of(keys | {"_file": Path(where).name}, dialect)
-    draft = Draft(keys, dialect, named, number or 8, dict(DEFAULTS[dialect]))
-    for key, code in theirs.unread.items():
-        draft.leave(key, code, "is computed there; write the value where it belongs")
+    draft = Draft(keys, dialect, named, number or 8, DEFAULTS[dialect] | theirs.defaults)
+    draft.unread, draft.remarks, draft.lines, draft.names = theirs.unread, theirs.remarks, theirs.lines, dict(theirs.names)
+    draft.file = Path(where).name
     data(draft)
     for chapter in CHAPTERS:
         chapter(draft)
     for key, value in draft.rest():
         place(draft, key, value)
     _repair(draft)
+    fill_in(draft)
+    _repair(draft)
     said = f"{number} GPUs" if number else "8 GPUs, which is assumed: give --gpus"
+    document = _in_order({key: value for key, value in draft.document.items() if not is_empty(value)}, ())
     header = [
         f"Converted from {where} ({dialect}) by `dspref convert`, for {said}.",
         "Every value that differs from there, or has no place here, is told in a comment.",
+        *_to_fill_in(document),
         "",
     ]
-    document = _in_order({key: value for key, value in draft.document.items() if not is_empty(value)}, ())
     return as_text(document, draft.notes, header, _footer(draft))
+
+
+def _number(key: str, value: Any) -> Any:
+    """A value with numbers and truth values out of their quotes, where no text is meant."""
+    value = quoted(value) if COUNTED.search(key) or str(value).lower() in ("true", "false") else value
+    whole = isinstance(value, float) and WHOLE.search(key) and 1 < value < 2**53 and value.is_integer()
+    return int(value) if whole else value
+
+
+def to_fill_in(text: str) -> int:
+    """How many values of a conversion's result are still to be filled in."""
+    return sum(not line.lstrip().startswith("#") for line in text.splitlines() if hints.FILL_IN in line)
+
+
+def _to_fill_in(document: Mapping[str, Any]) -> list[str]:
+    paths = list(open_paths(document))
+    said = f"{len(paths)} values are" if len(paths) > 1 else "1 value is"
+    return [f"{said} still to be filled in, where FILL_IN stands: {', '.join(paths)}."] if paths else []
 
 
 def place(draft: Draft, key: str, value: Any) -> None:
@@ -110,7 +138,8 @@ def place(draft: Draft, key: str, value: Any) -> None:
         and not path.startswith("data.train")
     ):
         if draft.get(path) is not None:
-            draft.leave(key, value, f"{path} is set already")
+            others = [draft.name(one) for one in draft.sources(path) if one != key and draft.get(path) is not None]
+            draft.leave(key, value, f"{path} is set already" + (f", by {others[0]}" if others else ""))
         elif literal is None:
             draft.translate(path, key, value)
         elif value in (True, "true", "True", "auto"):
@@ -131,14 +160,14 @@ def _repair(draft: Draft) -> None:
     """Take out what the config's own checks refuse, and tell it; fill what it must have and theirs does not name."""
     for _ in range(MOST_REPAIRS):
         document = {key: value for key, value in draft.document.items() if value is not None}
-        complaints = examine(document)[1]
+        complaints = [complaint for complaint in examine(document)[1] if hints.STILL_OPEN not in complaint.reason]
         if not complaints:
             return
         moved = False
         for complaint in complaints:
             if complaint.kind is Kind.MISSING and complaint.path in MISSING:
                 path, value = MISSING[complaint.path]
-                draft.put(path, value, "theirs does not say; fill it in")
+                draft.put(path, copy.deepcopy(value), "theirs does not say" + "; fill it in" * (path != "output_dir"))
                 moved = True
             else:
                 moved |= _take_out(draft, complaint.path, complaint.reason)
@@ -155,13 +184,29 @@ def _take_out(draft: Draft, path: Sequence[str | int], reason: str) -> bool:
         last = path[depth - 1]
         if isinstance(node, dict) and node.get(str(last)) is not None:
             value = node.pop(str(last))
-            if isinstance(value, str) and NUMBER.fullmatch(value):  # in quotes there
-                node[str(last)] = parse_value(value)
+            if isinstance(value, str) and (meant := as_list(quoted(value))) != value:  # a number or a list in quotes
+                node[str(last)] = meant
                 return True
             said = draft.notes.pop(tuple(path[:depth]), [])
-            draft.leave(".".join(map(str, path[:depth])), value, "; ".join([reason, *said]))
+            key = ".".join(map(str, path[:depth]))
+            for inner in open_paths({key: value}):
+                leave_open(draft, inner, reason)
+            if value != hints.FILL_IN:
+                _leave_refused(draft, key, value, reason, said)
             return True
     return False
+
+
+def _leave_refused(draft: Draft, path: str, value: Any, reason: str, notes: Sequence[str]) -> None:
+    """Tell what was refused by the key that theirs has for it, and by ours behind it."""
+    sources = [key for key in draft.sources(path) if not key.startswith(("dataset", "eval_dataset"))]
+    sources.sort(key=lambda key: draft.given[key] != value)
+    if sources and path not in draft.given:
+        key = sources[0]
+        kept = [note for note in notes if note != f"{draft.name(key)}: {short(draft.given[key])}"]
+        draft.leave(key, draft.given[key], "; ".join([f"{path}: {reason}", *kept]))
+    else:
+        draft.leave(path, value, "; ".join([reason, *notes]))
 
 
 def _inside(node: Any, key: str | int) -> Any:
@@ -179,9 +224,10 @@ def _in_order(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _footer(draft: Draft) -> list[str]:
-    lines = ["Not taken over:", *sorted(draft.left)] if draft.left else []
+    lines = ["Not taken over:", *(text for _, text in sorted(draft.left))] if draft.left else []
     if draft.assumed:
-        lines.append(f"Their defaults, which the file does not give: {', '.join(draft.assumed)}")
+        said = ", ".join(f"{key} {short(value)}" for key, value in draft.assumed.items())
+        lines.append(f"Their defaults, which the file does not give: {said}")
     if draft.empty:
-        lines.append(f"Empty there: {', '.join(sorted(draft.empty))}")
+        lines.append(f"Empty there: {', '.join(sorted(map(draft.name, draft.empty)))}")
     return lines

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.config.draft import Draft, is_empty
+from dspref.config.draft import Draft, as_list, is_empty
 
 Source = dict[str, Any]
 
@@ -81,8 +81,9 @@ def _mixture(draft: Draft) -> tuple[list[Source], list[Source]]:
     """alignment-handbook's and TRL's mixtures."""
     train: list[Source] = []
     held_out: list[Source] = []
-    splits = draft.take("dataset_splits") or []
-    names = draft.take("dataset_configs") or []
+    splits = as_list(draft.take("dataset_splits")) or []
+    splits = [splits] if isinstance(splits, str) else splits
+    names = as_list(draft.take("dataset_configs")) or []
     mixer = draft.take("dataset_mixer")
     if isinstance(mixer, Mapping):
         given = [split for split in splits if isinstance(split, str)] if isinstance(splits, list) else []

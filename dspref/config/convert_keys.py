@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.config.convert_log import cadence, hub, judging, trackers
+from dspref.config.convert_log import cadence, hub, judging
 from dspref.config.convert_objective import objective
-from dspref.config.draft import EMPTY_STEPS, Draft, is_empty
+from dspref.config.convert_trackers import trackers
+from dspref.config.draft import EMPTY_STEPS, TRUE, Draft, as_list, is_empty
 from dspref.config.written import short
 
 ATTENTION = {
@@ -23,8 +24,7 @@ ATTENTION = {
 def model(draft: Draft) -> None:
     kwargs = draft.take("model_init_kwargs")
     if isinstance(kwargs, Mapping):
-        for key, value in kwargs.items():
-            draft.theirs.setdefault({"revision": "model_revision"}.get(key, str(key)), value)
+        draft.absorb("model_init_kwargs", kwargs, {"revision": "model_revision"})
     elif kwargs is not None:
         draft.leave("model_init_kwargs", kwargs, "is no mapping of keys")
     for key in ("template", "chat_template", "chat_template_path", "chat_template_name", "chat_template_jinja"):
@@ -46,12 +46,13 @@ def model(draft: Draft) -> None:
         draft.put("model.dtype", "float32", "bf16 and fp16 are false there")
     for key, ours in ATTENTION.items():
         value = draft.take(key)
-        if isinstance(value, str):
+        if value in TRUE and value != "auto":
+            draft.put("model.attn_implementation", ours, f"{draft.name(key)}: true")
+        elif isinstance(value, str):
             draft.translate("model.attn_implementation", key, value)
-        elif value:
-            draft.put("model.attn_implementation", ours, f"{key}: true")
     off = draft.flag("disable_gradient_checkpointing")
-    on = draft.flag("gradient_checkpointing", "model.gradient_checkpointing_enable", "fsdp_activation_checkpointing")
+    names = ("gradient_checkpointing", "model.gradient_checkpointing_enable", "fsdp_activation_checkpointing")
+    on = draft.flag(*names, default=off is None)
     if off is not None or on is not None:
         draft.put("model.gradient_checkpointing", not off if off is not None else on)
     bits, four = draft.take("quantization_bit"), draft.flag("load_in_4bit", "ds.load_in_4bit", "use_qlora")
@@ -67,10 +68,11 @@ def lora(draft: Draft) -> None:
     """model.lora, where an adapter is trained; else what is said of one has no effect there either."""
     kind = draft.take("adapter", "finetuning_type")
     asked = draft.flag("use_peft", "use_lora")
-    path = draft.take("lora_model_dir", "adapter_name_or_path")
-    rank = draft.take("lora_r", "lora_rank", "ds.lora.rank")
-    alpha = draft.take("lora_alpha", "ds.lora.alpha")
-    dropout = draft.take("lora_dropout", "ds.lora.dropout")
+    path = as_list(draft.take("lora_model_dir", "adapter_name_or_path"))
+    fresh = path is None and (bool(asked) or kind in ("lora", "qlora"))  # else their defaults are of no adapter
+    rank = draft.take("lora_r", "lora_rank", "ds.lora.rank", default=fresh)
+    alpha = draft.take("lora_alpha", "ds.lora.alpha", default=fresh)
+    dropout = draft.take("lora_dropout", "ds.lora.dropout", default=fresh)
     linear = draft.flag("lora_target_linear")
     targets = draft.take("lora_target_modules", "lora_target", "target_modules", "ds.lora.target_modules")
     whole = draft.take("lora_modules_to_save", "additional_target")
@@ -78,33 +80,39 @@ def lora(draft: Draft) -> None:
     if kind in ("freeze", "oft"):
         draft.leave("finetuning_type", kind, "all weights are trained here, or a LoRA adapter")
     if not on:
-        said = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "modules_to_save": whole}
+        said = {
+            "lora_r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "lora_target_modules": targets,
+            "lora_modules_to_save": whole,
+        }  # fmt: skip
         for key, value in said.items():
             if not is_empty(value) and value != 0:
                 draft.leave(key, value, "no adapter is trained there: the whole model is")
         return
-    if draft.dialect == "llamafactory":
-        rank = rank or 8
-        alpha, targets = alpha or (2 * rank if isinstance(rank, int) else None), targets or "all"
-    elif draft.dialect == "open-instruct":
-        rank, alpha, dropout = rank or 64, alpha or 16, 0.1 if dropout is None else dropout
-    elif draft.dialect in ("trl", "alignment-handbook"):
-        dropout = 0.05 if dropout is None else dropout
     if kind == "qlora":
-        draft.put("model.load_in_4bit", True, "adapter: qlora")
+        draft.put("model.load_in_4bit", True, f"{draft.name('adapter')}: qlora")
     if path:
-        draft.put(
-            "model.lora.path", path if isinstance(path, str) else path[0], "the adapter brings rank, alpha and targets"
-        )
+        paths = path if isinstance(path, list) else [path]
+        draft.put("model.lora.path", paths[0], "the adapter brings rank, alpha and targets")
+        if len(paths) > 1:
+            draft.leave("adapter_name_or_path", path, "one adapter is trained on: the first")
         return
-    for key, value in (("r", rank), ("lora_alpha", alpha), ("lora_dropout", dropout)):
+    if draft.dialect == "llamafactory" and not draft.computes("lora_target", "lora_target_modules"):
+        targets = targets or draft.assume("lora_target", "all")
+    known = _adapters_defaults(draft.dialect, rank)
+    for key, value, names in (
+        ("r", rank, ("lora_r", "lora_rank")),
+        ("lora_alpha", alpha, ("lora_alpha",)),
+        ("lora_dropout", dropout, ("lora_dropout",)),
+    ):
+        if value is None and key in known and not draft.computes(*names):
+            value = draft.assume(names[-1 if draft.dialect == "llamafactory" else 0], known[key])
         if value is not None:
             draft.put(f"model.lora.{key}", value)
     if linear or targets in ("all", "all-linear", ["all"], ["all-linear"]):
         draft.put("model.lora.target_modules", "all-linear")
     elif targets:
         draft.put("model.lora.target_modules", _words(targets))
-    else:
+    elif not draft.computes("lora_target_modules", "lora_target", "target_modules", "ds.lora.target_modules"):
         said = "theirs names none: peft's choice for Llama, Mistral and Qwen" if draft.dialect != "openrlhf" else ""
         draft.put("model.lora.target_modules", ["q_proj", "v_proj"] if said else "all-linear", said)
     if whole:
@@ -114,9 +122,18 @@ def lora(draft: Draft) -> None:
             draft.put(f"model.lora.{key.removeprefix('peft_')}", True)
 
 
+def _adapters_defaults(dialect: str, rank: Any) -> dict[str, Any]:
+    """What their trainer takes for an adapter where the file says nothing, if it is not what is taken here."""
+    if dialect == "llamafactory":
+        return {"r": 8, "lora_alpha": 2 * rank if isinstance(rank, int) else 16}
+    if dialect == "open-instruct":
+        return {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1}
+    return {"lora_dropout": 0.05} if dialect in ("trl", "alignment-handbook") else {}
+
+
 def _words(value: Any) -> Any:
-    return [word.strip() for word in value.split(",")] if isinstance(value, str) and "," in value else (
-        [value] if isinstance(value, str) and value.isidentifier() else value)  # fmt: skip
+    value = as_list(value)
+    return [value] if isinstance(value, str) and value.isidentifier() else value
 
 
 def lengths(draft: Draft) -> None:
@@ -125,6 +142,7 @@ def lengths(draft: Draft) -> None:
     if longest is not None:
         draft.put("data.max_length", longest)
     elif unlimited:
+        draft.empty.remove("max_length")
         draft.put("data.max_length", None, "max_length: null; an answer of any length is scored")
     of_prompt = draft.has("max_prompt_length", "max_completion_length")  # as TRL had it before 1.0
     mode = draft.take("truncation_mode", "truncation_side")
@@ -147,51 +165,51 @@ def lengths(draft: Draft) -> None:
 def batch(draft: Draft) -> None:
     """train.pairs_per_step of what a GPU takes, accumulation, and the number of GPUs."""
     whole = draft.take("train_batch_size", "train.batch_size")
-    own = draft.take("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size")
+    alone = whole is None and not draft.computes("train_batch_size", "train.batch_size")
+    own = draft.take("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size", default=alone)
     micro = draft.take("micro_train_batch_size", "train.micro_batch_size")
-    steps, total = draft.take("gradient_accumulation_steps"), draft.take("batch_size")
+    total = draft.take("batch_size")
+    steps = draft.take("gradient_accumulation_steps", default=alone and total is None)
+    parts = {"per_device_train_batch_size": own, "gradient_accumulation_steps": steps, "batch_size": total}
     if isinstance(whole, int):
-        said = f"train_batch_size: {whole}" + (f", in micro-batches of {micro}" if micro else "")
+        said = f"{draft.name('train_batch_size')}: {whole}" + (f", in micro-batches of {micro}" if micro else "")
         draft.put("train.pairs_per_step", whole, f"{said}; here data.tokens_per_pack bounds the memory")
+    for key, value in parts.items():
+        if value is not None and isinstance(whole, int):
+            draft.leave(key, value, f"{draft.name('train_batch_size')} goes before it")
+        elif value is not None and not isinstance(value, int):
+            draft.leave(key, value, "is no number of pairs or micro-steps; write train.pairs_per_step")
+        elif value is not None and key == "batch_size" and isinstance(steps, int):
+            draft.leave(key, value, "gradient_accumulation_steps goes before it")
+    if isinstance(whole, int):
         return
     own = own if isinstance(own, int) else 1
-    steps = steps if isinstance(steps, int) else total // own if isinstance(total, int) and total >= own else 1
+    steps = steps if isinstance(steps, int) else total // own if isinstance(total, int) and total >= own > 0 else 1
     said = f"{own} per GPU x {steps} accumulated x {draft.gpus} GPUs; here data.tokens_per_pack bounds the memory"
     draft.put("train.pairs_per_step", own * steps * draft.gpus, said)
 
 
 def steps(draft: Draft) -> None:
-    epochs = draft.take("num_train_epochs", "num_epochs", "max_epochs", "train.max_epochs", "epochs")
     most = draft.take("max_steps", "max_train_steps")
+    epochs = draft.take(
+        "num_train_epochs", "num_epochs", "max_epochs", "train.max_epochs", "epochs",
+        default=most in EMPTY_STEPS and not draft.computes("max_steps", "max_train_steps"),
+    )  # fmt: skip
     if most not in EMPTY_STEPS:
-        draft.put("train.max_steps", most, f"and not num_train_epochs: {short(epochs)}" if epochs is not None else "")
+        said = f"and not {draft.name('num_train_epochs')}: {short(epochs)}" if epochs is not None else ""
+        draft.put("train.max_steps", most, said)
     elif epochs is not None:
         draft.put("train.num_train_epochs", epochs)
     rate = draft.take("learning_rate", "adam.lr", "lr")
     if rate is not None:
         draft.put("train.learning_rate", rate)
-    schedule = draft.take("lr_scheduler_type", "lr_scheduler")
-    ratio, warmup = draft.take("warmup_ratio", "lr_warmup_ratio"), draft.take("warmup_steps")
-    if isinstance(warmup, float) and 0 < warmup < 1:  # as transformers 5 has it
-        ratio, warmup = warmup, None
-    warms = bool(warmup) or bool(ratio)
-    if schedule == "constant" and warms:
-        draft.put("train.lr_scheduler_type", "constant_with_warmup", "lr_scheduler_type: constant, with a warm-up")
-    elif schedule:
-        draft.translate("train.lr_scheduler_type", "lr_scheduler", schedule)
-    least = draft.take("cosine_min_lr_ratio", "min_lr_ratio", default=str(schedule) == "cosine_with_min_lr")
-    if least is not None:
-        draft.put("train.lr_scheduler_type", "cosine_with_min_lr")
-        draft.put("train.lr_scheduler_kwargs", {"min_lr_rate": least})
-    if warmup:
-        draft.put("train.warmup_steps", warmup, f"and not warmup_ratio: {short(ratio)}" if ratio else "")
-    elif draft.get("train.lr_scheduler_type") != "constant":
-        draft.put("train.warmup_ratio", ratio or 0.0)
+    _schedule(draft)
     norm = draft.take("max_grad_norm", "clip_grad_norm", "max_norm", "gradient_clipping")
     if norm is not None:
         cuts = not isinstance(norm, int | float) or norm >= 0
-        draft.put("train.max_grad_norm", norm if cuts else 0, "" if cuts else f"max_grad_norm: {norm}, which cuts nothing")
-    betas = draft.take("adam_betas", "adam.betas")
+        said = "" if cuts else f"{draft.name('max_grad_norm')}: {norm}, which cuts nothing"
+        draft.put("train.max_grad_norm", norm if cuts else 0, said)
+    betas = as_list(draft.take("adam_betas", "adam.betas"))
     if isinstance(betas, list) and len(betas) == 2:
         draft.put("train.adam_beta1", betas[0])
         draft.put("train.adam_beta2", betas[1])
@@ -202,12 +220,43 @@ def steps(draft: Draft) -> None:
         draft.put("train.optim", "adamw_8bit")
     if draft.has("data_seed"):
         draft.leave("data_seed", draft.take("data_seed"), "train.seed is the seed of data order too")
+    if (seconds := draft.take("ddp_timeout", "timeout")) is not None:
+        said = "bounds one exchange between GPUs there; here the time without progress"
+        draft.put("train.hang_timeout", seconds, f"{draft.name('ddp_timeout')} {said}")
+
+
+def _schedule(draft: Draft) -> None:
+    """The learning rate's course. What is given for one way to warm up makes the other's default nothing."""
+    schedule = draft.take("lr_scheduler_type", "lr_scheduler")
+    warmup = draft.take("warmup_steps")
+    by_steps = bool(warmup) or draft.computes("warmup_steps")
+    ratio = draft.take("warmup_ratio", "lr_warmup_ratio", default=not by_steps and schedule != "constant")
+    if isinstance(warmup, float) and 0 < warmup < 1:  # as transformers 5 has it
+        if draft.given.get(draft.called.get("warmup_ratio", "")):
+            draft.leave("warmup_ratio", ratio, f"warmup_steps: {warmup} goes before it")
+        ratio, warmup, by_steps = warmup, None, False
+    if schedule == "constant" and (warmup or ratio):
+        said = f"{draft.name('lr_scheduler_type')}: constant, with a warm-up"
+        draft.put("train.lr_scheduler_type", "constant_with_warmup", said)
+    elif schedule:
+        draft.translate("train.lr_scheduler_type", "lr_scheduler", schedule)
+    least = draft.take("cosine_min_lr_ratio", "min_lr_ratio", default=str(schedule) == "cosine_with_min_lr")
+    if least is not None and str(schedule).startswith("cosine"):
+        draft.put("train.lr_scheduler_type", "cosine_with_min_lr")
+        draft.put("train.lr_scheduler_kwargs", {"min_lr_rate": least})
+    elif least is not None:
+        draft.leave("cosine_min_lr_ratio", least, f"has no effect with {draft.name('lr_scheduler')}: {short(schedule)}")
+    if warmup:
+        said = f"and not {draft.name('warmup_ratio')}: {short(ratio)}" if ratio else ""
+        draft.put("train.warmup_steps", warmup, said)
+    elif not by_steps and draft.get("train.lr_scheduler_type") != "constant":
+        draft.put("train.warmup_ratio", ratio or 0.0)
 
 
 def strategy(draft: Draft) -> None:
     """deepspeed: the one of ds_configs/ that theirs is like."""
     file = draft.take("deepspeed", "deepspeed_config", "deepspeed_config_file")
-    stage = draft.take("zero_stage", "ds.zero_stage")
+    stage = draft.take("zero_stage", "ds.zero_stage", default=file is None)
     states = draft.take("adam_offload", "ds.adam_offload", "offload_optimizer", "offload_optimizer_device")
     weights = draft.take("offload_param", "offload_param_device", "fsdp_offload_params")
     sharded = draft.take("fsdp")
@@ -232,7 +281,8 @@ def strategy(draft: Draft) -> None:
     stage = stage if stage in (1, 2, 3) else 1 if stage == 0 else 3
     on = [_is_on(states), _is_on(weights)]
     name = "zero3_offload_all" if stage == 3 and on[1] else f"zero{max(stage, 2)}_offload" if on[0] else f"zero{stage}"
-    said = f"deepspeed: {short(file)}" if file else f"fsdp: {short(sharded)}" if sharded else f"ZeRO stage {stage}"
+    named = f"{draft.name('deepspeed')}: {short(file)}" if file else f"ZeRO stage {stage}"
+    said = f"fsdp: {short(sharded)}" if sharded and not file else named
     draft.put("deepspeed", f"ds_configs/{name}.json", f"{said}; batch size, precision and optimizer are this file's")
 
 

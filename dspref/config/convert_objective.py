@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dspref.config.draft import Draft
+from dspref.config.draft import TRUE, Draft, as_list
 from dspref.config.foreign_values import VALUES
 from dspref.objectives import OBJECTIVES, needs_reference
 
@@ -13,24 +13,23 @@ MARGINS = ("simpo_gamma", "gamma_beta_ratio")
 
 def objective(draft: Draft) -> None:
     name = draft.objective
+    inner = draft.take("trl")
+    if isinstance(inner, dict):
+        draft.absorb("trl", inner)
+    elif inner is not None:
+        draft.leave("trl", inner, "is no mapping of keys")
     loss = _loss_of(draft)
     beta = draft.take("beta", "dpo_beta", "rl_beta", "pref_beta", "orpo_alpha", "model.beta")
-    inner = draft.take("trl")
-    if inner is not None and not isinstance(inner, dict):
-        draft.leave("trl", inner, "is no mapping of keys")
-    if isinstance(inner, dict):
-        beta = inner.pop("beta", beta)
-        for key, value in inner.items():
-            draft.theirs.setdefault(str(key), value)
     if name == "simpo" and (weight := draft.take("sft_weight")):
         name, loss = "cpo", "simpo"
-        draft.put("objective.cpo_alpha", weight, "sft_weight")
+        draft.put("objective.cpo_alpha", weight, draft.name("sft_weight"))
     draft.document["objective"] = {"name": name} | (draft.document["objective"] or {})
     if loss and loss != next(iter(OBJECTIVES[name].losses)):
         draft.put("objective.loss_type", loss)
     if beta is None:
         beta = 2.0 if name == "simpo" and draft.dialect == "alignment-handbook" else 0.1
-        draft.assumed.append(f"beta {beta}")
+        if not draft.computes("beta", "dpo_beta", "rl_beta", "pref_beta", "orpo_alpha", "model.beta"):
+            draft.assume("beta", beta)
     draft.put("objective.beta", beta)
     if name == "orpo":
         draft.note("objective.beta", "the weight of the odds-ratio term, as there")
@@ -40,8 +39,7 @@ def objective(draft: Draft) -> None:
 
 def _loss_of(draft: Draft) -> Any:
     """The loss by the name that it has here; flags that stand for one set keys on the way."""
-    asked = [draft.take(key) for key in ("loss_type", "dpo_loss_type", "pref_loss")]
-    loss = next((value for value in asked if value is not None), None)
+    loss = as_list(draft.take("loss_type", "dpo_loss_type", "pref_loss"))
     if isinstance(loss, list) and len(loss) == 1:
         loss = loss[0]
     rl = draft.take("rl")
@@ -54,7 +52,7 @@ def _loss_of(draft: Draft) -> Any:
     if draft.flag("dpo_norm_loss"):
         return "sigmoid_norm"
     if loss == "wpo":
-        draft.put("objective.use_weighting", True, "loss_type: wpo")
+        draft.put("objective.use_weighting", True, f"{draft.name('loss_type')}: wpo")
         return "sigmoid"
     if loss in (None, draft.objective) or (draft.objective == "simpo" and loss == "sigmoid"):
         return "simpo" if draft.dialect == "axolotl" and draft.objective == "cpo" else None
@@ -131,7 +129,7 @@ def _smoothing(draft: Draft) -> None:
 
 def _reference(draft: Draft, name: str) -> None:
     """The reference section, where the objective needs one."""
-    free = bool(draft.theirs.get("reference_free"))
+    free = draft.theirs.get("reference_free") in TRUE
     path = draft.take("ref_model", "ref_model_name_or_path", "ref_pretrain", "ref.model_name_or_path", "ref_model_adapters")
     stored = draft.flag("precompute_ref_log_probs")
     offload, moves = draft.flag("ref_offload", "ref.offload"), draft.flag("sync_ref_model")
@@ -147,7 +145,7 @@ def _reference(draft: Draft, name: str) -> None:
     if moves:
         draft.put("reference.sync_ref_model", True)
     elif stored:
-        draft.put("reference.mode", "stored", "precompute_ref_log_probs: true")
+        draft.put("reference.mode", "stored", f"{draft.name('precompute_ref_log_probs')}: true")
     elif offload:
         draft.put("reference.mode", "engine")
-        draft.put("reference.offload", "cpu", "ref_offload")
+        draft.put("reference.offload", "cpu", draft.name("ref_offload"))

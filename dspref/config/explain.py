@@ -137,6 +137,8 @@ def _value(path: Path, value: Any, problems: Sequence[Any], document: Any) -> st
     if len(expected) > 1:
         expected = ["true, false" if one == "true or false" else one for one in expected]
     must = " or ".join(filter(None, [", ".join(expected[:-1]), expected[-1]]))
+    if value == hints.FILL_IN:
+        return f"{hints.STILL_OPEN}, with {must}"
     choices = [choice for one in problems if one["type"] == "literal_error" for choice in _choices(one)]
     if value is None:
         return f"must be {must}, not null; give it a value" + ", or drop the key" * (not _is_required(path, document))

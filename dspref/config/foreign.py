@@ -175,7 +175,10 @@ _FOREIGN_KEYS = {
     "log.generation.temperature": "generation_temperature",
     "log.generation.top_p": "generation_top_p",
     "log.samples": "generate_during_eval dpo_generate_during_eval generate_samples num_generation_samples",
-    "export.push_to_hub (owner/name)": "push_to_hub hub_model_id push_to_hub_model_id export_hub_model_id",
+    "export.push_to_hub (owner/name)": (
+        "push_to_hub hub_model_id push_to_hub_model_id export_hub_model_id push_to_hub_organization save_to_hub hf_entity "
+        "hf_repo_id"
+    ),
     "output_dir, checkpoint.save_every, checkpoint.keep_last and checkpoint.resume": "ckpt",
     "log.every, log.trackers, log.project and log.run_name": "logger",
     "output_dir": "logging_dir export_dir output_path save_path out_dir ckpt.output_dir",

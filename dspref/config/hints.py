@@ -21,6 +21,8 @@ from dspref.objectives import KTO, OBJECTIVES, Family, defaults
 SECTIONS = "model|reference|data|objective|train|checkpoint|log|export"
 LOSS = re.compile(r"write loss_type: (\w+)")
 NAMED = re.compile(rf"\b(?:(?:{SECTIONS})(?:\.\w+)+|output_dir\b|deepspeed\b)")
+# What `dspref convert` writes where a value is to be written by a person; where a path is, with a word behind it.
+FILL_IN, STILL_OPEN = "FILL_IN", "is still to be filled in"
 
 Path = tuple[str | int, ...]
 

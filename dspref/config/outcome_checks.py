@@ -85,6 +85,8 @@ def check_hub(config: Config) -> Iterator[Complaint]:
     repo = config.export.push_to_hub
     if repo is not None and not is_repository(repo):
         yield ("export", "push_to_hub"), f"{repo!r} is no repository of the hub; write it as owner/name"
+    elif repo is not None and repo.startswith("FILL_IN/"):  # as `dspref convert` writes it
+        yield ("export", "push_to_hub"), f"{repo}: the owner is still to be filled in"
 
 
 def is_repository(text: str) -> bool:

@@ -66,7 +66,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise ComposerError(None, None, "aliases (*name) are not allowed in a config", event.start_mark)
+            said = "aliases (*name) are not allowed in a config; write the value out"
+            raise ComposerError(None, None, said, event.start_mark)
         if self.depth >= MAX_DEPTH:
             raise ComposerError(None, None, "nested too deeply", event.start_mark)
         self.depth += 1
@@ -139,16 +140,21 @@ def parse(path: Path) -> tuple[dict[str, Any], dict[tuple, Position]]:
         if error.errno == errno.EFBIG:
             raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes; is this a config file?") from None
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    positions: dict[tuple, Position] = {(): Position(str(path))}
+    return parse_text(text, str(path))
+
+
+def parse_text(text: str, path: str) -> tuple[dict[str, Any], dict[tuple, Position]]:
+    """The same of the text of a file. Raises ConfigError."""
+    positions: dict[tuple, Position] = {(): Position(path)}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:1:1: a config is a mapping of sections (model:, data:, ...)")
-        _walk(node, (), str(path), positions)
+        _walk(node, (), path, positions)
         return loader.construct_document(node), positions
     except yaml.YAMLError as error:
-        place = Position(str(path), *_place_of(error, text))
+        place = Position(path, *_place_of(error, text))
         raise ConfigError(f"{place}: not valid YAML: {_reason(error)}") from None
 
 
@@ -237,6 +243,8 @@ def _can_hold(node: Any, key: str | int) -> bool:
 
 def _reason(error: yaml.YAMLError) -> str:
     reason = " ".join(str(getattr(error, "problem", None) or _unreadable(error) or error).split())
+    if reason == "but found another document":
+        return "holds several documents (---); give each a file of its own"
     return f"{reason}; indent with spaces, not tabs" if r"'\t'" in reason else reason
 
 

@@ -414,3 +414,19 @@ def test_short_forms_are_the_long_ones(key: str, short: Any, long: Any) -> None:
     assert first == second and config.dump(first) == config.dump(second)
     jsonschema.validate(with_(key, short), json.loads(config.schema()))
     assert load(MINIMAL, f"{key}={yaml.safe_dump(short, default_flow_style=True).splitlines()[0]}") == second
+
+
+def test_what_a_conversion_left_open_is_refused_until_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "open.yaml"
+    path.write_text(
+        "model: {name_or_path: m, lora: {target_modules: FILL_IN}}\ndata: {train: d}\n"
+        "objective: {name: dpo, beta: FILL_IN}\n"
+        "deepspeed: FILL_IN\nlog: {run_name: FILL_IN}\nexport: {push_to_hub: FILL_IN/mine}\noutput_dir: FILL_IN\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        config.load(path)
+    told = {line.split(": ")[1]: line for line in str(error.value).splitlines()}
+    assert {*told} == {
+        "model.lora.target_modules", "objective.beta", "deepspeed", "log.run_name", "export.push_to_hub", "output_dir",
+    }  # fmt: skip
+    assert all("is still to be filled in" in line for line in told.values())
