@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dspref.config.absent import _NOT_NEEDED
-from dspref.config.dialects import DIALECTS
 from dspref.config.foreign import _FOREIGN_KEYS
 from dspref.config.foreign_values import VALUES
 from dspref.config.sections import Config
+from dspref.convert.dialects import DIALECTS
 
 KEYS = """\
 # Every key

@@ -252,7 +252,7 @@ def convert(
     """Turn a config of TRL, axolotl, LLaMA-Factory, alignment-handbook, open-instruct or OpenRLHF into a run's YAML.
 
     What has no place here, or means something else, is told in a comment. Nothing of a script is run."""
-    from dspref.config import convert as conversion
+    from dspref.convert import conversion
     from dspref.files import write_atomically
 
     with faults_in_one_line():

@@ -6,13 +6,11 @@ everything. `sections` says what keys there are and which values they take (`sec
 together, `strategy` what a DeepSpeed JSON may say, `watched` which metrics are better when lower, `paths` where things are.
 What is wrong is told all at once, with file, line and the fix (`explain`, `hints`, `sound`). Keys of other trainers are in
 tables: `foreign` (those that have a place here), `absent` (those that have none, and why), `foreign_values` (their values),
-`within` (names that mean something in one section). `convert` turns a whole config by them: `their_files` reads it
-(`their_scripts` and their `literals`) into `their_keys`, `dialects` tells whose it is, `convert_keys`, `convert_log`,
-`convert_trackers`, `convert_data` and `convert_objective` fill a `draft`, `convert_open` has what a person must write, and
-`written` is its YAML.
+`within` (names that mean something in one section).
 
 Enters: objectives.
-Shows: convert, explain, hints, outcome_checks, sound, strategy, yaml12.
+Shows: absent, explain, foreign, foreign_values, hints, load, numbers, outcome_checks, sections, sound, strategy,
+watched, yaml12.
 """
 
 from dspref.config.data_section import DataSection, SourceSection

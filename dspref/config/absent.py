@@ -135,8 +135,10 @@ _NOT_NEEDED = {
         "torch_compile torch_compile_backend torch_compile_mode torch_compile_options torchdynamo dynamo_config deepcompile "
         "ds.deepcompile jit_mode_eval use_ipex"
     ),
-    "all weights are trained, or an adapter": (
-        "unfrozen_parameters freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_language_model "
+    "model.freeze names what is not trained, by parts of parameters' names": (
+        "unfrozen_parameters freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_language_model"
+    ),
+    "the same weights are trained at every step": (
         "use_llama_pro lisa_n_layers lisa_step_interval lisa_layers_attribute"
     ),
     "noise on embeddings would change log-probs that are compared": "neftune_noise_alpha noisy_embedding_alpha",

@@ -83,7 +83,7 @@ def numbers_in(cell: str) -> set[float]:
 
 
 def test_the_commands_for_those_who_come_from_elsewhere_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = Path(__file__).parent / "config" / "theirs"
+    theirs = Path(__file__).parent / "convert" / "theirs"
     files = {"their.yaml": "handbook_dpo.yaml", "train_dpo.py": "trl_script.py", "train_dpo.sh": "openrlhf_dpo.sh"}
     for name, their in files.items():
         shutil.copy(theirs / their, tmp_path / name)

@@ -25,7 +25,18 @@ ABOVE = {
     "distributed": {"ranks"},
     "launcher": {"config", "distributed", "ranks", "training", "watch"},
     "commandline": {"config"},
-    "looking": {"commandline", "config", "launcher", "machine", "objectives", "report", "run", "slurm", "training"},
+    "looking": {
+        "commandline",
+        "config",
+        "convert",
+        "launcher",
+        "machine",
+        "objectives",
+        "report",
+        "run",
+        "slurm",
+        "training",
+    },
     "cli": {"chat", "commandline", "config", "launcher", "looking", "machine", "ranks", "slurm", "training"},
     "__main__": {"cli"},
 }
@@ -65,7 +76,7 @@ PURE = {"data", "objectives"}
 PURE_FILES = {"model.attention", "model.logits", "model.logps", "model.router"}
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
-NO_TORCH_ROOMS = {"config", "machine", "objectives", "ranks", "slurm"}
+NO_TORCH_ROOMS = {"config", "convert", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
     "cli", "commandline", "engine.builds", "errors", "files", "hub", "launcher", "lazily", "looking", "model.freezing",
     "model.head_room", "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.config.draft import Draft, as_list, is_empty
+from dspref.convert.draft import Draft, as_list, is_empty
 
 Source = dict[str, Any]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.config.convert_log import cadence, hub, judging
-from dspref.config.convert_objective import objective
-from dspref.config.convert_trackers import trackers
-from dspref.config.draft import EMPTY_STEPS, TRUE, Draft, as_list, is_empty
-from dspref.config.written import short
+from dspref.convert.draft import EMPTY_STEPS, TRUE, Draft, as_list, is_empty
+from dspref.convert.log import cadence, hub, judging
+from dspref.convert.objective import objective
+from dspref.convert.trackers import trackers
+from dspref.convert.written import short
 
 ATTENTION = {
     "flash_attn": "flash_attention_2", "flash_attention": "flash_attention_2", "flash_attention_2": "flash_attention_2",

@@ -16,9 +16,9 @@ from typing import Any
 
 from dspref import reading
 from dspref.config.numbers import Shorthand, meant
-from dspref.config.their_keys import Theirs, flat
-from dspref.config.their_scripts import of_python
 from dspref.config.yaml12 import MAX_BYTES, Position, YamlError, parse, parse_text, parse_value
+from dspref.convert.scripts import of_python
+from dspref.convert.theirs import Theirs, flat
 from dspref.errors import ConfigError
 
 SHELL = (".sh", ".bash", ".sbatch", ".slurm")

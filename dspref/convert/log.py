@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dspref.config.draft import EMPTY_STEPS, Draft
 from dspref.config.hints import FILL_IN
 from dspref.config.outcome_checks import is_repository
 from dspref.config.watched import lower_is_better
+from dspref.convert.draft import EMPTY_STEPS, Draft
 
 # Where the Trainer of transformers decides, evaluations without a number of steps come with the lines of the log.
 LOGGING_STEPS = {"trl": 10, "alignment-handbook": 500, "llamafactory": 500}

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from dspref import config
 from dspref.cli import app
-from dspref.config.convert import convert, convert_keys
-from dspref.config.dialects import DEFAULTS, DIALECTS
 from dspref.config.foreign import FOREIGN_KEYS, place_of
-from dspref.config.their_keys import Theirs
+from dspref.convert.conversion import convert, convert_keys
+from dspref.convert.dialects import DEFAULTS, DIALECTS
+from dspref.convert.theirs import Theirs
 from dspref.errors import ConfigError
 
 THEIRS = Path(__file__).parent / "theirs"
-KEYS = Path(__file__).parent / "keys"
+KEYS = Path(__file__).parents[1] / "config" / "keys"
 FILES = sorted(path.name for path in THEIRS.iterdir() if path.suffix in (".yaml", ".py", ".sh"))
 
 

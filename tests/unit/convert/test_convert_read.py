@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dspref.cli import app
-from dspref.config.convert import convert
 from dspref.config.yaml12 import parse_text
+from dspref.convert.conversion import convert
 from dspref.errors import ConfigError
 
 TRL = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nbeta: 0.1\n"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dspref import config
 from dspref.cli import app
-from dspref.config.convert import convert
+from dspref.convert.conversion import convert
 
 TRL = "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nbeta: 0.1\n"
 EVALUATES = "dataset_test_split: test\n"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from dspref.config.draft import FALSE, Draft, as_list
 from dspref.config.sections import Tracker
+from dspref.convert.draft import FALSE, Draft, as_list
 
 KNOWN: tuple[str, ...] = get_args(Tracker)
 # Tracker -> its switches, its projects, its names for a run.

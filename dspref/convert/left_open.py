@@ -9,11 +9,11 @@ from typing import Any
 
 from dspref.config import hints
 from dspref.config.absent import NOT_NEEDED
-from dspref.config.draft import Draft
 from dspref.config.foreign import FOREIGN_KEYS, place_of
 from dspref.config.hints import FILL_IN
 from dspref.config.sections import section_at
-from dspref.config.their_keys import PARSERS
+from dspref.convert.draft import Draft
+from dspref.convert.theirs import PARSERS
 from dspref.secrets import redact
 from dspref.terminal import shown
 

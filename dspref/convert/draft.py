@@ -10,8 +10,8 @@ from typing import Any
 from dspref.config import hints
 from dspref.config.foreign import FOREIGN_KEYS
 from dspref.config.foreign_values import VALUES, WHOLE_VALUES
-from dspref.config.written import short
 from dspref.config.yaml12 import parse_value
+from dspref.convert.written import short
 
 SECTIONS = ("model", "reference", "data", "objective", "train", "deepspeed", "checkpoint", "log", "export", "output_dir")
 # Numbers of steps that mean none.

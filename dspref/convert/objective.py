@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dspref.config.draft import TRUE, Draft, as_list
 from dspref.config.foreign_values import VALUES
+from dspref.convert.draft import TRUE, Draft, as_list
 from dspref.objectives import OBJECTIVES, needs_reference
 
 MARGINS = ("simpo_gamma", "gamma_beta_ratio")

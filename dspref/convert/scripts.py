@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dspref.config.literals import Unknown, Values
-from dspref.config.their_keys import OF_LORA, OF_PEFT, PARSERS, Theirs
+from dspref.convert.literals import Unknown, Values
+from dspref.convert.theirs import OF_LORA, OF_PEFT, PARSERS, Theirs
 from dspref.errors import ConfigError
 
 CONFIGS = {"DPOConfig": "dpo", "CPOConfig": "cpo", "ORPOConfig": "orpo", "SimPOConfig": "simpo", "KTOConfig": "kto"}

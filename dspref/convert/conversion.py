@@ -13,20 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspref.config import hints, their_files
+from dspref.config import hints
 from dspref.config.absent import NOT_NEEDED
-from dspref.config.convert_data import data
-from dspref.config.convert_keys import CHAPTERS
-from dspref.config.convert_open import fill_in, leave_open, open_paths
-from dspref.config.dialects import DEFAULTS, DIALECTS, objective_of, recognise, refuse_other_runs
-from dspref.config.draft import Draft, as_list, is_empty, quoted
 from dspref.config.explain import Kind
 from dspref.config.foreign import FOREIGN_KEYS, place_of
 from dspref.config.load import examine
 from dspref.config.sections import section_at
-from dspref.config.their_keys import Theirs
-from dspref.config.written import as_text, short
 from dspref.config.yaml12 import parse_value
+from dspref.convert import files
+from dspref.convert.data import data
+from dspref.convert.dialects import DEFAULTS, DIALECTS, objective_of, recognise, refuse_other_runs
+from dspref.convert.draft import Draft, as_list, is_empty, quoted
+from dspref.convert.keys import CHAPTERS
+from dspref.convert.left_open import fill_in, leave_open, open_paths
+from dspref.convert.theirs import Theirs
+from dspref.convert.written import as_text, short
 from dspref.errors import ConfigError
 
 OBJECTIVES = ("dpo", "cpo", "simpo", "orpo")
@@ -58,7 +59,7 @@ def convert(
     path: Path, dialect: str | None = None, gpus: int | None = None, objective: str | None = None, python: bool = False
 ) -> str:
     """The YAML text for a file. Raises ConfigError for what cannot be read, and for what is no preference run."""
-    theirs = their_files.read(path, python)
+    theirs = files.read(path, python)
     return convert_keys(theirs, str(path), dialect, gpus, objective)
 
 
