@@ -32,7 +32,7 @@ from dspref.model import adapters, digests, liger, weights
 from dspref.model.adapters import Adapters
 from dspref.model.admission import build_skeleton
 from dspref.model.attention import PACKED
-from dspref.model.packed import PackedCausalLM
+from dspref.model.packed import PackedCausalLM, wrapped
 
 
 def quiet() -> None:
@@ -144,7 +144,7 @@ def load(
             liger.put_into(lm)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
-    return PackedCausalLM(lm, kernel, published, attached)
+    return wrapped(lm, kernel, published, attached)
 
 
 def _computed_buffers(section: ModelSection, config: PretrainedConfig, dtype: str) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
-from dspref.model import router
+from dspref.model import families, router
 from dspref.model.adapters import Adapters
 from dspref.model.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
 from dspref.model.attention import Segments
@@ -40,7 +40,7 @@ class PackedCausalLM(nn.Module):
         attached: Adapters | None = None,
     ) -> None:
         super().__init__()
-        refuse_layers_before_head(lm)
+        self._check(lm)
         self.lm = lm
         self.kernel = kernel
         self.adapters = attached
@@ -65,13 +65,7 @@ class PackedCausalLM(nn.Module):
     def _logps(self, batch: PackedBatch, only_logps: bool, with_statistics: bool) -> tuple[TokenLogps, Routing | None]:
         routed = bool(self.router_aux_loss_coef) and not only_logps
         segments = Segments(batch, self.kernel)
-        outputs = self.lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            segments=segments,
-            **({"output_router_logits": True} if routed else {}),
-        )
+        outputs = self._read(batch, segments, routed)
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
@@ -79,13 +73,30 @@ class PackedCausalLM(nn.Module):
         scored = scored_logps(
             outputs.last_hidden_state[0][batch.predictor_index],
             head.weight,
-            getattr(head, "bias", None),
+            self._head_bias(),
             batch.targets,
             self.transform,
             self.with_collision and not only_logps,
             with_statistics,
         )
         return counted(scored, batch), self._routing(outputs, batch) if routed else None
+
+    def _check(self, lm: PreTrainedModel) -> None:
+        """Raise ConfigError for a model that the forward here would not run as its authors do."""
+        refuse_layers_before_head(lm)
+
+    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
+        """What the backbone makes of a pack: `last_hidden_state` [1, T, d], and what its routers did where asked for."""
+        return self.lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            segments=segments,
+            **({"output_router_logits": True} if routed else {}),
+        )
+
+    def _head_bias(self) -> torch.Tensor | None:
+        return getattr(self.lm.get_output_embeddings(), "bias", None)
 
     def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
         outputs = self.lm.base_model(
@@ -108,9 +119,56 @@ class PackedCausalLM(nn.Module):
         return router.routing(outputs.router_logits, top_k, batch.multiplicity.float())
 
 
+class PackedSeq2SeqLM(PackedCausalLM):
+    """An encoder-decoder model: its encoder reads the prompts of a pack, each once, and its decoder the answers."""
+
+    def __init__(self, lm: PreTrainedModel, *args: Any) -> None:
+        super().__init__(lm, *args)
+        families.tell(lm)
+
+    def _check(self, lm: PreTrainedModel) -> None:
+        if lm.config.model_type not in families.FAMILIES:
+            raise ConfigError(f"model.name_or_path: {lm.config.model_type} {NOT_PACKED}")
+
+    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
+        lm: Any = self.lm
+        assert batch.prompts is not None, "a pack without prompts apart is for a model without an encoder"
+        encoder, decoder = lm.get_encoder(), lm.get_decoder()
+        try:
+            families.place(encoder, batch.prompts.position_ids)
+            families.place(decoder, batch.position_ids)
+            prompts = encoder(input_ids=batch.prompts.input_ids[None], segments=segments)
+            return decoder(
+                input_ids=batch.input_ids[None], encoder_hidden_states=prompts.last_hidden_state, use_cache=False,
+                segments=segments,
+            )  # fmt: skip
+        finally:
+            families.place(encoder, None)
+            families.place(decoder, None)
+
+    def _head_bias(self) -> torch.Tensor | None:
+        bias = getattr(self.lm, "final_logits_bias", None)
+        return None if bias is None else bias[0]
+
+
+def wrapped(
+    lm: PreTrainedModel,
+    kernel: str,
+    published_config: PretrainedConfig | None = None,
+    attached: Adapters | None = None,
+) -> PackedCausalLM:
+    """A model ready to be run over packs, by its kind."""
+    kind = PackedSeq2SeqLM if families.is_encoder_decoder(lm.config) else PackedCausalLM
+    return kind(lm, kernel, published_config, attached)
+
+
 def head_transform(config: PretrainedConfig) -> HeadTransform:
     """Scaling and soft cap of the logits, under the names that families give them."""
     text = config.get_text_config()
+    family = families.FAMILIES.get(config.model_type) if families.is_encoder_decoder(config) else None
+    if family is not None:
+        scaled = family.scaled_by is not None and getattr(config, family.scaled_by, False)
+        return HeadTransform(text.d_model**-0.5 if scaled else 1.0)
     scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
     if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
         scale /= divisor
