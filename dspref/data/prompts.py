@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspref import reading
+from dspref.data.apart import prompt_ids
 from dspref.data.formats import to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
@@ -89,7 +90,8 @@ def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def _ids(rendering: Rendering, encoder: Encoder) -> list[int]:
-    ids = encoder([rendering.prompt], rendering.special)[0].tolist()
+    apart = encoder.start is not None
+    ids = prompt_ids(rendering, encoder.tokenizer) if apart else encoder([rendering.prompt], rendering.special)[0].tolist()
     if not ids:
         raise RowError("prompt", "no token precedes the answer", "write a prompt, or use a tokenizer with BOS")
     return ids

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
+from dspref.data.apart import Start
+from dspref.errors import ConfigError
 from dspref.model.attention import Segments, packed_attention
 
 if TYPE_CHECKING:
@@ -46,6 +48,16 @@ FAMILIES: dict[str, Family] = {
     "m2m_100": Family(),
     "pegasus": Family(),
 }
+
+
+def start_of_answers(config: PretrainedConfig) -> Start:
+    """What the decoder of a model reads before an answer. Raises ConfigError where its config does not say so."""
+    family = FAMILIES.get(config.model_type)
+    start = getattr(config, "decoder_start_token_id", None)
+    if family is None or (start is None and not family.wraps_last):
+        reason = "config.json: decoder_start_token_id: missing; fetch it again"
+        raise ConfigError(f"model.name_or_path: {config.name_or_path}: {reason}")
+    return Start(None if family.wraps_last else start)
 
 
 def is_encoder_decoder(config: PretrainedConfig) -> bool:
