@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspref import reading
-from dspref.data.apart import prompt_ids
+from dspref.data.apart import prompt_ids, start_of
 from dspref.data.formats import to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
@@ -82,7 +82,7 @@ def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
         reason = "is missing" if "prompt" not in values else "is no text, and no list of messages"
         raise RowError("prompt", reason, f"rename {near} to prompt" if near else "write a text, or a list of messages")
     kept = {key: values[key] for key in ("system", "tools", "chat_template_kwargs") if values.get(key) is not None}
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
+    if isinstance(prompt, str) and (tokenizer.chat_template is None or start_of(tokenizer) is not None):
         return {**kept, "prompt": prompt, **dict(zip(("chosen", "rejected"), ANSWERS))}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in ANSWERS)

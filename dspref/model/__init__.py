@@ -9,7 +9,8 @@ run. Before anything is loaded, `admission` says which models can be packed, `we
 torch), `digests` their sha256.
 
 Enters: config, data, objectives.
-Shows: adapters, admission, attention, digests, generation, head_room, loading, logps, packed, router, unpacked, weights.
+Shows: adapters, admission, attention, digests, families, generation, head_room, loading, logps, packed, router, unpacked,
+weights.
 """
 
 from typing import TYPE_CHECKING

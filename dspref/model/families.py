@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from dspref.data.apart import Start
 from dspref.errors import ConfigError
@@ -50,11 +50,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def refuse_other_kind(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
+    """Raise ConfigError for a reference that does not read what the policy reads."""
+    kinds = [is_encoder_decoder(config) and start_of_answers(config) for config in (policy, reference)]
+    if kinds[0] != kinds[1]:
+        if not all(kinds):
+            what = "is an encoder-decoder model" if kinds[1] else "is no encoder-decoder model, as the policy is"
+        else:
+            what = "begins its answers with another token than the policy (decoder_start_token_id)"
+        raise ConfigError(f"model.name_or_path: {reference.name_or_path} {what}; use another reference")
+
+
 def start_of_answers(config: PretrainedConfig) -> Start:
     """What the decoder of a model reads before an answer. Raises ConfigError where its config does not say so."""
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES[config.model_type]
     start = getattr(config, "decoder_start_token_id", None)
-    if family is None or (start is None and not family.wraps_last):
+    if start is None and not family.wraps_last:
         reason = "config.json: decoder_start_token_id: missing; fetch it again"
         raise ConfigError(f"model.name_or_path: {config.name_or_path}: {reason}")
     return Start(None if family.wraps_last else start)
@@ -63,6 +74,21 @@ def start_of_answers(config: PretrainedConfig) -> Start:
 def is_encoder_decoder(config: PretrainedConfig) -> bool:
     """Whether a model reads its prompt with an encoder, by its config."""
     return bool(getattr(config, "is_encoder_decoder", False)) and type(config) in AutoModelForSeq2SeqLM._model_mapping
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes a model of such a config."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
+def refuse_other_family(config: PretrainedConfig) -> None:
+    """Raise ConfigError for an encoder-decoder model whose packs cannot be run."""
+    if is_encoder_decoder(config) and config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(
+            f"model.name_or_path: {config.model_type} is an encoder-decoder model, and of these only {known} can be packed; "
+            "use another model"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,10 +106,15 @@ class PackedPositions:
             return super().forward(*args, **options)  # type: ignore[misc]
         if isinstance(own, nn.Embedding):
             return nn.Embedding.forward(own, self.places[None] + getattr(own, "offset", 0))
-        first = own.padding_idx + 1  # M2M100, whose table grows with what it is asked for
-        if (size := int(self.places.max()) + first + 1) > len(own.weights):
+        # M2M100, whose table grows with what it is asked for, and which does not count padding: from its ids, then.
+        ids = (args[0] if args else options["input_ids"])[0]
+        counts = ids.ne(own.padding_idx).long()
+        before = counts.cumsum(0) - counts
+        starts = torch.arange(len(ids), device=ids.device) - self.places
+        rows = (before - before[starts] + 1) * counts + own.padding_idx
+        if (size := int(self.places.max()) + own.padding_idx + 2) > len(own.weights):
             own.make_weights(size, own.embedding_dim, own.padding_idx)
-        return own.weights[self.places + first][None].detach()
+        return own.weights[rows][None].detach()
 
 
 class PackedBiasedAttention:

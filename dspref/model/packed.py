@@ -127,8 +127,7 @@ class PackedSeq2SeqLM(PackedCausalLM):
         families.tell(lm)
 
     def _check(self, lm: PreTrainedModel) -> None:
-        if lm.config.model_type not in families.FAMILIES:
-            raise ConfigError(f"model.name_or_path: {lm.config.model_type} {NOT_PACKED}")
+        families.refuse_other_family(lm.config)
 
     def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
         lm: Any = self.lm

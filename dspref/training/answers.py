@@ -17,8 +17,10 @@ import numpy as np
 
 from dspref import distributed
 from dspref.config import LogSection, ModelSection
+from dspref.data.apart import start_of
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
+from dspref.errors import ConfigError
 from dspref.model import generation
 from dspref.model.generation import Style
 from dspref.reference import modes
@@ -82,6 +84,10 @@ def prompts_of(
     def own() -> list[Any]:
         return [list(prompt) for prompt in preparation.own_prompts(str(log.samples_file), section, tokenizer)]
 
+    if start_of(tokenizer) is not None and (log.samples or log.samples_file):
+        raise ConfigError(
+            "log.samples: an encoder-decoder model is not asked for answers while it trains; drop the keys of it"
+        )
     found = list(islice(_held_out(held_out, tokenizer), log.samples))
     if len(found) < log.samples:
         distributed.log(f"log.samples: {log.samples}, but the held-out sets have {len(found)} different prompts")
