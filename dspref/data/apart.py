@@ -110,10 +110,13 @@ def ids_apart(renderings: Iterable[Texts | RowError], tokenizer: PreTrainedToken
     return {key: dict(zip(own, _ids(tokenizer, *key, list(own)))) for key, own in texts.items()}
 
 
-def prompt_ids(rendering: Texts, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What an encoder reads of a rendered prompt."""
-    assert rendering.languages is not None
-    return _ids(tokenizer, False, rendering.languages[0], [rendering.prompt])[0].tolist()
+def asked(rendering: Texts, tokenizer: PreTrainedTokenizerBase, start: Start) -> tuple[list[int], list[int]]:
+    """What an encoder reads of a rendered prompt, and what its decoder reads before an answer. Raises RowError."""
+    found = split_apart(rendering, ids_apart([rendering], tokenizer), start, tokenizer.all_special_ids)
+    if isinstance(found, RowError):
+        raise found
+    pair = started(found[0], found[-1])
+    return pair.prompt.tolist(), opening(pair.chosen, tokenizer)
 
 
 def _ids(tokenizer: Any, is_target: bool, language: str | None, texts: list[str]) -> list[np.ndarray]:
@@ -154,6 +157,14 @@ def split_apart(
     tail = int(plain[::-1].argmax()) if plain.any() else 0
     first = int(chosen[-1]) if start.token is None else start.token
     return TokenizedPair(prompt, chosen, rejected), head, tail, first
+
+
+def opening(answer: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What of an answer is not the model's to choose: the decoder's first token, and the language behind it."""
+    own: Any = tokenizer
+    fixed = set(own.all_special_ids) - {own.eos_token_id}
+    size = next((k for k, token in enumerate(answer.tolist()) if k and token not in fixed), len(answer))
+    return answer[:size].tolist()
 
 
 def started(pair: TokenizedPair, first: int | None) -> TokenizedPair:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspref import reading
-from dspref.data.apart import prompt_ids, start_of
+from dspref.data.apart import asked, start_of
 from dspref.data.formats import to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
@@ -26,11 +26,13 @@ ANSWERS = ("a", "b")
 
 
 class OwnPrompt(NamedTuple):
-    """`ids`: what the model reads; `chosen`: an answer that stands beside the prompt; `where`: its file and line."""
+    """`ids`: what the model reads; `chosen`: an answer that stands beside the prompt; `where`: its file and line; `begins`:
+    what the decoder of an encoder-decoder model reads before its answer."""
 
     ids: list[int]
     chosen: str | None
     where: str
+    begins: list[int] | None = None
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnPrompt]:
@@ -46,7 +48,12 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
             rendering = render(to_preference(_as_pair(values, tokenizer)), tokenizer, learned)
             if isinstance(rendering, RowError):
                 raise rendering
-            found.append(OwnPrompt(_ids(rendering, encoder), _said(values.get("chosen")), where))
+            begins = None
+            if encoder.start is not None:
+                ids, begins = asked(rendering, tokenizer, encoder.start)
+            else:
+                ids = _ids(rendering, encoder)
+            found.append(OwnPrompt(ids, _said(values.get("chosen")), where, begins))
         except RowError as error:
             fix = MEND if error.fix == DROP else error.fix
             raise DataError(f"{where}: {error.field}: {error.reason}; fix: {fix}") from None
@@ -90,8 +97,7 @@ def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def _ids(rendering: Rendering, encoder: Encoder) -> list[int]:
-    apart = encoder.start is not None
-    ids = prompt_ids(rendering, encoder.tokenizer) if apart else encoder([rendering.prompt], rendering.special)[0].tolist()
+    ids = encoder([rendering.prompt], rendering.special)[0].tolist()
     if not ids:
         raise RowError("prompt", "no token precedes the answer", "write a prompt, or use a tokenizer with BOS")
     return ids

@@ -106,10 +106,13 @@ class PackedCausalLM(nn.Module):
             past_key_values=passage.cache,
             use_cache=True,
         )
+        return self._logits(outputs), outputs.past_key_values
+
+    def _logits(self, outputs: Any) -> torch.Tensor:
+        """[B, V] behind the last token that was read."""
         head: Any = self.lm.get_output_embeddings()
-        hidden = outputs.last_hidden_state[:, -1]
-        logits = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
-        return self.transform(logits.float()), outputs.past_key_values
+        logits = torch.nn.functional.linear(outputs.last_hidden_state[:, -1], head.weight, self._head_bias())
+        return self.transform(logits.float())
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:
@@ -144,6 +147,22 @@ class PackedSeq2SeqLM(PackedCausalLM):
         finally:
             families.place(encoder, None)
             families.place(decoder, None)
+
+    def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
+        lm: Any = self.lm
+        if passage.begins is not None:
+            # Positions of an encoder begin with a row, and so must the prompts, which end together.
+            padding = passage.attention_mask.shape[1] - passage.attention_mask.sum(dim=1, keepdim=True)
+            places = (torch.arange(passage.input_ids.shape[1], device=padding.device) + padding) % passage.input_ids.shape[1]
+            mask = passage.attention_mask.gather(1, places)
+            states = lm.get_encoder()(input_ids=passage.input_ids.gather(1, places), attention_mask=mask).last_hidden_state
+            read, past = passage.begins, None
+        else:
+            read, (states, mask, past) = passage.input_ids, passage.cache
+        outputs = lm.get_decoder()(
+            input_ids=read, encoder_hidden_states=states, encoder_attention_mask=mask, past_key_values=past, use_cache=True
+        )
+        return self._logits(outputs), (states, mask, outputs.past_key_values)
 
     def _head_bias(self) -> torch.Tensor | None:
         bias = getattr(self.lm, "final_logits_bias", None)

@@ -17,10 +17,9 @@ import numpy as np
 
 from dspref import distributed
 from dspref.config import LogSection, ModelSection
-from dspref.data.apart import start_of
+from dspref.data.apart import opening
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
-from dspref.errors import ConfigError
 from dspref.model import generation
 from dspref.model.generation import Style
 from dspref.reference import modes
@@ -42,12 +41,14 @@ LOOKED_AT = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids`: what the model reads; `source`: the held-out set that it is of, or its own file and line."""
+    """`ids`: what the model reads; `source`: the held-out set that it is of, or its own file and line; `begins`: what the
+    decoder of an encoder-decoder model reads before its answer."""
 
     ids: list[int]
     text: str
     chosen: str | None
     source: str
+    begins: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,12 @@ def prompts_of(
     def own() -> list[Any]:
         return [list(prompt) for prompt in preparation.own_prompts(str(log.samples_file), section, tokenizer)]
 
-    if start_of(tokenizer) is not None and (log.samples or log.samples_file):
-        raise ConfigError(
-            "log.samples: an encoder-decoder model is not asked for answers while it trains; drop the keys of it"
-        )
     found = list(islice(_held_out(held_out, tokenizer), log.samples))
     if len(found) < log.samples:
         distributed.log(f"log.samples: {log.samples}, but the held-out sets have {len(found)} different prompts")
     if log.samples_file is not None:
         read = distributed.broadcast_object(distributed.on_main(own) or [])
-        found += [Prompt(ids, _text(tokenizer, ids), chosen, where) for ids, chosen, where in read]
+        found += [Prompt(ids, _text(tokenizer, ids), chosen, where, begins) for ids, chosen, where, begins in read]
     return found
 
 
@@ -107,7 +104,8 @@ def _held_out(sets: Mapping[str, PairStore], tokenizer: PreTrainedTokenizerBase)
                 continue
             pair = sets[name][index]
             ids = pair.prompt.tolist()
-            yield Prompt(ids, _text(tokenizer, ids), _text(tokenizer, pair.chosen.tolist()), name.rstrip("_"))
+            begins = opening(pair.chosen, tokenizer) if sets[name].apart else None
+            yield Prompt(ids, _text(tokenizer, ids), _text(tokenizer, pair.chosen.tolist()), name.rstrip("_"), begins)
 
 
 def _distinct(store: PairStore) -> Iterator[int]:
@@ -251,7 +249,10 @@ def ask(speaker: Speaker, asking: Asking, policy: Engine, must_stop: Callable[[]
         for batch, is_own in shares(lengths, world.size, asking.tokens, asking.style.max_new_tokens)[world.rank]:
             prompts = [asking.prompts[i].ids for i in batch]
             seeds = [_seed(asking.seed, i) for i in batch]
-            written = generation.generate(forward, prompts, asking.style, policy.device, any_goes_on, seeds)
+            begins = [asking.prompts[i].begins or [] for i in batch]
+            written = generation.generate(
+                forward, prompts, asking.style, policy.device, any_goes_on, seeds, begins if any(begins) else None
+            )
             if stopped:
                 break
             found += zip(batch, written) if is_own else []

@@ -217,7 +217,6 @@ def test_lora_trains_and_its_adapter_is_exported(merge, tmp_path, all_workers):
     ("overrides", "code", "said"),
     [
         (["objective={name: orpo}", "reference={}"], 2, "objective.nll_on_prompt: true, but"),
-        (["log.samples_file={folder}/pairs.jsonl"], 2, "log.samples"),
         (["data.max_length=300", "model.name_or_path={folder}/bart"], 2, "beyond the model's 64 positions"),
         (["model.name_or_path={folder}/led"], 2, "led is an encoder-decoder model, and of these only"),
         (["reference.name_or_path={folder}/causal"], 2, "reference.name_or_path: .* is no encoder-decoder model"),
@@ -236,3 +235,28 @@ def test_what_is_impossible_is_refused_in_one_line(overrides, code, said, tmp_pa
     assert refusal.value.exit_code == code
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "m2m_100"])
+def test_held_out_prompts_and_own_ones_are_answered_as_plain_transformers_does(family, tmp_path, all_workers):
+    """Prompts of unequal lengths in one batch, on two ranks under ZeRO-3: token for token what `generate` makes of each."""
+    write(tmp_path, family, train=LONG, reference={}, log={"samples": 3, "samples_file": f"{tmp_path}/asked.jsonl"})
+    lm: Any = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "policy")
+    for parameter in lm.parameters():  # with smaller weights all answers would be alike
+        parameter.data.mul_(6 if parameter.dim() > 1 and parameter.requires_grad else 1)
+    lm.save_pretrained(tmp_path / "policy")
+    rows = [{**row, "prompt": row["prompt"] + "?"} for row in text_rows(PAIRS)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "ab cd"}\n{"prompt": "a longer one, of my own"}\n')
+    overrides = [f"data.eval={tmp_path}/held_out.jsonl", "log.generation.max_new_tokens=12"]
+    assert train(all_workers[2], tmp_path, *overrides) == [0, 0]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["step"] == 4]
+    assert len(last) == 5
+    lm = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    for row in last:
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        answer = lm.generate(input_ids=ids, max_new_tokens=12, do_sample=False, num_beams=1)[0]
+        assert tokenizer.decode(answer, skip_special_tokens=True) == row["policy"]
+    assert len({row["policy"] for row in last}) > 1
