@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 GPT2_NAMES = {
     "hidden_size": "n_embd",
@@ -60,13 +60,32 @@ def tiny_config(model_type: str = "qwen2", vocab_size: int = 256, **overrides: A
     return AutoConfig.for_model(model_type, **keys)
 
 
+def tiny_encoder_decoder(model_type: str, vocab_size: int = 256, **overrides: Any) -> PretrainedConfig:
+    """The config of a two-layer encoder-decoder model without dropout. Tried with the T5 and the BART families."""
+    keys: dict[str, Any] = {"vocab_size": vocab_size, "d_model": 32, "pad_token_id": 0, "eos_token_id": 1}
+    keys |= {"decoder_start_token_id": 0 if "t5" in model_type else 2, "bos_token_id": None if "t5" in model_type else 2}
+    if "t5" in model_type:
+        keys |= {"d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2, "dropout_rate": 0.0}
+        keys |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+    else:
+        rates = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
+        keys |= dict.fromkeys(rates, 0.0) | {"max_position_embeddings": 64, "forced_eos_token_id": None}
+        for side in ("encoder", "decoder"):
+            keys |= {f"{side}_layers": 2, f"{side}_ffn_dim": 64, f"{side}_attention_heads": 4}
+    return AutoConfig.for_model(model_type, **keys | overrides)
+
+
 def tiny_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A float32 model on the CPU, in eval mode, filled by `seed`; torch's random state is left as it was."""
+    encoded = getattr(config, "is_encoder_decoder", False)
+    kind = AutoModelForSeq2SeqLM if encoded else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = kind.from_config(config, dtype=torch.float32)
     seen: set[int] = set()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in seen:  # tied: the alphabetically first name decides
+            continue
+        if encoded and not parameter.requires_grad:  # sinusoids, which no file holds
             continue
         seen.add(id(parameter))
         value = torch.from_numpy(_values(name, tuple(parameter.shape), seed))

@@ -26,6 +26,11 @@ class Columns(Section):
     """Column that holds a system message; default: `system`, where there is one. With it texts become a conversation."""
     tools: str | None = None
     """Column that holds the tools of a conversation, a list or JSON text of one; default: `tools`."""
+    source_language: str | None = None
+    """Column that holds the code of the prompt's language, as the tokenizer of an encoder-decoder model (NLLB, M2M100,
+    mBART) has it; default: the one that the tokenizer is set to."""
+    target_language: str | None = None
+    """Column that holds the code of the answers' language."""
     completions: str | None = None
     """Column that holds a list of answers, in place of chosen and rejected; `column.key`: a key of each item. Default:
     `completions`, in rows without a chosen answer."""

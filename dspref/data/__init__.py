@@ -4,8 +4,8 @@
 2. `normalise` names the fields of a raw row, whatever tool wrote it (`messages`, `row_template`, `rows`; `converting`: a
    source speaks one way, `beside`: what of it is not read), and `formats` makes pairs of them (`texts`, `completions`).
 3. `template` renders a pair (`manners`, `turns`, `printed`, `marks`: what it writes, and where), `tokenize` makes tokens of
-   it and a mask of what is scored (`pieces`, `truncate`; `vocabulary`: tokenizers as written), and `store` keeps them on
-   disk, addressed by content, for every later run (`building`, `complaints`, `cache`).
+   it (`apart`: for encoder-decoder models) and a mask of what is scored (`pieces`, `truncate`; `vocabulary`: tokenizers as
+   written), and `store` keeps them on disk, addressed by content, for every later run (`building`, `complaints`, `cache`).
 4. `plan` says which pairs form each step, and which share a pack on which rank.
 5. `batch` makes a `PackedBatch` of a pack: one row of tokens, attention segments, the index of every scored token.
 6. `loader` gives the steps, from any on, and `ahead` makes the next one while one is in use.
@@ -14,8 +14,8 @@
 packs (`layout`), and `figures` of all.
 
 Enters: nothing.
-Shows: ahead, batch, choosing, figures, layout, loader, origin, overlap, plan, prompts, rows, show, sources, spans, store,
-tokenize, truncate, vocabulary.
+Shows: ahead, apart, batch, choosing, figures, layout, loader, origin, overlap, plan, prompts, rows, show, sources, spans,
+store, tokenize, truncate, vocabulary.
 """
 
 from typing import TYPE_CHECKING

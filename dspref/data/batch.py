@@ -8,8 +8,8 @@ at t - 1") happens here, once, as an index.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,13 +25,39 @@ CHOSEN, REJECTED, PROMPT = 0, 1, 2
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Segment i attends from queries `cu_seqlens_q[i:i+2]` to keys `kv_index[cu_seqlens_k[i]:cu_seqlens_k[i+1]]`, or to the
+    keys in place where `kv_index` is None."""
+
+    cu_seqlens_q: Int[Tensor, "S+1"]
+    cu_seqlens_k: Int[Tensor, "S+1"]
+    kv_index: Int[Tensor, "K"] | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What an encoder reads of a pack, E tokens: each prompt once, for all its answers, which the decoder reads apart."""
+
+    input_ids: Int[Tensor, "E"]
+    position_ids: Int[Tensor, "E"]
+    own: Layout
+    """How prompts attend: each to itself."""
+    of_answers: Layout
+    """How answers attend to prompts: each to all tokens of its own."""
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One pack on its way through the model. Segment i attends from queries `cu_seqlens_q[i:i+2]` to keys
     `kv_index[cu_seqlens_k[i]:cu_seqlens_k[i+1]]` (all keys in place where `kv_index` is None), causal and aligned at the
     bottom right: the last query sees every key.
 
     An answer that several pairs have is computed and scored once; `scored_index` counts its tokens for each of them (None:
-    every scored token counts once, in order). `multiplicity`: how often a token would be computed without any sharing."""
+    every scored token counts once, in order). `multiplicity`: how often a token would be computed without any sharing.
+
+    `prompts`: of an encoder-decoder model, whose decoder reads all the rest: answers without their prompts."""
 
     input_ids: Int[Tensor, "T"]
     position_ids: Int[Tensor, "T"]
@@ -48,6 +74,7 @@ class PackedBatch:
     max_seqlen_q: int
     max_seqlen_k: int
     num_pairs: int
+    prompts: Prompts | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; asynchronous from pinned memory."""
@@ -58,26 +85,39 @@ class PackedBatch:
         return self._with_tensors(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(x) for name, x in own.items() if isinstance(x, torch.Tensor)})
+        return _changed(self, change)
 
 
-def computed_tokens(lengths: np.ndarray, prefix_sharing: bool) -> np.ndarray:
+def _changed(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A part of a pack with other tensors, its own parts' too."""
+    own = {f.name: getattr(part, f.name) for f in fields(part)}
+    changed = {name: change(x) for name, x in own.items() if isinstance(x, torch.Tensor)}
+    return replace(part, **changed, **{name: _changed(x, change) for name, x in own.items() if is_dataclass(x)})
+
+
+def computed_tokens(lengths: np.ndarray, prefix_sharing: bool, encoder_decoder: bool = False) -> np.ndarray:
     """Tokens that the model computes for each pair; `lengths` [n, 3] are those of (prompt, chosen, rejected)."""
     prompts = 1 if prefix_sharing else 2
-    return prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]
+    return prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2] - (2 if encoder_decoder else 0)
 
 
 def collate(
-    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], *, prefix_sharing: bool, score_prompt: bool = False
+    pairs: Sequence[TokenizedPair],
+    pair_ids: Sequence[int],
+    *,
+    prefix_sharing: bool,
+    score_prompt: bool = False,
+    encoder_decoder: bool = False,
 ) -> PackedBatch:
     """Lay pairs out in one row. With `prefix_sharing`, pairs of one prompt are `[prompt | answer | answer | ...]`: the
     prompt and each distinct answer are computed once; without, a pair is `[prompt | chosen][prompt | rejected]`. Log-probs
     are the same either way. No pairs give a filler pack.
 
-    `score_prompt`: the prompt's tokens 2..n are scored too, for every pair."""
+    `score_prompt`: the prompt's tokens 2..n are scored too, for every pair. `encoder_decoder`: prompts lie apart, and
+    answers, which begin with the decoder's start token, lose their last one, which is a target alone."""
     groups = groups_of(pairs, prefix_sharing, score_prompt)
-    segments = [segment for group in groups for segment in _segments(group)] or [_filler()]
+    parts = _answers if encoder_decoder else _segments
+    segments = [segment for group in groups for segment in parts(group)] or [_filler()]
     starts = np.cumsum([0] + [len(s.tokens) for s in segments])
     keys, predictors = [], []
     for start, segment in zip(starts, segments):
@@ -96,7 +136,7 @@ def collate(
         cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32),
         kv_index=_int64(keys) if any(s.prompt for s in segments) else None,
         predictor_index=_int64(predictors),
-        targets=_int64([s.tokens[s.scored] for s in segments]),
+        targets=_int64([s.targets for s in segments]),
         scored_index=_int64(runs) if sum(map(len, runs)) > sum(len(s.scored) for s in segments) else None,
         span_index=_int64([np.full(len(run), span) for span, run in zip(spans, runs)]),
         place_in_span=_int64([np.arange(len(run)) for run in runs]),
@@ -105,6 +145,7 @@ def collate(
         max_seqlen_q=int(np.diff(starts).max()),
         max_seqlen_k=int(np.diff(cu_k).max()),
         num_pairs=len(pairs),
+        prompts=_prompts(groups, starts) if encoder_decoder else None,
     )
 
 
@@ -172,13 +213,14 @@ def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[G
 @dataclass(frozen=True)
 class _Segment:
     """Tokens with their own attention, in parts of `lengths` that would be computed `uses` times without sharing. Those at
-    the places `scored` are scored, in runs of (number of tokens, spans). `prompt` tokens that start `prompt_offset` before
-    it are keys too, and precede it in position."""
+    the places `scored` are scored, the `targets`, in runs of (number of tokens, spans). `prompt` tokens that start
+    `prompt_offset` before it are keys too, and precede it in position."""
 
     tokens: np.ndarray
     lengths: tuple[int, ...]
     uses: tuple[int, ...]
     scored: np.ndarray
+    targets: np.ndarray
     runs: tuple[tuple[int, list[int]], ...] = ()
     prompt: int = 0
     prompt_offset: int = 0
@@ -193,17 +235,48 @@ def _segments(group: Group) -> list[_Segment]:
     prompt_run = ((size - 1, group.prompt_spans),) if group.prompt_spans else ()
     tokens, scored = np.concatenate([group.prompt, first.tokens]), np.concatenate([of_prompt, size + first.scored])
     runs = (*prompt_run, (len(first.scored), first.spans))
-    segments = [_Segment(tokens, (size, len(first.tokens)), (uses, len(first.spans)), scored, runs)]
+    segments = [_Segment(tokens, (size, len(first.tokens)), (uses, len(first.spans)), scored, tokens[scored], runs)]
     for answer in others:
         count, run = len(answer.tokens), (len(answer.scored), answer.spans)
-        segments.append(_Segment(answer.tokens, (count,), (len(answer.spans),), answer.scored, (run,), size, offset))
+        targets, uses = answer.tokens[answer.scored], (len(answer.spans),)
+        segments.append(_Segment(answer.tokens, (count,), uses, answer.scored, targets, (run,), size, offset))
         offset += count
     return segments
 
 
+def _answers(group: Group) -> list[_Segment]:
+    """Each answer by itself, up to its last token, from which nothing is predicted."""
+    return [
+        _Segment(
+            answer.tokens[:-1], (len(answer.tokens) - 1,), (len(answer.spans),), answer.scored, answer.tokens[answer.scored],
+            ((len(answer.scored), answer.spans),),
+        )
+        for answer in group.answers
+    ]  # fmt: skip
+
+
+def _prompts(groups: Sequence[Group], answers: np.ndarray) -> Prompts:
+    """The prompts of a pack, for answers that begin at `answers`."""
+    prompts = [group.prompt for group in groups] or [_filler().tokens]
+    each = np.repeat(np.arange(len(prompts)), [len(group.answers) for group in groups] or [1])  # the prompt of each answer
+    starts, lengths = np.cumsum([0] + [len(prompt) for prompt in prompts]), np.array([len(prompt) for prompt in prompts])
+    cu_k = np.cumsum([0, *lengths[each]])
+    own, cu_answers = torch.tensor(starts, dtype=torch.int32), torch.tensor(answers, dtype=torch.int32)
+    longest = int(lengths.max())
+    return Prompts(
+        _int64(prompts),
+        _int64([np.arange(len(prompt)) for prompt in prompts]),
+        Layout(own, own, None, longest, longest),
+        Layout(
+            cu_answers, torch.tensor(cu_k, dtype=torch.int32), _int64([np.arange(*starts[k : k + 2]) for k in each]),
+            int(np.diff(answers).max()), int(lengths[each].max()),
+        ),
+    )  # fmt: skip
+
+
 def _filler() -> _Segment:
     """Four tokens that score nothing: a real forward and a zero gradient, for a rank that has run out of pairs."""
-    return _Segment(np.zeros(4, dtype=np.int64), (4,), (0,), np.arange(0))
+    return _Segment(np.zeros(4, dtype=np.int64), (4,), (0,), np.arange(0), np.arange(0))
 
 
 def _runs(segments: Sequence[_Segment]) -> tuple[list[int], list[np.ndarray]]:

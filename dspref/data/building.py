@@ -25,7 +25,7 @@ from dspref.data.rows import BadRow, Row, RowError, Text, one_line
 from dspref.data.sources import Listing, Source
 from dspref.data.template import Rendering, render
 from dspref.data.tokenize import Ids, Whole, ids_of, split
-from dspref.data.truncate import Limits, TokenizedPair, truncate
+from dspref.data.truncate import Limits, TokenizedPair
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def build(
     """Read, convert and tokenize all rows into a new `folder`. Raises DataError for bad rows unless dropped, and when none
     is left."""
     folder.mkdir()
-    built, told, reader = _Build(_Files.create(folder), limits), time.monotonic(), Reader.of(tokenizer, scored)
+    told, reader = time.monotonic(), Reader.of(tokenizer, scored)
+    built = _Build(_Files.create(folder), limits, apart=reader.encoder.start is not None)
     first_file = 0
     for listing in listings:
         converter = Converter(listing, chat_model=tokenizer.chat_template is not None)
@@ -201,6 +202,9 @@ class _Build:
     masked: bool = False
     largest_id: int = 0
     longest: int = 0
+    """Tokens that a model has to have positions for."""
+    apart: bool = False
+    """Whether prompts are read apart from their answers."""
 
     def begin_source(self) -> None:
         self.before, self.left_out = (self.read, self.seen, self.kept), Complaints()
@@ -219,7 +223,7 @@ class _Build:
             self.seen += 1
             if (pair := self._cut(item, row)) is not None and isinstance(texts, Rendering):
                 kept.append(pair)
-                uncut += [[len(part) for part in item.pair[:3]]] if isinstance(item, Whole) else []
+                uncut += [item.lengths] if isinstance(item, Whole) else []
                 rows.append(self.read + k)
                 places.append((first_file + file, row.line))
                 self.notes.update(texts.notes)
@@ -233,12 +237,11 @@ class _Build:
         if isinstance(item, RowError):
             return self._leave_out(row, item)
         try:
-            pair = truncate(item.pair, self.limits, item.head)
+            pair = item.cut(self.limits)
         except RowError as error:
             self.too_long.append(len(item.pair.prompt) + max(len(item.pair.chosen), len(item.pair.rejected)))
             return self._leave_out(row, error)
-        for name in PARTS:
-            had, kept = (len(getattr(of, name)) for of in (item.pair, pair))
+        for name, had, kept in zip(PARTS, item.lengths, map(len, pair[:3])):
             if kept < had:
                 self.cut[name] = [x + y for x, y in zip(self.cut[name], (1, had - kept, had))]
         return pair
@@ -266,7 +269,10 @@ class _Build:
         self.tokens += len(tokens)
         self.masked |= any(mask is not None and not mask.all() for pair in pairs for mask in pair[3:])
         self.largest_id = max(self.largest_id, int(tokens.max()))
-        self.longest = max(self.longest, int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()))
+        answers = lengths[:, 1:].max(axis=1)
+        # A decoder does not read an answer's last token.
+        sizes = np.maximum(lengths[:, 0], answers - 1) if self.apart else lengths[:, 0] + answers
+        self.longest = max(self.longest, int(sizes.max()))
 
     def close(self) -> str:
         """Complete the files; a digest of the pairs themselves: all that decides what a run trains on."""
@@ -287,7 +293,8 @@ class _Build:
         counts["sources"] = self.sources
         measures = {"largest_id": self.largest_id, "longest": self.longest}
         said = {"dropped": self.dropped.counts(), "notes": dict(+self.notes)}
-        return {**counts, **measures, **said, "truncated": self.cut, "limits": _in_force(self.limits)}
+        how = {"truncated": self.cut, "limits": _in_force(self.limits), **({"apart": True} if self.apart else {})}
+        return {**counts, **measures, **said, **how}
 
 
 def _in_force(limits: Limits) -> str:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dspref.data.messages import behind, is_blank, is_said, is_silent, said_again, says_the_same, stripped
-from dspref.data.normalise import Fields, no_pair, normalise
+from dspref.data.normalise import LANGUAGES, Fields, no_pair, normalise
 from dspref.data.row_template import check_template as check_template
 from dspref.data.rows import DROP as DROP
 from dspref.data.rows import (
     FIELDS,
     Columns,
+    Languages,
     Message,
     RowError,
     Text,
@@ -45,6 +46,8 @@ class Preference:
     rejected: Text
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    languages: Languages | None = None
+    """Of prompt and answers, for a model that translates."""
     repeats: int = field(default=0, compare=False)
     """How many of the two answers repeated the prompt, or its end, in the row."""
     begins: bool | None = field(default=None, compare=False)
@@ -96,7 +99,11 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             preference = _with_system(preference, fields.get("system", ""))
             _check(preference)
             repeats = preference.repeats + fields.get("repeats", 0)
-            more = {"tools": _tools(fields), "chat_template_kwargs": _template_kwargs(fields)}
+            more = {
+                "tools": _tools(fields),
+                "chat_template_kwargs": _template_kwargs(fields),
+                "languages": languages_of(fields),
+            }
             return replace(
                 preference, repeats=repeats, begins=fields.get("begins"), parted=fields.get("parted", False), **more
             )
@@ -273,6 +280,15 @@ def _refuse_empty(chosen: Text, rejected: Text) -> None:
         raise RowError("rejected", "identical to chosen")
     if stripped(chosen) == stripped(rejected):
         raise RowError("rejected", "identical to chosen but for white space at the ends")
+
+
+def languages_of(fields: Values) -> Languages | None:
+    """(source, target) of a row that names one of them. Raises RowError for what is no text."""
+    for name in LANGUAGES:
+        if not isinstance(value := fields.get(name), str | None) or (value is not None and not value.strip()):
+            raise RowError(name, f"{what_is(value)}, not the code of a language" if value else "empty")
+    found = (fields.get("source_language"), fields.get("target_language"))
+    return None if found == (None, None) else found
 
 
 def _tools(fields: Values) -> list[Any] | None:

@@ -121,7 +121,7 @@ class StepLoader:
 
 def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
     """Global counts of some pairs. Every rank knows all lengths, so no rank asks another."""
-    prompt, *answers = store.lengths[ids].sum(axis=0).tolist()
+    prompt, *answers = store.computed[ids].sum(axis=0).tolist()
     chosen, rejected = store.scored[ids].sum(axis=0).tolist()
     return {
         "pairs": len(ids),
@@ -150,13 +150,15 @@ class StepPacks:
     def packs(self, store: PairStore, packing: Packing) -> Iterator[PackedBatch]:
         """The packs of this rank."""
         how = {"prefix_sharing": packing.prefix_sharing, "score_prompt": packing.score_prompt}
+        how |= {"encoder_decoder": store.apart}
         return (collate([store[i] for i in ids.tolist()], ids.tolist(), **how) for ids in self.ids[packing.rank])
 
 
 def place(store: PairStore, ids: np.ndarray, packing: Packing) -> StepPacks:
     """Pairs -> packs on all ranks; pairs of one prompt as a group, where sharing is on."""
-    lengths, scored, budget, world = store.lengths[ids], store.scored[ids], packing.tokens_per_pack, packing.world_size
-    groups = group(store.same[ids], lengths, budget, scored) if packing.prefix_sharing else alone(lengths, scored)
+    lengths, scored, budget, world = store.computed[ids], store.scored[ids], packing.tokens_per_pack, packing.world_size
+    shared = packing.prefix_sharing
+    groups = group(store.same[ids], lengths, budget, scored, store.apart) if shared else alone(lengths, scored, store.apart)
     packs = pack(groups.tokens, budget, world, groups.cost)
     in_order = np.argsort(groups.of_pair, kind="stable")
     members = np.split(ids[in_order], np.cumsum(np.bincount(groups.of_pair))[:-1])
@@ -192,6 +194,8 @@ def swept(store: PairStore) -> list[np.ndarray]:
 def sharing_pays(store: PairStore, together: np.ndarray | None) -> bool:
     """Whether computing prompts once saves enough tokens to be worth it, and with `together`, pairs that surely meet, the
     answers that these share."""
+    if store.apart:
+        return True  # by the model's own design
     company = np.arange(len(store)) if together is None else together
     same = store.same.copy()
     same[:, 0] += company * (int(same.max(initial=0)) + 1)

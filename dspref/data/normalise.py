@@ -36,6 +36,8 @@ from dspref.data.texts import begun_anew, behind_text
 
 Fields = dict[str, Any]
 
+# Columns that are read where they are named, and by no name of their own.
+LANGUAGES = ("source_language", "target_language")
 OPTIONAL_FIELDS = ("tools", "chat_template_kwargs")
 ANSWERS = ("chosen", "rejected")
 # Columns that hold a prompt elsewhere: where one is there, what two texts share at their start is not the prompt.
@@ -61,7 +63,7 @@ def normalise(
     the tokenizer has a chat template; `repeated`, whether two answers that begin with the prompt's text lose it in a
     conversation that is made of texts. Raises RowError."""
     named = given(columns)
-    fields = (*OPTIONAL_FIELDS, *(() if template else ("system", *(FIELDS[:1] if ranked else FIELDS))))
+    fields = (*OPTIONAL_FIELDS, *LANGUAGES, *(() if template else ("system", *(FIELDS[:1] if ranked else FIELDS))))
     row = _renamed(values, named, fields)
     if template:
         _refuse_columns(named)
@@ -81,7 +83,7 @@ def normalise(
 
 
 def _refuse_columns(named: Mapping[str, str]) -> None:
-    if unread := sorted(set(named) - set(OPTIONAL_FIELDS)):
+    if unread := sorted(set(named) - {*OPTIONAL_FIELDS, *LANGUAGES}):
         raise RowError(f"columns.{unread[0]}", "has no effect beside template, which makes the texts", "drop one of them")
 
 
@@ -91,7 +93,7 @@ def _renamed(values: Values, named: Mapping[str, str], fields: tuple[str, ...]) 
     row: Fields = {}
     for field in fields:
         name = named.get(field, field)
-        if field not in named and name in taken:
+        if field not in named and (name in taken or field in LANGUAGES):
             continue  # the column is another field's
         there, value = find(values, name) if field in named else (name in values, values.get(name))
         if there:

@@ -14,7 +14,7 @@ from dspref.data.rows import BadRow, Row, RowError
 from dspref.data.sources import Listing
 from dspref.data.template import render
 from dspref.data.tokenize import Whole, ids_of, split
-from dspref.data.truncate import Limits, TokenizedPair, truncate
+from dspref.data.truncate import Limits, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ def origin_of(pair: TokenizedPair, made: Iterable[Origin | RowError], limits: Li
         if isinstance(origin, RowError):
             continue
         try:
-            cut = truncate(origin.whole.pair, limits, origin.whole.head)
+            cut = origin.whole.cut(limits)
         except RowError:
             continue
         if all(np.array_equal(one, other) for one, other in zip(pair[:3], cut[:3])):
@@ -93,7 +93,7 @@ def why_left_out(made: Iterable[Origin | RowError], limits: Limits) -> list[RowE
         try:
             if isinstance(item, RowError):
                 raise item
-            truncate(item.whole.pair, limits, item.whole.head)
+            item.whole.cut(limits)
         except RowError as error:
             reasons.append(error)
     return reasons

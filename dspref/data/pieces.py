@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+from dspref.data.apart import start_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +30,9 @@ class Encoder:
     """Texts -> token ids, by one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer: Any = tokenizer
+        self.tokenizer = self._tokenizer = cast(Any, tokenizer)
+        self.start = start_of(tokenizer)
+        """How answers start, where prompts are read apart from them: whole texts then, by `apart`."""
         self._plain = _is_plain(tokenizer)
         self._cuts = _cuts(tokenizer) if self._plain else {}
         longest_first = sorted(self._cuts, key=len, reverse=True)

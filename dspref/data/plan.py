@@ -92,29 +92,33 @@ class Groups(NamedTuple):
         return self.tokens + 2 * self.attention / QUADRATIC_TOKENS
 
 
-def alone(lengths: np.ndarray, scored: np.ndarray | None = None) -> Groups:
+def alone(lengths: np.ndarray, scored: np.ndarray | None = None, apart: bool = False) -> Groups:
     """Each pair by itself, its prompt computed twice; `lengths` [n, 3] are the tokens of prompt, chosen, rejected, `scored`
-    [n, 2] those of the answers that are scored (None: all)."""
+    [n, 2] those of the answers that are scored (None: all). `apart`: an encoder reads prompts, in which every token sees
+    all."""
     answers = lengths[:, 1:].sum(axis=1)
     sequences = lengths[:, :1] + lengths[:, 1:]
     attention = (sequences * (sequences + 1) // 2).sum(axis=1)
+    attention += lengths[:, 0] * (lengths[:, 0] - 1) if apart else 0  # half the pairs of each prompt, twice
     return Groups(
         np.arange(len(lengths)), sequences.sum(axis=1), attention, answers, answers if scored is None else scored.sum(axis=1)
     )
 
 
-def group(same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int, scored: np.ndarray | None = None) -> Groups:
+def group(
+    same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int, scored: np.ndarray | None = None, apart: bool = False
+) -> Groups:
     """Pairs of one prompt together, so that it and each of their answers are computed once.
 
     `same` [n, 3] names the content of each (prompt, prompt + chosen, prompt + rejected), `lengths` [n, 3] are the tokens of
     prompt, chosen, rejected, `scored` [n, 2] those of the answers that are scored (None: all). A group beyond
-    `tokens_per_pack` is cut between two pairs.
+    `tokens_per_pack` is cut between two pairs. `apart`: an encoder reads prompts, in which every token sees all.
     """
     scored = lengths[:, 1:] if scored is None else scored
-    groups = _measured(_numbered(same[:, 0]), same, lengths, scored)
+    groups = _measured(_numbered(same[:, 0]), same, lengths, scored, apart)
     large = groups.tokens > tokens_per_pack
     if len(groups.tokens) < len(same) and large.any():
-        return _measured(_cut(groups.of_pair, large, same, lengths, tokens_per_pack), same, lengths, scored)
+        return _measured(_cut(groups.of_pair, large, same, lengths, tokens_per_pack), same, lengths, scored, apart)
     return groups
 
 
@@ -124,7 +128,7 @@ def _numbered(labels: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray, scored: np.ndarray) -> Groups:
+def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray, scored: np.ndarray, apart: bool) -> Groups:
     """A group computes its prompt, and each distinct answer of its pairs behind it."""
     count = int(groups.max(initial=-1)) + 1
     prompts = np.zeros(count, dtype=np.int64)
@@ -138,7 +142,8 @@ def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray, scored:
     # The first answer runs behind the prompt, the others against its keys: (p + a)^2 / 2 less what is not computed twice.
     looks = answers * prompts[twice] + answers * (answers + 1) // 2
     tokens, attention, targets = (np.bincount(twice, x, count).astype(np.int64) for x in (answers, looks, scored))
-    return Groups(groups, prompts + tokens, prompts * (prompts + 1) // 2 + attention, tokens, targets)
+    within = prompts**2 if apart else prompts * (prompts + 1) // 2
+    return Groups(groups, prompts + tokens, within + attention, tokens, targets)
 
 
 def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.ndarray, budget: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspref import reading
+from dspref.data.apart import asked, start_of
 from dspref.data.complaints import Complaints
 from dspref.data.formats import to_preference
 from dspref.data.manners import Learned
@@ -26,11 +27,13 @@ ANSWERS = ("a", "b")
 
 
 class OwnPrompt(NamedTuple):
-    """`ids`: what the model reads; `chosen`: an answer that stands beside the prompt; `where`: its file and line."""
+    """`ids`: what the model reads; `chosen`: an answer that stands beside the prompt; `where`: its file and line; `begins`:
+    what the decoder of an encoder-decoder model reads before its answer."""
 
     ids: list[int]
     chosen: str | None
     where: str
+    begins: list[int] | None = None
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnPrompt]:
@@ -48,7 +51,12 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
             rendering = render(to_preference(_as_pair(row.values, tokenizer)), tokenizer, learned)
             if isinstance(rendering, RowError):
                 raise rendering
-            found.append(OwnPrompt(_ids(rendering, encoder), _said(row.values), row.where))
+            begins = None
+            if encoder.start is not None:
+                ids, begins = asked(rendering, tokenizer, encoder.start)
+            else:
+                ids = _ids(rendering, encoder)
+            found.append(OwnPrompt(ids, _said(row.values), row.where, begins))
         except RowError as error:
             complaints.note(row, RowError(error.field, error.reason, MEND if error.fix == DROP else error.fix))
     if complaints.count:
@@ -83,7 +91,7 @@ def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
         reason = kind if "prompt" in values else "is missing"
         raise RowError("prompt", reason, f"rename {near} to prompt" if near else "write a text, or a list of messages")
     kept = {key: values[key] for key in ("system", "tools", "chat_template_kwargs") if values.get(key) is not None}
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
+    if isinstance(prompt, str) and (tokenizer.chat_template is None or start_of(tokenizer) is not None):
         return {**kept, "prompt": prompt, **dict(zip(("chosen", "rejected"), ANSWERS))}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in ANSWERS)

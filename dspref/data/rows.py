@@ -12,6 +12,8 @@ Message = dict[str, Any]
 Text = str | list[Message]
 Values = Mapping[str, Any]
 Columns = Mapping[str, str | None]
+# (source, target): as a tokenizer calls them; None: what it has been set to.
+Languages = tuple[str | None, str | None]
 
 # Names under which a conversation is stored.
 CONVERSATIONS = ("messages", "conversations", "conversation")

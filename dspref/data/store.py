@@ -47,6 +47,8 @@ class PairStore:
         self.key: str = self.report["content"]
         """A digest of the pairs themselves: tokens, what is scored, their order."""
         self.address: str = folder.name
+        self.apart: bool = bool(self.report.get("apart"))
+        """Whether prompts are an encoder's, and answers, with the token that a decoder starts with, lie apart from them."""
         self.source_rows: tuple[int, ...] = tuple(self.report["source_rows"])
         # Plain arrays over the same memory: a slice of a memmap is a memmap, which is slow to make.
         self._tokens, self._places = (np.asarray(_mapped(folder / f"{name}.npy")) for name in ("tokens", "places"))
@@ -62,7 +64,9 @@ class PairStore:
         self.scored: np.ndarray
         """Scored tokens of chosen and rejected, int64 [n, 2]."""
         self.lengths: np.ndarray = np.diff(self._offsets).reshape(-1, 3)
-        """Computed tokens of prompt, chosen and rejected, int64 [n, 3]."""
+        """Tokens of prompt, chosen and rejected, int64 [n, 3]."""
+        self.computed: np.ndarray = self.lengths - np.array([0, 1, 1]) if self.apart else self.lengths
+        """Of these, the tokens that a model computes: without the last of an answer, where prompts lie apart."""
         self.uncut: np.ndarray = np.asarray(_mapped(folder / "uncut.npy"))
         """Tokens of prompt, chosen and rejected before truncation, int32 [n, 3]."""
         self._files = list(files)

@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from dspref.data.apart import refuse_languages, start_of
 from dspref.data.beside import refuse_switched_off, unread
 from dspref.data.formats import Preference
 from dspref.data.manners import Learned, Manners, rendered, shared_length
 from dspref.data.marks import ending_once, marks_in
 from dspref.data.messages import refused_by_template
 from dspref.data.printed import Printed, called, said
-from dspref.data.rows import DROP, Message, RowError, one_line
+from dspref.data.rows import DROP, Languages, Message, RowError, one_line
 from dspref.data.turns import ANOTHER, Conversation, Hidden, Turn
 from dspref.errors import DataError
 
@@ -42,6 +43,7 @@ UNSTEADY = RowError(
     "it renders one conversation now in one way, now in another: what is random in it would be trained",
     f"take that out of it, or {ANOTHER}",
 )
+TEXT_OF_IT = "make texts of it by data.train.template, or set data.train.as: text"
 NO_EOS = RowError(
     "row",
     "the tokenizer has no end token (eos_token), so that the model would never learn to stop",
@@ -61,6 +63,8 @@ class Rendering(NamedTuple):
     head: str = ""
     turns: tuple[tuple[Turn, ...], tuple[Turn, ...]] | None = None
     notes: tuple[str, ...] = ()
+    languages: Languages | None = None
+    """Of an encoder-decoder model, whose answers do not repeat the prompt: those of prompt and answers."""
 
 
 # ------------------------------------------------------------------------------------------------------------ a pair
@@ -75,6 +79,10 @@ def render(
     """
     if isinstance(preference, RowError):
         return preference
+    if start_of(tokenizer) is not None:
+        return _render_apart(preference, tokenizer)
+    if preference.languages is not None:
+        return RowError("columns.target_language", "has no effect: the model is no encoder-decoder model", "drop it")
     if isinstance(preference.prompt, str):
         return _render_text(preference, tokenizer, scored)
     if tokenizer.chat_template is None:
@@ -104,6 +112,20 @@ def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, sco
     answers = (cast(str, preference.chosen), cast(str, preference.rejected))
     chosen, rejected = (prompt + _ended(text, eos, scored) for text in answers)
     return Rendering(prompt, chosen, rejected, special=True)
+
+
+def _render_apart(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
+    if not isinstance(preference.prompt, str):
+        return RowError("row", "a conversation, and an encoder-decoder model reads a text", TEXT_OF_IT)
+    if tokenizer.eos_token_id is None:
+        return NO_EOS
+    languages = preference.languages or (None, None)
+    try:
+        refuse_languages(tokenizer, languages)
+    except RowError as error:
+        return error
+    chosen, rejected = cast(str, preference.chosen), cast(str, preference.rejected)
+    return Rendering(preference.prompt, chosen, rejected, special=True, languages=languages)
 
 
 def _ended(text: str, eos: str, scored: str) -> str:

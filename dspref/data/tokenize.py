@@ -11,11 +11,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from dspref import hub, reading
+from dspref.data.apart import Start, ids_apart, split_apart, start_of, started
 from dspref.data.formats import Preference, RowError, one_line, to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
@@ -94,10 +95,23 @@ def _refuse_broken_template(template: Any, key: str) -> None:
 
 
 class Whole(NamedTuple):
-    """A pair before truncation; the first `head` tokens of its prompt are the template's own, before any content."""
+    """A pair before truncation; the first `head` tokens of its prompt are the template's own, before any content, and the
+    last `tail` ones an encoder's. `first`: what a decoder reads before an answer, where prompts are read apart."""
 
     pair: TokenizedPair
     head: int
+    tail: int = 0
+    first: int | None = None
+
+    def cut(self, limits: Limits) -> TokenizedPair:
+        """The pair as it is trained on. Raises RowError as `truncate` does."""
+        return started(truncate(self.pair, limits, self.head, self.tail), self.first)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of prompt, chosen and rejected, with the decoder's first."""
+        prompt, *answers = map(len, self.pair[:3])
+        return [prompt, *(n + (self.first is not None) for n in answers)]
 
 
 def encode(
@@ -132,7 +146,7 @@ def _truncated(item: Whole | RowError, limits: Limits) -> TokenizedPair | RowErr
     if isinstance(item, RowError):
         return item
     try:
-        return truncate(item.pair, limits, item.head)
+        return item.cut(limits)
     except RowError as error:
         return error
 
@@ -140,18 +154,28 @@ def _truncated(item: Whole | RowError, limits: Limits) -> TokenizedPair | RowErr
 # ---------------------------------------------------------------------------------------------------------------- split
 
 
-# int32 [n] of each text that some renderings hold, by whether the tokenizer adds its special tokens, and by text.
-Ids = dict[bool, dict[str, np.ndarray]]
+# int32 [n] of each text that some renderings hold, by whether the tokenizer adds its special tokens, and by text; where
+# prompts are read apart, by who reads it.
+Ids = dict[Any, dict[str, np.ndarray]]
 
 
 def ids_of(renderings: Sequence[Rendering | RowError], encoder: Encoder) -> Ids:
     """The token ids of all texts of rendered pairs, by one call of the tokenizer for each kind of them."""
+    if encoder.start is not None:
+        return ids_apart(renderings, encoder.tokenizer)
     return {special: _ids(renderings, encoder, special) for special in (False, True)}
 
 
 def split(renderings: Sequence[Rendering | RowError], ids: Ids, encoder: Encoder) -> list[Whole | RowError]:
     """Rendered pairs as token ids: prompt and answers, with what is scored of these."""
+    if encoder.start is not None:
+        return [item if isinstance(item, RowError) else _apart(item, ids, encoder) for item in renderings]
     return [item if isinstance(item, RowError) else _split(item, ids[item.special], encoder) for item in renderings]
+
+
+def _apart(item: Rendering, ids: Ids, encoder: Encoder) -> Whole | RowError:
+    found = split_apart(item, ids, cast(Start, encoder.start), encoder.tokenizer.all_special_ids)
+    return found if isinstance(found, RowError) else Whole(*found)
 
 
 def _ids(renderings: Sequence[Rendering | RowError], encoder: Encoder, special: bool) -> dict[str, np.ndarray]:
@@ -262,4 +286,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         "chat_template": tokenizer.chat_template,
         "flags": flags,
     }
+    if (start := start_of(tokenizer)) is not None:
+        parts["answers"] = ["apart", start.token, getattr(tokenizer, "src_lang", None), getattr(tokenizer, "tgt_lang", None)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -37,25 +37,25 @@ class Limits:
     on_overlong: str = "truncate"
 
 
-def truncate(pair: TokenizedPair, limits: Limits, head: int = 0) -> TokenizedPair:
+def truncate(pair: TokenizedPair, limits: Limits, head: int = 0, tail: int = 0) -> TokenizedPair:
     """Cut a pair to the limits; both sides keep the same prompt, and answers lose their end.
 
     The prompt is cut to max_prompt_length and the answers to max_completion_length. Where prompt and longer answer are still
     beyond max_length, the prompt shrinks, but not below min_prompt_length, and then the answers. The first `head` tokens
-    of the prompt, which the template puts before any content, survive `keep_end`.
+    of the prompt, which the template puts before any content, survive `keep_end`, and the last `tail` ones `keep_start`.
 
     Raises RowError when a side keeps no scored token, or (droppable) when both sides become equal, or where overlong pairs
     are to be dropped.
     """
     prompt, chosen, rejected = pair[:3]
     if limits.max_prompt_length is not None:
-        prompt = _kept(prompt, limits.max_prompt_length, limits.truncation_mode, head)
+        prompt = _kept(prompt, limits.max_prompt_length, limits.truncation_mode, head, tail)
     if limits.max_completion_length is not None:
         chosen, rejected = chosen[: limits.max_completion_length], rejected[: limits.max_completion_length]
     if limits.max_length is not None and len(prompt) + max(len(chosen), len(rejected)) > limits.max_length:
         room = limits.max_length - max(len(chosen), len(rejected))
         least = limits.max_length // 4 if limits.min_prompt_length is None else limits.min_prompt_length
-        prompt = _kept(prompt, max(room, least), limits.truncation_mode, head)
+        prompt = _kept(prompt, max(room, least), limits.truncation_mode, head, tail)
         room = max(0, limits.max_length - len(prompt))
         chosen, rejected = chosen[:room], rejected[:room]
     (chosen, chosen_scored), (rejected, rejected_scored) = (
@@ -103,18 +103,18 @@ def _overlong(pair: TokenizedPair, limits: Limits, may_be_cut: bool) -> RowError
     return RowError("pair", f"longer than {beyond}", fix, droppable=limits.on_overlong == "drop")
 
 
-def _kept(prompt: np.ndarray, size: int, truncation_mode: str, head: int) -> np.ndarray:
+def _kept(prompt: np.ndarray, size: int, truncation_mode: str, head: int, tail: int) -> np.ndarray:
     size = max(1, size)
     if len(prompt) <= size:
         return prompt
-    head = gap(size, truncation_mode, head)
+    head = gap(size, truncation_mode, head, tail)
     return np.concatenate([prompt[:head], prompt[len(prompt) - size + head :]])
 
 
-def gap(size: int, truncation_mode: str, head: int) -> int:
+def gap(size: int, truncation_mode: str, head: int, tail: int = 0) -> int:
     """How many of the `size` tokens that are left of a prompt stand before those that it lost."""
-    # A long opening must leave room for what follows it.
-    return size if truncation_mode == "keep_start" else min(head, size // 2)
+    # A long opening must leave room for what follows it, and an ending for what precedes it.
+    return size - min(tail, size // 2) if truncation_mode == "keep_start" else min(head, size // 2)
 
 
 def _cut(answer: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:

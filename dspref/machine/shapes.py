@@ -81,6 +81,8 @@ def of_section(section: ModelSection) -> ModelShape:
             f"{name}: no config.json of it on this machine, and the sizes are read from there; "
             f"fetch it first: hf download {section.name_or_path} config.json"
         )
+    if text.get("is_encoder_decoder"):
+        raise ConfigError(f"{name}: is an encoder-decoder model, and what such a run needs is not estimated; just run it")
     if section.init == "pretrained" and (folder := footprint.model_folder(section)):
         try:
             tensors = footprint.in_files(section, folder)

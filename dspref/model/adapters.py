@@ -121,7 +121,8 @@ def _fresh(lm: PreTrainedModel, section: ModelSection) -> PeftModel:
 
     given = _lora(section).model_dump(exclude={"path", "merge_on_export"}) | {"lora_dropout": _dropout(section) or 0.0}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    kind = "SEQ_2_SEQ_LM" if getattr(lm.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    config = LoraConfig(task_type=kind, **settings)
     # In the type of the model, as modules_to_save are: DeepSpeed wants one type, and keeps fp32 masters.
     return get_peft_model(lm, config, section.adapter_name, autocast_adapter_dtype=False)
 

@@ -9,11 +9,11 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.model import attention, freezing, liger, weights
+from dspref.model import attention, families, freezing, liger, weights
 from dspref.terminal import first_line
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
@@ -44,14 +44,19 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         raise ConfigError(
             f"model.name_or_path: {text.model_type} has {kinds} layers, which would leak between packed sequences"
         )
-    family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if family is not None and not family._supports_attention_backend:
+    family: Any = families.auto_class(config)._model_mapping.get(type(config), None)
+    encoded = families.FAMILIES.get(config.model_type) if families.is_encoder_decoder(config) else None
+    if encoded is not None:
+        families.start_of_answers(config)
+        _refuse_dropped_layers(section, config)
+    elif family is not None and not family._supports_attention_backend:
         raise ConfigError(f"model.name_or_path: {text.model_type} {NOT_PACKED}")
     if text.model_type in UNPACKABLE:
         raise ConfigError(f"model.name_or_path: {text.model_type} {UNPACKABLE[text.model_type]}; use another model")
     if family is not None:
         skeleton = build_skeleton(section, config)
-        refuse_layers_before_head(skeleton)
+        if encoded is None:
+            refuse_layers_before_head(skeleton)
         freezing.frozen([name for name, _ in skeleton.named_parameters(remove_duplicate=False)], section.freeze)
         if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
             raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
@@ -69,7 +74,18 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         window=window if window and (max_length is None or max_length > window) else None,
         softcap=number(text, "attn_logit_softcapping"),
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
+        position_bias=encoded is not None and encoded.has_bias,
     )
+
+
+def _refuse_dropped_layers(section: ModelSection, config: PretrainedConfig) -> None:
+    """Raise ConfigError where layers would be left out by chance: of each pack and rank others."""
+    for name in ("encoder_layerdrop", "decoder_layerdrop"):
+        if not section.disable_dropout and (rate := number(config, name)):
+            raise ConfigError(
+                f"model.disable_dropout: false, and the model leaves out layers by chance ({name} {rate}), on each rank "
+                "others; drop the key"
+            )
 
 
 def number(text: PretrainedConfig, name: str) -> Any:
@@ -86,7 +102,9 @@ def build_skeleton(section: ModelSection, config: PretrainedConfig) -> PreTraine
     """The model that a config describes, without weights. Raises ConfigError where it describes none."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=section.trust_remote_code)
+            return families.auto_class(config).from_config(
+                copy.deepcopy(config), trust_remote_code=section.trust_remote_code
+            )
     except Exception as error:  # of numbers that do not go together: each family stumbles in its own way
         reason = first_line(error)
         raise ConfigError(
@@ -101,7 +119,7 @@ def check_weights(section: ModelSection, config: PretrainedConfig) -> None:
     """
     blamed = f"model.name_or_path: {section.name_or_path}"
     found = weights.tensors_of(weights.fetch(section), blamed)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in families.auto_class(config)._model_mapping:
         return  # of code that comes with the model, which is not run before it is loaded
     for name, wanted in build_skeleton(section, config).state_dict().items():
         if (tensor := found.get(name)) and math.prod(tensor.shape) != wanted.numel():
@@ -166,13 +184,16 @@ def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> 
 
 
 def _attention_dropout(text: PretrainedConfig) -> float:
-    return max(number(text, name) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    return max(number(text, name) or 0.0 for name in ("attention_dropout", "attn_pdrop", "dropout_rate"))
 
 
 def head_sizes(lm: PreTrainedModel) -> set[int]:
     """Sizes of the queries' heads in a model's attention layers, as far as these tell them."""
     layers = [part for part in lm.modules() if "Attention" in type(part).__name__]
-    told = (getattr(part, "qk_head_dim", None) or getattr(part, "head_dim", None) for part in layers)  # latent, or plain
+    told = (
+        getattr(part, "qk_head_dim", None) or getattr(part, "head_dim", None) or getattr(part, "key_value_proj_dim", None)
+        for part in layers
+    )
     return {size for size in told if isinstance(size, int)}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface
 
-from dspref.data.batch import PackedBatch
+from dspref.data.batch import Layout, PackedBatch
 from dspref.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,10 +32,25 @@ PACKED = "dspref_packed"
 class Segments:
     """Where a pack's sequences begin and end, and which kernel computes them. One object serves all layers."""
 
-    batch: PackedBatch
+    batch: PackedBatch | Layout
     kernel: str
     seen: list[str] = field(default_factory=list)
     """Layers that were computed with this layout: none, and the model has attention of its own."""
+    causal: bool = True
+    """Aligned at the bottom right; else every query of a segment sees all its keys."""
+
+    @cached_property
+    def _of_prompts(self) -> tuple[Segments, Segments] | None:
+        """An encoder's attention, and a decoder's to what that has read."""
+        prompts = self.batch.prompts if isinstance(self.batch, PackedBatch) else None
+        parts = (prompts.own, prompts.of_answers) if prompts else ()
+        return tuple(Segments(part, self.kernel, self.seen, False) for part in parts) or None  # type: ignore[return-value]
+
+    def of(self, layer: Any) -> Segments:
+        """The segments of an attention layer: of a decoder to itself, unless the layer says otherwise."""
+        if self._of_prompts is None or layer.is_causal:
+            return self
+        return self._of_prompts[int(layer.is_decoder)]
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:
@@ -45,12 +60,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Options:
-    """What a layer asks of a kernel beyond causal attention; `window` counts the query's own position."""
+    """What a layer asks of a kernel beyond plain attention; `window` counts the query's own position. `position_bias`: added
+    to the score of a key at distance -L to L behind its query, by head."""
 
     scale: float
     dropout: float
     window: int | None
     softcap: float | None
+    position_bias: Float[Tensor, "H 2L+1"] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +99,11 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Float[Tensor, "H 2L+1"] | None = None,
     segments: Segments | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 T H D"], None]:
-    """Causal attention within each segment of a pack. Raises ConfigError where the kernel cannot do what the layer asks."""
+    """Attention within each segment of a pack. Raises ConfigError where the kernel cannot do what the layer asks."""
     if segments is None:
         raise ConfigError(f"model.name_or_path: {type(module).__name__} does not pass a pack's layout on to its attention")
     if attention_mask is not None:
@@ -93,12 +111,14 @@ def packed_attention(
     if s_aux is not None:
         raise ConfigError(f"model.name_or_path: {type(module).__name__} has attention sinks (s_aux), unknown to the kernels")
     segments.seen.append(type(module).__name__)
+    segments = segments.of(module)
     batch = segments.batch
     if sliding_window is not None and sliding_window >= batch.max_seqlen_k:
         sliding_window = None  # no segment is long enough for the window to matter
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    options = Options(scale, dropout, sliding_window, softcap)
-    if reason := cannot(segments.kernel, {query.shape[-1]}, window=sliding_window, softcap=softcap, dropout=dropout):
+    options = Options(scale, dropout, sliding_window, softcap, position_bias)
+    asked = {"window": sliding_window, "softcap": softcap, "dropout": dropout, "position_bias": position_bias is not None}
+    if reason := cannot(segments.kernel, {query.shape[-1]}, **asked):
         raise ConfigError(f"model.attn_implementation: {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if batch.kv_index is not None:
@@ -144,8 +164,8 @@ def _flash_attention_2(q: Tensor, k: Tensor, v: Tensor, segments: Segments, opti
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        q, k, v, *_lengths(segments), dropout_p=options.dropout, softmax_scale=options.scale, causal=True,
-        window_size=_window(options), softcap=options.softcap or 0.0,
+        q, k, v, *_lengths(segments), dropout_p=options.dropout, softmax_scale=options.scale,
+        causal=segments.causal, window_size=_window(options), softcap=options.softcap or 0.0,
     )  # fmt: skip
 
 
@@ -153,7 +173,7 @@ def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments, opti
     from flash_attn_interface import flash_attn_varlen_func
 
     output = flash_attn_varlen_func(
-        q, k, v, *_lengths(segments), softmax_scale=options.scale, causal=True,
+        q, k, v, *_lengths(segments), softmax_scale=options.scale, causal=segments.causal,
         window_size=_window(options), softcap=options.softcap or 0.0,
     )  # fmt: skip
     return output[0] if isinstance(output, tuple) else output  # some builds add the normalizers
@@ -165,7 +185,7 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments, opti
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = _lengths(segments)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, softmax_scale=options.scale, causal=True, window_size=_window(options),
+        max_seqlen_k=max_seqlen_k, softmax_scale=options.scale, causal=segments.causal, window_size=_window(options),
     )[0]  # fmt: skip
 
 
@@ -174,7 +194,8 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: 
 
     takes = _parameters(varlen_attn)
     left = -1 if options.window is None else options.window - 1
-    causal: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in takes else {"is_causal": True}
+    window = (left, 0 if segments.causal else -1)
+    causal: dict[str, Any] = {"window_size": window} if "window_size" in takes else {"is_causal": segments.causal}
     if q.shape[1] != k.shape[1] and "enable_gqa" in takes:  # before, fewer key-value heads are taken without a word
         causal["enable_gqa"] = True
     if "scale" in takes:
@@ -201,15 +222,25 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options)
     outputs = []
     # split, not slices: the backward of a slice fills and adds a gradient as long as the pack.
     for own, seen, values in zip(q.split(queries), k.split(keys), v.split(keys)):
-        plain = len(own) == len(seen) and options.window is None
-        mask = None if plain else causal_mask(len(own), len(seen), options.window, q.device)
+        plain = options.position_bias is None and options.window is None and (len(own) == len(seen) or not segments.causal)
+        mask = None if plain else _mask(len(own), len(seen), segments.causal, options, q)
         own, seen, values = (x.transpose(0, 1)[None] for x in (own, seen, values))
         output = torch.nn.functional.scaled_dot_product_attention(
-            own, seen, values, attn_mask=mask, is_causal=plain, dropout_p=options.dropout, scale=options.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            own, seen, values, attn_mask=mask, is_causal=plain and segments.causal, dropout_p=options.dropout,
+            scale=options.scale, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _mask(queries: int, keys: int, causal: bool, options: Options, like: Tensor) -> Tensor | None:
+    """What a query may see, as True, or where there is a bias, as what is added to its scores [1, H, queries, keys]."""
+    seen = causal_mask(queries, keys, options.window, like.device) if causal else None
+    if options.position_bias is None:
+        return seen
+    behind = torch.arange(keys, device=like.device)[None] - torch.arange(queries, device=like.device)[:, None]
+    bias = options.position_bias[:, behind + options.position_bias.shape[1] // 2].to(like.dtype)[None]
+    return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -300,7 +331,7 @@ KERNELS: dict[str, Kernel] = {  # fastest first
         AMPERE,
         takes=_eights,
     ),
-    "sdpa": Kernel(_sdpa, frozenset({"window", "dropout"}), None, lambda: True),
+    "sdpa": Kernel(_sdpa, frozenset({"window", "dropout", "position_bias"}), None, lambda: True),
 }
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -40,6 +40,8 @@ class Passage:
     attention_mask: Int[Tensor, "B K"]
     position_ids: Int[Tensor, "B T"]
     cache: Any = None
+    begins: Int[Tensor, "B n"] | None = None
+    """What a decoder reads first, where the prompts are its encoder's."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +92,31 @@ def generate(
     device: torch.device,
     any_goes_on: Callable[[bool], bool] = lambda own: own,
     seeds: Sequence[int] | None = None,
+    begins: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """An answer to each prompt (token ids), up to its end token.
 
     `any_goes_on`: after each token, told whether an answer here goes on; whether there will be another forward, by which all
     ranks make as many. `seeds`: of each prompt, for the numbers by which tokens are drawn: an answer depends on no other in
-    the batch, and no generator of the process is touched.
+    the batch, and no generator of the process is touched. `begins`: what a decoder reads before each answer, where an
+    encoder reads the prompts.
     """
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    room = [min(style.max_new_tokens, (style.positions or 2**62) - len(prompt)) for prompt in prompts]
+    first = None
+    if begins is not None:  # as many tokens of each: a tokenizer begins all texts alike
+        first = torch.tensor([list(own)[: min(map(len, begins))] for own in begins], device=device)
+    before = prompts if begins is None else begins
+    room = [min(style.max_new_tokens, (style.positions or 2**62) - len(own)) for own in before]
     draws = _draws(seeds, style) if style.temperature else None
     answers: list[list[int]] = [[] for _ in prompts]
     goes_on = [left > 0 for left in room]
     cache = None
     for number in range(style.max_new_tokens):
-        logits, cache = forward(Passage(ids, mask, positions, cache))
-        logits = _penalised(logits, [[*p, *a] for p, a in zip(prompts, answers)], style.repetition_penalty)
+        logits, cache = forward(Passage(ids, mask, positions, cache, first if number == 0 else None))
+        logits = _penalised(logits, [[*b, *a] for b, a in zip(before, answers)], style.repetition_penalty)
         chosen = logits.argmax(dim=-1) if draws is None else draw(logits, draws[number].to(device), style)
         for row, token in enumerate(chosen.tolist()):
             if goes_on[row]:

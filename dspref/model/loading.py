@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,11 +27,11 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.errors import ConfigError
 from dspref.files import flushed_tree, remove, sync_folder
-from dspref.model import adapters, digests, liger, weights
+from dspref.model import adapters, digests, families, liger, weights
 from dspref.model.adapters import Adapters
 from dspref.model.admission import build_skeleton
 from dspref.model.attention import PACKED
-from dspref.model.packed import PackedCausalLM
+from dspref.model.packed import PackedCausalLM, wrapped
 from dspref.terminal import first_line
 
 
@@ -57,7 +56,8 @@ def load_config(section: ModelSection) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
     except Exception as error:  # of a wrong type, not known, in need of code: each has its own exception
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {_of_config(said, error)}") from None
-    if type(config) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
+    families.refuse_other_family(config)
+    if type(config) not in families.auto_class(config)._model_mapping and not section.trust_remote_code:
         raise ConfigError(f"model.name_or_path: {section.name_or_path}: {config.model_type} is not a causal language model")
     if not isinstance(config.get_text_config(), PretrainedConfig):
         raise ConfigError(
@@ -123,7 +123,7 @@ def load(
     computed = _computed_buffers(section, config, dtype) if zero3 else {}
     with _partitioned(zero3):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = families.auto_class(config).from_pretrained(
                 str(folder),
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -145,7 +145,7 @@ def load(
             liger.put_into(lm)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
-    return PackedCausalLM(lm, kernel, published, attached)
+    return wrapped(lm, kernel, published, attached)
 
 
 def _computed_buffers(section: ModelSection, config: PretrainedConfig, dtype: str) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def _computed_buffers(section: ModelSection, config: PretrainedConfig, dtype: st
     nothing): in bf16 every frequency would be up to 0.4 % off, and the positions of long sequences whole turns.
     """
     with init_empty_weights(include_buffers=False):
-        twin: Any = AutoModelForCausalLM.from_config(
+        twin: Any = families.auto_class(config).from_config(
             copy.deepcopy(config), dtype=getattr(torch, dtype), trust_remote_code=section.trust_remote_code
         )
     return dict(twin.named_non_persistent_buffers())
@@ -176,7 +176,9 @@ def initialise(section: ModelSection, folder: Path, seed: int) -> str:
     if not (folder / weights.WEIGHTS).exists() and not (folder / weights.INDEX).exists():
         torch.manual_seed(seed)
         config = load_config(section)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=section.trust_remote_code)
+        model = families.auto_class(config).from_config(
+            config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
+        )
         draft = folder.with_name(f".{folder.name}.draft")
         remove(draft)
         model.save_pretrained(draft)

@@ -20,7 +20,7 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
-from dspref.model import freezing, router
+from dspref.model import families, freezing, router
 from dspref.model.adapters import Adapters
 from dspref.model.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
 from dspref.model.attention import Segments
@@ -40,7 +40,7 @@ class PackedCausalLM(nn.Module):
         attached: Adapters | None = None,
     ) -> None:
         super().__init__()
-        refuse_layers_before_head(lm)
+        self._check(lm)
         self.lm = lm
         self.kernel = kernel
         self.adapters = attached
@@ -65,13 +65,7 @@ class PackedCausalLM(nn.Module):
     def _logps(self, batch: PackedBatch, only_logps: bool, with_statistics: bool) -> tuple[TokenLogps, Routing | None]:
         routed = bool(self.router_aux_loss_coef) and not only_logps
         segments = Segments(batch, self.kernel)
-        outputs = self.lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            segments=segments,
-            **({"output_router_logits": True} if routed else {}),
-        )
+        outputs = self._read(batch, segments, routed)
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
@@ -79,13 +73,30 @@ class PackedCausalLM(nn.Module):
         scored = scored_logps(
             outputs.last_hidden_state[0][batch.predictor_index],
             head.weight,
-            getattr(head, "bias", None),
+            self._head_bias(),
             batch.targets,
             self.transform,
             self.with_collision and not only_logps,
             with_statistics,
         )
         return counted(scored, batch), self._routing(outputs, batch) if routed else None
+
+    def _check(self, lm: PreTrainedModel) -> None:
+        """Raise ConfigError for a model that the forward here would not run as its authors do."""
+        refuse_layers_before_head(lm)
+
+    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
+        """What the backbone makes of a pack: `last_hidden_state` [1, T, d], and what its routers did where asked for."""
+        return self.lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            segments=segments,
+            **({"output_router_logits": True} if routed else {}),
+        )
+
+    def _head_bias(self) -> torch.Tensor | None:
+        return getattr(self.lm.get_output_embeddings(), "bias", None)
 
     def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
         outputs = self.lm.base_model(
@@ -95,10 +106,13 @@ class PackedCausalLM(nn.Module):
             past_key_values=passage.cache,
             use_cache=True,
         )
+        return self._logits(outputs), outputs.past_key_values
+
+    def _logits(self, outputs: Any) -> torch.Tensor:
+        """[B, V] behind the last token that was read."""
         head: Any = self.lm.get_output_embeddings()
-        hidden = outputs.last_hidden_state[:, -1]
-        logits = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
-        return self.transform(logits.float()), outputs.past_key_values
+        logits = torch.nn.functional.linear(outputs.last_hidden_state[:, -1], head.weight, self._head_bias())
+        return self.transform(logits.float())
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:
@@ -108,9 +122,71 @@ class PackedCausalLM(nn.Module):
         return router.routing(outputs.router_logits, top_k, batch.multiplicity.float())
 
 
+class PackedSeq2SeqLM(PackedCausalLM):
+    """An encoder-decoder model: its encoder reads the prompts of a pack, each once, and its decoder the answers."""
+
+    def __init__(self, lm: PreTrainedModel, *args: Any) -> None:
+        super().__init__(lm, *args)
+        families.tell(lm)
+
+    def _check(self, lm: PreTrainedModel) -> None:
+        families.refuse_other_family(lm.config)
+
+    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
+        lm: Any = self.lm
+        assert batch.prompts is not None, "a pack without prompts apart is for a model without an encoder"
+        encoder, decoder = lm.get_encoder(), lm.get_decoder()
+        try:
+            families.place(encoder, batch.prompts.position_ids)
+            families.place(decoder, batch.position_ids)
+            prompts = encoder(input_ids=batch.prompts.input_ids[None], segments=segments)
+            return decoder(
+                input_ids=batch.input_ids[None], encoder_hidden_states=prompts.last_hidden_state, use_cache=False,
+                segments=segments,
+            )  # fmt: skip
+        finally:
+            families.place(encoder, None)
+            families.place(decoder, None)
+
+    def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
+        lm: Any = self.lm
+        if passage.begins is not None:
+            # Positions of an encoder begin with a row, and so must the prompts, which end together.
+            padding = passage.attention_mask.shape[1] - passage.attention_mask.sum(dim=1, keepdim=True)
+            places = (torch.arange(passage.input_ids.shape[1], device=padding.device) + padding) % passage.input_ids.shape[1]
+            mask = passage.attention_mask.gather(1, places)
+            states = lm.get_encoder()(input_ids=passage.input_ids.gather(1, places), attention_mask=mask).last_hidden_state
+            read, past = passage.begins, None
+        else:
+            read, (states, mask, past) = passage.input_ids, passage.cache
+        outputs = lm.get_decoder()(
+            input_ids=read, encoder_hidden_states=states, encoder_attention_mask=mask, past_key_values=past, use_cache=True
+        )
+        return self._logits(outputs), (states, mask, outputs.past_key_values)
+
+    def _head_bias(self) -> torch.Tensor | None:
+        bias = getattr(self.lm, "final_logits_bias", None)
+        return None if bias is None else bias[0]
+
+
+def wrapped(
+    lm: PreTrainedModel,
+    kernel: str,
+    published_config: PretrainedConfig | None = None,
+    attached: Adapters | None = None,
+) -> PackedCausalLM:
+    """A model ready to be run over packs, by its kind."""
+    kind = PackedSeq2SeqLM if families.is_encoder_decoder(lm.config) else PackedCausalLM
+    return kind(lm, kernel, published_config, attached)
+
+
 def head_transform(config: PretrainedConfig) -> HeadTransform:
     """Scaling and soft cap of the logits, under the names that families give them."""
     text = config.get_text_config()
+    family = families.FAMILIES.get(config.model_type) if families.is_encoder_decoder(config) else None
+    if family is not None:
+        scaled = family.scaled_by is not None and getattr(config, family.scaled_by, False)
+        return HeadTransform(text.d_model**-0.5 if scaled else 1.0)
     scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
     if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
         scale /= divisor

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoConfig
 
 from dspref.config import ModelSection
-from dspref.model import adapters, weights
+from dspref.model import adapters, families, weights
 from dspref.model.loading import load_config
 
 
@@ -21,7 +19,8 @@ def load_plain(folder: str, trust_remote_code: bool = False, dtype: str = "auto"
         section = ModelSection(name_or_path=base, revision=revision, trust_remote_code=trust_remote_code)
         return adapters.plain(load_original(section, base, dtype), folder)
     weights.files_of(Path(folder))
-    return AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return families.auto_class(config).from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
 
@@ -38,7 +37,7 @@ def load_original(section: ModelSection, source: str, dtype: str = "auto") -> An
     section = section.model_copy(update={"name_or_path": source})
     config = load_config(section)
     weights.fetch(section)
-    return AutoModelForCausalLM.from_pretrained(
+    return families.auto_class(config).from_pretrained(
         str(weights.folder_of(section)), config=config, dtype=dtype, trust_remote_code=section.trust_remote_code,
         use_safetensors=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from dspref.engine.engine import Engine
 from dspref.machine import footprint, memory_plan
 from dspref.machine.memory_plan import Layout, Pack
 from dspref.machine.shapes import of_tensors
-from dspref.model import admission, attention
+from dspref.model import admission, attention, families
 from dspref.report import performance
 
 # A line is worth reading when it is about more than this share of the time, or of the room.
@@ -62,7 +62,10 @@ def of_run(
     loader: StepLoader,
     kernel: str,
 ) -> list[str]:
-    """Advice for a run whose models are in memory, under a DeepSpeed strategy."""
+    """Advice for a run whose models are in memory, under a DeepSpeed strategy; none for an encoder-decoder model, as its
+    memory is not estimated."""
+    if families.is_encoder_decoder(policy.module.lm.config):
+        return []
     steps, packing = loader.epoch(0)[:STEPS_LOOKED_AT], loader.packing
     placed = [place(loader.store, ids, packing) for ids in steps]
     lm, world = policy.module.lm, packing.world_size

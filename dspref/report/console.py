@@ -255,7 +255,8 @@ def speed_in_words(speed: Mapping[str, float]) -> dict[str, str]:
     """Medians of the `perf/*` metrics -> what a person wants to know of them."""
     rates = (("tokens", "real"), ("response_tokens", "scored"), ("computed_tokens", "computed"))
     figures = [", ".join(f"{speed[f'{name}_per_second']:,.0f} {word}" for name, word in rates) + " tokens/s"]
-    figures.append(f"{speed['tflops_per_rank']:.3g} TFLOP/s per rank")
+    if "tflops_per_rank" in speed:
+        figures.append(f"{speed['tflops_per_rank']:.3g} TFLOP/s per rank")
     if "mfu" in speed:
         figures.append(f"MFU {speed['mfu']:.1%} ({speed['hfu']:.1%} with recomputation and reference)")
     figures += [f"packs {speed['pack_fill']:.0%} full", f"peak memory {speed['memory_gib']:.1f} GiB"]

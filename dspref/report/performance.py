@@ -19,6 +19,7 @@ from dspref.engine.engine import Engine
 from dspref.machine.flops import ModelSize, Work, of_step
 from dspref.machine.footprint import EXPERTS
 from dspref.machine.gpus import peak_of
+from dspref.model import families
 from dspref.model.head_room import fits
 from dspref.model.packed import PackedCausalLM
 from dspref.reference.modes import Reference
@@ -104,7 +105,8 @@ def _elements(parameter: Any, shape: tuple[int, ...]) -> int:
 class Account:
     """What a run computes, for its `perf/*` metrics. `reference`: of a live one; None where nothing is computed for it."""
 
-    policy: ModelSize
+    policy: ModelSize | None
+    """None: of an encoder-decoder model, in which a token meets one half of the weights; its operations are not counted."""
     reference: ModelSize | None
     recomputes: bool
     device: torch.device
@@ -117,7 +119,8 @@ class Account:
     def of(cls, section: ModelSection, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
         live = size_of(reference.module) if reference.module else None
         vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
-        own, recomputes, dtype = size_of(policy.module), section.gradient_checkpointing, section.dtype
+        own = None if families.is_encoder_decoder(policy.module.lm.config) else size_of(policy.module)
+        recomputes, dtype = section.gradient_checkpointing, section.dtype
         return cls(own, live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
 
     def record(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -127,14 +130,12 @@ class Account:
         Sliding windows are counted as full causal attention."""
         counts, total = step.counts, max(seconds["total"], 1e-9)
         answers = counts["chosen_tokens"] + counts["rejected_tokens"]
-        useful, executed = self.flops(step)
         world = distributed.world().size
         found = {
             "pairs_per_second": counts["pairs"] / total,
             "tokens_per_second": counts["tokens"] / total,
             "response_tokens_per_second": answers / total,
             "computed_tokens_per_second": step.computed_tokens / total,
-            "tflops_per_rank": executed / total / world / 1e12,
             "pack_fill": step.fill,
             "packs": step.num_packs,
             "seconds": total,
@@ -142,13 +143,17 @@ class Account:
             **{f"{phase}_seconds": seconds[phase] for phase in PHASES},
             "memory_gib": peak_memory(self.device) / 2**30,
         }
-        if peak := peak_flops(self.device, self.dtype):
-            found |= {"mfu": useful / total / world / peak, "hfu": executed / total / world / peak}
+        if self.policy is not None:
+            useful, executed = self.flops(step)
+            found["tflops_per_rank"] = executed / total / world / 1e12
+            if peak := peak_flops(self.device, self.dtype):
+                found |= {"mfu": useful / total / world / peak, "hfu": executed / total / world / peak}
         return {f"perf/{name}": value for name, value in found.items()}
 
     def flops(self, step: Step) -> tuple[float, float]:
         """(of the policy's forward and backward, of all that is executed) in a step, on all ranks."""
         work = Work(step.computed_tokens, step.scored_tokens, step.attention_pairs)
+        assert self.policy is not None, "operations of this model are not counted"
         packs = step.num_packs * distributed.world().size
         return of_step(
             self.policy,

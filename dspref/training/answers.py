@@ -17,6 +17,7 @@ import numpy as np
 
 from dspref import distributed
 from dspref.config import LogSection, ModelSection
+from dspref.data.apart import opening
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
 from dspref.model import generation
@@ -40,12 +41,14 @@ LOOKED_AT = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids`: what the model reads; `source`: the held-out set that it is of, or its own file and line."""
+    """`ids`: what the model reads; `source`: the held-out set that it is of, or its own file and line; `begins`: what the
+    decoder of an encoder-decoder model reads before its answer."""
 
     ids: list[int]
     text: str
     chosen: str | None
     source: str
+    begins: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def prompts_of(
         distributed.log(f"log.samples: {log.samples}, but the held-out sets have {len(found)} different prompts")
     if log.samples_file is not None:
         read = distributed.broadcast_object(distributed.on_main(own) or [])
-        found += [Prompt(ids, text_of_prompt(tokenizer, ids), chosen, where) for ids, chosen, where in read]
+        found += [Prompt(ids, text_of_prompt(tokenizer, ids), chosen, where, begins) for ids, chosen, where, begins in read]
     return found
 
 
@@ -101,7 +104,10 @@ def _held_out(sets: Mapping[str, PairStore], tokenizer: PreTrainedTokenizerBase)
                 continue
             pair = sets[name][index]
             ids = pair.prompt.tolist()
-            yield Prompt(ids, text_of_prompt(tokenizer, ids), _text(tokenizer, pair.chosen.tolist()), name.rstrip("_"))
+            begins = opening(pair.chosen, tokenizer) if sets[name].apart else None
+            yield Prompt(
+                ids, text_of_prompt(tokenizer, ids), _text(tokenizer, pair.chosen.tolist()), name.rstrip("_"), begins
+            )
 
 
 def _distinct(store: PairStore) -> Iterator[int]:
@@ -257,7 +263,10 @@ def ask(speaker: Speaker, asking: Asking, policy: Engine, must_stop: Callable[[]
         for batch, is_own in shares(lengths, world.size, asking.tokens, asking.style.max_new_tokens)[world.rank]:
             prompts = [asking.prompts[i].ids for i in batch]
             seeds = [_seed(asking.seed, i) for i in batch]
-            written = generation.generate(forward, prompts, asking.style, policy.device, any_goes_on, seeds)
+            begins = [asking.prompts[i].begins or [] for i in batch]
+            written = generation.generate(
+                forward, prompts, asking.style, policy.device, any_goes_on, seeds, begins if any(begins) else None
+            )
             if stopped:
                 break
             found += zip(batch, written) if is_own else []

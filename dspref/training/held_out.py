@@ -177,6 +177,7 @@ def _load(section: ModelSection, kernel: str, objective: Objective, reference: R
 
 
 def _packing(data: DataSection, stores: Sequence[PairStore], score_prompt: bool) -> Packing:
+    preparation.refuse_scored_prompt(stores, score_prompt)
     auto = data.prefix_sharing == "auto"
     sharing = any(sharing_pays(store, store.same[:, 0]) for store in stores) if auto else bool(data.prefix_sharing)
     world = distributed.world()

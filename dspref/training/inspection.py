@@ -184,7 +184,7 @@ class Look:
     def _pair(self, source: SourcePairs, index: int, origin: Origin | None) -> dict[str, Any]:
         store, limits = source.store, self.limits
         pair = store[index]
-        where = gap(len(pair.prompt), limits.truncation_mode, origin.whole.head) if origin else None
+        where = gap(len(pair.prompt), limits.truncation_mode, origin.whole.head, origin.whole.tail) if origin else None
         shortened = (None, None, None) if self.asked.selects else LIMITS
         parts = sections(pair, self.found.tokenizer, store.uncut[index].tolist(), where, shortened)
         return {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspref import distributed
 from dspref.config import DataSection, ModelSection, SourceSection, TrainSection, cache_folder, shipped
+from dspref.data.apart import read_apart
 from dspref.data.loader import Packing, StepLoader, sharing_pays
 from dspref.data.overlap import shared
 from dspref.data.plan import rows_per_epoch
@@ -22,7 +23,7 @@ from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
-from dspref.model import adapters, admission, digests, loading, weights
+from dspref.model import adapters, admission, digests, families, loading, weights
 from dspref.reference.spec import ReferenceSpec, described
 from dspref.run.export import warn_of_other_tokenizer
 
@@ -145,10 +146,15 @@ def refuse_other_pairs(keys: Sequence[tuple[str, list[str]]]) -> None:
 
 
 def tokenizer_of(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer, which knows how an encoder-decoder model reads a pair."""
     name = section.tokenizer_name_or_path or section.name_or_path
     if not shipped(name).is_dir() and (reason := weights.no_folder(name)):
         raise ConfigError(f"model.tokenizer_name_or_path: {name}: {reason}")
-    return load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
+    tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
+    config = loading.load_config(section)
+    if families.is_encoder_decoder(config):
+        read_apart(tokenizer, families.start_of_answers(config))
+    return tokenizer
 
 
 def load_sources(
@@ -189,6 +195,7 @@ def steps_of(
     data: DataSection, train: TrainSection, pairs: PairStore, score_prompt: bool, rank: int, world_size: int
 ) -> tuple[Packing, StepLoader]:
     """How packs are laid out over the ranks, and the steps of a run. `score_prompt`: the objective scores prompts."""
+    refuse_scored_prompt([pairs], score_prompt)
     together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
     sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
     packing = Packing(data.tokens_per_pack, sharing, rank, world_size, score_prompt)
@@ -199,6 +206,14 @@ def steps_of(
         pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together, train.overfit is not None
     )
     return packing, loader
+
+
+def refuse_scored_prompt(stores: Sequence[PairStore], score_prompt: bool) -> None:
+    """Raise ConfigError where an objective asks for log-probs of prompts that only an encoder reads."""
+    if score_prompt and any(store.apart for store in stores):
+        raise ConfigError(
+            "objective.nll_on_prompt: true, but an encoder-decoder model gives a prompt's tokens no probability; set false"
+        )
 
 
 def check_adapters(section: ModelSection, optim: str, device_type: str) -> None:
@@ -219,6 +234,7 @@ def check_reference(spec: ReferenceSpec, vocabulary: int, device_type: str, long
         else:
             model_config = loading.load_config(section)
             admission.check(section, model_config, spec.max_length, vocabulary, device_type)
+            families.refuse_other_kind(loading.load_config(spec.policy), model_config)
             if spec.max_length is None:
                 admission.refuse_long_pairs(model_config, longest)
             admission.check_weights(section, model_config)

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data import building, parts, rowfiles
+from dspref.data import building, parts, rowfiles, tokenize
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
 from dspref.data.converting import Converter
@@ -405,17 +405,17 @@ def test_a_template_makes_conversations_for_a_tokenizer_that_has_one(tmp_path: P
 def test_what_is_scored_is_kept_and_is_part_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of pair i, the answers' first i tokens are scored not; equal tokens with other masks are other content."""
     rows = [{"prompt": "p1", "chosen": " a a a a a", "rejected": " b b b b b"}] * 3
-    source, cut = write(tmp_path / "a.jsonl", rows), building.truncate
+    source, cut = write(tmp_path / "a.jsonl", rows), tokenize.truncate
     whole = load([source], tmp_path / "cache")
     assert whole[0].chosen_scored is None and whole.flat_mask() is None
     assert np.array_equal(whole.scored, whole.lengths[:, 1:]) and len(set(whole.same[:, 1])) == 1
     unscored = iter(range(3))
 
-    def masked(pair: TokenizedPair, limits: Limits, head: int) -> TokenizedPair:
-        pair, k = cut(pair, limits, head), next(unscored)
+    def masked(pair: TokenizedPair, limits: Limits, head: int, tail: int) -> TokenizedPair:
+        pair, k = cut(pair, limits, head, tail), next(unscored)
         return pair._replace(chosen_scored=np.arange(len(pair.chosen)) >= k, rejected_scored=None)
 
-    monkeypatch.setattr(building, "truncate", masked)
+    monkeypatch.setattr(tokenize, "truncate", masked)
     store = load([source], tmp_path / "other")
     assert store.key != whole.key and store.address == whole.address
     assert contents(store) == contents(whole) and store.scored.tolist() == [[6, 6], [5, 6], [4, 6]]
