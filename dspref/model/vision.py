@@ -5,12 +5,13 @@ transformers runs the tower, puts its features where the image tokens are, and h
 told of a pack here is which feature each image token takes, as an image may stand in several sequences and is read once.
 Positions of three axes are computed per sequence on the host, where packs are made: the families' own functions loop over
 tokens and ask their tensors for numbers, which on a GPU would wait for it in every forward.
-F features of d numbers, I image tokens of a pack, n tokens of a sequence.
+Features of d numbers, I image tokens of a pack, n tokens of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from dspref.errors import ConfigError
 from dspref.model.attention import PACKED
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
     from torch import Tensor
 
 Tensors = Mapping[str, "Tensor"]
@@ -146,17 +147,20 @@ class PackedImages:
             return super().get_image_features(*args, **options)  # type: ignore[misc]
         options.pop("segments", None)  # some hand on all that they are given
         outputs = super().get_image_features(*args, **options)  # type: ignore[misc]
-        features = outputs.pooler_output
-        picked = self._picked(features)
-        outputs.pooler_output = picked if isinstance(features, torch.Tensor) else [picked]
+        outputs.pooler_output = self._picked(outputs.pooler_output)
         if (deeper := getattr(outputs, "deepstack_features", None)) is not None:  # Qwen3-VL: added to later layers
-            outputs.deepstack_features = [[self._picked(layer)] for layer in deeper]
+            outputs.deepstack_features = [self._picked(layer) for layer in deeper]
         return outputs
 
-    def _picked(self, features: Tensor | list[Tensor]) -> Float[Tensor, "I d"]:
-        joined = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+    def _picked(self, features: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Of a tensor [..., d] or of several, in the same form: families, and versions of transformers, differ in it."""
         assert self.feature_index is not None
-        return joined.reshape(-1, joined.shape[-1]).index_select(0, self.feature_index)
+        joined = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+        picked = joined.flatten(0, -2).index_select(0, self.feature_index)
+        if not isinstance(features, torch.Tensor):
+            return [picked]
+        tile = joined.shape[1:-1]  # an image's tokens, or those of a tile, lie in one prompt together
+        return picked.unflatten(0, (len(picked) // math.prod(tile), *tile))
 
 
 @cache

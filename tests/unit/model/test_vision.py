@@ -106,7 +106,8 @@ def by_side(logps: Tensor, batch: PackedBatch) -> Tensor:
 def exact_logps(packed: model.PackedCausalLM, batch: PackedBatch) -> Tensor:
     """Of a pack, with its head in float64 too, which `scored_logps` has in fp32."""
     hidden = packed._read(batch, Segments(batch, "sdpa"), False).last_hidden_state[0][batch.predictor_index]
-    logps = packed.lm.get_output_embeddings()(hidden).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    head: Any = packed.lm.get_output_embeddings()
+    logps = head(hidden).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     return by_side(logps if batch.scored_index is None else logps[batch.scored_index], batch)
 
 
@@ -210,6 +211,7 @@ def test_a_pack_without_images_runs_the_tower_for_nothing(kind: str, count: int)
     packed = packed_of(lm)
     batch = packed_rows(lm, rows, prefix_sharing=True)
     assert batch.images is not None and not len(batch.images.feature_index)
+    assert len(batch.images.tensors["pixel_values"]) == len(layout_of(lm).blank.tensors["pixel_values"])
     ours = exact_logps(packed, batch)
     found = gradients(packed.lm, ours)
     assert found.keys() == with_images
@@ -296,6 +298,15 @@ def test_the_kernel_of_packs_is_the_language_models_alone(kind: str, tmp_path: A
     with torch.no_grad():
         tokens, _ = model.wrapped(loaded, "sdpa")(batch)
         assert (by_side(tokens.logps, batch) - plain_logps(lm, rows)).abs().max() <= 2e-6
+
+
+def test_a_tower_under_the_kernel_of_packs_is_refused() -> None:
+    """It would read its images as if they were the pack's sequences."""
+    lm = tiny_vision_model(tiny_vision_config("qwen2_5_vl"), seed=1)
+    batch = packed_rows(lm, some_rows(lm), True)
+    lm.set_attn_implementation(PACKED)
+    with pytest.raises(ConfigError, match="VisionAttention does not pass a pack's layout on"):
+        model.wrapped(lm, "sdpa")(batch)
 
 
 def small(kind: str, **towers: Any) -> Any:
