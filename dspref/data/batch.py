@@ -121,6 +121,8 @@ def collate(
     `score_prompt`: the prompt's tokens 2..n are scored too, for every pair. `encoder_decoder`: prompts lie apart, and
     answers, which begin with the decoder's start token, lose their last one, which is a target alone. `pictures`: the images
     of the pairs, of a model that reads some."""
+    if pictures and score_prompt:
+        raise ValueError("image tokens are no text that a model could be asked for: prompts with images are not scored")
     groups = groups_of(pairs, prefix_sharing, score_prompt, pictures.digests if pictures else None)
     parts = _answers if encoder_decoder else _segments
     segments = [segment for group in groups for segment in parts(group)] or [_filler()]

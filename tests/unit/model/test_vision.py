@@ -22,6 +22,7 @@ from dspref.errors import ConfigError
 from dspref.model import packed as model
 from dspref.model import vision
 from dspref.model.attention import PACKED, Segments
+from dspref.model.generation import Passage, plain_attention
 
 SIZES = {"large": (56, 84), "small": (30, 90), "wide": (20, 60), "blank": (28, 28)}
 
@@ -113,8 +114,12 @@ def exact_logps(packed: model.PackedCausalLM, batch: PackedBatch) -> Tensor:
 
 def gradients(lm: torch.nn.Module, logps: Tensor) -> dict[str, Tensor]:
     """Of a sum in which every token has a weight of its own."""
+    return gradients_of_sum(lm, logps * torch.linspace(-1.0, 2.0, len(logps)))
+
+
+def gradients_of_sum(lm: torch.nn.Module, values: Tensor) -> dict[str, Tensor]:
     lm.zero_grad()
-    (logps * torch.linspace(-1.0, 2.0, len(logps))).sum().backward()
+    values.sum().backward()
     return {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
 
 
@@ -268,6 +273,8 @@ def test_image_tokens_are_those_of_images() -> None:
     for pair, images in [(row.pair, None), (answered, row.images)]:
         with pytest.raises(ValueError, match="pair 0 of a pack: image tokens without an image"):
             packed_rows(lm, [Row(pair, {}, images)], True)
+    with pytest.raises(ValueError, match="prompts with images are not scored"):
+        collate([row.pair], [0], prefix_sharing=True, score_prompt=True, pictures=Pictures([row.images], layout_of(lm)))
     with pytest.raises(ValueError, match="pair 1 of a pack: 5 image tokens, and elsewhere another number"):
         packed_rows(lm, [row, Row(longer, {}, row.images)], True)
 
@@ -307,6 +314,29 @@ def test_a_tower_under_the_kernel_of_packs_is_refused() -> None:
     lm.set_attn_implementation(PACKED)
     with pytest.raises(ConfigError, match="VisionAttention does not pass a pack's layout on"):
         model.wrapped(lm, "sdpa")(batch)
+
+
+@pytest.mark.parametrize("kind", vision.FAMILIES)
+def test_half_precision_follows_fp32(kind: str) -> None:
+    """Pixels come in fp32, whatever the weights are."""
+    lm = tiny_vision_model(tiny_vision_config(kind), seed=1)
+    batch = packed_rows(lm, some_rows(lm), True)
+    with torch.no_grad():
+        exact, half = (packed_of(lm.to(dtype))(batch)[0].logps for dtype in (torch.float32, torch.bfloat16))
+    assert 0 < (half - exact).abs().max() <= 0.1
+    assert (half - exact).mean().abs() <= 0.01
+
+
+def test_text_is_read_on_without_a_pack() -> None:
+    """As for answers that are written between steps."""
+    lm = tiny_vision_model(tiny_vision_config("qwen2_5_vl"), seed=1)
+    packed, ids = packed_of(lm), torch.tensor([[5, 9, 17, 200]])
+    passage = Passage(ids, torch.ones_like(ids), torch.arange(4)[None])
+    with torch.no_grad(), plain_attention(packed.lm):
+        logits, _ = packed(passage)
+        assert (logits - lm(input_ids=ids).logits[:, -1]).abs().max() <= 1e-6
+    assert packed.lm.config.text_config._attn_implementation == PACKED
+    assert packed.lm.config.vision_config._attn_implementation == "sdpa"
 
 
 def small(kind: str, **towers: Any) -> Any:
