@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_vision import gradients_of_sum, packed_rows, plain_logps, some_rows
 from tiny_vision import tiny_vision_config, tiny_vision_model
+from vision_oracle import gradients_of_sum, packed_rows, plain_logps, some_rows
 from workers import Workers
 
 from dspref.model import vision
