@@ -3,21 +3,23 @@ families."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tiny import filled
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+import transformers
+from tiny import filled, save_tokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
 
 VOCABULARY, IMAGE, VIDEO = 256, 250, 251  # ids of tokens that stand for images and videos
 
 
-def tiny_vision_config(model_type: str) -> PretrainedConfig:
+def tiny_vision_config(model_type: str, vocab_size: int = VOCABULARY, image_token: int = IMAGE) -> PretrainedConfig:
     """The config of a model with two layers in its tower and three in its language model, without dropout. Tried with the
     families of `dspref.model.vision`."""
     text: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attention_dropout": 0.0,
     }  # fmt: skip
@@ -25,7 +27,7 @@ def tiny_vision_config(model_type: str) -> PretrainedConfig:
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "attention_dropout": 0.0,
     }  # fmt: skip
-    more: dict[str, Any] = {"image_token_id": IMAGE, "tie_word_embeddings": False}
+    more: dict[str, Any] = {"image_token_id": image_token, "tie_word_embeddings": False}
     if model_type.startswith("qwen"):
         return _qwen(model_type, text, more)
     if model_type in ("idefics3", "smolvlm"):
@@ -90,6 +92,53 @@ def image_processor(model_type: str) -> Any:
     if model_type == "internvl":
         return GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
     return {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}[model_type](**tiles)
+
+
+# The tokens that processors write for an image, and what a prompt has for one before.
+WORDS: dict[str, tuple[list[str], str]] = {
+    "qwen": (
+        ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
+        "<|vision_start|><|image_pad|><|vision_end|>",
+    ),
+    "llava": (["<image>"], "<image>"),
+    "idefics3": (["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"], "<image>"),
+    "internvl": (["<IMG_CONTEXT>", "<img>", "</img>", "<video>"], "<IMG_CONTEXT>"),
+}
+
+
+def processor(model_type: str, folder: str | Path) -> tuple[Any, str]:
+    """The family's own processor with a tiny tokenizer, made in `folder`, and what stands for an image in its prompts.
+
+    Without its part for videos, which most families have and which needs torchvision."""
+    written, stands_for_image = next(words for start, words in WORDS.items() if model_type.startswith(start))
+    save_tokenizer(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": written})
+    more: dict[str, Any] = {}
+    if model_type == "internvl":
+        more = {"image_seq_length": 4}
+        for name, word in zip(("context_image_token", "start_image_token", "end_image_token", "video_token"), written):
+            setattr(tokenizer, name, word)
+            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(word))
+    elif model_type == "idefics3":
+        more = {"image_seq_len": 4}
+    elif model_type.startswith("llava"):
+        more = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    names = {
+        "qwen2_vl": "Qwen2VL",
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen3_vl": "Qwen3VL",
+        "llava": "Llava",
+        "internvl": "InternVL",
+    }
+    names |= {"llava_next": "LlavaNext", "idefics3": "Idefics3"}
+    without_videos = {
+        "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]),
+        "check_argument_for_proper_class": lambda self, name, given: None,  # knows no class without torchvision
+        "video_processor": None,
+    }
+    kind = getattr(transformers, f"{names[model_type]}Processor")
+    return type(kind.__name__, (kind,), without_videos)(image_processor(model_type), tokenizer, **more), stands_for_image
 
 
 def image(height: int, width: int, seed: int) -> np.ndarray:

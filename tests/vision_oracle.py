@@ -84,7 +84,9 @@ def plain_logps(lm: Any, rows: list[Row]) -> Tensor:
     found = []
     for row, answer in [(row, row.pair.chosen) for row in rows] + [(row, row.pair.rejected) for row in rows]:
         ids = torch.from_numpy(np.concatenate([row.pair.prompt, answer])).long()[None]
-        types = {"mm_token_type_ids": (ids == IMAGE).int()} if lm.config.model_type.startswith("qwen") else {}
+        types = (
+            {"mm_token_type_ids": (ids == lm.config.image_token_id).int()} if lm.config.model_type.startswith("qwen") else {}
+        )
         logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **row.processed, **types).logits[0]
         picked = logits[-len(answer) - 1 : -1].log_softmax(-1)
         found.append(picked.gather(1, ids[0, -len(answer) :, None])[:, 0])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
-from tiny_vision import IMAGE, tiny_vision_config, tiny_vision_model
+from tiny_vision import IMAGE, image, processor, tiny_vision_config, tiny_vision_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 from vision_oracle import Row, by_side, gradients, layout_of, packed_rows, plain_logps, row_of, some_rows
@@ -17,6 +18,7 @@ from vision_oracle import Row, by_side, gradients, layout_of, packed_rows, plain
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch, collate
 from dspref.data.images import Pictures, RowImages
+from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError
 from dspref.model import packed as model
 from dspref.model import vision
@@ -65,6 +67,24 @@ def test_a_pack_is_one_plain_forward_per_sequence(kind: str, prefix_sharing: boo
     ours = exact_logps(packed, packed_rows(lm, rows, prefix_sharing))
     assert ((ours - expected).abs() <= EXACT * expected.abs()).all()
     assert_same_gradients(gradients(packed.lm, ours), expected_gradients, ROUNDED)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vision.FAMILIES if kind != "smolvlm"])  # idefics3, by one more package
+def test_prompts_as_the_familys_processor_writes_them(kind: str, tmp_path: Path) -> None:
+    """Tiles, rows and lines have tokens of their own, which the processor puts between those of the image."""
+    words, stands_for_image = processor(kind, tmp_path)
+    token = words.tokenizer.convert_tokens_to_ids("<|image_pad|>" if kind.startswith("qwen") else stands_for_image)
+    lm = tiny_vision_model(tiny_vision_config(kind, len(words.tokenizer), token), seed=1).double()
+    images = [image(56, 84, seed=1), image(20, 60, seed=2)]
+    text = f"ab{stands_for_image}cd{stands_for_image}?"
+    made = words(text=[text], images=[images] if vision.FAMILIES[kind].in_one_row else images, return_tensors="pt")
+    prompt = made["input_ids"][0].numpy().astype(np.int32)
+    tensors = {name: made[name] for name in vision.FAMILIES[kind].reads}
+    chosen, rejected = np.arange(5, 9, dtype=np.int32), np.arange(9, 16, dtype=np.int32)
+    rows = [Row(TokenizedPair(prompt, chosen, rejected), tensors, vision.row_images(made, lm.config, b"both"))]
+    batch = packed_rows(lm, rows, prefix_sharing=True)
+    expected = plain_logps(lm, rows)
+    assert ((exact_logps(packed_of(lm), batch) - expected).abs() <= EXACT * expected.abs()).all()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
