@@ -81,6 +81,12 @@ def tiny_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     kind = AutoModelForSeq2SeqLM if encoded else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         model = kind.from_config(config, dtype=torch.float32)
+    return filled(model, seed)
+
+
+def filled(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The model in eval mode, its parameters drawn by `seed`."""
+    encoded = getattr(model.config, "is_encoder_decoder", False)
     seen: set[int] = set()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in seen:  # tied: the alphabetically first name decides

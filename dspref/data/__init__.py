@@ -7,15 +7,15 @@
    it (`apart`: for encoder-decoder models) and a mask of what is scored (`pieces`, `truncate`; `vocabulary`: tokenizers as
    written), and `store` keeps them on disk, addressed by content, for every later run (`building`, `complaints`, `cache`).
 4. `plan` says which pairs form each step, and which share a pack on which rank.
-5. `batch` makes a `PackedBatch` of a pack: one row of tokens, attention segments, the index of every scored token.
+5. `batch` makes a `PackedBatch` of a pack: a row of tokens, attention segments, the index of scored tokens, and `images`.
 6. `loader` gives the steps, from any on, and `ahead` makes the next one while one is in use.
 
 `prompts` reads prompts without answers. To be looked at: pairs (`choosing`: which; `origin`: their rows; `show`, `spans`),
 packs (`layout`), and `figures` of all.
 
 Enters: nothing.
-Shows: ahead, apart, batch, choosing, figures, layout, loader, origin, overlap, plan, prompts, rows, show, sources, spans,
-store, tokenize, truncate, vocabulary.
+Shows: ahead, apart, batch, choosing, figures, images, layout, loader, origin, overlap, plan, prompts, rows, show, sources,
+spans, store, tokenize, truncate, vocabulary.
 """
 
 from typing import TYPE_CHECKING

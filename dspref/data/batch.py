@@ -7,13 +7,14 @@ at t - 1") happens here, once, as an index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from dspref.data.images import Images, Laid, Pictures
 from dspref.data.truncate import TokenizedPair
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ class PackedBatch:
     An answer that several pairs have is computed and scored once; `scored_index` counts its tokens for each of them (None:
     every scored token counts once, in order). `multiplicity`: how often a token would be computed without any sharing.
 
-    `prompts`: of an encoder-decoder model, whose decoder reads all the rest: answers without their prompts."""
+    `prompts`: of an encoder-decoder model, whose decoder reads all the rest: answers without their prompts. `images`: of a
+    model that reads these too, in prompts; its positions may have several axes."""
 
     input_ids: Int[Tensor, "T"]
-    position_ids: Int[Tensor, "T"]
+    position_ids: Int[Tensor, "T"] | Int[Tensor, "A T"]
     cu_seqlens_q: Int[Tensor, "S+1"]
     cu_seqlens_k: Int[Tensor, "S+1"]
     kv_index: Int[Tensor, "K"] | None
@@ -75,6 +77,7 @@ class PackedBatch:
     max_seqlen_k: int
     num_pairs: int
     prompts: Prompts | None = None
+    images: Images | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; asynchronous from pinned memory."""
@@ -92,7 +95,8 @@ def _changed(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A part of a pack with other tensors, its own parts' too."""
     own = {f.name: getattr(part, f.name) for f in fields(part)}
     changed = {name: change(x) for name, x in own.items() if isinstance(x, torch.Tensor)}
-    return replace(part, **changed, **{name: _changed(x, change) for name, x in own.items() if is_dataclass(x)})
+    named = {name: {key: change(t) for key, t in x.items()} for name, x in own.items() if isinstance(x, Mapping)}
+    return replace(part, **changed, **named, **{name: _changed(x, change) for name, x in own.items() if is_dataclass(x)})
 
 
 def computed_tokens(lengths: np.ndarray, prefix_sharing: bool, encoder_decoder: bool = False) -> np.ndarray:
@@ -108,14 +112,18 @@ def collate(
     prefix_sharing: bool,
     score_prompt: bool = False,
     encoder_decoder: bool = False,
+    pictures: Pictures | None = None,
 ) -> PackedBatch:
     """Lay pairs out in one row. With `prefix_sharing`, pairs of one prompt are `[prompt | answer | answer | ...]`: the
     prompt and each distinct answer are computed once; without, a pair is `[prompt | chosen][prompt | rejected]`. Log-probs
     are the same either way. No pairs give a filler pack.
 
     `score_prompt`: the prompt's tokens 2..n are scored too, for every pair. `encoder_decoder`: prompts lie apart, and
-    answers, which begin with the decoder's start token, lose their last one, which is a target alone."""
-    groups = groups_of(pairs, prefix_sharing, score_prompt)
+    answers, which begin with the decoder's start token, lose their last one, which is a target alone. `pictures`: the images
+    of the pairs, of a model that reads some."""
+    if pictures and score_prompt:
+        raise ValueError("image tokens are no text that a model could be asked for: prompts with images are not scored")
+    groups = groups_of(pairs, prefix_sharing, score_prompt, pictures.digests if pictures else None)
     parts = _answers if encoder_decoder else _segments
     segments = [segment for group in groups for segment in parts(group)] or [_filler()]
     starts = np.cumsum([0] + [len(s.tokens) for s in segments])
@@ -129,9 +137,11 @@ def collate(
         predictors.append(np.concatenate([prompt[-1:], own])[segment.scored + (len(prompt) > 0) - 1])
     cu_k = np.cumsum([0] + [len(k) for k in keys])
     spans, runs = _runs(segments)
+    laid = [Laid(group.pair, group.prompt, [answer.tokens for answer in group.answers]) for group in groups]
+    several_axes = pictures.position_ids(laid) if pictures else None
     return PackedBatch(
         input_ids=_int64([s.tokens for s in segments]),
-        position_ids=_int64([np.arange(s.prompt, s.prompt + len(s.tokens)) for s in segments]),
+        position_ids=_positions(segments) if several_axes is None else several_axes,
         cu_seqlens_q=torch.tensor(starts, dtype=torch.int32),
         cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32),
         kv_index=_int64(keys) if any(s.prompt for s in segments) else None,
@@ -146,6 +156,7 @@ def collate(
         max_seqlen_k=int(np.diff(cu_k).max()),
         num_pairs=len(pairs),
         prompts=_prompts(groups, starts) if encoder_decoder else None,
+        images=pictures.images(laid) if pictures else None,
     )
 
 
@@ -164,16 +175,23 @@ class Answer:
 
 @dataclass
 class Group:
-    """A prompt and answers to it; and the spans of the prompt where it is scored."""
+    """A prompt, which pair has it first, and answers to it; and the spans of the prompt where it is scored."""
 
+    pair: int
     prompt: np.ndarray
     prompt_spans: list[int]
     answers: list[Answer]
 
 
-def groups_of(pairs: Sequence[TokenizedPair], prefix_sharing: bool, score_prompt: bool = False) -> list[Group]:
-    """What a pack holds, in order: prompts, each with the answers that run behind it."""
-    return _shared_groups(pairs, score_prompt) if prefix_sharing else _separate_groups(pairs, score_prompt)
+def groups_of(
+    pairs: Sequence[TokenizedPair],
+    prefix_sharing: bool,
+    score_prompt: bool = False,
+    digests: Sequence[bytes] | None = None,
+) -> list[Group]:
+    """What a pack holds, in order: prompts, each with the answers that run behind it. `digests`: of what else there is to
+    the prompt of each pair; prompts are the same only where these are."""
+    return _shared_groups(pairs, score_prompt, digests) if prefix_sharing else _separate_groups(pairs, score_prompt)
 
 
 def _sides(pair: TokenizedPair) -> tuple[Answer, Answer]:
@@ -189,21 +207,21 @@ def _separate_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list
         for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
             answer.spans.append(side * count + k)
             prompt_spans = [PROMPT * count + k] if score_prompt and side == CHOSEN else []
-            groups.append(Group(pair.prompt, prompt_spans, [answer]))
+            groups.append(Group(k, pair.prompt, prompt_spans, [answer]))
     return groups
 
 
-def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[Group]:
+def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool, digests: Sequence[bytes] | None) -> list[Group]:
     """Groups of equal prompts, with their distinct answers, each in the order of first sight."""
-    groups: dict[bytes, Group] = {}
+    groups: dict[tuple[bytes, bytes], Group] = {}
     answers: dict[tuple[bytes, ...], Answer] = {}
     for k, pair in enumerate(pairs):
-        key = pair.prompt.tobytes()
-        group = groups.setdefault(key, Group(pair.prompt, [], []))
+        key = (pair.prompt.tobytes(), digests[k] if digests else b"")
+        group = groups.setdefault(key, Group(k, pair.prompt, [], []))
         if score_prompt:
             group.prompt_spans.append(PROMPT * len(pairs) + k)
         for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
-            known = answers.setdefault((key, answer.tokens.tobytes(), answer.scored.tobytes()), answer)
+            known = answers.setdefault((*key, answer.tokens.tobytes(), answer.scored.tobytes()), answer)
             if known is answer:
                 group.answers.append(answer)
             known.spans.append(side * len(pairs) + k)
@@ -277,6 +295,10 @@ def _prompts(groups: Sequence[Group], answers: np.ndarray) -> Prompts:
 def _filler() -> _Segment:
     """Four tokens that score nothing: a real forward and a zero gradient, for a rank that has run out of pairs."""
     return _Segment(np.zeros(4, dtype=np.int64), (4,), (0,), np.arange(0), np.arange(0))
+
+
+def _positions(segments: Sequence[_Segment]) -> Tensor:
+    return _int64([np.arange(s.prompt, s.prompt + len(s.tokens)) for s in segments])
 
 
 def _runs(segments: Sequence[_Segment]) -> tuple[list[int], list[np.ndarray]]:

@@ -149,9 +149,14 @@ class StepPacks:
 
     def packs(self, store: PairStore, packing: Packing) -> Iterator[PackedBatch]:
         """The packs of this rank."""
-        how = {"prefix_sharing": packing.prefix_sharing, "score_prompt": packing.score_prompt}
-        how |= {"encoder_decoder": store.apart}
-        return (collate([store[i] for i in ids.tolist()], ids.tolist(), **how) for ids in self.ids[packing.rank])
+        sharing, score_prompt = packing.prefix_sharing, packing.score_prompt
+        return (
+            collate(
+                [store[i] for i in ids.tolist()], ids.tolist(), prefix_sharing=sharing, score_prompt=score_prompt,
+                encoder_decoder=store.apart,
+            )
+            for ids in self.ids[packing.rank]
+        )  # fmt: skip
 
 
 def place(store: PairStore, ids: np.ndarray, packing: Packing) -> StepPacks:

@@ -279,4 +279,6 @@ def _announce_dora(model: nn.Module) -> None:
 
 
 def _three_dimensional(parameters: Iterable[nn.Parameter]) -> bool:
-    return any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in parameters)
+    # Of a first size of 1: positions and class tokens of image towers.
+    shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]
+    return any(len(shape) == 3 and shape[0] > 1 for shape in shapes)

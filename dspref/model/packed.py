@@ -20,7 +20,7 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
-from dspref.model import families, freezing, router
+from dspref.model import families, freezing, router, vision
 from dspref.model.adapters import Adapters
 from dspref.model.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
 from dspref.model.attention import Segments
@@ -87,6 +87,8 @@ class PackedCausalLM(nn.Module):
 
     def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
         """What the backbone makes of a pack: `last_hidden_state` [1, T, d], and what its routers did where asked for."""
+        if batch.images is not None:
+            vision.family_of(self.lm.config)  # says why not
         return self.lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -169,6 +171,34 @@ class PackedSeq2SeqLM(PackedCausalLM):
         return None if bias is None else bias[0]
 
 
+class PackedVisionLM(PackedCausalLM):
+    """A vision-language model: its tower reads the images of a pack, each once, and its language model all sequences."""
+
+    def __init__(self, lm: PreTrainedModel, *args: Any) -> None:
+        super().__init__(lm, *args)
+        vision.tell(lm)
+
+    def _check(self, lm: PreTrainedModel) -> None:
+        vision.family_of(lm.config)
+        super()._check(lm)
+
+    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
+        base: Any = self.lm.base_model
+        several_axes, images = batch.position_ids.ndim == 2, batch.images
+        try:
+            base.feature_index = images and images.feature_index
+            return base(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[:, None] if several_axes else batch.position_ids[None],
+                use_cache=False,
+                segments=segments,
+                **(vision.read(images, self.lm.config) if images else {}),
+                **({"output_router_logits": True} if routed else {}),
+            )
+        finally:
+            base.feature_index = None
+
+
 def wrapped(
     lm: PreTrainedModel,
     kernel: str,
@@ -176,7 +206,11 @@ def wrapped(
     attached: Adapters | None = None,
 ) -> PackedCausalLM:
     """A model ready to be run over packs, by its kind."""
-    kind = PackedSeq2SeqLM if families.is_encoder_decoder(lm.config) else PackedCausalLM
+    kind = PackedCausalLM
+    if families.is_encoder_decoder(lm.config):
+        kind = PackedSeq2SeqLM
+    elif vision.is_vision(lm.config):
+        kind = PackedVisionLM
     return kind(lm, kernel, published_config, attached)
 
 

@@ -1,0 +1,181 @@
+"""Vision-language families whose packs can be run: what their towers read, and what each has of its own.
+
+transformers runs the tower, puts its features where the image tokens are, and hands the attention of the language model to
+`attention.packed_attention`; the tower's own attention, in which images do not meet, stays as its authors wrote it. What is
+told of a pack here is which feature each image token takes, as an image may stand in several sequences and is read once.
+Positions of three axes are computed per sequence on the host, where packs are made: the families' own functions loop over
+tokens and ask their tensors for numbers, which on a GPU would wait for it in every forward.
+Features of d numbers, I image tokens of a pack, n tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from dspref.data.images import ImageLayout, Images, Positions, RowImages
+from dspref.errors import ConfigError
+from dspref.model.attention import PACKED
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """What a family of vision-language models has of its own."""
+
+    reads: tuple[str, ...]
+    """What its processor makes of images for the tower."""
+    joined: Callable[[Tensors, PretrainedConfig], Tensors] = lambda made, config: made
+    """The processor's tensors of one row -> the same, to be joined to other rows' along the first dimension."""
+    in_one_row: bool = False
+    """The tower wants a dimension in front, of rows."""
+    axes: bool = False
+    """Positions have three: time, height, width."""
+
+
+def _without_padding(made: Tensors, config: PretrainedConfig) -> Tensors:
+    """LLaVA-NeXT's processor pads the tiles [images, tiles, ...] of each image to the most of any; its model takes them in a
+    row too."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    size, grid = config.vision_config.image_size, config.image_grid_pinpoints
+    counts = [image_size_to_num_patches(image, grid, size) for image in made["image_sizes"]]
+    tiles = torch.cat([image[:count] for image, count in zip(made["pixel_values"], counts)])
+    return {**made, "pixel_values": tiles}
+
+
+def _first_row(made: Tensors, config: PretrainedConfig) -> Tensors:
+    """Idefics3's processor makes [rows, tiles, ...]."""
+    return {name: tensor[0] for name, tensor in made.items()}
+
+
+_QWEN = VisionFamily(("pixel_values", "image_grid_thw"), axes=True)
+_IDEFICS = VisionFamily(("pixel_values", "pixel_attention_mask"), _first_row, in_one_row=True)
+FAMILIES: dict[str, VisionFamily] = {
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "llava": VisionFamily(("pixel_values",)),
+    "llava_next": VisionFamily(("pixel_values", "image_sizes"), _without_padding),
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "internvl": VisionFamily(("pixel_values",)),
+}
+BLOCKS = "lets the tokens of an image see each other in both directions, which the packed kernels do not know"
+REFUSED = {"paligemma": BLOCKS, "gemma3": BLOCKS}
+# Towers that make features by the sizes of their images, of a tensor as large as the largest one.
+REFUSED_TOWERS = {"pixtral": "has a tower for images of many sizes in one tensor, which cannot be joined to others"}
+
+
+def is_vision(config: PretrainedConfig) -> bool:
+    """Whether a model reads images beside text, by its config; those that transformers loads as causal ones do not count."""
+    kind = type(config)
+    return kind in AutoModelForImageTextToText._model_mapping and kind not in AutoModelForCausalLM._model_mapping
+
+
+def family_of(config: PretrainedConfig) -> VisionFamily:
+    """Raises ConfigError for a model whose packs cannot hold images."""
+    kind = config.model_type
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if reason := REFUSED.get(kind) or REFUSED_TOWERS.get(str(tower)):
+        raise ConfigError(f"model.name_or_path: {kind} {reason}; use another model")
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"model.name_or_path: {kind} is not known to read images in a pack; families: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[kind]
+
+
+def implementations(config: PretrainedConfig) -> dict[str, str]:
+    """`attn_implementation` of a vision-language model: packs in the language model, torch's own attention in the tower."""
+    parts = {name: PACKED if name == "text_config" else "sdpa" for name in config.sub_configs}
+    return {"": PACKED, **parts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From rows to packs, on the host
+
+
+def row_images(processed: Tensors, config: PretrainedConfig, digest: bytes) -> RowImages:
+    """The images of one row as its family's processor makes them, ready to be joined to other rows' images."""
+    family = family_of(config)
+    made = {name: torch.as_tensor(processed[name]) for name in family.reads if name in processed}
+    return RowImages(dict(family.joined(made, config)), digest)
+
+
+def image_layout(lm: PreTrainedModel, blank: RowImages) -> ImageLayout:
+    """How packs of a model are laid out. Of `lm` nothing but its config is used: it needs no weights."""
+    return ImageLayout(lm.config.image_token_id, blank, _three_axes(lm) if family_of(lm.config).axes else None)
+
+
+def _three_axes(lm: PreTrainedModel) -> Positions:
+    base: Any = lm.base_model
+    token = lm.config.image_token_id
+
+    def positions(ids: Int[Tensor, "n"], tensors: Tensors) -> Int[Tensor, "3 n"]:
+        grids = tensors.get("image_grid_thw")
+        found, _ = base.get_rope_index(ids[None], (ids == token).int()[None], image_grid_thw=grids)
+        return found[:, 0]
+
+    return positions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tower, told of a pack
+
+
+class PackedImages:
+    """Of a model with a tower: the features that `feature_index` picks, where it is set, and not those of its images in
+    order. Here, and not before its forward: under ZeRO-3 parameters of the model itself (LLaVA-NeXT's end of a line) are
+    there only within."""
+
+    feature_index: torch.Tensor | None = None  # Int[Tensor, "I"]; transformers evaluates annotations of its models
+
+    def get_image_features(self, *args: Any, **options: Any) -> Any:
+        if self.feature_index is None:
+            return super().get_image_features(*args, **options)  # type: ignore[misc]
+        options.pop("segments", None)  # some hand on all that they are given
+        outputs = super().get_image_features(*args, **options)  # type: ignore[misc]
+        outputs.pooler_output = self._picked(outputs.pooler_output)
+        if (deeper := getattr(outputs, "deepstack_features", None)) is not None:  # Qwen3-VL: added to later layers
+            outputs.deepstack_features = [self._picked(layer) for layer in deeper]
+        return outputs
+
+    def _picked(self, features: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Of a tensor [..., d] or of several, in the same form: families, and versions of transformers, differ in it."""
+        assert self.feature_index is not None
+        joined = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+        picked = joined.flatten(0, -2).index_select(0, self.feature_index)
+        if not isinstance(features, torch.Tensor):
+            return [picked]
+        tile = joined.shape[1:-1]  # an image's tokens, or those of a tile, lie in one prompt together
+        return picked.unflatten(0, (len(picked) // math.prod(tile), *tile))
+
+
+@cache
+def _told(kind: type) -> type:
+    return type(kind.__name__, (PackedImages, kind), {})
+
+
+def tell(lm: PreTrainedModel) -> None:
+    """Have a model ask which features its image tokens take; without a pack it does as before."""
+    base: Any = lm.base_model
+    if not isinstance(base, PackedImages):
+        base.__class__ = _told(type(base))
+
+
+def read(images: Images, config: PretrainedConfig) -> dict[str, Tensor]:
+    """The images of a pack as arguments of the model's forward."""
+    family = family_of(config)
+    return {name: tensor[None] if family.in_one_row else tensor for name, tensor in images.tensors.items()}

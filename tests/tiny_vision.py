@@ -1,0 +1,146 @@
+"""Tiny vision-language models with the same weights on every machine, and images for them by the processors of their
+families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tiny import filled, save_tokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
+
+VOCABULARY, IMAGE, VIDEO = 256, 250, 251  # ids of tokens that stand for images and videos
+
+
+def tiny_vision_config(model_type: str, vocab_size: int = VOCABULARY, image_token: int = IMAGE) -> PretrainedConfig:
+    """The config of a model with two layers in its tower and three in its language model, without dropout. Tried with the
+    families of `dspref.model.vision`."""
+    text: dict[str, Any] = {
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attention_dropout": 0.0,
+    }  # fmt: skip
+    tower: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "attention_dropout": 0.0,
+    }  # fmt: skip
+    more: dict[str, Any] = {"image_token_id": image_token, "tie_word_embeddings": False}
+    if model_type.startswith("qwen"):
+        return _qwen(model_type, text, more)
+    if model_type in ("idefics3", "smolvlm"):
+        tower |= {"image_size": 32, "patch_size": 8}
+        more |= {"scale_factor": 2, "pad_token_id": 0}
+        return AutoConfig.for_model(
+            model_type, text_config={"model_type": "llama", **text, "pad_token_id": 0}, vision_config=tower, **more
+        )
+    if model_type == "internvl":
+        tower |= {"model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14]}
+        text |= {"model_type": "qwen2"}
+    else:
+        tower |= {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "projection_dim": 32}
+        more |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+        text |= {"model_type": "llama"}
+    if model_type == "llava_next":
+        more |= {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+    return AutoConfig.for_model(model_type, text_config=text, vision_config=tower, **more)
+
+
+def _qwen(model_type: str, text: dict[str, Any], more: dict[str, Any]) -> PretrainedConfig:
+    tower: dict[str, Any] = {"depth": 2, "num_heads": 2, "in_channels": 3, "spatial_merge_size": 2}
+    if model_type == "qwen2_vl":
+        tower |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "patch_size": 14}
+    elif model_type == "qwen2_5_vl":
+        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "patch_size": 14}
+        tower |= {"window_size": 56, "fullatt_block_indexes": [1]}
+    else:
+        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "patch_size": 16}
+        tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        text = {**text, "head_dim": 8}
+    sections = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+    more = {**more, "video_token_id": VIDEO, "vision_start_token_id": 252, "vision_end_token_id": 253}
+    return AutoConfig.for_model(model_type, text_config={**text, "rope_parameters": sections}, vision_config=tower, **more)
+
+
+def tiny_vision_model(config: PretrainedConfig, seed: int) -> Any:
+    """A float32 model on the CPU, in eval mode, filled by `seed`; torch's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    return filled(model, seed)
+
+
+def image_processor(model_type: str) -> Any:
+    """The family's own image processor, for images of the tiny models' sizes."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    square, pixels = {"height": 28, "width": 28}, {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
+    tiles = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    if model_type.startswith("qwen"):
+        return Qwen2VLImageProcessorPil(size=pixels, patch_size=16 if model_type == "qwen3_vl" else 14)
+    if model_type == "llava":
+        return CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=square)
+    if model_type == "llava_next":
+        grid = [[28, 56], [56, 28], [56, 56]]
+        return LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=square, image_grid_pinpoints=grid)
+    if model_type == "internvl":
+        return GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
+    return {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}[model_type](**tiles)
+
+
+# The tokens that processors write for an image, and what a prompt has for one before.
+WORDS: dict[str, tuple[list[str], str]] = {
+    "qwen": (
+        ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
+        "<|vision_start|><|image_pad|><|vision_end|>",
+    ),
+    "llava": (["<image>"], "<image>"),
+    "idefics3": (["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"], "<image>"),
+    "internvl": (["<IMG_CONTEXT>", "<img>", "</img>", "<video>"], "<IMG_CONTEXT>"),
+}
+
+
+def processor(model_type: str, folder: str | Path) -> tuple[Any, str]:
+    """The family's own processor with a tiny tokenizer, made in `folder`, and what stands for an image in its prompts.
+
+    Without its part for videos, which most families have and which needs torchvision."""
+    written, stands_for_image = next(words for start, words in WORDS.items() if model_type.startswith(start))
+    save_tokenizer(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": written})
+    more: dict[str, Any] = {}
+    if model_type == "internvl":
+        more = {"image_seq_length": 4}
+        for name, word in zip(("context_image_token", "start_image_token", "end_image_token", "video_token"), written):
+            setattr(tokenizer, name, word)
+            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(word))
+    elif model_type == "idefics3":
+        more = {"image_seq_len": 4}
+    elif model_type.startswith("llava"):
+        more = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    names = {
+        "qwen2_vl": "Qwen2VL",
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen3_vl": "Qwen3VL",
+        "llava": "Llava",
+        "internvl": "InternVL",
+    }
+    names |= {"llava_next": "LlavaNext", "idefics3": "Idefics3"}
+    without_videos = {
+        "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]),
+        "check_argument_for_proper_class": lambda self, name, given: None,  # knows no class without torchvision
+        "video_processor": None,
+    }
+    kind = getattr(transformers, f"{names[model_type]}Processor")
+    return type(kind.__name__, (kind,), without_videos)(image_processor(model_type), tokenizer, **more), stands_for_image
+
+
+def image(height: int, width: int, seed: int) -> np.ndarray:
+    """Noise, uint8 [height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
