@@ -144,3 +144,45 @@ def processor(model_type: str, folder: str | Path) -> tuple[Any, str]:
 def image(height: int, width: int, seed: int) -> np.ndarray:
     """Noise, uint8 [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_vision(folder: Path, model_type: str, seed: int, **settings: Any) -> Any:
+    """Write a tiny model with its processor to a folder, whose template reads contents in parts; the model."""
+    words, stands_for_image = processor(model_type, folder)
+    words.chat_template = words.tokenizer.chat_template = TEMPLATE.replace("IMAGE", stands_for_image)
+    words.save_pretrained(folder)
+    token = words.tokenizer.convert_tokens_to_ids(words.image_token)
+    size = -(-len(words.tokenizer) // 8) * 8
+    config = tiny_vision_config(model_type, size, token)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model = tiny_vision_model(config, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def image_rows(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Rows with one image, several, and none, in all ways to say so; the images are written to the folder."""
+    import PIL.Image
+
+    rows: list[dict[str, Any]] = []
+    for k in range(count):
+        names = [f"{k}-{j}.png" for j in range((1, 2, 0)[k % 3])]
+        for j, name in enumerate(names):
+            PIL.Image.fromarray(image(40 + 8 * j, 60, seed=10 * k + j)).save(folder / name)
+        question = f"what is {'abcdefgh'[k % 8] * (1 + k % 3)}?"
+        answers = {"chosen": f"it is {k * 7}", "rejected": f"no, {'xyz'[k % 3] * 4}"}
+        parts = [*({"type": "image", "image": name} for name in names), {"type": "text", "text": question}]
+        in_parts: Any = [{"role": "user", "content": parts}]
+        if k % 2:
+            rows.append({"prompt": in_parts, "images": None, **answers})
+        else:
+            rows.append({"prompt": question, "images": names, **answers})
+    return rows

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspref.errors import ConfigError
-from dspref.model import admission, generation, unpacked
+from dspref.model import admission, generation, unpacked, vision
 from dspref.model.generation import Asked
 from dspref.terminal import first_line
 
@@ -33,6 +33,8 @@ class Speaker:
     def load(cls, folder: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool, asked: Asked) -> Speaker:
         """Of a folder of weights or of an adapter, or a hub id; on the GPU where there is one."""
         lm = unpacked.load_named(folder, trust_remote_code).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        if vision.is_vision(lm.config):
+            raise ConfigError(f"{folder}: is a vision-language model, and chat shows no images; ask it by transformers")
         return cls(lm, tokenizer, generation.config_of(lm, tokenizer, asked))
 
     @property

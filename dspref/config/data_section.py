@@ -31,6 +31,9 @@ class Columns(Section):
     mBART) has it; default: the one that the tokenizer is set to."""
     target_language: str | None = None
     """Column that holds the code of the answers' language."""
+    images: str | None = None
+    """Column that holds the images of the prompt, for a vision-language model: paths relative to the data file, bytes, or
+    images of the datasets library, one or a list; default: `images` or `image`, where there is one."""
     completions: str | None = None
     """Column that holds a list of answers, in place of chosen and rejected; `column.key`: a key of each item. Default:
     `completions`, in rows without a chosen answer."""

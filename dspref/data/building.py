@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,9 +19,12 @@ from dspref.data.complaints import Complaints, in_words
 from dspref.data.completions import is_ranked
 from dspref.data.converting import Converter, Place
 from dspref.data.formats import Preference
+from dspref.data.image_files import Picture, folder_of, look
+from dspref.data.image_store import ImageWriter
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.rows import BadRow, Row, RowError, Text, one_line
+from dspref.data.sameness import content_of, numbered
 from dspref.data.sources import Listing, Source
 from dspref.data.template import Rendering, render
 from dspref.data.tokenize import Ids, Whole, ids_of, split
@@ -37,7 +40,6 @@ TELL_EVERY_SECONDS = 20.0
 PARTS = ("prompt", "chosen", "rejected")
 # Characters of one pair: beyond any model's context, and tokenizing takes about a second for each million.
 MAX_CHARACTERS = 2**23
-DIGEST_BYTES = 16
 REPEATED = "prompt, or end of it, that an answer repeated and lost"
 KEPT = "pair of text whose answers both begin with the prompt's, and keep it, as not all rows (or those of one prompt) do so"
 AS_TEXT = (
@@ -68,7 +70,9 @@ def build(
     is left."""
     folder.mkdir()
     told, reader = time.monotonic(), Reader.of(tokenizer, scored)
-    built = _Build(_Files.create(folder), limits, apart=reader.encoder.start is not None)
+    sight = reader.encoder.sight
+    images = None if sight is None else ImageWriter(folder, sight)
+    built = _Build(_Files.create(folder), limits, apart=reader.encoder.start is not None, images=images)
     first_file = 0
     for listing in listings:
         converter = Converter(listing, chat_model=tokenizer.chat_template is not None)
@@ -112,13 +116,23 @@ class Reader:
         while chunk := list(islice(rows, CHUNK_ROWS)):
             own = [row for _, row in chunk if isinstance(row, Row)]
             pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
-            converted = [(k, within_reason(item)) for k, item in convert(chunk)]
+            converted = [(k, self.looked(within_reason(item), chunk[k][1])) for k, item in convert(chunk)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
             texts = [render(item, self.tokenizer, self.learned, self.scored) for _, item in converted]
             yield Chunk(chunk, [k for k, _ in converted], texts)
         if not pairs_made:
             fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
             raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
+
+    def looked(self, item: Preference | RowError, row: Row | BadRow) -> Preference | RowError:
+        """The pair with its images found, or why they cannot be."""
+        if isinstance(item, RowError) or not item.images or self.encoder.sight is None:
+            return item
+        try:
+            folder = folder_of(row.file)
+            return replace(item, images=tuple(look(x, folder, f"images[{k}]") for k, x in enumerate(item.images)))
+        except RowError as error:
+            return error
 
     def _notes(self, preferences: Sequence[Preference], source: Source) -> dict[str, int]:
         unasked = source.as_ is None and self.tokenizer.chat_template is not None
@@ -205,6 +219,8 @@ class _Build:
     """Tokens that a model has to have positions for."""
     apart: bool = False
     """Whether prompts are read apart from their answers."""
+    images: ImageWriter | None = None
+    """Of a model that reads images."""
 
     def begin_source(self) -> None:
         self.before, self.left_out = (self.read, self.seen, self.kept), Complaints()
@@ -217,7 +233,7 @@ class _Build:
 
     def add(self, chunk: Chunk, ids: Ids, encoder: Encoder, first_file: int) -> None:
         """Split and truncate the pairs of a chunk, and keep them or note why they are left out."""
-        kept, uncut, rows, places = [], [], [], []
+        kept, uncut, rows, places, pictures = [], [], [], [], []
         for k, texts, item in zip(chunk.of, chunk.texts, split(chunk.texts, ids, encoder), strict=True):
             file, row = chunk.rows[k]
             self.seen += 1
@@ -226,12 +242,13 @@ class _Build:
                 uncut += [item.lengths] if isinstance(item, Whole) else []
                 rows.append(self.read + k)
                 places.append((first_file + file, row.line))
+                pictures.append(texts.images)
                 self.notes.update(texts.notes)
                 self.conversations += not texts.special
         self.read += len(chunk.rows)
         if kept:
             self.files.uncut.append(uncut)
-            self._write(kept, rows, places)
+            self._write(kept, rows, places, pictures)
 
     def _cut(self, item: Whole | RowError, row: Row | BadRow) -> TokenizedPair | None:
         if isinstance(item, RowError):
@@ -252,7 +269,13 @@ class _Build:
         if not error.droppable:
             self.bad.note(row, error)
 
-    def _write(self, pairs: Sequence[TokenizedPair], rows: Sequence[int], places: Sequence[tuple[int, int]]) -> None:
+    def _write(
+        self,
+        pairs: Sequence[TokenizedPair],
+        rows: Sequence[int],
+        places: Sequence[tuple[int, int]],
+        pictures: Sequence[tuple[Picture, ...]],
+    ) -> None:
         files, lengths = self.files, np.array([[len(part) for part in pair[:3]] for pair in pairs], dtype=np.int64)
         tokens = np.concatenate([part for pair in pairs for part in pair[:3]])
         masks = [mask for pair in pairs for mask in _masks(pair)]
@@ -263,8 +286,11 @@ class _Build:
         files.scored.append(counts[:, 1:])
         files.rows.append(rows)
         files.places.append(places)
-        for pair in pairs:
-            self.digests += b"".join(content_of(pair))
+        seen = self.images.digests(pictures) if self.images else [b""] * len(pairs)
+        for pair, digest in zip(pairs, seen):
+            self.digests += b"".join(content_of(pair, digest))
+        if self.images:
+            self.images.add(pictures, [file for file, _ in places])
         self.kept += len(pairs)
         self.tokens += len(tokens)
         self.masked |= any(mask is not None and not mask.all() for pair in pairs for mask in pair[3:])
@@ -286,6 +312,9 @@ class _Build:
         content = hashlib.sha256(repr(self.source_rows).encode())
         for column in decisive:
             content.update(column.content.digest())
+        if self.images:
+            self.images.close()
+            content.update(self.images.content.digest())
         return content.hexdigest()[:32]
 
     def report(self) -> dict[str, Any]:
@@ -294,6 +323,8 @@ class _Build:
         measures = {"largest_id": self.largest_id, "longest": self.longest}
         said = {"dropped": self.dropped.counts(), "notes": dict(+self.notes)}
         how = {"truncated": self.cut, "limits": _in_force(self.limits), **({"apart": True} if self.apart else {})}
+        if self.images:
+            how["images"] = len(self.images.table)
         return {**counts, **measures, **said, **how}
 
 
@@ -307,31 +338,6 @@ def _masks(pair: TokenizedPair) -> Iterator[np.ndarray]:
     yield np.zeros(len(pair.prompt), dtype=bool)
     for answer, mask in zip(pair[1:3], (*pair[3:], None, None)):
         yield np.ones(len(answer), dtype=bool) if mask is None else mask
-
-
-def content_of(pair: TokenizedPair) -> Iterator[bytes]:
-    """Digests of (prompt, prompt + chosen, prompt + rejected), what is scored included: equal where these are."""
-    prompt = hashlib.blake2b(len(pair.prompt).to_bytes(4, "little"), digest_size=DIGEST_BYTES)
-    prompt.update(pair.prompt.tobytes())
-    yield prompt.digest()
-    for answer, mask in zip(pair[1:3], (*pair[3:], None, None)):
-        own = prompt.copy()
-        own.update(answer.tobytes())
-        if mask is not None and not mask.all():
-            own.update(b"scored" + np.packbits(mask).tobytes())
-        yield own.digest()
-
-
-def numbered(digests: np.ndarray) -> np.ndarray:
-    """Numbers int64 [m] for digests uint64 [m, 2], equal where these are equal."""
-    first, second = digests.T
-    order = np.lexsort((second, first))
-    steps = np.zeros(len(order), dtype=np.int64)
-    for part in (first[order], second[order]):
-        steps[1:] |= part[1:] != part[:-1]
-    numbers = np.empty(len(order), dtype=np.int64)
-    numbers[order] = np.cumsum(steps)
-    return numbers
 
 
 def _nothing_left(sources: Sequence[Source], built: _Build) -> str:

@@ -6,14 +6,14 @@ and prompts are compared as the model gets them: as tokens, after truncation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from dspref.data.building import content_of
 from dspref.data.loader import Packing, place
 from dspref.data.plan import alone
+from dspref.data.sameness import content_of
 from dspref.data.store import PairStore
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -117,10 +117,14 @@ def share(count: int, of: int) -> float:
 # -------------------------------------------------------------------------------------------------- two sets of pairs
 
 
+def _content(store: PairStore, index: int) -> Iterator[bytes]:
+    return content_of(store[index], store.image_digests([index])[0])
+
+
 def overlap(held_out: PairStore, training: PairStore) -> dict[str, int]:
     """Prompts and pairs of a held-out set that the training set has too, and the pairs of these prompts."""
     ours = {
-        next(content_of(held_out[index])): int(held_out.same[index, 0])
+        next(_content(held_out, index)): int(held_out.same[index, 0])
         for index in np.unique(held_out.same[:, 0], return_index=True)[1].tolist()
     }
     firsts = np.unique(training.same[:, 0], return_index=True)[1]
@@ -128,13 +132,13 @@ def overlap(held_out: PairStore, training: PairStore) -> dict[str, int]:
     firsts = firsts[np.isin(training.lengths[firsts, 0], held_out.lengths[:, 0])]
     met: dict[int, int] = {}
     for index in firsts.tolist():
-        if (number := ours.get(next(content_of(training[index])))) is not None:
+        if (number := ours.get(next(_content(training, index)))) is not None:
             met[int(training.same[index, 0])] = number
     concerned = np.flatnonzero(np.isin(held_out.same[:, 0], list(met.values())))
-    said = {index: b"".join(content_of(held_out[index])) for index in concerned.tolist()}
+    said = {index: b"".join(_content(held_out, index)) for index in concerned.tolist()}
     known = set(said.values())
     theirs = np.flatnonzero(np.isin(training.same[:, 0], list(met)))
-    equal = {content for index in theirs.tolist() if (content := b"".join(content_of(training[index]))) in known}
+    equal = {content for index in theirs.tolist() if (content := b"".join(_content(training, index))) in known}
     pairs = sum(content in equal for content in said.values())
     return {"prompts": len(met), "pairs_of_these": len(concerned), "pairs": pairs}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dspref.data.image_rows import placed
 from dspref.data.messages import behind, is_blank, is_said, is_silent, said_again, says_the_same, stripped
 from dspref.data.normalise import LANGUAGES, Fields, no_pair, normalise
 from dspref.data.row_template import check_template as check_template
@@ -48,6 +49,8 @@ class Preference:
     chat_template_kwargs: dict[str, Any] | None = None
     languages: Languages | None = None
     """Of prompt and answers, for a model that translates."""
+    images: tuple[Any, ...] = ()
+    """Of the prompt, in order, as the row names them, or as `image_files` found them."""
     repeats: int = field(default=0, compare=False)
     """How many of the two answers repeated the prompt, or its end, in the row."""
     begins: bool | None = field(default=None, compare=False)
@@ -98,8 +101,11 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             _refuse_without_effect(fields, preference, given(columns))
             preference = _with_system(preference, fields.get("system", ""))
             _check(preference)
+            prompt, images = placed(preference.prompt, (preference.chosen, preference.rejected), fields.get("images", ()))
             repeats = preference.repeats + fields.get("repeats", 0)
             more = {
+                "prompt": prompt,
+                "images": images,
                 "tools": _tools(fields),
                 "chat_template_kwargs": _template_kwargs(fields),
                 "languages": languages_of(fields),

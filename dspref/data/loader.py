@@ -153,7 +153,7 @@ class StepPacks:
         return (
             collate(
                 [store[i] for i in ids.tolist()], ids.tolist(), prefix_sharing=sharing, score_prompt=score_prompt,
-                encoder_decoder=store.apart,
+                encoder_decoder=store.apart, pictures=store.pictures(ids.tolist()),
             )
             for ids in self.ids[packing.rank]
         )  # fmt: skip

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from dspref.data.image_rows import as_parts
 from dspref.data.rows import Message, one_line
+from dspref.data.sight import sight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -249,7 +251,12 @@ def _said(role: str, content: str) -> Message:
 def rendered(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False, **how: Any) -> str:
     """A conversation as text."""
     how["add_generation_prompt"] = add_generation_prompt
-    return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **how))
+    return cast(str, tokenizer.apply_chat_template(spoken(tokenizer, messages), tokenize=False, **how))
+
+
+def spoken(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
+    """Messages as the template of a tokenizer reads them."""
+    return list(messages) if sight_of(tokenizer) is None else as_parts(messages)
 
 
 def _behind(text: str, part: str) -> str:

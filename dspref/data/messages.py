@@ -11,9 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dspref.data.image_rows import PARTS as IMAGE_PARTS
+from dspref.data.image_rows import mark_of
 from dspref.data.rows import (
     CONVERSATIONS,
-    DROP,
     SYSTEM,
     Message,
     RowError,
@@ -184,16 +185,21 @@ def _is_part(part: Any) -> bool:
 
 
 def _text_of_parts(content: Any, place: str) -> str:
-    """The texts of content parts, one behind the other, as the templates that take parts have them."""
+    """The texts of content parts, one behind the other, as the templates that take parts have them; an image is a mark."""
     parts = [content] if isinstance(content, dict) else content
     if parts and not any(isinstance(part, dict) for part in parts):
         raise RowError(place, f"{what_is(content)}, not text", "write the message's text")
     texts = []
     for number, part in enumerate(parts):
         kind = part.get("type", "text") if isinstance(part, dict) else what_is(part)
+        if isinstance(part, dict) and kind in IMAGE_PARTS:
+            texts.append(mark_of(part, f"{place}[{number}]"))
+            continue
         if not isinstance(part, dict) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
             at = f"{place}[{number}]" if isinstance(content, list) else place
-            raise RowError(at, f"{kind!r} is no text part; only text is trained", 'write {"type": "text", "text": ...}')
+            raise RowError(
+                at, f"{kind!r} is no text part, and no image; only these are read", 'write {"type": "text", "text": ...}'
+            )
         texts.append(part["text"])
     return "".join(texts)
 
@@ -248,21 +254,6 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise RowError(place, f"JSON text of {what_is(parsed)}, not of an object", WRITE_OBJECT)
     return call | {"arguments": parsed}
-
-
-def refused_by_template(error: Exception, prompt: Text) -> RowError:
-    """What a chat template raised. Some have no place for a system message: that has a remedy of its own. Some of these
-    count it as a turn, and only say that turns must alternate."""
-    roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
-    turns = [role for role in roles if role != "system"]
-    alternate = turns == (["user", "assistant"] * len(turns))[: len(turns)]
-    said = str(error).lower()
-    fix = DROP
-    if "system" in roles and ("system" in said or (alternate and re.search("alternat|role|user", said))):
-        fix = (
-            'write it into the first user message (a template can: prompt: "{system} {prompt}"), or set model.chat_template'
-        )
-    return RowError("chat_template", f"{type(error).__name__}: {error}", fix)
 
 
 # ------------------------------------------------------------------------------------------ comparing what was said

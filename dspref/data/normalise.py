@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from json import JSONDecodeError, JSONDecoder
 from typing import Any, cast
 
+from dspref.data.image_rows import column_of
 from dspref.data.messages import answer_of, is_said, messages_of, says_the_same, system_text, unwrapped
 from dspref.data.row_template import fill
 from dspref.data.rows import (
@@ -59,12 +60,13 @@ def normalise(
     repeated: bool = True,
 ) -> Fields:
     """The fields of a row: prompt, chosen and rejected (not in a `ranked` row, whose answers come later), tools,
-    chat_template_kwargs, and `system`, a text. `as_` (chat | text, or None) says what texts are; `chat_model`, whether
-    the tokenizer has a chat template; `repeated`, whether two answers that begin with the prompt's text lose it in a
-    conversation that is made of texts. Raises RowError."""
+    chat_template_kwargs, images, a list, and `system`, a text. `as_` (chat | text, or None) says what texts are;
+    `chat_model`, whether the tokenizer has a chat template; `repeated`, whether two answers that begin with the prompt's
+    text lose it in a conversation that is made of texts. Raises RowError."""
     named = given(columns)
     fields = (*OPTIONAL_FIELDS, *LANGUAGES, *(() if template else ("system", *(FIELDS[:1] if ranked else FIELDS))))
     row = _renamed(values, named, fields)
+    images = column_of(values, named)
     if template:
         _refuse_columns(named)
         row |= fill(template, values)
@@ -76,14 +78,14 @@ def normalise(
         _refuse_implied(row, values, named)
         _refuse_lost(row, values, named)
     # A source speaks one way: where some rows have a system message, those without one are conversations too.
-    speaks = "system" in row or (template is not None and chat_model)
+    speaks = "system" in row or ((template is not None or "images" in images) and chat_model)
     system = system_text(row.pop("system", None))
     row = _spoken(row, as_ or ("chat" if speaks else None), system, ranked, repeated)
-    return row | ({"system": system} if system else {})
+    return row | images | ({"system": system} if system else {})
 
 
 def _refuse_columns(named: Mapping[str, str]) -> None:
-    if unread := sorted(set(named) - {*OPTIONAL_FIELDS, *LANGUAGES}):
+    if unread := sorted(set(named) - {*OPTIONAL_FIELDS, *LANGUAGES, "images"}):
         raise RowError(f"columns.{unread[0]}", "has no effect beside template, which makes the texts", "drop one of them")
 
 

@@ -60,7 +60,7 @@ class Again:
     def __call__(self, row: Row | BadRow) -> list[Origin | RowError]:
         """The pairs of a row, or why there are none."""
         reader = self.reader
-        made = [within_reason(item) for _, item in self.convert([(0, row)])]
+        made = [reader.looked(within_reason(item), row) for _, item in self.convert([(0, row)])]
         texts = [render(item, reader.tokenizer, reader.learned, reader.scored) for item in made]
         wholes = split(texts, ids_of(texts, reader.encoder), reader.encoder)
         return [

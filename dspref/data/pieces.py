@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from dspref.data.apart import start_of
+from dspref.data.sight import sight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,8 @@ class Encoder:
         self.tokenizer = self._tokenizer = cast(Any, tokenizer)
         self.start = start_of(tokenizer)
         """How answers start, where prompts are read apart from them: whole texts then, by `apart`."""
+        self.sight = sight_of(tokenizer)
+        """How images are read, where they are."""
         self._plain = _is_plain(tokenizer)
         self._cuts = _cuts(tokenizer) if self._plain else {}
         longest_first = sorted(self._cuts, key=len, reverse=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from dspref.data.image_rows import IMAGE
 from dspref.data.manners import Manners
 from dspref.data.messages import REASONING
 from dspref.data.rows import Message
@@ -31,8 +32,11 @@ class Part(NamedTuple):
 
 
 def said(message: Message) -> Iterator[Part]:
-    """What a message says: its content and its reasoning."""
-    yield from (Part(message[key], (key,)) for key in ("content", *REASONING) if isinstance(message.get(key), str))
+    """What a message says: its content, in parts where images stand between these, and its reasoning."""
+    for key in ("content", *REASONING):
+        if isinstance(text := message.get(key), str):
+            parts = text.split(IMAGE)
+            yield from (Part(part, (key, k) if len(parts) > 1 else (key,)) for k, part in enumerate(parts))
 
 
 def called(message: Message) -> Iterator[Part]:
@@ -121,6 +125,9 @@ def _with_word(value: Any, path: Sequence[Any]) -> Any:
     if not path:
         return WORD
     key, *rest = path
+    if isinstance(value, str):
+        parts = value.split(IMAGE)
+        return IMAGE.join([*parts[:key], WORD, *parts[key + 1 :]])
     if isinstance(value, list):
         return [_with_word(item, rest) if i == key else item for i, item in enumerate(value)]
     return {**value, key: _with_word(value[key], rest)}

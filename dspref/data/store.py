@@ -20,7 +20,11 @@ from dspref.data.building import build
 from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.complaints import in_words
 from dspref.data.formats import check_template
+from dspref.data.image_files import folder_of
+from dspref.data.image_store import StoredImages, address_of
+from dspref.data.images import Pictures
 from dspref.data.rows import one_line, place_of
+from dspref.data.sight import Sight, sight_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
 from dspref.data.splits import LISTED, unusable
 from dspref.data.tokenize import tokenizer_digest
@@ -40,9 +44,9 @@ Log = Callable[[str], None]
 class PairStore:
     """The tokenized pairs of some sources, in order: pair i is the i-th kept row of all of them."""
 
-    def __init__(self, folder: Path, files: Sequence[str], verify: bool = False) -> None:
-        """Open a store; `files` names the files of its sources, in order. `verify`: read all of it and compare digests.
-        Damage raises any of several exceptions."""
+    def __init__(self, folder: Path, files: Sequence[str], verify: bool = False, sight: Sight | None = None) -> None:
+        """Open a store; `files` names the files of its sources, in order. `verify`: read all of it and compare digests;
+        `sight`: how its images are read. Damage raises any of several exceptions."""
         self.report: dict[str, Any] = report_of(folder, verify)
         self.key: str = self.report["content"]
         """A digest of the pairs themselves: tokens, what is scored, their order."""
@@ -70,6 +74,9 @@ class PairStore:
         self.uncut: np.ndarray = np.asarray(_mapped(folder / "uncut.npy"))
         """Tokens of prompt, chosen and rejected before truncation, int32 [n, 3]."""
         self._files = list(files)
+        self._sight, self._images = sight, None
+        if sight is not None:
+            self._images = StoredImages(folder, [folder_of(file) for file in files], self.where)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,6 +94,20 @@ class PairStore:
         masks = (mask[chosen:rejected], mask[rejected:end])
         first, second = (None if whole else part for part, whole in zip(masks, all_scored))
         return pair._replace(chosen_scored=first, rejected_scored=second)
+
+    def pictures(self, pairs: Sequence[int]) -> Pictures | None:
+        """The images of some pairs, decoded now; None where the model reads none. Raises DataError."""
+        return None if self._images is None or self._sight is None else self._images.pictures(pairs, self._sight)
+
+    def image_digests(self, pairs: Sequence[int]) -> list[bytes]:
+        """What says of each pair which images it has; empty for none."""
+        if self._images is None or self._sight is None:
+            return [b""] * len(pairs)
+        return [self._images.digests(pair, self._sight) for pair in pairs]
+
+    def changed_image(self, digest: Digest) -> str | None:
+        """An image that is not what it was when the store was built."""
+        return self._images.changed(digest) if self._images is not None else None
 
     def flat(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids, int32 [N], and where each prompt, chosen and rejected begins in them, int64 [3n + 1]; read-only."""
@@ -147,7 +168,8 @@ def load_pairs(
     how = [FORMAT_VERSION, tokenizer_digest(tokenizer), asdict(limits), on_bad_row, scored]
     contents = [listing.content(digest) for listing in listings]
     folder = cache_dir / _address(listings, contents, how)
-    store = _open(folder, files, verify, log)
+    sight = sight_of(tokenizer)
+    store = _open(folder, files, verify, log) if sight is None else _with_images(folder, files, verify, log, digest, sight)
     if store is None:
         with scratch_folder(cache_dir) as scratch:
             build(listings, tokenizer, limits, scored, on_bad_row, scratch / folder.name, log)
@@ -155,8 +177,11 @@ def load_pairs(
                 if listing.content(digest) != content:
                     reason, fix = "this source changed while it was read", "start again when its files are complete"
                     raise unusable(listing.names[0], reason, fix)
-            put_in_place(scratch / folder.name, folder)
-            store = PairStore(folder, files)
+            built = scratch / folder.name
+            if sight is not None:
+                folder = folder.with_name(f"{folder.name}-{address_of(built)}")
+            put_in_place(built, folder)
+            store = PairStore(folder, files, sight=sight)
     if summarise:
         _log_report(store.report, log)
     return store
@@ -171,12 +196,23 @@ def _address(listings: Sequence[Listing], contents: Sequence[Any], how: Sequence
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _open(folder: Path, files: Sequence[str], verify: bool, log: Log) -> PairStore | None:
+def _with_images(
+    folder: Path, files: Sequence[str], verify: bool, log: Log, digest: Digest, sight: Sight
+) -> PairStore | None:
+    """Of the stores of these rows, each with other images, the one whose images are here; None where there is none."""
+    for one in sorted(folder.parent.glob(f"{folder.name}-*")):
+        store = _open(one, files, verify, log, sight)
+        if store is not None and store.changed_image(digest) is None:
+            return store
+    return None
+
+
+def _open(folder: Path, files: Sequence[str], verify: bool, log: Log, sight: Sight | None = None) -> PairStore | None:
     """The store in `folder`, or None when it is absent or damaged, and then it is said."""
     if not folder.exists():
         return None
     try:
-        return PairStore(folder, files, verify)
+        return PairStore(folder, files, verify, sight)
     except Exception as error:  # numpy's reader of headers is a parser, and raises what parsers raise
         log(f"data: the token cache {folder} is damaged ({error}); tokenizing again")
         return None

@@ -7,17 +7,20 @@ a template drops or rewrites of an answer is refused, row by row; so is a messag
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from dspref.data.apart import refuse_languages, start_of
 from dspref.data.beside import refuse_switched_off, unread
 from dspref.data.formats import Preference
-from dspref.data.manners import Learned, Manners, rendered, shared_length
+from dspref.data.image_files import Picture
+from dspref.data.image_rows import IMAGE, NO_IMAGES
+from dspref.data.manners import Learned, Manners, rendered, shared_length, spoken
 from dspref.data.marks import ending_once, marks_in
-from dspref.data.messages import refused_by_template
 from dspref.data.printed import Printed, called, said
-from dspref.data.rows import DROP, Languages, Message, RowError, one_line
+from dspref.data.rows import DROP, Languages, Message, RowError, Text, one_line
+from dspref.data.sight import sight_of
 from dspref.data.turns import ANOTHER, Conversation, Hidden, Turn
 from dspref.errors import DataError
 
@@ -65,6 +68,8 @@ class Rendering(NamedTuple):
     notes: tuple[str, ...] = ()
     languages: Languages | None = None
     """Of an encoder-decoder model, whose answers do not repeat the prompt: those of prompt and answers."""
+    images: tuple[Picture, ...] = ()
+    """Of the prompt, in which one token stands for each."""
 
 
 # ------------------------------------------------------------------------------------------------------------ a pair
@@ -79,6 +84,8 @@ def render(
     """
     if isinstance(preference, RowError):
         return preference
+    if preference.images and sight_of(tokenizer) is None:
+        return NO_IMAGES
     if start_of(tokenizer) is not None:
         return _render_apart(preference, tokenizer)
     if preference.languages is not None:
@@ -95,6 +102,21 @@ def render(
             return error
         refusal = refused_by_template(error, preference.prompt)
         return refusal if refusal.fix != DROP or not learned.fails(preference) else _broken(refusal)
+
+
+def refused_by_template(error: Exception, prompt: Text) -> RowError:
+    """What a chat template raised. Some have no place for a system message: that has a remedy of its own. Some of these
+    count it as a turn, and only say that turns must alternate."""
+    roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
+    turns = [role for role in roles if role != "system"]
+    alternate = turns == (["user", "assistant"] * len(turns))[: len(turns)]
+    said = str(error).lower()
+    fix = DROP
+    if "system" in roles and ("system" in said or (alternate and re.search("alternat|role|user", said))):
+        fix = (
+            'write it into the first user message (a template can: prompt: "{system} {prompt}"), or set model.chat_template'
+        )
+    return RowError("chat_template", f"{type(error).__name__}: {error}", fix)
 
 
 def _broken(refusal: RowError) -> RowError:
@@ -160,7 +182,8 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
     asked = rendered(tokenizer, prompt, **ending, **how)
     chosen, rejected = cast(
-        "list[str]", tokenizer.apply_chat_template([prompt + answer for answer in answers], tokenize=False, **how)
+        "list[str]",
+        tokenizer.apply_chat_template([spoken(tokenizer, prompt + answer) for answer in answers], tokenize=False, **how),
     )
     if chosen == rejected:
         reason = "the chat template writes it as it does chosen: it does not print what they differ in"
@@ -174,7 +197,7 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     notes += _unprinted("prompt", printed, (), strict)
     for writer in writers:
         notes += _unprinted(writer.field, writer.printed(asked), writer.scored_by(scored), strict)
-    rendering = Rendering(asked, chosen, rejected, False, head)
+    rendering = Rendering(asked, chosen, rejected, False, head, images=preference.images)
     if strict:
         rendering, more = _marked(rendering, writers, scored, unfinished)
         notes += more
@@ -240,8 +263,8 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _before_content(text: str, message: Message) -> str:
-    content = message.get("content")
-    start = text.find(content.strip()) if isinstance(content, str) and content.strip() else -1
+    content = str(message.get("content") or "").split(IMAGE)[0].strip()
+    start = text.find(content) if content else -1
     return text[: max(start, 0)]
 
 

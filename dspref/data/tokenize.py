@@ -20,8 +20,9 @@ from dspref.data.apart import Start, ids_apart, split_apart, start_of, started
 from dspref.data.formats import Preference, RowError, one_line, to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
+from dspref.data.sight import Sight, sight_of
 from dspref.data.template import Rendering, render
-from dspref.data.truncate import Limits, TokenizedPair, truncate, written
+from dspref.data.truncate import Limits, TokenizedPair, refuse_cut_images, truncate, written
 from dspref.data.turns import NO_END, Turn
 from dspref.errors import ConfigError
 
@@ -102,10 +103,15 @@ class Whole(NamedTuple):
     head: int
     tail: int = 0
     first: int | None = None
+    images: np.ndarray | None = None
+    """bool [n]: which of the prompt's tokens are those of images, where it has some."""
 
     def cut(self, limits: Limits) -> TokenizedPair:
         """The pair as it is trained on. Raises RowError as `truncate` does."""
-        return started(truncate(self.pair, limits, self.head, self.tail), self.first)
+        pair = truncate(self.pair, limits, self.head, self.tail)
+        if self.images is not None:
+            refuse_cut_images(self.images, len(pair.prompt), limits, self.head)
+        return started(pair, self.first)
 
     @property
     def lengths(self) -> list[int]:
@@ -170,7 +176,21 @@ def split(renderings: Sequence[Rendering | RowError], ids: Ids, encoder: Encoder
     """Rendered pairs as token ids: prompt and answers, with what is scored of these."""
     if encoder.start is not None:
         return [item if isinstance(item, RowError) else _apart(item, ids, encoder) for item in renderings]
-    return [item if isinstance(item, RowError) else _split(item, ids[item.special], encoder) for item in renderings]
+    found = [item if isinstance(item, RowError) else _split(item, ids[item.special], encoder) for item in renderings]
+    return found if encoder.sight is None else [_seen(*both, encoder.sight) for both in zip(renderings, found)]
+
+
+def _seen(item: Rendering | RowError, whole: Whole | RowError, sight: Sight) -> Whole | RowError:
+    """A pair with all tokens of the images of its prompt."""
+    if isinstance(item, RowError) or isinstance(whole, RowError):
+        return whole
+    if any((answer == sight.token).any() for answer in whole.pair[1:3]):
+        return RowError("images", "an image token in an answer", f"take {sight.word!r} out of the text")
+    try:
+        prompt, images = sight.expanded(whole.pair.prompt, item.images)
+    except RowError as error:
+        return error
+    return whole._replace(pair=whole.pair._replace(prompt=prompt), images=images if item.images else None)
 
 
 def _apart(item: Rendering, ids: Ids, encoder: Encoder) -> Whole | RowError:
@@ -288,4 +308,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     }
     if (start := start_of(tokenizer)) is not None:
         parts["answers"] = ["apart", start.token, getattr(tokenizer, "src_lang", None), getattr(tokenizer, "tgt_lang", None)]
+    if (sight := sight_of(tokenizer)) is not None:
+        parts["images"] = [sight.token, sight.digest]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -72,6 +72,17 @@ def truncate(pair: TokenizedPair, limits: Limits, head: int = 0, tail: int = 0) 
     return cut
 
 
+def refuse_cut_images(images: np.ndarray, kept: int, limits: Limits, head: int) -> None:
+    """Raise RowError where a prompt that was cut to `kept` tokens lost some of `images`, bool [n] (droppable, where
+    overlong pairs are to be dropped)."""
+    lost = len(images) - kept
+    start = gap(kept, limits.truncation_mode, head)
+    if lost and images[start : start + lost].any():
+        fix = "raise data.max_length or data.max_prompt_length, or set data.on_overlong: drop"
+        reason = "longer than the limits, and what would be cut has tokens of an image"
+        raise RowError("images", reason, fix, droppable=limits.on_overlong == "drop")
+
+
 def _fault_of(cut: TokenizedPair, fix: str) -> RowError | None:
     """Why a pair that was cut cannot be used."""
     for field, answer in (("chosen", cut.chosen), ("rejected", cut.rejected)):

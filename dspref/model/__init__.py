@@ -10,7 +10,7 @@ model is made of and `freezing` what of it stays as it is (no torch), `digests` 
 
 Enters: config, data, objectives.
 Shows: adapters, admission, attention, digests, families, freezing, generation, head_room, loading, logps, packed, router,
-unpacked, weights.
+unpacked, vision, weights.
 """
 
 from typing import TYPE_CHECKING

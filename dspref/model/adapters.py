@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dspref.config import LoraSection, ModelSection
 from dspref.errors import ConfigError, EnvironmentFault, UserError
+from dspref.model import vision
 from dspref.model.adapter_files import CONFIG, WEIGHTS, Saved, base_of, digest, folder_of, is_saved
 from dspref.terminal import first_line, printable
 
@@ -121,10 +122,19 @@ def _fresh(lm: PreTrainedModel, section: ModelSection) -> PeftModel:
 
     given = _lora(section).model_dump(exclude={"path", "merge_on_export"}) | {"lora_dropout": _dropout(section) or 0.0}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if vision.is_vision(lm.config) and _names_no_tower(settings):
+        settings["exclude_modules"] = vision.outside_language_model(lm)
     kind = "SEQ_2_SEQ_LM" if getattr(lm.config, "is_encoder_decoder", False) else "CAUSAL_LM"
     config = LoraConfig(task_type=kind, **settings)
     # In the type of the model, as modules_to_save are: DeepSpeed wants one type, and keeps fp32 masters.
     return get_peft_model(lm, config, section.adapter_name, autocast_adapter_dtype=False)
+
+
+def _names_no_tower(settings: Mapping[str, Any]) -> bool:
+    """Whether layers are named by what language model and tower both call theirs, and the tower is not asked for."""
+    targets = settings.get("target_modules", "all-linear")
+    simple = targets == "all-linear" if isinstance(targets, str) else not any("." in name for name in targets)
+    return simple and "exclude_modules" not in settings
 
 
 def _continued(lm: PreTrainedModel, section: ModelSection) -> PeftModel:

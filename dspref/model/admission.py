@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.model import attention, families, freezing, liger, weights
+from dspref.model import attention, families, freezing, liger, vision, weights
 from dspref.terminal import first_line
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
@@ -60,7 +60,8 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         freezing.frozen([name for name, _ in skeleton.named_parameters(remove_duplicate=False)], section.freeze)
         if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
             raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
-        sizes = head_sizes(skeleton)
+        reads_images = vision.is_vision(config) and encoded is None
+        sizes = head_sizes(vision.language_model(skeleton) if reads_images else skeleton)
         router_coefficient(section, skeleton)
         if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
@@ -187,7 +188,7 @@ def _attention_dropout(text: PretrainedConfig) -> float:
     return max(number(text, name) or 0.0 for name in ("attention_dropout", "attn_pdrop", "dropout_rate"))
 
 
-def head_sizes(lm: PreTrainedModel) -> set[int]:
+def head_sizes(lm: torch.nn.Module) -> set[int]:
     """Sizes of the queries' heads in a model's attention layers, as far as these tell them."""
     layers = [part for part in lm.modules() if "Attention" in type(part).__name__]
     told = (

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from dspref.data.apart import Start
 from dspref.errors import ConfigError
+from dspref.model import vision
 from dspref.model.attention import Segments, packed_attention
 
 if TYPE_CHECKING:
@@ -78,11 +85,15 @@ def is_encoder_decoder(config: PretrainedConfig) -> bool:
 
 def auto_class(config: PretrainedConfig) -> Any:
     """The class of transformers that makes a model of such a config."""
+    if vision.is_vision(config) and not is_encoder_decoder(config):
+        return AutoModelForImageTextToText
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def refuse_other_family(config: PretrainedConfig) -> None:
-    """Raise ConfigError for an encoder-decoder model whose packs cannot be run."""
+    """Raise ConfigError for an encoder-decoder or vision-language model whose packs cannot be run."""
+    if vision.is_vision(config) and not is_encoder_decoder(config):
+        vision.family_of(config)
     if is_encoder_decoder(config) and config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(

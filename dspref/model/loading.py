@@ -27,7 +27,7 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.errors import ConfigError
 from dspref.files import flushed_tree, remove, sync_folder
-from dspref.model import adapters, digests, families, liger, weights
+from dspref.model import adapters, digests, families, liger, vision, weights
 from dspref.model.adapters import Adapters
 from dspref.model.admission import build_skeleton
 from dspref.model.attention import PACKED
@@ -127,7 +127,7 @@ def load(
                 str(folder),
                 config=config,
                 dtype=getattr(torch, dtype),
-                attn_implementation=PACKED,
+                attn_implementation=vision.implementations(config) if vision.is_vision(config) else PACKED,
                 use_safetensors=True,
                 trust_remote_code=section.trust_remote_code,
                 output_loading_info=True,

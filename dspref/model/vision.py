@@ -11,15 +11,18 @@ Features of d numbers, I image tokens of a pack, n tokens of a sequence.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from dspref.data.images import ImageLayout, Images, Positions, RowImages
+from dspref.data.sight import Sight, sight_of
 from dspref.errors import ConfigError
 from dspref.model.attention import PACKED
 
@@ -129,6 +132,50 @@ def _three_axes(lm: PreTrainedModel) -> Positions:
         return found[:, 0]
 
     return positions
+
+
+def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> Sight:
+    """How a model reads the images of rows, by its processor; pixels in its own type, as they wait in host memory. Raises
+    ConfigError where the two do not go together."""
+    config, family = skeleton.config, family_of(skeleton.config)
+    token, own = config.image_token_id, getattr(processor, "image_token_id", None)
+    if own is not None and own != token:
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: its processor writes images by token {own}, and the model has {token} "
+            "(image_token_id); use the model's own"
+        )
+
+    def to_tower(made: Mapping[str, Any], digest: bytes) -> RowImages:
+        found = row_images(made, config, digest)
+        as_read = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.tensors.items()}
+        return RowImages(as_read, digest)
+
+    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:
+    """Write a tokenizer, and of a vision-language model all of its processor, which is then loaded as a user would and has
+    to read an image and a text; what comes out otherwise, or None."""
+    own = sight_of(tokenizer)
+    if own is None:
+        tokenizer.save_pretrained(folder)
+        return None
+    own.processor.save_pretrained(folder)
+    expected, found = own.probe(), own.as_reloaded(str(folder)).probe()
+    same = (name in found and torch.equal(torch.as_tensor(x), torch.as_tensor(found[name])) for name, x in expected.items())
+    return next((name for name, is_same in zip(expected, same) if not is_same), None)
+
+
+def outside_language_model(lm: PreTrainedModel) -> str:
+    """A regular expression of all modules that do not read packs: the tower, and what joins it to the language model."""
+    own = next(name for name, part in lm.named_modules() if part is language_model(lm))
+    return rf"(?!{re.escape(own)}\.).*"
+
+
+def language_model(lm: PreTrainedModel) -> torch.nn.Module:
+    """The part of a model that reads packs."""
+    base: Any = lm.base_model
+    return getattr(base, "language_model", None) or base.text_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

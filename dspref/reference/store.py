@@ -42,8 +42,9 @@ def sequence_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarra
     """The keys of (prompt + chosen) and (prompt + rejected) of each pair of `rows` (default: all), uint8 [n, 2, KEY_BYTES].
 
     A key is the sha256, cut short, of all that decides the values of a sequence: prompt ids and answer ids (int32, little
-    endian), which of the answer's tokens are scored where that is not all, then the fixed-size tail (prompt length, answer
-    length, m), which makes the whole unambiguous. Read-only.
+    endian), between them a digest of the prompt's images where it has some, which of the answer's tokens are scored where
+    that is not all, then the fixed-size tail (prompt length, answer length, m), which makes the whole unambiguous.
+    Read-only.
     """
     rows = np.arange(len(store)) if rows is None else rows
     parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
@@ -58,9 +59,10 @@ def _keys(store: PairStore, rows: np.ndarray) -> bytes:
     shorter = (np.diff(bounds)[:, 1:] if mask is None else store.scored[rows]).min(axis=1)
     tails = _bytes_of(np.stack([prompt, chosen, shorter, prompt, rejected, shorter], axis=1))
     ids = _bytes_of(tokens)
-    digests = []
+    digests, images = [], store.image_digests(rows.tolist())
     for pair, (start, first, second, end) in enumerate((4 * bounds).tolist()):
         one = hashlib.sha256(ids[start:first])
+        one.update(images[pair])
         other = one.copy()
         for key, begin, stop, tail in ((one, first, second, 24 * pair), (other, second, end, 24 * pair + 12)):
             key.update(ids[begin:stop])

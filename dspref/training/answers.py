@@ -18,8 +18,10 @@ import numpy as np
 from dspref import distributed
 from dspref.config import LogSection, ModelSection
 from dspref.data.apart import opening
+from dspref.data.sight import sight_of
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
+from dspref.errors import ConfigError
 from dspref.model import generation
 from dspref.model.generation import Style
 from dspref.reference import modes
@@ -85,6 +87,8 @@ def prompts_of(
     def own() -> list[Any]:
         return [list(prompt) for prompt in preparation.own_prompts(str(log.samples_file), section, tokenizer)]
 
+    if (log.samples or log.samples_file) and sight_of(tokenizer) is not None:
+        raise ConfigError("log.samples: answers of a vision-language model are not sampled yet; drop it, and samples_file")
     found = list(islice(_held_out(held_out, tokenizer), log.samples))
     if len(found) < log.samples:
         distributed.log(f"log.samples: {log.samples}, but the held-out sets have {len(found)} different prompts")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# What a vision-language model has beside its tokenizer.
+PROCESSOR = "processor_config.json"
+
+
 def take_best(session: Session, progress: Progress) -> int:
     """Load the weights of the best evaluation, where they are to be exported. The step whose weights the policy has then."""
     best, rule = progress.best, session.rule
@@ -95,13 +99,18 @@ def show_summary(run: RunFolder) -> None:
         more = "from peft import AutoPeftModelForCausalLM as LM; "
         loaded = f"LM.from_pretrained({final}), tokenizer={final}"
     ask = f'pipeline("text-generation", {loaded})([{{"role": "user", "content": {prompt}}}])'
+    sees = (run.final / PROCESSOR).exists()
+    if sees:
+        parts = f'[{{"type": "image", "url": "IMAGE.png"}}, {{"type": "text", "text": {prompt}}}]'
+        ask = f'pipeline("image-text-to-text", {loaded})(text=[{{"role": "user", "content": {parts}}}], max_new_tokens=64)'
+    asking = f"{more}from transformers import pipeline; print({ask})"
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
         [
             terminal.command("dspref", "report", folder),
-            terminal.command("dspref", "chat", folder),
-            terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})"),
+            *([] if sees else [terminal.command("dspref", "chat", folder)]),
+            *([] if sees and more else [terminal.command("python", "-c", asking)]),
         ],
     )
 

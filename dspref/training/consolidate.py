@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspref import config as configuration
-from dspref.config import Config, ModelSection, shipped
-from dspref.data.tokenize import load_tokenizer
+from dspref.config import Config, ModelSection
 from dspref.engine import shards
 from dspref.errors import ConfigError, DataError, IOFault
 from dspref.model import loading
@@ -23,7 +22,7 @@ from dspref.run import export, manifest
 from dspref.run.checkpoint import committed_folders, damage_of
 from dspref.run.folder import RESOLVED, RunFolder
 from dspref.run.settings import decisive, settings_of
-from dspref.training import stages
+from dspref.training import preparation, stages
 from dspref.training.model_card import model_card
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ def consolidate(checkpoint: Path, to: Path, dtype: str | None = None, merge: boo
     section = config.model.model_copy(update={"load_in_4bit": False})  # which needs a GPU; what is trained is beside it
     reference = stages.reference_spec(config)
     policy = loading.load(section, base, "sdpa", section.dtype, None, spec.attach(reference, config.train.seed))
-    name = section.tokenizer_name_or_path or section.name_or_path
-    tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
+    tokenizer = preparation.tokenizer_of(section)
     summary = {"step": said["step"], "metrics": said["metrics"]}
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as draft:

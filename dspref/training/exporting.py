@@ -8,14 +8,13 @@ from pathlib import Path
 
 from dspref import config as configuration
 from dspref.config import ModelSection
-from dspref.data.tokenize import load_tokenizer
 from dspref.errors import ConfigError, IOFault
 from dspref.files import flushed_tree
 from dspref.model import adapters, loading
 from dspref.run import export, record
 from dspref.run.checkpoint import behind_final, committed_folders
 from dspref.run.folder import RESOLVED, RunFolder
-from dspref.training import outcome, stages
+from dspref.training import outcome, preparation, stages
 from dspref.training.consolidate import as_merged, consolidate, refuse_taken, refuse_unmergeable
 from dspref.training.model_card import model_card
 
@@ -80,5 +79,6 @@ def merge_final(run: RunFolder, draft: Path, section: ModelSection, card: str) -
     loading.quiet()
     base = str(run.path / "init") if section.init == "random" else section.name_or_path
     export.write_merged(draft, base, run.final, section)
-    tokenizer = load_tokenizer(str(run.final), trust_remote_code=section.trust_remote_code)
+    own = {"tokenizer_name_or_path": str(run.final), "revision": None, "chat_template": None}
+    tokenizer = preparation.tokenizer_of(section.model_copy(update=own))
     export.accompany(draft, tokenizer, card)

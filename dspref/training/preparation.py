@@ -10,6 +10,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dspref import distributed
 from dspref.config import DataSection, ModelSection, SourceSection, TrainSection, cache_folder, shipped
 from dspref.data.apart import read_apart
@@ -18,12 +20,13 @@ from dspref.data.overlap import shared
 from dspref.data.plan import rows_per_epoch
 from dspref.data.prompts import OwnPrompt, read_prompts
 from dspref.data.rows import one_line
+from dspref.data.sight import load_processor, see
 from dspref.data.sources import Listing, Source, find
 from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
-from dspref.model import adapters, admission, digests, families, loading, weights
+from dspref.model import adapters, admission, digests, families, loading, vision, weights
 from dspref.reference.spec import ReferenceSpec, described
 from dspref.run.export import warn_of_other_tokenizer
 
@@ -150,10 +153,22 @@ def tokenizer_of(section: ModelSection) -> PreTrainedTokenizerBase:
     name = section.tokenizer_name_or_path or section.name_or_path
     if not shipped(name).is_dir() and (reason := weights.no_folder(name)):
         raise ConfigError(f"model.tokenizer_name_or_path: {name}: {reason}")
-    tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
     config = loading.load_config(section)
+    if vision.is_vision(config):
+        return seeing_tokenizer(section, str(shipped(name)))
+    tokenizer = load_tokenizer(str(shipped(name)), section.revision, section.chat_template, section.trust_remote_code)
     if families.is_encoder_decoder(config):
         read_apart(tokenizer, families.start_of_answers(config))
+    return tokenizer
+
+
+def seeing_tokenizer(section: ModelSection, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a vision-language model, which knows by its processor how images are read."""
+    processor = load_processor(name, section.revision, section.trust_remote_code)
+    template = section.chat_template or processor.chat_template
+    tokenizer = load_tokenizer(name, section.revision, template, section.trust_remote_code)
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    see(tokenizer, vision.sight(processor, loading.skeleton(section), getattr(torch, section.dtype)))
     return tokenizer
 
 

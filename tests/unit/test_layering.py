@@ -45,7 +45,10 @@ ABOVE = {
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine.accelerator", "engine.engine", "engine.plain", "engine.shards"},
     "torch.distributed": {"distributed", "engine.engine"},
-    "transformers": {"data.pieces", "data.tokenize", "data.vocabulary", "model", "run.checkpoint", "run.export"},
+    "transformers": {
+        *("data.pieces", "data.sight", "data.tokenize", "data.vocabulary"),
+        *("model", "run.checkpoint", "run.export"),
+    },
     "peft": {"model.adapter_files", "model.adapters"},
     "bitsandbytes": {"engine.optimizer"},
     "liger_kernel": {"model.liger"},
@@ -285,7 +288,7 @@ def test_owners_are_found_where_they_are(package: str) -> None:
 
 
 def test_pure_files_need_only_torch_and_numpy() -> None:
-    """Besides what reads files (datasets, pyarrow) and text (transformers), and the kernels of `attention`."""
+    """Besides what reads files (datasets, pyarrow), images (PIL) and text (transformers), and the kernels of `attention`."""
     allowed = {"torch", "numpy", "dspref", "jaxtyping", "__future__", *sys.stdlib_module_names}
     readers = {
         "model.attention": {"transformers", "flash_attn", "flash_attn_interface", "flash_attn_config"},
@@ -295,6 +298,8 @@ def test_pure_files_need_only_torch_and_numpy() -> None:
         "data.tokenize": {"transformers"},
         "data.pieces": {"transformers"},
         "data.vocabulary": {"transformers"},
+        "data.sight": {"transformers", "PIL"},
+        "data.image_files": {"PIL"},
     }
     violations = [
         f

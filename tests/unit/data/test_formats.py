@@ -16,8 +16,8 @@ from hypothesis.strategies import randoms
 
 from dspref.data.completions import to_preferences
 from dspref.data.formats import FORMATS, Preference, RowError, check_template, to_preference
-from dspref.data.messages import refused_by_template
 from dspref.data.rows import DROP, missing
+from dspref.data.template import refused_by_template
 from dspref.errors import ConfigError
 
 
@@ -765,8 +765,8 @@ def test_template_keys_are_checked(template: dict[str, str]) -> None:
         (CHAT | {"chosen": ["a"]}, "chosen[0]", "str, not a message"),
         (
             CHAT | {"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]},
-            "chosen[0].content[0]",
-            "'image' is no text",
+            "chosen",
+            "an image in an answer",
         ),
         (CHAT | {"chosen": [{"role": "assistant", "content": [{"text": 1}]}]}, "chosen[0].content[0]", "no text part"),
         (CHAT | {"chosen": [{"from": 3, "value": "a"}]}, "chosen[0].role", "unknown role 3"),

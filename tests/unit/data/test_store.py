@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data import building, parts, rowfiles, tokenize
+from dspref.data import building, parts, rowfiles, sameness, tokenize
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
 from dspref.data.converting import Converter
@@ -483,9 +483,9 @@ def test_the_largest_id_and_the_longest_pair_are_known(tmp_path: Path) -> None:
 
 def test_contents_are_numbered_alike() -> None:
     digests = np.array([[3, 1], [2, 2], [3, 1], [3, 0], [2**64 - 1, 0], [2, 2]], dtype=np.uint64)
-    numbers = building.numbered(digests)
+    numbers = sameness.numbered(digests)
     assert numbers[0] == numbers[2] and numbers[1] == numbers[5] and len(set(numbers)) == 4
-    assert len(building.numbered(digests[:0])) == 0
+    assert len(sameness.numbered(digests[:0])) == 0
 
 
 WITH_CALLS = (

@@ -1,0 +1,167 @@
+"""Images as rows name them: a file's path, bytes, or an image of PIL. They are looked at without decoding a pixel, and
+decoded later."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dspref import reading
+from dspref.data.rows import RowError, one_line, what_is
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Of one image: bytes of its file, and pixels.
+MAX_BYTES, MAX_PIXELS = 2**26, 2**26
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+DATA = re.compile(r"data:[\w/+.-]*;base64,")
+# Orientations by which a camera says that height and width change places.
+TURNED, ORIENTATION = (5, 6, 7, 8), 0x0112
+FETCH = "fetch it, and write its path"
+MEND = "mend the image, or set data.on_bad_row: drop"
+
+
+class Picture(NamedTuple):
+    """An image of a row, before it is decoded."""
+
+    path: str | None
+    """As the row has it, relative to the folder of its file; None: of bytes in the row itself."""
+    digest: str
+    """sha256 of its bytes."""
+    height: int
+    width: int
+    stamp: tuple[int, int] = (0, 0)
+    """(size, time of the last change) of its file."""
+    data: bytes = b""
+    """The bytes, where the row has them itself."""
+
+
+def folder_of(file: str) -> Path:
+    """Where the paths of images begin that stand in a file, or in a folder of several."""
+    path = Path(file)
+    return path if path.is_dir() else path.parent
+
+
+def look(value: Any, folder: Path, place: str) -> Picture:
+    """What a row names at `place`: its size and its digest. Raises RowError for what is no image that can be read."""
+    path, data, stamp = None, _own_bytes(value, place), (0, 0)
+    if data is None:
+        path = value["path"] if isinstance(value, dict) else value
+        if not isinstance(path, str | Path) or not str(path):
+            raise RowError(place, f"{what_is(path)}, and no image", "write the path of a file")
+        path = str(path)
+        if URL.match(path):
+            raise RowError(place, f"{one_line(path, 80)!r} is a URL, and nothing is fetched from the network", FETCH)
+        data, stamp = _read(folder / Path(path).expanduser(), place)
+    if len(data) > MAX_BYTES:
+        raise RowError(place, f"{len(data):,} bytes, more than the {MAX_BYTES:,} that are read", "make it smaller")
+    height, width = _size(data, place)
+    digest = hashlib.sha256(data).hexdigest()
+    return Picture(path, digest, height, width, stamp, b"" if path else data)
+
+
+def _own_bytes(value: Any, place: str) -> bytes | None:
+    """The bytes that a row has itself; None where it names a file."""
+    if isinstance(value, dict):
+        if not value.keys() & {"bytes", "path"}:
+            raise RowError(place, f"an object with {sorted(map(str, value))[:4]}, and no image", "write the path of a file")
+        value = value.get("bytes")
+        if value is None:
+            return None
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    if isinstance(value, str) and (start := DATA.match(value)):
+        try:
+            return base64.b64decode(value[start.end() :], validate=True)
+        except binascii.Error:
+            raise RowError(place, "broken base64", "write the path of a file") from None
+    if callable(getattr(value, "save", None)) and hasattr(value, "mode"):  # an image of PIL's
+        written = io.BytesIO()
+        save: Any = value.save  # type: ignore[union-attr]
+        save(written, "PNG")
+        return written.getvalue()
+    return None
+
+
+def _read(path: Path, place: str) -> tuple[bytes, tuple[int, int]]:
+    """The bytes of a file, and its stamp."""
+    name = one_line(str(path), 200)
+    try:
+        with reading.open_regular(path) as file:
+            stamp = stamp_of(path)
+            if stamp[0] > MAX_BYTES:
+                raise RowError(place, f"{name}: {stamp[0]:,} bytes, more than the {MAX_BYTES:,} that are read")
+            return file.read(), stamp
+    except FileNotFoundError:
+        raise RowError(place, f"{name}: no such file", "check the path; it is relative to the data file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RowError(place, f"{name}: {one_line(reason)}", "check the path and its permissions") from None
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """(size, time of the last change) of a file. Raises OSError."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _size(data: bytes, place: str) -> tuple[int, int]:
+    """(height, width) as it will be decoded, by the header alone."""
+    import PIL.Image
+
+    def size() -> tuple[int, int]:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                reason = f"{width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} that are read"
+                raise RowError(place, reason, "make it smaller")
+            if image.format == "JPEG" and b"\xff\xd9" not in data[-4096:]:
+                raise RowError(place, "broken image: the file ends too early", MEND)
+            turned = _orientation(image) in TURNED
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            if image.format == "PNG":
+                image.verify()  # checksums, without a pixel
+        return (width, height) if turned else (height, width)
+
+    return _told(size, place)
+
+
+def decode(data: bytes, place: str) -> Image:
+    """An image in RGB, as its camera was held. Raises RowError."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    def image() -> Image:
+        with PIL.Image.open(io.BytesIO(data)) as opened:
+            upright = opened if _orientation(opened) == 1 else PIL.ImageOps.exif_transpose(opened)
+            return upright.convert("RGB")
+
+    return _told(image, place)
+
+
+def _orientation(image: Image) -> int:
+    """How a camera was held, by the header; a PNG that says so behind its pixels would have to be decoded."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return image.getexif().get(ORIENTATION, 1)
+
+
+def _told(read: Callable[[], Any], place: str) -> Any:
+    """What `read` makes of an image, or a RowError: a parser of so many formats raises anything."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are looked at here
+            return read()
+    except RowError:
+        raise
+    except Exception as error:
+        said = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else f"broken image: {error}"
+        raise RowError(place, said, MEND) from None

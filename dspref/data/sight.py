@@ -1,0 +1,179 @@
+"""How a vision-language model reads the images of a prompt: its processor, which goes with its tokenizer.
+
+A template writes one token for an image. As many as the tower makes features of it, and what else the family writes around
+them, depend on the image's size alone: they are learned from the processor by a blank image of that size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dspref import hub
+from dspref.data.image_files import Picture
+from dspref.data.images import ImageLayout, RowImages
+from dspref.data.rows import RowError, one_line
+from dspref.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase
+
+DIGEST_BYTES = 16
+# Pixels of the image for packs without one.
+BLANK = (32, 32)
+# So many sizes are tried before a processor's own count is believed.
+TRIED = 4
+NO_PLACE = "set model.chat_template to one that writes images"
+
+
+@dataclass
+class Sight:
+    """What must be known of a model to read images of rows."""
+
+    processor: Any
+    token: int
+    """The token that stands for an image, and for each of its features."""
+    nested: bool
+    """Whether the processor wants images by rows."""
+    to_tower: Callable[[Mapping[str, Any], bytes], RowImages]
+    """(what the processor makes of the images of a row, their digest) -> what the tower reads."""
+    lay_out: Callable[[RowImages], ImageLayout]
+    """(a blank image) -> how packs are laid out."""
+    _known: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    _counts: bool = True
+    """Whether an image is nothing but as many tokens as the processor counts."""
+
+    @cached_property
+    def word(self) -> str:
+        """The text of the token."""
+        return str(self.processor.tokenizer.convert_ids_to_tokens(self.token))
+
+    @cached_property
+    def layout(self) -> ImageLayout:
+        import PIL.Image
+
+        return self.lay_out(self.to_tower(self._processed([PIL.Image.new("RGB", BLANK)]), b""))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over all that turns an image into what the tower reads, but for the image."""
+        own = self.processor
+        said = own.image_processor.to_dict()
+        for name in ("_name_or_path", "transformers_version", "processor_class"):
+            said.pop(name, None)
+        more = {name: getattr(own, name, None) for name in ("image_seq_len", "image_seq_length", "patch_size")}
+        parts = [type(own).__name__, type(own.image_processor).__name__, said, more]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def digest_of(self, pictures: Sequence[Picture]) -> bytes:
+        """Of the images of a row, as this model reads them."""
+        parts = [self.digest, *(picture.digest for picture in pictures)]
+        return hashlib.blake2b(" ".join(parts).encode(), digest_size=DIGEST_BYTES).digest()
+
+    def read(self, images: Sequence[Image], digest: bytes) -> RowImages:
+        """The images of a row, as the tower reads them. Raises RowError."""
+        try:
+            return self.to_tower(self._processed(images), digest)
+        except Exception as error:  # a processor's own complaint
+            raise RowError("images", f"the model's processor does not take them: {one_line(error)}") from None
+
+    def expanded(self, prompt: np.ndarray, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
+        """A prompt with all tokens of its images, and which they are: int32 [n], bool [n]. Raises RowError."""
+        places = np.flatnonzero(prompt == self.token)
+        if len(places) != len(pictures):
+            there = f"{len(places)} image tokens in the prompt, and {len(pictures)} images"
+            fix = NO_PLACE if len(places) < len(pictures) else f"take {self.word!r} out of the text"
+            raise RowError("images", there, fix)
+        parts, masks, done = [], [], 0
+        for place, picture in zip(places.tolist(), pictures):
+            own = self._tokens((picture.height, picture.width))
+            parts += [prompt[done:place], own]
+            masks += [np.zeros(place - done, dtype=bool), np.ones(len(own), dtype=bool)]
+            done = place + 1
+        parts, masks = [*parts, prompt[done:]], [*masks, np.zeros(len(prompt) - done, dtype=bool)]
+        return np.concatenate(parts).astype(np.int32), np.concatenate(masks)
+
+    def probe(self) -> Mapping[str, Any]:
+        """What the processor makes of a gradient of colours and its place."""
+        import PIL.Image
+
+        colours = np.indices((48, 64)).sum(axis=0, dtype=np.uint8)[..., None].repeat(3, axis=-1)
+        return self._processed([PIL.Image.fromarray(colours)])
+
+    def as_reloaded(self, folder: str) -> Sight:
+        """The same with the processor of a folder."""
+        return replace(self, processor=load_processor(folder), _known={}, _counts=True)
+
+    def _tokens(self, size: tuple[int, int]) -> np.ndarray:
+        """What an image of (height, width) pixels becomes."""
+        if size not in self._known:
+            try:
+                self._known[size] = self._learned(size)
+            except Exception as error:  # a processor's own complaint
+                reason = f"the model's processor takes no image of {size[1]} x {size[0]} pixels: {one_line(error)}"
+                raise RowError("images", reason) from None
+        return self._known[size]
+
+    def _learned(self, size: tuple[int, int]) -> np.ndarray:
+        import PIL.Image
+
+        counted = self._counted(size) if self._counts else None
+        if counted is not None and len(self._known) >= TRIED:
+            return counted
+        made = self._processed([PIL.Image.new("RGB", (size[1], size[0]))])["input_ids"]
+        found = np.asarray(made[0], dtype=np.int32)
+        self._counts = counted is not None and np.array_equal(found, counted)
+        return found
+
+    def _counted(self, size: tuple[int, int]) -> np.ndarray | None:
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None:
+            return None
+        return np.full(count(image_sizes=[list(size)])["num_image_tokens"][0], self.token, dtype=np.int32)
+
+    def _processed(self, images: Sequence[Image]) -> Mapping[str, Any]:
+        given = [list(images)] if self.nested else list(images)
+        text = [self.word * len(images)]
+        return self.processor(text=text, images=given, add_special_tokens=False, return_tensors="pt")
+
+
+def see(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
+    """From now on the tokenizer is that of a vision-language model."""
+    tokenizer.sight = sight  # type: ignore[attr-defined]
+
+
+def sight_of(tokenizer: PreTrainedTokenizerBase) -> Sight | None:
+    """How images are read, where they are."""
+    return vars(tokenizer).get("sight")
+
+
+def load_processor(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a folder or hub id. Raises ConfigError in one line."""
+    from transformers import AutoProcessor
+
+    try:
+        folder = name_or_path
+        if not os.path.isdir(folder):
+            code = ["*.py"] * trust_remote_code
+            folder = str(hub.snapshot(folder, revision, (*hub.TOKENIZER, *code)))
+        found = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not hasattr(found, "image_processor"):
+            raise ValueError(f"it has a {type(found).__name__} alone, and no processor of images")
+        return found
+    except Exception as error:  # missing files, missing libraries: each has its own
+        lacks = [name for name in ("torchvision", "num2words") if importlib.util.find_spec(name) is None]
+        said = str(error).lower()
+        needed = [name for name in lacks if name in said or (name == "torchvision" and "video" in said)]
+        fix = f"pip install {' '.join(needed)}" if needed else "fetch the model's processor files too"
+        raise ConfigError(
+            f"model.name_or_path: no processor of images loads from {name_or_path!r}: {one_line(error, 200)}; fix: {fix}"
+        ) from None

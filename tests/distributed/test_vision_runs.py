@@ -1,0 +1,156 @@
+"""Runs of vision-language models through the launcher: what a step computes is that of plain forwards, whatever the ranks
+and ZeRO stage; a run that is interrupted goes on to the bit, and plain transformers generates with what it exports."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file
+from tiny_vision import image_rows, save_vision
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+PAIRS = 9
+KINDS = ["llava", "llava_next", "idefics3"]  # those whose processors load without torchvision
+
+
+def write(folder: Path, kind: str, **sections: Any) -> Path:
+    save_vision(folder / "model", kind, seed=1)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in image_rows(folder, PAIRS)))
+    values = {
+        "model": {"name_or_path": f"{folder}/model", "dtype": "float32"},
+        "reference": {"store": f"{folder}/reference"},
+        "data": {"train": {"path": f"{folder}/rows.jsonl"}, "shuffle": False, "max_length": 512, "tokens_per_pack": 400},
+        "objective": {"name": "dpo", "beta": 0.3, "rpo_alpha": 1.0},
+        "train": {"pairs_per_step": PAIRS, "max_steps": 1, "max_grad_norm": 0},
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        "output_dir": f"{folder}/run",
+    } | sections
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def plain_nll(folder: Path, kind: str) -> float:
+    """The mean over the chosen answers' tokens of -log p, by one plain forward for each."""
+    lm: Any = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    words: Any = AutoProcessor.from_pretrained(folder / "model")
+    found: list[float] = []
+    for row in image_rows(folder, PAIRS):
+        if isinstance(row["prompt"], str):
+            parts = [{"type": "image"}] * len(row["images"]) + [{"type": "text", "text": row["prompt"]}]
+        else:
+            parts = row["prompt"][0]["content"]
+        names = row["images"] or [part["image"] for part in parts if part["type"] == "image"]
+        images = [PIL.Image.open(folder / name) for name in names]
+        prompt = words.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        given: Any = {"images": [images] if kind == "idefics3" else images} if images else {}
+        asked, made = (
+            words(text=[text], return_tensors="pt", **given) for text in (prompt, f"{prompt}{row['chosen']}<|im_end|>")
+        )
+        start, ids = asked["input_ids"].shape[1], made["input_ids"]
+        with torch.no_grad():
+            logps = lm(**made).logits[0, start - 1 : -1].log_softmax(-1)
+        found += (-logps.gather(1, ids[0, start:, None])[:, 0]).tolist()
+    return float(np.mean(found))
+
+
+VARIANTS = [
+    ["data.tokens_per_pack=1"],
+    ["data.tokens_per_pack=400", "data.prefix_sharing=false"],
+    ["data.tokens_per_pack=100000", "model.gradient_checkpointing=false"],
+    ["deepspeed.zero_optimization.stage=1"],
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_is_that_of_plain_forwards_in_every_layout(world: int, kind: str, tmp_path: Path, all_workers) -> None:
+    write(tmp_path, kind)
+    expected = plain_nll(tmp_path, kind)
+    ranks = all_workers[world].run("cases:first_steps", config_path=str(tmp_path / "run.yaml"), variants=VARIANTS)
+    first = ranks[0][0]
+    for overrides, result in zip(VARIANTS, ranks[0], strict=True):
+        assert math.isclose(result["nll_loss"], expected, rel_tol=1e-5), (overrides, result["nll_loss"], expected)
+        assert math.isclose(result["loss"], expected + math.log(2), rel_tol=1e-5), overrides
+        whole = math.sqrt(sum(float((g**2).sum()) for g in first["gradients"].values()))
+        for name, gradient in first["gradients"].items():
+            difference = np.linalg.norm(result["gradients"][name] - gradient)
+            assert difference <= 1e-4 * np.linalg.norm(gradient) + 1e-6 * whole, (overrides, name)
+    assert any("vision" in name and gradient.any() for name, gradient in first["gradients"].items()), "the tower is trained"
+
+
+def train(workers: Any, folder: Path, *overrides: str) -> list[int]:
+    return workers.run("cases:run_training", config_path=str(folder / "run.yaml"), overrides=list(overrides))
+
+
+def undone(folder: Path) -> None:
+    """A run as an interruption after step 2 of 4 leaves it."""
+    for checkpoint in (folder / "checkpoints").glob("step-*4"):
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "final")
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in state.items() if k != "summary"} | {"state": "running"}))
+
+
+LONG: dict[str, Any] = {
+    "train": {"pairs_per_step": 3, "max_steps": 4, "learning_rate": 3e-3},
+    "checkpoint": {"save_every": 2, "keep_last": 9},
+}
+
+
+@pytest.mark.parametrize(("kind", "world", "stage"), [("llava", 2, 3), ("llava_next", 1, 1), ("idefics3", 2, 1)])
+def test_a_run_goes_on_to_the_bit_and_plain_transformers_generates_with_it(
+    kind: str, world: int, stage: int, tmp_path: Path, all_workers
+) -> None:
+    write(tmp_path, kind, **LONG)
+    strategy, parts = f"deepspeed.zero_optimization.stage={stage}", tmp_path / "parts"
+    assert train(all_workers[world], tmp_path, strategy) == [0] * world
+    whole = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert train(all_workers[world], tmp_path, strategy, f"output_dir={parts}") == [0] * world
+    undone(parts)
+    assert train(all_workers[world], tmp_path, strategy, f"output_dir={parts}") == [0] * world
+    again = load_file(parts / "final" / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+
+    lm: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "final")
+    before = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
+    assert any("vision" in name and not torch.equal(x, before[name]) for name, x in lm.state_dict().items())
+    words: Any = AutoProcessor.from_pretrained(tmp_path / "run" / "final")
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    prompt = words.apply_chat_template(asked, add_generation_prompt=True)
+    image: Any = [PIL.Image.open(tmp_path / "0-0.png")]
+    made = words(text=[prompt], images=[image] if kind == "idefics3" else image, return_tensors="pt")
+    answer = lm.generate(**made, max_new_tokens=4, do_sample=False)
+    assert made["input_ids"].shape[1] < answer.shape[1] <= made["input_ids"].shape[1] + 4
+
+
+def test_a_frozen_tower_and_an_adapter_leave_it_as_it_is(tmp_path: Path, all_workers) -> None:
+    write(tmp_path, "llava", **LONG)
+    frozen = f"output_dir={tmp_path}/frozen"
+    assert train(all_workers[1], tmp_path, "model.freeze=[vision_tower]", frozen) == [0]
+    folders = tmp_path / "model", tmp_path / "frozen" / "final"
+    before, after = (AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in folders)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("vision" in name for name in changed)
+    assert train(all_workers[1], tmp_path, "model.lora={r: 4}", f"output_dir={tmp_path}/lora") == [0]
+    adapter = load_file(tmp_path / "lora" / "final" / "adapter_model.safetensors")
+    assert adapter and all("language_model" in name for name in adapter)
+    assert AutoProcessor.from_pretrained(tmp_path / "lora" / "final").image_processor is not None
+
+
+def test_an_image_that_changes_under_a_run_is_told(tmp_path: Path, all_workers) -> None:
+    write(tmp_path, "llava", **LONG)
+    assert train(all_workers[1], tmp_path) == [0]
+    undone(tmp_path / "run")
+    PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "0-0.png")
+    assert train(all_workers[1], tmp_path) == [3], "the pairs have changed since this run began"
+    assert train(all_workers[1], tmp_path, "log.samples=2", f"output_dir={tmp_path}/other") == [2]
