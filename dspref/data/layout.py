@@ -28,11 +28,11 @@ class Piece(NamedTuple):
         return self.start + self.tokens
 
 
-def layout(pairs: Sequence[TokenizedPair], prefix_sharing: bool) -> list[Piece]:
-    """The pieces of a pack, in order."""
+def layout(pairs: Sequence[TokenizedPair], prefix_sharing: bool, digests: Sequence[bytes] | None = None) -> list[Piece]:
+    """The pieces of a pack, in order. `digests`: of the images of each pair's prompt."""
     found: list[Piece] = []
     at = 0
-    for number, group in enumerate(groups_of(pairs, prefix_sharing)):
+    for number, group in enumerate(groups_of(pairs, prefix_sharing, digests=digests)):
         first, stop = at, at + len(group.prompt)
         of_group = sorted({span % len(pairs) for answer in group.answers for span in answer.spans})
         found.append(Piece("prompt", first, stop - first, number, tuple(of_group), ((first, stop),)))

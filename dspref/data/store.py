@@ -132,6 +132,11 @@ class PairStore:
         return np.flatnonzero((self._places[:, 1] == line) & (self._places[:, 0] == file))
 
     @property
+    def reads_images(self) -> bool:
+        """Whether the model does."""
+        return self._sight is not None
+
+    @property
     def reads_clock(self) -> bool:
         """Whether the chat template writes the date or time into what it renders."""
         return bool(self.report["clock"])

@@ -59,6 +59,9 @@ FAMILIES: dict[str, Family] = {
 
 def refuse_other_kind(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
     """Raise ConfigError for a reference that does not read what the policy reads."""
+    if (vision.is_vision(policy) or vision.is_vision(reference)) and policy.model_type != reference.model_type:
+        what = f"is a {reference.model_type} and does not read images as the policy does, a {policy.model_type}"
+        raise ConfigError(f"model.name_or_path: {reference.name_or_path} {what}; use another reference")
     kinds = [is_encoder_decoder(config) and start_of_answers(config) for config in (policy, reference)]
     if kinds[0] != kinds[1]:
         if not all(kinds):

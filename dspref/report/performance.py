@@ -19,7 +19,7 @@ from dspref.engine.engine import Engine
 from dspref.machine.flops import ModelSize, Work, of_step
 from dspref.machine.footprint import EXPERTS
 from dspref.machine.gpus import peak_of
-from dspref.model import families
+from dspref.model import families, vision
 from dspref.model.head_room import fits
 from dspref.model.packed import PackedCausalLM
 from dspref.reference.modes import Reference
@@ -106,7 +106,8 @@ class Account:
     """What a run computes, for its `perf/*` metrics. `reference`: of a live one; None where nothing is computed for it."""
 
     policy: ModelSize | None
-    """None: of an encoder-decoder model, in which a token meets one half of the weights; its operations are not counted."""
+    """None: of an encoder-decoder model, in which a token meets one half of the weights, and of a vision-language one, whose
+    tower meets others: their operations are not counted."""
     reference: ModelSize | None
     recomputes: bool
     device: torch.device
@@ -119,7 +120,8 @@ class Account:
     def of(cls, section: ModelSection, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
         live = size_of(reference.module) if reference.module else None
         vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
-        own = None if families.is_encoder_decoder(policy.module.lm.config) else size_of(policy.module)
+        config = policy.module.lm.config
+        own = None if families.is_encoder_decoder(config) or vision.is_vision(config) else size_of(policy.module)
         recomputes, dtype = section.gradient_checkpointing, section.dtype
         return cls(own, live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
 

@@ -229,6 +229,8 @@ def refuse_scored_prompt(stores: Sequence[PairStore], score_prompt: bool) -> Non
         raise ConfigError(
             "objective.nll_on_prompt: true, but an encoder-decoder model gives a prompt's tokens no probability; set false"
         )
+    if score_prompt and any(store.reads_images for store in stores):
+        raise ConfigError("objective.nll_on_prompt: true, but image tokens of a prompt are no text to be learned; set false")
 
 
 def check_adapters(section: ModelSection, optim: str, device_type: str) -> None:
