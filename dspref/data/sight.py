@@ -170,9 +170,11 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
             raise ValueError(f"it has a {type(found).__name__} alone, and no processor of images")
         return found
     except Exception as error:  # missing files, missing libraries: each has its own
-        lacks = [name for name in ("torchvision", "num2words") if importlib.util.find_spec(name) is None]
+        packages = {"PIL": "pillow", "torchvision": "torchvision", "num2words": "num2words"}
+        lacks = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
         said = str(error).lower()
         needed = [name for name in lacks if name in said or (name == "torchvision" and "video" in said)]
+        needed += ["pillow"] if "pillow" in lacks and "pillow" not in needed else []
         fix = f"pip install {' '.join(needed)}" if needed else "fetch the model's processor files too"
         raise ConfigError(
             f"model.name_or_path: no processor of images loads from {name_or_path!r}: {one_line(error, 200)}; fix: {fix}"
