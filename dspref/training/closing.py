@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dspref import distributed, terminal
 from dspref.engine.engine import Engine
-from dspref.model import adapters
+from dspref.model import adapters, families
 from dspref.report import console
 from dspref.run import checkpoint, history, record
 from dspref.run.checkpoint import Progress
@@ -65,6 +65,7 @@ def finish(
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
     summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
     summary |= {"weights_of": weights_of, "stopped": stopped}
+    summary |= {"encoder_decoder": True} if families.is_encoder_decoder(policy.module.lm.config) else {}
     figures = distributed.on_main(lambda: outcome.of_card(run.path, summary)) or {"step": weights_of, "metrics": {}}
     card = model_card(recipe, figures)
     exported = export(run, policy, tokenizer, recipe.model, weights, card)
@@ -89,19 +90,28 @@ def show_summary(run: RunFolder) -> None:
     folder = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)  # and no option
     final = terminal.literal(str(run.final))
     prompt = terminal.literal(harmless(console.printable(console.asked(rows[0].prompt) if rows else "Hello", limit=60)))
+    if run.run["summary"].get("encoder_decoder"):
+        more = "from transformers import AutoModelForSeq2SeqLM as LM, AutoTokenizer; "
+        more += f"t = AutoTokenizer.from_pretrained({final}); lm = LM.from_pretrained({final}); "
+        return _show(run, folder, f"{more}print(t.decode(lm.generate(**t({prompt}, return_tensors='pt'))[0]))")
     more, loaded = "", final
     if adapters.is_saved(str(run.final), ""):
         # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
         more = "from peft import AutoPeftModelForCausalLM as LM; "
         loaded = f"LM.from_pretrained({final}), tokenizer={final}"
     ask = f'pipeline("text-generation", {loaded})([{{"role": "user", "content": {prompt}}}])'
+    _show(run, folder, f"{more}from transformers import pipeline; print({ask})")
+
+
+def _show(run: RunFolder, folder: str, ask: str) -> None:
+    """`ask`: what has the model answer, in Python."""
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
         [
             terminal.command("dspref", "report", folder),
             terminal.command("dspref", "chat", folder),
-            terminal.command("python", "-c", f"{more}from transformers import pipeline; print({ask})"),
+            terminal.command("python", "-c", ask),
         ],
     )
 
