@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dspref.data.ahead import ahead
+from dspref.data.apart import start_of
 from dspref.data.cache import Column, seal
 from dspref.data.complaints import Complaints, in_words
 from dspref.data.completions import is_ranked
@@ -121,10 +122,11 @@ class Reader:
             raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
 
     def _notes(self, preferences: Sequence[Preference], source: Source) -> dict[str, int]:
-        unasked = source.as_ is None and self.tokenizer.chat_template is not None
+        apart = start_of(self.tokenizer) is not None
+        unasked = source.as_ is None and self.tokenizer.chat_template is not None and not apart
         as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
         told = Counter(note for preference in preferences for note in preference.unused)
-        repeated = sum(preference.repeats for preference in preferences)
+        repeated = 0 if apart else sum(preference.repeats for preference in preferences)
         kept = sum(bool(preference.begins) and not preference.repeats for preference in preferences)
         return {REPEATED: repeated, KEPT: kept, AS_TEXT: as_text, **told}
 

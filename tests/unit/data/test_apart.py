@@ -208,3 +208,12 @@ def test_languages_go_with_a_template_and_are_refused_for_other_models(tmp_path:
     refused = render(preference, tokenizer, Learned(tokenizer))
     assert isinstance(refused, RowError)
     assert "has no effect: the model is no encoder-decoder model" in str(refused)
+
+
+def test_answers_that_begin_as_their_prompt_does_keep_that(tmp_path: Path) -> None:
+    """A decoder's text does not go on from the encoder's: it may copy it."""
+    rows = [{"prompt": "the dog", "chosen": "the dog sat", "rejected": "the dog on a mat"}]
+    store = pairs_for("t5", tmp_path, rows)
+    batch = collate([store[0]], [0], prefix_sharing=True, encoder_decoder=store.apart)
+    wanted = [expected_of("t5", rows[0]["prompt"], rows[0][side]) for side in ("chosen", "rejected")]
+    assert segments(batch.input_ids, batch.cu_seqlens_q) == [read for _, read, _ in wanted]
