@@ -91,7 +91,8 @@ def show_summary(run: RunFolder) -> None:
     final = terminal.literal(str(run.final))
     prompt = terminal.literal(harmless(console.printable(console.asked(rows[0].prompt) if rows else "Hello", limit=60)))
     if run.run["summary"].get("encoder_decoder"):
-        more = "from transformers import AutoModelForSeq2SeqLM as LM, AutoTokenizer; "
+        library, kind = ("peft", "PeftModel") if adapters.is_saved(str(run.final), "") else ("transformers", "Model")
+        more = f"from {library} import Auto{kind}ForSeq2SeqLM as LM; from transformers import AutoTokenizer; "
         more += f"t = AutoTokenizer.from_pretrained({final}); lm = LM.from_pretrained({final}); "
         return _show(run, folder, f"{more}print(t.decode(lm.generate(**t({prompt}, return_tensors='pt'))[0]))")
     more, loaded = "", final

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,7 @@ from safetensors.numpy import load_file
 from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_encoder_decoder
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from dspref import config as configuration
-from dspref.errors import UserError
 from dspref.model import unpacked
-from dspref.training import trainer
 
 PAIRS = 8
 OBJECTIVE = {"name": "dpo", "beta": 0.3, "label_smoothing": 0.1, "rpo_alpha": 0.4}
@@ -223,18 +221,16 @@ def test_lora_trains_and_its_adapter_is_exported(merge, tmp_path, all_workers):
         (["reference.name_or_path={folder}/causal"], 2, "reference.name_or_path: .* is no encoder-decoder model"),
     ],
 )  # fmt: skip
-def test_what_is_impossible_is_refused_in_one_line(overrides, code, said, tmp_path):
+def test_what_is_impossible_is_refused_in_one_line(overrides, code, said, tmp_path, all_workers):
     write(tmp_path, "t5")
     tiny_encoder_decoder("bart", 259).save_pretrained(tmp_path / "bart")
     save_tiny(tmp_path / "causal", tiny_config("qwen2", 259), seed=1)
     (tmp_path / "led").mkdir()
     (tmp_path / "led" / "config.json").write_text(json.dumps({"model_type": "led", "vocab_size": 259}))
     overrides = [word.replace("{folder}", str(tmp_path)) for word in overrides]
-    with pytest.raises(UserError, match=said) as refusal:
-        config = configuration.load(tmp_path / "run.yaml", overrides)
-        trainer.train(config, tmp_path / "run.yaml")
-    assert refusal.value.exit_code == code
-    assert "\n" not in str(refusal.value)
+    line = ["--config", str(tmp_path / "run.yaml"), *overrides]
+    [[(found, told)]] = all_workers[1].run("cases:command_line", arguments=[line])
+    assert found == code and re.search(said, told) and told.count("\n") == 1, told
     assert not (tmp_path / "run").exists()
 
 

@@ -17,6 +17,7 @@ from dspref.data.batch import PackedBatch, collate, computed_tokens
 from dspref.data.formats import RowError, to_preference
 from dspref.data.loader import Packing, place
 from dspref.data.manners import Learned
+from dspref.data.prompts import read_prompts
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.template import render
@@ -217,3 +218,17 @@ def test_answers_that_begin_as_their_prompt_does_keep_that(tmp_path: Path) -> No
     batch = collate([store[0]], [0], prefix_sharing=True, encoder_decoder=store.apart)
     wanted = [expected_of("t5", rows[0]["prompt"], rows[0][side]) for side in ("chosen", "rejected")]
     assert segments(batch.input_ids, batch.cu_seqlens_q) == [read for _, read, _ in wanted]
+
+
+def test_prompts_of_ones_own_name_their_languages(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for("m2m_100")
+    read_apart(tokenizer, families.start_of_answers(config_of("m2m_100", tokenizer)))
+    source, target = LANGUAGES["m2m_100"]
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"prompt": "c cat", "source_language": source, "target_language": target}) + "\n")
+    ((ids, _, _, begins),) = read_prompts(path, tokenizer)
+    wanted, read, _ = expected_of("m2m_100", "c cat", "c")
+    assert ids == wanted and begins == read[:2], "the start, and the language that every answer begins with"
+    (tmp_path / "asked.txt").write_text("c cat\n")
+    with pytest.raises(DataError, match=r"asked\.txt:1: target_language: .*; fix: in a \.jsonl file, give each row"):
+        read_prompts(tmp_path / "asked.txt", tokenizer)
