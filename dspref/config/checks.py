@@ -211,7 +211,7 @@ def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator
         yield (*own, "pairs"), "is for rows of completions; a template makes one pair of a row"
     elif source.template and ranked:
         yield (*own, "columns", ranked[0]), "is for rows of completions; a template makes one pair of a row"
-    elif source.template and (unread := sorted(columns.keys() - {"tools"})):
+    elif source.template and (unread := sorted(columns.keys() - {"tools", "source_language", "target_language"})):
         yield (*own, "columns", unread[0]), "has no effect beside a template, which makes the texts; drop one of them"
     elif ranked and answers:
         yield (

@@ -264,6 +264,7 @@ def _segments(group: Group) -> list[_Segment]:
 
 def _answers(group: Group) -> list[_Segment]:
     """Each answer by itself, up to its last token, from which nothing is predicted."""
+    assert all(0 not in answer.scored for answer in group.answers), "a decoder's first token is given, and predicted by none"
     return [
         _Segment(
             answer.tokens[:-1], (len(answer.tokens) - 1,), (len(answer.spans),), answer.scored, answer.tokens[answer.scored],

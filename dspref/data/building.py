@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dspref.data.ahead import ahead
+from dspref.data.apart import start_of
 from dspref.data.cache import Column, seal
 from dspref.data.complaints import Complaints, in_words
 from dspref.data.completions import is_ranked
@@ -70,8 +71,7 @@ def build(
     is left."""
     folder.mkdir()
     told, reader = time.monotonic(), Reader.of(tokenizer, scored)
-    sight = reader.encoder.sight
-    images = None if sight is None else ImageWriter(folder, sight)
+    images = (sight := reader.encoder.sight) and ImageWriter(folder, sight)
     built = _Build(_Files.create(folder), limits, apart=reader.encoder.start is not None, images=images)
     first_file = 0
     for listing in listings:
@@ -135,10 +135,11 @@ class Reader:
             return error
 
     def _notes(self, preferences: Sequence[Preference], source: Source) -> dict[str, int]:
-        unasked = source.as_ is None and self.tokenizer.chat_template is not None
+        apart = start_of(self.tokenizer) is not None
+        unasked = source.as_ is None and self.tokenizer.chat_template is not None and not apart
         as_text = sum(isinstance(preference.prompt, str) for preference in preferences) if unasked else 0
         told = Counter(note for preference in preferences for note in preference.unused)
-        repeated = sum(preference.repeats for preference in preferences)
+        repeated = 0 if apart else sum(preference.repeats for preference in preferences)
         kept = sum(bool(preference.begins) and not preference.repeats for preference in preferences)
         return {REPEATED: repeated, KEPT: kept, AS_TEXT: as_text, **told}
 

@@ -53,6 +53,8 @@ class Preference:
     """Of the prompt, in order, as the row names them, or as `image_files` found them."""
     repeats: int = field(default=0, compare=False)
     """How many of the two answers repeated the prompt, or its end, in the row."""
+    whole: tuple[str, str] | None = field(default=None, compare=False)
+    """Of three texts whose answers repeated the prompt, these answers as the row has them."""
     begins: bool | None = field(default=None, compare=False)
     """Of a conversation made of three texts, whether both answers begin with the prompt's in the row; else None."""
     parted: bool = field(default=False, compare=False)
@@ -174,7 +176,7 @@ def text(row: Values) -> Preference:
     """Three strings; two answers that repeat the prompt lose it."""
     prompt, chosen, rejected = (row[name] for name in FIELDS)
     if (parts := behind_text(prompt, chosen, rejected)) is not None:
-        return Preference(*parts, repeats=2)
+        return Preference(*parts, repeats=2, whole=(chosen, rejected))
     return Preference(prompt, chosen, rejected)
 
 

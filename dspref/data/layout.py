@@ -28,8 +28,14 @@ class Piece(NamedTuple):
         return self.start + self.tokens
 
 
-def layout(pairs: Sequence[TokenizedPair], prefix_sharing: bool, digests: Sequence[bytes] | None = None) -> list[Piece]:
-    """The pieces of a pack, in order. `digests`: of the images of each pair's prompt."""
+def layout(
+    pairs: Sequence[TokenizedPair],
+    prefix_sharing: bool,
+    encoder_decoder: bool = False,
+    digests: Sequence[bytes] | None = None,
+) -> list[Piece]:
+    """The pieces of a pack, in order; of an encoder-decoder model as if prompts and answers lay in one row, and answers
+    without their last token, which is not read. `digests`: of the images of each pair's prompt."""
     found: list[Piece] = []
     at = 0
     for number, group in enumerate(groups_of(pairs, prefix_sharing, digests=digests)):
@@ -38,7 +44,7 @@ def layout(pairs: Sequence[TokenizedPair], prefix_sharing: bool, digests: Sequen
         found.append(Piece("prompt", first, stop - first, number, tuple(of_group), ((first, stop),)))
         at = stop
         for answer in group.answers:
-            end = at + len(answer.tokens)
+            end = at + len(answer.tokens) - int(encoder_decoder)
             sides = {span // len(pairs) == CHOSEN for span in answer.spans}
             kind = "both" if len(sides) > 1 else "chosen" if True in sides else "rejected"
             members = tuple(sorted({span % len(pairs) for span in answer.spans}))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dspref import reading
 from dspref.data.apart import asked, start_of
 from dspref.data.complaints import Complaints
-from dspref.data.formats import to_preference
+from dspref.data.formats import LANGUAGES, to_preference
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.rowfiles import rows_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEND = "mend the row"
+SPEAK = "in a .jsonl file, give each row source_language and target_language, by the codes of the tokenizer"
 # What stands in for the answers that such a row has not: a prompt is rendered as the first part of a pair.
 ANSWERS = ("a", "b")
 
@@ -38,7 +39,8 @@ class OwnPrompt(NamedTuple):
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnPrompt]:
     """The prompts of a file: rows with `prompt`, a text or messages (`system`, `tools` and `chat_template_kwargs` as in
-    pairs), or else a prompt in each line. A text is what a user says, where the tokenizer has a chat template.
+    pairs, and languages for a model that translates), or else a prompt in each line. A text is what a user says, where the
+    tokenizer has a chat template.
 
     Raises DataError, a line for each reason why some are none.
     """
@@ -48,7 +50,9 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
         try:
             if isinstance(row, BadRow):
                 raise row.error
-            rendering = render(to_preference(_as_pair(row.values, tokenizer)), tokenizer, learned)
+            pair = _as_pair(row.values, tokenizer)
+            spoken = {name: name for name in LANGUAGES if name in pair}
+            rendering = render(to_preference(pair, spoken), tokenizer, learned)
             if isinstance(rendering, RowError):
                 raise rendering
             begins = None
@@ -58,7 +62,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
                 ids = _ids(rendering, encoder)
             found.append(OwnPrompt(ids, _said(row.values), row.where, begins))
         except RowError as error:
-            complaints.note(row, RowError(error.field, error.reason, MEND if error.fix == DROP else error.fix))
+            fix = SPEAK if error.field in LANGUAGES else MEND if error.fix == DROP else error.fix
+            complaints.note(row, RowError(error.field, error.reason, fix))
     if complaints.count:
         raise DataError(complaints.lines())
     if not found:
@@ -90,7 +95,9 @@ def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
         kind = "is empty" if empty else "is null" if prompt is None else "is no text, and no list of messages"
         reason = kind if "prompt" in values else "is missing"
         raise RowError("prompt", reason, f"rename {near} to prompt" if near else "write a text, or a list of messages")
-    kept = {key: values[key] for key in ("system", "tools", "chat_template_kwargs") if values.get(key) is not None}
+    kept = {
+        key: values[key] for key in ("system", "tools", "chat_template_kwargs", *LANGUAGES) if values.get(key) is not None
+    }
     if isinstance(prompt, str) and (tokenizer.chat_template is None or start_of(tokenizer) is not None):
         return {**kept, "prompt": prompt, **dict(zip(("chosen", "rejected"), ANSWERS))}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

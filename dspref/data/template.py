@@ -146,7 +146,8 @@ def _render_apart(preference: Preference, tokenizer: PreTrainedTokenizerBase) ->
         refuse_languages(tokenizer, languages)
     except RowError as error:
         return error
-    chosen, rejected = cast(str, preference.chosen), cast(str, preference.rejected)
+    # A decoder's text does not go on from the prompt: one that begins like it says so.
+    chosen, rejected = preference.whole or (cast(str, preference.chosen), cast(str, preference.rejected))
     return Rendering(preference.prompt, chosen, rejected, special=True, languages=languages)
 
 

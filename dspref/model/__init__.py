@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 from dspref.lazily import lazily
 
 if TYPE_CHECKING:
-    from dspref.model.by_hand import load_model, log_probs
+    from dspref.model.by_hand import load_model, log_probs, read_as
     from dspref.model.packed import PackedCausalLM
 
-__all__ = ["PackedCausalLM", "load_model", "log_probs"]
+__all__ = ["PackedCausalLM", "load_model", "log_probs", "read_as"]
 __getattr__ = lazily(
-    __name__, PackedCausalLM="dspref.model.packed", **dict.fromkeys(("load_model", "log_probs"), "dspref.model.by_hand")
+    __name__,
+    PackedCausalLM="dspref.model.packed",
+    **dict.fromkeys(("load_model", "log_probs", "read_as"), "dspref.model.by_hand"),
 )

@@ -76,7 +76,7 @@ def start_of_answers(config: PretrainedConfig) -> Start:
     family = FAMILIES[config.model_type]
     start = getattr(config, "decoder_start_token_id", None)
     if start is None and not family.wraps_last:
-        reason = "config.json: decoder_start_token_id: missing; fetch it again"
+        reason = "config.json: decoder_start_token_id: missing; set it to the id that the decoder reads before an answer"
         raise ConfigError(f"model.name_or_path: {config.name_or_path}: {reason}")
     return Start(None if family.wraps_last else start)
 

@@ -265,6 +265,14 @@ def _freeze(lm: PreTrainedModel, patterns: Sequence[str]) -> None:
         named[name].requires_grad_(False)
 
 
+def frozen_with(lm: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
+    """Names of parameters that no pattern means, and that are frozen as they are the same as one that is meant."""
+    named = dict(lm.named_parameters(remove_duplicate=False))
+    meant = freezing.chosen(named, patterns)
+    same = {id(named[name]) for name in meant}
+    return [name for name, parameter in named.items() if name not in meant and id(parameter) in same]
+
+
 def prepare_for_evaluation(model: PackedCausalLM, section: ModelSection, with_collision: bool) -> PackedCausalLM:
     """Set a model up that is evaluated as a policy is, and not trained."""
     model.with_collision = with_collision

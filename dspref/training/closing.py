@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dspref import distributed, terminal
 from dspref.engine.engine import Engine
-from dspref.model import adapters
+from dspref.model import adapters, families
 from dspref.report import console
 from dspref.run import checkpoint, history, record
 from dspref.run.checkpoint import Progress
@@ -69,6 +69,7 @@ def finish(
     # Rank 0 wrote that file: another would read half of a line that is still on its way.
     summary = distributed.on_main(lambda: outcome.summary(run.path, steps, seconds, vocabulary)) or {}
     summary |= {"weights_of": weights_of, "stopped": stopped}
+    summary |= {"encoder_decoder": True} if families.is_encoder_decoder(policy.module.lm.config) else {}
     figures = distributed.on_main(lambda: outcome.of_card(run.path, summary)) or {"step": weights_of, "metrics": {}}
     card = model_card(recipe, figures)
     exported = export(run, policy, tokenizer, recipe.model, weights, card)
@@ -93,6 +94,11 @@ def show_summary(run: RunFolder) -> None:
     folder = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)  # and no option
     final = terminal.literal(str(run.final))
     prompt = terminal.literal(harmless(console.printable(console.asked(rows[0].prompt) if rows else "Hello", limit=60)))
+    if run.run["summary"].get("encoder_decoder"):
+        library, kind = ("peft", "PeftModel") if adapters.is_saved(str(run.final), "") else ("transformers", "Model")
+        more = f"from {library} import Auto{kind}ForSeq2SeqLM as LM; from transformers import AutoTokenizer; "
+        more += f"t = AutoTokenizer.from_pretrained({final}); lm = LM.from_pretrained({final}); "
+        return _show(run, folder, f"{more}print(t.decode(lm.generate(**t({prompt}, return_tensors='pt'))[0]))")
     more, loaded = "", final
     if adapters.is_saved(str(run.final), ""):
         # pipeline would look for the tokenizer beside the model below the adapter, and leave DoRA's magnitudes out.
@@ -103,14 +109,19 @@ def show_summary(run: RunFolder) -> None:
     if sees:
         parts = f'[{{"type": "image", "url": "IMAGE.png"}}, {{"type": "text", "text": {prompt}}}]'
         ask = f'pipeline("image-text-to-text", {loaded})(text=[{{"role": "user", "content": {parts}}}], max_new_tokens=64)'
-    asking = f"{more}from transformers import pipeline; print({ask})"
+    ask = "" if sees and more else f"{more}from transformers import pipeline; print({ask})"
+    _show(run, folder, ask, chats=not sees)
+
+
+def _show(run: RunFolder, folder: str, ask: str, chats: bool = True) -> None:
+    """`ask`: what has the model answer, in Python, where that is short; `chats`: whether `dspref chat` does."""
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
         [
             terminal.command("dspref", "report", folder),
-            *([] if sees else [terminal.command("dspref", "chat", folder)]),
-            *([] if sees and more else [terminal.command("python", "-c", asking)]),
+            *([terminal.command("dspref", "chat", folder)] if chats else []),
+            *([terminal.command("python", "-c", ask)] if ask else []),
         ],
     )
 

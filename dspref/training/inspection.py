@@ -207,7 +207,8 @@ class Look:
         if (place := where_packed(steps, store, packing, index)) is None:
             return None
         members = place.pop("pairs")
-        pieces = layout([store[k] for k in members], packing.prefix_sharing, store.image_digests(members))
+        digests = store.image_digests(members)
+        pieces = layout([store[k] for k in members], packing.prefix_sharing, store.apart, digests)
         own = members.index(index)
         last = self.loader.total_steps(self.train.num_train_epochs, self.train.asked_steps)
         return place | {

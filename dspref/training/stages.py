@@ -333,7 +333,9 @@ def load_policy(config: Config, objective: Objective, weights: str, kernel: str)
     if config.model.freeze:
         still = sum(memory.elements(p) for p in policy.lm.parameters() if not p.requires_grad)
         share = still / memory.count_weights(policy.lm)
-        distributed.log(f"model.freeze: {share:.1%} of the weights stay as they are")
+        tied = packed.frozen_with(policy.lm, config.model.freeze)
+        more = f"; {', '.join(tied)} too, being the same weights as one of them" if tied else ""
+        distributed.log(f"model.freeze: {share:.1%} of the weights stay as they are{more}")
     if coefficient := policy.router_aux_loss_coef:
         over = {"micro": "each micro-step", "step": "each step"}[config.model.router_aux_scope]
         distributed.log(f"experts: load-balancing loss x {coefficient:g}, over the tokens of {over} on all ranks")

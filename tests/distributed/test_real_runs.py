@@ -7,10 +7,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 
@@ -36,6 +37,26 @@ def test_the_quick_start_learns_and_shows_it(tmp_path):
     assert not any(row["reference"].strip() == row["chosen"].strip() for row in samples)
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "this run is finished" in again.stdout
+
+
+@pytest.mark.timeout(900)
+def test_the_encoder_decoder_example_learns_and_plain_transformers_translates_with_it(tmp_path):
+    run = tmp_path / "run"
+    config = "launch/configs/quickstart_encoder_decoder.yaml"
+    command = [DEEPSPEED, "launch/train.py", "--config", config, f"output_dir={run}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = [record for record in metrics(run) if "eval_loss" in record][-1]
+    assert last["eval_rewards/accuracies"] >= 0.9
+    lm: Any = AutoModelForSeq2SeqLM.from_pretrained(run / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    rows = [json.loads(line) for line in Path("launch/quickstart/spelling/eval.jsonl").read_text().splitlines()]
+    right = 0
+    for row in rows:
+        asked = tokenizer(f"Spell {row['letters']}", return_tensors="pt")["input_ids"]
+        said = lm.generate(input_ids=asked, max_new_tokens=12, do_sample=False, num_beams=1)[0]
+        right += tokenizer.decode(said, skip_special_tokens=True) == row["good"]
+    assert right >= 0.9 * len(rows)
 
 
 @pytest.mark.timeout(1800)

@@ -208,7 +208,7 @@ def test_on_a_terminal(models: list[Path], tmp_path: Path) -> None:
     until(b"leaves)", press=b"\x03")  # readline hears none between showing its prompt and waiting for a key
     until(b"you> ")
     os.write(ours, b"\x04")
-    until(b"1 rows added")
+    until(b"1 row added")
     assert process.wait(30) == 0
     os.close(ours)
     (row,) = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())

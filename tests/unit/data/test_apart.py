@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from transformers import BartTokenizer, DataCollatorForSeq2Seq, MBart50Tokenizer
 
 from dspref.data.apart import Start, read_apart
 from dspref.data.batch import PackedBatch, collate, computed_tokens
-from dspref.data.formats import RowError
+from dspref.data.formats import RowError, to_preference
 from dspref.data.loader import Packing, place
+from dspref.data.manners import Learned
+from dspref.data.prompts import read_prompts
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
+from dspref.data.template import render
 from dspref.data.tokenize import tokenize_pairs, tokenizer_digest
 from dspref.data.truncate import Limits
+from dspref.errors import DataError
 from dspref.model import families
 
 WORDS = ["▁the", "▁cat", "▁sat", "▁on", "▁a", "mat", "▁dog", "t", "c", "a", "s", "▁"]
@@ -78,8 +83,6 @@ def rows_for(model_type: str) -> list[dict[str, Any]]:
 
 
 def pairs_for(model_type: str, tmp_path: Path, rows: list[dict[str, Any]], **limits: Any) -> PairStore:
-    import json
-
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = tokenizer_for(model_type)
     read_apart(tokenizer, families.start_of_answers(config_of(model_type, tokenizer)))
@@ -175,8 +178,6 @@ def test_what_cannot_be_read_apart_is_refused(model_type: str, row: dict[str, An
 
 
 def test_languages_are_checked_and_the_tokenizer_is_left_as_it_was(tmp_path: Path) -> None:
-    from dspref.errors import DataError
-
     rows = [{**row, "target_language": "xx"} for row in ROWS]
     with pytest.raises(DataError, match="target_language: 'xx' is no language of the tokenizer"):
         pairs_for("m2m_100", tmp_path, rows)
@@ -197,3 +198,37 @@ def test_a_pack_moves_with_its_prompts() -> None:
     changed: PackedBatch = batch.to("meta")
     assert changed.prompts is not None
     assert changed.prompts.input_ids.device.type == changed.prompts.of_answers.cu_seqlens_k.device.type == "meta"
+
+
+def test_languages_go_with_a_template_and_are_refused_for_other_models(tmp_path: Path) -> None:
+    columns, template = {"target_language": "to"}, {"prompt": "{a}", "chosen": "{b}", "rejected": "{c}"}
+    row = {"a": "the cat", "b": "a dog", "c": "on a mat", "to": "fra_Latn"}
+    preference = to_preference(row, columns, template)
+    assert preference.languages == (None, "fra_Latn")
+    tokenizer = tokenizer_for("t5")
+    refused = render(preference, tokenizer, Learned(tokenizer))
+    assert isinstance(refused, RowError)
+    assert "has no effect: the model is no encoder-decoder model" in str(refused)
+
+
+def test_answers_that_begin_as_their_prompt_does_keep_that(tmp_path: Path) -> None:
+    """A decoder's text does not go on from the encoder's: it may copy it."""
+    rows = [{"prompt": "the dog", "chosen": "the dog sat", "rejected": "the dog on a mat"}]
+    store = pairs_for("t5", tmp_path, rows)
+    batch = collate([store[0]], [0], prefix_sharing=True, encoder_decoder=store.apart)
+    wanted = [expected_of("t5", rows[0]["prompt"], rows[0][side]) for side in ("chosen", "rejected")]
+    assert segments(batch.input_ids, batch.cu_seqlens_q) == [read for _, read, _ in wanted]
+
+
+def test_prompts_of_ones_own_name_their_languages(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for("m2m_100")
+    read_apart(tokenizer, families.start_of_answers(config_of("m2m_100", tokenizer)))
+    source, target = LANGUAGES["m2m_100"]
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"prompt": "c cat", "source_language": source, "target_language": target}) + "\n")
+    ((ids, _, _, begins),) = read_prompts(path, tokenizer)
+    wanted, read, _ = expected_of("m2m_100", "c cat", "c")
+    assert ids == wanted and begins == read[:2], "the start, and the language that every answer begins with"
+    (tmp_path / "asked.txt").write_text("c cat\n")
+    with pytest.raises(DataError, match=r"asked\.txt:1: target_language: .*; fix: in a \.jsonl file, give each row"):
+        read_prompts(tmp_path / "asked.txt", tokenizer)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_encoder_decoder, tiny_model
+from tiny import save_tokenizer, tiny_encoder_decoder, tiny_model
 from torch import Tensor
 
 from dspref.config import ModelSection
 from dspref.data.batch import collate
+from dspref.data.tokenize import load_tokenizer, tokenize_pairs
 from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError
+from dspref.model import load_model, log_probs, read_as
 from dspref.model import packed as model
 from dspref.model.attention import KERNELS, PACKED, Segments, packed_attention
 from dspref.model.families import FAMILIES
@@ -151,6 +154,22 @@ def test_without_a_pack_the_model_is_as_its_authors_wrote_it(name: str) -> None:
         expected = lm(input_ids=prompt, labels=prompt).logits
         packed.lm.set_attn_implementation("sdpa")
         assert torch.equal(packed.lm(input_ids=prompt, labels=prompt).logits, expected)
+
+
+def test_log_probs_by_hand_are_those_of_plain_transformers(tmp_path: Path) -> None:
+    """Of rows, by a tokenizer that was told of the model: its start token, and an end token behind each answer."""
+    lm: Any = tiny_model(tiny_encoder_decoder("bart", save_tokenizer(tmp_path / "tokenizer")), seed=1)
+    lm.save_pretrained(tmp_path / "model")
+    packed = load_model(str(tmp_path / "model"), dtype="float32")
+    tokenizer = read_as(packed, load_tokenizer(str(tmp_path / "tokenizer")))
+    rows = [{"prompt": "ab cd", "chosen": "ef", "rejected": "ghij"}, {"prompt": "k", "chosen": "lmn", "rejected": "o"}]
+    found = log_probs(packed, tokenize_pairs(rows, tokenizer), tokens_per_pack=10)
+    for k, row in enumerate(rows):
+        for side, ours in (("chosen", found.chosen), ("rejected", found.rejected)):
+            labels = torch.tensor([[*tokenizer(row[side])["input_ids"], tokenizer.eos_token_id]])
+            logits = lm(input_ids=torch.tensor([tokenizer(row["prompt"])["input_ids"]]), labels=labels).logits
+            wanted = logits[0].log_softmax(-1).gather(1, labels[0][:, None]).sum()
+            assert abs(float(wanted - ours[k])) <= 1e-4
 
 
 def test_only_a_kernel_that_knows_a_bias_takes_one() -> None:

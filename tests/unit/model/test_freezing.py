@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tiny import tiny_config, tiny_model
 
 from dspref.errors import ConfigError
-from dspref.model import freezing
+from dspref.model import freezing, packed
 
 NAMES = [
     "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight",
@@ -50,3 +51,9 @@ def test_what_is_refused(patterns: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         freezing.frozen(NAMES, patterns)
     assert said in str(error.value) and str(error.value).startswith("model.freeze: ") and "\n" not in str(error.value)
+
+
+def test_what_is_tied_is_frozen_together_and_said() -> None:
+    lm = tiny_model(tiny_config("qwen2", tie_word_embeddings=True), seed=1)
+    assert packed.frozen_with(lm, ["lm_head"]) == ["model.embed_tokens.weight"]
+    assert packed.frozen_with(lm, ["layers.0"]) == packed.frozen_with(lm, ["embed_tokens", "lm_head"]) == []
