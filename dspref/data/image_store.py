@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dspref import reading
 from dspref.data.cache import Column
 from dspref.data.image_files import Picture, decode, stamp_of
 from dspref.data.images import Pictures, RowImages
@@ -132,7 +133,8 @@ class StoredImages:
         if picture.path is None:
             return picture.data
         try:
-            data = Path(picture.path).read_bytes()
+            with reading.open_regular(picture.path) as file:
+                data = file.read()
         except OSError as error:
             raise RowError(f"images[{k}]", f"{picture.path}: {error.strerror}", CHANGED) from None
         if hashlib.sha256(data).hexdigest() != picture.digest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ def test_a_store_knows_its_images_by_their_content(tmp_path: Path) -> None:
     save(tmp_path / "0-0.png", seed=99)
     with pytest.raises(DataError, match=r"rows.jsonl:1: images\[0\]: .*0-0.png: has changed since it was looked at"):
         store.pictures([0])
+    (tmp_path / "0-0.png").rename(tmp_path / "aside.png")
+    os.mkfifo(tmp_path / "0-0.png")  # which nobody writes, and a plain read would wait for
+    with pytest.raises(DataError, match=r"images\[0\]: .*0-0.png: is a pipe"):
+        store.pictures([0])
+    (tmp_path / "aside.png").rename(tmp_path / "0-0.png")
     other = stored(tmp_path, rows)
     assert other.key != store.key and other.address != store.address
     assert (other[0].prompt == store[0].prompt).all(), "an image of the same size has the same tokens"
