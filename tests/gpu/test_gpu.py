@@ -26,6 +26,7 @@ from dspref.data.truncate import TokenizedPair
 from dspref.model import attention
 from dspref.model.logps import pair_logps, scored_logps
 from dspref.model.packed import PackedCausalLM
+from dspref.model.sdpa import causal_mask
 from dspref.objectives import RunningMean, build_objective
 from dspref.reference.modes import Reference
 from dspref.report.metrics import Meter
@@ -102,7 +103,7 @@ def in_float64(q, k, v, batch, window) -> torch.Tensor:
     outputs = []
     for own, seen, values in zip(q.split(queries), k.split(keys), v.split(keys)):
         scores = torch.einsum("qhd,khd->hqk", own, seen) * q.shape[-1] ** -0.5
-        hidden = ~attention.causal_mask(len(own), len(seen), window, own.device)
+        hidden = ~causal_mask(len(own), len(seen), window, own.device)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
     return torch.cat(outputs)
 
