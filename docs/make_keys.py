@@ -115,7 +115,8 @@ def _sections(about: Mapping[str, Any], schema: Mapping[str, Any]) -> list[dict[
         elif option and option is not about and option.get("type") != "array":
             found += _sections(option, schema)
     unique = [section for number, section in enumerate(found) if section not in found[:number]]
-    return [section for section in unique if "properties" in section]
+    # What an editor knows of a section with a loss of the user's own repeats the others.
+    return [section for section in unique if "properties" in section and not section.get("additionalProperties")]
 
 
 def _section(section: Mapping[str, Any], prefix: str, schema: Mapping[str, Any]) -> Iterator[str]:

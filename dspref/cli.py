@@ -87,6 +87,7 @@ def score(
         part = parse_share(share)
         if launcher.first_rank(os.environ):
             tell_repeated(overrides)
+        launcher.prepare(os.environ)
         config = configuration.load(file, overrides or [])
     except UserError as error:
         raise typer.Exit(launcher.refused(error)) from None

@@ -37,6 +37,7 @@ ALLOCATOR = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "ex
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `train` on this rank and return the exit code, for a process that ends with it."""
     outlive_streams()
+    prepare(os.environ)  # a loss of the user's own loads torch while the config is read
     try:
         with leaving_at_once():
             job = job_of(arguments)

@@ -299,6 +299,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_lora,
     lambda config: objective_checks.check_losses(config.objective),
     lambda config: objective_checks.check_objective_keys(config.objective),
+    lambda config: objective_checks.check_own(config.objective),
     lambda config: objective_checks.check_reference_needed(config.objective, config.reference),
     _check_lengths,
     _check_sources,

@@ -127,6 +127,8 @@ def _value(path: Path, value: Any, problems: Sequence[Any], document: Any) -> st
             shell = f', or give it on the command line, where the shell expands it: {dotted(path)}="{_short(value)}"'
             reason += ", or drop the key" * bool(reason.startswith("is empty") and not _is_required(path, document))
             return _short(reason, 300) + shell * bool(VARIABLE.search(value) and "expanded" in reason)
+        case "own_loss":
+            return problem["ctx"]["reason"]
         case "too_short":
             return "is an empty list; give it an item" + ", or drop the key" * (not _is_required(path, document))
         case "string_pattern_mismatch":

@@ -14,7 +14,15 @@ from typing import Any
 from dspref.config.absent import NOT_NEEDED
 from dspref.config.foreign import FOREIGN_KEYS
 from dspref.config.foreign_values import STRANGERS, VALUES, WHOLE_VALUES
-from dspref.config.sections import OBJECTIVE_SECTIONS, TOP, GenerationSection, LoraSection, Section, SourceSection
+from dspref.config.sections import (
+    DEFAULT_OBJECTIVE,
+    OBJECTIVE_SECTIONS,
+    TOP,
+    GenerationSection,
+    LoraSection,
+    Section,
+    SourceSection,
+)
 from dspref.config.within import WITHIN
 from dspref.objectives import KTO, OBJECTIVES, Family, defaults
 
@@ -31,10 +39,12 @@ def of_key(key: str, parent: Path, section: type[Section] | None) -> tuple[str, 
     """What to say of a key that a section does not know, behind a semicolon, and the keys that were meant by it."""
     siblings = list(section.model_fields) if section else []
     owners = [name for name, family in OBJECTIVES.items() if key in family_keys(name, family)]
-    if section and (hint := WITHIN.get(section, {}).get(key)):
+    with_own = parent == ("objective",) and section is not None and section not in WITHIN
+    within = WITHIN.get(OBJECTIVE_SECTIONS[DEFAULT_OBJECTIVE] if with_own else section, {}) if section else {}
+    if section and (hint := within.get(key)):
         here = {(*parent, hint.split(":")[0].split(" ")[0])} if section is SourceSection else named(hint)
         return f"in dspref this is {hint}", here
-    if owners and parent == ("objective",):
+    if owners and parent == ("objective",) and not with_own:
         return f"it belongs to objective {' or '.join(owners)}", set()
     if hint := FOREIGN_KEYS.get(key):
         return f"in dspref this is {hint}", named(hint)

@@ -5,24 +5,27 @@ Each takes the sections that it reads.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 from dspref.config.explain import yaml_word
 from dspref.config.sections import LoraSection, ReferenceSection
 from dspref.config.sound import KeyPath
-from dspref.objectives import KEYS, OBJECTIVES, as_list, defaults, keys_of, losses, needs_reference
+from dspref.objectives import (
+    OBJECTIVES,
+    as_list,
+    build_objective,
+    component,
+    defaults,
+    keys_of,
+    known_keys,
+    losses,
+    needs_reference,
+    own,
+    trial,
+)
 
 Complaint = tuple[KeyPath, str]
-
-# Bounds of a key's range, in pydantic's words.
-BOUNDS = {
-    "gt": (operator.gt, "greater than"),
-    "ge": (operator.ge, "at least"),
-    "lt": (operator.lt, "less than"),
-    "le": (operator.le, "at most"),
-}
 
 # Of reference, what is for some modes only.
 ONLY_FOR = {
@@ -38,9 +41,14 @@ ONLY_FOR = {
 def check_losses(section: Any) -> Iterator[Complaint]:
     names, weights = as_list(section.loss_type), getattr(section, "loss_weights", None)
     family = OBJECTIVES[section.name]
-    functions = [family.losses[name].function for name in names]
+    functions, logged = [family.loss(name).function for name in names], [component(name) for name in names]
     if repeated := next((name for i, name in enumerate(names) if functions[i] in functions[:i]), None):
         yield ("objective", "loss_type"), f"{repeated} is there twice; give each loss once, with a loss_weight"
+    elif repeated := next((name for i, name in enumerate(logged) if name in logged[:i]), None):
+        yield (
+            ("objective", "loss_type"),
+            f"two losses are called {repeated}, and so are their metrics; rename your function",
+        )
     if "sft" in names and section.rpo_alpha is not None:
         yield ("objective", "rpo_alpha"), "adds the loss sft once more; give its weight in loss_weights"
     if weights is not None and not any(weights) and section.rpo_alpha is None:
@@ -56,9 +64,9 @@ def check_objective_keys(section: Any) -> Iterator[Complaint]:
     for key in sorted(given.keys() - applicable):
         takers = [name for name, loss in family.losses.items() if key in keys_of(loss.function)]
         yield ("objective", key), f"does not apply to loss_type {', '.join(names)}; it is for {', '.join(takers)}"
-    for key, about in KEYS.items():
+    for key, about in known_keys(section.name, names).items():
         neutral = keys_of(family.assemble)[key].default if key in keys_of(family.assemble) else None
-        unfit = next((name for name in names if not about.suits(family.losses[name])), None)
+        unfit = next((name for name in names if not about.suits(family.loss(name))), None)
         if key in given and given[key] != neutral and unfit:
             yield ("objective", key), f"{yaml_word(given[key])} does not go with loss_type {unfit}, which {about.unsuited}"
     if names == ["sft"]:
@@ -66,25 +74,27 @@ def check_objective_keys(section: Any) -> Iterator[Complaint]:
             if given[key] != keys_of(family.assemble)[key].default:
                 yield ("objective", key), "has no effect on loss_type sft, which compares nothing"
     for name in names:
-        for key, parameter in keys_of(family.losses[name].function).items():
+        for key, parameter in keys_of(family.loss(name).function).items():
             if key in given and (bound := exceeded(given[key], parameter.annotation)):
                 yield ("objective", key), f"must be {bound} for loss_type {name}, not {given[key]}"
-    for key in sorted(given.keys() & KEYS.keys() & applicable):
-        if not KEYS[key].has_effect(section.model_dump()):
-            yield ("objective", key), f"has no effect: {KEYS[key].muted}"
+    for key, about in sorted(known_keys(section.name, names).items()):
+        if key in given and key in applicable and not about.has_effect(section.model_dump()):
+            yield ("objective", key), f"has no effect: {about.muted}"
 
 
-def exceeded(value: float, annotation: str) -> str | None:
+def check_own(section: Any) -> Iterator[Complaint]:
+    """A loss of the user's own is tried out with the keys that it has here."""
+    for number, part in enumerate(build_objective(**section.model_dump()).parts):
+        if own.is_own(part.name):
+            place = (number,) if isinstance(section.loss_type, list) else ()
+            if fault := trial.fault_of(part.name, part.loss, part.keys, OBJECTIVES[section.name].of_ratios):
+                yield ("objective", "loss_type", *place), fault
+
+
+def exceeded(value: float, annotation: Any) -> str | None:
     """The bound of a key's own range that `value` breaks, in words; None if it lies within."""
-    ranges = getattr(vars(losses).get(annotation), "__metadata__", ({},))[0]
-    return next(
-        (
-            f"{word} {ranges[key]:g}"
-            for key, (holds, word) in BOUNDS.items()
-            if key in ranges and not holds(value, ranges[key])
-        ),
-        None,
-    )
+    kind = vars(losses).get(annotation) if isinstance(annotation, str) else annotation
+    return losses.exceeded(value, getattr(kind, "__metadata__", ({},))[0])
 
 
 def check_reference_needed(section: Any, reference: ReferenceSection) -> Iterator[Complaint]:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from dspref.config.objective_checks import Complaint
 from dspref.config.sections import Config
 from dspref.config.watched import lower_is_better
-from dspref.objectives import as_list
+from dspref.objectives import as_list, component
 
 # Metrics of every evaluation, behind its prefix.
 EVALUATED = (
@@ -78,7 +78,7 @@ def _evaluated(config: Config) -> set[str]:
     names = as_list(section.loss_type)
     has_nll = section.name != "dpo" or "sft" in names or section.rpo_alpha is not None
     kl = KL if section.name == "dpo" else ()
-    return {*EVALUATED, *kl, *(f"loss/{name}" for name in names), *(["nll_loss"] if has_nll else [])}
+    return {*EVALUATED, *kl, *(f"loss/{component(name)}" for name in names), *(["nll_loss"] if has_nll else [])}
 
 
 def check_hub(config: Config) -> Iterator[Complaint]:

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from dspref.config import strategy
 from dspref.config.data_section import Columns, DataSection, SourceSection, Template, source_in_full
-from dspref.config.objective_section import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, ObjectiveSection, objective_name
+from dspref.config.objective_section import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, ObjectiveSection, objective_section
 from dspref.config.paths import FilePath, TemplatePath, shipped
 from dspref.config.section import Section
 from dspref.config.train_section import ProfileSection, StopWhenSection, TrainSection, profile_in_full
@@ -278,8 +278,7 @@ def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | No
         case ():
             return Config
         case ("objective",):
-            name = objective_name(document.get("objective")) if isinstance(document, Mapping) else None
-            return OBJECTIVE_SECTIONS.get(name) if isinstance(name, str) else None
+            return objective_section(document.get("objective")) if isinstance(document, Mapping) else None
         case ("model", "lora"):
             return LoraSection
         case ("train", "stop_when"):

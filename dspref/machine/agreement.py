@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import dspref
 from dspref.machine.machine import installed
@@ -13,8 +14,9 @@ from dspref.machine.machine import installed
 SKEW_SECONDS = 5.0
 
 
-def identity(config: str) -> dict[str, str]:
-    """What must be the same on all ranks: versions, dspref's code, the config (its text, resolved)."""
+def identity(config: str, losses: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """What must be the same on all ranks: versions, dspref's code, the config (its text, resolved), and the digests of
+    `losses` of the user's own."""
     code = hashlib.sha256()
     for path in sorted(Path(dspref.__file__).parent.rglob("*.py")):
         code.update(path.name.encode() + path.read_bytes())
@@ -22,6 +24,7 @@ def identity(config: str) -> dict[str, str]:
     python = ".".join(map(str, sys.version_info[:3]))
     packages = installed()
     packages.pop("wandb", None)  # which rank 0 alone needs
+    packages |= {f"the source of {name}": digest[:12] for name, digest in losses.items()}
     return {"python": python, **packages, "dspref's code": code.hexdigest()[:12], "the config": settings[:12]}
 
 

@@ -2,12 +2,14 @@
 
 `losses` (of policy and reference) and `likelihoods` (of the policy alone) have one function per loss, each with its paper
 and equation. `families` (DPO, CPO) turn what a model says of pairs into what the losses are functions of. `table` names
-every objective, says which keys it reads, what it needs (a reference, all pairs of a step at once) and builds it.
+every objective, says which keys it reads, what it needs (a reference, all pairs of a step at once) and builds it. `own`
+makes a row of a function of the user's, which `trial` tries out.
 
 Enters: nothing.
-Shows: families, losses.
+Shows: families, losses, own, trial.
 """
 
+from dspref.objectives.families import component
 from dspref.objectives.table import (
     KEYS,
     KTO,
@@ -20,11 +22,14 @@ from dspref.objectives.table import (
     defaults,
     describe,
     keys_of,
+    known_keys,
     needs_reference,
+    own_sources,
     resolved,
 )  # fmt: skip
 
 __all__ = [
     "KEYS", "KTO", "OBJECTIVES", "Family", "Objective", "RunningMean", "as_list", "build_objective",
-    "defaults", "describe", "keys_of", "needs_reference", "resolved",
+    "component",
+    "defaults", "describe", "keys_of", "known_keys", "needs_reference", "own_sources", "resolved",
 ]  # fmt: skip

@@ -137,6 +137,11 @@ class Loss:
     """Of the keys that it alone has."""
 
 
+def component(loss_type: str) -> str:
+    """The name of a loss in metrics, `loss/<component>`: of one `module:function` the function's."""
+    return loss_type.rpartition(":")[2]
+
+
 @dataclass(frozen=True)
 class Part:
     """A loss within an objective: its name, weight and keys."""
@@ -145,6 +150,11 @@ class Part:
     loss: Loss
     weight: float
     keys: Mapping[str, Any]
+
+    @property
+    def component(self) -> str:
+        """What it is called among the terms and in metrics: of a loss `module:function` the function."""
+        return component(self.name)
 
     def term(self, *inputs: Any, scale: Float[Tensor, "P"] | float = 1.0) -> Term:
         """The loss of these inputs as a term; `scale` weighs the pairs of a preference term."""
@@ -189,7 +199,8 @@ def dpo(
     scores = replace(ratios, chosen=chosen, rejected=rejected)
     scale = own_probability(policy) if use_weighting else 1.0
     terms = {
-        part.name: part.term(policy.chosen if part.loss.normaliser == "tokens" else scores, scale=scale) for part in parts
+        part.component: part.term(policy.chosen if part.loss.normaliser == "tokens" else scores, scale=scale)
+        for part in parts
     }
     if rpo_alpha is not None:
         terms["nll"] = Term(losses.negative_log_likelihood(policy.chosen), per="chosen_tokens", weight=rpo_alpha)
@@ -258,7 +269,7 @@ def cpo(
     logps = averages if part.loss.normaliser == "mean" else (policy.chosen, policy.rejected)
     scores = [likelihoods.power_reward(x, alpha) for x in logps]
     terms = {
-        part.name: part.term(*scores),
+        part.component: part.term(*scores),
         "nll": Term(losses.negative_log_likelihood(policy.chosen), per="chosen_tokens", weight=cpo_alpha),
     }
     rewards = [part.keys.get("beta", 1.0) * score for score in scores]
@@ -301,7 +312,7 @@ def orpo(
         likelihood = policy.chosen + policy.prompt
     counted = "chosen_and_prompt_tokens" if nll_on_prompt else "chosen_tokens"
     terms = {
-        part.name: replace(part.term(*averages), weight=beta),
+        part.component: replace(part.term(*averages), weight=beta),
         "nll": Term(losses.negative_log_likelihood(likelihood), per=counted),
     }
     log_odds = likelihoods.log_odds_ratio(*averages)

@@ -10,9 +10,10 @@ The module imports no torch (tensor methods suffice), so that a config is checke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -27,6 +28,21 @@ OpenShare = Annotated[float, {"gt": 0.0, "lt": 1.0}]
 OptionalNonNegative = Annotated[float | None, {"ge": 0.0}]
 OptionalShare = Annotated[float | None, {"ge": 0.0, "le": 1.0}]
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "chi_squared"]
+
+# Bounds of a key's range, in pydantic's words.
+BOUNDS = {
+    "gt": (operator.gt, "greater than"),
+    "ge": (operator.ge, "at least"),
+    "lt": (operator.lt, "less than"),
+    "le": (operator.le, "at most"),
+}
+
+
+def exceeded(value: Any, bounds: Mapping[str, float]) -> str | None:
+    """The first of these bounds that a value breaks, in words; None if it lies within."""
+    broken = (key for key, (holds, _) in BOUNDS.items() if key in bounds and not holds(value, bounds[key]))
+    return next((f"{BOUNDS[key][1]} {bounds[key]:g}" for key in broken), None)
+
 
 # exp(x) goes on as a straight line beyond this: its square still fits float32.
 STEEPEST = 32.0

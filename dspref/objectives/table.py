@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspref.objectives import likelihoods, losses
+from dspref.objectives import likelihoods, losses, own
 from dspref.objectives.families import Key, Loss, PairLogps, PairLoss, Part, cpo, dpo, orpo, simpo
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,6 +31,21 @@ class Family:
     """Of the keys that the family has, and that several of its losses have."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Names that people will type, with what to write instead."""
+    own_of: tuple[str, ...] = ()
+    """What a loss of the user's own is a function of; nothing: there is none."""
+    own_normaliser: str = "sum"
+    """What it sees of an answer's log-prob."""
+
+    def loss(self, loss_type: str) -> Loss:
+        """One of the table, or of the user's own. Raises ConfigError where that cannot be had."""
+        if not own.is_own(loss_type):
+            return self.losses[loss_type]
+        return own.loss(loss_type, self.own_of, self.own_normaliser, keys_of(self.assemble))
+
+    @property
+    def of_ratios(self) -> bool:
+        """Whether a loss of the user's own sees `Ratios`, and not two scores."""
+        return self.own_of == ("ratios",)
 
 
 COMMON = {
@@ -133,6 +148,7 @@ OBJECTIVES: dict[str, Family] = {
             "simpo": "write name: simpo",
             "orpo": "write name: orpo",
         },
+        own_of=("ratios",),
     ),
     "cpo": Family(
         cpo,
@@ -151,8 +167,15 @@ OBJECTIVES: dict[str, Family] = {
             "cpo_simpo": "write loss_type: simpo with cpo_alpha",
             "cposimpo": "write loss_type: simpo with cpo_alpha",
         },
+        own_of=("chosen", "rejected"),
     ),
-    "simpo": Family(simpo, {"simpo": _SIMPO, "simper": _SIMPER, "repo": _REPO}, keys=_OF_CPO),
+    "simpo": Family(
+        simpo,
+        {"simpo": _SIMPO, "simper": _SIMPER, "repo": _REPO},
+        keys=_OF_CPO,
+        own_of=("chosen", "rejected"),
+        own_normaliser="mean",
+    ),
     "orpo": Family(
         orpo,
         {"orpo": Loss(likelihoods.orpo, "mean")},
@@ -183,11 +206,22 @@ def defaults(name: str, loss_types: Iterable[str]) -> dict[str, list[Any]]:
     family = OBJECTIVES[name]
     found: dict[str, list[Any]] = {}
     # A loss's own default goes before the family's.
-    for function in (*(family.losses[t].function for t in loss_types), family.assemble):
+    for function in (*(family.loss(t).function for t in loss_types), family.assemble):
         for key, parameter in keys_of(function).items():
             known = found.setdefault(key, [])
             if parameter.default not in known and not (known and function is family.assemble):
                 known.append(parameter.default)
+    return found
+
+
+def known_keys(name: str, loss_types: Iterable[str]) -> dict[str, Key]:
+    """What must be known of the keys of an `objective` section with these losses; a loss of the user's own has the last
+    word, but for what its family knows too."""
+    family, found = OBJECTIVES[name], dict(KEYS)
+    for loss_type in loss_types:
+        if own.is_own(loss_type):
+            shared = {*COMMON, *family.keys}
+            found |= {key: about for key, about in family.loss(loss_type).keys.items() if key not in shared}
     return found
 
 
@@ -200,7 +234,8 @@ def resolved(name: str, loss_type: str | Sequence[str], **keys: Any) -> dict[str
     given = {key: value for key, value in keys.items() if value is not None}
     known = defaults(name, as_list(loss_type))
     section = {"name": name, "loss_type": loss_type} | {key: of[0] for key, of in known.items() if len(of) == 1} | given
-    mute = {key for key in known if not KEYS[key].has_effect(section)}
+    about = known_keys(name, as_list(loss_type))
+    mute = {key for key in known if not about[key].has_effect(section)}
     applicable = {"name", "loss_type", "loss_weights", *known} - mute
     return {key: value for key, value in section.items() if key in applicable and value is not None}
 
@@ -255,6 +290,11 @@ def needs_reference(name: str, reference_free: bool = False, **_: Any) -> bool:
     return OBJECTIVES[name].needs_reference and not reference_free
 
 
+def own_sources(loss_type: str | Sequence[str], **_: Any) -> dict[str, own.Source]:
+    """The losses of an objective section that are the user's own, with the files that they are in."""
+    return {name: own.source(name) for name in as_list(loss_type) if own.is_own(name)}
+
+
 def build_objective(
     name: str, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None, **keys: Any
 ) -> Objective:
@@ -264,13 +304,13 @@ def build_objective(
     given = {key: value for key, value in keys.items() if value is not None}
 
     def part(loss_name: str, weight: float) -> Part:
-        loss = family.losses[loss_name]
-        own = {key: given.get(key, parameter.default) for key, parameter in keys_of(loss.function).items()}
-        return Part(loss_name, loss, weight, own)
+        loss = family.loss(loss_name)
+        bound = {key: given.get(key, parameter.default) for key, parameter in keys_of(loss.function).items()}
+        return Part(loss_name, loss, weight, bound)
 
     parts = tuple(part(n, w) for n, w in zip(names, loss_weights or [1.0] * len(names)))
-    own = {key: given.get(key, parameter.default) for key, parameter in keys_of(family.assemble).items()}
-    return Objective(family, parts, own)
+    shared = {key: given.get(key, parameter.default) for key, parameter in keys_of(family.assemble).items()}
+    return Objective(family, parts, shared)
 
 
 @dataclass(frozen=True)

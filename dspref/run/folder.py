@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dspref import distributed
 from dspref.errors import ConfigError, EnvironmentFault, ExitCode
 from dspref.files import DRAFT, append_line, end_line, flushed, remove, whole_lines, write_atomically
 from dspref.model import digests
+from dspref.objectives.own import Source
 from dspref.reading import is_count, open_regular
 from dspref.run import manifest, record
 from dspref.run.finding import is_foreign
@@ -115,10 +117,16 @@ class RunFolder:
             raise EnvironmentFault(f"output_dir: {said}")
 
     def open(
-        self, settings: Mapping[str, Any], source: Path | None, ds_config: Mapping[str, Any], steps: int, anew: bool = False
+        self,
+        settings: Mapping[str, Any],
+        source: Path | None,
+        ds_config: Mapping[str, Any],
+        steps: int,
+        anew: bool = False,
+        losses: Mapping[str, Source] = MappingProxyType({}),
     ) -> None:
-        """Write state, resolved settings and versions (rank 0, which holds the lock). run.json comes first: from then on a
-        kill leaves a run. A folder that is started `anew` keeps its old run in `previous-*`.
+        """Write state, resolved settings, versions and `losses` of the user's own (rank 0, which holds the lock). run.json
+        comes first: from then on a kill leaves a run. A folder that is started `anew` keeps its old run in `previous-*`.
 
         Raises EnvironmentFault where another process has been here since `look`.
         """
@@ -140,6 +148,9 @@ class RunFolder:
             self._write("config.source.yaml", configuration.source(source))
         self._write(RESOLVED, configuration.as_yaml(settings))
         self._write("ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        for name, loss in losses.items():
+            kept_at(self.path, name).parent.mkdir(exist_ok=True)
+            self._write(str(kept_at(self.path, name).relative_to(self.path)), loss.text)
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
 
     def left(self, exit_code: int, message: str, step: int) -> None:
@@ -192,6 +203,16 @@ class RunFolder:
         for entry in [entry for entry in _entries(self.path) if entry.name != record.NAME]:
             entry.rename(manifest.free_name(aside / entry.name))
         return found
+
+
+def kept_at(folder: Path, loss_type: str) -> Path:
+    """Where a run keeps the source of a loss of the user's own."""
+    return folder / record.LOSSES / f"{loss_type.partition(':')[0]}.py"
+
+
+def content_key(loss_type: str) -> str:
+    """Of the sha256 of that source, in `content` of run.json and of manifests."""
+    return f"loss {loss_type}"
 
 
 def mend_tail(path: Path, end: int | None = None) -> None:

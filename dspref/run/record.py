@@ -20,11 +20,13 @@ from dspref.watch.lock import RECORD as NAME
 STARTING = {
     "submit", "logs", "STOP", "SAVE", LOCK, "config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json",
 }  # fmt: skip
-# What a run writes anew as a whole, what it adds to, and what it keeps in folders; of these the logs of its ranks.
+# What a run writes anew as a whole, what it adds to, and what it keeps in folders (the user's own losses in one); of these
+# the logs of its ranks.
 SAMPLES = "samples.jsonl"
 WHOLE = ("config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "scoring.json")
 APPENDED = ("metrics.jsonl", "events.jsonl", SAMPLES)
-FOLDERS = ("checkpoints", "logs", "submit")
+LOSSES = "losses"
+FOLDERS = ("checkpoints", "logs", "submit", LOSSES)
 MODELS = ("final", "adapter")
 LOG = re.compile(r"rank-\d+(\.log|\.stacks\.txt)")
 # Of files that are being written, of claims of the lock, and of runs that were set aside.

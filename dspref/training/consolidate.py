@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +102,9 @@ def checked_config(checkpoint: Path) -> Config:
             config = Config.model_validate(settings)
         return config
     except (ConfigError, ValueError):
-        if isinstance(settings, dict):
-            return Config.model_validate(settings)
+        with suppress(ValueError):  # where a loss of the user's own is not here, the file has the words for it
+            if isinstance(settings, dict):
+                return Config.model_validate(settings)
         if not path.is_file():
             raise ConfigError(f"{path}: is missing; a checkpoint is exported from within its run folder") from None
         raise
