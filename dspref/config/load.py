@@ -23,6 +23,7 @@ from dspref.config.paths import expand, shipped
 from dspref.config.sections import Config, in_full
 from dspref.config.yaml12 import Position, apply_override
 from dspref.errors import ConfigError
+from dspref.objectives import own
 
 # Lines that are told of one config, and rounds of taking faults out of it.
 MAX_LINES, MAX_REPAIRS = 40, 20
@@ -54,7 +55,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
             apply_override(document, positions, override, in_full)
         except ConfigError as error:
             faults.append(str(error))
-    config, complaints = examine(document)
+    with own.kept_in(path.parent):
+        config, complaints = examine(document)
     # An override that could not be read may have been what is missing.
     complaints = [c for c in complaints if not (faults and c.kind is Kind.MISSING)]
     ordered = sorted(complaints, key=lambda c: (c.kind, position_of(positions, c.path)))

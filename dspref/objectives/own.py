@@ -1,6 +1,7 @@
 """A loss of the user's own: a function that the YAML names as `module:function`, found, looked at, and made a `Loss`.
 
-It is looked for in the working directory, which goes before installed packages of the same name, and then among these. Its
+It is looked for in the working directory, which goes before installed packages of the same name, then among these, then in
+what a run keeps, where the config is one that a run left. Its
 keyword-only arguments are YAML keys, as those of dspref's losses are. What it does wrong is told as the user's, by file and
 line, whether it is loaded, tried out before the run or called in a step. Torch is imported only where there is such a loss.
 """
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.machinery
+import importlib.util
 import inspect
 import os
 import re
@@ -19,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -40,6 +43,9 @@ NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 RESERVED, LOGGED = {"name", "loss_type", "loss_weights"}, {"nll"}
 # A key that a family has too and hands on: the scale of the logged rewards.
 SHARED = {"beta"}
+# The folder of a run folder that keeps the sources, and where it lies while the config of a run is read.
+FOLDER = "losses"
+_KEPT_IN: ContextVar[Path | None] = ContextVar("kept_in", default=None)
 KINDS = (float, int, bool, str)
 PLAIN = "float, int, bool, str, Literal[...], or a range of dspref.objectives.losses such as Positive"
 
@@ -61,6 +67,21 @@ class Source:
 def is_own(loss_type: Any) -> bool:
     """Whether a `loss_type` means a function of the user's; whether it is spelt as one must be is for `found` to say."""
     return isinstance(loss_type, str) and ":" in loss_type
+
+
+def kept_at(folder: Path, loss_type: str) -> Path:
+    """Where the run in a folder keeps the source of a loss."""
+    return folder / FOLDER / f"{loss_type.partition(':')[0]}.py"
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """What the run in `folder` keeps stands for losses that are not found otherwise, while this is open."""
+    token = _KEPT_IN.set(folder)
+    try:
+        yield
+    finally:
+        _KEPT_IN.reset(token)
 
 
 def source(loss_type: str) -> Source:
@@ -99,7 +120,9 @@ def _found(loss_type: str, folder: str) -> tuple[Callable[..., Any], Source]:
         raise ConfigError(f"must be written module:function{_as_module(loss_type)}, not {loss_type!r}")
     name, _, attribute = loss_type.partition(":")
     with _first_on_path(folder):
-        module = _imported(name, folder)
+        module = _imported(name, folder) or _kept(loss_type)
+    if module is None:
+        raise ConfigError(f"no module {name}, neither in the working directory ({folder}) nor installed")
     found = getattr(module, attribute, None)
     if found is None:
         close = get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], n=1)
@@ -139,7 +162,8 @@ def _first_on_path(folder: str) -> Iterator[None]:
         sys.dont_write_bytecode = written
 
 
-def _imported(name: str, folder: str) -> ModuleType:
+def _imported(name: str, folder: str) -> ModuleType | None:
+    """A module that is in a folder, or installed; None where there is none."""
     top = name.partition(".")[0]
     here = importlib.machinery.PathFinder.find_spec(top, [folder])
     known = sys.modules.get(top)
@@ -150,10 +174,25 @@ def _imported(name: str, folder: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ConfigError(f"no module {error.name}, neither in the working directory ({folder}) nor installed") from None
+            return None
         raise ConfigError(_told(error)) from None
     except (Exception, SystemExit) as error:
         raise ConfigError(_told(error)) from None
+
+
+def _kept(loss_type: str) -> ModuleType | None:
+    """The module of a loss as the run keeps it whose config is being read."""
+    folder = _KEPT_IN.get()
+    if folder is None or not (path := kept_at(folder, loss_type)).is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(loss_type.partition(":")[0], path.absolute())
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(_told(error)) from None
+    return module
 
 
 def _is_same(path: str, other: str | None) -> bool:

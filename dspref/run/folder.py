@@ -22,7 +22,7 @@ from dspref import distributed
 from dspref.errors import ConfigError, EnvironmentFault, ExitCode
 from dspref.files import DRAFT, append_line, end_line, flushed, remove, whole_lines, write_atomically
 from dspref.model import digests
-from dspref.objectives.own import Source
+from dspref.objectives.own import Source, kept_at
 from dspref.reading import is_count, open_regular
 from dspref.run import manifest, record
 from dspref.run.finding import is_foreign
@@ -203,11 +203,6 @@ class RunFolder:
         for entry in [entry for entry in _entries(self.path) if entry.name != record.NAME]:
             entry.rename(manifest.free_name(aside / entry.name))
         return found
-
-
-def kept_at(folder: Path, loss_type: str) -> Path:
-    """Where a run keeps the source of a loss of the user's own."""
-    return folder / record.LOSSES / f"{loss_type.partition(':')[0]}.py"
 
 
 def content_key(loss_type: str) -> str:

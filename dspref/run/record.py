@@ -10,6 +10,7 @@ from typing import Any
 
 from dspref import reading
 from dspref.files import DRAFT, read_json
+from dspref.objectives import own
 from dspref.reading import are_words, is_count, is_number, is_word
 from dspref.run.manifest import are_files
 from dspref.watch.lock import NAME as LOCK
@@ -25,8 +26,7 @@ STARTING = {
 SAMPLES = "samples.jsonl"
 WHOLE = ("config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "scoring.json")
 APPENDED = ("metrics.jsonl", "events.jsonl", SAMPLES)
-LOSSES = "losses"
-FOLDERS = ("checkpoints", "logs", "submit", LOSSES)
+FOLDERS = ("checkpoints", "logs", "submit", own.FOLDER)
 MODELS = ("final", "adapter")
 LOG = re.compile(r"rank-\d+(\.log|\.stacks\.txt)")
 # Of files that are being written, of claims of the lock, and of runs that were set aside.

@@ -12,9 +12,9 @@ from dspref import config as configuration
 from dspref import distributed
 from dspref.config.strategy import stage_of
 from dspref.errors import ConfigError
-from dspref.objectives.own import Source
+from dspref.objectives.own import Source, kept_at
 from dspref.run import manifest, record
-from dspref.run.folder import RESOLVED, RunFolder, content_key, environment, kept_at
+from dspref.run.folder import RESOLVED, RunFolder, content_key, environment
 from dspref.secrets import redact
 from dspref.terminal import command
 
