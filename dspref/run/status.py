@@ -75,6 +75,7 @@ def read(folder: Path, now: datetime | None = None, numbers: Curves | None = Non
     return {
         "run": str(folder),
         "state": state,
+        "objective": objective_of(folder),
         "host": run.get("host"),
         "pid": run.get("pid"),
         "world_size": run.get("world_size"),
@@ -189,16 +190,31 @@ def last_sign(folder: Path, events: list[dict[str, Any]]) -> datetime | None:
     return max((sign for sign in signs if sign), default=None)
 
 
-def max_steps(folder: Path) -> int | None:
-    """The steps that the config names, if it does: of a run that has not planned them yet."""
+def asked(folder: Path, section: str) -> dict[str, Any]:
+    """A section of the run's config, as it was resolved, else as it was submitted; {} where neither has one."""
     for path in (folder / "config.resolved.yaml", folder / "submit" / "config.yaml"):
         try:
-            train = yaml12.parse(path)[0].get("train")
+            found = yaml12.parse(path)[0].get(section)
         except ConfigError:
             continue
-        steps = train.get("max_steps") if isinstance(train, dict) else None
-        return steps if is_count(steps) else None
-    return None
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def max_steps(folder: Path) -> int | None:
+    """The steps that the config names, if it does: of a run that has not planned them yet."""
+    steps = asked(folder, "train").get("max_steps")
+    return steps if is_count(steps) else None
+
+
+def objective_of(folder: Path) -> str | None:
+    """Name and losses, where the run has resolved its config."""
+    section = asked(folder, "objective")
+    losses = section.get("loss_type")
+    names = [section.get("name"), *(losses if isinstance(losses, list) else [losses])]
+    if not all(isinstance(name, str) for name in names):
+        return None
+    return f"{names[0]} / {' + '.join(names[1:])}"
 
 
 def modified(path: Path) -> datetime | None:
@@ -233,6 +249,7 @@ def show(status: Mapping[str, Any]) -> str:
     rows = {
         "run": status["run"],
         "state": ", ".join([status["state"], *where]),
+        **({"objective": status["objective"]} if status["objective"] else {}),
         "step": steps_in_words(status) + left,
         "commit": "none, but for the final model" if status["state"] == "finished" else "none yet",
         "goodput": "unknown",
