@@ -43,6 +43,43 @@ denominators count a first token that cannot be scored; SimPO's beta defaults to
 
 **What goes together.** Every modifier of a family goes with every loss of it, except:
 """
+OWN = """
+## Your own loss
+
+No fork and no list to edit: write a function, and name it as `module:function`.
+
+```python
+# my_losses.py
+from dspref.objectives.losses import NonNegative, Positive, Ratios, logsigmoid
+
+
+def with_target(ratios: Ratios, *, beta: Positive = 0.1, target: NonNegative = 0.5):
+    return -logsigmoid(beta * ratios.margin - target)
+```
+
+```yaml
+objective: {name: dpo, loss_type: my_losses:with_target, beta: 0.2, target: 0.3, rpo_alpha: 0.5}
+```
+
+- **What it sees.** In dpo `Ratios`, of P pairs: `chosen` and `rejected` (log u, or f'(u)), `margin`,
+  `margin_per_token`, `chosen_tokens`, `rejected_tokens`, `reference_margin`; its `delta` is 0. In cpo and simpo two
+  tensors, `chosen` and `rejected`: S in cpo, A in simpo. It returns a tensor [P], the loss of each pair; the mean
+  over the pairs of the step is trained.
+- **A sum over pairs.** The value of a pair must not depend on the pairs beside it: those are whoever shares its pack.
+  What sorts or ranks the pairs of a step, as `aot` does, is refused.
+- **Its keys** are its keyword-only arguments, each with a default and a type: float, int, bool, str, `Literal[...]`,
+  or a range of `dspref.objectives.losses` (`Positive`, `NonNegative`, `Smoothing`, `OpenShare`, ...). They are
+  checked as all keys are. `beta`, where it has one, scales the logged rewards too.
+- **What goes with it**: every key of the family, evaluation, resume, and in dpo a list with other losses and
+  `loss_weights`. With `f_divergence_type` it sees f'(u) in the place of log u. It is logged as `loss/with_target`.
+- **Where it is found**: in the working directory, which goes before installed packages of the same name and is on the
+  path for that import alone; then among installed packages. Where the YAML names none, nothing is imported.
+- **Before the run** it is tried out at three made-up pairs, with these keys. What raises, has another shape, no
+  gradient, or a value or gradient that is not finite (at log-ratios of 0 too, where every run begins) is one line
+  with file and line of your function, exit code 2. So is what it raises in a step; the run's checkpoints are whole.
+- **The run keeps** the file of the function in `RUN/losses/`, and its sha256. A run does not go on with another.
+  Files that it imports are not looked at.
+"""
 MODIFIERS = (losses.divergence, families.desensitized, families.own_probability, likelihoods.power_reward)
 
 
@@ -50,7 +87,7 @@ def document() -> str:
     parts = [INTRODUCTION, exceptions()]
     for name, family in OBJECTIVES.items():
         parts += [f"\n## `name: {name}`\n\n", section(family)]
-    return "".join(parts) + "\n## Modifiers\n\n" + "\n\n".join(map(prose, MODIFIERS)) + "\n"
+    return "".join(parts) + "\n## Modifiers\n\n" + "\n\n".join(map(prose, MODIFIERS)) + "\n" + OWN
 
 
 def exceptions() -> str:

@@ -66,7 +66,7 @@ def _for_editors(name: str) -> Any:
     one = Annotated[str, Field(pattern=mine["pattern"])]
     several = Annotated[list[str], Field(json_schema_extra={"contains": {"type": "string", **mine}})]
     fields = _fields(name, family, [])
-    about = Field(description=f"{KEYS['loss_type'].meaning} `module:function` is a loss of your own.")
+    about = Field(description=KEYS["loss_type"].meaning)
     fields["loss_type"] = (Annotated[Union[one, several] if family.mixes else one, about], ...)
     return create_model(f"{name.capitalize()}WithOwnLoss", __base__=_WithOwn, **fields)
 

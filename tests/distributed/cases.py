@@ -119,6 +119,16 @@ def run_training(config_path: str, overrides: list[str]) -> int:
     return 0
 
 
+def run_training_in(folder: str, config_path: str, overrides: list[str]) -> int:
+    """`run_training` with `folder` as the working directory."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return run_training(config_path, overrides)
+    finally:
+        os.chdir(before)
+
+
 def command_line(arguments: list[list[str]]) -> list[tuple[int, str]]:
     """(exit code, what stood on standard error) of several command lines, in this process."""
     import contextlib
