@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from dspref.config import hints, numbers
 from dspref.config.paths import VARIABLE
 from dspref.config.sections import ProfileSection, SourceSection, section_at
 from dspref.config.yaml12 import Position, YamlError, parse_value
-from dspref.objectives import OBJECTIVES
+from dspref.objectives import OBJECTIVES, own
 
 LONGEST_VALUE = 80
 
@@ -214,7 +215,11 @@ def _refused_loss(document: Any, loss_type: Any) -> str | None:
 def _loss_elsewhere(document: Any, loss_type: Any) -> str:
     """The same of one that another family has, behind a semicolon, or nothing."""
     family = document["objective"].get("name", "dpo")
-    instead = hints.of_loss(loss_type, family) if family in OBJECTIVES and isinstance(loss_type, str) else None
+    if family not in OBJECTIVES or not isinstance(loss_type, str):
+        return ""
+    instead = hints.of_loss(loss_type, family)
+    if not instead and OBJECTIVES[family].own_of and re.fullmatch(own.NAME, meant := ":".join(loss_type.rsplit(".", 1))):
+        instead = f"a loss of your own is written {meant}"
     return f"; {instead}" if instead else ""
 
 

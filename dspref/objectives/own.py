@@ -227,7 +227,8 @@ def _keys(function: Callable, written: Source, inputs: Sequence[str]) -> dict[st
             raise ConfigError(f"{written.where}: takes {sign}{p.name}, and must be {wanted}")
     positional = [p for p in given if p.kind is not p.KEYWORD_ONLY]
     if len(positional) != len(inputs):
-        more = "; a key stands behind the *" if len(positional) > len(inputs) else ""
+        surplus = next((p.name for p in positional[len(inputs) :] if p.default is not p.empty), None)
+        more = f"; a * before {surplus} makes it a key" if surplus else ""
         names = ", ".join(p.name for p in positional) or "nothing"
         raise ConfigError(f"{written.where}: is a function of {names}, and must be {wanted}{more}")
     return {p.name: _key(p, function, written) for p in given if p.kind is p.KEYWORD_ONLY}

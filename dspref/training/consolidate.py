@@ -17,6 +17,7 @@ from dspref.config import Config, ModelSection
 from dspref.engine import shards
 from dspref.errors import ConfigError, DataError, IOFault
 from dspref.model import loading
+from dspref.objectives import own
 from dspref.reference import spec
 from dspref.run import export, manifest
 from dspref.run.checkpoint import committed_folders, damage_of
@@ -102,7 +103,10 @@ def checked_config(checkpoint: Path) -> Config:
             config = Config.model_validate(settings)
         return config
     except (ConfigError, ValueError):
-        with suppress(ValueError):  # where a loss of the user's own is not here, the file has the words for it
+        with (
+            own.kept_in(run.path),
+            suppress(ValueError),
+        ):  # where a loss of the user's own is not here, the file has the words for it
             if isinstance(settings, dict):
                 return Config.model_validate(settings)
         if not path.is_file():

@@ -158,6 +158,11 @@ FAULTS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "import": ("import torch\nimport no_such_thing\n", {}, "HERE:2: ModuleNotFoundError: No module named 'no_such_thing'"),
     "raises": ("import sys\n\nsys.exit('no')\n", {}, "HERE:3: SystemExit: no"),
     "beside": (of("ratios, weights"), {}, "HERE:1: is a function of ratios, weights, and must be "),
+    "key before the star": (
+        of("ratios, tau=1.0"),
+        {},
+        "and must be (ratios, *, key: float = 1.0, ...); a * before tau makes",
+    ),
     "none": (of(""), {}, "HERE:1: is a function of nothing, and must be (ratios, *, key: float"),
     "scores": (SCORES, {"name": "dpo"}, "HERE:3: is a function of chosen, rejected, and must be (ratios, *, key"),
     "var args": (of("ratios, *args"), {}, "HERE:1: takes *args, and must be (ratios, *, key"),
@@ -293,6 +298,7 @@ def test_its_keys_are_checked_as_all_are(write: Write, keys: dict[str, Any], wor
         (SIGMOID, {"loss_type": ["MODULE:mine", "MODULE:mine"]}, ":mine is there twice"),
         (SIGMOID.replace("mine", "ipo"), {"loss_type": ["ipo", "MODULE:ipo"]}, "two losses are called ipo, and so are"),
         (SIGMOID, {"loss_type": ["sigmoid", "MODULE:mien"]}, "objective.loss_type.1: "),
+        (SIGMOID, {"loss_type": "MODULE.mine"}, "; a loss of your own is written losses_of_test_"),
         (SIGMOID, {"loss_weights": [1, 2]}, "objective.loss_weights: 2 given, 1 needed"),
     ],
 )
