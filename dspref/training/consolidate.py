@@ -103,10 +103,8 @@ def checked_config(checkpoint: Path) -> Config:
             config = Config.model_validate(settings)
         return config
     except (ConfigError, ValueError):
-        with (
-            own.kept_in(run.path),
-            suppress(ValueError),
-        ):  # where a loss of the user's own is not here, the file has the words for it
+        # Where a loss of the user's own is not to be had, the file's fault says so.
+        with own.kept_in(run.path), suppress(ValueError):
             if isinstance(settings, dict):
                 return Config.model_validate(settings)
         if not path.is_file():
