@@ -163,6 +163,13 @@ def _size(data: bytes, place: str) -> tuple[int, int]:
     return _told(size, place)
 
 
+def opened(path: Path, place: str) -> Image:
+    """The image of a file, whatever it is now. Raises RowError."""
+    data, _ = _read(path, place)
+    _size(data, place)
+    return decode(data, place)
+
+
 def decode(data: bytes, place: str) -> Image:
     """An image in RGB, as its camera was held. Raises RowError."""
     import PIL.Image
