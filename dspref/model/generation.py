@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -249,11 +250,15 @@ class _Tokens(BaseStreamer):
         pass
 
 
-def stream(lm: Any, ids: Sequence[int], how: GenerationConfig) -> Iterator[int]:
-    """The tokens of an answer as they are made, in a thread of its own, which ends when this is closed."""
+def stream(
+    lm: Any, ids: Sequence[int], how: GenerationConfig, given: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[int]:
+    """The tokens of an answer as they are made, in a thread of its own, which ends when this is closed. `given`: what the
+    model reads beside the prompt's tokens, such as the pixels of its images."""
     queue: SimpleQueue[Any] = SimpleQueue()
     stopped = threading.Event()
     prompt = torch.tensor([list(ids)], device=lm.device)
+    beside = {name: x.to(lm.device, lm.dtype if x.is_floating_point() else x.dtype) for name, x in given.items()}
 
     def make() -> None:
         try:
@@ -261,7 +266,7 @@ def stream(lm: Any, ids: Sequence[int], how: GenerationConfig) -> Iterator[int]:
             with torch.no_grad():
                 lm.generate(
                     prompt, attention_mask=torch.ones_like(prompt), generation_config=how, streamer=_Tokens(queue),
-                    stopping_criteria=stopping,
+                    stopping_criteria=stopping, **beside,
                 )  # fmt: skip
             queue.put(None)
         except BaseException as error:

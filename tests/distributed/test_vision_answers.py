@@ -8,9 +8,8 @@ from typing import Any
 
 import PIL.Image
 import pytest
-import torch
 from test_vision_runs import train, undone, write
-from tiny_vision import image, image_rows
+from tiny_vision import image, image_rows, talkative
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 HELD_OUT, NEW = 4, 10
@@ -21,25 +20,6 @@ OWN: list[dict[str, Any]] = [
     {"prompt": "and what?", "images": ["own/b.png", "own/a.png"]},
     {"prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": PARTS}]},
 ]
-
-
-def talkative(folder: Path, seed: int = 4) -> None:
-    """The model of a folder says many things, all in printable ASCII, and other things about other images."""
-    lm: Any = AutoModelForImageTextToText.from_pretrained(folder)
-    words: Any = AutoProcessor.from_pretrained(folder).tokenizer
-    said = [words.decode([i]) for i in range(lm.get_output_embeddings().weight.shape[0])]
-    mute = torch.tensor([not (text.isascii() and text.isprintable() and len(text) == 1) for text in said])
-    mute[words.eos_token_id] = False
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            if parameter.dim() > 1 and "lm_head" not in name:
-                parameter *= 3
-        head = lm.get_output_embeddings().weight
-        head += 0.02 * torch.randn(head.shape, generator=generator)
-        head[mute] *= 0.01
-    lm.generation_config.eos_token_id = [words.eos_token_id, words.convert_tokens_to_ids("e")]
-    lm.save_pretrained(folder)
 
 
 def make(folder: Path, kind: str, **sections: Any) -> None:
