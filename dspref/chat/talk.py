@@ -192,6 +192,8 @@ class Talk:
         bare = said[1:-1] if said[:1] in ("'", '"') and said[-1:] == said[:1] else said  # as terminals drop files
         path = Path(bare).expanduser().absolute()
         try:
+            if not bare:
+                raise RowError("images", "no file is named; /image PATH")
             if not all(speaker.sees for speaker in self.speakers):
                 raise NO_IMAGES
             image = opened(path, bare)

@@ -8,6 +8,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from peft import PeftModel
 from test_vision_runs import train, undone, write
 from tiny_vision import image, image_rows, talkative
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -59,7 +60,9 @@ def asked_of(folder: Path) -> list[tuple[list[dict[str, Any]], list[str]]]:
 
 def answers_of(weights: Path, folder: Path, kind: str) -> list[str]:
     """By `generate`, one prompt at a time."""
-    lm: Any = AutoModelForImageTextToText.from_pretrained(weights).eval()
+    is_adapter = (weights / "adapter_config.json").exists()
+    lm: Any = AutoModelForImageTextToText.from_pretrained(folder / "model" if is_adapter else weights)
+    lm = (PeftModel.from_pretrained(lm, str(weights)) if is_adapter else lm).eval()
     words: Any = AutoProcessor.from_pretrained(folder / "model")
     texts = []
     for turns, names in asked_of(folder):
@@ -82,6 +85,8 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
         ("llava", 2, 3, "engine"),
         ("llava_next", 2, 3, "stored"),
         ("idefics3", 1, 1, "engine"),
+        ("llava", 1, 1, "adapter"),
+        pytest.param("llava_next", 2, 3, "adapter", marks=pytest.mark.slow),
         pytest.param("idefics3", 2, 3, "stored", marks=pytest.mark.slow),
         pytest.param("llava_next", 1, 2, "engine", marks=pytest.mark.slow),
         pytest.param("llava", 1, 2, "stored", marks=pytest.mark.slow),
@@ -93,6 +98,7 @@ def test_answers_are_those_of_plain_transformers(
     """Of the policy at the beginning and at the end, and of the reference, where some ranks have prompts without images."""
     make(tmp_path, kind, reference={"mode": mode} | ({"store": f"{tmp_path}/reference"} if mode == "stored" else {}))
     changes = [f"deepspeed.zero_optimization.stage={stage}", f"data.eval={{path: {tmp_path}/held/rows.jsonl}}"]
+    changes += ["model.lora={r: 4, lora_alpha: 16}"] if mode == "adapter" else []
     assert train(all_workers[world], tmp_path, *changes) == [0] * world
     initial, final = answers_of(tmp_path / "model", tmp_path, kind), answers_of(tmp_path / "run" / "final", tmp_path, kind)
     rows = rows_of(tmp_path / "run")

@@ -91,6 +91,7 @@ def test_a_talk_about_images_is_what_transformers_generates(
         assert f"model> {answers[-1]}" in capsys.readouterr().out
         assert not one.attached and one.messages[-1]["content"] == answers[-1]
     assert len(set(answers)) == 3
+    assert one.obeyed("/image") and capsys.readouterr().out == "(not attached: no file is named; /image PATH)\n"
     one.turn("is <image> here?")
     assert "take '<image>' out of the text" in capsys.readouterr().out and one.messages[-1]["content"] == answers[-1]
     one.obeyed("/image a.png")

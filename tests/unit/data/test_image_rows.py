@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -123,15 +124,18 @@ def test_prompts_without_answers_are_those_of_pairs_and_what_the_familys_process
         {"prompt": user("so?"), "images": names}, {"prompt": "so?", "images": names}, {"prompt": "so?"},
         {"prompt": user(parts)}, {"prompt": "<image>or<image>", "images": names},
     ]  # fmt: skip
+    data = (tmp_path / "a.png").read_bytes()
+    rows.append({"prompt": "so?", "images": ["data:image/png;base64," + base64.b64encode(data).decode(), names[1]]})
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = seeing(kind, tmp_path / "words")
     found, sight = read_prompts(tmp_path / "asked.jsonl", tokenizer), sight_of(tokenizer)
     pair = stored(tmp_path, [{**rows[0], **ANSWERS}], kind)
     assert sight is not None and found[0].ids == found[1].ids == pair[0].prompt.tolist() and found[3].ids == found[4].ids
-    assert [own.shown.names for own in found] == [names, names, [], names, names]
+    inline = [f"sha256:{hashlib.sha256(data).hexdigest()}", names[1]]
+    assert [own.shown.names for own in found] == [names, names, [], names, names, inline] and found[5].ids == found[0].ids
     texts = ["".join(text_of_prompt(tokenizer, own.ids, own.shown).split()) for own in found]
     both, alone, around = "user<image><image>so?assistant", "userso?assistant", "user<image>or<image>assistant"
-    assert texts == [both, both, alone, around, around]
+    assert texts == [both, both, alone, around, around, both]
     words, stands_for_image = processor(kind, tmp_path / "others")
     for own, text in ((found[0], f"{stands_for_image * 2}so?"), (found[3], f"{stands_for_image}or{stands_for_image}")):
         prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
