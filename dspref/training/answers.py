@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -251,7 +252,7 @@ def take(
     rows = [
         {"step": step, "prompt": prompt.text, "policy": answer, "reference": other, "chosen": prompt.chosen}
         | {"source": prompt.source}
-        | ({"images": prompt.shown.names, "image_folder": prompt.shown.folder} if sees else {})
+        | ({"images": prompt.shown.names, "image_folder": os.path.abspath(prompt.shown.folder)} if sees else {})
         for prompt, answer, other in zip(asking.prompts, answers, of_reference, strict=True)
     ]
     if distributed.world().rank == 0:
