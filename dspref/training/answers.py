@@ -252,7 +252,7 @@ def take(
     rows = [
         {"step": step, "prompt": prompt.text, "policy": answer, "reference": other, "chosen": prompt.chosen}
         | {"source": prompt.source}
-        | ({"images": prompt.shown.names, "image_folder": os.path.abspath(prompt.shown.folder)} if sees else {})
+        | (_images(prompt) if sees else {})
         for prompt, answer, other in zip(asking.prompts, answers, of_reference, strict=True)
     ]
     if distributed.world().rank == 0:
@@ -260,6 +260,12 @@ def take(
         recorder.show(step, rows)
     view.note(console.sample_lines(step, rows))
     return True
+
+
+def _images(prompt: Prompt) -> dict[str, Any]:
+    """The same keys for all prompts of a run, as a tracker's table has them."""
+    pictures, folder, _ = prompt.shown
+    return {"images": prompt.shown.names, "image_folder": os.path.abspath(folder) if pictures else None}
 
 
 def ask(speaker: Speaker, asking: Asking, policy: Engine, must_stop: Callable[[], bool] = lambda: False) -> list[str] | None:
