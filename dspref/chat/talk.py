@@ -129,7 +129,8 @@ class Talk:
                 refused += None in answers
             except RowError as error:
                 print(shown(f"line {number}: {error.field}: {error.reason}"), file=sys.stderr)
-                answers, unread = [None] * len(self.speakers), unread + 1
+                unread += 1
+                answers = [None for _ in self.speakers]
             if self.as_rows:
                 print(json.dumps({"line": number, **row, "answers": answers}), flush=True)
             else:
@@ -280,8 +281,9 @@ def row_in(line: str) -> dict[str, Any] | None:
         found = json.loads(line) if line.startswith("{") else None
     except (ValueError, RecursionError):
         return None
-    is_row = isinstance(found, dict) and kind_of(found.get("prompt")) != "other" and found.keys() & {*COLUMNS}
-    return {name: found[name] for name in ("prompt", *COLUMNS) if name in found} if is_row else None
+    if not isinstance(found, dict) or kind_of(found.get("prompt")) == "other" or not found.keys() & {*COLUMNS}:
+        return None
+    return {name: found[name] for name in ("prompt", *COLUMNS) if name in found}
 
 
 def is_full(ending: str) -> bool:
