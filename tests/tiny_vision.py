@@ -168,6 +168,25 @@ def save_vision(folder: Path, model_type: str, seed: int, **settings: Any) -> An
     return model
 
 
+def talkative(folder: Path, seed: int = 4) -> None:
+    """The model of a folder says many things, all in printable ASCII, and other things about other images."""
+    lm: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    words: Any = AutoTokenizer.from_pretrained(folder)
+    said = [words.decode([i]) for i in range(lm.get_output_embeddings().weight.shape[0])]
+    mute = torch.tensor([not (text.isascii() and text.isprintable() and len(text) == 1) for text in said])
+    mute[words.eos_token_id] = False
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if parameter.dim() > 1 and "lm_head" not in name:
+                parameter *= 3
+        head = lm.get_output_embeddings().weight
+        head += 0.02 * torch.randn(head.shape, generator=generator)
+        head[mute] *= 0.01
+    lm.generation_config.eos_token_id = [words.eos_token_id, words.convert_tokens_to_ids("e")]
+    lm.save_pretrained(folder)
+
+
 def image_rows(folder: Path, count: int) -> list[dict[str, Any]]:
     """Rows with one image, several, and none, in all ways to say so; the images are written to the folder."""
     import PIL.Image

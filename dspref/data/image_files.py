@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +44,30 @@ class Picture(NamedTuple):
     """The bytes, where the row has them itself."""
 
 
+class Shown(NamedTuple):
+    """The images of a prompt, in order."""
+
+    pictures: tuple[Picture, ...] = ()
+    folder: str = ""
+    """Where their paths begin."""
+    where: str = ""
+    """The file and line of their row, for messages."""
+
+    @property
+    def names(self) -> list[str]:
+        """Paths as the row has them, and digests of what has none."""
+        return [picture.path or f"sha256:{picture.digest}" for picture in self.pictures]
+
+    @classmethod
+    def received(cls, values: Sequence[Any]) -> Shown:
+        """Of the bare values that another rank has sent."""
+        pictures, folder, where = values
+        return cls(tuple(map(Picture._make, pictures)), folder, where)
+
+
+NOTHING = Shown()
+
+
 def folder_of(file: str) -> Path:
     """Where the paths of images begin that stand in a file, or in a folder of several."""
     path = Path(file)
@@ -68,6 +92,11 @@ def look(value: Any, folder: Path, place: str) -> Picture:
     height, width = _size(data, place)
     digest = hashlib.sha256(data).hexdigest()
     return Picture(path, digest, height, width, stamp, b"" if path else data)
+
+
+def look_at(images: Sequence[Any], folder: Path) -> tuple[Picture, ...]:
+    """All images that a row names, in order, as `look` has them."""
+    return tuple(look(image, folder, f"images[{k}]") for k, image in enumerate(images))
 
 
 def _own_bytes(value: Any, place: str) -> bytes | None:
@@ -136,6 +165,13 @@ def _size(data: bytes, place: str) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
     return _told(size, place)
+
+
+def opened(path: Path, place: str) -> Image:
+    """The image of a file, whatever it is now. Raises RowError."""
+    data, _ = _read(path, place)
+    _size(data, place)
+    return decode(data, place)
 
 
 def decode(data: bytes, place: str) -> Image:

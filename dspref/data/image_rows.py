@@ -116,9 +116,27 @@ def as_parts(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
+def as_rows_have(messages: Sequence[Message]) -> list[Message]:
+    """Messages as a row has them: contents with images in parts, which name these."""
+    return [
+        {**message, "content": _parts(message["content"])} if IMAGE in _text(message) else message for message in messages
+    ]
+
+
+def without_images(text: str) -> str:
+    """A text of somebody's, in which no image can stand."""
+    return re.sub(f"[{IMAGE}{NAMED}{END}]", "", text)
+
+
 def _parts(content: str) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
-    for number, text in enumerate(content.split(IMAGE)):
-        found += [{"type": "image"}] if number else []
-        found += [{"type": "text", "text": text}] if text else []
-    return found or [{"type": "text", "text": ""}]
+    done = 0
+    for mark in MARKS.finditer(content):
+        found += _text_part(content[done : mark.start()])
+        found.append({"type": "image"} | ({"image": mark[1]} if mark[1] else {}))
+        done = mark.end()
+    return found + _text_part(content[done:]) or [{"type": "text", "text": ""}]
+
+
+def _text_part(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if text else []

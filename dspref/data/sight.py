@@ -88,7 +88,7 @@ class Sight:
         try:
             return self.to_tower(self._processed(images), digest)
         except Exception as error:  # a processor's own complaint
-            raise RowError("images", f"the model's processor does not take them: {one_line(error)}") from None
+            raise _untaken(error) from None
 
     def expanded(self, prompt: np.ndarray, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """A prompt with all tokens of its images, and which they are: int32 [n], bool [n]. Raises RowError."""
@@ -105,6 +105,36 @@ class Sight:
             done = place + 1
         parts, masks = [*parts, prompt[done:]], [*masks, np.zeros(len(prompt) - done, dtype=bool)]
         return np.concatenate(parts).astype(np.int32), np.concatenate(masks)
+
+    def collapsed(self, prompt: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
+        """A prompt as `expanded` got it, with one token for each image: int32 [n]."""
+        parts, done = [], 0
+        for picture in pictures:
+            own = self._tokens((picture.height, picture.width))
+            starts = done + np.flatnonzero(prompt[done : len(prompt) - len(own) + 1] == own[0])
+            start = next((k for k in starts.tolist() if np.array_equal(prompt[k : k + len(own)], own)), None)
+            if start is None:
+                break
+            parts += [prompt[done:start], np.array([self.token])]
+            done = start + len(own)
+        return np.concatenate([*parts, prompt[done:]]).astype(np.int32)
+
+    def given(self, prompt: np.ndarray, images: Sequence[Image]) -> dict[str, Any]:
+        """What a plain model is given beside the tokens of an `expanded` prompt: what the processor makes of its images, and
+        which tokens are theirs, where the family asks for that. Raises RowError."""
+        import torch
+
+        if not images:
+            return {}
+        try:
+            made = self._processed(images)
+        except Exception as error:  # a processor's own complaint
+            raise _untaken(error) from None
+        of_tokens = {name for name, x in made.items() if x.shape == made["input_ids"].shape}
+        found = {name: x for name, x in made.items() if name not in of_tokens}
+        if "mm_token_type_ids" in of_tokens:
+            found["mm_token_type_ids"] = torch.from_numpy(prompt == self.token).int()[None]
+        return found
 
     def probe(self) -> Mapping[str, Any]:
         """What the processor makes of a gradient of colours and its place."""
@@ -148,6 +178,10 @@ class Sight:
         given = [list(images)] if self.nested else list(images)
         text = [self.word * len(images)]
         return self.processor(text=text, images=given, add_special_tokens=False, return_tensors="pt")
+
+
+def _untaken(error: Exception) -> RowError:
+    return RowError("images", f"the model's processor does not take them: {one_line(error)}")
 
 
 def see(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:

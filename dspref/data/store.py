@@ -20,8 +20,8 @@ from dspref.data.building import build
 from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.complaints import in_words
 from dspref.data.formats import check_template
-from dspref.data.image_files import folder_of
-from dspref.data.image_store import StoredImages, address_of
+from dspref.data.image_files import NOTHING, Shown, folder_of
+from dspref.data.image_store import StoredImages, address_of, pictures_of
 from dspref.data.images import Pictures
 from dspref.data.rows import one_line, place_of
 from dspref.data.sight import Sight, sight_of
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 # Of a source, what the digests of its rows stand for, or what does not touch a row.
 NOT_DECISIVE = ("key", "path", "split", "max_samples", "weight", "name", "data_dir", "revision")
 
@@ -97,7 +97,13 @@ class PairStore:
 
     def pictures(self, pairs: Sequence[int]) -> Pictures | None:
         """The images of some pairs, decoded now; None where the model reads none. Raises DataError."""
-        return None if self._images is None or self._sight is None else self._images.pictures(pairs, self._sight)
+        if self._sight is None:
+            return None
+        return pictures_of([self.shown(pair) for pair in pairs], self._sight)
+
+    def shown(self, pair: int) -> Shown:
+        """The images of a pair's prompt, not yet decoded."""
+        return NOTHING if self._images is None else self._images.of(pair)
 
     def image_digests(self, pairs: Sequence[int]) -> list[bytes]:
         """What says of each pair which images it has; empty for none."""

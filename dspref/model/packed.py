@@ -100,13 +100,15 @@ class PackedCausalLM(nn.Module):
     def _head_bias(self) -> torch.Tensor | None:
         return getattr(self.lm.get_output_embeddings(), "bias", None)
 
-    def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
+    def _read_on(self, passage: Passage, **seen: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """`seen`: further arguments of the backbone."""
         outputs = self.lm.base_model(
             input_ids=passage.input_ids,
             attention_mask=passage.attention_mask,
             position_ids=passage.position_ids,
             past_key_values=passage.cache,
             use_cache=True,
+            **seen,
         )
         return self._logits(outputs), outputs.past_key_values
 
@@ -183,20 +185,20 @@ class PackedVisionLM(PackedCausalLM):
         super()._check(lm)
 
     def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
-        base: Any = self.lm.base_model
-        several_axes, images = batch.position_ids.ndim == 2, batch.images
-        try:
-            base.of_pack = images
-            return base(
+        several_axes = batch.position_ids.ndim == 2
+        with vision.shown(self.lm, batch.images) as seen:
+            return self.lm.base_model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[:, None] if several_axes else batch.position_ids[None],
                 use_cache=False,
                 segments=segments,
-                **(vision.read(images, self.lm.config) if images else {}),
+                **seen,
                 **({"output_router_logits": True} if routed else {}),
             )
-        finally:
-            base.of_pack = None
+
+    def _read_on(self, passage: Passage, **seen: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        with vision.shown(self.lm, passage.images) as shown:
+            return super()._read_on(passage, **shown, **seen)
 
 
 def wrapped(

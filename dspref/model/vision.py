@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Pret
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from dspref.data.images import ImageLayout, Images, Positions, RowImages
-from dspref.data.sight import Sight, sight_of
+from dspref.data.sight import Sight, see, sight_of
 from dspref.errors import ConfigError
 from dspref.model.attention import PACKED
 
@@ -190,6 +191,13 @@ def _complete(processor: Any, config: PretrainedConfig) -> None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
+def teach(tokenizer: Any, processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
+    """From now on a tokenizer, with its chat template, is that of a model that reads images, by the processor that goes with
+    it. Raises ConfigError as `sight`."""
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    see(tokenizer, sight(processor, skeleton, dtype))
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:
     """Write a tokenizer, and of a vision-language model all of its processor, which is then loaded as a user would and has
     to read an image and a text; what comes out otherwise, or None."""
@@ -262,7 +270,16 @@ def tell(lm: PreTrainedModel) -> None:
         base.__class__ = _told(type(base))
 
 
-def read(images: Images, config: PretrainedConfig) -> dict[str, Tensor]:
-    """The images of a pack as arguments of the model's forward."""
-    family = family_of(config)
-    return {name: tensor[None] if family.in_one_row else tensor for name, tensor in images.tensors.items()}
+@contextmanager
+def shown(lm: PreTrainedModel, images: Images | None) -> Iterator[dict[str, Tensor]]:
+    """While open, the image tokens of a forward take the features of these images, which it is given as arguments."""
+    base: Any = lm.base_model
+    if images is None:
+        yield {}
+        return
+    one_row = family_of(lm.config).in_one_row
+    base.of_pack = images
+    try:
+        yield {name: tensor[None] if one_row else tensor for name, tensor in images.tensors.items()}
+    finally:
+        base.of_pack = None

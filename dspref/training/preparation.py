@@ -20,7 +20,7 @@ from dspref.data.overlap import shared
 from dspref.data.plan import rows_per_epoch
 from dspref.data.prompts import OwnPrompt, read_prompts
 from dspref.data.rows import one_line
-from dspref.data.sight import has_processor, load_processor, see
+from dspref.data.sight import has_processor, load_processor
 from dspref.data.sources import Listing, Source, find
 from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
@@ -170,8 +170,7 @@ def seeing_tokenizer(section: ModelSection, name: str) -> PreTrainedTokenizerBas
     )
     template = section.chat_template or processor.chat_template
     tokenizer = load_tokenizer(name, section.revision, template, section.trust_remote_code)
-    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
-    see(tokenizer, vision.sight(processor, loading.skeleton(section), getattr(torch, section.dtype)))
+    vision.teach(tokenizer, processor, loading.skeleton(section), getattr(torch, section.dtype))
     return tokenizer
 
 

@@ -153,4 +153,3 @@ def test_an_image_that_changes_under_a_run_is_told(tmp_path: Path, all_workers) 
     undone(tmp_path / "run")
     PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "0-0.png")
     assert train(all_workers[1], tmp_path) == [3], "the pairs have changed since this run began"
-    assert train(all_workers[1], tmp_path, "log.samples=2", f"output_dir={tmp_path}/other") == [2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -20,14 +21,17 @@ from transformers import AutoModelForImageTextToText
 from dspref.data.formats import to_preference
 from dspref.data.image_files import MAX_BYTES, MAX_PIXELS, Picture, decode, look
 from dspref.data.image_rows import IMAGE
+from dspref.data.image_store import decoded
+from dspref.data.prompts import read_prompts
 from dspref.data.rows import RowError
-from dspref.data.sight import see
+from dspref.data.sight import see, sight_of
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError
 from dspref.model import vision
 from dspref.reference.store import sequence_keys
+from dspref.training.answers import text_of_prompt
 
 ANSWERS = {"chosen": "a cat", "rejected": "a dog"}
 PART = {"type": "image"}
@@ -109,6 +113,68 @@ def test_prompts_hold_the_tokens_that_the_familys_processor_writes(kind: str, tm
     expected = vision.row_images(made, config, b"").tensors
     assert read.keys() == expected.keys()
     assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "internvl"])
+def test_prompts_without_answers_are_those_of_pairs_and_what_the_familys_processor_makes(kind: str, tmp_path: Path) -> None:
+    """Of a file of prompts: their tokens, what a plain model is given of them, and the text that people are shown."""
+    names = [save(tmp_path / "a.png", 40, 60), save(tmp_path / "b.png", 30, 90)]
+    parts = [{**PART, "image": names[0]}, {"type": "text", "text": "or"}, {**PART, "image": names[1]}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": user("so?"), "images": names}, {"prompt": "so?", "images": names}, {"prompt": "so?"},
+        {"prompt": user(parts)}, {"prompt": "<image>or<image>", "images": names},
+    ]  # fmt: skip
+    data = (tmp_path / "a.png").read_bytes()
+    rows.append({"prompt": "so?", "images": ["data:image/png;base64," + base64.b64encode(data).decode(), names[1]]})
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = seeing(kind, tmp_path / "words")
+    found, sight = read_prompts(tmp_path / "asked.jsonl", tokenizer), sight_of(tokenizer)
+    pair = stored(tmp_path, [{**rows[0], **ANSWERS}], kind)
+    assert sight is not None and found[0].ids == found[1].ids == pair[0].prompt.tolist() and found[3].ids == found[4].ids
+    inline = [f"sha256:{hashlib.sha256(data).hexdigest()}", names[1]]
+    assert [own.shown.names for own in found] == [names, names, [], names, names, inline] and found[5].ids == found[0].ids
+    texts = ["".join(text_of_prompt(tokenizer, own.ids, own.shown).split()) for own in found]
+    both, alone, around = "user<image><image>so?assistant", "userso?assistant", "user<image>or<image>assistant"
+    assert texts == [both, both, alone, around, around, both]
+    words, stands_for_image = processor(kind, tmp_path / "others")
+    for own, text in ((found[0], f"{stands_for_image * 2}so?"), (found[3], f"{stands_for_image}or{stands_for_image}")):
+        prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        images: Any = [PIL.Image.open(tmp_path / name) for name in names]
+        made = words(text=[prompt], images=[images] if kind == "idefics3" else images, return_tensors="pt")
+        ids = np.asarray(own.ids)
+        assert own.ids == made["input_ids"][0].tolist()
+        assert sight.collapsed(ids, own.shown.pictures).tolist() == words.tokenizer(prompt)["input_ids"]
+        given = sight.given(ids, decoded(own.shown))
+        assert given.keys() | {"input_ids", "attention_mask"} == made.keys() - {"token_type_ids"}
+        assert all(torch.equal(given[name], torch.as_tensor(made[name])) for name in given)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "so?", "images": ["none.png"]}, "images[0]: {}/none.png: no such file; fix: check the path"),
+        ({"prompt": "so?", "images": ["rows.txt"]}, "images[0]: no image of a known format"),
+        ({"prompt": "so?", "images": ["https://a.b/c.png"]}, "is a URL, and nothing is fetched from the network"),
+        ({"prompt": "<image>", "images": []}, "1 image tokens in the prompt, and 0 images"),
+        ({"prompt": user("<image>"), "images": ["a.png", "a.png"]}, "images: 2 images, and 1 places for one in the prompt"),
+        ({"prompt": "so?", "videos": ["a.mp4"]}, "videos: videos are not read"),
+    ],
+)
+def test_prompts_whose_images_cannot_be_had_are_told(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "rows.txt").write_text("no image")
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError) as caught:
+        read_prompts(tmp_path / "asked.jsonl", seeing("llava", tmp_path / "words"))
+    assert f"{tmp_path}/asked.jsonl:1: " in str(caught.value) and said.format(tmp_path) in str(caught.value)
+
+
+def test_images_for_a_model_of_text_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "so?", "images": ["a.png"]}))
+    tokenizer = processor("llava", tmp_path / "words")[0].tokenizer
+    with pytest.raises(DataError, match=r"asked\.jsonl:1: images: the model reads text alone"):
+        read_prompts(tmp_path / "asked.jsonl", tokenizer)
 
 
 def test_a_store_knows_its_images_by_their_content(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dspref.errors import ConfigError
 from dspref.model import packed as model
 from dspref.model import vision
 from dspref.model.attention import PACKED, Segments
-from dspref.model.generation import Passage, plain_attention
+from dspref.model.generation import Passage, Style, generate, plain_attention
 
 
 def exact_logps(packed: model.PackedCausalLM, batch: PackedBatch) -> Tensor:
@@ -280,6 +280,28 @@ def test_text_is_read_on_without_a_pack() -> None:
         assert (logits - lm(input_ids=ids).logits[:, -1]).abs().max() <= 1e-6
     assert packed.lm.config.text_config._attn_implementation == PACKED
     assert packed.lm.config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", vision.FAMILIES)
+def test_answers_in_a_batch_are_those_of_generate(kind: str) -> None:
+    """Prompts of many lengths, with several images, one and none; and a batch without any image."""
+    lm = tiny_vision_model(tiny_vision_config(kind), seed=1).double()
+    rows, packed, style = some_rows(lm), packed_of(lm), Style(6)
+    expected = []
+    for row in rows:
+        ids = torch.from_numpy(row.pair.prompt).long()[None]
+        types = {"mm_token_type_ids": (ids == IMAGE).int()} if kind.startswith("qwen") and row.processed else {}
+        how: Any = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        made = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **row.processed, **types, **how)
+        expected.append(made[0, ids.shape[1] :].tolist())
+    assert len(set(map(tuple, expected))) > 2 and expected[-2] != expected[-1], "the image decides"
+    for some in (range(len(rows)), [1]):
+        pictures = Pictures([rows[k].images for k in some], layout_of(lm))
+        with plain_attention(packed.lm):
+            found = generate(
+                packed, [rows[k].pair.prompt.tolist() for k in some], style, torch.device("cpu"), pictures=pictures
+            )
+        assert found == [expected[k] for k in some]
 
 
 def small(kind: str, **towers: Any) -> Any:
