@@ -186,3 +186,22 @@ def image_rows(folder: Path, count: int) -> list[dict[str, Any]]:
         else:
             rows.append({"prompt": question, "images": names, **answers})
     return rows
+
+
+def trl_vision_rows(folder: Path, count: int, in_parts: bool) -> list[dict[str, Any]]:
+    """Conversations with one image, two, and none, as TRL reads them too; the images are written to the folder, and stand
+    before the question, or, in parts, behind it."""
+    import PIL.Image
+
+    rows: list[dict[str, Any]] = []
+    for k in range(count):
+        names = [f"{k}-{j}.png" for j in range((1, 2, 0)[k % 3])]
+        for j, name in enumerate(names):
+            PIL.Image.fromarray(image(40 + 8 * j, 60 - 24 * (k % 2), seed=100 + 10 * k + j)).save(folder / name)
+        content: Any = f"what is {'abcdefgh'[k % 8] * (1 + k % 3)}?"
+        if in_parts:
+            content = [{"type": "text", "text": content}, *({"type": "image"} for _ in names)]
+        answers = {"chosen": f"it is {k * 7}", "rejected": f"no, {'xyz'[k % 3] * (1 + k)}"}
+        said = {side: [{"role": "assistant", "content": answer}] for side, answer in answers.items()}
+        rows.append({"prompt": [{"role": "user", "content": content}], "images": names, **said})
+    return rows
