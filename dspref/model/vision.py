@@ -134,7 +134,7 @@ def _three_axes(lm: PreTrainedModel) -> Positions:
     return positions
 
 
-def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> Sight:
+def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False) -> Sight:
     """How a model reads the images of rows, by its processor; pixels in its own type, as they wait in host memory. Raises
     ConfigError where the two do not go together."""
     config, family = skeleton.config, family_of(skeleton.config)
@@ -150,7 +150,7 @@ def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> Sigh
         as_read = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.tensors.items()}
         return RowImages(as_read, digest)
 
-    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton))
+    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton), trust_remote_code)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:
