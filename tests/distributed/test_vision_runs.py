@@ -3,6 +3,7 @@ and ZeRO stage; a run that is interrupted goes on to the bit, and plain transfor
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -24,18 +25,7 @@ KINDS = ["llava", "llava_next", "idefics3"]  # those whose processors load witho
 # Those that have a part for videos, which needs it: without this part, by code in the model's folder, and as they are.
 MORE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl"]
 NESTED = ("idefics3", "smolvlm")  # take images by rows
-
-
-def torchvision_loads() -> bool:
-    """PyPI's build does not beside a torch for CPUs alone."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception:
-        return False
-    return True
-
-
-needs_torchvision = pytest.mark.skipif(not torchvision_loads(), reason="torchvision is not here, or is another torch's")
+HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
 
 def write(folder: Path, kind: str, videos: bool = False, **sections: Any) -> Path:
@@ -99,12 +89,14 @@ def test_a_step_is_that_of_plain_forwards_in_every_layout(world: int, kind: str,
     is_that_of_plain_forwards(tmp_path, kind, all_workers[world])
 
 
-@needs_torchvision
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="torchvision is not here")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MORE)
 def test_so_it_is_with_processors_that_read_videos_too(kind: str, tmp_path: Path, all_workers) -> None:
     write(tmp_path, kind, videos=True)
     is_that_of_plain_forwards(tmp_path, kind, all_workers[2])
+    assert train(all_workers[2], tmp_path) == [0, 0]
+    assert AutoProcessor.from_pretrained(tmp_path / "run" / "final").video_processor is not None
 
 
 def is_that_of_plain_forwards(tmp_path: Path, kind: str, workers: Any) -> None:
@@ -202,7 +194,7 @@ def test_an_image_that_changes_under_a_run_is_told(tmp_path: Path, all_workers) 
     assert train(all_workers[1], tmp_path, "log.samples=2", f"output_dir={tmp_path}/other") == [2]
 
 
-@pytest.mark.skipif(torchvision_loads(), reason="torchvision is here")
+@pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision is here")
 @pytest.mark.parametrize("kind", MORE)
 def test_whose_machine_lacks_torchvision_is_told_what_to_install(kind: str, tmp_path: Path, all_workers) -> None:
     write(tmp_path, kind)

@@ -1,6 +1,7 @@
 """What TRL's DPOTrainer computes at its first step with vision-language models: trl_vision.json beside this file.
 
-Run by hand: `python tests/golden/make_trl_vision.py`. Needs the extra `bench` (trl, datasets). The rows of
+Run by hand: `python tests/golden/make_trl_vision.py`. Needs the extra `bench` (trl, datasets), and no
+torchvision, which resizes images slightly otherwise than Pillow. The rows of
 `trl_vision_rows`, one batch, in their order; policy and reference are two tiny models; float32, CPU, learning rate 0.
 
 TRL cuts a batch at `max_length` from its end, image tokens too, whose features then have no place; dspref never cuts an
