@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dspref.objectives import KEYS, OBJECTIVES, Family, families, keys_of, losses
+from dspref.objectives import KEYS, OBJECTIVES, Family, families, keys_of, likelihoods, losses
 from dspref.objectives.families import Loss
 
 INTRODUCTION = """\
@@ -30,11 +30,11 @@ batch, on however many ranks and packs.
 packs without gradient, one forward more, and so give the same values on every layout. One pack on one rank needs none.
 
 **Rewards** (`rewards/*`): dpo beta (S - R), under every loss and divergence; cpo beta S, or beta A for losses per token;
-simpo and orpo beta A. With `ld_alpha`, S and R (and `logps/*`, `kl/*`) count by it; with `alpha`, (1 - e^(-alpha A)) / alpha
-stands for A. Metrics have TRL's names; each loss is logged as `loss/<loss_type>`, an NLL term also as `nll_loss`. `entropy`
-(mean over the scored tokens of both answers, nats), `mean_token_accuracy` (chosen answers' tokens than which none was more
-likely) and `num_tokens` (of all steps so far, each answer with its prompt) are TRL's too. Of a mixture, loss, accuracy and
-margin of each source are `source/<name>/...`, where the step has pairs of it.
+simpo and orpo beta A; A alone where a loss has no beta. With `ld_alpha`, S and R (and `logps/*`, `kl/*`) count by it; with
+`alpha`, (1 - e^(-alpha A)) / alpha stands for A. Metrics have TRL's names; each loss is logged as `loss/<loss_type>`, an NLL
+term also as `nll_loss`. `entropy` (mean over the scored tokens of both answers, nats), `mean_token_accuracy` (chosen
+answers' tokens than which none was more likely) and `num_tokens` (of all steps so far, each answer with its prompt) are
+TRL's too. Of a mixture, loss, accuracy and margin of each source are `source/<name>/...`, where the step has pairs of it.
 
 **Where TRL 1.16 is not followed.** It ignores `label_smoothing` in `sigmoid`; its BCO has no delta; its WPO weight is not
 clamped at 1; its `f_alpha_divergence_coef` is 1 - alpha; its NLL and AOT see a micro-batch, not the step; its length
@@ -43,7 +43,7 @@ denominators count a first token that cannot be scored; SimPO's beta defaults to
 
 **What goes together.** Every modifier of a family goes with every loss of it, except:
 """
-MODIFIERS = (losses.divergence, families.desensitized, families.own_probability, losses.power_reward)
+MODIFIERS = (losses.divergence, families.desensitized, families.own_probability, likelihoods.power_reward)
 
 
 def document() -> str:
@@ -57,13 +57,13 @@ def exceptions() -> str:
     """One line per key that not every loss can take."""
     lines = []
     for key, about in KEYS.items():
-        unfit = [
-            f"`{loss_type}`"
+        unfit = {
+            f"`{loss_type}`": None  # in order, and each once, though two families have it
             for family in OBJECTIVES.values()
             if key in keys_of(family.assemble)
             for loss_type, loss in family.losses.items()
             if not about.suits(loss)
-        ]
+        }
         if unfit:
             lines.append(f"- `{key}` not with {', '.join(unfit)}: it {about.unsuited}.\n")
     lines.append(

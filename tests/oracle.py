@@ -282,6 +282,8 @@ def f_prime(log_u: Any, objective: Objective) -> Any:
         return 1 - 1 / u
     if kind == "js_divergence":
         return torch.log(2 * u / (1 + u))
+    if kind == "chi_squared":
+        return log_u + u - 1
     if kind == "alpha_divergence":
         alpha = objective.get("f_alpha_divergence_coef", 0.5)
         return (1 - u**-alpha) / alpha
@@ -332,6 +334,9 @@ def dpo_pair_loss(kind: str, s: Sums, beta: float, smoothing: float, objective: 
         rho = beta * h
         modulation = torch.sigmoid(rho / objective.get("discopop_tau", 0.05))
         return -logsigmoid(rho) * (1 - modulation) + torch.exp(-rho) * modulation
+    if kind == "dpop":
+        fallen = torch.clamp(-s.c, min=0.0)
+        return -logsigmoid(beta * (s.c - s.j - objective.get("dpop_lambda", 50.0) * fallen))
     if kind == "nca_pair":
         return -logsigmoid(beta * s.c) - 0.5 * logsigmoid(-beta * s.c) - 0.5 * logsigmoid(-beta * s.j)
     if kind == "bco_pair":
@@ -358,7 +363,7 @@ def cpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective) -> d
     for won, lost in policy:
         sums.append(Sums(total(won.answer), total(lost.answer), 0.0, 0.0, len(won.answer), len(lost.answer)))
     losses, rewards = cpo_losses(sums, objective)
-    per_token = cpo_kind(objective) in ("ipo", "simpo")
+    per_token = cpo_kind(objective) not in ("sigmoid", "hinge")
     logps = [(s.s_w / s.n_w, s.s_l / s.n_l) if per_token else (s.s_w, s.s_l) for s in sums]
     result: dict[str, Any] = {"loss": mean(losses), **describe(rewards, logps)}
     alpha = objective.get("cpo_alpha", 1.0) if objective["name"] == "cpo" else 0.0
@@ -369,13 +374,13 @@ def cpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective) -> d
 
 
 def cpo_kind(objective: Objective) -> str:
-    return "simpo" if objective["name"] == "simpo" else objective.get("loss_type", "sigmoid")
+    return objective.get("loss_type", {"simpo": "simpo", "cpo": "sigmoid"}[objective["name"]])
 
 
 def cpo_losses(sums: Sequence[Sums], objective: Objective) -> tuple[list[Tensor], list[tuple[Any, Any]]]:
     """(preference loss, (chosen, rejected) reward) of each pair."""
     kind = cpo_kind(objective)
-    beta = objective.get("beta", 2.0 if kind == "simpo" else 0.1)
+    beta = objective.get("beta", {"simpo": 2.0, "simper": 1.0, "repo": 1.0}.get(kind, 0.1))
     smoothing = objective.get("label_smoothing", 0.0)
     losses, rewards = [], []
     for s in sums:
@@ -388,6 +393,10 @@ def cpo_losses(sums: Sequence[Sums], objective: Objective) -> tuple[list[Tensor]
             losses.append(smoothed(beta * (won - lost), smoothing))
         elif kind == "hinge":
             losses.append(torch.clamp(1 - beta * (won - lost), min=0.0))
+        elif kind == "simper":
+            losses.append(torch.exp(lost) - torch.exp(won))
+        elif kind == "repo":
+            losses.append(torch.clamp(objective.get("repo_gamma", 0.6) - (won - lost), min=0.0))
         elif kind == "ipo":
             losses.append((won - lost - 1 / (2 * beta)) ** 2)
         elif kind == "simpo":

@@ -1,8 +1,9 @@
 """A causal language model that is run over packed pairs, without padding.
 
 `loading` has a model of transformers loaded, `packed` runs it over a `PackedBatch`, `unpacked` as its authors would.
-`attention` has the kernels that keep the segments of a pack apart; `logps` the log-probabilities of scored tokens, without
-all logits in memory (`head_room`: how many; `logits`: what is computed of some); `generation` answers to prompts, by either;
+`attention` has the kernels that keep the segments of a pack apart (`sdpa`: the one that is everywhere); `logps` the
+log-probabilities of scored tokens, without all logits in memory (`head_room`: how many; `logits`: what is computed of
+some); `generation` answers to prompts, by either;
 `router` the load-balancing loss of mixtures of experts; `adapters` (with `adapter_files`) LoRA; `liger` its kernels;
 `families` encoder-decoder models and `vision` those that read images, which are told of a pack; `by_hand` a model and its
 log-probs without a run. Before anything is loaded, `admission` says which models can be packed, `weights` which files a

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from dspref.data.batch import Layout, PackedBatch
 from dspref.errors import ConfigError
+from dspref.model.sdpa import Calls, Options, calls_of, sdpa
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -53,21 +54,11 @@ class Segments:
         return self._of_prompts[int(layer.is_decoder)]
 
     @cached_property
-    def lengths(self) -> tuple[list[int], list[int]]:
-        """Numbers of queries and of keys of each segment, on the host: one device sync per forward, not per layer."""
-        return self.batch.cu_seqlens_q.diff().tolist(), self.batch.cu_seqlens_k.diff().tolist()
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a layer asks of a kernel beyond plain attention; `window` counts the query's own position. `position_bias`: added
-    to the score of a key at distance -L to L behind its query, by head."""
-
-    scale: float
-    dropout: float
-    window: int | None
-    softcap: float | None
-    position_bias: Float[Tensor, "H 2L+1"] | None = None
+    def calls(self) -> Calls:
+        """Of sdpa, which wants lengths on the host: one device sync per forward, not per layer."""
+        device = self.batch.cu_seqlens_q.device
+        queries, keys = self.batch.cu_seqlens_q.diff().tolist(), self.batch.cu_seqlens_k.diff().tolist()
+        return calls_of(queries, keys, device, side_by_side=device.type != "cpu")
 
 
 @dataclass(frozen=True)
@@ -214,39 +205,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> Tensor:
-    """torch's scaled_dot_product_attention, one sequence at a time: linear in the length of the pack, on any device."""
-    if not q.is_cpu:
-        # On CUDA only the kernel that holds all scores takes a mask together with fewer key-value heads.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    queries, keys = segments.lengths
-    outputs = []
-    # split, not slices: the backward of a slice fills and adds a gradient as long as the pack.
-    for own, seen, values in zip(q.split(queries), k.split(keys), v.split(keys)):
-        plain = options.position_bias is None and options.window is None and (len(own) == len(seen) or not segments.causal)
-        mask = None if plain else _mask(len(own), len(seen), segments.causal, options, q)
-        own, seen, values = (x.transpose(0, 1)[None] for x in (own, seen, values))
-        output = torch.nn.functional.scaled_dot_product_attention(
-            own, seen, values, attn_mask=mask, is_causal=plain and segments.causal, dropout_p=options.dropout,
-            scale=options.scale, enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def _mask(queries: int, keys: int, causal: bool, options: Options, like: Tensor) -> Tensor | None:
-    """What a query may see, as True, or where there is a bias, as what is added to its scores [1, H, queries, keys]."""
-    seen = causal_mask(queries, keys, options.window, like.device) if causal else None
-    if options.position_bias is None:
-        return seen
-    behind = torch.arange(keys, device=like.device)[None] - torch.arange(queries, device=like.device)[:, None]
-    bias = options.position_bias[:, behind + options.position_bias.shape[1] // 2].to(like.dtype)[None]
-    return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
-
-
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may see a key: causal, aligned at the bottom right, at most `window` keys back."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return sdpa(q, k, v, segments.calls, segments.causal, options)
 
 
 def _lengths(segments: Segments) -> tuple[Tensor, Tensor, int, int]:

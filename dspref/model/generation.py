@@ -232,7 +232,7 @@ def stream(lm: Any, ids: Sequence[int], how: GenerationConfig) -> Iterator[int]:
 
     def make() -> None:
         try:
-            stopping: Any = StoppingCriteriaList([lambda found, scores, **_: torch.full((1,), stopped.is_set())])
+            stopping: Any = StoppingCriteriaList([lambda ids, scores, **_: ids.new_full((1,), stopped.is_set()).bool()])
             with torch.no_grad():
                 lm.generate(
                     prompt, attention_mask=torch.ones_like(prompt), generation_config=how, streamer=_Tokens(queue),

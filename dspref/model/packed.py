@@ -6,7 +6,7 @@ A training step sees no transformers model; DeepSpeed wraps `PackedCausalLM`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -282,14 +282,3 @@ def prepare_for_evaluation(model: PackedCausalLM, section: ModelSection, with_co
 
 def prepare_as_reference(model: PackedCausalLM) -> PackedCausalLM:
     return model.requires_grad_(False).eval()
-
-
-def schedule(optimizer: Any, name: str, warmup_steps: int, total_steps: int, options: Mapping[str, Any]) -> Any:
-    """The learning-rate schedule by its name in transformers."""
-    return transformers.get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=dict(options),
-    )

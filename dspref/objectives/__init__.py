@@ -1,8 +1,8 @@
 """What is trained for: losses of pairs as pure functions of log-probabilities, unreduced. Loads no torch until one is used.
 
-`losses` has one function per loss, each with its paper and equation. `families` (DPO, CPO) turn what a model says of pairs
-into what the losses are functions of. `table` names every objective, says which keys it reads, what it needs (a reference,
-all pairs of a step at once) and builds it.
+`losses` (of policy and reference) and `likelihoods` (of the policy alone) have one function per loss, each with its paper
+and equation. `families` (DPO, CPO) turn what a model says of pairs into what the losses are functions of. `table` names
+every objective, says which keys it reads, what it needs (a reference, all pairs of a step at once) and builds it.
 
 Enters: nothing.
 Shows: families, losses.

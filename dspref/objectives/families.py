@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dspref.objectives import losses
+from dspref.objectives import likelihoods, losses
 from dspref.objectives.losses import (
     Divergence,
     LossFunction,
@@ -129,6 +129,8 @@ class Loss:
     """Its values are ordered by size: they belong to no pair, and no pair can be weighed."""
     running_mean: bool = False
     """It reads the running mean of the rewards."""
+    shaped: bool = False
+    """It has a reward of its own shape, which no other may replace."""
     divergent: bool = False
     """Built on the margin, so that another f-divergence may take the place of the log-ratios."""
     keys: Mapping[str, Key] = field(default_factory=dict, hash=False)
@@ -254,12 +256,12 @@ def cpo(
     (part,) = parts
     averages = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
     logps = averages if part.loss.normaliser == "mean" else (policy.chosen, policy.rejected)
-    scores = [losses.power_reward(x, alpha) for x in logps]
+    scores = [likelihoods.power_reward(x, alpha) for x in logps]
     terms = {
         part.name: part.term(*scores),
         "nll": Term(losses.negative_log_likelihood(policy.chosen), per="chosen_tokens", weight=cpo_alpha),
     }
-    rewards = [part.keys["beta"] * score for score in scores]
+    rewards = [part.keys.get("beta", 1.0) * score for score in scores]
     return PairLoss(terms, _logged(rewards, logps))
 
 
@@ -271,7 +273,7 @@ def simpo(
     *,
     alpha: float = 0.0,
 ) -> PairLoss:
-    """Simple preference optimization: CPO's `simpo` loss alone; the NLL is logged, with weight 0.
+    """Simple preference optimization: CPO's losses per token alone; the NLL is logged, with weight 0.
 
     `alpha`: AlphaPO, where (1 - e^(-alpha A)) / alpha takes the place of A.
     """
@@ -302,7 +304,7 @@ def orpo(
         part.name: replace(part.term(*averages), weight=beta),
         "nll": Term(losses.negative_log_likelihood(likelihood), per=counted),
     }
-    log_odds = losses.log_odds_ratio(*averages)
+    log_odds = likelihoods.log_odds_ratio(*averages)
     rewards = [beta * average for average in averages]
     odds = {"log_odds_chosen": log_odds, "log_odds_ratio": logsigmoid(log_odds)}
     return PairLoss(terms, _logged(rewards, averages) | _detached(odds))

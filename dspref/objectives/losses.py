@@ -1,4 +1,4 @@
-"""Preference losses, each a pure function with its equation. `dspref.objectives` puts them together.
+"""Losses of ratios between policy and reference, each a pure function with its equation; and what all losses are made of.
 
 P pairs; w is the chosen answer, l the rejected one. S is the sum of an answer's log-probs under the policy, R under the
 reference, n its scored tokens, A = S / n. log u = S - R. The keyword-only arguments of a loss are its YAML keys, and their
@@ -26,7 +26,7 @@ PositiveSmoothing = Annotated[float, {"gt": 0.0, "lt": 0.5}]
 OpenShare = Annotated[float, {"gt": 0.0, "lt": 1.0}]
 OptionalNonNegative = Annotated[float | None, {"ge": 0.0}]
 OptionalShare = Annotated[float | None, {"ge": 0.0, "le": 1.0}]
-Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "chi_squared"]
 
 # exp(x) goes on as a straight line beyond this: its square still fits float32.
 STEEPEST = 32.0
@@ -208,6 +208,14 @@ def discopop(ratios: Ratios, *, beta: Positive = 0.1, discopop_tau: Positive = 0
     return exponential - logsigmoid(x) * (-x / discopop_tau).sigmoid()
 
 
+def dpop(ratios: Ratios, *, beta: Positive = 0.1, dpop_lambda: NonNegative = 50.0) -> Float[Tensor, "P"]:
+    """DPO-Positive (Pal et al. 2024, Smaug, arXiv:2402.13228, eq. 3): a chosen answer that falls costs more than its margin.
+
+    -log sigma(beta (d - lambda max(0, -log u_w))),  d = log u_w - log u_l
+    """
+    return -logsigmoid(beta * (ratios.margin - dpop_lambda * (-ratios.chosen).clamp(min=0)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # f-divergences: what takes the place of log u
 
@@ -217,6 +225,7 @@ DERIVATIVES = {
     "forward_kl": "1 - 1/u",
     "js_divergence": "log(2u / (1 + u))",
     "alpha_divergence": "(1 - u^-alpha) / alpha",
+    "chi_squared": "log u + u - 1",
 }
 
 
@@ -225,7 +234,8 @@ def divergence(log_ratio: Float[Tensor, "P"], kind: Divergence, alpha: float) ->
 
     reverse_kl: log u; forward_kl: 1 - 1/u; js_divergence: log(2u / (1 + u)); alpha_divergence: (1 - u^-alpha) / alpha, with
     the paper's alpha in (0, 1), the YAML's f_alpha_divergence_coef: towards 0 reverse KL, towards 1 forward KL. (TRL's
-    coefficient since 0.29 is 1 - alpha.)
+    coefficient since 0.29 is 1 - alpha.) chi_squared: log u + u - 1, of the KL and the chi-squared divergence together: the
+    link function of chi-PO (Huang et al. 2024, arXiv:2407.13399, algorithm 1), whose clipping at 2 R_max is left out.
     """
     match kind:
         case "reverse_kl":
@@ -236,78 +246,8 @@ def divergence(log_ratio: Float[Tensor, "P"], kind: Divergence, alpha: float) ->
             return math.log(2) + logsigmoid(log_ratio)
         case "alpha_divergence":
             return -expm1(-alpha * log_ratio) / alpha
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CPO and SimPO: scores of the policy alone, sums S or averages A
-
-
-def cpo_sigmoid(
-    chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
-) -> Float[Tensor, "P"]:
-    """CPO (Xu et al. 2024, arXiv:2401.08417, eq. 3): DPO against a uniform reference.
-
-    -(1 - e) log sigma(beta (S_w - S_l)) - e log sigma(-beta (S_w - S_l)),  e = label_smoothing
-    """
-    return smoothed(beta * (chosen - rejected), label_smoothing)
-
-
-def cpo_hinge(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, beta: Positive = 0.1) -> Float[Tensor, "P"]:
-    """Hinge loss of the log-likelihoods (after SLiC, Zhao et al. 2023, arXiv:2305.10425): zero from a margin of 1 / beta on.
-
-    max(0, 1 - beta (S_w - S_l))
-    """
-    return (1 - beta * (chosen - rejected)).clamp(min=0)
-
-
-def cpo_ipo(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, beta: Positive = 0.1) -> Float[Tensor, "P"]:
-    """IPO's square (Azar et al. 2023, arXiv:2310.12036) on the mean log-probs of the policy.
-
-    (A_w - A_l - 1 / (2 beta))^2
-    """
-    return (chosen - rejected - 1 / (2 * beta)) ** 2
-
-
-def simpo(
-    chosen: Float[Tensor, "P"],
-    rejected: Float[Tensor, "P"],
-    *,
-    beta: Positive = 2.0,
-    simpo_gamma: OptionalNonNegative = None,
-    gamma_beta_ratio: NonNegative = 0.5,
-    label_smoothing: Smoothing = 0.0,
-) -> Float[Tensor, "P"]:
-    """SimPO (Meng et al. 2024, arXiv:2405.14734, eq. 6): mean log-probs with a target margin.
-
-    -(1 - e) log sigma(x) - e log sigma(-x),  x = beta (A_w - A_l) - gamma;  gamma = simpo_gamma, or gamma_beta_ratio beta
-    """
-    gamma = gamma_beta_ratio * beta if simpo_gamma is None else simpo_gamma
-    return smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
-
-
-def power_reward(mean_logp: Float[Tensor, "P"], alpha: float) -> Float[Tensor, "P"]:
-    """AlphaPO's reward shape (Gupta et al. 2025, arXiv:2501.03884): (1 - p^-alpha) / alpha with p = e^A; A for alpha = 0.
-
-    In log space, and for averages only: p of a whole answer underflows.
-    """
-    return mean_logp if alpha == 0 else -expm1(-alpha * mean_logp) / alpha
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ORPO
-
-
-def log_odds_ratio(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-    """log(odds_w / odds_l), odds = p / (1 - p) of the mean log-probs A (Hong et al. 2024, arXiv:2403.07691, eq. 4)."""
-    return chosen - rejected - (log1mexp(chosen) - log1mexp(rejected))
-
-
-def orpo(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-    """ORPO's odds-ratio term (Hong et al. 2024, arXiv:2403.07691, eq. 7); it stands beside the NLL with weight beta.
-
-    -log sigma(log(odds_w / odds_l)),  odds = e^A / (1 - e^A)
-    """
-    return -logsigmoid(log_odds_ratio(chosen, rejected))
+        case "chi_squared":
+            return log_ratio + expm1(log_ratio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

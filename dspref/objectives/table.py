@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspref.objectives import losses
+from dspref.objectives import likelihoods, losses
 from dspref.objectives.families import Key, Loss, PairLogps, PairLoss, Part, cpo, dpo, orpo, simpo
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,8 +63,8 @@ _OF_CPO = {
     "cpo_alpha": Key("Weight of the chosen answer's NLL, a mean over tokens of the step."),
     "alpha": Key(
         "AlphaPO: shape of the reward (1 - e^(-alpha A)) / alpha; 0 is A.",
-        suits=lambda loss: loss.normaliser == "mean",
-        unsuited="sums log-probs: p^-alpha of an answer overflows; use simpo or ipo",
+        suits=lambda loss: loss.normaliser == "mean" and not loss.shaped,
+        unsuited="has no mean log-probs as rewards; use simpo, ipo or repo",
     ),
 }
 _MARGIN = {
@@ -79,7 +79,9 @@ _MARGIN = {
 KTO = "kto_pair needs no pairs; use a KTO trainer, or apo_zero or bco_pair, which push rewards on their own too"
 _AOT_PAIR = Loss(losses.aot_pair, couples=True, ordered=True)
 _SIGMOID_NORM = Loss(losses.sigmoid_norm, "mean", divergent=True)
-_SIMPO = Loss(losses.simpo, "mean", keys=_MARGIN)
+_SIMPER = Loss(likelihoods.simper, "mean", shaped=True)
+_REPO = Loss(likelihoods.repo, "mean", keys={"repo_gamma": Key("RePO's margin of mean log-probs, in nats.")})
+_SIMPO = Loss(likelihoods.simpo, "mean", keys=_MARGIN)
 
 OBJECTIVES: dict[str, Family] = {
     "dpo": Family(
@@ -108,6 +110,9 @@ OBJECTIVES: dict[str, Family] = {
             "discopop": Loss(
                 losses.discopop, divergent=True, keys={"discopop_tau": Key("Temperature of DiscoPOP's modulation.")}
             ),
+            "dpop": Loss(
+                losses.dpop, keys={"dpop_lambda": Key("Weight of a chosen answer's fall below the reference, in nats.")}
+            ),
             "sft": Loss(losses.negative_log_likelihood, "tokens", divergent=True),
         },
         needs_reference=True,
@@ -119,6 +124,10 @@ OBJECTIVES: dict[str, Family] = {
             "rpo": "write loss_type: sigmoid with rpo_alpha",
             "wpo": "write loss_type: sigmoid with use_weighting",
             "ld_dpo": "write loss_type: sigmoid with ld_alpha",
+            "chipo": "write loss_type: sigmoid with f_divergence_type: chi_squared",
+            "chi_po": "write loss_type: sigmoid with f_divergence_type: chi_squared",
+            "dpo_positive": "write loss_type: dpop",
+            "smaug": "write loss_type: dpop",
             "tr_dpo": "write loss_type: sigmoid with reference.sync_ref_model",
             "kto": KTO.replace("kto_pair", "kto", 1),
             "simpo": "write name: simpo",
@@ -128,10 +137,12 @@ OBJECTIVES: dict[str, Family] = {
     "cpo": Family(
         cpo,
         {
-            "sigmoid": Loss(losses.cpo_sigmoid),
-            "hinge": Loss(losses.cpo_hinge),
-            "ipo": Loss(losses.cpo_ipo, "mean"),
+            "sigmoid": Loss(likelihoods.cpo_sigmoid),
+            "hinge": Loss(likelihoods.cpo_hinge),
+            "ipo": Loss(likelihoods.cpo_ipo, "mean"),
             "simpo": _SIMPO,
+            "simper": _SIMPER,
+            "repo": _REPO,
         },
         keys=_OF_CPO,
         refused={
@@ -141,10 +152,10 @@ OBJECTIVES: dict[str, Family] = {
             "cposimpo": "write loss_type: simpo with cpo_alpha",
         },
     ),
-    "simpo": Family(simpo, {"simpo": _SIMPO}, keys=_OF_CPO),
+    "simpo": Family(simpo, {"simpo": _SIMPO, "simper": _SIMPER, "repo": _REPO}, keys=_OF_CPO),
     "orpo": Family(
         orpo,
-        {"orpo": Loss(losses.orpo, "mean")},
+        {"orpo": Loss(likelihoods.orpo, "mean")},
         keys={"nll_on_prompt": Key("Whether ORPO's NLL covers the prompt too.")},
     ),
 }

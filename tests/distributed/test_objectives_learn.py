@@ -27,9 +27,11 @@ LEARNED = {"sft": "logps/chosen", "discopop": None, "orpo": "log_odds_chosen"}
 # Each loss of each family once, and each modifier: the cases that the end-to-end oracle test has, one of a kind.
 LEARNING = [
     "sigmoid", "cDPO", "hinge", "ipo", "ipo unnormalised", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_pair", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "mpo", "forward_kl sigmoid",
+    "aot_pair", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "dpop", "mpo",
+    "forward_kl sigmoid", "chi_squared sigmoid",
     "js_divergence sigmoid", "alpha_divergence sigmoid", "rpo_alpha", "wpo", "ld_alpha", "reference_free", "cpo sigmoid",
-    "cpo hinge", "cpo ipo", "cpo simpo", "simpo", "simpo alpha", "orpo",
+    "cpo hinge", "cpo ipo", "cpo simpo", "cpo simper", "cpo repo",
+    "simper", "repo", "simpo", "simpo alpha", "orpo",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from test_waits import Undistributed, packs_of, policy_of
 from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_model
@@ -24,8 +25,10 @@ from dspref.data.batch import collate
 from dspref.data.loader import Step
 from dspref.data.truncate import TokenizedPair
 from dspref.model import attention
+from dspref.model.generation import stream
 from dspref.model.logps import pair_logps, scored_logps
 from dspref.model.packed import PackedCausalLM
+from dspref.model.sdpa import causal_mask
 from dspref.objectives import RunningMean, build_objective
 from dspref.reference.modes import Reference
 from dspref.report.metrics import Meter
@@ -102,7 +105,7 @@ def in_float64(q, k, v, batch, window) -> torch.Tensor:
     outputs = []
     for own, seen, values in zip(q.split(queries), k.split(keys), v.split(keys)):
         scores = torch.einsum("qhd,khd->hqk", own, seen) * q.shape[-1] ** -0.5
-        hidden = ~attention.causal_mask(len(own), len(seen), window, own.device)
+        hidden = ~causal_mask(len(own), len(seen), window, own.device)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
     return torch.cat(outputs)
 
@@ -180,6 +183,14 @@ def test_a_profile_has_kernels_and_a_memory_snapshot(tmp_path: Path):
     snapshot = pickle.loads((folder / "rank-0.memory.pickle").read_bytes())
     assert snapshot["segments"] and any(snapshot["device_traces"])
     assert "CUDA" in (folder / "rank-0.operators.txt").read_text()
+
+
+def test_an_answer_is_streamed_as_it_is_generated():
+    """As `dspref chat` shows it."""
+    lm, ids = tiny_model(tiny_config("qwen2"), seed=1).to("cuda"), [5, 9, 17]
+    how = transformers.GenerationConfig(max_new_tokens=12, do_sample=False)
+    whole = lm.generate(torch.tensor([ids], device="cuda"), generation_config=how)
+    assert list(stream(lm, ids, how)) == whole[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -161,7 +161,7 @@ def test_values_of_other_trainers_are_answered(case: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("family", "loss", "told"),
     [
-        ("simpo", "ipo", "'simpo', not 'ipo'; write objective: {name: dpo, loss_type: ipo}"),
+        ("simpo", "ipo", "'simpo', 'simper' or 'repo', not 'ipo'; write objective: {name: dpo, loss_type: ipo}"),
         ("orpo", "sigmoid", "'orpo', not 'sigmoid'; write objective: {name: dpo, loss_type: sigmoid}"),
         ("orpo", "simpo", "write objective: {name: simpo}"),
         ("cpo", "robust", "write objective: {name: dpo, loss_type: robust}"),

@@ -18,8 +18,9 @@ from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError, EnvironmentFault, UserError
 from dspref.model import admission, attention, loading
 from dspref.model import packed as model
-from dspref.model.attention import PACKED, Options, Segments, causal_mask, packed_attention
+from dspref.model.attention import PACKED, Segments, packed_attention
 from dspref.model.packed import PackedCausalLM
+from dspref.model.sdpa import Options, calls_of, causal_mask, sdpa
 
 # Each row is a way in which families differ: biases, learnt positions, q/k norms, windows, what happens to the logits.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -237,6 +238,31 @@ def test_sdpa_kernel_against_softmax_query_by_query(sharing: bool, window: int |
                 scores = torch.tensor([0.2 * float(query[0, h, t] @ key[0, h // 2, s]) for s in seen]).softmax(0)
                 expected = sum(p * value[0, h // 2, s] for p, s in zip(scores, seen))
                 torch.testing.assert_close(output[0, t, h], expected, rtol=1e-5, atol=1e-6)
+
+
+SHORT, ONE_LONG = ([5, 13, 1, 8], [5, 13, 1, 8]), ([5, 1, 3000, 8, 1500], [5, 1, 3000, 8, 1500])
+SHARED = ([5, 3, 1, 8], [5, 20, 9, 8])  # answers behind a prompt of others
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 4), (False, None)])
+@pytest.mark.parametrize("lengths", [SHORT, SHARED, ONE_LONG], ids=["short", "shared", "one long"])
+def test_segments_side_by_side_are_each_by_itself(lengths: Any, causal: bool, window: int | None, biased: bool) -> None:
+    """As GPUs compute them: outputs, and gradients of all that goes in, padded rows or not."""
+    if lengths is ONE_LONG and (biased or window):
+        pytest.skip("says no more than the short ones, in much more time")
+    draws, found, cpu = torch.Generator().manual_seed(0), [], torch.device("cpu")
+    q, k, v = (torch.randn(sum(lengths[i]), 2, 4, generator=draws, dtype=torch.float64) for i in (0, 1, 1))
+    bias = torch.randn(2, 2 * max(lengths[1]) + 1, generator=draws, dtype=torch.float64) if biased else None
+    inputs = [x.requires_grad_() for x in (q, k, v, bias) if x is not None]
+    for side_by_side in (False, True):
+        calls = calls_of(*lengths, cpu, side_by_side)
+        output = sdpa(q, k, v, calls, causal, Options(0.5, 0.0, window, None, bias))
+        slope = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view_as(output)
+        found.append([output, *torch.autograd.grad(output, inputs, slope)])
+    assert len(calls.rows) == (3 if lengths is ONE_LONG else 1)
+    for each, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, each, rtol=1e-9, atol=1e-11)
 
 
 def call(kernel: str = "sdpa", batch: PackedBatch | None = None, **options: Any) -> Tensor:

@@ -28,6 +28,7 @@ Case = tuple[str, str, dict[str, Any]]
 """(objective.name, loss_type, further keys)"""
 
 # Which losses take which modifier: the specification's words, not read from the table under test.
+DIVERGENCES = ("forward_kl", "js_divergence", "chi_squared")
 DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_pair")
 COUPLED = ("bco_pair", "aot", "aot_pair")
@@ -35,7 +36,7 @@ OF_DPO = [loss for loss in OBJECTIVES["dpo"].losses if loss not in ALIASES]
 
 CASES: list[Case] = [
     *((name, loss, {}) for name, loss in LOSSES if loss not in ALIASES),
-    *(("dpo", loss, {"f_divergence_type": kind}) for loss in DIVERGENT for kind in ("forward_kl", "js_divergence")),
+    *(("dpo", loss, {"f_divergence_type": kind}) for loss in DIVERGENT for kind in DIVERGENCES),
     *(
         ("dpo", loss, {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha})
         for loss in DIVERGENT
@@ -57,6 +58,7 @@ CASES: list[Case] = [
     ("simpo", "simpo", {"gamma_beta_ratio": 0.8, "label_smoothing": 0.1}),
     ("simpo", "simpo", {"alpha": 0.25}),
     ("simpo", "simpo", {"alpha": -0.5}),
+    ("simpo", "repo", {"repo_gamma": 1.5, "alpha": 0.25}),
     ("orpo", "orpo", {"nll_on_prompt": False}),
 ]
 
@@ -99,6 +101,9 @@ GOLDEN: list[tuple[str, str, dict[str, Any], float, list[float]]] = [
     ("dpo", "sigmoid_norm", {}, 0.0, [0.681754, 0.697263, 0.694577]),
     ("dpo", "dpo_norm", {}, 0.0, [0.681754, 0.697263, 0.694577]),
     ("dpo", "sft", {}, 0.0, [12.0, 30.5, 7.25]),
+    ("dpo", "dpop", {}, 0.0, [0.620957, 0.744397, 2.57889]),
+    ("dpo", "dpop", {"dpop_lambda": 5.0}, 0.0, [0.620957, 0.744397, 0.825939]),
+    ("dpo", "sigmoid", {"f_divergence_type": "chi_squared"}, 0.0, [0.528778, 0.903049, 0.693147]),
     ("dpo", "sigmoid", {"f_divergence_type": "reverse_kl"}, 0.0, [0.620957, 0.744397, 0.693147]),
     ("dpo", "sigmoid", {"f_divergence_type": "js_divergence"}, 0.0, [0.660652, 0.706873, 0.693147]),
     ("dpo", "sigmoid", {"f_divergence_type": "forward_kl"}, 0.0, [0.631154, 0.712501, 0.693147]),
@@ -114,6 +119,11 @@ GOLDEN: list[tuple[str, str, dict[str, Any], float, list[float]]] = [
     ("simpo", "simpo", {"gamma_beta_ratio": 0.25}, 0.0, [1.136871, 0.493249, 1.093663]),
     ("simpo", "simpo", SIMPO | {"alpha": 0.25}, 0.0, [1.245286, 0.319537, 1.146252]),
     ("cpo", "simpo", SIMPO | {"alpha": 0.25}, 0.0, [1.245286, 0.319537, 1.146252]),
+    ("simpo", "simper", {}, 0.0, [0.01802, -0.082286, 0.022825]),
+    ("cpo", "simper", {}, 0.0, [0.01802, -0.082286, 0.022825]),
+    ("simpo", "repo", {}, 0.0, [0.725, 0.125, 0.692857]),
+    ("cpo", "repo", {"repo_gamma": 0.2}, 0.0, [0.325, 0, 0.292857]),
+    ("simpo", "repo", {"alpha": 0.25}, 0.0, [0.802903, 0, 0.731891]),
     ("orpo", "orpo", {}, 0.0, [0.768842, 0.446417, 0.756606]),
 ]
 LOG_ODDS = [-0.146060, 0.575003, -0.123130]
@@ -381,7 +391,7 @@ SIGNS: dict[str, tuple[int, int]] = {
 def test_a_step_raises_chosen_and_lowers_rejected(name: str, loss_type: str) -> None:
     policy, _ = random_pairs(20, seed=3)
     chosen, rejected = SIGNS.get(loss_type, (-1, 1))
-    objective = build_objective(name, loss_type, beta=0.01)
+    objective = build_objective(name, loss_type, beta=0.01, repo_gamma=1e3)  # no margin is beyond it
     found = gradients(lambda p: only_sum(objective(p, policy)), policy)
     assert (found["chosen"].sign() == chosen).all()
     assert (found["rejected"].sign() == rejected).all()
@@ -444,7 +454,7 @@ def test_robust_is_unbiased_under_flipped_labels() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("kind", ["forward_kl", "js_divergence", "alpha_divergence", "chi_squared"])
 @pytest.mark.parametrize("loss_type", DIVERGENT)
 def test_divergences_by_hand(loss_type: str, kind: str) -> None:
     """f'(u), written as the paper does, takes the place of log u in every loss of the margin, per token too. There
@@ -453,9 +463,8 @@ def test_divergences_by_hand(loss_type: str, kind: str) -> None:
 
     def slope(policy_sum: Tensor, reference_sum: Tensor) -> Tensor:
         u = (policy_sum - reference_sum).exp()
-        return {"forward_kl": 1 - 1 / u, "js_divergence": (2 * u / (1 + u)).log(), "alpha_divergence": 2 * (1 - u**-0.5)}[
-            kind
-        ]
+        slopes = {"forward_kl": 1 - 1 / u, "js_divergence": (2 * u / (1 + u)).log(), "alpha_divergence": 2 * (1 - u**-0.5)}
+        return (slopes | {"chi_squared": u.log() + u - 1})[kind]
 
     scores = {side: slope(getattr(policy, side), getattr(reference, side)) for side in ("chosen", "rejected")}
     by_hand = build_objective("dpo", loss_type)(replace(policy, **scores), reference.map(lambda x: 0 * x))
@@ -567,6 +576,8 @@ REWARDS: list[tuple[str, str, dict[str, Any], tuple[list[float], ...], tuple[lis
     ("simpo", "simpo", {"beta": 2.5}, scaled(AVERAGES, 2.5), AVERAGES),
     ("simpo", "simpo", {"alpha": 0.25}, scaled(power(AVERAGES, 0.25), 2.0), AVERAGES),
     ("simpo", "simpo", {"alpha": -0.5}, scaled(power(AVERAGES, -0.5), 2.0), AVERAGES),
+    ("simpo", "simper", {}, AVERAGES, AVERAGES),
+    ("cpo", "repo", {"alpha": 0.25}, power(AVERAGES, 0.25), AVERAGES),
     ("orpo", "orpo", {}, scaled(AVERAGES, 0.1), AVERAGES),
 ]  # fmt: skip
 
