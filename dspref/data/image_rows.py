@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspref.data.rows import FIELDS, Message, RowError, Text, Values, what_is
+from dspref.data.rows import FIELDS, Message, RowError, Text, Values, missing, what_is
 
 IMAGE, NAMED, END = "\ufdd0", "\ufdd1", "\ufdd2"
 MARKS = re.compile(f"{IMAGE}(?:{NAMED}([^{END}]*){END})?")
@@ -23,7 +23,7 @@ PARTS = ("image", "image_url", "input_image")
 # What other tools write into a text where an image belongs (LLaMA-Factory, ms-swift, LLaVA).
 PLACE = "<image>"
 NAMES = ("image", "path", "url", "image_url", "bytes")
-AS_CHAT = "set data.train.as: chat, or write the prompt as messages"
+AS_CHAT = "set data.train.as: chat, or write the prompt as messages; without a chat template, set model.chat_template"
 MATCH = "give as many images as the prompt has places for one"
 NO_IMAGES = RowError("images", "the model reads text alone", "use a vision-language model, or drop the images")
 
@@ -47,6 +47,8 @@ def column_of(values: Values, named: Mapping[str, str]) -> dict[str, Any]:
     for name in VIDEOS:
         if isinstance(values.get(name), list | str | bytes | dict) and values[name] and name not in named.values():
             raise RowError(name, "videos are not read", "drop the column, or the row")
+    if "images" in named and named["images"] not in values:
+        raise missing("images", values, named["images"])
     names = [named["images"]] if "images" in named else [name for name in COLUMNS if name not in named.values()]
     there = [name for name in names if values.get(name) is not None]
     if len(there) > 1:
@@ -54,7 +56,7 @@ def column_of(values: Values, named: Mapping[str, str]) -> dict[str, Any]:
     if len(there) > 1:
         raise RowError("images", f"the columns {' and '.join(there)} both hold some", "name one: data.train.columns.images")
     found = values[there[0]] if there else []
-    found = found if isinstance(found, list | tuple) else [found]
+    found = found if isinstance(found, list | tuple) else [found] if found != "" else []  # how CSV says null
     return {"images": list(found)} if there else {}
 
 

@@ -51,6 +51,8 @@ class Images:
     tensors: Mapping[str, Tensor]
     feature_index: Int[Tensor, "I"]
     """Which feature, of all that the tower makes, each image token of the pack takes."""
+    features: int = 0
+    """How many the tower is to make: the image tokens of all its images; 0: of a pack without one, whatever it makes."""
 
 
 class Laid(NamedTuple):
@@ -93,7 +95,7 @@ class Pictures:
             taken.append(places[row.digest])
         rows = list(held.values()) or [self.layout.blank]
         tensors = {name: torch.cat([row.tensors[name] for row in rows]) for name in rows[0].tensors}
-        return Images(tensors, torch.from_numpy(np.concatenate(taken)))
+        return Images(tensors, torch.from_numpy(np.concatenate(taken)), done)
 
     def position_ids(self, prompts: Sequence[Laid]) -> Int[Tensor, "A T"] | None:
         """Positions of a pack's tokens by the model's own function, which is asked once for each prompt; None: the usual.

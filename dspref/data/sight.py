@@ -63,17 +63,21 @@ class Sight:
     def layout(self) -> ImageLayout:
         import PIL.Image
 
-        return self.lay_out(self.to_tower(self._processed([PIL.Image.new("RGB", BLANK)]), b""))
+        try:
+            return self.lay_out(self.to_tower(self._processed([PIL.Image.new("RGB", BLANK)]), b""))
+        except Exception as error:  # a processor's own complaint
+            reason = f"its {type(self.processor).__name__} reads no image: {one_line(error, 200)}"
+            raise ConfigError(f"model.name_or_path: {reason}; fix: mend its processor_config.json") from None
 
     @cached_property
     def digest(self) -> str:
         """sha256 over all that turns an image into what the tower reads, but for the image."""
         own = self.processor
-        said = own.image_processor.to_dict()
-        for name in ("_name_or_path", "transformers_version", "processor_class"):
-            said.pop(name, None)
-        more = {name: getattr(own, name, None) for name in ("image_seq_len", "image_seq_length", "patch_size")}
-        parts = [type(own).__name__, type(own.image_processor).__name__, said, more]
+        saids = [own.image_processor.to_dict(), own.to_dict()]
+        for said in saids:
+            for name in ("_name_or_path", "transformers_version", "processor_class", "chat_template", "image_processor"):
+                said.pop(name, None)
+        parts = [type(own).__name__, type(own.image_processor).__name__, *saids]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def digest_of(self, pictures: Sequence[Picture]) -> bytes:
@@ -156,6 +160,12 @@ def see(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
 def sight_of(tokenizer: PreTrainedTokenizerBase) -> Sight | None:
     """How images are read, where they are."""
     return vars(tokenizer).get("sight")
+
+
+def has_processor(name_or_path: str) -> bool:
+    """Whether a folder holds one, beside its tokenizer; of a hub id nobody knows before it is fetched."""
+    files = ("processor_config.json", "preprocessor_config.json")
+    return not os.path.isdir(name_or_path) or any(os.path.exists(os.path.join(name_or_path, file)) for file in files)
 
 
 def load_processor(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -186,7 +186,7 @@ class PackedVisionLM(PackedCausalLM):
         base: Any = self.lm.base_model
         several_axes, images = batch.position_ids.ndim == 2, batch.images
         try:
-            base.feature_index = images and images.feature_index
+            base.of_pack = images
             return base(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[:, None] if several_axes else batch.position_ids[None],
@@ -196,7 +196,7 @@ class PackedVisionLM(PackedCausalLM):
                 **({"output_router_logits": True} if routed else {}),
             )
         finally:
-            base.feature_index = None
+            base.of_pack = None
 
 
 def wrapped(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from dspref.data.images import ImageLayout, Images, Positions, RowImages
 from dspref.data.sight import Sight, sight_of
@@ -128,20 +129,39 @@ def _three_axes(lm: PreTrainedModel) -> Positions:
 
     def positions(ids: Int[Tensor, "n"], tensors: Tensors) -> Int[Tensor, "3 n"]:
         grids = tensors.get("image_grid_thw")
+        features = 0 if grids is None else int(grids.prod(-1).sum()) // lm.config.vision_config.spatial_merge_size**2
+        if (tokens := int((ids == token).sum())) != features:
+            raise _unequal(tokens, features)
         found, _ = base.get_rope_index(ids[None], (ids == token).int()[None], image_grid_thw=grids)
         return found[:, 0]
 
     return positions
 
 
+def _unequal(tokens: int, features: int) -> ConfigError:
+    return ConfigError(
+        f"model.name_or_path: its processor writes {tokens} tokens for images of which its tower makes {features} features; "
+        "fix: set in processor_config.json what the model's config says (patch_size, merge_size, image_seq_len, "
+        "num_additional_image_tokens, vision_feature_select_strategy)"
+    )
+
+
 def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False) -> Sight:
     """How a model reads the images of rows, by its processor; pixels in its own type, as they wait in host memory. Raises
     ConfigError where the two do not go together."""
     config, family = skeleton.config, family_of(skeleton.config)
+    _refuse_other_familys(processor, config.model_type)
+    _complete(processor, config)
     token, own = config.image_token_id, getattr(processor, "image_token_id", None)
     if own is not None and own != token:
         raise ConfigError(
             f"model.tokenizer_name_or_path: its processor writes images by token {own}, and the model has {token} "
+            "(image_token_id); use the model's own"
+        )
+    word, written = processor.tokenizer.convert_ids_to_tokens(token), getattr(processor, "image_token", None)
+    if written is not None and word != str(written):
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: its token {token} is {word!r}, and the model's images are {str(written)!r} "
             "(image_token_id); use the model's own"
         )
 
@@ -151,6 +171,23 @@ def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_r
         return RowImages(as_read, digest)
 
     return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton), trust_remote_code)
+
+
+def _refuse_other_familys(processor: Any, kind: str) -> None:
+    """Raise ConfigError for the processor of another family, whose tensors mean something else."""
+    known, name = PROCESSOR_MAPPING_NAMES.get(kind), type(processor).__name__
+    if known and name != known and name in PROCESSOR_MAPPING_NAMES.values():
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: its processor is a {name}, and a {kind} reads by a {known}; use the model's own"
+        )
+
+
+def _complete(processor: Any, config: PretrainedConfig) -> None:
+    """Older folders of LLaVA leave to the model's config how many tokens an image becomes."""
+    if getattr(processor, "patch_size", 0) is None:
+        processor.patch_size = config.vision_config.patch_size
+    if getattr(processor, "vision_feature_select_strategy", "") is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:
@@ -183,14 +220,14 @@ def language_model(lm: PreTrainedModel) -> torch.nn.Module:
 
 
 class PackedImages:
-    """Of a model with a tower: the features that `feature_index` picks, where it is set, and not those of its images in
-    order. Here, and not before its forward: under ZeRO-3 parameters of the model itself (LLaVA-NeXT's end of a line) are
+    """Of a model with a tower: the features that a pack's image tokens take, where one is told, and not those of its images
+    in order. Here, and not before its forward: under ZeRO-3 parameters of the model itself (LLaVA-NeXT's end of a line) are
     there only within."""
 
-    feature_index: torch.Tensor | None = None  # Int[Tensor, "I"]; transformers evaluates annotations of its models
+    of_pack: Images | None = None
 
     def get_image_features(self, *args: Any, **options: Any) -> Any:
-        if self.feature_index is None:
+        if self.of_pack is None:
             return super().get_image_features(*args, **options)  # type: ignore[misc]
         options.pop("segments", None)  # some hand on all that they are given
         outputs = super().get_image_features(*args, **options)  # type: ignore[misc]
@@ -201,9 +238,12 @@ class PackedImages:
 
     def _picked(self, features: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Of a tensor [..., d] or of several, in the same form: families, and versions of transformers, differ in it."""
-        assert self.feature_index is not None
+        assert self.of_pack is not None
         joined = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
-        picked = joined.flatten(0, -2).index_select(0, self.feature_index)
+        made, tokens = joined.flatten(0, -2), self.of_pack.features
+        if tokens not in (0, len(made)):
+            raise _unequal(tokens, len(made))
+        picked = made.index_select(0, self.of_pack.feature_index)
         if not isinstance(features, torch.Tensor):
             return [picked]
         tile = joined.shape[1:-1]  # an image's tokens, or those of a tile, lie in one prompt together

@@ -18,14 +18,14 @@ from tiny_vision import TEMPLATE, image, image_rows, processor, tiny_vision_conf
 from transformers import AutoModelForImageTextToText
 
 from dspref.data.formats import to_preference
-from dspref.data.image_files import MAX_PIXELS, Picture, decode, look
+from dspref.data.image_files import MAX_BYTES, MAX_PIXELS, Picture, decode, look
 from dspref.data.image_rows import IMAGE
 from dspref.data.rows import RowError
 from dspref.data.sight import see
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.truncate import Limits
-from dspref.errors import DataError
+from dspref.errors import ConfigError, DataError
 from dspref.model import vision
 from dspref.reference.store import sequence_keys
 
@@ -159,6 +159,57 @@ def test_bytes_in_rows_are_read_as_files_are(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(decode(found.data, "x")), image(40, 60, 1))
 
 
+def test_bytes_in_json_are_base64(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    wanted = look("a.png", tmp_path, "x").digest
+    for value in ({"bytes": text, "path": None}, {"bytes": f"data:image/png;base64,{text}"}):
+        assert look(value, tmp_path, "x").digest == wanted
+
+
+def test_an_empty_cell_is_no_image_and_a_named_column_must_be_there(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("prompt,images,chosen,rejected\nwhat?,a.png,a cat,a dog\nand?,,a cat,a dog\n")
+    tokenizer = seeing("llava", tmp_path / "words")
+    common: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lambda line: None}
+    store = load_pairs([Source(str(tmp_path / "rows.csv"))], tokenizer, Limits(), **common)
+    assert [bool(digest) for digest in store.image_digests([0, 1])] == [True, False]
+    named = Source(str(tmp_path / "rows.csv"), columns={"images": "imags"})
+    with pytest.raises(DataError, match=r"rows.csv:2: images: no column 'imags' among .*did you mean 'images'\?"):
+        load_pairs([named], tokenizer, Limits(), **common)
+
+
+@pytest.mark.parametrize("name", ["patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"])
+def test_all_that_a_processor_is_told_is_in_its_digest(name: str, tmp_path: Path) -> None:
+    before = seeing("llava", tmp_path).sight.digest
+    same, other = (seeing("llava", tmp_path).sight for _ in range(2))
+    setattr(other.processor, name, {"patch_size": 7, "num_additional_image_tokens": 0}.get(name, "full"))
+    assert same.digest == before != other.digest
+
+
+def test_a_processor_must_be_the_models_own(tmp_path: Path) -> None:
+    words, _ = processor("llava_next", tmp_path)
+    token = words.tokenizer.convert_tokens_to_ids(words.image_token)
+    with torch.device("meta"):
+        llava = AutoModelForImageTextToText.from_config(tiny_vision_config("llava", len(words.tokenizer), token))
+        next_ = AutoModelForImageTextToText.from_config(tiny_vision_config("llava_next", len(words.tokenizer), 7))
+    with pytest.raises(ConfigError, match="a LlavaNextProcessor, and a llava reads by a LlavaProcessor; use the"):
+        vision.sight(words, llava, torch.float32)
+    with pytest.raises(ConfigError, match=f"writes images by token {token}, and the model has 7"):
+        vision.sight(words, next_, torch.float32)
+
+
+def test_what_an_older_processor_leaves_out_the_models_config_says(tmp_path: Path) -> None:
+    words, _ = processor("llava", tmp_path)
+    words.patch_size = words.vision_feature_select_strategy = None
+    token = words.tokenizer.convert_tokens_to_ids(words.image_token)
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(tiny_vision_config("llava", len(words.tokenizer), token))
+    sight = vision.sight(words, skeleton, torch.float32)
+    assert (words.patch_size, words.vision_feature_select_strategy) == (14, "default")
+    assert sight.layout.token == token
+
+
 def test_an_image_is_upright_as_its_camera_says(tmp_path: Path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
@@ -201,8 +252,15 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "bomb": ({"images": ["bomb.png"]}, rf"images\[0\]: 10,000 x 9,000 pixels, more than the {MAX_PIXELS:,}"),
     "number": ({"images": [3]}, r"images\[0\]: int, and no image"),
     "null": ({"images": [None]}, r"images\[0\]: NoneType|images\[0\]: null, and no image"),
-    "empty path": ({"images": [""]}, r"images\[0\]: str, and no image"),
+    "empty path": ({"images": [""]}, r"images\[0\]: an empty text, and no image"),
     "object": ({"images": [{"file": "a.png"}]}, r"images\[0\]: an object with \['file'\], and no image"),
+    "bytes as numbers": ({"images": {"bytes": [1, 2, 3]}}, r"images\[0\]: list for bytes; fix: write base64"),
+    "bytes as text": ({"images": [{"bytes": "hello"}]}, r"images\[0\]: broken base64"),
+    "object of nulls": ({"images": [{"bytes": None}]}, r"images\[0\]: NoneType, and no image|images\[0\]: null"),
+    "too large a file": (
+        {"images": ["large.png"]},
+        rf"images\[0\]: \S*large.png: 67,108,865 bytes, more than the {MAX_BYTES:,} that are read; fix: make it smaller$",
+    ),
     "base64": ({"images": ["data:image/png;base64,@@"]}, r"images\[0\]: broken base64"),
     "too many": ({"images": ["a.png", "a.png"]}, r"images: 2 images, and 1 places for one in the prompt; fix: give as many"),
     "too few": ({"images": []}, r"images: 0 images, and 1 places for one"),
@@ -239,6 +297,8 @@ def test_a_malformed_row_is_one_line(name: str, tmp_path: Path) -> None:
     save(tmp_path / "cut.jpg")
     cut(tmp_path / "cut.png", 0.6), cut(tmp_path / "cut.jpg", 0.6)
     bomb(tmp_path / "bomb.png")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
     more, expected = MALFORMED[name]
     how = more.get("as")
     good = {"prompt": CONVERSATION, "images": ["a.png"], **ANSWERS}

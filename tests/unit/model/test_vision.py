@@ -194,6 +194,20 @@ def test_images_move_with_their_pack() -> None:
     assert all(tensor.is_meta for tensor in (*moved.tensors.values(), moved.feature_index))
 
 
+@pytest.mark.parametrize("kind", vision.FAMILIES)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_tower_must_make_as_many_features_as_there_are_tokens(kind: str, more: int) -> None:
+    """Else an image token would take another's: the processor's settings are not the model's."""
+    lm = tiny_vision_model(tiny_vision_config(kind), seed=1)
+    row = row_of(lm, ["wide"], 3, (2, 6, 5))
+    place = int(np.flatnonzero(row.pair.prompt == IMAGE)[0])
+    changed = np.delete(row.pair.prompt, place) if more < 0 else np.insert(row.pair.prompt, place, IMAGE)
+    row.pair = row.pair._replace(prompt=changed.astype(np.int32))
+    told = r"its processor writes \d+ tokens for images of which its tower makes \d+ features"
+    with pytest.raises(ConfigError, match=told):
+        packed_of(lm)(packed_rows(lm, [row], True))
+
+
 def test_image_tokens_are_those_of_images() -> None:
     lm = tiny_vision_model(tiny_vision_config("llava"), seed=1)
     row = row_of(lm, ["wide"], 3, (2, 6, 5))
