@@ -48,6 +48,8 @@ class Sight:
     """(what the processor makes of the images of a row, their digest) -> what the tower reads."""
     lay_out: Callable[[RowImages], ImageLayout]
     """(a blank image) -> how packs are laid out."""
+    trust_remote_code: bool = False
+    """Whether the processor may have code of its own, which an export's has too."""
     _known: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     _counts: bool = True
     """Whether an image is nothing but as many tokens as the processor counts."""
@@ -145,7 +147,7 @@ class Sight:
 
     def as_reloaded(self, folder: str) -> Sight:
         """The same with the processor of a folder."""
-        return replace(self, processor=load_processor(folder), _known={}, _counts=True)
+        return replace(self, processor=load_processor(folder, None, self.trust_remote_code), _known={}, _counts=True)
 
     def _tokens(self, size: tuple[int, int]) -> np.ndarray:
         """What an image of (height, width) pixels becomes."""
@@ -214,12 +216,19 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
             raise ValueError(f"it has a {type(found).__name__} alone, and no processor of images")
         return found
     except Exception as error:  # missing files, missing libraries: each has its own
-        packages = {"PIL": "pillow", "torchvision": "torchvision", "num2words": "num2words"}
-        lacks = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
-        said = str(error).lower()
-        needed = [name for name in lacks if name in said or (name == "torchvision" and "video" in said)]
-        needed += ["pillow"] if "pillow" in lacks and "pillow" not in needed else []
-        fix = f"pip install {' '.join(needed)}" if needed else "fetch the model's processor files too"
+        reason, fix = _reason(error)
         raise ConfigError(
-            f"model.name_or_path: no processor of images loads from {name_or_path!r}: {one_line(error, 200)}; fix: {fix}"
+            f"model.name_or_path: no processor of images loads from {name_or_path!r}: {reason}; fix: {fix}"
         ) from None
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Why a processor does not load, and what helps."""
+    reason, said = one_line(error, 200), str(error).lower()
+    lacks = {name for name in ("PIL", "torchvision", "num2words") if importlib.util.find_spec(name) is None}
+    for_videos = "torchvision" in said or "video" in said
+    if "PIL" in lacks or ("torchvision" in lacks and for_videos) or ("num2words" in lacks and "num2words" in said):
+        return reason, "pip install 'dspref[vision]'"
+    if "custom code" in said:
+        return "it has code of its own", "set model.trust_remote_code: true if you trust it"
+    return reason, "fetch the model's processor files too"

@@ -147,7 +147,7 @@ def _unequal(tokens: int, features: int) -> ConfigError:
     )
 
 
-def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> Sight:
+def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False) -> Sight:
     """How a model reads the images of rows, by its processor; pixels in its own type, as they wait in host memory. Raises
     ConfigError where the two do not go together."""
     config, family = skeleton.config, family_of(skeleton.config)
@@ -171,7 +171,7 @@ def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> Sigh
         as_read = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.tensors.items()}
         return RowImages(as_read, digest)
 
-    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton))
+    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton), trust_remote_code)
 
 
 def _refuse_other_familys(processor: Any, kind: str) -> None:
@@ -191,11 +191,13 @@ def _complete(processor: Any, config: PretrainedConfig) -> None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
-def teach(tokenizer: Any, processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
+def teach(
+    tokenizer: Any, processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False
+) -> None:
     """From now on a tokenizer, with its chat template, is that of a model that reads images, by the processor that goes with
     it. Raises ConfigError as `sight`."""
     processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
-    see(tokenizer, sight(processor, skeleton, dtype))
+    see(tokenizer, sight(processor, skeleton, dtype, trust_remote_code))
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:

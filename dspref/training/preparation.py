@@ -170,7 +170,8 @@ def seeing_tokenizer(section: ModelSection, name: str) -> PreTrainedTokenizerBas
     )
     template = section.chat_template or processor.chat_template
     tokenizer = load_tokenizer(name, section.revision, template, section.trust_remote_code)
-    vision.teach(tokenizer, processor, loading.skeleton(section), getattr(torch, section.dtype))
+    dtype = getattr(torch, section.dtype)
+    vision.teach(tokenizer, processor, loading.skeleton(section), dtype, section.trust_remote_code)
     return tokenizer
 
 
