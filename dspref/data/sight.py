@@ -48,6 +48,8 @@ class Sight:
     """(what the processor makes of the images of a row, their digest) -> what the tower reads."""
     lay_out: Callable[[RowImages], ImageLayout]
     """(a blank image) -> how packs are laid out."""
+    reading: Callable[[np.ndarray], Mapping[str, float]] = lambda runs: {}
+    """(tokens of images that lie in a row, of each [n]) -> what the tower computes for them, by names of its own."""
     _known: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     _counts: bool = True
     """Whether an image is nothing but as many tokens as the processor counts."""
@@ -113,6 +115,11 @@ class Sight:
         """The same with the processor of a folder."""
         return replace(self, processor=load_processor(folder), _known={}, _counts=True)
 
+    @cached_property
+    def of_blank(self) -> np.ndarray:
+        """Tokens in a row of the image of packs without one: [n]."""
+        return runs_of(self._tokens(BLANK) == self.token)
+
     def _tokens(self, size: tuple[int, int]) -> np.ndarray:
         """What an image of (height, width) pixels becomes."""
         if size not in self._known:
@@ -144,6 +151,12 @@ class Sight:
         given = [list(images)] if self.nested else list(images)
         text = [self.word * len(images)]
         return self.processor(text=text, images=given, add_special_tokens=False, return_tensors="pt")
+
+
+def runs_of(mask: np.ndarray) -> np.ndarray:
+    """How many lie side by side, of each run: bool [n] -> int64 [k]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+    return edges[1::2] - edges[::2]
 
 
 def see(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:

@@ -16,7 +16,8 @@ from dspref.machine import fitting, flops, footprint, memory_plan, shapes
 from dspref.machine.fitting import Asked
 from dspref.machine.flops import Work
 from dspref.machine.gpus import Gpu
-from dspref.machine.memory_plan import RESERVE, Estimate, Layout, Live, Pack
+from dspref.machine.layers import Layout, Live, Pack
+from dspref.machine.memory_plan import RESERVE, Estimate
 from dspref.model import head_room
 
 GIB = 2**30

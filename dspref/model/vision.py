@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
@@ -25,12 +26,15 @@ from dspref.data.images import ImageLayout, Images, Positions, RowImages
 from dspref.data.sight import Sight, sight_of
 from dspref.errors import ConfigError
 from dspref.model.attention import PACKED
+from dspref.model.pieces import FEATURES, PATCHES, PLACES, WINDOWS
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
 Tensors = Mapping[str, "Tensor"]
+# (tokens of images that lie in a row, of each; config) -> what the tower reads for them, by names of `pieces`.
+Reading = Callable[["np.ndarray", PretrainedConfig], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,65 @@ class VisionFamily:
     """The tower wants a dimension in front, of rows."""
     axes: bool = False
     """Positions have three: time, height, width."""
+    reading: Reading = lambda runs, config: tiles(float(runs.sum()), config)
+    """What a tower reads for image tokens: their number says how many patches there are."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a tower computes
+
+
+def tiles(tokens: float, config: PretrainedConfig, count: float | None = None) -> dict[str, float]:
+    """Of images in tiles of one size, `count` of them, or as many as have so many tokens."""
+    tower = config.vision_config
+    (height, width), (high, wide) = _pair(tower.image_size), _pair(tower.patch_size)
+    patches = (height // high) * (width // wide)
+    before = tower.model_type in ("clip_vision_model", "internvl_vision")  # a token of the tower's own
+    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    shrunk = getattr(config, "downsample_ratio", 1.0) if config.model_type == "internvl" else 1 / _scale(config)
+    features = (patches + (before and whole)) * shrunk**2
+    number, places = tokens / features if count is None else count, patches + before
+    return {
+        PATCHES: number * patches, PLACES: number * places, FEATURES: number * features,
+        "image_attention": number * places**2,
+    }  # fmt: skip
+
+
+def _scale(config: PretrainedConfig) -> int:
+    return getattr(config, "scale_factor", 1) if config.model_type in ("idefics3", "smolvlm") else 1
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+
+def _in_a_grid(runs: np.ndarray, config: PretrainedConfig) -> dict[str, float]:
+    """LLaVA-NeXT: an image once whole, and in tiles of a grid, of which lines or columns in the margin have no tokens, and
+    each line one more at its end: the smallest grid that an image of so many tokens can come from."""
+    side = config.vision_config.image_size
+    patches = side // config.vision_config.patch_size
+    grids = sorted(((h // side, w // side) for h, w in config.image_grid_pinpoints), key=math.prod)
+
+    def fits(tokens: int, high: int, wide: int) -> bool:
+        lines, columns = patches * high, patches * wide
+        whole_lines = tokens % (columns + 1) == 0 and tokens // (columns + 1) <= lines
+        return whole_lines or (tokens % lines == 0 and tokens // lines <= columns + 1)
+
+    others = (int(run) - patches**2 for run in runs)
+    count = sum(1 + math.prod(next((g for g in grids if fits(n, *g)), grids[-1])) for n in others)
+    return tiles(0.0, config, count)
+
+
+def _merged(runs: np.ndarray, config: PretrainedConfig) -> dict[str, float]:
+    """Qwen: four patches a token, each image by itself; windows as if all were whole."""
+    tower = config.vision_config
+    patches = runs.astype(np.float64) * tower.spatial_merge_size**2
+    window = (getattr(tower, "window_size", 0) // tower.patch_size) ** 2
+    total = float(patches.sum())
+    return {
+        PATCHES: total, PLACES: total, FEATURES: float(runs.sum()), "image_attention": float((patches**2).sum()),
+        WINDOWS: float((patches * np.minimum(patches, window)).sum()),
+    }  # fmt: skip
 
 
 def _without_padding(made: Tensors, config: PretrainedConfig) -> Tensors:
@@ -63,14 +126,14 @@ def _first_row(made: Tensors, config: PretrainedConfig) -> Tensors:
     return {name: tensor[0] for name, tensor in made.items()}
 
 
-_QWEN = VisionFamily(("pixel_values", "image_grid_thw"), axes=True)
+_QWEN = VisionFamily(("pixel_values", "image_grid_thw"), axes=True, reading=_merged)
 _IDEFICS = VisionFamily(("pixel_values", "pixel_attention_mask"), _first_row, in_one_row=True)
 FAMILIES: dict[str, VisionFamily] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "llava": VisionFamily(("pixel_values",)),
-    "llava_next": VisionFamily(("pixel_values", "image_sizes"), _without_padding),
+    "llava_next": VisionFamily(("pixel_values", "image_sizes"), _without_padding, reading=_in_a_grid),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "internvl": VisionFamily(("pixel_values",)),
@@ -150,7 +213,10 @@ def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> Sigh
         as_read = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.tensors.items()}
         return RowImages(as_read, digest)
 
-    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton))
+    def reading(runs: np.ndarray) -> Mapping[str, float]:
+        return family.reading(runs, config)
+
+    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton), reading)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from dspref.data.loader import StepLoader, count, place
 from dspref.engine import memory
 from dspref.engine.engine import Engine
 from dspref.machine import footprint, memory_plan
-from dspref.machine.memory_plan import Layout, Pack
+from dspref.machine.layers import Layout, Pack
 from dspref.machine.shapes import of_tensors
 from dspref.model import admission, attention, families
 from dspref.report import performance
@@ -101,7 +101,7 @@ def of_run(
         tokens_per_rank=round(per_rank),
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
         faster_kernel=_faster_kernel(section, policy, kernel),
-        sparsity=memory.count_weights(lm) / max(size.body + size.head, 1),
+        sparsity=memory.count_weights(lm) / max(size.matrices, 1),
         checkpointing=section.gradient_checkpointing,
         kept_bytes=kept,
         free_bytes=memory.free_memory(policy.device) - coming,

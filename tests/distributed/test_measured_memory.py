@@ -19,7 +19,7 @@ import yaml
 
 from dspref.config import ModelSection
 from dspref.machine import footprint, memory_plan, shapes
-from dspref.machine.memory_plan import Layout, Live, Pack
+from dspref.machine.layers import Layout, Live, Pack
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 0.15
