@@ -200,6 +200,7 @@ def _encoded(groups: Groups, packs: Sequence[Sequence[np.ndarray]]) -> list[dict
     parts = {
         "tokens": groups.tokens, "prompts": groups.tokens - groups.answers,
         "prompt_attention": groups.within, "cross_attention": groups.across,
+        "attention": groups.attention - groups.within - groups.across,
     }  # fmt: skip
     return [{name: float(x[chosen].sum()) for name, x in parts.items()} for rank in packs for chosen in rank]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from dspref.machine.shapes import ModelShape, Stack
 from dspref.model import head_room
-from dspref.model.pieces import ATTENTION, PROMPTS, SELF, TOKENS
+from dspref.model.pieces import ATTENTION, PLACES, PROMPTS, SELF, TOKENS
 
 # DeepSpeed's defaults, in elements.
 DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "sub_group_size": 1e9}
@@ -72,6 +72,11 @@ class Pack:
         return own[name] if name in own else self.more.get(name, 0)
 
     @property
+    def cross_keys(self) -> float:
+        """Keys of prompts, for each answer of them."""
+        return max(self.tokens * self.keys_per_token - self.count(TOKENS), 0.0)
+
+    @property
     def attention(self) -> float:
         """(query, key) pairs of answers with themselves, where scores are kept: as of answers of one length."""
         return self.more.get(ATTENTION, 0)
@@ -97,7 +102,8 @@ def kept_per_token(stack: Stack, layout: Layout, keys_per_token: float = 1.0) ->
     v, hidden, trained_norms = layout.value, stack.hidden, 0 if stack.still_norms else 1
     per_channel = (2 + trained_norms) * v if v == 4 else 4 + 2 * trained_norms + 2 + 2 * bool(stack.biased)
     norm = hidden * (per_channel if stack.root_norms and not layout.liger else 2 * v)
-    outputs = 2 if layout.kernel == "sdpa" else 1
+    # A tower's attention is transformers' own, which joins no sequences.
+    outputs = 2 if layout.kernel == "sdpa" and stack.reads != PLACES else 1
     if stack.biased:
         attention = 4.0 * (stack.queries + 2 * stack.keys) + v * stack.queries
     else:
@@ -107,7 +113,7 @@ def kept_per_token(stack: Stack, layout: Layout, keys_per_token: float = 1.0) ->
     crossed = norm + v * stack.crossed * (1 + outputs) if stack.crossed else 0.0
     width = 3 if layout.liger and stack.gated else stack.activation + 2 * stack.gated
     mlp = v * (width * stack.inner + 2 * stack.copies * hidden)
-    return 2 * norm + attention + crossed + mlp
+    return 2 * norm + attention + crossed + mlp + v * stack.extra * hidden
 
 
 def kept(stack: Stack, layout: Layout, pack: Pack) -> float:
@@ -116,7 +122,7 @@ def kept(stack: Stack, layout: Layout, pack: Pack) -> float:
     keys = pack.keys_per_token if stack.reads == TOKENS and not pack.more.get(PROMPTS) else 1.0
     found = pack.count(stack.reads) * kept_per_token(stack, layout, keys)
     if stack.crossed:
-        found += pack.more.get("cross_keys", 0) * 2 * stack.crossed * layout.value
+        found += pack.cross_keys * 2 * stack.crossed * layout.value
     if stack.biased:
         found += pack.count(ATTENTION if stack.reads == TOKENS else SELF["encoder"]) * (4 * stack.biased + 8)
     return found

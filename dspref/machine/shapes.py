@@ -51,6 +51,8 @@ class Stack:
     """Channels of queries that attend to an encoder's output, with as many of its keys."""
     biased: int = 0
     """Heads, where each score has a bias (T5): all scores are kept, in fp32."""
+    extra: int = 0
+    """Vectors of its width that a family keeps beside these: of rotated queries and keys, of scaled outputs."""
     still_norms: bool = False
     """Whether norms are not trained."""
 
@@ -100,8 +102,6 @@ def of_section(section: ModelSection) -> ModelShape:
             f"{name}: no config.json of it on this machine, and the sizes are read from there; "
             f"fetch it first: hf download {section.name_or_path} config.json"
         )
-    if text.get("is_encoder_decoder"):
-        raise ConfigError(f"{name}: is an encoder-decoder model, and what such a run needs is not estimated; just run it")
     if section.init == "pretrained" and (folder := footprint.model_folder(section)):
         try:
             tensors = footprint.in_files(section, folder)

@@ -37,6 +37,8 @@ class Piece(NamedTuple):
     below: str = ""
     """The stack whose output it reads, where that is another than its own."""
     is_attention: bool = False
+    name: str = ""
+    shape: tuple[int, ...] = ()
 
 
 class Place(NamedTuple):
@@ -102,7 +104,8 @@ def pieces_of(lm: Any, kind: str, elements: Callable[[Any], int], expert_share: 
         reads = place.reads if is_matrix else ""
         depth = depth_of(f"embed.{name}" if is_table else name) + place.later
         stacks = ("encoder", "text") if kind == "encoder-decoder" and parameter is inputs.weight else (place.stack,)
-        found += [Piece(reads, weights, parameter.requires_grad, stack, depth, place.below) for stack in stacks]
+        of = (parameter.requires_grad,)
+        found += [Piece(reads, weights, *of, stack, depth, place.below, name=name, shape=shape) for stack in stacks]
     found += [] if kind == "decoder" else _attention(lm, kind)
     return without_gradient(found, _layers_used(lm.config))
 
@@ -136,3 +139,43 @@ def without_gradient(pieces: Iterable[Piece], used: float) -> list[Piece]:
     return [
         p._replace(stack=unused, trained=False) if p.stack == "tower" and used <= p.depth < math.inf else p for p in pieces
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers, in numbers
+
+INNER = ("up_proj", "fc1", "wi", "wi_0", "linear_fc1")
+GATES = ("gate_proj", "wi_1")
+# Vectors that an activation keeps for the backward pass, by the name of its class.
+ACTIVATIONS = {"ReLU": 1, "NewGELUActivation": 5, "QuickGELUActivation": 3}
+
+
+def numbers_of(lm: Any, kind: str) -> dict[str, dict[str, Any]]:
+    """Of each stack of layers, what a `Stack` has of it, read off its first layer's matrices: outputs of queries, keys and
+    the MLP."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in lm.named_modules():
+        place, depth, last = place_of(f"{name}.", kind), depth_of(f"{name}."), name.rpartition(".")[2]
+        if not math.isfinite(depth):
+            continue
+        stack = "text" if place.below else place.stack
+        own = found.setdefault(stack, {"layers": 0, "gated": False, "crossed": 0, "biased": 0, "root_norms": False})
+        own["layers"] = max(own["layers"], int(depth) + 1)
+        width, kind_of_module = getattr(module, "out_features", 0), type(module).__name__
+        if last in QUERIES and width:
+            channels = width // QUERIES[last]
+            own |= {"crossed": channels} if OF_CROSS.search(name) else {"queries": channels, "hidden": module.in_features}
+            if last == "qkv":
+                own |= {"keys": channels, "extra": 3}  # Qwen's towers, which rotate them in parts
+        elif last in ("k_proj", "k") and width and not OF_CROSS.search(name):
+            own["keys"] = width
+        elif last in INNER and width:
+            own["inner"] = width
+        if hasattr(module, "lambda_1"):
+            own["extra"] = 2
+        own["gated"] |= last in GATES
+        own["root_norms"] |= kind_of_module.endswith(("RMSNorm", "T5LayerNorm"))
+        own["biased"] = max(own["biased"], getattr(module, "n_heads", 0) if "T5Attention" in kind_of_module else 0)
+        if "activation" not in own and last in ("act", "act_fn", "activation_fn"):
+            own["activation"] = next((n for known, n in ACTIVATIONS.items() if kind_of_module == known), 2)
+    return found

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_encoder_decoder import some_pairs, tiny
+from tiny import tiny_encoder_decoder, tiny_model
 from tiny_vision import IMAGE, tiny_vision_config, tiny_vision_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +22,10 @@ from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch, collate
 from dspref.data.plan import alone, group
 from dspref.data.sight import runs_of
+from dspref.data.truncate import TokenizedPair
+from dspref.machine import built, layers
 from dspref.machine.flops import Work
+from dspref.machine.layers import Layout, Pack
 from dspref.model import packed as model
 from dspref.model import vision
 from dspref.model.attention import PACKED
@@ -161,3 +166,75 @@ def test_tiles_of_a_grid_by_the_tokens_of_an_image() -> None:
     tokens = np.array([own._get_number_of_features(*size, 336, 336) for size in sizes])
     found = vision.family_of(SimpleNamespace(model_type="llava_next")).reading(tokens, config)  # type: ignore[arg-type]
     assert found["patches"] / 576 == pytest.approx(sum(image_size_to_num_patches(s, grid, 336) for s in sizes), rel=0.06)
+
+
+# ------------------------------------------------------------------------------------------------ memory of the same models
+
+
+def kept_by(lm: Any, implementations: Any, batch: PackedBatch) -> int:
+    """Bytes that a forward keeps for the backward pass, beside weights."""
+    packed, seen = ready(lm, implementations, []), {}
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage  # which holds its address, so that no other gets it
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed(batch)
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def numel(parameter: Any) -> int:
+    return parameter.numel()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vision.FAMILIES if kind != "smolvlm"])
+def test_what_a_layer_of_a_tower_keeps(kind: str) -> None:
+    """Counted in real layers: two more of them."""
+
+    def tower(layers_of_tower: int) -> tuple[Any, int, Any]:
+        config = tiny_vision_config(kind)
+        own = config.vision_config
+        setattr(own, "depth" if kind.startswith("qwen") else "num_hidden_layers", layers_of_tower)
+        own.deepstack_visual_indexes = [0]
+        own.fullatt_block_indexes = list(range(layers_of_tower)) if kind == "qwen2_5_vl" else None
+        lm = tiny_vision_model(config, 1)
+        rows = some_rows(lm)
+        batch = packed_rows(lm, rows, prefix_sharing=True)
+        return lm, kept_by(lm, vision.implementations(config), batch), read(lm, rows, batch)
+
+    (_, few, _), (lm, many, more) = tower(2), tower(4)
+    (stack,) = built.of_model(lm, "vision", numel, None).others
+    assert stack.layers == (3 if kind.startswith("llava") else 4), "features of the last but one"
+    expected = layers.kept_per_token(stack, Layout("cpu", 4, 1, 2, kernel="sdpa")) * more["places"]
+    assert (many - few) / 2 == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("t5", {}), ("t5", {"feed_forward_proj": "gated-gelu"}), ("bart", {}), ("m2m_100", {"activation_function": "relu"})],
+)
+def test_what_layers_of_an_encoder_and_a_decoder_keep(name: str, more: dict[str, Any], dtype: torch.dtype) -> None:
+    """Counted in real layers, of a prompt of 120 tokens and answers of 60 and 60."""
+    mask, ids = np.arange(61) > 0, np.arange(3, 123, dtype=np.int32)
+    pair = TokenizedPair(ids, ids[:61], ids[20:81], mask, mask)
+    batch = collate([pair], [0], prefix_sharing=True, encoder_decoder=True)
+
+    def model_of(encoder: int, decoder: int) -> Any:
+        sizes = {"num_layers": encoder, "num_decoder_layers": decoder, "d_kv": 32, "num_heads": 8, "d_ff": 512}
+        if "t5" not in name:
+            sizes = {"encoder_layers": encoder, "decoder_layers": decoder, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
+            sizes["max_position_embeddings"] = 256
+        return tiny_model(tiny_encoder_decoder(name, d_model=256, **sizes, **more), 1).to(dtype)
+
+    base = kept_by(model_of(1, 1), PACKED, batch)
+    shape = built.of_model(model_of(1, 1), "encoder-decoder", numel, None)
+    layout = Layout("cpu", dtype.itemsize, 1, 2, kernel="sdpa")
+    counts = {"prompts": 120, "prompt_attention": 120**2, "attention": 2 * 60**2}
+    pack = Pack(240, 120, (2 * 120 + 120) / 240, counts)
+    for other, stack in ((model_of(3, 1), shape.others[0]), (model_of(1, 3), shape)):
+        assert (kept_by(other, PACKED, batch) - base) / 2 == pytest.approx(layers.kept(stack, layout, pack), rel=0.03)
