@@ -62,7 +62,9 @@ def shape_of(section: ModelSection) -> ModelShape:
     raw = raw_config(section)
     if not (raw.get("is_encoder_decoder") or raw.get("vision_config")):
         return shapes.of_section(section)
-    kind, lm = families.kind_of(loading.load_config(section)), loading.skeleton(section)
+    if (kind := families.kind_of(loading.load_config(section))) == "decoder":
+        return shapes.of_section(section)
+    lm = loading.skeleton(section)
     named = dict(lm.named_parameters(remove_duplicate=False))
     for name in freezing.frozen(named, section.freeze):
         named[name].requires_grad_(False)
