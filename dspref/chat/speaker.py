@@ -17,7 +17,7 @@ from dspref.data.image_store import decoded
 from dspref.data.manners import rendered
 from dspref.data.sight import load_processor, sight_of
 from dspref.errors import ConfigError
-from dspref.model import admission, generation, unpacked, vision
+from dspref.model import admission, generation, processors, unpacked, vision
 from dspref.model.generation import Asked
 from dspref.terminal import first_line
 
@@ -47,7 +47,7 @@ class Speaker:
             try:
                 processor = load_processor(words or folder, None, trust_remote_code)
                 tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-                vision.teach(tokenizer, processor, lm, lm.dtype)
+                processors.teach(tokenizer, processor, lm, lm.dtype)
             except ConfigError as error:
                 raise ConfigError(f"{folder}: {str(error).removeprefix('model.name_or_path: ')}") from None
         return cls(lm, tokenizer, generation.config_of(lm, tokenizer, asked))

@@ -50,6 +50,8 @@ class Sight:
     """(a blank image) -> how packs are laid out."""
     trust_remote_code: bool = False
     """Whether the processor may have code of its own, which an export's has too."""
+    reading: Callable[[np.ndarray], Mapping[str, float]] = lambda runs: {}
+    """(tokens of images that lie in a row, of each [n]) -> what the tower computes for them, by names of its own."""
     _known: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     _counts: bool = True
     """Whether an image is nothing but as many tokens as the processor counts."""
@@ -149,6 +151,11 @@ class Sight:
         """The same with the processor of a folder."""
         return replace(self, processor=load_processor(folder, None, self.trust_remote_code), _known={}, _counts=True)
 
+    @cached_property
+    def of_blank(self) -> np.ndarray:
+        """Tokens in a row of the image of packs without one: [n]."""
+        return runs_of(self._tokens(BLANK) == self.token)
+
     def _tokens(self, size: tuple[int, int]) -> np.ndarray:
         """What an image of (height, width) pixels becomes."""
         if size not in self._known:
@@ -184,6 +191,12 @@ class Sight:
 
 def _untaken(error: Exception) -> RowError:
     return RowError("images", f"the model's processor does not take them: {one_line(error)}")
+
+
+def runs_of(mask: np.ndarray) -> np.ndarray:
+    """How many lie side by side, of each run: bool [n] -> int64 [k]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+    return edges[1::2] - edges[::2]
 
 
 def see(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:

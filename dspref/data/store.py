@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from dspref.data.image_files import NOTHING, Shown, folder_of
 from dspref.data.image_store import StoredImages, address_of, pictures_of
 from dspref.data.images import Pictures
 from dspref.data.rows import one_line, place_of
-from dspref.data.sight import Sight, sight_of
+from dspref.data.sight import Sight, runs_of, sight_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
 from dspref.data.splits import LISTED, unusable
 from dspref.data.tokenize import tokenizer_digest
@@ -110,6 +110,18 @@ class PairStore:
         if self._images is None or self._sight is None:
             return [b""] * len(pairs)
         return [self._images.digests(pair, self._sight) for pair in pairs]
+
+    def tower_work(self, packs: Iterable[Sequence[int]]) -> list[Mapping[str, float]]:
+        """What a tower reads for the pairs of each pack, by names of its own; empty of a model without one."""
+        return [self._tower_work(pairs) for pairs in packs] if self._sight is not None else []
+
+    def _tower_work(self, pairs: Sequence[int]) -> Mapping[str, float]:
+        sight = self._sight
+        assert sight is not None
+        first = dict(zip(self.image_digests(pairs), pairs))
+        prompts = [self[pair].prompt for digest, pair in first.items() if digest]
+        runs = [runs_of(prompt == sight.token) for prompt in prompts] or [sight.of_blank]
+        return sight.reading(np.concatenate(runs))
 
     def changed_image(self, digest: Digest) -> str | None:
         """An image that is not what it was when the store was built."""

@@ -15,24 +15,25 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from dspref.data.images import ImageLayout, Images, Positions, RowImages
-from dspref.data.sight import Sight, see, sight_of
 from dspref.errors import ConfigError
 from dspref.model.attention import PACKED
+from dspref.model.pieces import FEATURES, PATCHES, PLACES, WINDOWS
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
 Tensors = Mapping[str, "Tensor"]
+# (tokens of images that lie in a row, of each; config) -> what the tower reads for them, by names of `pieces`.
+Reading = Callable[["np.ndarray", PretrainedConfig], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,65 @@ class VisionFamily:
     """The tower wants a dimension in front, of rows."""
     axes: bool = False
     """Positions have three: time, height, width."""
+    reading: Reading = lambda runs, config: tiles(float(runs.sum()), config)
+    """What a tower reads for image tokens: their number says how many patches there are."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a tower computes
+
+
+def tiles(tokens: float, config: PretrainedConfig, count: float | None = None) -> dict[str, float]:
+    """Of images in tiles of one size, `count` of them, or as many as have so many tokens."""
+    tower = config.vision_config
+    (height, width), (high, wide) = _pair(tower.image_size), _pair(tower.patch_size)
+    patches = (height // high) * (width // wide)
+    before = tower.model_type in ("clip_vision_model", "internvl_vision")  # a token of the tower's own
+    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    shrunk = getattr(config, "downsample_ratio", 1.0) if config.model_type == "internvl" else 1 / _scale(config)
+    features = (patches + (before and whole)) * shrunk**2
+    number, places = tokens / features if count is None else count, patches + before
+    return {
+        PATCHES: number * patches, PLACES: number * places, FEATURES: number * features,
+        "image_attention": number * places**2,
+    }  # fmt: skip
+
+
+def _scale(config: PretrainedConfig) -> int:
+    return getattr(config, "scale_factor", 1) if config.model_type in ("idefics3", "smolvlm") else 1
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+
+def _in_a_grid(runs: np.ndarray, config: PretrainedConfig) -> dict[str, float]:
+    """LLaVA-NeXT: an image once whole, and in tiles of a grid, of which lines or columns in the margin have no tokens, and
+    each line one more at its end: the smallest grid that an image of so many tokens can come from."""
+    side = config.vision_config.image_size
+    patches = side // config.vision_config.patch_size
+    grids = sorted(((h // side, w // side) for h, w in config.image_grid_pinpoints), key=math.prod)
+
+    def fits(tokens: int, high: int, wide: int) -> bool:
+        lines, columns = patches * high, patches * wide
+        whole_lines = tokens % (columns + 1) == 0 and tokens // (columns + 1) <= lines
+        return whole_lines or (tokens % lines == 0 and tokens // lines <= columns + 1)
+
+    others = (int(run) - patches**2 for run in runs)
+    count = sum(1 + math.prod(next((g for g in grids if fits(n, *g)), grids[-1])) for n in others)
+    return tiles(0.0, config, count)
+
+
+def _merged(runs: np.ndarray, config: PretrainedConfig) -> dict[str, float]:
+    """Qwen: four patches a token, each image by itself; windows as if all were whole."""
+    tower = config.vision_config
+    patches = runs.astype(np.float64) * tower.spatial_merge_size**2
+    window = (getattr(tower, "window_size", 0) // tower.patch_size) ** 2
+    total = float(patches.sum())
+    return {
+        PATCHES: total, PLACES: total, FEATURES: float(runs.sum()), "image_attention": float((patches**2).sum()),
+        WINDOWS: float((patches * np.minimum(patches, window)).sum()),
+    }  # fmt: skip
 
 
 def _without_padding(made: Tensors, config: PretrainedConfig) -> Tensors:
@@ -65,14 +125,14 @@ def _first_row(made: Tensors, config: PretrainedConfig) -> Tensors:
     return {name: tensor[0] for name, tensor in made.items()}
 
 
-_QWEN = VisionFamily(("pixel_values", "image_grid_thw"), axes=True)
+_QWEN = VisionFamily(("pixel_values", "image_grid_thw"), axes=True, reading=_merged)
 _IDEFICS = VisionFamily(("pixel_values", "pixel_attention_mask"), _first_row, in_one_row=True)
 FAMILIES: dict[str, VisionFamily] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "llava": VisionFamily(("pixel_values",)),
-    "llava_next": VisionFamily(("pixel_values", "image_sizes"), _without_padding),
+    "llava_next": VisionFamily(("pixel_values", "image_sizes"), _without_padding, reading=_in_a_grid),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "internvl": VisionFamily(("pixel_values",)),
@@ -145,72 +205,6 @@ def _unequal(tokens: int, features: int) -> ConfigError:
         "fix: set in processor_config.json what the model's config says (patch_size, merge_size, image_seq_len, "
         "num_additional_image_tokens, vision_feature_select_strategy)"
     )
-
-
-def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False) -> Sight:
-    """How a model reads the images of rows, by its processor; pixels in its own type, as they wait in host memory. Raises
-    ConfigError where the two do not go together."""
-    config, family = skeleton.config, family_of(skeleton.config)
-    _refuse_other_familys(processor, config.model_type)
-    _complete(processor, config)
-    token, own = config.image_token_id, getattr(processor, "image_token_id", None)
-    if own is not None and own != token:
-        raise ConfigError(
-            f"model.tokenizer_name_or_path: its processor writes images by token {own}, and the model has {token} "
-            "(image_token_id); use the model's own"
-        )
-    word, written = processor.tokenizer.convert_ids_to_tokens(token), getattr(processor, "image_token", None)
-    if written is not None and word != str(written):
-        raise ConfigError(
-            f"model.tokenizer_name_or_path: its token {token} is {word!r}, and the model's images are {str(written)!r} "
-            "(image_token_id); use the model's own"
-        )
-
-    def to_tower(made: Mapping[str, Any], digest: bytes) -> RowImages:
-        found = row_images(made, config, digest)
-        as_read = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.tensors.items()}
-        return RowImages(as_read, digest)
-
-    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton), trust_remote_code)
-
-
-def _refuse_other_familys(processor: Any, kind: str) -> None:
-    """Raise ConfigError for the processor of another family, whose tensors mean something else."""
-    known, name = PROCESSOR_MAPPING_NAMES.get(kind), type(processor).__name__
-    if known and name != known and name in PROCESSOR_MAPPING_NAMES.values():
-        raise ConfigError(
-            f"model.tokenizer_name_or_path: its processor is a {name}, and a {kind} reads by a {known}; use the model's own"
-        )
-
-
-def _complete(processor: Any, config: PretrainedConfig) -> None:
-    """Older folders of LLaVA leave to the model's config how many tokens an image becomes."""
-    if getattr(processor, "patch_size", 0) is None:
-        processor.patch_size = config.vision_config.patch_size
-    if getattr(processor, "vision_feature_select_strategy", "") is None:
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-
-
-def teach(
-    tokenizer: Any, processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool = False
-) -> None:
-    """From now on a tokenizer, with its chat template, is that of a model that reads images, by the processor that goes with
-    it. Raises ConfigError as `sight`."""
-    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
-    see(tokenizer, sight(processor, skeleton, dtype, trust_remote_code))
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:
-    """Write a tokenizer, and of a vision-language model all of its processor, which is then loaded as a user would and has
-    to read an image and a text; what comes out otherwise, or None."""
-    own = sight_of(tokenizer)
-    if own is None:
-        tokenizer.save_pretrained(folder)
-        return None
-    own.processor.save_pretrained(folder)
-    expected, found = own.probe(), own.as_reloaded(str(folder)).probe()
-    same = (name in found and torch.equal(torch.as_tensor(x), torch.as_tensor(found[name])) for name, x in expected.items())
-    return next((name for name, is_same in zip(expected, same) if not is_same), None)
 
 
 def outside_language_model(lm: PreTrainedModel) -> str:

@@ -26,7 +26,7 @@ from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
-from dspref.model import adapters, admission, digests, families, loading, vision, weights
+from dspref.model import adapters, admission, digests, families, loading, processors, vision, weights
 from dspref.reference.spec import ReferenceSpec, described
 from dspref.run.export import warn_of_other_tokenizer
 
@@ -171,7 +171,7 @@ def seeing_tokenizer(section: ModelSection, name: str) -> PreTrainedTokenizerBas
     template = section.chat_template or processor.chat_template
     tokenizer = load_tokenizer(name, section.revision, template, section.trust_remote_code)
     dtype = getattr(torch, section.dtype)
-    vision.teach(tokenizer, processor, loading.skeleton(section), dtype, section.trust_remote_code)
+    processors.teach(tokenizer, processor, loading.skeleton(section), dtype, section.trust_remote_code)
     return tokenizer
 
 

@@ -29,7 +29,7 @@ from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError
-from dspref.model import vision
+from dspref.model import processors, vision
 from dspref.reference.store import sequence_keys
 from dspref.training.answers import text_of_prompt
 
@@ -47,7 +47,7 @@ def seeing(kind: str, folder: Path) -> Any:
     token = words.tokenizer.convert_tokens_to_ids(words.image_token)
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(tiny_vision_config(kind, len(words.tokenizer), token))
-    see(words.tokenizer, vision.sight(words, skeleton, torch.float32))
+    see(words.tokenizer, processors.sight(words, skeleton, torch.float32))
     return words.tokenizer
 
 
@@ -260,9 +260,9 @@ def test_a_processor_must_be_the_models_own(tmp_path: Path) -> None:
         llava = AutoModelForImageTextToText.from_config(tiny_vision_config("llava", len(words.tokenizer), token))
         next_ = AutoModelForImageTextToText.from_config(tiny_vision_config("llava_next", len(words.tokenizer), 7))
     with pytest.raises(ConfigError, match="a LlavaNextProcessor, and a llava reads by a LlavaProcessor; use the"):
-        vision.sight(words, llava, torch.float32)
+        processors.sight(words, llava, torch.float32)
     with pytest.raises(ConfigError, match=f"writes images by token {token}, and the model has 7"):
-        vision.sight(words, next_, torch.float32)
+        processors.sight(words, next_, torch.float32)
 
 
 def test_what_an_older_processor_leaves_out_the_models_config_says(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_what_an_older_processor_leaves_out_the_models_config_says(tmp_path: Pat
     token = words.tokenizer.convert_tokens_to_ids(words.image_token)
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(tiny_vision_config("llava", len(words.tokenizer), token))
-    sight = vision.sight(words, skeleton, torch.float32)
+    sight = processors.sight(words, skeleton, torch.float32)
     assert (words.patch_size, words.vision_feature_select_strategy) == (14, "default")
     assert sight.layout.token == token
 
