@@ -28,7 +28,7 @@ from dspref.model.generation import Passage, Style, generate, plain_attention
 
 def exact_logps(packed: model.PackedCausalLM, batch: PackedBatch) -> Tensor:
     """Of a pack, with its head in float64 too, which `scored_logps` has in fp32."""
-    hidden = packed._read(batch, Segments(batch, "sdpa"), False).last_hidden_state[0][batch.predictor_index]
+    hidden = packed.reader.read(packed.lm, batch, Segments(batch, "sdpa"), False).last_hidden_state[0][batch.predictor_index]
     head: Any = packed.lm.get_output_embeddings()
     logps = head(hidden).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     return by_side(logps if batch.scored_index is None else logps[batch.scored_index], batch)
@@ -37,7 +37,7 @@ def exact_logps(packed: model.PackedCausalLM, batch: PackedBatch) -> Tensor:
 def packed_of(lm: Any) -> model.PackedCausalLM:
     lm = copy.deepcopy(lm)
     lm.set_attn_implementation(vision.implementations(lm.config))
-    return model.wrapped(lm, "sdpa")
+    return model.PackedCausalLM(lm, "sdpa")
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -246,7 +246,7 @@ def test_the_kernel_of_packs_is_the_language_models_alone(kind: str, tmp_path: A
     rows = some_rows(lm)
     batch = packed_rows(lm, rows, True)
     with torch.no_grad():
-        tokens, _ = model.wrapped(loaded, "sdpa")(batch)
+        tokens, _ = model.PackedCausalLM(loaded, "sdpa")(batch)
         assert (by_side(tokens.logps, batch) - plain_logps(lm, rows)).abs().max() <= 2e-6
 
 
@@ -256,7 +256,7 @@ def test_a_tower_under_the_kernel_of_packs_is_refused() -> None:
     batch = packed_rows(lm, some_rows(lm), True)
     lm.set_attn_implementation(PACKED)
     with pytest.raises(ConfigError, match="VisionAttention does not pass a pack's layout on"):
-        model.wrapped(lm, "sdpa")(batch)
+        model.PackedCausalLM(lm, "sdpa")(batch)
 
 
 @pytest.mark.parametrize("kind", vision.FAMILIES)
@@ -328,4 +328,4 @@ def test_a_model_without_a_tower_takes_no_images() -> None:
     lm = tiny_model(tiny_config("qwen2"), seed=1)
     lm.set_attn_implementation(PACKED)
     with pytest.raises(ConfigError, match="qwen2 is not known to read images in a pack"):
-        model.wrapped(lm, "sdpa")(batch)
+        model.PackedCausalLM(lm, "sdpa")(batch)

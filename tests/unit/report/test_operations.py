@@ -42,7 +42,7 @@ def ready(lm: Any, implementations: Any, freeze: list[str], checkpointing: bool 
     names = [name for name, _ in lm.named_parameters(remove_duplicate=False)]
     of_family = [part for part in freeze if any(part.split(".")[0] in name for name in names)]
     section = ModelSection(name_or_path="x", dtype="float32", gradient_checkpointing=checkpointing, freeze=of_family)
-    return model.prepare_for_training(model.wrapped(lm, "sdpa"), section, False)
+    return model.prepare_for_training(model.PackedCausalLM(lm, "sdpa"), section, False)
 
 
 def counted(packed: model.PackedCausalLM, batch: PackedBatch) -> tuple[float, float]:
