@@ -225,6 +225,15 @@ def test_bytes_in_rows_are_read_as_files_are(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(decode(found.data, "x")), image(40, 60, 1))
 
 
+def test_scored_answers_about_an_image_are_pairs_about_it(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    answers = {"completions": ["a dog", "a cat", "a cow"], "scores": [2, 3, 1]}
+    store = stored(tmp_path, [{"prompt": "what?", "images": ["a.png"], **answers}])
+    pair = stored(tmp_path, [{"prompt": "what?", "images": ["a.png"], **ANSWERS}])
+    assert len(store) == 3 and len(set(store.image_digests(range(3)))) == 1
+    assert any(all((a == b).all() for a, b in zip(store[k][:3], pair[0][:3])) for k in range(3))
+
+
 def test_bytes_in_json_are_base64(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
