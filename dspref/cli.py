@@ -192,7 +192,7 @@ def chat(
 ) -> None:
     """Talk to a model, with its chat template and generation config. Piped: a prompt a line in, an answer a block out.
 
-    /reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    /image PATH shows an image with your next message, /reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from dspref import launcher
 
     with faults_in_one_line():

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import dspref
-from dspref.errors import ConfigError, ExitCode, UserError
+from dspref.errors import ConfigError, ExitCode, UserError, unloadable
 from dspref.terminal import outlive_streams, shown
 
 
@@ -76,7 +76,7 @@ class OfRun(TyperCommand):
 
 @contextmanager
 def faults_in_one_line() -> Iterator[None]:
-    """A user's mistake, or a disk's, becomes one line and its exit code."""
+    """A user's mistake, a disk's, or a library's that does not load, becomes one line and its exit code."""
     try:
         yield
     except UserError as error:
@@ -88,6 +88,11 @@ def faults_in_one_line() -> Iterator[None]:
         remedy = "use a shorter name" if error.errno == errno.ENAMETOOLONG else "mend the permissions, or use another folder"
         print(shown(f"{error.filename}: {error.strerror}; {remedy}"), file=sys.stderr)
         raise typer.Exit(int(ExitCode.IO)) from None
+    except Exception as error:
+        if (fault := unloadable(error)) is None:
+            raise
+        print(fault, file=sys.stderr)
+        raise typer.Exit(int(fault.exit_code)) from None
 
 
 app = typer.Typer(

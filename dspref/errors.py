@@ -7,6 +7,7 @@ This module is below every layer and imports of dspref only `secrets` and `termi
 from __future__ import annotations
 
 import errno
+import traceback
 from enum import IntEnum
 
 from dspref.secrets import redact
@@ -97,3 +98,27 @@ def exit_code_of(error: BaseException) -> ExitCode:
     if isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
         return ExitCode.IO  # another without a name is of a library's own making
     return ExitCode.CTRL_C if isinstance(error, KeyboardInterrupt) else ExitCode.BUG
+
+
+def unloadable(error: BaseException) -> EnvironmentFault | None:
+    """The fault of a machine that an exception, or what it comes from, tells of: a library that is not there, or raises
+    where it is loaded. Who has installed packages that do not fit together meets it at any import."""
+    found = None
+    told: BaseException | None = error
+    while told is not None:
+        found, told = _unloadable(told) or found, told.__cause__  # transformers wraps what its imports raise
+    return found
+
+
+def _unloadable(error: BaseException) -> EnvironmentFault | None:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    loaded = [str(frame.f_globals.get("__name__")) for frame in frames if frame.f_code.co_name == "<module>"]
+    named = [error.name] if isinstance(error, ImportError) and error.name else []
+    foreign = [name for name in (*loaded, *named) if name.partition(".")[0] not in ("dspref", "__main__")]
+    if not foreign:
+        return None
+    package, said = foreign[0].partition(".")[0], " ".join(str(error).split()) or type(error).__name__
+    remedy = "install what constraints.txt names"
+    if "torchvision::" in said:  # kernels that have been built for another torch, as PyPI's have for a torch of CPUs alone
+        remedy = "install torchvision from the index that torch came from, or pip uninstall torchvision"
+    return EnvironmentFault(f"{package} cannot be loaded: {said.removesuffix('.')}; {remedy}")

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import NoReturn, TextIO
 
-from dspref.errors import ConfigError, EnvironmentFault, ExitCode, Interrupted, IOFault, UserError, exit_code_of
+from dspref.errors import ConfigError, ExitCode, Interrupted, IOFault, UserError, exit_code_of, unloadable
 from dspref.secrets import redact
 from dspref.terminal import outlive_streams, shown
 from dspref.watch.interruption import BEFORE_RUN, catch_to_the_end, decided, first_of_host, first_rank, leaving_at_once
@@ -128,19 +128,6 @@ def outcome(job: Callable[[], None], terminal: TextIO) -> int:
         place = "" if distributed.world().beside_first else f"{socket.gethostname()}: "
         print(f"{place}{fault}", file=terminal, flush=True)
     return int(fault.exit_code)
-
-
-def unloadable(error: Exception) -> EnvironmentFault | None:
-    """The fault of a machine that an exception tells of: a library that is not there, or raises where it is loaded. Who
-    has installed packages that do not fit together meets it at any import."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    loaded = [str(frame.f_globals.get("__name__")) for frame in frames if frame.f_code.co_name == "<module>"]
-    named = [error.name] if isinstance(error, ImportError) and error.name else []
-    foreign = [name for name in (*loaded, *named) if name.partition(".")[0] not in ("dspref", "__main__")]
-    if not foreign:
-        return None
-    package, said = foreign[0].partition(".")[0], " ".join(str(error).split()) or type(error).__name__
-    return EnvironmentFault(f"{package} cannot be loaded: {said.removesuffix('.')}; install what constraints.txt names")
 
 
 def failed_write(error: Exception) -> IOFault | None:

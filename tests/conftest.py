@@ -22,6 +22,7 @@ _scratch = tempfile.mkdtemp(prefix="dspref-tests-")
 atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
 os.environ["TORCH_EXTENSIONS_DIR"] = f"{_scratch}/torch_extensions"
 os.environ["DSPREF_CACHE"] = f"{_scratch}/cache"
+os.environ["HF_MODULES_CACHE"] = f"{_scratch}/modules"  # code of models' own
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models gain nothing from more, and threads that spin for a core that others hold make a minute of a second.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import without_videos
 from tiny import filled, save_tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
 
@@ -102,43 +103,45 @@ WORDS: dict[str, tuple[list[str], str]] = {
     ),
     "llava": (["<image>"], "<image>"),
     "idefics3": (["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"], "<image>"),
+    "smolvlm": (["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"], "<image>"),
     "internvl": (["<IMG_CONTEXT>", "<img>", "</img>", "<video>"], "<IMG_CONTEXT>"),
 }
 
 
-def processor(model_type: str, folder: str | Path) -> tuple[Any, str]:
+# What processors are called.
+NAMES = {
+    "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "smolvlm": "SmolVLM", "internvl": "InternVL",
+    "llava": "Llava", "llava_next": "LlavaNext", "idefics3": "Idefics3",
+}  # fmt: skip
+
+
+def processor(model_type: str, folder: str | Path, videos: bool = False) -> tuple[Any, str]:
     """The family's own processor with a tiny tokenizer, made in `folder`, and what stands for an image in its prompts.
 
-    Without its part for videos, which most families have and which needs torchvision."""
+    Without its part for videos, which most families have and which needs torchvision, unless `videos`: then as it is."""
     written, stands_for_image = next(words for start, words in WORDS.items() if model_type.startswith(start))
     save_tokenizer(folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": written})
     more: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     if model_type == "internvl":
         more = {"image_seq_length": 4}
-        for name, word in zip(("context_image_token", "start_image_token", "end_image_token", "video_token"), written):
-            setattr(tokenizer, name, word)
-            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(word))
-    elif model_type == "idefics3":
+        names = ("context_image_token", "start_image_token", "end_image_token", "video_token")
+        named = {"extra_special_tokens": dict(zip(names, written))}
+    elif model_type in ("idefics3", "smolvlm"):
         more = {"image_seq_len": 4}
     elif model_type.startswith("llava"):
         more = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    names = {
-        "qwen2_vl": "Qwen2VL",
-        "qwen2_5_vl": "Qwen2_5_VL",
-        "qwen3_vl": "Qwen3VL",
-        "llava": "Llava",
-        "internvl": "InternVL",
-    }
-    names |= {"llava_next": "LlavaNext", "idefics3": "Idefics3"}
-    without_videos = {
-        "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]),
-        "check_argument_for_proper_class": lambda self, name, given: None,  # knows no class without torchvision
-        "video_processor": None,
-    }
-    kind = getattr(transformers, f"{names[model_type]}Processor")
-    return type(kind.__name__, (kind,), without_videos)(image_processor(model_type), tokenizer, **more), stands_for_image
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **named)
+    tokenizer.add_special_tokens({"additional_special_tokens": written})
+    own = image_processor(model_type)
+    name = NAMES[model_type]
+    without = getattr(without_videos, f"{name}Images", None)
+    if without and not videos:
+        return without(own, tokenizer, **more), stands_for_image
+    if without:
+        of_videos = {"Qwen2_5_VL": "Qwen2VL"}.get(name, name)
+        more["video_processor"] = getattr(transformers, f"{of_videos}VideoProcessor")()
+    return getattr(transformers, f"{name}Processor")(own, tokenizer, **more), stands_for_image
 
 
 def image(height: int, width: int, seed: int) -> np.ndarray:
@@ -153,10 +156,13 @@ TEMPLATE = (
 )
 
 
-def save_vision(folder: Path, model_type: str, seed: int, **settings: Any) -> Any:
-    """Write a tiny model with its processor to a folder, whose template reads contents in parts; the model."""
-    words, stands_for_image = processor(model_type, folder)
+def save_vision(folder: Path, model_type: str, seed: int, videos: bool = False, **settings: Any) -> Any:
+    """Write a tiny model with its processor to a folder, whose template reads contents in parts; the model. Some families'
+    processors have code of their own in the folder, unless `videos`, which needs torchvision."""
+    words, stands_for_image = processor(model_type, folder, videos)
     words.chat_template = words.tokenizer.chat_template = TEMPLATE.replace("IMAGE", stands_for_image)
+    if isinstance(words, without_videos.WithoutVideos):
+        type(words).register_for_auto_class()
     words.save_pretrained(folder)
     token = words.tokenizer.convert_tokens_to_ids(words.image_token)
     size = -(-len(words.tokenizer) // 8) * 8
@@ -166,6 +172,25 @@ def save_vision(folder: Path, model_type: str, seed: int, **settings: Any) -> An
     model = tiny_vision_model(config, seed)
     model.save_pretrained(folder)
     return model
+
+
+def talkative(folder: Path, seed: int = 4) -> None:
+    """The model of a folder says many things, all in printable ASCII, and other things about other images."""
+    lm: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    words: Any = AutoTokenizer.from_pretrained(folder)
+    said = [words.decode([i]) for i in range(lm.get_output_embeddings().weight.shape[0])]
+    mute = torch.tensor([not (text.isascii() and text.isprintable() and len(text) == 1) for text in said])
+    mute[words.eos_token_id] = False
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if parameter.dim() > 1 and "lm_head" not in name:
+                parameter *= 3
+        head = lm.get_output_embeddings().weight
+        head += 0.02 * torch.randn(head.shape, generator=generator)
+        head[mute] *= 0.01
+    lm.generation_config.eos_token_id = [words.eos_token_id, words.convert_tokens_to_ids("e")]
+    lm.save_pretrained(folder)
 
 
 def image_rows(folder: Path, count: int) -> list[dict[str, Any]]:
@@ -185,4 +210,23 @@ def image_rows(folder: Path, count: int) -> list[dict[str, Any]]:
             rows.append({"prompt": in_parts, "images": None, **answers})
         else:
             rows.append({"prompt": question, "images": names, **answers})
+    return rows
+
+
+def trl_vision_rows(folder: Path, count: int, in_parts: bool) -> list[dict[str, Any]]:
+    """Conversations with one image, two, and none, as TRL reads them too; the images are written to the folder, and stand
+    before the question, or, in parts, behind it."""
+    import PIL.Image
+
+    rows: list[dict[str, Any]] = []
+    for k in range(count):
+        names = [f"{k}-{j}.png" for j in range((1, 2, 0)[k % 3])]
+        for j, name in enumerate(names):
+            PIL.Image.fromarray(image(40 + 8 * j, 60 - 24 * (k % 2), seed=100 + 10 * k + j)).save(folder / name)
+        content: Any = f"what is {'abcdefgh'[k % 8] * (1 + k % 3)}?"
+        if in_parts:
+            content = [{"type": "text", "text": content}, *({"type": "image"} for _ in names)]
+        answers = {"chosen": f"it is {k * 7}", "rejected": f"no, {'xyz'[k % 3] * (1 + k)}"}
+        said = {side: [{"role": "assistant", "content": answer}] for side, answer in answers.items()}
+        rows.append({"prompt": [{"role": "user", "content": content}], "images": names, **said})
     return rows

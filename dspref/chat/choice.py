@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dspref.chat.speaker import Messages
+from dspref.data.image_rows import as_rows_have
 from dspref.files import append_line
 
 KEYS = {"1": 0, "2": 1, "s": None}
@@ -37,7 +38,7 @@ def row_of(messages: Messages, chosen: str, rejected: str, converses: bool) -> d
     if not converses:
         return {"prompt": messages[-1]["content"], "chosen": chosen, "rejected": rejected}
     answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
-    return {"prompt": messages, "chosen": answers[0], "rejected": answers[1]}
+    return {"prompt": as_rows_have(messages), "chosen": answers[0], "rejected": answers[1]}
 
 
 def refusal(answers: Sequence[str]) -> str | None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dspref.chat import choice
 from dspref.chat.speaker import Messages, Speaker
 from dspref.data import vocabulary
+from dspref.data.image_files import opened
+from dspref.data.image_rows import COLUMNS, NO_IMAGES, column_of, mark_of, without_images
+from dspref.data.messages import messages_of
+from dspref.data.rows import RowError, kind_of
 from dspref.errors import ConfigError, DataError
 from dspref.model import adapters, loading
 from dspref.model.generation import Asked
@@ -20,7 +25,8 @@ from dspref.terminal import printable, shown
 from dspref.training import named
 from dspref.watch.interruption import interruptible
 
-HELP = "/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+HELP = "/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer, /help says this"
+HELP_SEEING = f"/image PATH shows an image with your next message, {HELP}"
 
 
 def chat(
@@ -47,7 +53,7 @@ def chat(
         speakers = []
         for one, folder in zip(found, folders):
             tokenizer = vocabulary.load_as_written(folder, one.trust_remote_code)
-            speakers.append(Speaker.load(one.folder, tokenizer, one.trust_remote_code, asked))
+            speakers.append(Speaker.load(one.folder, tokenizer, one.trust_remote_code, asked, folder))
         stack.enter_context(interruptible())
         if system and not all(speaker.converses for speaker in speakers):
             raise ConfigError("--system: a model without a chat template continues texts; leave it out")
@@ -92,37 +98,57 @@ class Talk:
     save: Path | None
     as_rows: bool = False
     messages: Messages = field(default_factory=list)
+    attached: list[str] = field(default_factory=list)
+    """Paths of images that go with the next message."""
     kept: int = 0
 
     def begin(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.attached = []
 
     # ---------------------------------------------------------------------------------------------------- between pipes
 
     def piped(self) -> None:
-        """Each line is a prompt of its own; its answer a block with an empty line behind it, or a row of JSON. What is no
-        answer goes to standard error. Raises DataError behind the last line, where some had no room for an answer."""
-        refused = 0
+        """Each line is a prompt of its own; its answer a block with an empty line behind it, or a row of JSON, and then a
+        prompt may be one too, with `images`. What is no answer goes to standard error. Raises DataError behind the last
+        line, where some had no room for an answer, or an image that cannot be read."""
+        refused = unread = 0
         for number, line in lines_of_pipe():
             if not line:
                 print(f"line {number}: is empty, and not asked", file=sys.stderr)
                 continue
             self.begin()
-            asked = [*self.messages, {"role": "user", "content": line}]
+            row = (row_in(line) if self.as_rows else None) or {"prompt": line}
             answers: list[str | None] = []
-            for speaker in self.speakers:
-                text = "".join(speaker.answer(asked))
-                answers.append(None if is_full(speaker.ending) else text)
-                if not text.strip():
-                    print(f"line {number}: {speaker.ending or 'the answer is empty'}", file=sys.stderr)
-            refused += None in answers
+            try:
+                for speaker in self.speakers:
+                    text = "".join(speaker.answer(*self.asked(row)))
+                    answers.append(None if is_full(speaker.ending) else text)
+                    if not text.strip():
+                        print(f"line {number}: {speaker.ending or 'the answer is empty'}", file=sys.stderr)
+                refused += None in answers
+            except RowError as error:
+                print(shown(f"line {number}: {error.field}: {error.reason}"), file=sys.stderr)
+                unread += 1
+                answers = [None for _ in self.speakers]
             if self.as_rows:
-                print(json.dumps({"line": number, "prompt": line, "answers": answers}), flush=True)
+                print(json.dumps({"line": number, **row, "answers": answers}), flush=True)
             else:
                 numbers = [f"{k}: " if len(answers) > 1 else "" for k in range(1, len(answers) + 1)]
                 print(shown("\n".join(n + (text or "") for n, text in zip(numbers, answers))), end="\n\n", flush=True)
-        if refused:
-            raise DataError(f"{refused} prompt{'s' * (refused != 1)} had no room for an answer; shorten them")
+        said = [f"{refused} prompt{'s' * (refused != 1)} had no room for an answer; shorten them"] * bool(refused)
+        said += [f"{unread} prompt{'s' * (unread != 1)} could not be read; mend them"] * bool(unread)
+        if said:
+            raise DataError("; ".join(said))
+
+    def asked(self, row: Mapping[str, Any]) -> tuple[Messages, Sequence[Any]]:
+        """The conversation of a row without answers, and the images beside it. Raises RowError."""
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            turns = [{"role": "user", "content": without_images(prompt)}]
+        else:
+            turns = messages_of(prompt, "prompt")
+        return [*self.messages, *turns], column_of(row, {}).get("images", ())
 
     # ---------------------------------------------------------------------------------------------------- on a terminal
 
@@ -132,30 +158,62 @@ class Talk:
             print(shown(f"{number}{name}: {speaker.in_words()}"))
             if not speaker.converses:
                 print("   it has no chat template: what you type is continued as text, each line by itself")
-        print(HELP)
+        print(self.help)
         self.begin()
         with suppress(EOFError):
             for line in lines_of_terminal():
                 if line == "/quit":
                     break
-                if line == "/reset":
-                    self.begin()
-                    print("begun anew")
-                    continue
-                self.turn(line)
+                if not self.obeyed(line):
+                    self.turn(line)
         print()
         if self.save and self.kept:
             print(shown(f"{self.kept} row{'s' * (self.kept != 1)} added to {self.save}"))
 
+    @property
+    def help(self) -> str:
+        return HELP_SEEING if all(speaker.sees for speaker in self.speakers) else HELP
+
+    def obeyed(self, line: str) -> bool:
+        """Whether a line is a command, and was done."""
+        name, _, rest = line.partition(" ")
+        if line == "/help":
+            print(self.help)
+        elif line == "/reset":
+            self.begin()
+            print("begun anew")
+        elif name == "/image":
+            self.attach(rest.strip())
+        else:
+            return False
+        return True
+
+    def attach(self, said: str) -> None:
+        """Have an image go with the next message; where it cannot be read, say so."""
+        bare = said[1:-1] if said[:1] in ("'", '"') and said[-1:] == said[:1] else said  # as terminals drop files
+        path = Path(bare).expanduser().absolute()
+        try:
+            if not bare:
+                raise RowError("images", "no file is named; /image PATH")
+            if not all(speaker.sees for speaker in self.speakers):
+                raise NO_IMAGES
+            image = opened(path, bare)
+        except (RowError, RuntimeError) as error:  # RuntimeError: a ~name of nobody
+            print(shown(f"(not attached: {error.reason if isinstance(error, RowError) else error})"))
+            return
+        self.attached.append(str(path))
+        print(shown(f"({path.name}, {image.width} x {image.height}, goes with your next message)"))
+
     def turn(self, line: str) -> None:
-        asked = [*self.messages, {"role": "user", "content": line}]
+        marks = "".join(mark_of({"image": path}, "image") for path in self.attached)
+        asked = [*self.messages, {"role": "user", "content": marks + without_images(line)}]
         try:
             answer = self.single(asked) if len(self.speakers) == 1 else self.double(asked)
-        except ConfigError as error:  # a template's refusal
-            print(error)
+        except (ConfigError, RowError) as error:  # a template's refusal; an image that has gone
+            print(shown(str(error)))
             return
         if answer:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.messages, self.attached = [*asked, {"role": "assistant", "content": answer}], []
 
     def single(self, asked: Messages) -> str:
         """Show the answer as it grows; what was said of it."""
@@ -215,6 +273,17 @@ class Talk:
 def tell(ending: str, remedy: str) -> None:
     more = f"; {remedy}" if is_full(ending) else ""
     print(f" ({printable(ending)}{more})" if ending else "", flush=True)
+
+
+def row_in(line: str) -> dict[str, Any] | None:
+    """The row that a line is, with a prompt and images; None for a text, which may look much the same."""
+    try:
+        found = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or kind_of(found.get("prompt")) == "other" or not found.keys() & {*COLUMNS}:
+        return None
+    return {name: found[name] for name in ("prompt", *COLUMNS) if name in found}
 
 
 def is_full(ending: str) -> bool:

@@ -59,10 +59,17 @@ _NOT_NEEDED = {
     ),
     "the answers are scored, and the prompt only by orpo": "train_on_inputs ignore_pad_token_for_loss",
     "scored tokens are known by their place": "label_pad_token_id",
-    "models are text only": (
-        "freeze_mm_modules freeze_vision_tower freeze_multi_modal_projector processor_type processor_kwargs image_size "
-        "image_resize_algorithm role_boundaries image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches "
-        "video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate media_dir"
+    "write model.freeze, a list of parts of parameters' names, such as [vision_tower]": (
+        "freeze_mm_modules freeze_vision_tower freeze_multi_modal_projector"
+    ),
+    "the model's own processor says it": (
+        "processor_type processor_kwargs image_size image_resize_algorithm image_max_pixels image_min_pixels "
+        "image_do_pan_and_scan crop_to_patches"
+    ),
+    "paths of images are relative to the file that names them": "media_dir",
+    "the chat template says it": "role_boundaries",
+    "videos and sounds are not read": (
+        "video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate"
     ),
     # ---------------------------------------------------------------------------------------------- tokenizer and template
     "the tokenizer's own files say it": (

@@ -15,8 +15,8 @@
 packs (`layout`), and `figures` of all.
 
 Enters: nothing.
-Shows: ahead, apart, batch, choosing, figures, images, layout, loader, origin, overlap, plan, prompts, rows, show, sight,
-sources, spans, store, tokenize, truncate, vocabulary.
+Shows: ahead, apart, batch, choosing, figures, image_files, image_rows, image_store, images, layout, loader, manners,
+messages, origin, overlap, plan, prompts, rows, show, sight, sources, spans, store, tokenize, truncate, vocabulary.
 """
 
 from typing import TYPE_CHECKING

@@ -20,7 +20,7 @@ from dspref.data.complaints import Complaints, in_words
 from dspref.data.completions import is_ranked
 from dspref.data.converting import Converter, Place
 from dspref.data.formats import Preference
-from dspref.data.image_files import Picture, folder_of, look
+from dspref.data.image_files import Picture, folder_of, look_at
 from dspref.data.image_store import ImageWriter
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
@@ -129,8 +129,7 @@ class Reader:
         if isinstance(item, RowError) or not item.images or self.encoder.sight is None:
             return item
         try:
-            folder = folder_of(row.file)
-            return replace(item, images=tuple(look(x, folder, f"images[{k}]") for k, x in enumerate(item.images)))
+            return replace(item, images=look_at(item.images, folder_of(row.file)))
         except RowError as error:
             return error
 

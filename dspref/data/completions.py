@@ -11,6 +11,7 @@ from typing import Any
 
 from dspref.data.beside import unused
 from dspref.data.formats import Preference, pair_of, to_preference
+from dspref.data.image_rows import column_of
 from dspref.data.messages import answer_of, is_blank, stripped, unwrapped
 from dspref.data.normalise import conversation_in, normalise, without_null_prompt
 from dspref.data.rows import Columns, RowError, Text, Values, close_name, find, given, kind_of, missing, parse_json, what_is
@@ -50,7 +51,8 @@ def to_preferences(
             made = [to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)]
             ranked = False
         else:
-            made, ranked = _pairs_of(values, columns, pairs, as_), True
+            about_images = chat_model and "images" in column_of(values, given(columns))  # a text has no place for one
+            made, ranked = _pairs_of(values, columns, pairs, as_ or ("chat" if about_images else None)), True
     except RecursionError:
         raise RowError("row", "nested too deeply", "write a plainer row") from None
     except RowError as error:

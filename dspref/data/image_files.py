@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +44,30 @@ class Picture(NamedTuple):
     """The bytes, where the row has them itself."""
 
 
+class Shown(NamedTuple):
+    """The images of a prompt, in order."""
+
+    pictures: tuple[Picture, ...] = ()
+    folder: str = ""
+    """Where their paths begin."""
+    where: str = ""
+    """The file and line of their row, for messages."""
+
+    @property
+    def names(self) -> list[str]:
+        """Paths as the row has them, and digests of what has none."""
+        return [picture.path or f"sha256:{picture.digest}" for picture in self.pictures]
+
+    @classmethod
+    def received(cls, values: Sequence[Any]) -> Shown:
+        """Of the bare values that another rank has sent."""
+        pictures, folder, where = values
+        return cls(tuple(map(Picture._make, pictures)), folder, where)
+
+
+NOTHING = Shown()
+
+
 def folder_of(file: str) -> Path:
     """Where the paths of images begin that stand in a file, or in a folder of several."""
     path = Path(file)
@@ -54,18 +78,25 @@ def look(value: Any, folder: Path, place: str) -> Picture:
     """What a row names at `place`: its size and its digest. Raises RowError for what is no image that can be read."""
     path, data, stamp = None, _own_bytes(value, place), (0, 0)
     if data is None:
-        path = value["path"] if isinstance(value, dict) else value
+        path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str | Path) or not str(path):
-            raise RowError(place, f"{what_is(path)}, and no image", "write the path of a file")
+            found = "an empty text" if path == "" else what_is(path)
+            raise RowError(place, f"{found}, and no image", "write the path of a file")
         path = str(path)
         if URL.match(path):
             raise RowError(place, f"{one_line(path, 80)!r} is a URL, and nothing is fetched from the network", FETCH)
         data, stamp = _read(folder / Path(path).expanduser(), place)
     if len(data) > MAX_BYTES:
-        raise RowError(place, f"{len(data):,} bytes, more than the {MAX_BYTES:,} that are read", "make it smaller")
+        size = f"{one_line(str(path), 200)}: {stamp[0]:,}" if path else f"{len(data):,}"
+        raise RowError(place, f"{size} bytes, more than the {MAX_BYTES:,} that are read", "make it smaller")
     height, width = _size(data, place)
     digest = hashlib.sha256(data).hexdigest()
     return Picture(path, digest, height, width, stamp, b"" if path else data)
+
+
+def look_at(images: Sequence[Any], folder: Path) -> tuple[Picture, ...]:
+    """All images that a row names, in order, as `look` has them."""
+    return tuple(look(image, folder, f"images[{k}]") for k, image in enumerate(images))
 
 
 def _own_bytes(value: Any, place: str) -> bytes | None:
@@ -76,13 +107,17 @@ def _own_bytes(value: Any, place: str) -> bytes | None:
         value = value.get("bytes")
         if value is None:
             return None
+        if isinstance(value, str):  # as JSON has bytes
+            value = value if DATA.match(value) else f"data:;base64,{value}"
+        elif not isinstance(value, bytes | bytearray):
+            raise RowError(place, f"{what_is(value)} for bytes", "write base64, or the path of a file")
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if isinstance(value, str) and (start := DATA.match(value)):
         try:
             return base64.b64decode(value[start.end() :], validate=True)
         except binascii.Error:
-            raise RowError(place, "broken base64", "write the path of a file") from None
+            raise RowError(place, "broken base64", "mend it, or write the path of a file") from None
     if callable(getattr(value, "save", None)) and hasattr(value, "mode"):  # an image of PIL's
         written = io.BytesIO()
         save: Any = value.save  # type: ignore[union-attr]
@@ -97,9 +132,7 @@ def _read(path: Path, place: str) -> tuple[bytes, tuple[int, int]]:
     try:
         with reading.open_regular(path) as file:
             stamp = stamp_of(path)
-            if stamp[0] > MAX_BYTES:
-                raise RowError(place, f"{name}: {stamp[0]:,} bytes, more than the {MAX_BYTES:,} that are read")
-            return file.read(), stamp
+            return file.read(MAX_BYTES + 1), stamp
     except FileNotFoundError:
         raise RowError(place, f"{name}: no such file", "check the path; it is relative to the data file") from None
     except (OSError, ValueError) as error:
@@ -132,6 +165,13 @@ def _size(data: bytes, place: str) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
     return _told(size, place)
+
+
+def opened(path: Path, place: str) -> Image:
+    """The image of a file, whatever it is now. Raises RowError."""
+    data, _ = _read(path, place)
+    _size(data, place)
+    return decode(data, place)
 
 
 def decode(data: bytes, place: str) -> Image:

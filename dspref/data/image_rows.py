@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspref.data.rows import FIELDS, Message, RowError, Text, Values, what_is
+from dspref.data.rows import FIELDS, Message, RowError, Text, Values, missing, what_is
 
 IMAGE, NAMED, END = "\ufdd0", "\ufdd1", "\ufdd2"
 MARKS = re.compile(f"{IMAGE}(?:{NAMED}([^{END}]*){END})?")
@@ -23,7 +23,7 @@ PARTS = ("image", "image_url", "input_image")
 # What other tools write into a text where an image belongs (LLaMA-Factory, ms-swift, LLaVA).
 PLACE = "<image>"
 NAMES = ("image", "path", "url", "image_url", "bytes")
-AS_CHAT = "set data.train.as: chat, or write the prompt as messages"
+AS_CHAT = "set data.train.as: chat, or write the prompt as messages; without a chat template, set model.chat_template"
 MATCH = "give as many images as the prompt has places for one"
 NO_IMAGES = RowError("images", "the model reads text alone", "use a vision-language model, or drop the images")
 
@@ -47,6 +47,8 @@ def column_of(values: Values, named: Mapping[str, str]) -> dict[str, Any]:
     for name in VIDEOS:
         if isinstance(values.get(name), list | str | bytes | dict) and values[name] and name not in named.values():
             raise RowError(name, "videos are not read", "drop the column, or the row")
+    if "images" in named and named["images"] not in values:
+        raise missing("images", values, named["images"])
     names = [named["images"]] if "images" in named else [name for name in COLUMNS if name not in named.values()]
     there = [name for name in names if values.get(name) is not None]
     if len(there) > 1:
@@ -54,7 +56,7 @@ def column_of(values: Values, named: Mapping[str, str]) -> dict[str, Any]:
     if len(there) > 1:
         raise RowError("images", f"the columns {' and '.join(there)} both hold some", "name one: data.train.columns.images")
     found = values[there[0]] if there else []
-    found = found if isinstance(found, list | tuple) else [found]
+    found = found if isinstance(found, list | tuple) else [found] if found != "" else []  # how CSV says null
     return {"images": list(found)} if there else {}
 
 
@@ -114,9 +116,27 @@ def as_parts(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
+def as_rows_have(messages: Sequence[Message]) -> list[Message]:
+    """Messages as a row has them: contents with images in parts, which name these."""
+    return [
+        {**message, "content": _parts(message["content"])} if IMAGE in _text(message) else message for message in messages
+    ]
+
+
+def without_images(text: str) -> str:
+    """A text of somebody's, in which no image can stand."""
+    return re.sub(f"[{IMAGE}{NAMED}{END}]", "", text)
+
+
 def _parts(content: str) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
-    for number, text in enumerate(content.split(IMAGE)):
-        found += [{"type": "image"}] if number else []
-        found += [{"type": "text", "text": text}] if text else []
-    return found or [{"type": "text", "text": ""}]
+    done = 0
+    for mark in MARKS.finditer(content):
+        found += _text_part(content[done : mark.start()])
+        found.append({"type": "image"} | ({"image": mark[1]} if mark[1] else {}))
+        done = mark.end()
+    return found + _text_part(content[done:]) or [{"type": "text", "text": ""}]
+
+
+def _text_part(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if text else []

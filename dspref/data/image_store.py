@@ -10,16 +10,20 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dspref import reading
 from dspref.data.cache import Column
-from dspref.data.image_files import Picture, decode, stamp_of
+from dspref.data.image_files import Picture, Shown, decode, stamp_of
 from dspref.data.images import Pictures, RowImages
 from dspref.data.rows import RowError
 from dspref.data.sight import Sight
 from dspref.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TABLE, OF_PAIRS, BYTES = "images.json", "pictures.npy", "image_bytes.npy"
 CHANGED = "start again with the images that the run began with"
@@ -59,7 +63,8 @@ class ImageWriter:
             if picture.path is None:
                 self.bytes.append(np.frombuffer(picture.data, dtype=np.uint8))
             self.known[key] = len(self.table)
-            self.table.append([file, picture.path, picture.digest, *picture.stamp, begin, self.bytes.rows])
+            size = (picture.height, picture.width)
+            self.table.append([file, picture.path, picture.digest, *size, *picture.stamp, begin, self.bytes.rows])
         return self.known[key]
 
     def close(self) -> None:
@@ -84,21 +89,20 @@ class StoredImages:
         of_pairs = np.load(folder / OF_PAIRS, allow_pickle=False)
         self._pairs, self._images = of_pairs[:, 0], of_pairs[:, 1]
 
-    def of(self, pair: int) -> list[Picture]:
-        """The images of a pair, in order, without their sizes."""
+    def of(self, pair: int) -> Shown:
+        """The images of a pair."""
         first, stop = np.searchsorted(self._pairs, [pair, pair + 1])
-        found = []
+        found, folder = [], ""
         for image in self._images[first:stop].tolist():
-            file, path, digest, size, time, begin, end = self.table[image]
-            if path is None:
-                found.append(Picture(None, digest, 0, 0, data=self.bytes[begin:end].tobytes()))
-            else:
-                found.append(Picture(str(self.folders[file] / Path(path).expanduser()), digest, 0, 0, (size, time)))
-        return found
+            file, path, digest, height, width, size, time, begin, end = self.table[image]
+            own = b"" if path is not None else self.bytes[begin:end].tobytes()
+            found.append(Picture(path, digest, height, width, (size, time), own))
+            folder = str(self.folders[file])
+        return Shown(tuple(found), folder, self.where(pair))
 
     def changed(self, digest: Callable[[Path], str]) -> str | None:
         """The first image that is not what it was, or not there: those are read whose file looks otherwise."""
-        for file, path, expected, size, time, _, _ in self.table:
+        for file, path, expected, _, _, size, time, _, _ in self.table:
             if path is None:
                 continue
             at = self.folders[file] / Path(path).expanduser()
@@ -110,33 +114,40 @@ class StoredImages:
         return None
 
     def digests(self, pair: int, sight: Sight) -> bytes:
-        own = self.of(pair)
+        own = self.of(pair).pictures
         return sight.digest_of(own) if own else b""
 
-    def pictures(self, pairs: Sequence[int], sight: Sight) -> Pictures:
-        """The images of some pairs, decoded and ready for the tower. Raises DataError in one line."""
-        read: dict[bytes, RowImages] = {}
-        rows: list[RowImages | None] = []
-        for pair in pairs:
-            own = self.of(pair)
-            digest = sight.digest_of(own) if own else b""
-            if own and digest not in read:
-                try:
-                    images = [decode(self._data(picture, k), f"images[{k}]") for k, picture in enumerate(own)]
-                    read[digest] = sight.read(images, digest)
-                except RowError as error:
-                    raise DataError(f"{self.where(pair)}: {error.field}: {error.reason}; fix: {error.fix}") from None
-            rows.append(read.get(digest))
-        return Pictures(rows, sight.layout)
 
-    def _data(self, picture: Picture, k: int) -> bytes:
-        if picture.path is None:
-            return picture.data
-        try:
-            with reading.open_regular(picture.path) as file:
-                data = file.read()
-        except OSError as error:
-            raise RowError(f"images[{k}]", f"{picture.path}: {error.strerror}", CHANGED) from None
-        if hashlib.sha256(data).hexdigest() != picture.digest:
-            raise RowError(f"images[{k}]", f"{picture.path}: has changed since it was looked at", CHANGED)
-        return data
+def pictures_of(rows: Sequence[Shown], sight: Sight) -> Pictures:
+    """The images of some prompts, decoded and ready for the tower. Raises DataError in one line."""
+    read: dict[bytes, RowImages] = {}
+    found: list[RowImages | None] = []
+    for shown in rows:
+        digest = sight.digest_of(shown.pictures) if shown.pictures else b""
+        if shown.pictures and digest not in read:
+            try:
+                read[digest] = sight.read(decoded(shown), digest)
+            except RowError as error:
+                raise DataError(f"{shown.where}: {error.field}: {error.reason}; fix: {error.fix}") from None
+        found.append(read.get(digest))
+    return Pictures(found, sight.layout)
+
+
+def decoded(shown: Shown) -> list[Image]:
+    """The images of a prompt, which must be what they were. Raises RowError."""
+    places = [f"images[{k}]" for k in range(len(shown.pictures))]
+    return [decode(_data(picture, shown.folder, place), place) for picture, place in zip(shown.pictures, places)]
+
+
+def _data(picture: Picture, folder: str, place: str) -> bytes:
+    if picture.path is None:
+        return picture.data
+    path = Path(folder) / Path(picture.path).expanduser()
+    try:
+        with reading.open_regular(path) as file:
+            data = file.read()
+    except OSError as error:
+        raise RowError(place, f"{path}: {error.strerror}", CHANGED) from None
+    if hashlib.sha256(data).hexdigest() != picture.digest:
+        raise RowError(place, f"{path}: has changed since it was looked at", CHANGED)
+    return data

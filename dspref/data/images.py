@@ -8,7 +8,7 @@ T tokens of a pack, I image tokens among them, n tokens of a sequence, A axes of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -51,6 +51,12 @@ class Images:
     tensors: Mapping[str, Tensor]
     feature_index: Int[Tensor, "I"]
     """Which feature, of all that the tower makes, each image token of the pack takes."""
+    features: int = 0
+    """How many the tower is to make: the image tokens of all its images; 0: of a pack without one, whatever it makes."""
+
+    def to(self, device: torch.device) -> Images:
+        tensors = {name: x.to(device) for name, x in self.tensors.items()}
+        return replace(self, tensors=tensors, feature_index=self.feature_index.to(device))
 
 
 class Laid(NamedTuple):
@@ -93,22 +99,29 @@ class Pictures:
             taken.append(places[row.digest])
         rows = list(held.values()) or [self.layout.blank]
         tensors = {name: torch.cat([row.tensors[name] for row in rows]) for name in rows[0].tensors}
-        return Images(tensors, torch.from_numpy(np.concatenate(taken)))
+        return Images(tensors, torch.from_numpy(np.concatenate(taken)), done)
 
     def position_ids(self, prompts: Sequence[Laid]) -> Int[Tensor, "A T"] | None:
         """Positions of a pack's tokens by the model's own function, which is asked once for each prompt; None: the usual.
 
         Answers are text: whatever their number, they go on, on all axes, from where one more token would stand.
         """
-        positions, parts = self.layout.positions, []
-        if positions is None:
+        if self.layout.positions is None:
             return None
+        parts = []
         for laid in prompts:
-            row, one_more = self.rows[laid.pair], laid.answers[0][:1]
-            ids = torch.from_numpy(np.concatenate([laid.prompt, one_more]).astype(np.int64))
-            found = positions(ids, row.tensors if row else {})
+            found = self.axes(laid.pair, laid.prompt)
             parts.append(found[:, :-1])
             parts += [found[:, -1:] + torch.arange(len(answer)) for answer in laid.answers]
         if not parts:  # a filler
-            return positions(torch.zeros(4, dtype=torch.int64), {})
+            return self.layout.positions(torch.zeros(4, dtype=torch.int64), {})
         return torch.cat(parts, dim=1)
+
+    def axes(self, pair: int, prompt: np.ndarray) -> Int[Tensor, "A n+1"]:
+        """Positions of a prompt's n tokens, and of one behind them: on one axis, where the model has no other."""
+        positions, row = self.layout.positions, self.rows[pair]
+        if positions is None:
+            return torch.arange(len(prompt) + 1)[None]
+        text = int(self.layout.token == 0)  # any token but the image's
+        ids = torch.from_numpy(np.append(prompt, text).astype(np.int64))
+        return positions(ids, row.tensors if row else {})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
 
 from dspref.data.ahead import ahead
 from dspref.data.batch import PackedBatch, collate
-from dspref.data.plan import alone, group, order, pack, steps_per_epoch
+from dspref.data.plan import Groups, alone, group, order, pack, steps_per_epoch
 from dspref.data.store import PairStore
 
 # Sharing pays for its gather of keys and values when it saves more than this share of the tokens.
@@ -52,6 +52,8 @@ class Step:
     """(query, key) pairs of causal attention, of all ranks."""
     scored_tokens: int = 0
     """Tokens that meet the head, of all ranks; those that pairs share count once."""
+    more: Mapping[str, float] = field(default_factory=dict)
+    """As in `StepPacks`."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ class StepLoader:
             packs = [batch.pinned() for batch in placed.packs(self.store, self.packing)]
             progress, counts = epoch + (k + 1) / self.steps_per_epoch, count(self.store, plan[k])
             yield Step(
-                number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention, placed.scored
-            )
+                number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention, placed.scored,
+                placed.more,
+            )  # fmt: skip
 
     def pairs_of(self, done: int, total: int) -> np.ndarray:
         """The pairs that steps `done` + 1 to `total` hold, each once, in the order in which they first come: int64 [n]."""
@@ -146,6 +149,11 @@ class StepPacks:
     """Computed tokens over the room in all packs."""
     waiting: float
     """Share of the time in which ranks wait for the slowest, were cost all."""
+    more: Mapping[str, float] = field(default_factory=dict)
+    """Of tokens and attention, what an encoder computes (`prompts`, `prompt_attention`, `cross_attention`); and beside them
+    what a tower does, by names of its model."""
+    most: Mapping[str, float] = field(default_factory=dict)
+    """Of these, those of the largest pack; what a tower reads, of the pack that has most of it."""
 
     def packs(self, store: PairStore, packing: Packing) -> Iterator[PackedBatch]:
         """The packs of this rank."""
@@ -171,15 +179,30 @@ def place(store: PairStore, ids: np.ndarray, packing: Packing) -> StepPacks:
     largest = max(int(groups.tokens[chosen].sum()) for rank in packs for chosen in rank)
     tokens, room = int(groups.tokens.sum()), load.size * budget
     prompts = (tokens - int(groups.answers.sum())) // (1 if packing.prefix_sharing else 2) - len(groups.tokens)
+    placed = [[np.concatenate([ids[:0], *(members[g] for g in chosen)]) for chosen in rank] for rank in packs]
+    reads = _encoded(groups, packs) if store.apart else store.tower_work(own.tolist() for rank in placed for own in rank)
+    most = reads if not store.apart else [max(reads, key=lambda own: own["tokens"])]
     return StepPacks(
-        [[np.concatenate([ids[:0], *(members[g] for g in chosen)]) for chosen in rank] for rank in packs],
+        placed,
         tokens,
         int(groups.attention.sum()),
         int(groups.scored.sum()) + prompts * packing.score_prompt,
         largest,
         tokens / room,
         1 - float(load.sum() / max(world * load.max(axis=0).sum(), 1)),
+        {name: sum(own[name] for own in reads) for name in reads[0] if name != "tokens"} if reads else {},
+        {name: max(own[name] for own in most) for name in reads[0] if name != "tokens"} if reads else {},
     )
+
+
+def _encoded(groups: Groups, packs: Sequence[Sequence[np.ndarray]]) -> list[dict[str, float]]:
+    """What an encoder computes in each pack."""
+    parts = {
+        "tokens": groups.tokens, "prompts": groups.tokens - groups.answers,
+        "prompt_attention": groups.within, "cross_attention": groups.across,
+        "attention": groups.attention - groups.within - groups.across,
+    }  # fmt: skip
+    return [{name: float(x[chosen].sum()) for name, x in parts.items()} for rank in packs for chosen in rank]
 
 
 def sweep(store: PairStore, packing: Packing) -> Iterator[tuple[float, PackedBatch]]:

@@ -78,13 +78,16 @@ def _sample(source: np.ndarray, count: int, draws: np.random.Generator, together
 
 class Groups(NamedTuple):
     """Pairs that run together: the number of its group for each pair [n]; and of each group, the tokens that are computed,
-    the (query, key) pairs of causal attention, those tokens that are answers', and those that are scored, int64 each."""
+    the (query, key) pairs of attention, those tokens that are answers', and those that are scored; and of the pairs of
+    attention those within prompts and those of answers with their prompts, int64 each."""
 
     of_pair: np.ndarray
     tokens: np.ndarray
     attention: np.ndarray
     answers: np.ndarray
     scored: np.ndarray
+    within: np.ndarray
+    across: np.ndarray
 
     @property
     def cost(self) -> np.ndarray:
@@ -100,9 +103,10 @@ def alone(lengths: np.ndarray, scored: np.ndarray | None = None, apart: bool = F
     sequences = lengths[:, :1] + lengths[:, 1:]
     attention = (sequences * (sequences + 1) // 2).sum(axis=1)
     attention += lengths[:, 0] * (lengths[:, 0] - 1) if apart else 0  # half the pairs of each prompt, twice
-    return Groups(
-        np.arange(len(lengths)), sequences.sum(axis=1), attention, answers, answers if scored is None else scored.sum(axis=1)
-    )
+    within = lengths[:, 0] * (2 * lengths[:, 0] if apart else lengths[:, 0] + 1)
+    targets = answers if scored is None else scored.sum(axis=1)
+    numbers = np.arange(len(lengths))
+    return Groups(numbers, sequences.sum(axis=1), attention, answers, targets, within, answers * lengths[:, 0])
 
 
 def group(
@@ -140,10 +144,11 @@ def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray, scored:
         kept = np.unique(named, return_index=True)[1]
         twice, answers, scored = twice[kept], answers[kept], scored[kept]
     # The first answer runs behind the prompt, the others against its keys: (p + a)^2 / 2 less what is not computed twice.
-    looks = answers * prompts[twice] + answers * (answers + 1) // 2
-    tokens, attention, targets = (np.bincount(twice, x, count).astype(np.int64) for x in (answers, looks, scored))
+    own = answers * (answers + 1) // 2
+    tokens, attention, targets = (np.bincount(twice, x, count).astype(np.int64) for x in (answers, own, scored))
     within = prompts**2 if apart else prompts * (prompts + 1) // 2
-    return Groups(groups, prompts + tokens, within + attention, tokens, targets)
+    across = tokens * prompts
+    return Groups(groups, prompts + tokens, within + across + attention, tokens, targets, within, across)
 
 
 def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.ndarray, budget: int) -> np.ndarray:

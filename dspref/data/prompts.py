@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,8 @@ from dspref import reading
 from dspref.data.apart import asked, start_of
 from dspref.data.complaints import Complaints
 from dspref.data.formats import LANGUAGES, to_preference
+from dspref.data.image_files import NOTHING, Shown, folder_of, look_at
+from dspref.data.image_rows import COLUMNS, VIDEOS
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.rowfiles import rows_of
@@ -25,6 +28,8 @@ MEND = "mend the row"
 SPEAK = "in a .jsonl file, give each row source_language and target_language, by the codes of the tokenizer"
 # What stands in for the answers that such a row has not: a prompt is rendered as the first part of a pair.
 ANSWERS = ("a", "b")
+# Columns beside `prompt` that are read as in pairs.
+KEPT = ("system", "tools", "chat_template_kwargs", *LANGUAGES, *COLUMNS, *VIDEOS)
 
 
 class OwnPrompt(NamedTuple):
@@ -35,12 +40,14 @@ class OwnPrompt(NamedTuple):
     chosen: str | None
     where: str
     begins: list[int] | None = None
+    shown: Shown = NOTHING
+    """Its images."""
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnPrompt]:
     """The prompts of a file: rows with `prompt`, a text or messages (`system`, `tools` and `chat_template_kwargs` as in
-    pairs, and languages for a model that translates), or else a prompt in each line. A text is what a user says, where the
-    tokenizer has a chat template.
+    pairs, languages for a model that translates, images for one that reads them), or else a prompt in each line. A text is
+    what a user says, where the tokenizer has a chat template.
 
     Raises DataError, a line for each reason why some are none.
     """
@@ -52,7 +59,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
                 raise row.error
             pair = _as_pair(row.values, tokenizer)
             spoken = {name: name for name in LANGUAGES if name in pair}
-            rendering = render(to_preference(pair, spoken), tokenizer, learned)
+            preference, folder = to_preference(pair, spoken), folder_of(row.file)
+            if encoder.sight is not None:
+                preference = replace(preference, images=look_at(preference.images, folder))
+            rendering = render(preference, tokenizer, learned)
             if isinstance(rendering, RowError):
                 raise rendering
             begins = None
@@ -60,7 +70,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[OwnProm
                 ids, begins = asked(rendering, tokenizer, encoder.start)
             else:
                 ids = _ids(rendering, encoder)
-            found.append(OwnPrompt(ids, _said(row.values), row.where, begins))
+            shown = Shown(rendering.images, str(folder), row.where)
+            found.append(OwnPrompt(ids, _said(row.values), row.where, begins, shown))
         except RowError as error:
             fix = SPEAK if error.field in LANGUAGES else MEND if error.fix == DROP else error.fix
             complaints.note(row, RowError(error.field, error.reason, fix))
@@ -95,9 +106,7 @@ def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
         kind = "is empty" if empty else "is null" if prompt is None else "is no text, and no list of messages"
         reason = kind if "prompt" in values else "is missing"
         raise RowError("prompt", reason, f"rename {near} to prompt" if near else "write a text, or a list of messages")
-    kept = {
-        key: values[key] for key in ("system", "tools", "chat_template_kwargs", *LANGUAGES) if values.get(key) is not None
-    }
+    kept = {key: values[key] for key in KEPT if values.get(key) is not None}
     if isinstance(prompt, str) and (tokenizer.chat_template is None or start_of(tokenizer) is not None):
         return {**kept, "prompt": prompt, **dict(zip(("chosen", "rejected"), ANSWERS))}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -106,10 +115,10 @@ def _as_pair(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def _ids(rendering: Rendering, encoder: Encoder) -> list[int]:
-    ids = encoder([rendering.prompt], rendering.special)[0].tolist()
-    if not ids:
+    ids = encoder([rendering.prompt], rendering.special)[0]
+    if not len(ids):
         raise RowError("prompt", "no token precedes the answer", "write a prompt, or use a tokenizer with BOS")
-    return ids
+    return (ids if encoder.sight is None else encoder.sight.expanded(ids, rendering.images)[0]).tolist()
 
 
 def _said(values: Mapping[str, Any]) -> str | None:

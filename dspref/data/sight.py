@@ -48,6 +48,10 @@ class Sight:
     """(what the processor makes of the images of a row, their digest) -> what the tower reads."""
     lay_out: Callable[[RowImages], ImageLayout]
     """(a blank image) -> how packs are laid out."""
+    trust_remote_code: bool = False
+    """Whether the processor may have code of its own, which an export's has too."""
+    reading: Callable[[np.ndarray], Mapping[str, float]] = lambda runs: {}
+    """(tokens of images that lie in a row, of each [n]) -> what the tower computes for them, by names of its own."""
     _known: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     _counts: bool = True
     """Whether an image is nothing but as many tokens as the processor counts."""
@@ -61,17 +65,21 @@ class Sight:
     def layout(self) -> ImageLayout:
         import PIL.Image
 
-        return self.lay_out(self.to_tower(self._processed([PIL.Image.new("RGB", BLANK)]), b""))
+        try:
+            return self.lay_out(self.to_tower(self._processed([PIL.Image.new("RGB", BLANK)]), b""))
+        except Exception as error:  # a processor's own complaint
+            reason = f"its {type(self.processor).__name__} reads no image: {one_line(error, 200)}"
+            raise ConfigError(f"model.name_or_path: {reason}; fix: mend its processor_config.json") from None
 
     @cached_property
     def digest(self) -> str:
         """sha256 over all that turns an image into what the tower reads, but for the image."""
         own = self.processor
-        said = own.image_processor.to_dict()
-        for name in ("_name_or_path", "transformers_version", "processor_class"):
-            said.pop(name, None)
-        more = {name: getattr(own, name, None) for name in ("image_seq_len", "image_seq_length", "patch_size")}
-        parts = [type(own).__name__, type(own.image_processor).__name__, said, more]
+        saids = [own.image_processor.to_dict(), own.to_dict()]
+        for said in saids:
+            for name in ("_name_or_path", "transformers_version", "processor_class", "chat_template", "image_processor"):
+                said.pop(name, None)
+        parts = [type(own).__name__, type(own.image_processor).__name__, *saids]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def digest_of(self, pictures: Sequence[Picture]) -> bytes:
@@ -84,7 +92,7 @@ class Sight:
         try:
             return self.to_tower(self._processed(images), digest)
         except Exception as error:  # a processor's own complaint
-            raise RowError("images", f"the model's processor does not take them: {one_line(error)}") from None
+            raise _untaken(error) from None
 
     def expanded(self, prompt: np.ndarray, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """A prompt with all tokens of its images, and which they are: int32 [n], bool [n]. Raises RowError."""
@@ -102,6 +110,36 @@ class Sight:
         parts, masks = [*parts, prompt[done:]], [*masks, np.zeros(len(prompt) - done, dtype=bool)]
         return np.concatenate(parts).astype(np.int32), np.concatenate(masks)
 
+    def collapsed(self, prompt: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
+        """A prompt as `expanded` got it, with one token for each image: int32 [n]."""
+        parts, done = [], 0
+        for picture in pictures:
+            own = self._tokens((picture.height, picture.width))
+            starts = done + np.flatnonzero(prompt[done : len(prompt) - len(own) + 1] == own[0])
+            start = next((k for k in starts.tolist() if np.array_equal(prompt[k : k + len(own)], own)), None)
+            if start is None:
+                break
+            parts += [prompt[done:start], np.array([self.token])]
+            done = start + len(own)
+        return np.concatenate([*parts, prompt[done:]]).astype(np.int32)
+
+    def given(self, prompt: np.ndarray, images: Sequence[Image]) -> dict[str, Any]:
+        """What a plain model is given beside the tokens of an `expanded` prompt: what the processor makes of its images, and
+        which tokens are theirs, where the family asks for that. Raises RowError."""
+        import torch
+
+        if not images:
+            return {}
+        try:
+            made = self._processed(images)
+        except Exception as error:  # a processor's own complaint
+            raise _untaken(error) from None
+        of_tokens = {name for name, x in made.items() if x.shape == made["input_ids"].shape}
+        found = {name: x for name, x in made.items() if name not in of_tokens}
+        if "mm_token_type_ids" in of_tokens:
+            found["mm_token_type_ids"] = torch.from_numpy(prompt == self.token).int()[None]
+        return found
+
     def probe(self) -> Mapping[str, Any]:
         """What the processor makes of a gradient of colours and its place."""
         import PIL.Image
@@ -111,7 +149,12 @@ class Sight:
 
     def as_reloaded(self, folder: str) -> Sight:
         """The same with the processor of a folder."""
-        return replace(self, processor=load_processor(folder), _known={}, _counts=True)
+        return replace(self, processor=load_processor(folder, None, self.trust_remote_code), _known={}, _counts=True)
+
+    @cached_property
+    def of_blank(self) -> np.ndarray:
+        """Tokens in a row of the image of packs without one: [n]."""
+        return runs_of(self._tokens(BLANK) == self.token)
 
     def _tokens(self, size: tuple[int, int]) -> np.ndarray:
         """What an image of (height, width) pixels becomes."""
@@ -146,6 +189,16 @@ class Sight:
         return self.processor(text=text, images=given, add_special_tokens=False, return_tensors="pt")
 
 
+def _untaken(error: Exception) -> RowError:
+    return RowError("images", f"the model's processor does not take them: {one_line(error)}")
+
+
+def runs_of(mask: np.ndarray) -> np.ndarray:
+    """How many lie side by side, of each run: bool [n] -> int64 [k]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+    return edges[1::2] - edges[::2]
+
+
 def see(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
     """From now on the tokenizer is that of a vision-language model."""
     tokenizer.sight = sight  # type: ignore[attr-defined]
@@ -154,6 +207,12 @@ def see(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
 def sight_of(tokenizer: PreTrainedTokenizerBase) -> Sight | None:
     """How images are read, where they are."""
     return vars(tokenizer).get("sight")
+
+
+def has_processor(name_or_path: str) -> bool:
+    """Whether a folder holds one, beside its tokenizer; of a hub id nobody knows before it is fetched."""
+    files = ("processor_config.json", "preprocessor_config.json")
+    return not os.path.isdir(name_or_path) or any(os.path.exists(os.path.join(name_or_path, file)) for file in files)
 
 
 def load_processor(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -170,12 +229,19 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
             raise ValueError(f"it has a {type(found).__name__} alone, and no processor of images")
         return found
     except Exception as error:  # missing files, missing libraries: each has its own
-        packages = {"PIL": "pillow", "torchvision": "torchvision", "num2words": "num2words"}
-        lacks = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
-        said = str(error).lower()
-        needed = [name for name in lacks if name in said or (name == "torchvision" and "video" in said)]
-        needed += ["pillow"] if "pillow" in lacks and "pillow" not in needed else []
-        fix = f"pip install {' '.join(needed)}" if needed else "fetch the model's processor files too"
+        reason, fix = _reason(error)
         raise ConfigError(
-            f"model.name_or_path: no processor of images loads from {name_or_path!r}: {one_line(error, 200)}; fix: {fix}"
+            f"model.name_or_path: no processor of images loads from {name_or_path!r}: {reason}; fix: {fix}"
         ) from None
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Why a processor does not load, and what helps."""
+    reason, said = one_line(error, 200), str(error).lower()
+    lacks = {name for name in ("PIL", "torchvision", "num2words") if importlib.util.find_spec(name) is None}
+    for_videos = "torchvision" in said or "video" in said
+    if "PIL" in lacks or ("torchvision" in lacks and for_videos) or ("num2words" in lacks and "num2words" in said):
+        return reason, "pip install 'dspref[vision]'"
+    if "custom code" in said:
+        return "it has code of its own", "set model.trust_remote_code: true if you trust it"
+    return reason, "fetch the model's processor files too"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,11 @@ from dspref.data.building import build
 from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.complaints import in_words
 from dspref.data.formats import check_template
-from dspref.data.image_files import folder_of
-from dspref.data.image_store import StoredImages, address_of
+from dspref.data.image_files import NOTHING, Shown, folder_of
+from dspref.data.image_store import StoredImages, address_of, pictures_of
 from dspref.data.images import Pictures
 from dspref.data.rows import one_line, place_of
-from dspref.data.sight import Sight, sight_of
+from dspref.data.sight import Sight, runs_of, sight_of
 from dspref.data.sources import Digest, Listing, Source, find, sha256
 from dspref.data.splits import LISTED, unusable
 from dspref.data.tokenize import tokenizer_digest
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 # Of a source, what the digests of its rows stand for, or what does not touch a row.
 NOT_DECISIVE = ("key", "path", "split", "max_samples", "weight", "name", "data_dir", "revision")
 
@@ -97,13 +97,31 @@ class PairStore:
 
     def pictures(self, pairs: Sequence[int]) -> Pictures | None:
         """The images of some pairs, decoded now; None where the model reads none. Raises DataError."""
-        return None if self._images is None or self._sight is None else self._images.pictures(pairs, self._sight)
+        if self._sight is None:
+            return None
+        return pictures_of([self.shown(pair) for pair in pairs], self._sight)
+
+    def shown(self, pair: int) -> Shown:
+        """The images of a pair's prompt, not yet decoded."""
+        return NOTHING if self._images is None else self._images.of(pair)
 
     def image_digests(self, pairs: Sequence[int]) -> list[bytes]:
         """What says of each pair which images it has; empty for none."""
         if self._images is None or self._sight is None:
             return [b""] * len(pairs)
         return [self._images.digests(pair, self._sight) for pair in pairs]
+
+    def tower_work(self, packs: Iterable[Sequence[int]]) -> list[Mapping[str, float]]:
+        """What a tower reads for the pairs of each pack, by names of its own; empty of a model without one."""
+        return [self._tower_work(pairs) for pairs in packs] if self._sight is not None else []
+
+    def _tower_work(self, pairs: Sequence[int]) -> Mapping[str, float]:
+        sight = self._sight
+        assert sight is not None
+        first = dict(zip(self.image_digests(pairs), pairs))
+        prompts = [self[pair].prompt for digest, pair in first.items() if digest]
+        runs = [runs_of(prompt == sight.token) for prompt in prompts] or [sight.of_blank]
+        return sight.reading(np.concatenate(runs))
 
     def changed_image(self, digest: Digest) -> str | None:
         """An image that is not what it was when the store was built."""

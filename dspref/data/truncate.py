@@ -78,7 +78,8 @@ def refuse_cut_images(images: np.ndarray, kept: int, limits: Limits, head: int) 
     lost = len(images) - kept
     start = gap(kept, limits.truncation_mode, head)
     if lost and images[start : start + lost].any():
-        fix = "raise data.max_length or data.max_prompt_length, or set data.on_overlong: drop"
+        cuts = "data.max_prompt_length" if limits.max_prompt_length is not None else "set data.max_completion_length"
+        fix = f"raise data.max_length or {cuts}, or set data.on_overlong: drop"
         reason = "longer than the limits, and what would be cut has tokens of an image"
         raise RowError("images", reason, fix, droppable=limits.on_overlong == "drop")
 

@@ -23,9 +23,8 @@ from dspref.data.batch import PackedBatch
 from dspref.engine import shards
 from dspref.engine.accelerator import ACCELERATOR, deepspeed
 from dspref.engine.memory import full_state
-from dspref.engine.optimizer import make_optimizer
+from dspref.engine.optimizer import make_optimizer, make_scheduler
 from dspref.errors import EnvironmentFault
-from dspref.model import packed
 from dspref.model.generation import Passage
 from dspref.model.logps import TokenLogps
 from dspref.model.packed import PackedCausalLM
@@ -94,8 +93,7 @@ class Engine:
         if resolved["zero_optimization"]["stage"] == 3:
             _mark_leaves(policy)
         optimizer = make_optimizer(policy, train)
-        warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * total_steps)
-        scheduler = packed.schedule(optimizer, train.lr_scheduler_type, warmup, total_steps, train.lr_scheduler_kwargs)
+        scheduler = make_scheduler(optimizer, train, total_steps)
         if resolved["zero_optimization"]["stage"] != 3:
             policy.to(ACCELERATOR.current_device_name())
         engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=resolved)

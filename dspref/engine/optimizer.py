@@ -1,11 +1,13 @@
-"""The optimizer that DeepSpeed is given."""
+"""The optimizer and the schedule of its learning rate, which DeepSpeed is given."""
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 import torch
+import transformers
 
 from dspref import distributed
 from dspref.config import TrainSection
@@ -33,6 +35,18 @@ def make_optimizer(policy: PackedCausalLM, train: TrainSection) -> torch.optim.O
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int) -> Any:
+    """By its name in transformers."""
+    warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * total_steps)
+    return transformers.get_scheduler(
+        train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs),
+    )
 
 
 def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:

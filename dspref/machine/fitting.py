@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dspref.machine import memory_plan
-from dspref.machine.memory_plan import Estimate, Layout, Pack
+from dspref.machine import layers, memory_plan
+from dspref.machine.layers import Layout, Pack
+from dspref.machine.memory_plan import Estimate
 from dspref.machine.shapes import ModelShape
 
 GIB = 2**30
@@ -147,7 +148,7 @@ def _smaller(run: Asked, longest: int, room: float) -> Proposal:
     tokens = max(largest_budget(run, room), longest)
     if tokens >= run.pack.tokens:
         return None
-    smaller = replace(_laid(run, packs=2), pack=memory_plan.scaled(run.pack, tokens))
+    smaller = replace(_laid(run, packs=2), pack=layers.scaled(run.pack, tokens))
     return f"data.tokens_per_pack={tokens}", "more packs a step, each with less to compute; losses stay the same", smaller
 
 
@@ -194,7 +195,7 @@ def largest_budget(run: Asked, room: float) -> int:
     """The largest data.tokens_per_pack that fits, found by bisection."""
 
     def needs(tokens: int) -> int:
-        return memory_plan.estimate(run.shape, run.layout, memory_plan.scaled(run.pack, tokens)).total
+        return memory_plan.estimate(run.shape, run.layout, layers.scaled(run.pack, tokens)).total
 
     return memory_plan.largest_pack(needs, room, MOST_TOKENS)
 

@@ -15,11 +15,11 @@ tests/distributed/test_measured_memory.py. docs/memory.md tells what only a GPU 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from dspref.machine.layers import DEFAULTS, Layout, Pack, activations, head, in_a_layer
 from dspref.machine.shapes import ModelShape
-from dspref.model import head_room
 
 GIB = 2**30
 
@@ -37,63 +37,10 @@ NF4 = 0.516
 # Of a device's memory, what is left free for fragments and for packs that are a little larger than those looked at.
 RESERVE = 0.08
 
-# DeepSpeed's defaults, in elements.
-DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "sub_group_size": 1e9}
-
 PARTS = (
     "weights", "fp32 masters", "optimizer states", "gradients", "reference", "activations", "LM head", "ZeRO buffers",
     "ZeRO-3 gather", "framework",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Pack:
-    """What a rank computes at a time: tokens, those that meet the head, and keys that are attended to for each token (more
-    than 1 where answers share a prompt)."""
-
-    tokens: int
-    scored: int
-    keys_per_token: float = 1.0
-
-
-@dataclass(frozen=True)
-class Live:
-    """A second model that stays in memory."""
-
-    shape: ModelShape
-    value: int
-    sharded: bool
-    offloaded: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a run is laid out over its ranks."""
-
-    device: str
-    """cuda | cpu"""
-    value: int
-    """Bytes of a weight in forward and backward: v."""
-    ranks: int
-    stage: int
-    packs: int = 1
-    """In a step, of each rank."""
-    checkpointing: bool = True
-    moments: int = 8
-    """Bytes of the optimizer's states for each weight."""
-    states_on: str = "gpu"
-    """Where masters and states are: gpu, cpu or nvme."""
-    weights_on: str = "gpu"
-    bucket: int = int(DEFAULTS["reduce_bucket_size"])
-    overlap: bool = False
-    contiguous: bool = True
-    live: int = int(DEFAULTS["stage3_max_live_parameters"])
-    sub_group: int = int(DEFAULTS["sub_group_size"])
-    kernel: str = "fused"
-    """fused | sdpa, which keeps the output of each sequence and all of them once more."""
-    liger: bool = False
-    four_bits: bool = False
-    reference: Live | None = None
 
 
 @dataclass(frozen=True)
@@ -253,62 +200,6 @@ def host(shape: ModelShape, layout: Layout) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a pack needs
-
-
-def kept_per_token(shape: ModelShape, layout: Layout, keys_per_token: float = 1.0) -> float:
-    """Bytes that one layer keeps for each token until its backward pass.
-
-    Norm: in fp32 its input (the residual stream), the normalized input (if its weight is trained) and its output: 3 h v. In
-    16 bits the input is copied to fp32: 4 h + 2 h + 2 h. LayerNorm and Liger's norms: input and output, 2 h v. Attention:
-    queries, the keys and values of each query's own pack, and the output (sdpa: each sequence's, and all of them). Norms of
-    queries and keys as above, but for their output. MLP: gate, its activation, up and their product; experts copy the
-    token, and scale their output.
-    """
-    v, hidden, trained_norms = layout.value, shape.hidden, 0 if shape.frozen_base else 1
-    per_channel = (2 + trained_norms) * v if v == 4 else 4 + 2 * trained_norms + 2
-    norms = 2 * hidden * (per_channel if shape.root_norms and not layout.liger else 2 * v)
-    outputs = 2 if layout.kernel == "sdpa" else 1
-    attention = v * (shape.queries * (1 + outputs) + 2 * shape.keys * keys_per_token)
-    if shape.query_norms:
-        attention += (shape.queries + shape.keys) * (per_channel - v)
-    width = 3 if layout.liger and shape.gated else 4 if shape.gated else 5
-    mlp = v * (width * shape.inner + 2 * shape.copies * hidden)
-    return norms + attention + mlp
-
-
-def activations(shape: ModelShape, layout: Layout, pack: Pack) -> float:
-    """All layers', and those of the last norm; with checkpointing, of each layer its input."""
-    v, hidden = layout.value, shape.hidden
-    last = hidden * (3 * v if v == 4 else 8) if shape.root_norms else 2 * v * hidden
-    each = v * hidden if layout.checkpointing else kept_per_token(shape, layout, pack.keys_per_token)
-    return pack.tokens * (shape.layers * each + last)
-
-
-def in_a_layer(shape: ModelShape, layout: Layout, pack: Pack) -> float:
-    """Of the layer whose backward pass runs: gradients in its MLP, with checkpointing also what is recomputed."""
-    own = kept_per_token(shape, layout, pack.keys_per_token) if layout.checkpointing else 0.0
-    return pack.tokens * (own + layout.value * (2 * shape.inner + 2 * shape.hidden))
-
-
-def head(shape: ModelShape, layout: Layout, pack: Pack) -> float:
-    """The LM head in its backward pass, as `model/logps.py` does it: C scored tokens, V words, hidden size d.
-
-    Probabilities kept: 4 C V, a copy in 16 bits where v = 2. Else chunks of them. The gradient of the head: v V d (none
-    below an adapter), of the hidden states 4 C d and their product 4 C d, and v T d where it is spread over all tokens.
-    """
-    scored, words, hidden, v = pack.scored, shape.vocabulary, shape.hidden, layout.value
-    if head_room.fits(scored, words, layout.device):
-        logits = scored * words * (4 + (v if v == 2 else 0))
-    else:
-        room = head_room.room(layout.device)
-        in_blocks = scored > room // head_room.PART  # then gradients of a part of the head are summed in fp32
-        logits = room * 12 + (4 * head_room.PART * hidden if in_blocks else 0)
-    whole = 0 if shape.frozen_base else v * words * hidden
-    return logits + whole + scored * hidden * (8 + v)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What fits
 
 
@@ -319,11 +210,6 @@ def largest_pack(needs: Callable[[int], int], room: float, most: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needs(256 * middle) <= room else (low, middle - 1)
     return 256 * low
-
-
-def scaled(pack: Pack, tokens: int) -> Pack:
-    """The same pack with another number of tokens."""
-    return replace(pack, tokens=tokens, scored=round(pack.scored * tokens / max(pack.tokens, 1)))
 
 
 def zero_settings(strategy: Mapping[str, Any]) -> dict[str, Any]:

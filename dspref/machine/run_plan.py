@@ -5,8 +5,8 @@ Arithmetic on a config's sections and on numbers; `Load` is what the data ask fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from dspref.machine import fitting, flops, footprint, memory_plan, shapes
 from dspref.machine.fitting import Asked
 from dspref.machine.flops import Work
 from dspref.machine.gpus import Gpu
-from dspref.machine.memory_plan import RESERVE, Estimate, Layout, Live, Pack
+from dspref.machine.layers import Layout, Live, Pack
+from dspref.machine.memory_plan import RESERVE, Estimate
+from dspref.machine.shapes import ModelShape
 from dspref.model import head_room
+from dspref.model.pieces import PROMPTS
 
 GIB = 2**30
 
@@ -45,13 +48,20 @@ class Load:
     attention: float
     fill: float
     steps_per_epoch: int | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
+    """Of a step, what an encoder or a tower reads, by the names of `dspref.model.pieces`."""
+    most: Mapping[str, float] = field(default_factory=dict)
+    """Of the largest pack."""
 
     @property
     def pack(self) -> Pack:
         """The largest one; scored as the others are."""
-        return Pack(
-            self.largest, round(self.largest * self.scored / max(self.computed, 1)), self.real / max(self.computed, 1)
-        )
+        keys = self.real / max(self.computed, 1)
+        return Pack(self.largest, round(self.largest * self.scored / max(self.computed, 1)), keys, self.most)
+
+    @property
+    def work(self) -> Work:
+        return Work.of_step(self.computed, self.scored, self.attention, self.more)
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,17 @@ def asked(
     strategy: Mapping[str, Any],
     machine: Machine,
     load: Load,
+    shape_of: Callable[[ModelSection], ModelShape] = shapes.of_section,
 ) -> Asked:
     """Raises ConfigError where the model's config.json is not here."""
-    shape = shapes.of_section(model)
+    shape = shape_of(model)
     settings, value = memory_plan.zero_settings(strategy), footprint.BYTES[model.dtype]
     live = None
     if reference.mode_where(needs_reference) == "engine":
         changes = {"lora": None} | ({"name_or_path": reference.name_or_path} if reference.name_or_path else {})
         sharded = settings["stage"] == 3 if reference.zero_stage is None else reference.zero_stage == 3
         live = Live(
-            shapes.of_section(model.model_copy(update=changes)),
+            shape_of(model.model_copy(update=changes)),
             footprint.BYTES[reference.dtype or model.dtype],
             sharded,
             reference.offload == "cpu",
@@ -126,31 +137,41 @@ def work_of(run: Asked, load: Load, looks_ahead: bool) -> tuple[float, float]:
     return flops.of_step(
         run.shape.work,
         live.shape.work if live else None,
-        Work(round(load.computed), round(load.scored), round(load.attention)),
+        load.work,
         recomputes=run.layout.checkpointing,
         head_again=not head_room.fits(run.pack.scored, run.shape.vocabulary, run.layout.device),
         looks_ahead=looks_ahead and load.packs * run.layout.ranks > 1,
     )
 
 
-def assumed(train: TrainSection, ranks: int, tokens_per_pack: int, mean_tokens: int, why: str) -> Load:
-    """The load of pairs whose sequences have `mean_tokens` each, nothing shared and half of them scored."""
-    pair, pairs = 2 * mean_tokens, train.pairs_per_step
+def assumed(train: TrainSection, ranks: int, tokens_per_pack: int, mean_tokens: int, why: str, apart: bool = False) -> Load:
+    """The load of pairs whose sequences have `mean_tokens` each, nothing shared and half of them scored. `apart`: an encoder
+    reads the prompt of a pair once. Of images nothing is known."""
+    half, pairs = mean_tokens // 2, train.pairs_per_step
+    pair = half + 2 * (mean_tokens - half) if apart else 2 * mean_tokens
     in_pack = max(tokens_per_pack // pair, 1)
     packs = ceil(pairs / (in_pack * ranks))
+    of_pair: dict[str, float] = {}
+    if apart:
+        own, across = (mean_tokens - half) * (mean_tokens - half + 1), 2 * half * (mean_tokens - half)
+        of_pair = {PROMPTS: half, "prompt_attention": half**2, "cross_attention": across, "attention": own}
+    largest = min(in_pack, ceil(pairs / ranks))
+    shared = "each prompt encoded once" if apart else "prompts not shared"
     return Load(
-        source=f"assumed: {why}, prompts not shared, half of the tokens scored",
+        source=f"assumed: {why}, {shared}, half of the tokens scored",
         measured=False,
         pairs=None,
         pairs_per_step=pairs,
         packs=packs,
-        largest=min(in_pack, ceil(pairs / ranks)) * pair,
+        largest=largest * pair,
         longest=pair,
         computed=pairs * pair,
-        real=pairs * pair,
-        scored=pairs * pair / 2,
-        attention=pairs * mean_tokens * (mean_tokens + 1),
+        real=pairs * 2 * mean_tokens,
+        scored=pairs * (2 * (mean_tokens - half) if apart else mean_tokens),
+        attention=pairs * (sum(n for name, n in of_pair.items() if name != PROMPTS) or mean_tokens * (mean_tokens + 1)),
         fill=pairs * pair / (packs * ranks * tokens_per_pack),
+        more={name: pairs * n for name, n in of_pair.items()},
+        most={name: largest * n for name, n in of_pair.items()},
     )
 
 
@@ -227,9 +248,7 @@ def _work(
     seconds = executed / rate if rate else None
     scoring = None
     if scores_reference and rate:
-        once = replace(run.shape, frozen_base=False).work.forward(
-            Work(round(load.computed), round(load.scored), round(load.attention))
-        )
+        once = replace(run.shape, frozen_base=False).work.forward(load.work)
         scoring = once * min(steps or 0, per_epoch or steps or 0) / rate or None
 
     def of(count: int | None, value: float | None) -> float | None:

@@ -12,10 +12,11 @@ from typing import Any
 from dspref import reading
 from dspref.config import LoraSection, ModelSection
 from dspref.errors import ConfigError, UserError
-from dspref.machine import footprint
+from dspref.machine import flops, footprint
 from dspref.machine.flops import ModelSize
 from dspref.machine.footprint import EXPERTS, number_of
 from dspref.model import freezing
+from dspref.model.pieces import ATTENTION, SCORED, TOKENS, Piece, depth_of
 
 Tensors = Mapping[str, tuple[int, ...]]
 
@@ -25,14 +26,11 @@ HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 PER_TOKEN = ("num_experts_per_tok", "moe_k", "top_k")
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Numbers of a decoder. `inner` is the width of its MLP, of the experts that a token meets together where there are
-    experts; `copies` how often a token's vector is copied for its experts (0: a dense model)."""
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Numbers of layers that are alike. `inner` is the width of their MLP, of the experts that a token meets together where
+    there are experts; `copies` how often a token's vector is copied for its experts (0: a dense model)."""
 
-    weights: int
-    head: int
-    tied: bool
     layers: int
     hidden: int
     queries: int
@@ -41,6 +39,31 @@ class ModelShape:
     """Channels of all key heads; as many are of values."""
     inner: int
     gated: bool
+    query_norms: bool = False
+    root_norms: bool = True
+    """RMS norms; else LayerNorm."""
+    copies: int = 0
+    activation: int = 2
+    """Vectors of the MLP's width that its activation keeps for the backward pass."""
+    reads: str = TOKENS
+    """Which count of a pack."""
+    crossed: int = 0
+    """Channels of queries that attend to an encoder's output, with as many of its keys."""
+    biased: int = 0
+    """Heads, where each score has a bias (T5): all scores are kept, in fp32."""
+    extra: int = 0
+    """Vectors of its width that a family keeps beside these: of rotated queries and keys, of scaled outputs."""
+    still_norms: bool = False
+    """Whether norms are not trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(Stack):
+    """Numbers of a model, of which its decoder is a stack, and others may be beside it."""
+
+    weights: int
+    head: int
+    tied: bool
     vocabulary: int
     largest: int
     """Weights of the largest tensor."""
@@ -48,15 +71,12 @@ class ModelShape:
     """Weights that are trained: all, or an adapter's, which are then beside `weights`."""
     body: float
     """Weights of matrices that a token meets in the layers."""
-    query_norms: bool = False
-    root_norms: bool = True
-    """RMS norms; else LayerNorm."""
-    copies: int = 0
     frozen_base: bool = False
     """Whether the model itself is frozen below an adapter."""
-    still_body: float = 0.0
-    """Of `body`, what is not trained (`model.freeze`)."""
-    still_head: bool = False
+    others: tuple[Stack, ...] = ()
+    """An encoder, or a tower."""
+    size: ModelSize | None = None
+    """What it computes; None: by the numbers here."""
 
     @property
     def frozen(self) -> int:
@@ -65,11 +85,12 @@ class ModelShape:
     @property
     def work(self) -> ModelSize:
         """For counting operations."""
+        if self.size is not None:
+            return self.size
         channels = float(self.layers * self.queries)
         if not self.frozen_base:
-            trained_head = 0 if self.still_head else self.head
-            return ModelSize(self.body, self.head, self.body - self.still_body, trained_head, channels)
-        return ModelSize(self.body + self.trained, self.head, self.trained, 0, channels)
+            return ModelSize.of_text(self.body, self.head, self.body, self.head, channels)
+        return ModelSize.of_text(self.body + self.trained, self.head, self.trained, 0, channels)
 
 
 def of_section(section: ModelSection) -> ModelShape:
@@ -81,8 +102,6 @@ def of_section(section: ModelSection) -> ModelShape:
             f"{name}: no config.json of it on this machine, and the sizes are read from there; "
             f"fetch it first: hf download {section.name_or_path} config.json"
         )
-    if text.get("is_encoder_decoder"):
-        raise ConfigError(f"{name}: is an encoder-decoder model, and what such a run needs is not estimated; just run it")
     if section.init == "pretrained" and (folder := footprint.model_folder(section)):
         try:
             tensors = footprint.in_files(section, folder)
@@ -123,7 +142,17 @@ def of_tensors(
     total = sum(map(math.prod, tensors.values()))
     still = freezing.chosen(tensors, freeze)
     trained = adapted(matrices, lora) + whole(tensors, lora) if lora else total - sum(math.prod(tensors[n]) for n in still)
-    tied = not own_head
+    tied, gated = not own_head, "n_embd" not in config and any("gate" in name for name in tensors)
+    heads_at = embedding if tied else own_head
+    pieces = [Piece(SCORED, vocabulary * hidden, not lora and still.isdisjoint(heads_at))]
+    for n in tensors:
+        pieces.append(
+            Piece(TOKENS if n in matrices else "", met_by_token.get(n, 0.0), not lora and n not in still, depth=depth_of(n))
+        )
+    for n in matrices if lora is not None else ():
+        assert lora is not None
+        pieces.append(Piece(TOKENS, adapter_of(n, matrices[n], lora), True, depth=depth_of(n)))
+    pieces += [Piece(ATTENTION, 2.0 * heads * width, False, depth=n, is_attention=True) for n in range(layers)]
     return ModelShape(
         weights=total,
         head=vocabulary * hidden,
@@ -133,7 +162,8 @@ def of_tensors(
         queries=heads * width,
         keys=number_of(config, "num_key_value_heads", default=heads) * width,
         inner=inner,
-        gated="n_embd" not in config and any("gate" in name for name in tensors),
+        gated=gated,
+        activation=2 if gated else 5,  # GPT-2's, in parts
         vocabulary=vocabulary,
         largest=max(map(math.prod, tensors.values())),
         trained=trained,
@@ -141,9 +171,9 @@ def of_tensors(
         query_norms=any("q_norm" in name for name in tensors),
         root_norms="n_embd" not in config and not any(name.endswith("norm.bias") for name in tensors),
         copies=met,
+        still_norms=lora is not None,
         frozen_base=lora is not None,
-        still_body=sum(met_by_token.get(n, 0) for n in still),
-        still_head=not still.isdisjoint(embedding if tied else own_head),
+        size=flops.size_of([piece for piece in pieces if piece.weights or piece.trained]),
     )
 
 
@@ -162,14 +192,16 @@ def as_saved(lora: LoraSection | None) -> LoraSection | None:
 
 def adapted(matrices: Tensors, lora: LoraSection) -> int:
     """Weights of an adapter: a matrix of m x n gets two thin ones of r x n and m x r (and with DoRA m magnitudes)."""
-    count = 0
-    for name, shape in matrices.items():
-        module = name.removesuffix(".weight")
-        if len(shape) != 2 or ".experts." in name or "norm" in module or not targeted(module, lora):
-            continue
-        r = next((r for words, r in lora.rank_pattern.items() if re.search(rf"(^|\.){words}$", module)), lora.r)
-        count += r * sum(shape) + shape[0] * lora.use_dora
-    return count
+    return sum(adapter_of(name, shape, lora) for name, shape in matrices.items())
+
+
+def adapter_of(name: str, shape: tuple[int, ...], lora: LoraSection) -> int:
+    """Of one matrix; 0 where it gets none."""
+    module = name.removesuffix(".weight")
+    if len(shape) != 2 or ".experts." in name or "norm" in module or not targeted(module, lora):
+        return 0
+    r = next((r for words, r in lora.rank_pattern.items() if re.search(rf"(^|\.){words}$", module)), lora.r)
+    return r * sum(shape) + shape[0] * lora.use_dora
 
 
 def whole(tensors: Tensors, lora: LoraSection) -> int:

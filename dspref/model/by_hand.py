@@ -15,7 +15,7 @@ from dspref.data.batch import collate, computed_tokens
 from dspref.data.truncate import TokenizedPair
 from dspref.model import admission, families, loading, weights
 from dspref.model.logps import pair_logps
-from dspref.model.packed import PackedCausalLM, PackedSeq2SeqLM
+from dspref.model.packed import PackedCausalLM
 from dspref.objectives.families import PairLogps
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load_model(name_or_path: str, dtype: str = "bfloat16", device: str = "cpu", 
 
 def read_as(model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer, which from now on reads pairs as the model does: an encoder-decoder model reads prompts apart."""
-    if isinstance(model, PackedSeq2SeqLM):
+    if families.is_encoder_decoder(model.lm.config):
         read_apart(tokenizer, families.start_of_answers(model.lm.config))
     return tokenizer
 
@@ -50,7 +50,7 @@ def log_probs(model: PackedCausalLM, pairs: Sequence[TokenizedPair], tokens_per_
     `tokens_per_pack`: tokens that are computed in one forward; a longer pair gets one of its own.
     """
     device, found = next(model.parameters()).device, []
-    apart = isinstance(model, PackedSeq2SeqLM)
+    apart = families.is_encoder_decoder(model.lm.config)
     for ids in _packs(pairs, tokens_per_pack, apart):
         batch = collate([pairs[k] for k in ids], ids, prefix_sharing=True, encoder_decoder=apart).to(device)
         tokens, _ = model(batch, only_logps=True)

@@ -86,6 +86,13 @@ def is_encoder_decoder(config: PretrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False)) and type(config) in AutoModelForSeq2SeqLM._model_mapping
 
 
+def kind_of(config: PretrainedConfig) -> str:
+    """decoder | encoder-decoder | vision"""
+    if is_encoder_decoder(config):
+        return "encoder-decoder"
+    return "vision" if vision.is_vision(config) else "decoder"
+
+
 def auto_class(config: PretrainedConfig) -> Any:
     """The class of transformers that makes a model of such a config."""
     if vision.is_vision(config) and not is_encoder_decoder(config):

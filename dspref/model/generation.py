@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from dspref.data.images import Images, Laid, Pictures
 from dspref.model import admission
 
 if TYPE_CHECKING:
@@ -38,10 +41,13 @@ class Passage:
 
     input_ids: Int[Tensor, "B T"]
     attention_mask: Int[Tensor, "B K"]
-    position_ids: Int[Tensor, "B T"]
+    position_ids: Int[Tensor, "B T"] | Int[Tensor, "A B T"]
+    """Where a model has positions of several axes, of each."""
     cache: Any = None
     begins: Int[Tensor, "B n"] | None = None
     """What a decoder reads first, where the prompts are its encoder's."""
+    images: Images | None = None
+    """Of all sequences, for a model that reads images; its feature_index goes through the image tokens row by row."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +99,23 @@ def generate(
     any_goes_on: Callable[[bool], bool] = lambda own: own,
     seeds: Sequence[int] | None = None,
     begins: Sequence[Sequence[int]] | None = None,
+    pictures: Pictures | None = None,
 ) -> list[list[int]]:
     """An answer to each prompt (token ids), up to its end token.
 
     `any_goes_on`: after each token, told whether an answer here goes on; whether there will be another forward, by which all
     ranks make as many. `seeds`: of each prompt, for the numbers by which tokens are drawn: an answer depends on no other in
     the batch, and no generator of the process is touched. `begins`: what a decoder reads before each answer, where an
-    encoder reads the prompts.
+    encoder reads the prompts. `pictures`: the images of each prompt, for a model that reads images, with or without.
     """
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions, behind = _positions(prompts, width, device, pictures)
+    images = None
+    if pictures is not None:
+        laid = [Laid(k, np.asarray(prompt), []) for k, prompt in enumerate(prompts)]
+        images = pictures.images(laid).to(device)
     first = None
     if begins is not None:  # as many tokens of each: a tokenizer begins all texts alike
         first = torch.tensor([list(own)[: min(map(len, begins))] for own in begins], device=device)
@@ -115,7 +126,8 @@ def generate(
     goes_on = [left > 0 for left in room]
     cache = None
     for number in range(style.max_new_tokens):
-        logits, cache = forward(Passage(ids, mask, positions, cache, first if number == 0 else None))
+        begin = (first, images) if number == 0 else (None, None)
+        logits, cache = forward(Passage(ids, mask, positions, cache, *begin))
         logits = _penalised(logits, [[*b, *a] for b, a in zip(before, answers)], style.repetition_penalty)
         chosen = logits.argmax(dim=-1) if draws is None else draw(logits, draws[number].to(device), style)
         for row, token in enumerate(chosen.tolist()):
@@ -127,8 +139,22 @@ def generate(
         ids = chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         # A sequence that is done is read on beside the others, and has no position behind its last.
-        positions = (positions[:, -1:] + 1).clamp(max=(style.positions or 2**62) - 1)
+        positions, behind = behind.clamp(max=(style.positions or 2**62) - 1), behind + 1
     return answers
+
+
+def _positions(
+    prompts: Sequence[Sequence[int]], width: int, device: torch.device, pictures: Pictures | None
+) -> tuple[Tensor, Tensor]:
+    """Of prompts that end together, [B, T] or [A, B, T], and of one token behind each."""
+    if pictures is None:
+        found = [torch.arange(len(prompt) + 1)[None] for prompt in prompts]
+    else:
+        found = [pictures.axes(k, np.asarray(prompt)) for k, prompt in enumerate(prompts)]
+    padded = [torch.nn.functional.pad(own, (width + 1 - own.shape[1], 0)) for own in found]
+    axes = torch.stack(padded, dim=1).to(device)
+    every = axes if len(axes) > 1 else axes[0]
+    return every[..., :-1], every[..., -1:]
 
 
 def _draws(seeds: Sequence[int] | None, style: Style) -> Float[Tensor, "n B"]:
@@ -224,11 +250,15 @@ class _Tokens(BaseStreamer):
         pass
 
 
-def stream(lm: Any, ids: Sequence[int], how: GenerationConfig) -> Iterator[int]:
-    """The tokens of an answer as they are made, in a thread of its own, which ends when this is closed."""
+def stream(
+    lm: Any, ids: Sequence[int], how: GenerationConfig, given: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[int]:
+    """The tokens of an answer as they are made, in a thread of its own, which ends when this is closed. `given`: what the
+    model reads beside the prompt's tokens, such as the pixels of its images."""
     queue: SimpleQueue[Any] = SimpleQueue()
     stopped = threading.Event()
     prompt = torch.tensor([list(ids)], device=lm.device)
+    beside = {name: x.to(lm.device, lm.dtype if x.is_floating_point() else x.dtype) for name, x in given.items()}
 
     def make() -> None:
         try:
@@ -236,7 +266,7 @@ def stream(lm: Any, ids: Sequence[int], how: GenerationConfig) -> Iterator[int]:
             with torch.no_grad():
                 lm.generate(
                     prompt, attention_mask=torch.ones_like(prompt), generation_config=how, streamer=_Tokens(queue),
-                    stopping_criteria=stopping,
+                    stopping_criteria=stopping, **beside,
                 )  # fmt: skip
             queue.put(None)
         except BaseException as error:

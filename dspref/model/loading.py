@@ -31,7 +31,7 @@ from dspref.model import adapters, digests, families, liger, vision, weights
 from dspref.model.adapters import Adapters
 from dspref.model.admission import build_skeleton
 from dspref.model.attention import PACKED
-from dspref.model.packed import PackedCausalLM, wrapped
+from dspref.model.packed import PackedCausalLM
 from dspref.terminal import first_line
 
 
@@ -145,7 +145,7 @@ def load(
             liger.put_into(lm)
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
-    return wrapped(lm, kernel, published, attached)
+    return PackedCausalLM(lm, kernel, published, attached)
 
 
 def _computed_buffers(section: ModelSection, config: PretrainedConfig, dtype: str) -> dict[str, Tensor]:

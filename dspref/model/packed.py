@@ -6,7 +6,7 @@ A training step sees no transformers model; DeepSpeed wraps `PackedCausalLM`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
-from dspref.model import families, freezing, router, vision
+from dspref.model import families, freezing, readers, router
 from dspref.model.adapters import Adapters
-from dspref.model.admission import NOT_PACKED, refuse_layers_before_head, router_coefficient
+from dspref.model.admission import NOT_PACKED, router_coefficient
 from dspref.model.attention import Segments
 from dspref.model.generation import Passage
 from dspref.model.logps import HeadTransform, TokenLogps, counted, scored_logps
@@ -30,7 +30,8 @@ from dspref.model.router import Routing
 
 
 class PackedCausalLM(nn.Module):
-    """A causal LM whose forward maps a `PackedBatch` to the log-probs of its C scored tokens."""
+    """A language model whose forward maps a `PackedBatch` to the log-probs of its C scored tokens; by its `reader`, also one
+    with an encoder, or with a tower for images."""
 
     def __init__(
         self,
@@ -40,7 +41,9 @@ class PackedCausalLM(nn.Module):
         attached: Adapters | None = None,
     ) -> None:
         super().__init__()
-        self._check(lm)
+        self.reader = readers.reader_of(lm.config)
+        self.reader.check(lm)
+        self.reader.tell(lm)
         self.lm = lm
         self.kernel = kernel
         self.adapters = attached
@@ -59,13 +62,14 @@ class PackedCausalLM(nn.Module):
         It comes through the same door as packs, since ZeRO-3 follows the forwards of the outermost module.
         """
         if isinstance(batch, Passage):
-            return self._read_on(batch)
+            outputs, cache = self.reader.read_on(self.lm, batch)
+            return self._logits(outputs), cache
         return self._logps(batch, only_logps, with_statistics)
 
     def _logps(self, batch: PackedBatch, only_logps: bool, with_statistics: bool) -> tuple[TokenLogps, Routing | None]:
         routed = bool(self.router_aux_loss_coef) and not only_logps
         segments = Segments(batch, self.kernel)
-        outputs = self._read(batch, segments, routed)
+        outputs = self.reader.read(self.lm, batch, segments, routed)
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
@@ -73,7 +77,7 @@ class PackedCausalLM(nn.Module):
         scored = scored_logps(
             outputs.last_hidden_state[0][batch.predictor_index],
             head.weight,
-            self._head_bias(),
+            self.reader.head_bias(self.lm),
             batch.targets,
             self.transform,
             self.with_collision and not only_logps,
@@ -81,39 +85,10 @@ class PackedCausalLM(nn.Module):
         )
         return counted(scored, batch), self._routing(outputs, batch) if routed else None
 
-    def _check(self, lm: PreTrainedModel) -> None:
-        """Raise ConfigError for a model that the forward here would not run as its authors do."""
-        refuse_layers_before_head(lm)
-
-    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
-        """What the backbone makes of a pack: `last_hidden_state` [1, T, d], and what its routers did where asked for."""
-        if batch.images is not None:
-            vision.family_of(self.lm.config)  # says why not
-        return self.lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            segments=segments,
-            **({"output_router_logits": True} if routed else {}),
-        )
-
-    def _head_bias(self) -> torch.Tensor | None:
-        return getattr(self.lm.get_output_embeddings(), "bias", None)
-
-    def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
-        outputs = self.lm.base_model(
-            input_ids=passage.input_ids,
-            attention_mask=passage.attention_mask,
-            position_ids=passage.position_ids,
-            past_key_values=passage.cache,
-            use_cache=True,
-        )
-        return self._logits(outputs), outputs.past_key_values
-
     def _logits(self, outputs: Any) -> torch.Tensor:
         """[B, V] behind the last token that was read."""
         head: Any = self.lm.get_output_embeddings()
-        logits = torch.nn.functional.linear(outputs.last_hidden_state[:, -1], head.weight, self._head_bias())
+        logits = torch.nn.functional.linear(outputs.last_hidden_state[:, -1], head.weight, self.reader.head_bias(self.lm))
         return self.transform(logits.float())
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
@@ -122,96 +97,6 @@ class PackedCausalLM(nn.Module):
             raise ConfigError(f"model.router_aux_loss_coef: no layer of this model has experts, or {untold}; set 0")
         top_k: Any = self.lm.num_experts_per_tok
         return router.routing(outputs.router_logits, top_k, batch.multiplicity.float())
-
-
-class PackedSeq2SeqLM(PackedCausalLM):
-    """An encoder-decoder model: its encoder reads the prompts of a pack, each once, and its decoder the answers."""
-
-    def __init__(self, lm: PreTrainedModel, *args: Any) -> None:
-        super().__init__(lm, *args)
-        families.tell(lm)
-
-    def _check(self, lm: PreTrainedModel) -> None:
-        families.refuse_other_family(lm.config)
-
-    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
-        lm: Any = self.lm
-        assert batch.prompts is not None, "a pack without prompts apart is for a model without an encoder"
-        encoder, decoder = lm.get_encoder(), lm.get_decoder()
-        try:
-            families.place(encoder, batch.prompts.position_ids)
-            families.place(decoder, batch.position_ids)
-            prompts = encoder(input_ids=batch.prompts.input_ids[None], segments=segments)
-            return decoder(
-                input_ids=batch.input_ids[None], encoder_hidden_states=prompts.last_hidden_state, use_cache=False,
-                segments=segments,
-            )  # fmt: skip
-        finally:
-            families.place(encoder, None)
-            families.place(decoder, None)
-
-    def _read_on(self, passage: Passage) -> tuple[torch.Tensor, Any]:
-        lm: Any = self.lm
-        if passage.begins is not None:
-            # Positions of an encoder begin with a row, and so must the prompts, which end together.
-            padding = passage.attention_mask.shape[1] - passage.attention_mask.sum(dim=1, keepdim=True)
-            places = (torch.arange(passage.input_ids.shape[1], device=padding.device) + padding) % passage.input_ids.shape[1]
-            mask = passage.attention_mask.gather(1, places)
-            states = lm.get_encoder()(input_ids=passage.input_ids.gather(1, places), attention_mask=mask).last_hidden_state
-            read, past = passage.begins, None
-        else:
-            read, (states, mask, past) = passage.input_ids, passage.cache
-        outputs = lm.get_decoder()(
-            input_ids=read, encoder_hidden_states=states, encoder_attention_mask=mask, past_key_values=past, use_cache=True
-        )
-        return self._logits(outputs), (states, mask, outputs.past_key_values)
-
-    def _head_bias(self) -> torch.Tensor | None:
-        bias = getattr(self.lm, "final_logits_bias", None)
-        return None if bias is None else bias[0]
-
-
-class PackedVisionLM(PackedCausalLM):
-    """A vision-language model: its tower reads the images of a pack, each once, and its language model all sequences."""
-
-    def __init__(self, lm: PreTrainedModel, *args: Any) -> None:
-        super().__init__(lm, *args)
-        vision.tell(lm)
-
-    def _check(self, lm: PreTrainedModel) -> None:
-        vision.family_of(lm.config)
-        super()._check(lm)
-
-    def _read(self, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
-        base: Any = self.lm.base_model
-        several_axes, images = batch.position_ids.ndim == 2, batch.images
-        try:
-            base.feature_index = images and images.feature_index
-            return base(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[:, None] if several_axes else batch.position_ids[None],
-                use_cache=False,
-                segments=segments,
-                **(vision.read(images, self.lm.config) if images else {}),
-                **({"output_router_logits": True} if routed else {}),
-            )
-        finally:
-            base.feature_index = None
-
-
-def wrapped(
-    lm: PreTrainedModel,
-    kernel: str,
-    published_config: PretrainedConfig | None = None,
-    attached: Adapters | None = None,
-) -> PackedCausalLM:
-    """A model ready to be run over packs, by its kind."""
-    kind = PackedCausalLM
-    if families.is_encoder_decoder(lm.config):
-        kind = PackedSeq2SeqLM
-    elif vision.is_vision(lm.config):
-        kind = PackedVisionLM
-    return kind(lm, kernel, published_config, attached)
 
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:
@@ -282,14 +167,3 @@ def prepare_for_evaluation(model: PackedCausalLM, section: ModelSection, with_co
 
 def prepare_as_reference(model: PackedCausalLM) -> PackedCausalLM:
     return model.requires_grad_(False).eval()
-
-
-def schedule(optimizer: Any, name: str, warmup_steps: int, total_steps: int, options: Mapping[str, Any]) -> Any:
-    """The learning-rate schedule by its name in transformers."""
-    return transformers.get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=dict(options),
-    )

@@ -12,25 +12,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from dspref.data.images import ImageLayout, Images, Positions, RowImages
-from dspref.data.sight import Sight, sight_of
 from dspref.errors import ConfigError
 from dspref.model.attention import PACKED
+from dspref.model.pieces import FEATURES, PATCHES, PLACES, WINDOWS
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
 Tensors = Mapping[str, "Tensor"]
+# (tokens of images that lie in a row, of each; config) -> what the tower reads for them, by names of `pieces`.
+Reading = Callable[["np.ndarray", PretrainedConfig], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,65 @@ class VisionFamily:
     """The tower wants a dimension in front, of rows."""
     axes: bool = False
     """Positions have three: time, height, width."""
+    reading: Reading = lambda runs, config: tiles(float(runs.sum()), config)
+    """What a tower reads for image tokens: their number says how many patches there are."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a tower computes
+
+
+def tiles(tokens: float, config: PretrainedConfig, count: float | None = None) -> dict[str, float]:
+    """Of images in tiles of one size, `count` of them, or as many as have so many tokens."""
+    tower = config.vision_config
+    (height, width), (high, wide) = _pair(tower.image_size), _pair(tower.patch_size)
+    patches = (height // high) * (width // wide)
+    before = tower.model_type in ("clip_vision_model", "internvl_vision")  # a token of the tower's own
+    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    shrunk = getattr(config, "downsample_ratio", 1.0) if config.model_type == "internvl" else 1 / _scale(config)
+    features = (patches + (before and whole)) * shrunk**2
+    number, places = tokens / features if count is None else count, patches + before
+    return {
+        PATCHES: number * patches, PLACES: number * places, FEATURES: number * features,
+        "image_attention": number * places**2,
+    }  # fmt: skip
+
+
+def _scale(config: PretrainedConfig) -> int:
+    return getattr(config, "scale_factor", 1) if config.model_type in ("idefics3", "smolvlm") else 1
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+
+def _in_a_grid(runs: np.ndarray, config: PretrainedConfig) -> dict[str, float]:
+    """LLaVA-NeXT: an image once whole, and in tiles of a grid, of which lines or columns in the margin have no tokens, and
+    each line one more at its end: the smallest grid that an image of so many tokens can come from."""
+    side = config.vision_config.image_size
+    patches = side // config.vision_config.patch_size
+    grids = sorted(((h // side, w // side) for h, w in config.image_grid_pinpoints), key=math.prod)
+
+    def fits(tokens: int, high: int, wide: int) -> bool:
+        lines, columns = patches * high, patches * wide
+        whole_lines = tokens % (columns + 1) == 0 and tokens // (columns + 1) <= lines
+        return whole_lines or (tokens % lines == 0 and tokens // lines <= columns + 1)
+
+    others = (int(run) - patches**2 for run in runs)
+    count = sum(1 + math.prod(next((g for g in grids if fits(n, *g)), grids[-1])) for n in others)
+    return tiles(0.0, config, count)
+
+
+def _merged(runs: np.ndarray, config: PretrainedConfig) -> dict[str, float]:
+    """Qwen: four patches a token, each image by itself; windows as if all were whole."""
+    tower = config.vision_config
+    patches = runs.astype(np.float64) * tower.spatial_merge_size**2
+    window = (getattr(tower, "window_size", 0) // tower.patch_size) ** 2
+    total = float(patches.sum())
+    return {
+        PATCHES: total, PLACES: total, FEATURES: float(runs.sum()), "image_attention": float((patches**2).sum()),
+        WINDOWS: float((patches * np.minimum(patches, window)).sum()),
+    }  # fmt: skip
 
 
 def _without_padding(made: Tensors, config: PretrainedConfig) -> Tensors:
@@ -63,14 +125,14 @@ def _first_row(made: Tensors, config: PretrainedConfig) -> Tensors:
     return {name: tensor[0] for name, tensor in made.items()}
 
 
-_QWEN = VisionFamily(("pixel_values", "image_grid_thw"), axes=True)
+_QWEN = VisionFamily(("pixel_values", "image_grid_thw"), axes=True, reading=_merged)
 _IDEFICS = VisionFamily(("pixel_values", "pixel_attention_mask"), _first_row, in_one_row=True)
 FAMILIES: dict[str, VisionFamily] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "llava": VisionFamily(("pixel_values",)),
-    "llava_next": VisionFamily(("pixel_values", "image_sizes"), _without_padding),
+    "llava_next": VisionFamily(("pixel_values", "image_sizes"), _without_padding, reading=_in_a_grid),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "internvl": VisionFamily(("pixel_values",)),
@@ -128,42 +190,21 @@ def _three_axes(lm: PreTrainedModel) -> Positions:
 
     def positions(ids: Int[Tensor, "n"], tensors: Tensors) -> Int[Tensor, "3 n"]:
         grids = tensors.get("image_grid_thw")
+        features = 0 if grids is None else int(grids.prod(-1).sum()) // lm.config.vision_config.spatial_merge_size**2
+        if (tokens := int((ids == token).sum())) != features:
+            raise _unequal(tokens, features)
         found, _ = base.get_rope_index(ids[None], (ids == token).int()[None], image_grid_thw=grids)
         return found[:, 0]
 
     return positions
 
 
-def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype) -> Sight:
-    """How a model reads the images of rows, by its processor; pixels in its own type, as they wait in host memory. Raises
-    ConfigError where the two do not go together."""
-    config, family = skeleton.config, family_of(skeleton.config)
-    token, own = config.image_token_id, getattr(processor, "image_token_id", None)
-    if own is not None and own != token:
-        raise ConfigError(
-            f"model.tokenizer_name_or_path: its processor writes images by token {own}, and the model has {token} "
-            "(image_token_id); use the model's own"
-        )
-
-    def to_tower(made: Mapping[str, Any], digest: bytes) -> RowImages:
-        found = row_images(made, config, digest)
-        as_read = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.tensors.items()}
-        return RowImages(as_read, digest)
-
-    return Sight(processor, token, family.in_one_row, to_tower, partial(image_layout, skeleton))
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> str | None:
-    """Write a tokenizer, and of a vision-language model all of its processor, which is then loaded as a user would and has
-    to read an image and a text; what comes out otherwise, or None."""
-    own = sight_of(tokenizer)
-    if own is None:
-        tokenizer.save_pretrained(folder)
-        return None
-    own.processor.save_pretrained(folder)
-    expected, found = own.probe(), own.as_reloaded(str(folder)).probe()
-    same = (name in found and torch.equal(torch.as_tensor(x), torch.as_tensor(found[name])) for name, x in expected.items())
-    return next((name for name, is_same in zip(expected, same) if not is_same), None)
+def _unequal(tokens: int, features: int) -> ConfigError:
+    return ConfigError(
+        f"model.name_or_path: its processor writes {tokens} tokens for images of which its tower makes {features} features; "
+        "fix: set in processor_config.json what the model's config says (patch_size, merge_size, image_seq_len, "
+        "num_additional_image_tokens, vision_feature_select_strategy)"
+    )
 
 
 def outside_language_model(lm: PreTrainedModel) -> str:
@@ -183,14 +224,14 @@ def language_model(lm: PreTrainedModel) -> torch.nn.Module:
 
 
 class PackedImages:
-    """Of a model with a tower: the features that `feature_index` picks, where it is set, and not those of its images in
-    order. Here, and not before its forward: under ZeRO-3 parameters of the model itself (LLaVA-NeXT's end of a line) are
+    """Of a model with a tower: the features that a pack's image tokens take, where one is told, and not those of its images
+    in order. Here, and not before its forward: under ZeRO-3 parameters of the model itself (LLaVA-NeXT's end of a line) are
     there only within."""
 
-    feature_index: torch.Tensor | None = None  # Int[Tensor, "I"]; transformers evaluates annotations of its models
+    of_pack: Images | None = None
 
     def get_image_features(self, *args: Any, **options: Any) -> Any:
-        if self.feature_index is None:
+        if self.of_pack is None:
             return super().get_image_features(*args, **options)  # type: ignore[misc]
         options.pop("segments", None)  # some hand on all that they are given
         outputs = super().get_image_features(*args, **options)  # type: ignore[misc]
@@ -201,9 +242,12 @@ class PackedImages:
 
     def _picked(self, features: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Of a tensor [..., d] or of several, in the same form: families, and versions of transformers, differ in it."""
-        assert self.feature_index is not None
+        assert self.of_pack is not None
         joined = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
-        picked = joined.flatten(0, -2).index_select(0, self.feature_index)
+        made, tokens = joined.flatten(0, -2), self.of_pack.features
+        if tokens not in (0, len(made)):
+            raise _unequal(tokens, len(made))
+        picked = made.index_select(0, self.of_pack.feature_index)
         if not isinstance(features, torch.Tensor):
             return [picked]
         tile = joined.shape[1:-1]  # an image's tokens, or those of a tile, lie in one prompt together
@@ -222,7 +266,16 @@ def tell(lm: PreTrainedModel) -> None:
         base.__class__ = _told(type(base))
 
 
-def read(images: Images, config: PretrainedConfig) -> dict[str, Tensor]:
-    """The images of a pack as arguments of the model's forward."""
-    family = family_of(config)
-    return {name: tensor[None] if family.in_one_row else tensor for name, tensor in images.tensors.items()}
+@contextmanager
+def shown(lm: PreTrainedModel, images: Images | None) -> Iterator[dict[str, Tensor]]:
+    """While open, the image tokens of a forward take the features of these images, which it is given as arguments."""
+    base: Any = lm.base_model
+    if images is None:
+        yield {}
+        return
+    one_row = family_of(lm.config).in_one_row
+    base.of_pack = images
+    try:
+        yield {name: tensor[None] if one_row else tensor for name, tensor in images.tensors.items()}
+    finally:
+        base.of_pack = None

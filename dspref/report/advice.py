@@ -11,8 +11,8 @@ from dspref.config import ModelSection, TrainSection
 from dspref.data.loader import StepLoader, count, place
 from dspref.engine import memory
 from dspref.engine.engine import Engine
-from dspref.machine import footprint, memory_plan
-from dspref.machine.memory_plan import Layout, Pack
+from dspref.machine import built, footprint, memory_plan
+from dspref.machine.layers import Layout, Pack
 from dspref.machine.shapes import of_tensors
 from dspref.model import admission, attention, families
 from dspref.report import performance
@@ -62,10 +62,7 @@ def of_run(
     loader: StepLoader,
     kernel: str,
 ) -> list[str]:
-    """Advice for a run whose models are in memory, under a DeepSpeed strategy; none for an encoder-decoder model, as its
-    memory is not estimated."""
-    if families.is_encoder_decoder(policy.module.lm.config):
-        return []
+    """Advice for a run whose models are in memory, under a DeepSpeed strategy."""
     steps, packing = loader.epoch(0)[:STEPS_LOOKED_AT], loader.packing
     placed = [place(loader.store, ids, packing) for ids in steps]
     lm, world = policy.module.lm, packing.world_size
@@ -89,7 +86,8 @@ def of_run(
     tokens = sum(p.tokens for p in placed)
     shares = sum(p.scored for p in placed) / tokens, sum(count(loader.store, ids)["tokens"] for ids in steps) / tokens
     largest = max(p.largest for p in placed)
-    kept, coming = still_to_come(section, lm, layout, Pack(largest, round(largest * shares[0]), shares[1]))
+    most = max(placed, key=lambda step: step.largest).most
+    kept, coming = still_to_come(section, lm, layout, Pack(largest, round(largest * shares[0]), shares[1], most))
     facts = Facts(
         device=policy.device.type,
         zero_stage=layout.stage,
@@ -101,7 +99,7 @@ def of_run(
         tokens_per_rank=round(per_rank),
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
         faster_kernel=_faster_kernel(section, policy, kernel),
-        sparsity=memory.count_weights(lm) / max(size.body + size.head, 1),
+        sparsity=memory.count_weights(lm) / max(size.matrices, 1),
         checkpointing=section.gradient_checkpointing,
         kept_bytes=kept,
         free_bytes=memory.free_memory(policy.device) - coming,
@@ -112,11 +110,17 @@ def of_run(
 def still_to_come(section: ModelSection, lm: Any, layout: Layout, pack: Pack) -> tuple[int, int]:
     """Bytes that a run whose models are in memory will need yet: (for activations and the head, for all else), by the
     estimate that `dspref plan` shows."""
+    trained = sum(memory.elements(p) for p in lm.parameters() if p.requires_grad)
+    if (kind := families.kind_of(lm.config)) != "decoder":
+        shape = replace(built.of_model(lm, kind, memory.elements, None), frozen_base=section.lora is not None)
+        return _split(memory_plan.estimate(shape, layout, pack).parts)
     named = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in lm.named_parameters()}
     own = {name: shape for name, shape in named.items() if ".lora_" not in name}
-    trained = sum(memory.elements(p) for p in lm.parameters() if p.requires_grad)
     shape = replace(of_tensors(own, lm.config.get_text_config().to_dict(), section.lora), trained=trained)
-    parts = memory_plan.estimate(shape, layout, pack).parts
+    return _split(memory_plan.estimate(shape, layout, pack).parts)
+
+
+def _split(parts: Mapping[str, int]) -> tuple[int, int]:
     kept = parts["activations"] + parts["LM head"]
     there = sum(parts[name] for name in ("weights", "fp32 masters", "reference", "framework"))
     return kept, sum(parts.values()) - kept - there

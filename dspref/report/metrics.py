@@ -229,7 +229,8 @@ class Recorder:
             thread.send(record)
 
     def show(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Answers to prompts, for the trackers alone."""
+        """Answers to prompts, for the trackers alone: names of images as one text."""
+        samples = [{name: ", ".join(x) if isinstance(x, list) else x for name, x in row.items()} for row in samples]
         for thread in self._trackers:
             thread.send({"step": step, "samples": samples})
 

@@ -11,16 +11,17 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jinja2
 
 import dspref
-from dspref.report import charts, tables
+from dspref.report import charts, tables, thumbnails
 from dspref.report.charts import Chart
 from dspref.run.history import MOST_EVENTS, Event, History, Sample
 from dspref.terminal import printable
@@ -50,10 +51,14 @@ class Answers(NamedTuple):
     reference: list[Part] | None
     policy: list[Part] | None
     chosen: str | None
+    images: list[tuple[str, str | None]]
+    """(name, small picture as a data: URI) of the prompt's images; None: it cannot be read here."""
 
 
 def render(runs: Sequence[History], now: datetime | None = None) -> str:
     drawn = charts.of(runs)
+    newest_first = (path for run in runs for sample in reversed(run.samples) for _, path in sample.images if path)
+    small = thumbnails.of(newest_first)
     script = "\n".join(_asset(name) for name in ("uplot/uPlot.iife.min.js", "report.js"))
     style = "\n".join(_asset(name) for name in ("uplot/uPlot.min.css", "report.css"))
     return _template().render(
@@ -73,7 +78,7 @@ def render(runs: Sequence[History], now: datetime | None = None) -> str:
         faults=[(run.name, fault) for run in runs for fault in run.faults],
         warnings=[(run.name, warning) for run in runs for warning in run.warnings],
         differences=tables.differences(runs),
-        samples=[(run.name, by_step(run.samples)) for run in runs if run.samples],
+        samples=[(run.name, by_step(run.samples, small)) for run in runs if run.samples],
         events=[(run.name, [_told(event) for event in run.events]) for run in runs if run.events],
         most_events=MOST_EVENTS,
         data_lines=[(run.name, run.data) for run in runs if run.data],
@@ -128,28 +133,29 @@ def _told(event: Event) -> tuple[str, str, str, str]:
 # Samples
 
 
-def by_step(samples: Sequence[Sample]) -> list[tuple[str, list[Answers]]]:
-    """The samples of each step, the newest first."""
+def by_step(samples: Sequence[Sample], small: Mapping[str, str] = MappingProxyType({})) -> list[tuple[str, list[Answers]]]:
+    """The samples of each step, the newest first; `small`: pictures of images, by path."""
     found: dict[int | None, list[Answers]] = {}
     for sample in samples:
-        found.setdefault(sample.step, []).append(compared(sample))
+        found.setdefault(sample.step, []).append(compared(sample, small))
     order = sorted(found, key=lambda step: float("inf") if step is None else step, reverse=True)
     return [("at the end" if step is None else f"at step {step:,}", found[step]) for step in order]
 
 
-def compared(sample: Sample) -> Answers:
+def compared(sample: Sample, small: Mapping[str, str] = MappingProxyType({})) -> Answers:
     """The reference's and the policy's answer, with the words that only one of them has."""
+    images = [(name, small.get(path)) for name, path in sample.images]
     if sample.reference is None or sample.policy is None:
         answers = (sample.reference, sample.policy)
         reference, policy = (None if answer is None else [Part(answer, False)] for answer in answers)
-        return Answers(sample.prompt, reference, policy, sample.chosen)
+        return Answers(sample.prompt, reference, policy, sample.chosen, images)
     (before, rest_before), (after, rest_after) = map(_words, (sample.reference, sample.policy))
     matches = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
     old = [Part("".join(before[a:b]), tag != "equal") for tag, a, b, _, _ in matches if b > a]
     new = [Part("".join(after[c:d]), tag != "equal") for tag, _, _, c, d in matches if d > c]
     for parts, rest in ((old, rest_before), (new, rest_after)):
         parts += [Part(rest, False)] * bool(rest)
-    return Answers(sample.prompt, old, new, sample.chosen)
+    return Answers(sample.prompt, old, new, sample.chosen, images)
 
 
 def _words(answer: str) -> tuple[list[str], str]:

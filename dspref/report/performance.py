@@ -16,12 +16,14 @@ from dspref import distributed
 from dspref.config import ModelSection
 from dspref.data.loader import Step
 from dspref.engine.engine import Engine
+from dspref.machine import flops
 from dspref.machine.flops import ModelSize, Work, of_step
 from dspref.machine.footprint import EXPERTS
 from dspref.machine.gpus import peak_of
-from dspref.model import families, vision
+from dspref.model import families
 from dspref.model.head_room import fits
 from dspref.model.packed import PackedCausalLM
+from dspref.model.pieces import ATTENTION, Piece, pieces_of
 from dspref.reference.modes import Reference
 
 PHASES = ("data", "forward", "reference", "backward", "update")
@@ -65,23 +67,16 @@ class Clock:
 def size_of(model: PackedCausalLM) -> ModelSize:
     """The size of a model, of which this rank may hold a shard only."""
     lm, text = model.lm, model.lm.config.get_text_config()
-    head: Any = lm.get_output_embeddings()
-    inputs: Any = lm.get_input_embeddings()
     experts = number_in(text, *EXPERTS, default=1)
     per_token = number_in(text, "num_experts_per_tok", "moe_k", default=experts) / experts
-    body = trained = 0.0
-    for name, parameter in lm.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if len(shape) < 2 or parameter is head.weight or parameter is inputs.weight:
-            continue
-        weights = _elements(parameter, shape) * (per_token if ".experts." in name else 1)
-        body += weights
-        trained += weights * parameter.requires_grad
-    size = _elements(head.weight, tuple(getattr(head.weight, "ds_shape", head.weight.shape)))
-    heads, hidden = number_in(text, "num_attention_heads", default=1), number_in(text, "hidden_size", default=0)
-    width = number_in(text, "head_dim", default=hidden / heads)
-    channels = number_in(text, "num_hidden_layers", default=0) * heads * width
-    return ModelSize(body, size, trained, size * head.weight.requires_grad, channels)
+    kind = families.kind_of(lm.config)
+    pieces = pieces_of(lm, kind, _elements, per_token)
+    if kind == "decoder":
+        heads, hidden = number_in(text, "num_attention_heads", default=1), number_in(text, "hidden_size", default=0)
+        channels = 2.0 * heads * number_in(text, "head_dim", default=hidden / heads)
+        layers = range(int(number_in(text, "num_hidden_layers", default=0)))
+        pieces += [Piece(ATTENTION, channels, False, depth=n, is_attention=True) for n in layers]
+    return flops.size_of(pieces)
 
 
 def number_in(text: Any, *names: str, default: float) -> float:
@@ -96,7 +91,8 @@ def number_in(text: Any, *names: str, default: float) -> float:
     return default
 
 
-def _elements(parameter: Any, shape: tuple[int, ...]) -> int:
+def _elements(parameter: Any) -> int:
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     packed = getattr(parameter, "quant_state", None)  # of weights in 4 bits, whose own shape is that of bytes
     return torch.Size(packed.shape if packed is not None else shape).numel()
 
@@ -105,9 +101,7 @@ def _elements(parameter: Any, shape: tuple[int, ...]) -> int:
 class Account:
     """What a run computes, for its `perf/*` metrics. `reference`: of a live one; None where nothing is computed for it."""
 
-    policy: ModelSize | None
-    """None: of an encoder-decoder model, in which a token meets one half of the weights, and of a vision-language one, whose
-    tower meets others: their operations are not counted."""
+    policy: ModelSize
     reference: ModelSize | None
     recomputes: bool
     device: torch.device
@@ -120,10 +114,8 @@ class Account:
     def of(cls, section: ModelSection, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
         live = size_of(reference.module) if reference.module else None
         vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
-        config = policy.module.lm.config
-        own = None if families.is_encoder_decoder(config) or vision.is_vision(config) else size_of(policy.module)
         recomputes, dtype = section.gradient_checkpointing, section.dtype
-        return cls(own, live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
+        return cls(size_of(policy.module), live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
 
     def record(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:
         """Of all ranks together: pairs, real tokens (prompt + answer, of both answers), scored ones and computed ones per
@@ -145,17 +137,15 @@ class Account:
             **{f"{phase}_seconds": seconds[phase] for phase in PHASES},
             "memory_gib": peak_memory(self.device) / 2**30,
         }
-        if self.policy is not None:
-            useful, executed = self.flops(step)
-            found["tflops_per_rank"] = executed / total / world / 1e12
-            if peak := peak_flops(self.device, self.dtype):
-                found |= {"mfu": useful / total / world / peak, "hfu": executed / total / world / peak}
+        useful, executed = self.flops(step)
+        found["tflops_per_rank"] = executed / total / world / 1e12
+        if peak := peak_flops(self.device, self.dtype):
+            found |= {"mfu": useful / total / world / peak, "hfu": executed / total / world / peak}
         return {f"perf/{name}": value for name, value in found.items()}
 
     def flops(self, step: Step) -> tuple[float, float]:
         """(of the policy's forward and backward, of all that is executed) in a step, on all ranks."""
-        work = Work(step.computed_tokens, step.scored_tokens, step.attention_pairs)
-        assert self.policy is not None, "operations of this model are not counted"
+        work = Work.of_step(step.computed_tokens, step.scored_tokens, step.attention_pairs, step.more)
         packs = step.num_packs * distributed.world().size
         return of_step(
             self.policy,

@@ -17,7 +17,7 @@ from dspref.config import ModelSection, shipped
 from dspref.engine.engine import Engine
 from dspref.errors import IOFault, NumericFault
 from dspref.files import Hashes, flushed_tree, remove, sync_folder
-from dspref.model import adapters, unpacked, vision
+from dspref.model import adapters, processors, unpacked
 from dspref.model.packed import PackedCausalLM
 from dspref.run.folder import RunFolder
 from dspref.secrets import redact
@@ -120,7 +120,7 @@ def write_merged(draft: Path, base: str, adapter: Path, section: ModelSection) -
 
 def accompany(draft: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
     """What goes with weights: the tokenizer with its template, or all of a processor, and the model card."""
-    if wrong := vision.save_tokenizer(tokenizer, draft):
+    if wrong := processors.save_tokenizer(tokenizer, draft):
         raise IOFault(f"{draft}: the exported processor makes other {wrong} than the run's; check the disk and export again")
     (draft / "README.md").write_text(redact(card), encoding="utf-8")
 

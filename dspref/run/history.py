@@ -31,6 +31,8 @@ LOG_BYTES = 20_000_000
 MOST_SAMPLES, MOST_CHARACTERS, MOST_EVENTS, MOST_WARNINGS = 400, 4_000, 2_000, 100
 # What samples.jsonl calls the answers: of the policy, and of the reference or of the model before training.
 POLICY, REFERENCE = ("policy", "after"), ("reference", "before")
+# Of a sample; and how the name of one begins that is no path.
+MOST_IMAGES, OF_BYTES = 32, "sha256:"
 STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[+-]\d\d:\d\d)? ")
 
 
@@ -42,6 +44,8 @@ class Sample(NamedTuple):
     policy: str | None
     reference: str | None
     chosen: str | None
+    images: tuple[tuple[str, str], ...] = ()
+    """(name, path) of the images of the prompt; no path, where the row had the image itself."""
 
 
 class Event(NamedTuple):
@@ -171,8 +175,16 @@ def samples_of(path: Path) -> tuple[list[Sample], int, int]:
             bad += 1
             continue
         step = (line or {}).get("step")
-        found.append(Sample(step if is_count(step) else None, _turns(prompt), *answers))
+        found.append(Sample(step if is_count(step) else None, _turns(prompt), *answers, images=_images(line or {})))
     return found[-MOST_SAMPLES:], bad, max(len(found) - MOST_SAMPLES, 0)
+
+
+def _images(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    images, folder = line.get("images"), line.get("image_folder")
+    names = [name for name in images if isinstance(name, str)] if isinstance(images, list) else []
+    at = folder if isinstance(folder, str) else ""
+    paths = ["" if name.startswith(OF_BYTES) else os.path.join(at, os.path.expanduser(name)) for name in names]
+    return tuple(zip((text(name, 300) for name in names), paths))[:MOST_IMAGES]
 
 
 def _first(line: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -16,7 +16,7 @@ from dspref.objectives.own import Source, kept_at
 from dspref.run import manifest, record
 from dspref.run.folder import RESOLVED, RunFolder, content_key, environment
 from dspref.secrets import redact
-from dspref.terminal import command
+from dspref.terminal import command, first_line
 
 # Keys that may differ between a run and its continuation: they change speed, memory, reports or the length of the run (and
 # with it the learning rates of the schedule), but neither the pairs of a step nor what is computed from them. (The router
@@ -35,10 +35,6 @@ MAY_CHANGE = (
     "deepspeed.zero_optimization.allgather_bucket_size", "deepspeed.zero_optimization.overlap_comm",
     "deepspeed.zero_optimization.contiguous_gradients", "deepspeed.wall_clock_breakdown", "deepspeed.comms_logger",
 )  # fmt: skip
-
-
-def first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0]
 
 
 def refuse_changes(run: RunFolder, settings: dict[str, Any], asked: Mapping[str, Any]) -> list[str]:

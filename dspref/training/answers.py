@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -18,10 +19,12 @@ import numpy as np
 from dspref import distributed
 from dspref.config import LogSection, ModelSection
 from dspref.data.apart import opening
+from dspref.data.image_files import NOTHING, Shown
+from dspref.data.image_rows import PLACE
+from dspref.data.image_store import pictures_of
 from dspref.data.sight import sight_of
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine
-from dspref.errors import ConfigError
 from dspref.model import generation
 from dspref.model.generation import Style
 from dspref.reference import modes
@@ -51,6 +54,8 @@ class Prompt:
     chosen: str | None
     source: str
     begins: list[int] | None = None
+    shown: Shown = NOTHING
+    """Its images."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,14 @@ def prompts_of(
     def own() -> list[Any]:
         return [list(prompt) for prompt in preparation.own_prompts(str(log.samples_file), section, tokenizer)]
 
-    if (log.samples or log.samples_file) and sight_of(tokenizer) is not None:
-        raise ConfigError("log.samples: answers of a vision-language model are not sampled yet; drop it, and samples_file")
     found = list(islice(_held_out(held_out, tokenizer), log.samples))
     if len(found) < log.samples:
         distributed.log(f"log.samples: {log.samples}, but the held-out sets have {len(found)} different prompts")
     if log.samples_file is not None:
         read = distributed.broadcast_object(distributed.on_main(own) or [])
-        found += [Prompt(ids, text_of_prompt(tokenizer, ids), chosen, where, begins) for ids, chosen, where, begins in read]
+        for ids, chosen, where, begins, seen in read:
+            shown = Shown.received(seen)
+            found.append(Prompt(ids, text_of_prompt(tokenizer, ids, shown), chosen, where, begins, shown))
     return found
 
 
@@ -106,12 +111,10 @@ def _held_out(sets: Mapping[str, PairStore], tokenizer: PreTrainedTokenizerBase)
             if index is None:
                 del each[name]
                 continue
-            pair = sets[name][index]
-            ids = pair.prompt.tolist()
+            pair, shown = sets[name][index], sets[name].shown(index)
+            ids, chosen = pair.prompt.tolist(), _text(tokenizer, pair.chosen.tolist())
             begins = opening(pair.chosen, tokenizer) if sets[name].apart else None
-            yield Prompt(
-                ids, text_of_prompt(tokenizer, ids), _text(tokenizer, pair.chosen.tolist()), name.rstrip("_"), begins
-            )
+            yield Prompt(ids, text_of_prompt(tokenizer, ids, shown), chosen, name.rstrip("_"), begins, shown)
 
 
 def _distinct(store: PairStore) -> Iterator[int]:
@@ -127,9 +130,14 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def text_of_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def text_of_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int], shown: Shown = NOTHING) -> str:
     """A prompt without its special tokens, each of which ends a line: some templates (Llama 3) put nothing else between a
-    role and what was said before."""
+    role and what was said before. For each image there is `<image>`."""
+    sight = sight_of(tokenizer)
+    if sight is not None and shown.pictures:
+        ids = sight.collapsed(np.asarray(ids), shown.pictures).tolist()
+        parts = [list(part) for _, part in groupby(ids, sight.token.__eq__)]
+        return "".join(PLACE * len(part) if sight.token in part else text_of_prompt(tokenizer, part) for part in parts)
     special = {*tokenizer.all_special_ids, *(k for k, token in tokenizer.added_tokens_decoder.items() if token.special)}
     special.discard(tokenizer.unk_token_id)  # stands for what was said
     text = ""
@@ -180,6 +188,7 @@ def prepare(
     if reference.moving:
         return asking
     identity = [beginning.reference_digest, spec.mode, seed, how.model_dump(), sorted(style.ends), [p.ids for p in prompts]]
+    identity += [[own.digest for own in p.shown.pictures] for p in prompts if p.shown.pictures]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     looks = goes_on and distributed.world().rank == 0
     kept = distributed.broadcast_object(_kept(run, key, prompts) if looks else None)
@@ -239,9 +248,11 @@ def take(
             of_reference = ask((reference.forward, reference.module), asking, policy, must_stop)
     if answers is None or of_reference is None:
         return False
+    sees = sight_of(asking.tokenizer) is not None
     rows = [
         {"step": step, "prompt": prompt.text, "policy": answer, "reference": other, "chosen": prompt.chosen}
         | {"source": prompt.source}
+        | (_images(prompt) if sees else {})
         for prompt, answer, other in zip(asking.prompts, answers, of_reference, strict=True)
     ]
     if distributed.world().rank == 0:
@@ -249,6 +260,12 @@ def take(
         recorder.show(step, rows)
     view.note(console.sample_lines(step, rows))
     return True
+
+
+def _images(prompt: Prompt) -> dict[str, Any]:
+    """The same keys for all prompts of a run, as a tracker's table has them."""
+    pictures, folder, _ = prompt.shown
+    return {"images": prompt.shown.names, "image_folder": os.path.abspath(folder) if pictures else None}
 
 
 def ask(speaker: Speaker, asking: Asking, policy: Engine, must_stop: Callable[[], bool] = lambda: False) -> list[str] | None:
@@ -263,13 +280,15 @@ def ask(speaker: Speaker, asking: Asking, policy: Engine, must_stop: Callable[[]
 
     found: list[tuple[int, list[int]]] = []
     lengths = [len(prompt.ids) for prompt in asking.prompts]
+    sight = sight_of(asking.tokenizer)
     with generation.plain_attention(module.lm):
         for batch, is_own in shares(lengths, world.size, asking.tokens, asking.style.max_new_tokens)[world.rank]:
             prompts = [asking.prompts[i].ids for i in batch]
             seeds = [_seed(asking.seed, i) for i in batch]
             begins = [asking.prompts[i].begins or [] for i in batch]
+            pictures = sight and pictures_of([asking.prompts[i].shown for i in batch], sight)
             written = generation.generate(
-                forward, prompts, asking.style, policy.device, any_goes_on, seeds, begins if any(begins) else None
+                forward, prompts, asking.style, policy.device, any_goes_on, seeds, begins if any(begins) else None, pictures
             )
             if stopped:
                 break

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from dspref import distributed, terminal
+from dspref.data.image_rows import PLACE
 from dspref.engine.engine import Engine
 from dspref.model import adapters, families
 from dspref.report import console
@@ -93,7 +94,8 @@ def show_summary(run: RunFolder) -> None:
         console.samples(rows)
     folder = f"./{run.path}" if str(run.path).startswith("-") else str(run.path)  # and no option
     final = terminal.literal(str(run.final))
-    prompt = terminal.literal(harmless(console.printable(console.asked(rows[0].prompt) if rows else "Hello", limit=60)))
+    said = console.asked(rows[0].prompt).replace(PLACE, "").strip() if rows else "Hello"
+    prompt = terminal.literal(harmless(console.printable(said, limit=60)))
     if run.run["summary"].get("encoder_decoder"):
         library, kind = ("peft", "PeftModel") if adapters.is_saved(str(run.final), "") else ("transformers", "Model")
         more = f"from {library} import Auto{kind}ForSeq2SeqLM as LM; from transformers import AutoTokenizer; "
@@ -110,17 +112,17 @@ def show_summary(run: RunFolder) -> None:
         parts = f'[{{"type": "image", "url": "IMAGE.png"}}, {{"type": "text", "text": {prompt}}}]'
         ask = f'pipeline("image-text-to-text", {loaded})(text=[{{"role": "user", "content": {parts}}}], max_new_tokens=64)'
     ask = "" if sees and more else f"{more}from transformers import pipeline; print({ask})"
-    _show(run, folder, ask, chats=not sees)
+    _show(run, folder, ask)
 
 
-def _show(run: RunFolder, folder: str, ask: str, chats: bool = True) -> None:
-    """`ask`: what has the model answer, in Python, where that is short; `chats`: whether `dspref chat` does."""
+def _show(run: RunFolder, folder: str, ask: str) -> None:
+    """`ask`: what has the model answer, in Python, where that is short."""
     console.summary(
         run.run["summary"],
         {"model": str(run.final), "metrics": str(run.path / "metrics.jsonl")},
         [
             terminal.command("dspref", "report", folder),
-            *([terminal.command("dspref", "chat", folder)] if chats else []),
+            terminal.command("dspref", "chat", folder),
             *([terminal.command("python", "-c", ask)] if ask else []),
         ],
     )

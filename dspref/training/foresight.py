@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from glob import glob
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
+from dspref import reading
 from dspref.config import DataSection, ModelSection, TrainSection, shipped
-from dspref.data.loader import Packing, StepLoader, count, place
+from dspref.data.loader import Packing, StepLoader, StepPacks, count, place
 from dspref.errors import ConfigError
+from dspref.machine import built, footprint, shapes
 from dspref.machine.run_plan import Load, assumed
+from dspref.machine.shapes import ModelShape
+from dspref.model import families, freezing, loading
+from dspref.model.pieces import PROMPTS
 from dspref.training import preparation
 
 # Steps of an epoch that are looked at: planning one takes milliseconds.
@@ -44,7 +51,40 @@ def load(
             return read(model, data, train, score_prompt, ranks)
         except ConfigError as error:  # no tokenizer here, no template
             why = f"{at_most}, as the data could not be tokenized ({error})"
-    return assumed(train, ranks, data.tokens_per_pack, mean_tokens or longest, why)
+    raw = raw_config(model)
+    why += ", no images" * bool(raw.get("vision_config"))
+    return assumed(train, ranks, data.tokens_per_pack, mean_tokens or longest, why, bool(raw.get("is_encoder_decoder")))
+
+
+def shape_of(section: ModelSection) -> ModelShape:
+    """The numbers of a model: of one stack of layers from its files, of several from the model, built without weights.
+    Raises ConfigError where its config.json is not here, or tells no sizes."""
+    raw = raw_config(section)
+    if not (raw.get("is_encoder_decoder") or raw.get("vision_config")):
+        return shapes.of_section(section)
+    if (kind := families.kind_of(loading.load_config(section))) == "decoder":
+        return shapes.of_section(section)
+    lm = loading.skeleton(section)
+    named = dict(lm.named_parameters(remove_duplicate=False))
+    for name in freezing.frozen(named, section.freeze):
+        named[name].requires_grad_(False)
+    return built.of_model(lm, kind, lambda parameter: parameter.numel(), shapes.as_saved(section.lora))
+
+
+def raw_config(section: ModelSection) -> dict[str, Any]:
+    """A model's config.json as it is; {} where it is not here."""
+    folder = footprint.model_folder(section)
+    try:
+        found = reading.read_json(folder / "config.json", strict=False) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def most_of(placed: Sequence[StepPacks]) -> dict[str, float]:
+    """What an encoder reads of the largest pack; and a tower of the one with most for it."""
+    largest = max(placed, key=lambda step: step.largest).most
+    return dict(largest) if PROMPTS in largest else {name: max(p.most[name] for p in placed) for name in largest}
 
 
 def read(model: ModelSection, data: DataSection, train: TrainSection, score_prompt: bool, ranks: int) -> Load:
@@ -84,4 +124,6 @@ def load_of(loader: StepLoader, packing: Packing, total: int) -> Load:
         attention=fmean(p.attention for p in placed),
         fill=fmean(p.fill for p in placed),
         steps_per_epoch=loader.steps_per_epoch,
+        more={name: fmean(p.more[name] for p in placed) for name in placed[0].more},
+        most=most_of(placed),
     )

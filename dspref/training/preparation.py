@@ -20,13 +20,13 @@ from dspref.data.overlap import shared
 from dspref.data.plan import rows_per_epoch
 from dspref.data.prompts import OwnPrompt, read_prompts
 from dspref.data.rows import one_line
-from dspref.data.sight import load_processor, see
+from dspref.data.sight import has_processor, load_processor
 from dspref.data.sources import Listing, Source, find
 from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
-from dspref.model import adapters, admission, digests, families, loading, vision, weights
+from dspref.model import adapters, admission, digests, families, loading, processors, vision, weights
 from dspref.reference.spec import ReferenceSpec, described
 from dspref.run.export import warn_of_other_tokenizer
 
@@ -164,11 +164,14 @@ def tokenizer_of(section: ModelSection) -> PreTrainedTokenizerBase:
 
 def seeing_tokenizer(section: ModelSection, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a vision-language model, which knows by its processor how images are read."""
-    processor = load_processor(name, section.revision, section.trust_remote_code)
+    own = section.tokenizer_name_or_path is None or has_processor(name)
+    processor = load_processor(
+        name if own else str(shipped(section.name_or_path)), section.revision, section.trust_remote_code
+    )
     template = section.chat_template or processor.chat_template
     tokenizer = load_tokenizer(name, section.revision, template, section.trust_remote_code)
-    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
-    see(tokenizer, vision.sight(processor, loading.skeleton(section), getattr(torch, section.dtype)))
+    dtype = getattr(torch, section.dtype)
+    processors.teach(tokenizer, processor, loading.skeleton(section), dtype, section.trust_remote_code)
     return tokenizer
 
 

@@ -19,7 +19,7 @@ from dspref.data.show import mark
 from dspref.data.store import PairStore
 from dspref.engine import ds_config, finite, memory
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
-from dspref.machine import agreement, preflight, run_plan, shapes
+from dspref.machine import agreement, preflight, run_plan
 from dspref.machine.context import FAIL, CheckContext, Verdict
 from dspref.machine.gpus import Gpu
 from dspref.model import adapters, loading, packed
@@ -169,10 +169,12 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     loading.quiet()
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data, gpus * nodes
     machine = run_plan.Machine(card, gpus, nodes)
-    shapes.of_section(config.model)  # before the data, which may take long
+    foresight.shape_of(config.model)  # before the data, which may take long
     load = foresight.load(config.model, data, config.train, objective.scores_prompt, ranks, mean_tokens)
     needed = needs_reference(**config.objective.model_dump())
-    run = run_plan.asked(config.model, config.reference, config.train.optim, needed, config.strategy, machine, load)
+    run = run_plan.asked(
+        config.model, config.reference, config.train.optim, needed, config.strategy, machine, load, foresight.shape_of
+    )
     return run_plan.plan(
         run, config.model, config.train, config.checkpoint, Path(config.output_dir), machine, load,
         tokens_per_pack=data.tokens_per_pack, looks_ahead=objective.couples or config.model.router_aux_scope == "step",

@@ -12,6 +12,7 @@ from dspref import distributed
 from dspref.config import DataSection, ModelSection
 from dspref.data.choosing import SourcePairs, sources_of
 from dspref.data.show import mark
+from dspref.data.sight import sight_of
 from dspref.data.store import Log, PairStore
 from dspref.model import admission, loading
 from dspref.training import preparation
@@ -80,7 +81,10 @@ def report(model: ModelSection, data: DataSection, colour: bool = False, prompts
     found.check_sizes(data.max_length)
     if prompts:
         own = preparation.own_prompts(prompts, model, found.tokenizer)
-        distributed.log(f"\nlog.samples_file  {prompts}\nprompts {len(own):,}\n\n{found.tokenizer.decode(own[0].ids)}")
+        ids, sight = own[0].ids, sight_of(found.tokenizer)
+        if sight is not None:
+            ids = sight.collapsed(np.asarray(ids), own[0].shown.pictures).tolist()
+        distributed.log(f"\nlog.samples_file  {prompts}\nprompts {len(own):,}\n\n{found.tokenizer.decode(ids)}")
 
 
 def figures(source: SourcePairs) -> str:

@@ -19,7 +19,7 @@ import yaml
 
 from dspref.config import ModelSection
 from dspref.machine import footprint, memory_plan, shapes
-from dspref.machine.memory_plan import Layout, Live, Pack
+from dspref.machine.layers import Layout, Live, Pack
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 0.15
@@ -91,6 +91,11 @@ def held(case: Case, tmp_path: Path) -> tuple[float, int, int]:
 def measured(case: Case, tmp_path: Path) -> dict[str, Any]:
     """Two steps in processes of their own."""
     write_run(case, tmp_path)
+    return two_steps(case, tmp_path)
+
+
+def two_steps(case: Case, tmp_path: Path) -> dict[str, Any]:
+    """Of the run that is there."""
     environment = {
         **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.ranks),

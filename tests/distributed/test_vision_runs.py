@@ -3,6 +3,8 @@ and ZeRO stage; a run that is interrupted goes on to the bit, and plain transfor
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -15,25 +17,31 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
-from tiny_vision import image_rows, save_vision
+from tiny_vision import NAMES, image_rows, save_vision
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 PAIRS = 9
 KINDS = ["llava", "llava_next", "idefics3"]  # those whose processors load without torchvision
+# Those that have a part for videos, which needs it: without this part, by code in the model's folder, and as they are.
+MORE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl"]
+NESTED = ("idefics3", "smolvlm")  # take images by rows
+HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
 
-def write(folder: Path, kind: str, **sections: Any) -> Path:
-    save_vision(folder / "model", kind, seed=1)
+def write(folder: Path, kind: str, videos: bool = False, **sections: Any) -> Path:
+    save_vision(folder / "model", kind, seed=1, videos=videos)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in image_rows(folder, PAIRS)))
     values = {
-        "model": {"name_or_path": f"{folder}/model", "dtype": "float32"},
+        "model": {
+            "name_or_path": f"{folder}/model", "dtype": "float32", "trust_remote_code": kind in MORE and not videos,
+        },
         "reference": {"store": f"{folder}/reference"},
         "data": {"train": {"path": f"{folder}/rows.jsonl"}, "shuffle": False, "max_length": 512, "tokens_per_pack": 400},
         "objective": {"name": "dpo", "beta": 0.3, "rpo_alpha": 1.0},
         "train": {"pairs_per_step": PAIRS, "max_steps": 1, "max_grad_norm": 0},
         "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
         "output_dir": f"{folder}/run",
-    } | sections
+    } | sections  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder
 
@@ -41,7 +49,7 @@ def write(folder: Path, kind: str, **sections: Any) -> Path:
 def plain_nll(folder: Path, kind: str) -> float:
     """The mean over the chosen answers' tokens of -log p, by one plain forward for each."""
     lm: Any = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
-    words: Any = AutoProcessor.from_pretrained(folder / "model")
+    words: Any = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=True)
     found: list[float] = []
     for row in image_rows(folder, PAIRS):
         if isinstance(row["prompt"], str):
@@ -50,8 +58,10 @@ def plain_nll(folder: Path, kind: str) -> float:
             parts = row["prompt"][0]["content"]
         names = row["images"] or [part["image"] for part in parts if part["type"] == "image"]
         images = [PIL.Image.open(folder / name) for name in names]
-        prompt = words.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        given: Any = {"images": [images] if kind == "idefics3" else images} if images else {}
+        prompt = words.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        )
+        given: Any = {"images": [images] if kind in NESTED else images} if images else {}
         asked, made = (
             words(text=[text], return_tensors="pt", **given) for text in (prompt, f"{prompt}{row['chosen']}<|im_end|>")
         )
@@ -69,13 +79,29 @@ VARIANTS = [
     ["deepspeed.zero_optimization.stage=1"],
 ]
 
+FAST = (1, "qwen2_5_vl")
+LAYOUTS = [pytest.param(world, kind, marks=pytest.mark.slow) for world in (1, 2) for kind in MORE if (world, kind) != FAST]
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world", [1, 2])
+
+@pytest.mark.parametrize(("world", "kind"), [*itertools.product((1, 2), KINDS), FAST, *LAYOUTS])
 def test_a_step_is_that_of_plain_forwards_in_every_layout(world: int, kind: str, tmp_path: Path, all_workers) -> None:
     write(tmp_path, kind)
+    is_that_of_plain_forwards(tmp_path, kind, all_workers[world])
+
+
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="torchvision is not here")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MORE)
+def test_so_it_is_with_processors_that_read_videos_too(kind: str, tmp_path: Path, all_workers) -> None:
+    write(tmp_path, kind, videos=True)
+    is_that_of_plain_forwards(tmp_path, kind, all_workers[2])
+    assert train(all_workers[2], tmp_path) == [0, 0]
+    assert AutoProcessor.from_pretrained(tmp_path / "run" / "final").video_processor is not None
+
+
+def is_that_of_plain_forwards(tmp_path: Path, kind: str, workers: Any) -> None:
     expected = plain_nll(tmp_path, kind)
-    ranks = all_workers[world].run("cases:first_steps", config_path=str(tmp_path / "run.yaml"), variants=VARIANTS)
+    ranks = workers.run("cases:first_steps", config_path=str(tmp_path / "run.yaml"), variants=VARIANTS)
     first = ranks[0][0]
     for overrides, result in zip(VARIANTS, ranks[0], strict=True):
         assert math.isclose(result["nll_loss"], expected, rel_tol=1e-5), (overrides, result["nll_loss"], expected)
@@ -84,7 +110,11 @@ def test_a_step_is_that_of_plain_forwards_in_every_layout(world: int, kind: str,
         for name, gradient in first["gradients"].items():
             difference = np.linalg.norm(result["gradients"][name] - gradient)
             assert difference <= 1e-4 * np.linalg.norm(gradient) + 1e-6 * whole, (overrides, name)
-    assert any("vision" in name and gradient.any() for name, gradient in first["gradients"].items()), "the tower is trained"
+    assert any(is_of_tower(name) and gradient.any() for name, gradient in first["gradients"].items()), "the tower is trained"
+
+
+def is_of_tower(name: str) -> bool:
+    return "vision" in name or "visual" in name
 
 
 def train(workers: Any, folder: Path, *overrides: str) -> list[int]:
@@ -106,7 +136,15 @@ LONG: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "world", "stage"), [("llava", 2, 3), ("llava_next", 1, 1), ("idefics3", 2, 1)])
+@pytest.mark.parametrize(
+    ("kind", "world", "stage"),
+    [
+        ("llava", 2, 3),
+        ("llava_next", 1, 1),
+        ("idefics3", 2, 1),
+        *(pytest.param(kind, 2, 3, marks=pytest.mark.slow) for kind in MORE),
+    ],
+)
 def test_a_run_goes_on_to_the_bit_and_plain_transformers_generates_with_it(
     kind: str, world: int, stage: int, tmp_path: Path, all_workers
 ) -> None:
@@ -123,12 +161,12 @@ def test_a_run_goes_on_to_the_bit_and_plain_transformers_generates_with_it(
 
     lm: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "final")
     before = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
-    assert any("vision" in name and not torch.equal(x, before[name]) for name, x in lm.state_dict().items())
-    words: Any = AutoProcessor.from_pretrained(tmp_path / "run" / "final")
+    assert any(is_of_tower(name) and not torch.equal(x, before[name]) for name, x in lm.state_dict().items())
+    words: Any = AutoProcessor.from_pretrained(tmp_path / "run" / "final", trust_remote_code=True)
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
-    prompt = words.apply_chat_template(asked, add_generation_prompt=True)
+    prompt = words.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     image: Any = [PIL.Image.open(tmp_path / "0-0.png")]
-    made = words(text=[prompt], images=[image] if kind == "idefics3" else image, return_tensors="pt")
+    made = words(text=[prompt], images=[image] if kind in NESTED else image, return_tensors="pt")
     answer = lm.generate(**made, max_new_tokens=4, do_sample=False)
     assert made["input_ids"].shape[1] < answer.shape[1] <= made["input_ids"].shape[1] + 4
 
@@ -153,4 +191,28 @@ def test_an_image_that_changes_under_a_run_is_told(tmp_path: Path, all_workers) 
     undone(tmp_path / "run")
     PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "0-0.png")
     assert train(all_workers[1], tmp_path) == [3], "the pairs have changed since this run began"
-    assert train(all_workers[1], tmp_path, "log.samples=2", f"output_dir={tmp_path}/other") == [2]
+
+
+@pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision is here")
+@pytest.mark.parametrize("kind", MORE)
+def test_whose_machine_lacks_torchvision_is_told_what_to_install(kind: str, tmp_path: Path, all_workers) -> None:
+    write(tmp_path, kind)
+    file = tmp_path / "model" / "processor_config.json"
+    own = {name: value for name, value in json.loads(file.read_text()).items() if name != "auto_map"}
+    of_videos = {"qwen2_5_vl": "Qwen2VL"}.get(kind, NAMES[kind])
+    published = {"processor_class": f"{NAMES[kind]}Processor"}
+    published["video_processor"] = {"video_processor_type": f"{of_videos}VideoProcessor"}
+    file.write_text(json.dumps(own | published))
+    told(all_workers[1], tmp_path, "torchvision", "pip install 'dspref[vision]'")
+
+
+def test_a_processor_with_code_of_its_own_has_to_be_trusted(tmp_path: Path, all_workers) -> None:
+    write(tmp_path, "qwen2_vl")
+    told(all_workers[1], tmp_path, "code of its own", "set model.trust_remote_code: true", "model.trust_remote_code=false")
+
+
+def told(workers: Any, folder: Path, what: str, fix: str, *overrides: str) -> None:
+    """A run ends before it begins, by one line with the remedy."""
+    ((code, said),) = workers.run("cases:command_line", arguments=[["--config", f"{folder}/run.yaml", *overrides]])[0]
+    assert code == 2 and said.count("\n") == 1, said
+    assert what in said.lower() and f"fix: {fix}" in said and not (folder / "run").exists(), said

@@ -32,7 +32,7 @@ def gradients_of_packs(
             folder, config=model_config, attn_implementation=vision.implementations(model_config)
         )
     section = ModelSection(name_or_path=folder, dtype="float32", gradient_checkpointing=checkpointing)
-    model = packed.prepare_for_training(packed.wrapped(lm, "sdpa"), section, with_collision=False)
+    model = packed.prepare_for_training(packed.PackedCausalLM(lm, "sdpa"), section, with_collision=False)
     policy = Engine.for_training(model, train, config, total_steps=1)
     tokens, _ = policy.forward(packs[distributed.world().rank])
     policy.backward(tokens.logps.sum())

@@ -57,7 +57,7 @@ def test_prompts_are_read_in_both_directions(
 def half(lm: Any, implementation: Any, kernel: str, device: str) -> packed.PackedCausalLM:
     lm = copy.deepcopy(lm).to(device, torch.bfloat16)
     lm.set_attn_implementation(implementation)
-    return packed.wrapped(lm, kernel)  # type: ignore[arg-type]
+    return packed.PackedCausalLM(lm, kernel)  # type: ignore[arg-type]
 
 
 def assert_follows(found: torch.Tensor, exact: torch.Tensor) -> None:

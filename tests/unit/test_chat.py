@@ -97,7 +97,7 @@ def test_characters_come_whole(models: list[Path], monkeypatch: pytest.MonkeyPat
     one = speaker(models[0])
     text = "a你é😀b"
     ids = one.tokenizer(text, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("dspref.model.generation.stream", lambda lm, prompt, how: iter(ids))
+    monkeypatch.setattr("dspref.model.generation.stream", lambda lm, prompt, how, given: iter(ids))
     pieces = [piece for piece in one.answer(USER) if piece]
     assert pieces == list(text)
 
@@ -127,7 +127,7 @@ def test_control_sequences_of_a_model_are_shown_and_not_sent(
 ) -> None:
     evil = "\x1b[2Jred\x07\u202e\r\x9b1m"
     two = [speaker(models[0]), speaker(models[0])]
-    monkeypatch.setattr(Speaker, "answer", lambda self, messages: iter([evil, "\nend"]))
+    monkeypatch.setattr(Speaker, "answer", lambda self, messages, images=(): iter([evil, "\nend"]))
     talk.Talk(["a", "b"], two, None, None).double(USER)
     talk.Talk(["a"], two[:1], None, None).single(USER)
     monkeypatch.setattr("sys.stdin", ["hi\n"])

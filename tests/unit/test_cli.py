@@ -11,12 +11,14 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import typer
 from tiny import save_tokenizer, tiny_config
 from typer.testing import CliRunner
 
 import dspref
 from dspref import launcher
 from dspref.cli import app
+from dspref.commandline import faults_in_one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": {"name_or_path": "some/model"}, "data": {"train": "some/data"}, "output_dir": "out"}
@@ -125,6 +127,21 @@ def test_what_dspref_itself_does_wrong_is_a_bug() -> None:
     for fault in (ImportError("cannot import name 'x'", name="dspref.data"), ValueError("no"), OSError(2, "no", "file")):
         assert launcher.unloadable(fault) is None
     assert launcher.unloadable(ImportError("No module named 'peft'", name="peft")) is not None
+
+
+def test_a_library_that_does_not_load_is_told_by_what_it_raised_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers says the same of all that fails in its imports. A torchvision of another torch fails in each command."""
+    code = compile("raise RuntimeError('operator torchvision::nms does not exist')", "torchvision.py", "exec")
+    with pytest.raises(typer.Exit) as left, faults_in_one_line():
+        try:
+            exec(code, {"__name__": "torchvision"})
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'.") from error
+    said = capsys.readouterr().err
+    assert left.value.exit_code == 4 and said.count("\n") == 1
+    assert said.startswith(
+        "torchvision cannot be loaded: operator torchvision::nms does not exist; install torchvision from"
+    )
 
 
 def test_every_fault_of_a_config_reaches_the_terminal() -> None:

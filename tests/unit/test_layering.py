@@ -47,7 +47,7 @@ OWNERS: dict[str, set[str]] = {
     "torch.distributed": {"distributed", "engine.engine"},
     "transformers": {
         *("data.pieces", "data.sight", "data.tokenize", "data.vocabulary"),
-        *("model", "run.checkpoint", "run.export"),
+        *("engine.optimizer", "model", "run.checkpoint", "run.export"),
     },
     "peft": {"model.adapter_files", "model.adapters"},
     "bitsandbytes": {"engine.optimizer"},

@@ -71,3 +71,6 @@ def test_it_learns_what_held_out_pictures_show(tmp_path: Path, monkeypatch: pyte
     trainer.train(config.load("launch/configs/pictures.yaml", [f"output_dir={tmp_path}/run"]))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["eval_rewards/accuracies"] for line in lines if "eval_loss" in line][-1] >= 0.9
+    said = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert sum(row["policy"] == row["chosen"] for row in said if row["step"] == 400) >= 2
+    assert all(len(row["images"]) == 1 and row["image_folder"].endswith("launch/pictures") for row in said)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import save_tiny, save_tokenizer, tiny_config
+from tiny import save_tiny, save_tokenizer, tiny_config, tiny_encoder_decoder
+from tiny_vision import save_vision
 from typer.testing import CliRunner
 
 from dspref import config as configuration
@@ -164,6 +165,24 @@ def test_small_figures_have_their_units_and_what_is_not_known_its_reason(folder:
     said = call("model.dtype=float32")[1]
     assert "no peak is known of float32 on H100; with model.dtype=bfloat16 it is\n" in said
     assert "not estimated: a step has under 0.1 s of arithmetic" in call("model.dtype=bfloat16")[1]
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "vision"])
+def test_models_of_several_stacks_are_planned_whole(folder: Path, kind: str) -> None:
+    """Their weights, what their encoder or tower computes, and what is assumed where there are no data."""
+    model = (
+        save_tiny(folder / "other", tiny_encoder_decoder("t5"), 1)
+        if kind != "vision"
+        else save_vision(folder / "other", "llava", 1)
+    )
+    of_model = ["model.name_or_path=other", "--mean-tokens", "50"]
+    plan, frozen = found(*of_model), found(*of_model, f"model.freeze=[{'encoder' if kind != 'vision' else 'vision_tower'}]")
+    weights = sum(p.numel() for p in model.parameters())
+    assert plan["model"]["weights"] == plan["model"]["trained"] == weights > frozen["model"]["trained"]
+    assert len(plan["model"]["others"]) == 1 and frozen["model"]["others"] == []
+    assert frozen["flops"]["step"] <= plan["flops"]["step"]
+    said = plan["load"]["source"]
+    assert ("each prompt encoded once" in said) == (kind != "vision") and ("no images" in said) == (kind == "vision")
 
 
 def test_the_arithmetic_loads_no_torch() -> None:

@@ -226,7 +226,7 @@ def test_prompts_of_ones_own_name_their_languages(tmp_path: Path) -> None:
     source, target = LANGUAGES["m2m_100"]
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps({"prompt": "c cat", "source_language": source, "target_language": target}) + "\n")
-    ((ids, _, _, begins),) = read_prompts(path, tokenizer)
+    ((ids, _, _, begins, _),) = read_prompts(path, tokenizer)
     wanted, read, _ = expected_of("m2m_100", "c cat", "c")
     assert ids == wanted and begins == read[:2], "the start, and the language that every answer begins with"
     (tmp_path / "asked.txt").write_text("c cat\n")

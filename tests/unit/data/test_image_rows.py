@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -18,16 +19,19 @@ from tiny_vision import TEMPLATE, image, image_rows, processor, tiny_vision_conf
 from transformers import AutoModelForImageTextToText
 
 from dspref.data.formats import to_preference
-from dspref.data.image_files import MAX_PIXELS, Picture, decode, look
+from dspref.data.image_files import MAX_BYTES, MAX_PIXELS, Picture, decode, look
 from dspref.data.image_rows import IMAGE
+from dspref.data.image_store import decoded
+from dspref.data.prompts import read_prompts
 from dspref.data.rows import RowError
-from dspref.data.sight import see
+from dspref.data.sight import see, sight_of
 from dspref.data.sources import Source
 from dspref.data.store import PairStore, load_pairs
 from dspref.data.truncate import Limits
-from dspref.errors import DataError
-from dspref.model import vision
+from dspref.errors import ConfigError, DataError
+from dspref.model import processors, vision
 from dspref.reference.store import sequence_keys
+from dspref.training.answers import text_of_prompt
 
 ANSWERS = {"chosen": "a cat", "rejected": "a dog"}
 PART = {"type": "image"}
@@ -43,7 +47,7 @@ def seeing(kind: str, folder: Path) -> Any:
     token = words.tokenizer.convert_tokens_to_ids(words.image_token)
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(tiny_vision_config(kind, len(words.tokenizer), token))
-    see(words.tokenizer, vision.sight(words, skeleton, torch.float32))
+    see(words.tokenizer, processors.sight(words, skeleton, torch.float32))
     return words.tokenizer
 
 
@@ -111,6 +115,68 @@ def test_prompts_hold_the_tokens_that_the_familys_processor_writes(kind: str, tm
     assert all(torch.equal(read[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "internvl"])
+def test_prompts_without_answers_are_those_of_pairs_and_what_the_familys_processor_makes(kind: str, tmp_path: Path) -> None:
+    """Of a file of prompts: their tokens, what a plain model is given of them, and the text that people are shown."""
+    names = [save(tmp_path / "a.png", 40, 60), save(tmp_path / "b.png", 30, 90)]
+    parts = [{**PART, "image": names[0]}, {"type": "text", "text": "or"}, {**PART, "image": names[1]}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": user("so?"), "images": names}, {"prompt": "so?", "images": names}, {"prompt": "so?"},
+        {"prompt": user(parts)}, {"prompt": "<image>or<image>", "images": names},
+    ]  # fmt: skip
+    data = (tmp_path / "a.png").read_bytes()
+    rows.append({"prompt": "so?", "images": ["data:image/png;base64," + base64.b64encode(data).decode(), names[1]]})
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = seeing(kind, tmp_path / "words")
+    found, sight = read_prompts(tmp_path / "asked.jsonl", tokenizer), sight_of(tokenizer)
+    pair = stored(tmp_path, [{**rows[0], **ANSWERS}], kind)
+    assert sight is not None and found[0].ids == found[1].ids == pair[0].prompt.tolist() and found[3].ids == found[4].ids
+    inline = [f"sha256:{hashlib.sha256(data).hexdigest()}", names[1]]
+    assert [own.shown.names for own in found] == [names, names, [], names, names, inline] and found[5].ids == found[0].ids
+    texts = ["".join(text_of_prompt(tokenizer, own.ids, own.shown).split()) for own in found]
+    both, alone, around = "user<image><image>so?assistant", "userso?assistant", "user<image>or<image>assistant"
+    assert texts == [both, both, alone, around, around, both]
+    words, stands_for_image = processor(kind, tmp_path / "others")
+    for own, text in ((found[0], f"{stands_for_image * 2}so?"), (found[3], f"{stands_for_image}or{stands_for_image}")):
+        prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        images: Any = [PIL.Image.open(tmp_path / name) for name in names]
+        made = words(text=[prompt], images=[images] if kind == "idefics3" else images, return_tensors="pt")
+        ids = np.asarray(own.ids)
+        assert own.ids == made["input_ids"][0].tolist()
+        assert sight.collapsed(ids, own.shown.pictures).tolist() == words.tokenizer(prompt)["input_ids"]
+        given = sight.given(ids, decoded(own.shown))
+        assert given.keys() | {"input_ids", "attention_mask"} == made.keys() - {"token_type_ids"}
+        assert all(torch.equal(given[name], torch.as_tensor(made[name])) for name in given)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "so?", "images": ["none.png"]}, "images[0]: {}/none.png: no such file; fix: check the path"),
+        ({"prompt": "so?", "images": ["rows.txt"]}, "images[0]: no image of a known format"),
+        ({"prompt": "so?", "images": ["https://a.b/c.png"]}, "is a URL, and nothing is fetched from the network"),
+        ({"prompt": "<image>", "images": []}, "1 image tokens in the prompt, and 0 images"),
+        ({"prompt": user("<image>"), "images": ["a.png", "a.png"]}, "images: 2 images, and 1 places for one in the prompt"),
+        ({"prompt": "so?", "videos": ["a.mp4"]}, "videos: videos are not read"),
+    ],
+)
+def test_prompts_whose_images_cannot_be_had_are_told(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "rows.txt").write_text("no image")
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError) as caught:
+        read_prompts(tmp_path / "asked.jsonl", seeing("llava", tmp_path / "words"))
+    assert f"{tmp_path}/asked.jsonl:1: " in str(caught.value) and said.format(tmp_path) in str(caught.value)
+
+
+def test_images_for_a_model_of_text_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "so?", "images": ["a.png"]}))
+    tokenizer = processor("llava", tmp_path / "words")[0].tokenizer
+    with pytest.raises(DataError, match=r"asked\.jsonl:1: images: the model reads text alone"):
+        read_prompts(tmp_path / "asked.jsonl", tokenizer)
+
+
 def test_a_store_knows_its_images_by_their_content(tmp_path: Path) -> None:
     rows = image_rows(tmp_path, 6)
     store = stored(tmp_path, rows)
@@ -159,6 +225,66 @@ def test_bytes_in_rows_are_read_as_files_are(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(decode(found.data, "x")), image(40, 60, 1))
 
 
+def test_scored_answers_about_an_image_are_pairs_about_it(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    answers = {"completions": ["a dog", "a cat", "a cow"], "scores": [2, 3, 1]}
+    store = stored(tmp_path, [{"prompt": "what?", "images": ["a.png"], **answers}])
+    pair = stored(tmp_path, [{"prompt": "what?", "images": ["a.png"], **ANSWERS}])
+    assert len(store) == 3 and len(set(store.image_digests(range(3)))) == 1
+    assert any(all((a == b).all() for a, b in zip(store[k][:3], pair[0][:3])) for k in range(3))
+
+
+def test_bytes_in_json_are_base64(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    wanted = look("a.png", tmp_path, "x").digest
+    for value in ({"bytes": text, "path": None}, {"bytes": f"data:image/png;base64,{text}"}):
+        assert look(value, tmp_path, "x").digest == wanted
+
+
+def test_an_empty_cell_is_no_image_and_a_named_column_must_be_there(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("prompt,images,chosen,rejected\nwhat?,a.png,a cat,a dog\nand?,,a cat,a dog\n")
+    tokenizer = seeing("llava", tmp_path / "words")
+    common: Any = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lambda line: None}
+    store = load_pairs([Source(str(tmp_path / "rows.csv"))], tokenizer, Limits(), **common)
+    assert [bool(digest) for digest in store.image_digests([0, 1])] == [True, False]
+    named = Source(str(tmp_path / "rows.csv"), columns={"images": "imags"})
+    with pytest.raises(DataError, match=r"rows.csv:2: images: no column 'imags' among .*did you mean 'images'\?"):
+        load_pairs([named], tokenizer, Limits(), **common)
+
+
+@pytest.mark.parametrize("name", ["patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"])
+def test_all_that_a_processor_is_told_is_in_its_digest(name: str, tmp_path: Path) -> None:
+    before = seeing("llava", tmp_path).sight.digest
+    same, other = (seeing("llava", tmp_path).sight for _ in range(2))
+    setattr(other.processor, name, {"patch_size": 7, "num_additional_image_tokens": 0}.get(name, "full"))
+    assert same.digest == before != other.digest
+
+
+def test_a_processor_must_be_the_models_own(tmp_path: Path) -> None:
+    words, _ = processor("llava_next", tmp_path)
+    token = words.tokenizer.convert_tokens_to_ids(words.image_token)
+    with torch.device("meta"):
+        llava = AutoModelForImageTextToText.from_config(tiny_vision_config("llava", len(words.tokenizer), token))
+        next_ = AutoModelForImageTextToText.from_config(tiny_vision_config("llava_next", len(words.tokenizer), 7))
+    with pytest.raises(ConfigError, match="a LlavaNextProcessor, and a llava reads by a LlavaProcessor; use the"):
+        processors.sight(words, llava, torch.float32)
+    with pytest.raises(ConfigError, match=f"writes images by token {token}, and the model has 7"):
+        processors.sight(words, next_, torch.float32)
+
+
+def test_what_an_older_processor_leaves_out_the_models_config_says(tmp_path: Path) -> None:
+    words, _ = processor("llava", tmp_path)
+    words.patch_size = words.vision_feature_select_strategy = None
+    token = words.tokenizer.convert_tokens_to_ids(words.image_token)
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(tiny_vision_config("llava", len(words.tokenizer), token))
+    sight = processors.sight(words, skeleton, torch.float32)
+    assert (words.patch_size, words.vision_feature_select_strategy) == (14, "default")
+    assert sight.layout.token == token
+
+
 def test_an_image_is_upright_as_its_camera_says(tmp_path: Path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
@@ -201,8 +327,15 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "bomb": ({"images": ["bomb.png"]}, rf"images\[0\]: 10,000 x 9,000 pixels, more than the {MAX_PIXELS:,}"),
     "number": ({"images": [3]}, r"images\[0\]: int, and no image"),
     "null": ({"images": [None]}, r"images\[0\]: NoneType|images\[0\]: null, and no image"),
-    "empty path": ({"images": [""]}, r"images\[0\]: str, and no image"),
+    "empty path": ({"images": [""]}, r"images\[0\]: an empty text, and no image"),
     "object": ({"images": [{"file": "a.png"}]}, r"images\[0\]: an object with \['file'\], and no image"),
+    "bytes as numbers": ({"images": {"bytes": [1, 2, 3]}}, r"images\[0\]: list for bytes; fix: write base64"),
+    "bytes as text": ({"images": [{"bytes": "hello"}]}, r"images\[0\]: broken base64"),
+    "object of nulls": ({"images": [{"bytes": None}]}, r"images\[0\]: NoneType, and no image|images\[0\]: null"),
+    "too large a file": (
+        {"images": ["large.png"]},
+        rf"images\[0\]: \S*large.png: 67,108,865 bytes, more than the {MAX_BYTES:,} that are read; fix: make it smaller$",
+    ),
     "base64": ({"images": ["data:image/png;base64,@@"]}, r"images\[0\]: broken base64"),
     "too many": ({"images": ["a.png", "a.png"]}, r"images: 2 images, and 1 places for one in the prompt; fix: give as many"),
     "too few": ({"images": []}, r"images: 0 images, and 1 places for one"),
@@ -239,6 +372,8 @@ def test_a_malformed_row_is_one_line(name: str, tmp_path: Path) -> None:
     save(tmp_path / "cut.jpg")
     cut(tmp_path / "cut.png", 0.6), cut(tmp_path / "cut.jpg", 0.6)
     bomb(tmp_path / "bomb.png")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
     more, expected = MALFORMED[name]
     how = more.get("as")
     good = {"prompt": CONVERSATION, "images": ["a.png"], **ANSWERS}

@@ -140,7 +140,7 @@ def packs_of(score_prompt: bool) -> list[PackedBatch]:
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 # Attention sequence by sequence asks for their lengths, once a pack; numbers of rows that hosts tell each other are theirs;
 # and BCO's running mean is a number of the host's.
-KNOWN = {("attention.py", "lengths"), ("distributed.py", "gather_rows")}
+KNOWN = {("attention.py", "calls"), ("distributed.py", "gather_rows")}
 
 
 @pytest.mark.parametrize(

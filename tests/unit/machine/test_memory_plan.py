@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from dspref.config import LoraSection, ModelSection
 from dspref.errors import ConfigError
-from dspref.machine import fitting, footprint, gpus, memory_plan, shapes
+from dspref.machine import fitting, footprint, gpus, layers, memory_plan, shapes
 from dspref.machine.fitting import Asked, changes
-from dspref.machine.memory_plan import GIB, Layout, Live, Pack, estimate
+from dspref.machine.layers import Layout, Live, Pack
+from dspref.machine.memory_plan import GIB, estimate
 from dspref.machine.shapes import ModelShape, of_tensors
 from dspref.model import adapters
 from dspref.model.packed import PackedCausalLM, prepare_for_training
@@ -151,7 +152,7 @@ def test_checkpointing_keeps_one_vector_a_layer() -> None:
 
 @pytest.mark.parametrize("tokens", [2048, 16_384, 60_000])
 def test_more_tokens_never_need_less(tokens: int) -> None:
-    fewer, more = (estimate(SEVEN, EIGHT, memory_plan.scaled(PACK, n)).total for n in (tokens, tokens + 256))
+    fewer, more = (estimate(SEVEN, EIGHT, layers.scaled(PACK, n)).total for n in (tokens, tokens + 256))
     assert fewer <= more
 
 
@@ -159,7 +160,7 @@ def test_the_largest_budget_is_the_last_that_fits() -> None:
     run = Asked(SEVEN, EIGHT, PACK)
     room = 0.92 * 79.1 * GIB
     tokens = fitting.largest_budget(run, room)
-    needs = [estimate(SEVEN, EIGHT, memory_plan.scaled(PACK, n)).total for n in (tokens, tokens + 256)]
+    needs = [estimate(SEVEN, EIGHT, layers.scaled(PACK, n)).total for n in (tokens, tokens + 256)]
     assert needs[0] <= room < needs[1] and tokens > 16_384
     assert fitting.largest_budget(run, 1 * GIB) == 0
 
@@ -225,7 +226,7 @@ def test_cards_are_found_by_name_and_others_named() -> None:
 def test_a_head_of_many_words_is_done_in_chunks() -> None:
     """Probabilities of 8,000 tokens x 152,064 words would be 4.9 GB; chunks are bounded."""
     small, large = Pack(1000, 800), Pack(16_384, 8_000)
-    kept, chunked = (memory_plan.head(SEVEN, EIGHT, pack) for pack in (small, large))
+    kept, chunked = (layers.head(SEVEN, EIGHT, pack) for pack in (small, large))
     assert kept > 6 * 800 * 152_064
     assert chunked < 2.3e9
 
@@ -235,7 +236,7 @@ def test_a_frozen_model_keeps_less_of_its_norms() -> None:
     tensors = {name: tuple(p.shape) for name, p in lm.named_parameters()}
     whole, frozen = (of_tensors(tensors, lm.config.to_dict(), lora) for lora in (None, LoraSection()))
     layout = Layout("cpu", 4, 1, 2)
-    saved = memory_plan.kept_per_token(whole, layout) - memory_plan.kept_per_token(frozen, layout)
+    saved = layers.kept_per_token(whole, layout) - layers.kept_per_token(frozen, layout)
     assert saved == 2 * 4 * 64
 
 

@@ -88,7 +88,7 @@ def gradients(lm: torch.nn.Module, logps: Tensor) -> dict[str, Tensor]:
 def packed_of(lm: Any) -> model.PackedCausalLM:
     lm = copy.deepcopy(lm)
     lm.set_attn_implementation(PACKED)
-    return model.wrapped(lm, "sdpa")
+    return model.PackedCausalLM(lm, "sdpa")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -23,12 +23,12 @@ from dspref.errors import ConfigError
 from dspref.model import packed as model
 from dspref.model import vision
 from dspref.model.attention import PACKED, Segments
-from dspref.model.generation import Passage, plain_attention
+from dspref.model.generation import Passage, Style, generate, plain_attention
 
 
 def exact_logps(packed: model.PackedCausalLM, batch: PackedBatch) -> Tensor:
     """Of a pack, with its head in float64 too, which `scored_logps` has in fp32."""
-    hidden = packed._read(batch, Segments(batch, "sdpa"), False).last_hidden_state[0][batch.predictor_index]
+    hidden = packed.reader.read(packed.lm, batch, Segments(batch, "sdpa"), False).last_hidden_state[0][batch.predictor_index]
     head: Any = packed.lm.get_output_embeddings()
     logps = head(hidden).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     return by_side(logps if batch.scored_index is None else logps[batch.scored_index], batch)
@@ -37,7 +37,7 @@ def exact_logps(packed: model.PackedCausalLM, batch: PackedBatch) -> Tensor:
 def packed_of(lm: Any) -> model.PackedCausalLM:
     lm = copy.deepcopy(lm)
     lm.set_attn_implementation(vision.implementations(lm.config))
-    return model.wrapped(lm, "sdpa")
+    return model.PackedCausalLM(lm, "sdpa")
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -194,6 +194,20 @@ def test_images_move_with_their_pack() -> None:
     assert all(tensor.is_meta for tensor in (*moved.tensors.values(), moved.feature_index))
 
 
+@pytest.mark.parametrize("kind", vision.FAMILIES)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_tower_must_make_as_many_features_as_there_are_tokens(kind: str, more: int) -> None:
+    """Else an image token would take another's: the processor's settings are not the model's."""
+    lm = tiny_vision_model(tiny_vision_config(kind), seed=1)
+    row = row_of(lm, ["wide"], 3, (2, 6, 5))
+    place = int(np.flatnonzero(row.pair.prompt == IMAGE)[0])
+    changed = np.delete(row.pair.prompt, place) if more < 0 else np.insert(row.pair.prompt, place, IMAGE)
+    row.pair = row.pair._replace(prompt=changed.astype(np.int32))
+    told = r"its processor writes \d+ tokens for images of which its tower makes \d+ features"
+    with pytest.raises(ConfigError, match=told):
+        packed_of(lm)(packed_rows(lm, [row], True))
+
+
 def test_image_tokens_are_those_of_images() -> None:
     lm = tiny_vision_model(tiny_vision_config("llava"), seed=1)
     row = row_of(lm, ["wide"], 3, (2, 6, 5))
@@ -232,7 +246,7 @@ def test_the_kernel_of_packs_is_the_language_models_alone(kind: str, tmp_path: A
     rows = some_rows(lm)
     batch = packed_rows(lm, rows, True)
     with torch.no_grad():
-        tokens, _ = model.wrapped(loaded, "sdpa")(batch)
+        tokens, _ = model.PackedCausalLM(loaded, "sdpa")(batch)
         assert (by_side(tokens.logps, batch) - plain_logps(lm, rows)).abs().max() <= 2e-6
 
 
@@ -242,7 +256,7 @@ def test_a_tower_under_the_kernel_of_packs_is_refused() -> None:
     batch = packed_rows(lm, some_rows(lm), True)
     lm.set_attn_implementation(PACKED)
     with pytest.raises(ConfigError, match="VisionAttention does not pass a pack's layout on"):
-        model.wrapped(lm, "sdpa")(batch)
+        model.PackedCausalLM(lm, "sdpa")(batch)
 
 
 @pytest.mark.parametrize("kind", vision.FAMILIES)
@@ -266,6 +280,28 @@ def test_text_is_read_on_without_a_pack() -> None:
         assert (logits - lm(input_ids=ids).logits[:, -1]).abs().max() <= 1e-6
     assert packed.lm.config.text_config._attn_implementation == PACKED
     assert packed.lm.config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", vision.FAMILIES)
+def test_answers_in_a_batch_are_those_of_generate(kind: str) -> None:
+    """Prompts of many lengths, with several images, one and none; and a batch without any image."""
+    lm = tiny_vision_model(tiny_vision_config(kind), seed=1).double()
+    rows, packed, style = some_rows(lm), packed_of(lm), Style(6)
+    expected = []
+    for row in rows:
+        ids = torch.from_numpy(row.pair.prompt).long()[None]
+        types = {"mm_token_type_ids": (ids == IMAGE).int()} if kind.startswith("qwen") and row.processed else {}
+        how: Any = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        made = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **row.processed, **types, **how)
+        expected.append(made[0, ids.shape[1] :].tolist())
+    assert len(set(map(tuple, expected))) > 2 and expected[-2] != expected[-1], "the image decides"
+    for some in (range(len(rows)), [1]):
+        pictures = Pictures([rows[k].images for k in some], layout_of(lm))
+        with plain_attention(packed.lm):
+            found = generate(
+                packed, [rows[k].pair.prompt.tolist() for k in some], style, torch.device("cpu"), pictures=pictures
+            )
+        assert found == [expected[k] for k in some]
 
 
 def small(kind: str, **towers: Any) -> Any:
@@ -292,4 +328,4 @@ def test_a_model_without_a_tower_takes_no_images() -> None:
     lm = tiny_model(tiny_config("qwen2"), seed=1)
     lm.set_attn_implementation(PACKED)
     with pytest.raises(ConfigError, match="qwen2 is not known to read images in a pack"):
-        model.wrapped(lm, "sdpa")(batch)
+        model.PackedCausalLM(lm, "sdpa")(batch)

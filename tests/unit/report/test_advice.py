@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from dspref.config import ModelSection
 from dspref.data.batch import collate
 from dspref.data.truncate import TokenizedPair
-from dspref.machine.memory_plan import Layout, Pack, estimate, kept_per_token
+from dspref.machine.layers import Layout, Pack, kept_per_token
+from dspref.machine.memory_plan import estimate
 from dspref.machine.shapes import of_tensors
 from dspref.model.attention import PACKED
 from dspref.model.packed import PackedCausalLM

@@ -55,13 +55,17 @@ def products(counter: FlopCounterMode) -> int:
     return sum(count for op, count in counts["Global"].items() if "attention" not in str(op)) - rotary
 
 
-def test_frozen_weights_cost_no_weight_gradient() -> None:
+def test_frozen_weights_cost_no_weight_gradient_and_nothing_below_the_lowest_that_is_trained() -> None:
     model, work = packed("llama"), Work(100, 50, 0)
     whole = size_of(model)
     model.requires_grad_(False)
+    assert size_of(model).forward(work) == whole.forward(work) and size_of(model).backward(work) == 0
+    model.lm.get_input_embeddings().requires_grad_(True)
     frozen = size_of(model)
-    assert frozen.forward(work) == whole.forward(work) == frozen.backward(work)
-    assert whole.backward(work) == 2 * frozen.backward(work)
+    assert frozen.backward(work) == whole.forward(work) == whole.backward(work) / 2
+    model.requires_grad_(False).lm.model.layers[1].requires_grad_(True)
+    half = size_of(model)
+    assert half.backward(work) == 2 * whole.body * 100 + 2 * whole.head * 50
 
 
 def test_a_token_meets_only_its_experts() -> None:
@@ -93,7 +97,7 @@ def test_attention_is_counted_causally() -> None:
         scores += sum(k - q + i + 1 for i in range(q))
     assert groups.attention.sum() == scores
     assert groups.tokens.sum() == len(batch.input_ids)
-    size = ModelSize(0, 0, 0, 0, channels=128)
+    size = ModelSize.of_text(0, 0, 0, 0, channels=128)
     assert size.forward(Work(0, 0, scores)) == 4 * 128 * scores
     assert size.backward(Work(0, 0, scores)) == 8 * 128 * scores
 
@@ -104,7 +108,7 @@ def step() -> Step:
 
 
 def test_what_is_executed_adds_recomputation_and_reference() -> None:
-    size = ModelSize(body=1000, head=10, trained_body=1000, trained_head=10, channels=7)
+    size = ModelSize.of_text(body=1000, head=10, trained_body=1000, trained_head=10, channels=7)
     plain = Account(size, None, False, CPU, "bfloat16")
     all_of_it = Account(size, size, True, CPU, "bfloat16")
     forward = 2 * (1000 * 500 + 10 * 400) + 4 * 7 * 1000
@@ -118,7 +122,7 @@ def test_what_is_executed_adds_recomputation_and_reference() -> None:
 
 def test_rates_are_of_the_whole_step() -> None:
     seconds = {"data": 0.0, "forward": 0.5, "reference": 0.0, "backward": 1.0, "update": 0.5, "total": 2.0, "cpu": 1.5}
-    record = Account(ModelSize(1, 1, 1, 1, 1), None, False, CPU, "float32").record(step(), seconds)
+    record = Account(ModelSize.of_text(1, 1, 1, 1, 1), None, False, CPU, "float32").record(step(), seconds)
     assert record["perf/pairs_per_second"] == 2 and record["perf/tokens_per_second"] == 300
     assert record["perf/response_tokens_per_second"] == 200 and record["perf/computed_tokens_per_second"] == 250
     assert record["perf/backward_seconds"] == 1 and record["perf/cpu_seconds"] == 1.5

@@ -8,12 +8,15 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import runs
 
@@ -154,6 +157,39 @@ def test_labels_for_those_who_do_not_see(tmp_path):
     assert next(of for tag, of in elements.found if tag == "html") == {"lang": "en"}
     ids = [of["id"] for _, of in elements.found if "id" in of]
     assert len(ids) == len(set(ids)), "no id comes twice"
+
+
+def test_samples_show_the_images_of_their_prompts(tmp_path):
+    """Small, within the page; those that cannot be read, or are not there, by their names."""
+    noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(tmp_path / "noise.png")
+    PIL.Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    PIL.Image.new("RGB", (60, 20), "blue").save(tmp_path / "turned.jpg", exif=turned())
+    (tmp_path / "text.png").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.png")
+    names = ["noise.png", str(tmp_path / "red.png"), "turned.jpg", "text.png", "pipe.png", f"sha256:{'a' * 64}", HOSTILE]
+    answers = {"prompt": "<image>?", "policy": "a", "reference": "b", "chosen": "c"}
+    rows = [answers | {"step": step, "images": names, "image_folder": str(tmp_path)} for step in (1, 2)]
+    odd = [answers | {"images": "red.png"}, answers | {"images": [3, None, "x"], "image_folder": {}}]
+    run = runs.write(tmp_path / "run", steps=8)
+    (run / "samples.jsonl").write_text(runs.lines([*rows, *odd]))
+    text = page.render(history.read_all([run]))
+    uris = re.findall('<img src="(data:[^"]*)" alt="([^"]*)"', text)
+    assert [name for _, name in uris] == ["noise.png", f"{tmp_path}/red.png", "turned.jpg"] * 2
+    assert all(len(uri) <= 20_000 * 4 / 3 + 30 for uri, _ in uris)
+    noise, red, upright = (PIL.Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) for uri, _ in uris[:3])
+    assert red.size == (30, 20) and red.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert upright.size == (20, 60) and noise.size[0] * 3 == noise.size[1] * 4 and noise.size[0] >= 80
+    unread = re.findall('<span class="unread"[^>]*>([^<]*)</span>', text)
+    assert unread[0] == "x" and unread[1:4] == ["text.png", "pipe.png", f"sha256:{'a' * 64}"]
+    assert HOSTILE not in text
+
+
+def turned() -> PIL.Image.Exif:
+    """As a camera that was held upright writes."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return exif
 
 
 def test_text_of_runs_is_text(tmp_path):

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import chromium
+import PIL.Image
 import pytest
 import runs
 
@@ -36,8 +37,14 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
         )
     paths.append(runs.write(folder / "short", steps=20, seed=2))
     (paths[2] / "samples.jsonl").write_text(
-        runs.lines([{"prompt": HOSTILE, "policy": HOSTILE, "reference": "no", "chosen": "y"}])
+        runs.lines(
+            [
+                {"prompt": HOSTILE, "policy": HOSTILE, "reference": "no", "chosen": "y"}
+                | {"images": ["red.png", HOSTILE], "image_folder": str(folder)}
+            ]
+        )
     )
+    PIL.Image.new("RGB", (30, 20), "red").save(folder / "red.png")
     (paths[2] / "logs/rank-0.log").write_text(f"warning: {HOSTILE}\n")
     (folder / "report.html").write_text(page.render(history.read_all(paths)), encoding="utf-8")
     return folder / "report.html", paths
@@ -61,9 +68,14 @@ def drawn(tab: chromium.Page, chart: str) -> list[list[float | None]]:
 
 def test_nothing_is_asked_for_and_nothing_goes_wrong(opened, several):
     assert opened.messages == []
-    assert opened.requests == [several[0].as_uri()]
+    assert [address for address in opened.requests if not address.startswith("data:")] == [several[0].as_uri()]
     assert opened.evaluate("window.hit") is None
     assert opened.evaluate("performance.getEntriesByType('resource').filter((e) => !e.name.startsWith('data:')).length") == 0
+
+
+def test_images_of_prompts_are_drawn_from_within_the_page(opened):
+    images = "Array.from(document.querySelectorAll('.sample img'), (e) => [e.alt, e.naturalWidth, e.naturalHeight])"
+    assert opened.evaluate(images) == [["red.png", 30, 20]]
 
 
 def test_the_page_refuses_what_is_not_its_own(opened):
