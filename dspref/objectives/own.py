@@ -1,9 +1,9 @@
 """A loss of the user's own: a function that the YAML names as `module:function`, found, looked at, and made a `Loss`.
 
 It is looked for in the working directory, which goes before installed packages of the same name, then among these, then in
-what a run keeps, where the config is one that a run left. Its
-keyword-only arguments are YAML keys, as those of dspref's losses are. What it does wrong is told as the user's, by file and
-line, whether it is loaded, tried out before the run or called in a step. Torch is imported only where there is such a loss.
+what a run keeps, where the config is one that a run left. Its keyword-only arguments are YAML keys, as those of dspref's own
+losses are. What it does wrong is told as the user's, by file and line, whether it is loaded, tried out before the run or
+called in a step. Torch is imported only where there is such a loss.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Source:
 
 
 def is_own(loss_type: Any) -> bool:
-    """Whether a `loss_type` means a function of the user's; whether it is spelt as one must be is for `found` to say."""
+    """Whether a `loss_type` means a function of the user's; whether it is spelt as one must be is for `loss` to say."""
     return isinstance(loss_type, str) and ":" in loss_type
 
 
