@@ -48,6 +48,8 @@ class Speaker:
                 processor = load_processor(words or folder, None, trust_remote_code)
                 tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
                 processors.teach(tokenizer, processor, lm, lm.dtype)
+                if (sight := sight_of(tokenizer)) is not None:
+                    processors.try_on(lm, sight)
             except ConfigError as error:
                 raise ConfigError(f"{folder}: {str(error).removeprefix('model.name_or_path: ')}") from None
         return cls(lm, tokenizer, generation.config_of(lm, tokenizer, asked))

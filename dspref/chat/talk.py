@@ -17,7 +17,7 @@ from dspref.data import vocabulary
 from dspref.data.image_files import opened
 from dspref.data.image_rows import COLUMNS, NO_IMAGES, column_of, mark_of, without_images
 from dspref.data.messages import messages_of
-from dspref.data.rows import RowError, kind_of
+from dspref.data.rows import RowError, is_sound, kind_of, strings, what_is
 from dspref.errors import ConfigError, DataError
 from dspref.model import adapters, loading
 from dspref.model.generation import Asked
@@ -143,12 +143,19 @@ class Talk:
 
     def asked(self, row: Mapping[str, Any]) -> tuple[Messages, Sequence[Any]]:
         """The conversation of a row without answers, and the images beside it. Raises RowError."""
-        prompt = row["prompt"]
+        prompt, system = row.get("prompt"), row.get("system")
+        if kind_of(prompt) == "other" or not prompt:
+            raise RowError("prompt", f"{what_is(prompt)}, and no text and no messages")
+        if row.get("tools"):
+            raise RowError("tools", "not read here")
+        if not all(map(is_sound, strings([prompt, system]))):
+            raise RowError("prompt", "holds a NUL character or a lone surrogate")
         if isinstance(prompt, str):
             turns = [{"role": "user", "content": without_images(prompt)}]
         else:
             turns = messages_of(prompt, "prompt")
-        return [*self.messages, *turns], column_of(row, {}).get("images", ())
+        before = [{"role": "system", "content": system}] if isinstance(system, str) and system else self.messages
+        return [*before, *turns], column_of(row, {}).get("images", ())
 
     # ---------------------------------------------------------------------------------------------------- on a terminal
 
@@ -276,14 +283,14 @@ def tell(ending: str, remedy: str) -> None:
 
 
 def row_in(line: str) -> dict[str, Any] | None:
-    """The row that a line is, with a prompt and images; None for a text, which may look much the same."""
+    """The row that a line is, with a prompt or images; None for a text, which may look much the same."""
     try:
         found = json.loads(line) if line.startswith("{") else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or kind_of(found.get("prompt")) == "other" or not found.keys() & {*COLUMNS}:
+    if not isinstance(found, dict) or not found.keys() & {"prompt", *COLUMNS}:
         return None
-    return {name: found[name] for name in ("prompt", *COLUMNS) if name in found}
+    return {name: found[name] for name in ("prompt", "system", "tools", *COLUMNS) if name in found}
 
 
 def is_full(ending: str) -> bool:

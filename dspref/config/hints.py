@@ -89,7 +89,8 @@ def objective_of(word: Any) -> str:
     """The objective section that a word stands for."""
     name = word.lower() if isinstance(word, str) else ""
     name = VALUES["loss_type"].get(name, name)
-    family = name if name in OBJECTIVES else next((f for f, about in OBJECTIVES.items() if name in about.losses), None)
+    having = [name] if name in OBJECTIVES else [f for f, about in OBJECTIVES.items() if name in about.losses]
+    family = "simpo" if "simpo" in having else next(iter(having), None)  # cpo would add the chosen answers' NLL
     return f"{{name: {family or 'dpo'}}}" if family in (None, name) else f"{{name: {family}, loss_type: {name}}}"
 
 

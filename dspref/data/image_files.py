@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAX_BYTES, MAX_PIXELS = 2**26, 2**26
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 DATA = re.compile(r"data:[\w/+.-]*;base64,")
+# A name of a file is not longer.
+LONGEST, BASE64 = 255, re.compile(r"[A-Za-z0-9+/_=\s-]+")
 # Orientations by which a camera says that height and width change places.
 TURNED, ORIENTATION = (5, 6, 7, 8), 0x0112
 FETCH = "fetch it, and write its path"
@@ -83,6 +85,8 @@ def look(value: Any, folder: Path, place: str) -> Picture:
             found = "an empty text" if path == "" else what_is(path)
             raise RowError(place, f"{found}, and no image", "write the path of a file")
         path = str(path)
+        if path.startswith("data:") or (len(path) > LONGEST and BASE64.fullmatch(path)):
+            raise RowError(place, "bytes as text, and no path", "begin it with data:image/png;base64, or write a path")
         if URL.match(path):
             raise RowError(place, f"{one_line(path, 80)!r} is a URL, and nothing is fetched from the network", FETCH)
         data, stamp = _read(folder / Path(path).expanduser(), place)
@@ -115,7 +119,7 @@ def _own_bytes(value: Any, place: str) -> bytes | None:
         return bytes(value)
     if isinstance(value, str) and (start := DATA.match(value)):
         try:
-            return base64.b64decode(value[start.end() :], validate=True)
+            return base64.b64decode("".join(value[start.end() :].split()), validate=True)
         except binascii.Error:
             raise RowError(place, "broken base64", "mend it, or write the path of a file") from None
     if callable(getattr(value, "save", None)) and hasattr(value, "mode"):  # an image of PIL's
@@ -203,5 +207,8 @@ def _told(read: Callable[[], Any], place: str) -> Any:
     except RowError:
         raise
     except Exception as error:
-        said = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else f"broken image: {error}"
+        kind = type(error).__name__
+        if kind == "DecompressionBombError":  # of PIL's own limit, which is higher
+            raise RowError(place, f"more than the {MAX_PIXELS:,} pixels that are read", "make it smaller") from None
+        said = "no image of a known format" if kind == "UnidentifiedImageError" else f"broken image: {error}"
         raise RowError(place, said, MEND) from None

@@ -155,7 +155,7 @@ def parse_json(text: str, place: str, fix: str) -> Any:
     """The value of a JSON text inside a row. Raises RowError."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        unsound = "\\u" in text and not all(map(_is_sound, strings(value)))
+        unsound = "\\u" in text and not all(map(is_sound, strings(value)))
     except (ValueError, RecursionError) as error:
         raise RowError(place, f"broken JSON: {error}", fix) from None
     if unsound:
@@ -180,5 +180,5 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def _is_sound(text: str) -> bool:
+def is_sound(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

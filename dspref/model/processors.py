@@ -15,7 +15,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from dspref.data.images import RowImages
 from dspref.data.sight import Sight, see, sight_of
 from dspref.errors import ConfigError
-from dspref.model.vision import family_of, image_layout, row_images
+from dspref.model.vision import as_arguments, family_of, image_layout, row_images, taken, unequal
 
 
 def teach(
@@ -41,8 +41,9 @@ def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_r
         )
     word, written = processor.tokenizer.convert_ids_to_tokens(token), getattr(processor, "image_token", None)
     if written is not None and word != str(written):
+        has = f"its token {token} is {word!r}" if word else f"it has no token {token}"
         raise ConfigError(
-            f"model.tokenizer_name_or_path: its token {token} is {word!r}, and the model's images are {str(written)!r} "
+            f"model.tokenizer_name_or_path: {has}, and the model's images are {str(written)!r} "
             "(image_token_id); use the model's own"
         )
 
@@ -56,6 +57,17 @@ def sight(processor: Any, skeleton: PreTrainedModel, dtype: torch.dtype, trust_r
 
     lay_out = partial(image_layout, skeleton)
     return Sight(processor, token, family.in_one_row, to_tower, lay_out, trust_remote_code, reading)
+
+
+@torch.no_grad()
+def try_on(lm: PreTrainedModel, sight: Sight) -> None:
+    """Have a model read a blank image, outside of packs. Raises ConfigError where its processor is not made for it."""
+    base: Any = lm.base_model
+    read = {name: x.to(lm.device) for name, x in as_arguments(sight.layout.blank.tensors, lm.config).items()}
+    made = taken(lambda: base.get_image_features(**read, return_dict=True).pooler_output)
+    features = len((made if isinstance(made, torch.Tensor) else torch.cat(list(made))).flatten(0, -2))
+    if (tokens := int(sight.of_blank.sum())) != features:
+        raise unequal(tokens, features)
 
 
 def _refuse_other_familys(processor: Any, kind: str) -> None:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from dspref.data.images import ImageLayout, Images, Positions, RowImages
+from dspref.data.rows import one_line
 from dspref.errors import ConfigError
 from dspref.model.attention import PACKED
 from dspref.model.pieces import FEATURES, PATCHES, PLACES, WINDOWS
@@ -192,14 +193,30 @@ def _three_axes(lm: PreTrainedModel) -> Positions:
         grids = tensors.get("image_grid_thw")
         features = 0 if grids is None else int(grids.prod(-1).sum()) // lm.config.vision_config.spatial_merge_size**2
         if (tokens := int((ids == token).sum())) != features:
-            raise _unequal(tokens, features)
+            raise unequal(tokens, features)
         found, _ = base.get_rope_index(ids[None], (ids == token).int()[None], image_grid_thw=grids)
         return found[:, 0]
 
     return positions
 
 
-def _unequal(tokens: int, features: int) -> ConfigError:
+def taken(read: Callable[[], Any]) -> Any:
+    """What a tower makes of images. Raises ConfigError where it refuses what the processor makes."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ConfigError(
+            f"model.name_or_path: its tower does not take what its processor makes: {one_line(error, 200)}; fix: set in "
+            "preprocessor_config.json what the model's config says (crop_size, size, patch_size)"
+        ) from None
+
+
+def as_arguments(tensors: Tensors, config: PretrainedConfig) -> dict[str, Tensor]:
+    """Images, of rows that were joined, as a model's forward takes them."""
+    return {name: tensor[None] if family_of(config).in_one_row else tensor for name, tensor in tensors.items()}
+
+
+def unequal(tokens: int, features: int) -> ConfigError:
     return ConfigError(
         f"model.name_or_path: its processor writes {tokens} tokens for images of which its tower makes {features} features; "
         "fix: set in processor_config.json what the model's config says (patch_size, merge_size, image_seq_len, "
@@ -234,7 +251,7 @@ class PackedImages:
         if self.of_pack is None:
             return super().get_image_features(*args, **options)  # type: ignore[misc]
         options.pop("segments", None)  # some hand on all that they are given
-        outputs = super().get_image_features(*args, **options)  # type: ignore[misc]
+        outputs = taken(partial(super().get_image_features, *args, **options))  # type: ignore[misc]
         outputs.pooler_output = self._picked(outputs.pooler_output)
         if (deeper := getattr(outputs, "deepstack_features", None)) is not None:  # Qwen3-VL: added to later layers
             outputs.deepstack_features = [self._picked(layer) for layer in deeper]
@@ -246,7 +263,7 @@ class PackedImages:
         joined = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
         made, tokens = joined.flatten(0, -2), self.of_pack.features
         if tokens not in (0, len(made)):
-            raise _unequal(tokens, len(made))
+            raise unequal(tokens, len(made))
         picked = made.index_select(0, self.of_pack.feature_index)
         if not isinstance(features, torch.Tensor):
             return [picked]
@@ -273,9 +290,8 @@ def shown(lm: PreTrainedModel, images: Images | None) -> Iterator[dict[str, Tens
     if images is None:
         yield {}
         return
-    one_row = family_of(lm.config).in_one_row
     base.of_pack = images
     try:
-        yield {name: tensor[None] if one_row else tensor for name, tensor in images.tensors.items()}
+        yield as_arguments(images.tensors, lm.config)
     finally:
         base.of_pack = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dspref.chat.speaker import Speaker
 from dspref.cli import app
 from dspref.data import vocabulary
 from dspref.data.formats import to_preference
+from dspref.errors import ConfigError
 from dspref.model.generation import Asked
 
 NEW = 8
@@ -116,21 +118,50 @@ def test_between_pipes_rows_have_images(folder: Path, monkeypatch: pytest.Monkey
         {"prompt": "and?", "image": inline},
         {"prompt": [{"role": "user", "content": parts}], "images": []},
         {"prompt": "no images here"},
+        {"prompt": "and?", "images": ["a.png"], "system": "be kind", "chosen": "is no part of it"},
+        {"prompt": "a\ud800", "images": ["a.png"]},
+        {"prompt": 7, "images": ["a.png"]},
+        {"prompt": "and?", "tools": [{"name": "x"}]},
+        {"question": "a text that is JSON"},
     ]
     code, found, said = call(str(folder / "llava"), lines="".join(json.dumps(row) + "\n" for row in rows) + "hello\n")
     asked = [
         [("user", [a, b], "and?")],
         [("user", [a], "and?")],
-        [("user", [], json.dumps(rows[4]))],
+        [("user", [], "no images here")],
+        [("system", [], "be kind"), ("user", [a], "and?")],
+        [("user", [], json.dumps(rows[9]))],
         [("user", [], "hello")],
     ]
     expected = [plain(folder / "llava", turns) for turns in asked]
-    assert [row["answers"][0] for row in found if row["line"] in (1, 3, 5, 6)] == expected
+    assert [row["answers"][0] for row in found if row["line"] in (1, 3, 5, 6, 10, 11)] == expected
     assert found[1]["answers"] == [None] and found[3]["answers"][0] not in (None, *expected)
     assert found[0] == {"line": 1, **rows[0], "answers": [expected[0]]}
-    assert found[4]["prompt"] == json.dumps(rows[4]), "a text that is JSON"
+    assert found[4]["prompt"] == "no images here" and found[9]["prompt"] == json.dumps(rows[9])
+    assert [row["answers"] for row in found[6:9]] == [[None]] * 3
     assert code == 3 and "line 2: images[0]: none.png: no such file\n" in said
-    assert "1 prompt could not be read; mend them" in said and "Traceback" not in said
+    assert "line 7: prompt: holds a NUL character or a lone surrogate\n" in said
+    assert "line 8: prompt: int, and no text" in said and "line 9: tools: not read here\n" in said
+    assert "4 prompts could not be read; mend them" in said and "Traceback" not in said
+
+
+UNLIKE_THE_MODEL: list[tuple[dict[str, Any], str]] = [
+    ({"patch_size": 7}, r"its processor writes \d+ tokens for images of which its tower makes \d+ features"),
+    ({"image_processor": {"crop_size": {"height": 42, "width": 42}}}, "its tower does not take what its processor makes"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), UNLIKE_THE_MODEL)
+def test_a_processor_that_is_not_made_for_the_model_is_told(
+    change: dict[str, Any], told: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "llava", tmp_path / "model")
+    path = tmp_path / "model" / "processor_config.json"
+    known = json.loads(path.read_text())
+    own = {name: {**known[name], **value} if isinstance(value, dict) else value for name, value in change.items()}
+    path.write_text(json.dumps(known | own))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/model: {told}.*; fix: set in "):
+        speaker(tmp_path / "model")
 
 
 def test_a_model_of_text_is_shown_no_image(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

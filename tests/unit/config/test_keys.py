@@ -165,6 +165,7 @@ def test_values_of_other_trainers_are_answered(case: tuple[str, str]) -> None:
         ("orpo", "sigmoid", "'orpo', not 'sigmoid'; write objective: {name: dpo, loss_type: sigmoid}"),
         ("orpo", "simpo", "write objective: {name: simpo}"),
         ("cpo", "robust", "write objective: {name: dpo, loss_type: robust}"),
+        ("dpo", "repo", "write objective: {name: simpo, loss_type: repo}"),  # cpo would add an NLL that is not RePO's
         ("cpo", "cdpo", "write objective: {name: dpo, loss_type: sigmoid} with label_smoothing"),
         ("orpo", "grpo", "reinforcement"),
     ],

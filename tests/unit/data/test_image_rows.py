@@ -238,7 +238,9 @@ def test_bytes_in_json_are_base64(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
     wanted = look("a.png", tmp_path, "x").digest
-    for value in ({"bytes": text, "path": None}, {"bytes": f"data:image/png;base64,{text}"}):
+    lines = base64.encodebytes((tmp_path / "a.png").read_bytes()).decode()
+    named = f"data:image/png;base64,{lines}"
+    for value in ({"bytes": text, "path": None}, {"bytes": f"data:image/png;base64,{text}"}, {"bytes": lines}, named):
         assert look(value, tmp_path, "x").digest == wanted
 
 
@@ -294,7 +296,7 @@ def test_an_image_is_upright_as_its_camera_says(tmp_path: Path) -> None:
     assert decode((tmp_path / "a.jpg").read_bytes(), "x").size == (40, 60)
 
 
-def bomb(path: Path) -> str:
+def bomb(path: Path, width: int = 10_000, height: int = 9_000) -> str:
     """A PNG of a few hundred bytes that says it has too many pixels."""
     import struct
     import zlib
@@ -302,7 +304,7 @@ def bomb(path: Path) -> str:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 10_000, 9_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
     )
@@ -336,6 +338,9 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"images": ["large.png"]},
         rf"images\[0\]: \S*large.png: 67,108,865 bytes, more than the {MAX_BYTES:,} that are read; fix: make it smaller$",
     ),
+    "base64 without its name": ({"images": ["iVBORw0KGgo" * 30]}, r"images\[0\]: bytes as text, and no path; fix: begin it"),
+    "data without base64": ({"images": ["data:image/svg+xml;utf8,<svg/>"]}, r"images\[0\]: bytes as text, and no path"),
+    "beyond PIL's own limit": ({"images": ["huge.png"]}, rf"images\[0\]: more than the {MAX_PIXELS:,} pixels that are read"),
     "base64": ({"images": ["data:image/png;base64,@@"]}, r"images\[0\]: broken base64"),
     "too many": ({"images": ["a.png", "a.png"]}, r"images: 2 images, and 1 places for one in the prompt; fix: give as many"),
     "too few": ({"images": []}, r"images: 0 images, and 1 places for one"),
@@ -372,6 +377,7 @@ def test_a_malformed_row_is_one_line(name: str, tmp_path: Path) -> None:
     save(tmp_path / "cut.jpg")
     cut(tmp_path / "cut.png", 0.6), cut(tmp_path / "cut.jpg", 0.6)
     bomb(tmp_path / "bomb.png")
+    bomb(tmp_path / "huge.png", 20_000, 20_000)
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
     more, expected = MALFORMED[name]
