@@ -78,6 +78,7 @@ objective: {name: dpo, loss_type: my_losses:with_target, beta: 0.2, target: 0.3,
   gradient, or a value or gradient that is not finite (at log-ratios of 0 too, where every run begins) is one line
   with file and line of your function, exit code 2. So is what it raises in a step; the run's checkpoints are whole.
 - **The run keeps** the file of the function in `RUN/losses/`, and its sha256. A run does not go on with another.
+  What lies in a run folder is not run: commands on the run find the module as the run did, or say where its copy is.
   Files that it imports are not looked at.
 """
 MODIFIERS = (losses.divergence, families.desensitized, families.own_probability, likelihoods.power_reward)

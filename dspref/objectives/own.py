@@ -1,7 +1,7 @@
 """A loss of the user's own: a function that the YAML names as `module:function`, found, looked at, and made a `Loss`.
 
-It is looked for in the working directory, which goes before installed packages of the same name, then among these, then in
-what a run keeps, where the config is one that a run left. Its keyword-only arguments are YAML keys, as those of dspref's own
+It is looked for in the working directory, which goes before installed packages of the same name, then among these; never in
+a run folder, which keeps a copy, and may be another's. Its keyword-only arguments are YAML keys, as those of dspref's own
 losses are. What it does wrong is told as the user's, by file and line, whether it is loaded, tried out before the run or
 called in a step. Torch is imported only where there is such a loss.
 """
@@ -25,8 +25,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import dspref
 from dspref.errors import ConfigError
@@ -76,7 +76,7 @@ def kept_at(folder: Path, loss_type: str) -> Path:
 
 @contextmanager
 def kept_in(folder: Path) -> Iterator[None]:
-    """What the run in `folder` keeps stands for losses that are not found otherwise, while this is open."""
+    """While this is open, of losses that are not found it is told where the run in `folder` keeps them."""
     token = _KEPT_IN.set(folder)
     try:
         yield
@@ -120,9 +120,10 @@ def _found(loss_type: str, folder: str) -> tuple[Callable[..., Any], Source]:
         raise ConfigError(f"must be written module:function{_as_module(loss_type)}, not {loss_type!r}")
     name, _, attribute = loss_type.partition(":")
     with _first_on_path(folder):
-        module = _imported(name, folder) or _kept(loss_type)
+        module = _imported(name, folder)
     if module is None:
-        raise ConfigError(f"no module {name}, neither in the working directory ({folder}) nor installed")
+        there = f"neither in the working directory ({folder}) nor installed"
+        raise ConfigError(f"no module {name}, {there}{_kept(loss_type)}")
     found = getattr(module, attribute, None)
     if found is None:
         close = get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], n=1)
@@ -180,19 +181,12 @@ def _imported(name: str, folder: str) -> ModuleType | None:
         raise ConfigError(_told(error)) from None
 
 
-def _kept(loss_type: str) -> ModuleType | None:
-    """The module of a loss as the run keeps it whose config is being read."""
+def _kept(loss_type: str) -> str:
+    """Where the run keeps it whose config is being read: for people to look at. What lies in a run folder is not run."""
     folder = _KEPT_IN.get()
     if folder is None or not (path := kept_at(folder, loss_type)).is_file():
-        return None
-    spec = importlib.util.spec_from_file_location(loss_type.partition(":")[0], path.absolute())
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(_told(error)) from None
-    return module
+        return ""
+    return f"; the run has it in {path}: copy it here if you trust it"
 
 
 def _is_same(path: str, other: str | None) -> bool:
@@ -243,7 +237,7 @@ def _key(parameter: inspect.Parameter, function: Callable, written: Source) -> i
     if isinstance(kind, str):
         names = vars(builtins) | vars(losses) | getattr(inspect.unwrap(function), "__globals__", {})
         try:
-            kind = eval(kind, dict(names))  # as typing does; the module has been run already
+            kind = get_type_hints(SimpleNamespace(__annotations__={name: kind}), names, include_extras=True)[name]
         except Exception:
             raise ConfigError(f"{written.where}: the key {name}: {kind} is no type; give it {PLAIN}") from None
     base, optional, bounds = parted(kind)

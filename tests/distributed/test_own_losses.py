@@ -139,5 +139,9 @@ def test_through_the_launcher_an_edit_is_refused_and_a_fault_is_the_users(tmp_pa
     saved = sorted((tmp_path / "failed" / "checkpoints").glob("step-*"))
     assert saved
     export = [sys.executable, "-m", "dspref", "export", str(saved[-1]), "--to", str(tmp_path / "exported")]
-    assert subprocess.run(export, cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    elsewhere = subprocess.run(export, cwd="/", env=environment, capture_output=True, text=True)
+    assert elsewhere.returncode == 2 and "Traceback" not in elsewhere.stderr
+    assert f"the run has it in {tmp_path}/failed/losses/failing.py: copy it here if you trust it" in elsewhere.stderr
+    assert subprocess.run(export, cwd=tmp_path, env=environment).returncode == 0
     assert (tmp_path / "exported" / "model.safetensors").is_file()

@@ -125,14 +125,16 @@ def test_an_installed_package_has_one_too(write: Write) -> None:
     assert build_objective(**run.objective.model_dump()).parts[0].component == "hinge"
 
 
-def test_what_the_run_kept_stands_in_for_a_module_that_is_not_found(write: Write, tmp_path: Path) -> None:
+def test_what_lies_in_a_run_folder_is_not_run_and_pointed_to(write: Write, tmp_path: Path) -> None:
+    """Such a folder may come from anywhere."""
     path = write(None, name="dpo")
     name = yaml.safe_load(path.read_text())["objective"]["loss_type"]
-    with pytest.raises(ConfigError, match="no module"):
+    kept = own.kept_at(tmp_path, name)
+    kept.parent.mkdir()
+    kept.write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\n{SIGMOID}")
+    with pytest.raises(ConfigError, match=f"no module .*; the run has it in {kept}: copy it here if you trust it$"):
         config.load(path)
-    own.kept_at(tmp_path, name).parent.mkdir()
-    own.kept_at(tmp_path, name).write_text(SIGMOID)
-    assert own_sources(**config.load(path).objective.model_dump())[name].text == SIGMOID
+    assert not (tmp_path / "has run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
