@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from threading import Lock, Thread, current_thread, main_thread
+from threading import Lock, Thread, current_thread, get_ident, main_thread
 from typing import Any
 
 from dspref.errors import ExitCode
@@ -22,6 +22,7 @@ _depth = 0  # how often it is open
 _outcome: int | None = None  # the exit code of a job that has ended
 _what = BEFORE_RUN
 _leaving = Lock()
+_leaver: int | None = None  # the thread that ends this process
 _muted: int | None = None  # during a fork, where signals are told
 
 
@@ -135,8 +136,14 @@ def _leave_when_asked(reader: int) -> None:
 
 def _leave(number: int, frame: Any = None) -> None:
     """The main thread comes here too, where it can: while it forks, the other is not told. The first of them speaks."""
+    global _leaver
     if not _leaving.acquire(blocking=False):
+        if current_thread() is main_thread() and _leaver != get_ident():
+            # The other is ending the process. A call in C that the signal has cut short would have it go on till then, and
+            # say what it makes of that.
+            _leaving.acquire(timeout=10)
         return
+    _leaver = get_ident()
     if _outcome is not None:
         os._exit(_outcome)
     name = signal.Signals(number).name

@@ -61,6 +61,31 @@ def test_a_signal_while_modules_are_loaded(module, how, name, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+LATER = """
+import os, threading, time
+from dspref.watch import interruption
+
+held = threading.Event()
+
+def end():
+    interruption._leaving.acquire()
+    held.set()
+    time.sleep(0.3)
+    os._exit(75)
+
+threading.Thread(target=end).start()
+held.wait()
+interruption._leave(15)
+print("went on")
+"""
+
+
+def test_the_main_thread_does_not_go_on_while_the_other_ends_the_process() -> None:
+    """A signal cuts a call in C short: an import that fails by that would be told behind the interruption."""
+    done = subprocess.run([sys.executable, "-c", LATER], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (75, "")
+
+
 def test_a_signal_ends_a_process_whose_reader_has_gone(tmp_path) -> None:
     process = started(tmp_path, "torch", "python", [str(ROOT / "launch/train.py"), "--config", "run.yaml"])
     assert process.stderr is not None
