@@ -14,10 +14,10 @@ from typing import Any
 from dspref.chat import choice
 from dspref.chat.speaker import Messages, Speaker
 from dspref.data import vocabulary
-from dspref.data.image_files import opened
+from dspref.data.image_files import opened, placed_at
 from dspref.data.image_rows import COLUMNS, NO_IMAGES, column_of, mark_of, without_images
 from dspref.data.messages import messages_of
-from dspref.data.rows import RowError, is_sound, kind_of, strings, what_is
+from dspref.data.rows import RowError, kind_of, strings, unsound, what_is
 from dspref.errors import ConfigError, DataError
 from dspref.model import adapters, loading
 from dspref.model.generation import Asked
@@ -148,8 +148,8 @@ class Talk:
             raise RowError("prompt", f"{what_is(prompt)}, and no text and no messages")
         if row.get("tools"):
             raise RowError("tools", "not read here")
-        if not all(map(is_sound, strings([prompt, system]))):
-            raise RowError("prompt", "holds a NUL character or a lone surrogate")
+        if fault := next(filter(None, map(unsound, strings([prompt, system]))), None):
+            raise RowError("prompt", fault)
         if isinstance(prompt, str):
             turns = [{"role": "user", "content": without_images(prompt)}]
         else:
@@ -198,15 +198,15 @@ class Talk:
     def attach(self, said: str) -> None:
         """Have an image go with the next message; where it cannot be read, say so."""
         bare = said[1:-1] if said[:1] in ("'", '"') and said[-1:] == said[:1] else said  # as terminals drop files
-        path = Path(bare).expanduser().absolute()
         try:
             if not bare:
                 raise RowError("images", "no file is named; /image PATH")
             if not all(speaker.sees for speaker in self.speakers):
                 raise NO_IMAGES
+            path = placed_at(bare, Path.cwd(), bare)
             image = opened(path, bare)
-        except (RowError, RuntimeError) as error:  # RuntimeError: a ~name of nobody
-            print(shown(f"(not attached: {error.reason if isinstance(error, RowError) else error})"))
+        except RowError as error:
+            print(shown(f"(not attached: {error.reason})"))
             return
         self.attached.append(str(path))
         print(shown(f"({path.name}, {image.width} x {image.height}, goes with your next message)"))

@@ -89,13 +89,21 @@ def look(value: Any, folder: Path, place: str) -> Picture:
             raise RowError(place, "bytes as text, and no path", "begin it with data:image/png;base64, or write a path")
         if URL.match(path):
             raise RowError(place, f"{one_line(path, 80)!r} is a URL, and nothing is fetched from the network", FETCH)
-        data, stamp = _read(folder / Path(path).expanduser(), place)
+        data, stamp = _read(placed_at(path, folder, place), place)
     if len(data) > MAX_BYTES:
         size = f"{one_line(str(path), 200)}: {stamp[0]:,}" if path else f"{len(data):,}"
         raise RowError(place, f"{size} bytes, more than the {MAX_BYTES:,} that are read", "make it smaller")
     height, width = _size(data, place)
     digest = hashlib.sha256(data).hexdigest()
     return Picture(path, digest, height, width, stamp, b"" if path else data)
+
+
+def placed_at(path: str, folder: Path, place: str) -> Path:
+    """Where a file is that a row names. Raises RowError."""
+    try:
+        return folder / Path(path).expanduser()
+    except RuntimeError:  # a ~name of nobody
+        raise RowError(place, f"{one_line(path, 200)}: no such user", "write the whole path") from None
 
 
 def look_at(images: Sequence[Any], folder: Path) -> tuple[Picture, ...]:

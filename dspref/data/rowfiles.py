@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from dspref.data.rows import BadRow, Row, RowError
+from dspref.data.rows import BadRow, Row, RowError, strings, unsound
 from dspref.data.splits import SUFFIXES, refuse_irregular, unusable
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -310,27 +310,7 @@ def _checked_row(value: Any, file: str, line: int, suspect: bool) -> Row | BadRo
         kind = "null" if value is None else type(value).__name__
         return BadRow(RowError("row", f"{kind}, not an object", "write an object with the columns"), file, line)
     for field, content in value.items() if suspect else ():
-        for text in chain([field], _strings(content)):
-            if reason := _bad_text(text):
+        for text in chain([field], strings(content)):
+            if reason := unsound(text):
                 return BadRow(RowError(field, reason, "remove the character"), file, line)
     return Row(value, file, line)
-
-
-def _strings(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict):
-        yield from chain(content, chain.from_iterable(map(_strings, content.values())))
-    elif isinstance(content, list):
-        yield from chain.from_iterable(map(_strings, content))
-
-
-def _bad_text(text: str) -> str | None:
-    """Why a text cannot be used, or None. Escapes can smuggle in what the bytes of a file cannot hold."""
-    if "\0" in text:
-        return "holds a NUL character"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"holds a lone surrogate (\\u{ord(text[error.start]):04x})"
-    return None

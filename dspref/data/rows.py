@@ -155,11 +155,11 @@ def parse_json(text: str, place: str, fix: str) -> Any:
     """The value of a JSON text inside a row. Raises RowError."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        unsound = "\\u" in text and not all(map(is_sound, strings(value)))
+        fault = next(filter(None, map(unsound, strings(value))), None) if "\\u" in text else None
     except (ValueError, RecursionError) as error:
         raise RowError(place, f"broken JSON: {error}", fix) from None
-    if unsound:
-        raise RowError(place, "its JSON holds a NUL character or a lone surrogate", "remove the character")
+    if fault:
+        raise RowError(place, f"its JSON {fault}", "remove the character")
     return value
 
 
@@ -180,5 +180,12 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def is_sound(text: str) -> bool:
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+def unsound(text: str) -> str | None:
+    """Why a text cannot be used, or None. Escapes can smuggle in what the bytes of a file cannot hold."""
+    if "\0" in text:
+        return "holds a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds a lone surrogate (\\u{ord(text[error.start]):04x})"
+    return None

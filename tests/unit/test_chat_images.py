@@ -72,6 +72,11 @@ def test_a_talk_about_images_is_what_transformers_generates(
     one = talk.Talk(["m"], [speaker(folder / kind)], "be kind", None)
     one.begin()
     turns: list[tuple[str, list[Path], str]] = [("system", [], "be kind")]
+    wrong = {
+        f"{tmp_path}/no.png": "no image of a known format",
+        "none.png": "none.png: no such file",
+        "~no-one/a": "no such user",
+    }
     a, b = folder / "a.png", folder / "b b.png"
     answers = []
     for commands, paths, text in (
@@ -79,7 +84,7 @@ def test_a_talk_about_images_is_what_transformers_generates(
         (["/image a.png", "/image 'b b.png'"], [a, b], "and?"),
         ([], [], "so?"),
     ):
-        for bad, why in ((f"{tmp_path}/no.png", "no image of a known format"), ("none.png", "none.png: no such file")):
+        for bad, why in wrong.items():
             assert one.obeyed(f"/image {bad}")
             said = capsys.readouterr().out
             assert said.startswith("(not attached: ") and why in said and said.count("\n") == 1
@@ -140,7 +145,7 @@ def test_between_pipes_rows_have_images(folder: Path, monkeypatch: pytest.Monkey
     assert found[4]["prompt"] == "no images here" and found[9]["prompt"] == json.dumps(rows[9])
     assert [row["answers"] for row in found[6:9]] == [[None]] * 3
     assert code == 3 and "line 2: images[0]: none.png: no such file\n" in said
-    assert "line 7: prompt: holds a NUL character or a lone surrogate\n" in said
+    assert "line 7: prompt: holds a lone surrogate (\\ud800)\n" in said
     assert "line 8: prompt: int, and no text" in said and "line 9: tools: not read here\n" in said
     assert "4 prompts could not be read; mend them" in said and "Traceback" not in said
 

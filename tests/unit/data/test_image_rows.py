@@ -339,6 +339,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         rf"images\[0\]: \S*large.png: 67,108,865 bytes, more than the {MAX_BYTES:,} that are read; fix: make it smaller$",
     ),
     "base64 without its name": ({"images": ["iVBORw0KGgo" * 30]}, r"images\[0\]: bytes as text, and no path; fix: begin it"),
+    "of nobody": ({"images": ["~nobody-is-it/a.png"]}, r"images\[0\]: ~nobody-is-it/a.png: no such user; fix: write"),
     "data without base64": ({"images": ["data:image/svg+xml;utf8,<svg/>"]}, r"images\[0\]: bytes as text, and no path"),
     "beyond PIL's own limit": ({"images": ["huge.png"]}, rf"images\[0\]: more than the {MAX_PIXELS:,} pixels that are read"),
     "base64": ({"images": ["data:image/png;base64,@@"]}, r"images\[0\]: broken base64"),
