@@ -40,7 +40,8 @@ ADD_PROMPT = "add a prompt column, or name it: data.train.columns.prompt"
 
 @dataclass(frozen=True)
 class Preference:
-    """One pair: three texts, or three message lists. The answers do not repeat the prompt."""
+    """One pair: three texts, or three message lists. The answers do not repeat the prompt. Of unpaired data, one answer:
+    `chosen` and `rejected` are both it, and `label` says which it is."""
 
     prompt: Text
     chosen: Text
@@ -51,6 +52,8 @@ class Preference:
     """Of prompt and answers, for a model that translates."""
     images: tuple[Any, ...] = ()
     """Of the prompt, in order, as the row names them, or as `image_files` found them."""
+    label: bool | None = None
+    """Of an answer that stands alone: whether it is desirable. None: there are two."""
     repeats: int = field(default=0, compare=False)
     """How many of the two answers repeated the prompt, or its end, in the row."""
     whole: tuple[str, str] | None = field(default=None, compare=False)
@@ -102,7 +105,7 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             preference = layout.convert(fields)
             _refuse_without_effect(fields, preference, given(columns))
             preference = _with_system(preference, fields.get("system", ""))
-            _check(preference)
+            _check(preference, alone="label" in fields)
             prompt, images = placed(preference.prompt, (preference.chosen, preference.rejected), fields.get("images", ()))
             repeats = preference.repeats + fields.get("repeats", 0)
             more = {
@@ -111,6 +114,7 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
                 "tools": _tools(fields),
                 "chat_template_kwargs": _template_kwargs(fields),
                 "languages": languages_of(fields),
+                "label": fields.get("label"),
             }
             return replace(
                 preference, repeats=repeats, begins=fields.get("begins"), parted=fields.get("parted", False), **more
@@ -123,7 +127,10 @@ def _why_unrecognised(fields: Fields, values: Values, columns: Columns | None) -
     named = given(columns)
     no_answers = all(fields.get(name) is None and name not in named for name in ("chosen", "rejected"))
     if no_answers and (what := no_pair(values)):
-        fix = "use a set of pairs, or name the columns: data.train.columns.chosen, data.train.columns.rejected"
+        fix = (
+            "use a set of pairs, or name the columns: data.train.columns.chosen and rejected, or with objective.name: kto "
+            "columns.completion and label"
+        )
         return RowError("row", f"{what}; chosen and rejected are missing: a pair needs two answers", fix)
     for name in ("chosen", "rejected", "prompt"):
         if name not in fields and name != "prompt":
@@ -175,7 +182,8 @@ def _shaped(prompt: str | None, answers: str) -> Callable[[Values], bool]:
 def text(row: Values) -> Preference:
     """Three strings; two answers that repeat the prompt lose it."""
     prompt, chosen, rejected = (row[name] for name in FIELDS)
-    if (parts := behind_text(prompt, chosen, rejected)) is not None:
+    # One answer alone may begin with the words of its prompt.
+    if "label" not in row and (parts := behind_text(prompt, chosen, rejected)) is not None:
         return Preference(*parts, repeats=2, whole=(chosen, rejected))
     return Preference(prompt, chosen, rejected)
 
@@ -183,6 +191,8 @@ def text(row: Values) -> Preference:
 def implicit_text(row: Values) -> Preference:
     """Two strings: what they share at the start, in whole words, is the prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
+    if "label" in row:
+        raise RowError("prompt", "no such column, and one text alone does not say where its answer begins", ADD_PROMPT)
     _refuse_empty(chosen, rejected)
     shared = shared_start(chosen, rejected)
     if not shared:
@@ -212,10 +222,10 @@ def chat(row: Values) -> Preference:
 
 
 def implicit_chat(row: Values) -> Preference:
-    """Two message lists: the messages that they share at the start are the prompt."""
+    """Two message lists: the messages that they share at the start are the prompt. Of one: those up to the last user's."""
     chosen, rejected = row["chosen"], row["rejected"]
-    _refuse_empty(chosen, rejected)
-    shared = _shared(chosen, rejected)
+    _refuse_empty(chosen, rejected, alone="label" in row)
+    shared = behind_last_user(chosen) if "label" in row else _shared(chosen, rejected)
     if not shared:
         raise RowError("prompt", "no such column, and the answers share no first message", ADD_PROMPT)
     return Preference(chosen[:shared], chosen[shared:], rejected[shared:])
@@ -224,7 +234,7 @@ def implicit_chat(row: Values) -> Preference:
 def chat_with_text_prompt(row: Values) -> Preference:
     """UltraFeedback: a string, and message lists that are the whole conversation or the answer alone."""
     chosen, rejected = row["chosen"], row["rejected"]
-    _refuse_empty(chosen, rejected)
+    _refuse_empty(chosen, rejected, alone="label" in row)
     if "assistant" not in (chosen[0]["role"], rejected[0]["role"]) and _shared(chosen, rejected):
         return implicit_chat(row)
     if not row["prompt"].strip():
@@ -241,6 +251,11 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def behind_last_user(messages: list[Message]) -> int:
+    """How many messages stand before the answer of a whole conversation: all up to its last user's."""
+    return max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+
+
 def _shared(left: list[Message], right: list[Message]) -> int:
     """How many leading messages say the same, leaving both sides at least one."""
     limit = min(len(left), len(right)) - 1
@@ -250,9 +265,9 @@ def _shared(left: list[Message], right: list[Message]) -> int:
 # -------------------------------------------------------------------------------------------- checks of a pair
 
 
-def _check(preference: Preference) -> None:
+def _check(preference: Preference, alone: bool) -> None:
     """Refuse a pair that could not teach anything, or whose answers do not follow the prompt."""
-    _refuse_empty(preference.chosen, preference.rejected)
+    _refuse_empty(preference.chosen, preference.rejected, alone)
     if not isinstance(preference.prompt, str):
         for name in ("chosen", "rejected"):
             _check_conversation(preference.prompt, getattr(preference, name), name)
@@ -280,10 +295,13 @@ def _check_conversation(prompt: list[Message], answer: list[Message], name: str)
         raise RowError(f"{name}[0]", reason, "begin the answer with the assistant's message")
 
 
-def _refuse_empty(chosen: Text, rejected: Text) -> None:
+def _refuse_empty(chosen: Text, rejected: Text, alone: bool = False) -> None:
+    """Refuse blank answers, and equal ones but where one stands `alone`."""
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if is_blank(answer):
             raise RowError(name, "empty answer (nothing but white space)" if answer else "empty answer")
+    if alone:
+        return
     if chosen == rejected:
         raise RowError("rejected", "identical to chosen")
     if stripped(chosen) == stripped(rejected):
