@@ -12,7 +12,8 @@ from typing import Any
 
 from dspref.data.image_rows import placed
 from dspref.data.messages import behind, is_blank, is_said, is_silent, said_again, says_the_same, stripped
-from dspref.data.normalise import LANGUAGES, Fields, no_pair, normalise
+from dspref.data.normalise import Fields, no_pair, normalise
+from dspref.data.row_settings import languages_of, template_kwargs_of, tools_of
 from dspref.data.row_template import check_template as check_template
 from dspref.data.rows import DROP as DROP
 from dspref.data.rows import (
@@ -26,7 +27,6 @@ from dspref.data.rows import (
     given,
     kind_of,
     missing,
-    parse_json,
     squeezed,
     what_is,
 )
@@ -111,8 +111,8 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             more = {
                 "prompt": prompt,
                 "images": images,
-                "tools": _tools(fields),
-                "chat_template_kwargs": _template_kwargs(fields),
+                "tools": tools_of(fields),
+                "chat_template_kwargs": template_kwargs_of(fields),
                 "languages": languages_of(fields),
                 "label": fields.get("label"),
             }
@@ -306,51 +306,3 @@ def _refuse_empty(chosen: Text, rejected: Text, alone: bool = False) -> None:
         raise RowError("rejected", "identical to chosen")
     if stripped(chosen) == stripped(rejected):
         raise RowError("rejected", "identical to chosen but for white space at the ends")
-
-
-def languages_of(fields: Values) -> Languages | None:
-    """(source, target) of a row that names one of them. Raises RowError for what is no text."""
-    for name in LANGUAGES:
-        if not isinstance(value := fields.get(name), str | None) or (value is not None and not value.strip()):
-            raise RowError(name, f"{what_is(value)}, not the code of a language" if value else "empty")
-    found = (fields.get("source_language"), fields.get("target_language"))
-    return None if found == (None, None) else found
-
-
-def _tools(fields: Values) -> list[Any] | None:
-    """The tools of a row: a list of objects, of JSON texts of objects, or JSON text of the list."""
-    fix = "write a JSON list of tools"
-    tools = _parsed(fields.get("tools"), "tools", fix)
-    if isinstance(tools, list):
-        tools = [_tool(_parsed(tool, f"tools[{i}]", fix), f"tools[{i}]") for i, tool in enumerate(tools)]
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("tools", "not a list of objects", fix)
-    return tools or None
-
-
-def _tool(tool: Any, place: str) -> Any:
-    """A tool with parameters that are an object, flat or in its `function`: a template would quote JSON text once more."""
-    if not isinstance(tool, dict):
-        return tool
-    if isinstance(tool.get("function"), dict):
-        return tool | {"function": _tool(tool["function"], f"{place}.function")}
-    if not isinstance(tool.get("parameters"), str):
-        return tool
-    return tool | {"parameters": _parsed(tool["parameters"], f"{place}.parameters", "write a JSON schema")}
-
-
-def _template_kwargs(fields: Values) -> dict[str, Any] | None:
-    fix = "write a JSON object"
-    kwargs = fields.get("chat_template_kwargs")
-    if not isinstance(kwargs, str) or kwargs.lstrip().startswith("{") or not kwargs.strip():
-        kwargs = _parsed(kwargs, "chat_template_kwargs", fix)
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise RowError("chat_template_kwargs", "not an object", fix)
-    return kwargs or None
-
-
-def _parsed(value: Any, place: str, fix: str) -> Any:
-    """A value, from JSON text too; nothing for a blank text, such as an empty cell of a CSV file."""
-    if not isinstance(value, str):
-        return value
-    return parse_json(value, place, fix) if value.strip() else None

@@ -43,7 +43,7 @@ class Step:
     num_packs: int
     packs: Iterable[PackedBatch]
     counts: dict[str, int]
-    """`pairs`; `answers`; `chosen_tokens`, `rejected_tokens` (scored), `chosen_and_prompt_tokens` (without a prompt's first);
+    """`pairs`; `answers`; `chosen_tokens`, `rejected_tokens` (scored), `chosen_and_prompt_tokens` (no prompt's first);
     `tokens` (of prompt + answer, of each answer); `mismatched_answers`, where there are such."""
     fill: float
     """Computed tokens over the room in all packs of all ranks."""

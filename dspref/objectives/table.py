@@ -147,7 +147,6 @@ OBJECTIVES: dict[str, Family] = {
             "smaug": "write loss_type: dpop",
             "tr_dpo": "write loss_type: sigmoid with reference.sync_ref_model",
             "kto": KTO,
-            "bco": "write loss_type: bco_pair, or name: bco for answers that stand alone",
             "apo_zero_unpaired": "write name: kto with loss_type: apo_zero_unpaired",
             "simpo": "write name: simpo",
             "orpo": "write name: orpo",

@@ -7,23 +7,25 @@ from collections.abc import Mapping
 import numpy as np
 
 from dspref import distributed
-from dspref.config import Config
+from dspref.config import DataSection, TrainSection
 from dspref.data.loader import Packing, StepLoader
 from dspref.data.mismatched import Mismatched, Pairs
 from dspref.data.store import PairStore
-from dspref.objectives import Objective, build_objective
+from dspref.objectives import Objective
 from dspref.reference.filling import Need, whole
 from dspref.reference.modes import mismatched_name
 from dspref.training import preparation
 
 
-def plan(config: Config, pairs: PairStore, held_out: Mapping[str, PairStore]) -> tuple[Packing, StepLoader]:
+def plan(
+    objective: Objective, data: DataSection, train: TrainSection, pairs: PairStore, held_out: Mapping[str, PairStore]
+) -> tuple[Packing, StepLoader]:
     """How packs are laid out over the ranks, and the steps of the run. Raises DataError for pairs that its objective cannot
     train on, or judge."""
-    world, objective = distributed.world(), build_objective(**config.objective.model_dump())
+    world = distributed.world()
     preparation.refuse_for_objective(list(held_out.values()), objective)
-    packing, loader = preparation.steps_of(config.data, config.train, pairs, objective, world.rank, world.size)
-    total = loader.total_steps(config.train.num_train_epochs, config.train.asked_steps)
+    packing, loader = preparation.steps_of(data, train, pairs, objective, world.rank, world.size)
+    total = loader.total_steps(train.num_train_epochs, train.asked_steps)
     return packing, loader.with_mismatched(total) if objective.has_mismatched else loader
 
 

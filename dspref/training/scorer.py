@@ -36,9 +36,10 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
     _, _, pairs, held_out = preparation.prepare(config.model, config.data, reference, config.train.optim, device.type)
-    planned, loader = demand.plan(config, pairs, held_out)
+    objective = build_objective(**config.objective.model_dump())
+    planned, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
     packing = modes.scoring_packing(reference, planned, device.type)
-    sets = demand.sets(build_objective(**config.objective.model_dump()), loader, held_out)
+    sets = demand.sets(objective, loader, held_out)
     weights = config.model.name_or_path
 
     digest = distributed.on_main(lambda: spec.digest(reference, weights))

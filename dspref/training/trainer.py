@@ -58,7 +58,8 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     kernel, tokenizer, pairs, held_out = preparation.prepare(
         config.model, config.data, asked, config.train.optim, device_type
     )
-    packing, loader = demand.plan(config, pairs, held_out)
+    objective = build_objective(**config.objective.model_dump())
+    packing, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
     prompts = answers.prompts_of(config.log, config.model, held_out, tokenizer)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.asked_steps)
     sets = {"train": pairs, **held_out}
@@ -69,7 +70,6 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     stages.refuse_fewer_steps(run, done, steps)
     stages.refuse_late_profile(config.train, done, steps)
 
-    objective = build_objective(**config.objective.model_dump())
     policy = stages.load_policy(config, objective, beginning.weights, kernel)
     policy = Engine.for_training(policy, config.train, stages.engine_config(config), steps)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
