@@ -73,6 +73,8 @@ class Printed:
         """Whether a part of message `i` is there. What `opening` ends with, such as `<think>`, need not be there again."""
         if not part.text.strip() or self._in_line:
             return True
+        if self._goes_on(part.text, opening):
+            return True
         forms = [part.text.strip(), *_in_json(part.text.strip())]
         if not any(form in self.own for form in forms) and not _stands_in(part.text, self.own, opening):
             return False
@@ -84,6 +86,16 @@ class Printed:
         if (other := self._with_other(i, part)) is None:
             return True
         return WORD in other and any(_squeezed(other.replace(WORD, form)) == _squeezed(self.text) for form in forms)
+
+    def _goes_on(self, text: str, opening: str) -> bool:
+        """Whether what is written begins with a text but for the token that `opening` ends with. Other words in its place
+        would not show it: a template that reads thoughts opens and ends them for a text without any, too."""
+        wanted, there = _squeezed(text), _squeezed(self.own)
+        opened = self.manners.tokens.match(wanted)
+        if opened is None or not _squeezed(opening[-200:]).endswith(opened.group()):
+            return False
+        rest = wanted[opened.end() :]
+        return rest != "" and there.startswith(rest)
 
     def shows(self, i: int, part: Part) -> bool:
         """Whether the rendering is another one where that part of message `i` is."""

@@ -61,6 +61,11 @@ QWEN3 = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+# Thoughts are opened by the generation prompt, and every turn behind the last question has them.
+QWEN3_5 = QWEN3.replace(" and (loop.last or thought)", "").replace(
+    "<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+    "<think>\n\n</think>\n\n' }}{% else %}<think>\n{% endif %}{% endif %}",
+)
 # No generation prompt; tools stand before the last question, and a system message in it if no answer follows.
 MISTRAL = (
     "<s>{% set rest = messages[1:] if messages[0].role == 'system' else messages %}"
@@ -145,6 +150,7 @@ ENDED = ("\n", 1)
 NO_CHATML = [("No.<|im_end|>", 4), ENDED]
 NO_LLAMA3 = [("No.<|eot_id|>", 4)]
 NO_QWEN3 = [(f"{NO_THOUGHT}No.<|im_end|>", 10), ENDED]
+NO_QWEN3_5 = [("\n</think>\n\nNo.<|im_end|>", 8), ENDED]
 NO_MISTRAL = [("", 0), (" ", 1), ("No.</s>", 4)]
 CASES = {
     "chatml, tool": Case(
@@ -303,6 +309,44 @@ CASES = {
             ENDED,
         ],
         NO_QWEN3,
+    ),
+    "qwen-3.5, tool": Case(
+        QWEN3_5,
+        TOOL,
+        CHATML_TOOLS + CHATML_HI + "<think>\n",
+        [
+            (f"\n</think>\n\n{TAGGED}<|im_end|>", 47),
+            (QWEN3_FOUR + "<think>\n", 27),
+            ("\n</think>\n\nIt is 4.<|im_end|>", 13),
+            ENDED,
+        ],
+        NO_QWEN3_5,
+    ),
+    "qwen-3.5, turns": Case(
+        QWEN3_5,
+        TURNS,
+        CHATML_HI,
+        [("One.<|im_end|>", 5), (CHATML_SO + "<think>\n", 25), ("\n</think>\n\nTwo.<|im_end|>", 9), ENDED],
+        [("", 0), ("<think>\n", 2), *NO_QWEN3_5],
+    ),
+    "qwen-3.5, thoughts": Case(
+        QWEN3_5,
+        THOUGHTS,
+        CHATML_TOOLS + CHATML_HI + "<think>\n",
+        [
+            (f"add\n</think>\n\n{TAGGED}<|im_end|>", 50),
+            (QWEN3_FOUR + "<think>\n", 27),
+            ("done\n</think>\n\nIt is 4.<|im_end|>", 17),
+            ENDED,
+        ],
+        NO_QWEN3_5,
+    ),
+    "qwen-3.5, thoughts that are stripped of the prompt": Case(
+        QWEN3_5,
+        EARLIER,
+        CHATML_HI + "One.<|im_end|>" + CHATML_SO + "<think>\n",
+        [("go\n</think>\n\nTwo.<|im_end|>", 11), ENDED],
+        NO_QWEN3_5,
     ),
     "mistral, tool": Case(
         MISTRAL, TOOL, MISTRAL_TOOLS, [(MISTRAL_CALL, 62), (MISTRAL_FOUR, 42), ("It is 4.</s>", 9)], NO_MISTRAL
