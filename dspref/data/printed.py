@@ -90,12 +90,11 @@ class Printed:
     def _goes_on(self, text: str, opening: str) -> bool:
         """Whether what is written begins with a text but for the token that `opening` ends with. Other words in its place
         would not show it: a template that reads thoughts opens and ends them for a text without any, too."""
-        wanted, there = _squeezed(text), _squeezed(self.own)
-        opened = self.manners.tokens.match(wanted)
-        if opened is None or not _squeezed(opening[-200:]).endswith(opened.group()):
+        opened = self.manners.tokens.match(text.lstrip())
+        if opened is None or not opening.rstrip().endswith(opened.group()):
             return False
-        rest = wanted[opened.end() :]
-        return rest != "" and there.startswith(rest)
+        rest = _squeezed(text.lstrip()[opened.end() :])
+        return rest != "" and _squeezed(self.own).startswith(rest)
 
     def shows(self, i: int, part: Part) -> bool:
         """Whether the rendering is another one where that part of message `i` is."""
