@@ -208,6 +208,8 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     notes += _unprinted("prompt", printed, (), strict)
     for writer in writers:
         notes += _unprinted(writer.field, writer.printed(asked), writer.scored_by(scored), strict)
+        if not writer.full.startswith(asked):  # what it prints of a question may be gone once that is answered
+            notes += _unprinted("prompt", writer.with_prompt(head), (), strict, len(prompt))
     rendering = Rendering(asked, chosen, rejected, False, head, images=preference.images, label=preference.label)
     if strict:
         rendering, more = _marked(rendering, writers, scored, unfinished)
@@ -233,7 +235,8 @@ def _marked(
         except Hidden as error:
             if scored == "last" or not all(writer.can_score_last() for writer in writers):
                 raise
-            raise RowError(error.field, error.reason, f"{ANOTHER}, or data.scored: last or all") from None
+            fix = error.fix.replace("data.scored: all", "data.scored: last or all")
+            raise RowError(error.field, error.reason, fix) from None
         if not sides[-1]:
             raise RowError(writer.field, "no assistant message in the answer")
         if not unfinished and manners.asks:
@@ -279,11 +282,11 @@ def _before_content(text: str, message: Message) -> str:
     return text[: max(start, 0)]
 
 
-def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) -> Iterator[str]:
-    """Notes on what messages say that is not in their rendering, but for those that are `scored`, which are
-    looked at elsewhere. Raises RowError for a message that does not come in there at all and is not the assistant's, where
-    `strict`."""
-    for i, message in enumerate(there.messages):
+def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool, first: int | None = None) -> Iterator[str]:
+    """Notes on what messages, or the `first` of them, say that is not in their rendering, but for those that are `scored`,
+    which are looked at elsewhere. Raises RowError for a message that does not come in there at all and is not the
+    assistant's, where `strict`."""
+    for i, message in enumerate(there.messages[:first]):
         role = message["role"]
         if role == "assistant" and i not in scored:
             lost = {part.key for part in said(message) if not there.has(i, part)}
@@ -298,6 +301,7 @@ def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) 
                 yield f"pair with a message ({role}) that the chat template rewrites"
             elif strict:
                 reason = f"the chat template does not print this message ({role})"
+                reason += " once an answer follows" if first else ""
                 fix = MERGE_IT if role in ("system", "developer") else PRINT_IT
                 raise RowError(f"{field}[{i}].{part.key}", reason, fix)
             else:
