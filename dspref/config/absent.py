@@ -42,7 +42,7 @@ _NOT_NEEDED = {
     "columns that are not named are ignored": "remove_unused_columns label_names dataset_target_columns target_columns",
     "tokens are mapped from disk, and take no memory": "streaming dataset_streaming streaming_multipack_buffer_size",
     "rows are read as they are; prepare them in a file of their own": (
-        "dataset_transform_fn transform_fn dataset_exact_deduplication dataset_shard_num dataset_shard_idx decontaminate "
+        "dataset_exact_deduplication dataset_shard_num dataset_shard_idx decontaminate "
         "benchmarks ground_truths_key sft_messages_key min_sample_len pose_split_on_token_ids pose_max_context_len "
         "pose_num_chunks use_pose eval_sequence_len"
     ),
