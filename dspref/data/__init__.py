@@ -1,7 +1,7 @@
 """From files to packed batches, in six steps. Ranks, devices and settings come in as plain values; none is asked for.
 
 1. `sources` lists files and tables, by `splits` and `parts`; `rowfiles` reads them, `overlap` finds what two of them share.
-2. `normalise` names the fields of a raw row (`messages`, `row_template`, `row_settings`, `rows`; `own_format`: the user's way;
+2. `normalise` names the fields of a raw row (`messages`, `row_template`, `row_settings`, `rows`; `own_format`: the user's;
    `converting`: a source speaks one way), and `formats` makes pairs (`texts`, `completions`, `labelled`; not of: `beside`).
 3. `template` renders a pair (`manners`, `turns`, `printed`, `marks`: what it writes, and where), `tokenize` makes tokens of
    it (`apart`: for encoder-decoder models) and a mask of what is scored (`pieces`, `truncate`; `vocabulary`: tokenizers as

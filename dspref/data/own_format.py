@@ -62,7 +62,7 @@ class OwnFormat:
             raise
         except (Exception, SystemExit) as error:
             raise self._error(told(error, self.source.path, self.source.where)) from None
-        items = made if isinstance(made, list | tuple) else [] if made is None else [made]
+        items = made if isinstance(made, list) else [] if made is None else [made]
         if not items:
             raise RowError(self.name, "left the row out", f"mend {self.source.where}", droppable=True)
         return [self._given(item, f"[{k}] of the list" if made is not item else "it") for k, item in enumerate(items)]
