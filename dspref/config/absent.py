@@ -46,6 +46,9 @@ _NOT_NEEDED = {
         "benchmarks ground_truths_key sft_messages_key min_sample_len pose_split_on_token_ids pose_max_context_len "
         "pose_num_chunks use_pose eval_sequence_len"
     ),
+    "rows are read as they are, or by a function of yours: data.train: {path: ..., format: my_module:my_function}": (
+        "dataset_transform_fn transform_fn formatting_func map filter"
+    ),
     "all sources of a mixture are shuffled together": "shuffle_before_merging_datasets",
     "split the file, and name the held-out part in data.eval": "val_set_size val_size test_size test_split_size",
     "this is for pre-training": (

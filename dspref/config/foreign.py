@@ -131,7 +131,6 @@ _FOREIGN_KEYS = {
     "data.train: {path: ..., columns: {chosen: ...}}": "chosen_key data.chosen_key",
     "data.train: {path: ..., columns: {rejected: ...}}": "rejected_key data.rejected_key",
     "data.train: {path: ..., template: {...}}": "input_template data.input_template",
-    "data.train: {path: ..., format: my_module:my_function}": "dataset_transform_fn transform_fn formatting_func",
     "data.train: {path: ..., as: chat}": "apply_chat_template data.apply_chat_template",
     "data.eval: {path: ...}": "eval_dataset test_dataset eval_file validation_file eval.dataset",
     "data.eval: {NAME: {path: ...}}": "test_datasets eval_on_each_dataset",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,9 +64,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return written
 
 
-def load(*sources: Source, log: list[str] | None = None, **settings: Any) -> PairStore:
+def load(*sources: Source, log: list[str] | None = None, on_bad_row: str = "error") -> PairStore:
     say = (log if log is not None else []).append
-    return load_pairs(sources, words(), Limits(), cache_dir=Path("cache"), log=say, **{"on_bad_row": "error"} | settings)
+    return load_pairs(sources, words(), Limits(), cache_dir=Path("cache"), log=say, on_bad_row=on_bad_row)
 
 
 def plain(tmp_path: Path, rows: list[Any], **keys: Any) -> PairStore:
@@ -159,6 +160,18 @@ def test_rows_of_a_format_speak_one_way(write: Write) -> None:
     store = load_pairs([write(returning(text))], tokenizer, Limits(), cache_dir=Path("cache"), log=print, on_bad_row="error")
     p1, end, c = (tokenizer.convert_tokens_to_ids(word) for word in ("p1", "</s>", "c"))
     assert [pair[0] for pair in contents(store)] == [[p1, end], [p1, end], [c, end, p1, end]]
+
+
+def test_the_example_of_the_docs_reads_its_rows(write: Write, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "rows.md").read_text(encoding="utf-8").partition("## A format of your own")[2]
+    (module,), (section,) = (re.findall(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S) for kind in ("python", "yaml"))
+    name = re.match(r"# (\w+\.py)\n", module)
+    (tmp_path / (name[1] if name else "")).write_text(module)
+    train = yaml.safe_load(section)["data"]["train"]
+    rows = [{"question": "p1", "answers": [{"text": f" {word}", "votes": votes} for word, votes in given]}
+            for given in ([("b", 1), ("a a", 3)], [("a", 2), ("c", 2)])]  # fmt: skip
+    (tmp_path / train["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert contents(load(Source(**train))) == contents(plain(tmp_path, PLAIN[:1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
