@@ -41,6 +41,8 @@ LIBRARIES = frozenset([
 ])  # fmt: skip
 PYTHONS = "one of Python's own"
 PACKAGES = frozenset(["site-packages", "dist-packages"])
+# What every run folder has.
+RUN_SETTINGS = "config.resolved.yaml"
 # Where the run keeps the sources whose config is being read.
 _KEPT_IN: ContextVar[Path | None] = ContextVar("kept_in", default=None)
 
@@ -154,6 +156,10 @@ def _imported(name: str, folder: str) -> ModuleType | None:
     """A module that is in a folder, or installed; None where there is none."""
     top = name.partition(".")[0]
     here = importlib.machinery.PathFinder.find_spec(top, [folder])
+    if here and (run := _run_folder(name, Path(folder))):
+        raise ConfigError(
+            f"{run} is a run folder, and what lies in one is not run; copy the module elsewhere if you trust it"
+        )
     if here and here.origin and (other := _other(top, here.origin)):
         raise ConfigError(f"{here.origin}: {other}; give yours another name")
     try:
@@ -164,6 +170,13 @@ def _imported(name: str, folder: str) -> ModuleType | None:
         raise ConfigError(told(error)) from None
     except (Exception, SystemExit) as error:
         raise ConfigError(told(error)) from None
+
+
+def _run_folder(name: str, folder: Path) -> Path | None:
+    """The run folder that a module in the working directory lies in: it may be another's, and so may the config that names
+    the module there."""
+    inner = [folder.joinpath(*name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
+    return next((place for place in (*inner, folder, *folder.parents) if (place / RUN_SETTINGS).is_file()), None)
 
 
 def _other(top: str, origin: str) -> str | None:

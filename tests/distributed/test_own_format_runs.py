@@ -104,6 +104,11 @@ def test_through_the_launcher_an_edit_is_refused_and_a_bad_row_is_named(tmp_path
 
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     dspref = [sys.executable, "-m", "dspref"]
+    looked = [subprocess.run([*dspref, "inspect", "run.yaml", "--row", row], cwd=tmp_path, env=environment,
+                             capture_output=True, text=True) for row in ("2", "3")]  # fmt: skip
+    assert looked[0].returncode == 0 and "columns   asked: " in looked[0].stdout
+    left_out = f"{tmp_path}/pairs.jsonl:3: left out: mine:mine: left the row out; fix: mend {tmp_path}/mine.py:1"
+    assert looked[1].returncode == 3 and left_out in looked[1].stderr
     judged = subprocess.run([*dspref, "evaluate", "run.yaml", "--model", "run"], cwd=tmp_path, env=environment)
     assert judged.returncode == 0
     elsewhere = [*dspref, "evaluate", str(tmp_path / "run" / "config.resolved.yaml")]

@@ -391,3 +391,24 @@ def test_what_lies_in_a_run_folder_is_not_run_and_pointed_to(write: Write, tmp_p
     with pytest.raises(ConfigError, match=f"no module .*; the run has it in {kept}: copy it here if you trust it$"):
         config.load(path)
     assert not (tmp_path / "has run").exists()
+
+
+@pytest.mark.parametrize(("place", "name"), [(".", "formats.kept"), ("formats", "kept"), ("..", "run.formats.kept")])
+@pytest.mark.parametrize("kind", own_code.KINDS)
+def test_a_module_in_a_run_folder_is_not_run_where_the_yaml_names_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str, kind: own_code.Kind
+) -> None:
+    (tmp_path / "run" / "formats").mkdir(parents=True)
+    (tmp_path / "run" / "config.resolved.yaml").write_text("")
+    (tmp_path / "run" / "formats" / "kept.py").write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\n{PICK}")
+    monkeypatch.chdir(tmp_path / "run" / place)
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/run is a run folder, and what lies in one is not run; copy"):
+        own_code.found(f"{name}:mine", kind, os.getcwd())
+    assert not (tmp_path / "has run").exists()
+
+
+def test_the_schema_knows_how_it_is_written() -> None:
+    schema = pytest.importorskip("jsonschema").Draft202012Validator(json.loads(config.schema()))
+    run = {"model": {"name_or_path": "m"}, "output_dir": "out"}
+    for name, good in (("a.b:c", True), (None, True), ("chatml", False), ("a.b:", False), ("./a.py:c", False)):
+        assert schema.is_valid(run | {"data": {"train": {"path": "p", "format": name}}}) == good, name
