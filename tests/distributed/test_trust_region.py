@@ -20,7 +20,12 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trust_region")
+    reference = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 2}
+    return write_run(tmp_path_factory.mktemp("trust_region"), reference)
+
+
+def write_run(folder: Path, reference: dict) -> Path:
+    """A run of six steps whose reference follows the policy."""
     config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), tie_word_embeddings=True)
     save_tiny(folder / "model", config, seed=4)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(14, seed=7)))
@@ -31,7 +36,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tokenizer_name_or_path": f"{folder}/tokenizer",
             "dtype": "float32",
         },
-        "reference": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 2},
+        "reference": reference,
         "data": {
             "train": {"path": f"{folder}/pairs.jsonl"},
             "eval": {"path": f"{folder}/held_out.jsonl"},
