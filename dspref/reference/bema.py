@@ -43,7 +43,9 @@ class Bema(MovingReference):
         if section.update_after == 0:
             self._begin()
         size = sum(self._of_reference(n).numel() * (4 + self._of_policy(n).element_size()) for n in self._pairs)
-        distributed.log(f"reference: BEMA keeps {size / 2**20:,.1f} MiB beside it per rank, on cpu")
+        whole = distributed.world().size > 1 and not self._in_shards
+        less = "; reference.zero_stage: 3 divides it among the ranks" if whole else ""
+        distributed.log(f"reference: BEMA keeps {size / 2**20:,.1f} MiB beside it per rank, on cpu{less}")
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
