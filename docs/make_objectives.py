@@ -66,7 +66,8 @@ objective: {name: dpo, loss_type: my_losses:with_target, beta: 0.2, target: 0.3,
   tensors, `chosen` and `rejected`: S in cpo, A in simpo. It returns a tensor [P], the loss of each pair; the mean
   over the pairs of the step is trained.
 - **A sum over pairs.** The value of a pair must not depend on the pairs beside it: those are whoever shares its pack.
-  What sorts or ranks the pairs of a step, as `aot` does, is refused.
+  What sorts or ranks the pairs of a step, as `aot` does, says so: `with_target.couples = True` behind the function. It
+  is then given all pairs of the step at once, whatever their packs and ranks, for one more forward pass.
 - **Its keys** are its keyword-only arguments, each with a default and a type: float, int, bool, str, `Literal[...]`,
   or a range of `dspref.objectives.losses` (`Positive`, `NonNegative`, `Smoothing`, `OpenShare`, ...). They are
   checked as all keys are. `beta`, where it has one, scales the logged rewards too.

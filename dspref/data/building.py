@@ -320,7 +320,7 @@ class _Build:
     def report(self) -> dict[str, Any]:
         counts = {"rows": self.read, "pairs": self.seen, "kept": self.kept, "source_rows": self.source_rows}
         counts["sources"] = self.sources
-        measures = {"largest_id": self.largest_id, "longest": self.longest}
+        measures = {"largest_id": self.largest_id, "longest": self.longest, "max_length": self.limits.max_length}
         said = {"dropped": self.dropped.counts(), "notes": dict(+self.notes)}
         how = {"truncated": self.cut, "limits": _in_force(self.limits), **({"apart": True} if self.apart else {})}
         if self.images:
