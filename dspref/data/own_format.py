@@ -95,11 +95,12 @@ class OwnFormat:
 def _as_row(pair: Preference) -> dict[str, Any]:
     """The row that says the same."""
     source, target = pair.languages or (None, None)
-    told_of = {"source_language": source, "target_language": target, "images": list(pair.images)}
-    own = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-    return {name: getattr(pair, name) for name in own if getattr(pair, name) is not None} | {
-        name: value for name, value in told_of.items() if value
-    }
+    answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+    if pair.label is not None:
+        answers = {"completion": pair.chosen, "label": pair.label}
+    beside = {"tools": pair.tools, "chat_template_kwargs": pair.chat_template_kwargs, "images": list(pair.images)}
+    beside |= {"source_language": source, "target_language": target}
+    return {"prompt": pair.prompt, **answers, **{name: value for name, value in beside.items() if value}}
 
 
 def as_given(pair: Preference, given: Given) -> Preference:
