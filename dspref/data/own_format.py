@@ -16,7 +16,6 @@ from typing import Any
 
 from dspref import own_code
 from dspref.data.formats import Preference
-from dspref.data.labelled import ANSWERS, COMPLETION
 from dspref.data.normalise import LANGUAGES
 from dspref.data.rows import DROP, FIELDS, RowError, Values, strings, unsound, what_is
 from dspref.errors import ConfigError
@@ -96,14 +95,12 @@ class OwnFormat:
 def _as_row(pair: Preference) -> dict[str, Any]:
     """The row that says the same."""
     source, target = pair.languages or (None, None)
-    told_of = {"source_language": source, "target_language": target, "images": list(pair.images)}
-    own = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "label")
-    row = {name: getattr(pair, name) for name in own if getattr(pair, name) is not None}
-    row |= {name: value for name, value in told_of.items() if value}
+    answers = {"chosen": pair.chosen, "rejected": pair.rejected}
     if pair.label is not None:
-        row[COMPLETION] = row.pop("chosen" if pair.label else "rejected")
-        row = {name: value for name, value in row.items() if name not in ANSWERS}
-    return row
+        answers = {"completion": pair.chosen, "label": pair.label}
+    beside = {"tools": pair.tools, "chat_template_kwargs": pair.chat_template_kwargs, "images": list(pair.images)}
+    beside |= {"source_language": source, "target_language": target}
+    return {"prompt": pair.prompt, **answers, **{name: value for name, value in beside.items() if value}}
 
 
 def as_given(pair: Preference, given: Given) -> Preference:

@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_the_format_that_it_began_with(tmp_path):
 
 @pytest.mark.slow
 def test_through_the_launcher_an_edit_is_refused_and_a_bad_row_is_named(tmp_path):
-    """Two steps, an interruption, and the rest; and what other commands do with the run where the format is not."""
+    """Two steps, an interruption, and the rest."""
     write_raw(tmp_path, "mine", train={"eval_at_start": False})
     assert launched(tmp_path, "train.max_steps=2")[0] == 0
     (tmp_path / "mine.py").write_text(SWAPPED + "\n# an edit\n")
@@ -99,22 +99,26 @@ def test_through_the_launcher_an_edit_is_refused_and_a_bad_row_is_named(tmp_path
     code, said = launched(tmp_path, "data.train.format=failing:mine", "output_dir=failed")
     line = f"{tmp_path}/pairs.jsonl:3: failing:mine: {tmp_path}/failing.py:3: ValueError: no more; fix: mend the row or the "
     assert code == 3 and said.count(line) == 1 and "Traceback" not in said and not (tmp_path / "failed").exists()
-    code, said = launched(tmp_path, "data.train.format=nowhere:mine", "output_dir=failed")
-    assert code == 2 and said.count("data.train.format: no module nowhere, ") == 1 and "Traceback" not in said
 
+
+@pytest.mark.slow
+def test_other_commands_find_it_as_the_run_did_or_say_where_its_copy_is(all_workers, tmp_path):
+    """`export` does without."""
+    path = write_raw(tmp_path, "own_told", train={"max_steps": 2, "eval_every": None, "eval_at_start": False})
+    assert all_workers[1].run("cases:run_training_in", folder=str(tmp_path), config_path=str(path), overrides=[]) == [0]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     dspref = [sys.executable, "-m", "dspref"]
     looked = [subprocess.run([*dspref, "inspect", "run.yaml", "--row", row], cwd=tmp_path, env=environment,
                              capture_output=True, text=True) for row in ("2", "3")]  # fmt: skip
     assert looked[0].returncode == 0 and "columns   asked: " in looked[0].stdout
-    left_out = f"{tmp_path}/pairs.jsonl:3: left out: mine:mine: left the row out; fix: mend {tmp_path}/mine.py:1"
+    left_out = f"{tmp_path}/pairs.jsonl:3: left out: own_told:mine: left the row out; fix: mend {tmp_path}/own_told.py:1"
     assert looked[1].returncode == 3 and left_out in looked[1].stderr
     judged = subprocess.run([*dspref, "evaluate", "run.yaml", "--model", "run"], cwd=tmp_path, env=environment)
     assert judged.returncode == 0
     elsewhere = [*dspref, "evaluate", str(tmp_path / "run" / "config.resolved.yaml")]
     done = subprocess.run(elsewhere, cwd="/", env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"the run has it in {tmp_path}/run/formats/mine.py: copy it here if you trust it" in done.stderr
+    assert f"the run has it in {tmp_path}/run/formats/own_told.py: copy it here if you trust it" in done.stderr
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     export = [*dspref, "export", str(saved), "--to", str(tmp_path / "exported")]
     assert subprocess.run(export, cwd="/", env=environment).returncode == 0

@@ -125,6 +125,15 @@ def test_a_preference_is_taken_as_it_is(write: Write, tmp_path: Path) -> None:
     assert [len(part) for part in ids] == [1, 3, 3] and [len(part) for part in lost] == [1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    "text", ["{'prompt': 'p1', 'completion': ' a', 'label': False}", "Preference('p1', ' a', ' a', label=False)"]
+)
+def test_an_answer_may_stand_alone_with_its_label(write: Write, tmp_path: Path, text: str) -> None:
+    store = load(write(returning(text, OF_PREFERENCE), RAW[:1]))
+    assert contents(store) == contents(plain(tmp_path, [{"prompt": "p1", "completion": " a", "label": False}]))
+    assert sorted(map(len, contents(store)[0])) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("whole", ["dict", "Preference"])
 def test_as_and_pairs_go_with_it(write: Write, whole: str) -> None:
     """`as: chat` makes messages of its texts, `pairs` pairs of its scored answers."""
