@@ -2,7 +2,7 @@
 
 1. `sources` lists files and tables, by `splits` and `parts`; `rowfiles` reads them, `overlap` finds what two of them share.
 2. `normalise` names the fields of a raw row, whatever tool wrote it (`messages`, `row_template`, `rows`; `converting`: a
-   source speaks one way, `beside`: what of it is not read), and `formats` makes pairs of them (`texts`, `completions`).
+   source speaks one way, `beside`: what is not read; `given`: numbers), and `formats` makes pairs (`texts`, `completions`).
 3. `template` renders a pair (`manners`, `turns`, `printed`, `marks`: what it writes, and where), `tokenize` makes tokens of
    it (`apart`: for encoder-decoder models) and a mask of what is scored (`pieces`, `truncate`; `vocabulary`: tokenizers as
    written), and `store` keeps them on disk, addressed by content, for every later run (`building`, `complaints`, `cache`,

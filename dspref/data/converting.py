@@ -12,6 +12,7 @@ from typing import Any
 
 from dspref.data.completions import to_preferences
 from dspref.data.formats import Preference
+from dspref.data.given import NAMES
 from dspref.data.normalise import OPTIONAL_FIELDS
 from dspref.data.row_template import columns_of
 from dspref.data.rows import SYSTEM, RowError, given
@@ -30,6 +31,7 @@ class Converter:
         """`decided`: what a converter of the same listing found, to take single rows as it did."""
         self.listing, self.source = listing, listing.source
         self.how = {"as_": self.source.as_, "chat_model": chat_model, "key": self.source.key}
+        self.how["pair_weights"] = self.source.pair_weights
         self.lacking: dict[str, None] | None = None
         """Columns that a row has, with null, where it lacks them; None while it has not been looked for them."""
         self.repeated: bool | None = None
@@ -59,7 +61,7 @@ class Converter:
 
     def _decisive(self) -> set[str]:
         named = given(self.source.columns)
-        own = {named[field] for field in ("system", *OPTIONAL_FIELDS) if field in named}
+        own = {named[field] for field in ("system", *OPTIONAL_FIELDS, *NAMES) if field in named}
         if self.source.template:
             return own | columns_of(self.source.template)
         return own | ({*SYSTEM} - set(named.values()))

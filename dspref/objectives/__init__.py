@@ -1,9 +1,10 @@
 """What is trained for: losses of pairs as pure functions of log-probabilities, unreduced. Loads no torch until one is used.
 
-`losses` (of policy and reference) and `likelihoods` (of the policy alone) have one function per loss, each with its paper
-and equation. `families` (DPO, CPO) turn what a model says of pairs into what the losses are functions of. `table` names
-every objective, says which keys it reads, what it needs (a reference, all pairs of a step at once) and builds it. `own`
-makes a row of a function of the user's, which `trial` tries out.
+`losses` (of policy and reference), `rewards` (of scores of the answers too) and `likelihoods` (of the policy alone) have one
+function per loss, each with its paper and equation. `families` (DPO, CPO) turn what a model says of pairs into what the
+losses are functions of, and weigh the pairs (`weights`). `table` names every objective, says which keys it reads, what it
+needs (a reference, scores, all pairs of a step at once) and builds it. `own` makes a row of a function of the user's, which
+`trial` tries out.
 
 Enters: nothing.
 Shows: families, losses, own, trial.
@@ -24,6 +25,7 @@ from dspref.objectives.table import (
     keys_of,
     known_keys,
     needs_reference,
+    needs_scores,
     own_sources,
     resolved,
 )  # fmt: skip
@@ -31,5 +33,5 @@ from dspref.objectives.table import (
 __all__ = [
     "KEYS", "KTO", "OBJECTIVES", "Family", "Objective", "RunningMean", "as_list", "build_objective",
     "component",
-    "defaults", "describe", "keys_of", "known_keys", "needs_reference", "own_sources", "resolved",
+    "defaults", "describe", "keys_of", "known_keys", "needs_reference", "needs_scores", "own_sources", "resolved",
 ]  # fmt: skip

@@ -107,7 +107,8 @@ def _loss(loss_type: str, folder: str, inputs: tuple[str, ...], normaliser: str,
             raise ConfigError(f"{written.where}: {key} is no name for a key of it, as the section has one; give it another")
     checked = _checked(loss_type, function, written, list(keys.values()))
     # Any f'(u) can take the place of log u: what becomes of the loss then is for its author to know.
-    return Loss(checked, normaliser, divergent=True, keys={key: Key(f"A key of {loss_type}.") for key in keys})
+    known = {key: Key(f"A key of {loss_type}.") for key in keys}
+    return Loss(checked, normaliser, targeted="ratios" in inputs, divergent=True, keys=known)  # `ratios.target`
 
 
 # ---------------------------------------------------------------------------------------------------------------------

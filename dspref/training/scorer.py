@@ -34,7 +34,7 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
-    _, _, pairs, held_out = preparation.prepare(config.model, config.data, reference, config.train.optim, device.type)
+    _, _, pairs, held_out = preparation.prepare(config.model, config.data_read, reference, config.train.optim, device.type)
     packing = modes.scoring_packing(reference, stages.plan(config, pairs)[0], device.type)
     sets = {"train": pairs, **held_out}
     weights = config.model.name_or_path
