@@ -36,12 +36,12 @@ term also as `nll_loss`. `entropy` (mean over the scored tokens of both answers,
 answers' tokens than which none was more likely) and `num_tokens` (of all steps so far, each answer with its prompt) are
 TRL's too. Of a mixture, loss, accuracy and margin of each source are `source/<name>/...`, where the step has pairs of it.
 
-**Weights, margins and scores of rows.** A column named as `columns.weight` multiplies the values of preference terms, pair by
-pair; the mean is still one over all pairs of the step, so that what a pair adds does not depend on the others. NLL terms, means
-over tokens, are not weighed. `pair_weights: score_gap` makes the weights of the scores of both answers, as NeMo-Aligner's `scale`
-does. `columns.margin` is a target margin m, in rewards, of `sigmoid` and `sigmoid_norm` in dpo, `sigmoid` in cpo and `simpo`, where
-it is added to gamma. Logged as `pair_weight` and `target_margin`, means over pairs. Held-out pairs are weighed where their own
-source says so.
+**Weights, margins and scores of rows.** A column named as `columns.weight` multiplies the values of preference terms, pair
+by pair; the mean is still one over all pairs of the step, so that what a pair adds does not depend on the others. NLL terms,
+means over tokens, are not weighed. `pair_weights: score_gap` makes the weights of the scores of both answers, as the loss
+`scale` of NeMo-Aligner does. `columns.margin` is a target margin m, in rewards, of `sigmoid` and `sigmoid_norm` in dpo,
+`sigmoid` in cpo and `simpo`, where it is added to gamma. Logged as `pair_weight` and `target_margin`, means over pairs.
+Held-out pairs are weighed where their own source says so.
 
 **Where TRL 1.16 is not followed.** It ignores `label_smoothing` in `sigmoid`; its BCO has no delta; its WPO weight is not
 clamped at 1; its `f_alpha_divergence_coef` is 1 - alpha; its NLL and AOT see a micro-batch, not the step; its length
@@ -69,12 +69,13 @@ objective: {name: dpo, loss_type: my_losses:with_target, beta: 0.2, target: 0.3,
 ```
 
 - **What it sees.** In dpo `Ratios`, of P pairs: `chosen` and `rejected` (log u, or f'(u)), `margin`,
-  `margin_per_token`, `chosen_tokens`, `rejected_tokens`, `reference_margin`, and `target`, the column `columns.margin`, or 0.0
-  where none is named; its `delta` is 0. In cpo and simpo two
+  `margin_per_token`, `chosen_tokens`, `rejected_tokens`, `reference_margin`, and `target`, the numbers of
+  `columns.margin`, or 0.0 where none is named; its `delta` is 0. In cpo and simpo two
   tensors, `chosen` and `rejected`: S in cpo, A in simpo. It returns a tensor [P], the loss of each pair; the mean
   over the pairs of the step is trained.
 - **A sum over pairs.** The value of a pair must not depend on the pairs beside it: those are whoever shares its pack.
-  What sorts or ranks the pairs of a step, as `aot` does, is refused.
+  What sorts or ranks the pairs of a step, as `aot` does, says so: `with_target.couples = True` behind the function. It
+  is then given all pairs of the step at once, whatever their packs and ranks, for one more forward pass.
 - **Its keys** are its keyword-only arguments, each with a default and a type: float, int, bool, str, `Literal[...]`,
   or a range of `dspref.objectives.losses` (`Positive`, `NonNegative`, `Smoothing`, `OpenShare`, ...). They are
   checked as all keys are. `beta`, where it has one, scales the logged rewards too.

@@ -101,9 +101,9 @@ def inspect(
     def job() -> None:
         from dspref.training import inspection
 
-        prompts = build_objective(**config.objective.model_dump()).scores_prompt
+        objective = build_objective(**config.objective.model_dump())
         asked = inspection.Asked(tuple(row or ()), worst and worst.value, random, seed, held_out, source, ids, ranks)
-        inspection.inspect(config.model, config.data_read, config.train, prompts, asked, format is Format.json)
+        inspection.inspect(config.model, config.data_read, config.train, objective, asked, format is Format.json)
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 

@@ -184,10 +184,7 @@ _NOT_NEEDED = {
     "gradients accumulate in fp32": "grad_accum_dtype ds.grad_accum_dtype",
     # ---------------------------------------------------------------------------------------------------------- objectives
     "dspref trains on preference pairs alone; objective.name says how": "stage trainer_cls trl",
-    "KTO needs no pairs, and is not here; apo_zero and bco_pair push both rewards on their own": (
-        "desirable_weight undesirable_weight kto_desirable_weight kto_undesirable_weight kto_chosen_weight "
-        "kto_rejected_weight prompt_sample_size min_density_ratio max_density_ratio"
-    ),
+    "BCO's matching of underlying distributions is not here": "prompt_sample_size min_density_ratio max_density_ratio",
     "this is for reward models or online reinforcement learning": (
         "vllm ebft reward_model process_reward_model center_rewards_coefficient num_labels ppo_buffer_size ppo_epochs "
         "ppo_score_norm ppo_target ppo_whiten_rewards reward_model_adapters reward_model_quantization_bit reward_model_type"

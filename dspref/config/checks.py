@@ -205,6 +205,7 @@ def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator
     columns = source.columns.named
     ranked = [key for key in ("completions", "scores", "ranks") if key in columns]
     answers = [key for key in ("chosen", "rejected") if key in columns]
+    alone = [key for key in ("completion", "label") if key in columns]
     if source.template and source.pairs != "all":
         yield (*own, "pairs"), "is for rows of completions; a template makes one pair of a row"
     elif source.template and ranked:
@@ -215,6 +216,11 @@ def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator
         yield (
             (*own, "columns", answers[0]),
             f"holds one of two answers, columns.{ranked[0]} belongs to several; name one or the other",
+        )
+    elif alone and (ranked or answers):
+        yield (
+            (*own, "columns", alone[0]),
+            f"belongs to one answer that stands alone, columns.{(ranked + answers)[0]} to several; name one or the other",
         )
     if {"scores", "ranks"} <= columns.keys():
         yield (*own, "columns", "ranks"), "give scores (higher is better) or ranks (1 is the best), not both"
@@ -297,6 +303,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _check_lora,
     lambda config: objective_checks.check_losses(config.objective),
     lambda config: objective_checks.check_objective_keys(config.objective),
+    lambda config: objective_checks.check_unpaired(config.objective, config.data, config.train.pairs_per_step),
     lambda config: objective_checks.check_own(config.objective),
     lambda config: objective_checks.check_reference_needed(config.objective, config.reference),
     _check_lengths,

@@ -25,6 +25,11 @@ class Columns(Section):
     """Column that holds the better answer."""
     rejected: str = "rejected"
     """Column that holds the worse answer."""
+    completion: str | None = None
+    """Column that holds one answer, which stands alone (objectives kto and bco); default: `completion`, in rows with a label
+    and without chosen and rejected."""
+    label: str | None = None
+    """Column that says whether that answer is desirable: true or false, 1 or 0; default: `label` or `kto_tag`."""
     system: str | None = None
     """Column that holds a system message; default: `system`, where there is one. With it texts become a conversation."""
     tools: str | None = None

@@ -104,6 +104,8 @@ _FOREIGN_KEYS = {
     "objective.loss_type: sigmoid_norm": "dpo_norm_loss",
     "objective.loss_weights": "dpo_loss_weights",
     "objective.loss_weights, beside a list in objective.loss_type that has bco_pair": "pref_bco_weight",
+    "objective.desirable_weight": "kto_desirable_weight kto_chosen_weight",
+    "objective.undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
     "objective.simpo_gamma (absolute) or objective.gamma_beta_ratio": "gamma",
     "objective.gamma_beta_ratio": "dpo_gamma_beta_ratio",
     "objective.rpo_alpha": "pref_ftx nll_loss_coef model.nll_loss_coef",

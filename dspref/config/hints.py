@@ -24,7 +24,7 @@ from dspref.config.sections import (
     SourceSection,
 )
 from dspref.config.within import WITHIN
-from dspref.objectives import KTO, OBJECTIVES, Family, defaults
+from dspref.objectives import OBJECTIVES, Family, defaults
 
 SECTIONS = "model|reference|data|objective|train|checkpoint|log|export"
 LOSS = re.compile(r"write loss_type: (\w+)")
@@ -99,8 +99,6 @@ def of_objective(name: Any) -> str:
     if not isinstance(name, str):
         return ""
     word = VALUES["loss_type"].get(name.lower(), name.lower())
-    if word in ("kto", "kto_pair"):
-        return f"; {KTO.replace('kto_pair', 'kto', 1)}"
     if word not in OBJECTIVES and any(word in about.losses for about in OBJECTIVES.values()):
         return f"; write objective: {objective_of(word)}"
     for family, about in OBJECTIVES.items():

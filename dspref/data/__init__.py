@@ -1,13 +1,13 @@
 """From files to packed batches, in six steps. Ranks, devices and settings come in as plain values; none is asked for.
 
 1. `sources` lists files and tables, by `splits` and `parts`; `rowfiles` reads them, `overlap` finds what two of them share.
-2. `normalise` names the fields of a raw row, whatever tool wrote it (`messages`, `row_template`, `rows`; `converting`: a
-   source speaks one way, `beside`: what is not read; `given`: numbers), and `formats` makes pairs (`texts`, `completions`).
+2. `normalise` names the fields of a row, whatever tool wrote it (`messages`, `row_template`, `row_settings`, `given`, `rows`;
+   `converting`: a source speaks one way), and `formats` makes pairs (`texts`, `completions`, `labelled`; not of: `beside`).
 3. `template` renders a pair (`manners`, `turns`, `printed`, `marks`: what it writes, and where), `tokenize` makes tokens of
    it (`apart`: for encoder-decoder models) and a mask of what is scored (`pieces`, `truncate`; `vocabulary`: tokenizers as
    written), and `store` keeps them on disk, addressed by content, for every later run (`building`, `complaints`, `cache`,
    `sameness`). Of images, `image_rows` says where they stand, `image_files` and `image_store` which, `sight` how they look.
-4. `plan` says which pairs form each step, and which share a pack on which rank.
+4. `plan` says which pairs form each step (`mismatched`: prompts and others' answers), and which share a pack on which rank.
 5. `batch` makes a `PackedBatch` of a pack: a row of tokens, attention segments, the index of scored tokens, and `images`.
 6. `loader` gives the steps, from any on, and `ahead` makes the next one while one is in use.
 
@@ -16,7 +16,8 @@ packs (`layout`), and `figures` of all.
 
 Enters: nothing.
 Shows: ahead, apart, batch, choosing, figures, image_files, image_rows, image_store, images, layout, loader, manners,
-messages, origin, overlap, plan, prompts, rows, show, sight, sources, spans, store, tokenize, truncate, vocabulary.
+messages, mismatched, origin, overlap, plan, prompts, rows, show, sight, sources, spans, store, tokenize, truncate,
+vocabulary.
 """
 
 from typing import TYPE_CHECKING

@@ -34,6 +34,8 @@ class Texts(Protocol):
     @property
     def rejected(self) -> str: ...
     @property
+    def label(self) -> bool | None: ...
+    @property
     def languages(self) -> Languages | None: ...
 
 
@@ -150,7 +152,7 @@ def split_apart(
     )
     if not len(prompt):
         return RowError("prompt", "it has no tokens, and an encoder needs one", "write a prompt")
-    if np.array_equal(chosen, rejected):
+    if item.label is None and np.array_equal(chosen, rejected):
         return RowError("rejected", "identical to chosen after tokenization")
     plain = ~np.isin(prompt, special)
     head = int(plain.argmax()) if plain.any() else len(prompt)
@@ -171,5 +173,5 @@ def started(pair: TokenizedPair, first: int | None) -> TokenizedPair:
     """A pair with what the decoder reads before each answer, which is not scored; None: as it is."""
     if first is None:
         return pair
-    answers = [np.concatenate([[first], answer]).astype(np.int32) for answer in pair[1:3]]
+    answers = [np.concatenate([[first], answer]).astype(np.int32) if len(answer) else answer for answer in pair[1:3]]
     return TokenizedPair(pair.prompt, *answers, *(np.arange(len(answer)) > 0 for answer in answers))

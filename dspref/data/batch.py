@@ -103,8 +103,9 @@ def _changed(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def computed_tokens(lengths: np.ndarray, prefix_sharing: bool, encoder_decoder: bool = False) -> np.ndarray:
     """Tokens that the model computes for each pair; `lengths` [n, 3] are those of (prompt, chosen, rejected)."""
-    prompts = 1 if prefix_sharing else 2
-    return prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2] - (2 if encoder_decoder else 0)
+    answers = (lengths[:, 1:] > 0).sum(axis=1)
+    prompts = 1 if prefix_sharing else answers
+    return prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2] - (answers if encoder_decoder else 0)
 
 
 def collate(
@@ -198,17 +199,20 @@ def groups_of(
     return _shared_groups(pairs, score_prompt, digests) if prefix_sharing else _separate_groups(pairs, score_prompt)
 
 
-def _sides(pair: TokenizedPair) -> tuple[Answer, Answer]:
-    """Both answers of a pair, without spans yet."""
-    of = zip((pair.chosen, pair.rejected), (pair.chosen_scored, pair.rejected_scored))
-    chosen, rejected = (Answer(ids, np.arange(len(ids)) if mask is None else np.flatnonzero(mask), []) for ids, mask in of)
-    return chosen, rejected
+def _sides(pair: TokenizedPair) -> list[tuple[int, Answer]]:
+    """(side, answer) of those that a pair has, without spans yet."""
+    of = zip((CHOSEN, REJECTED), (pair.chosen, pair.rejected), (pair.chosen_scored, pair.rejected_scored))
+    return [
+        (side, Answer(ids, np.arange(len(ids)) if mask is None else np.flatnonzero(mask), []))
+        for side, ids, mask in of
+        if len(ids)
+    ]
 
 
 def _separate_groups(pairs: Sequence[TokenizedPair], score_prompt: bool) -> list[Group]:
     groups, count = [], len(pairs)
     for k, pair in enumerate(pairs):
-        for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
+        for side, answer in _sides(pair):
             answer.spans.append(side * count + k)
             prompt_spans = [PROMPT * count + k] if score_prompt and side == CHOSEN else []
             groups.append(Group(k, pair.prompt, prompt_spans, [answer]))
@@ -224,7 +228,7 @@ def _shared_groups(pairs: Sequence[TokenizedPair], score_prompt: bool, digests: 
         group = groups.setdefault(key, Group(k, pair.prompt, [], []))
         if score_prompt:
             group.prompt_spans.append(PROMPT * len(pairs) + k)
-        for side, answer in zip((CHOSEN, REJECTED), _sides(pair)):
+        for side, answer in _sides(pair):
             known = answers.setdefault((*key, answer.tokens.tobytes(), answer.scored.tobytes()), answer)
             if known is answer:
                 group.answers.append(answer)

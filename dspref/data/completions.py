@@ -1,4 +1,4 @@
-"""A row of several scored answers becomes pairs: each that `PAIRINGS` names, in the better answer's favour."""
+"""A raw row becomes preferences: of several scored answers each pair that `PAIRINGS` names, in the better one's favour."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dspref.data.beside import unused
 from dspref.data.formats import Preference, pair_of, to_preference
 from dspref.data.given import OF_RANKS, SCORES, given_in, number_of, of_scores, with_gap
 from dspref.data.image_rows import column_of
+from dspref.data.labelled import is_labelled, to_answer
 from dspref.data.messages import answer_of, is_blank, stripped, unwrapped
 from dspref.data.normalise import conversation_in, normalise, without_null_prompt
 from dspref.data.rows import Columns, RowError, Text, Values, close_name, find, given, kind_of, missing, parse_json, what_is
@@ -45,7 +46,10 @@ def to_preferences(
     An answer that cannot be used is an error in its place, and the others make pairs. Takes `as_`, `chat_model` and
     `repeated`, and raises, as `to_preference` does; `key`: where the source stands in the YAML, for the fixes of errors."""
     try:
-        if template or not is_ranked(values, columns):
+        if not template and is_labelled(values, columns):
+            answer = to_answer(values, columns, as_=as_, chat_model=chat_model)
+            made, ranked = [replace(answer, given=given_in(values, given(columns)))], False
+        elif template or not is_ranked(values, columns):
             _refuse_beside_template(columns, pairs, template)
             pair = to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)
             made, ranked = [replace(pair, given=given_in(values, given(columns)))], False

@@ -12,7 +12,8 @@ from typing import Any
 
 from dspref.data.image_rows import placed
 from dspref.data.messages import behind, is_blank, is_said, is_silent, said_again, says_the_same, stripped
-from dspref.data.normalise import LANGUAGES, Fields, no_pair, normalise
+from dspref.data.normalise import Fields, no_pair, normalise
+from dspref.data.row_settings import languages_of, template_kwargs_of, tools_of
 from dspref.data.row_template import check_template as check_template
 from dspref.data.rows import DROP as DROP
 from dspref.data.rows import (
@@ -26,7 +27,6 @@ from dspref.data.rows import (
     given,
     kind_of,
     missing,
-    parse_json,
     squeezed,
     what_is,
 )
@@ -40,7 +40,8 @@ ADD_PROMPT = "add a prompt column, or name it: data.train.columns.prompt"
 
 @dataclass(frozen=True)
 class Preference:
-    """One pair: three texts, or three message lists. The answers do not repeat the prompt."""
+    """One pair: three texts, or three message lists. The answers do not repeat the prompt. Of unpaired data, one answer:
+    `chosen` and `rejected` are both it, and `label` says which it is."""
 
     prompt: Text
     chosen: Text
@@ -51,6 +52,8 @@ class Preference:
     """Of prompt and answers, for a model that translates."""
     images: tuple[Any, ...] = ()
     """Of the prompt, in order, as the row names them, or as `image_files` found them."""
+    label: bool | None = None
+    """Of an answer that stands alone: whether it is desirable. None: there are two."""
     repeats: int = field(default=0, compare=False)
     """How many of the two answers repeated the prompt, or its end, in the row."""
     whole: tuple[str, str] | None = field(default=None, compare=False)
@@ -104,15 +107,16 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
             preference = layout.convert(fields)
             _refuse_without_effect(fields, preference, given(columns))
             preference = _with_system(preference, fields.get("system", ""))
-            _check(preference)
+            _check(preference, alone="label" in fields)
             prompt, images = placed(preference.prompt, (preference.chosen, preference.rejected), fields.get("images", ()))
             repeats = preference.repeats + fields.get("repeats", 0)
             more = {
                 "prompt": prompt,
                 "images": images,
-                "tools": _tools(fields),
-                "chat_template_kwargs": _template_kwargs(fields),
+                "tools": tools_of(fields),
+                "chat_template_kwargs": template_kwargs_of(fields),
                 "languages": languages_of(fields),
+                "label": fields.get("label"),
             }
             return replace(
                 preference, repeats=repeats, begins=fields.get("begins"), parted=fields.get("parted", False), **more
@@ -125,7 +129,10 @@ def _why_unrecognised(fields: Fields, values: Values, columns: Columns | None) -
     named = given(columns)
     no_answers = all(fields.get(name) is None and name not in named for name in ("chosen", "rejected"))
     if no_answers and (what := no_pair(values)):
-        fix = "use a set of pairs, or name the columns: data.train.columns.chosen, data.train.columns.rejected"
+        fix = (
+            "use a set of pairs, or name the columns: data.train.columns.chosen and rejected, or with objective.name: kto "
+            "columns.completion and label"
+        )
         return RowError("row", f"{what}; chosen and rejected are missing: a pair needs two answers", fix)
     for name in ("chosen", "rejected", "prompt"):
         if name not in fields and name != "prompt":
@@ -177,7 +184,8 @@ def _shaped(prompt: str | None, answers: str) -> Callable[[Values], bool]:
 def text(row: Values) -> Preference:
     """Three strings; two answers that repeat the prompt lose it."""
     prompt, chosen, rejected = (row[name] for name in FIELDS)
-    if (parts := behind_text(prompt, chosen, rejected)) is not None:
+    # One answer alone may begin with the words of its prompt.
+    if "label" not in row and (parts := behind_text(prompt, chosen, rejected)) is not None:
         return Preference(*parts, repeats=2, whole=(chosen, rejected))
     return Preference(prompt, chosen, rejected)
 
@@ -185,6 +193,8 @@ def text(row: Values) -> Preference:
 def implicit_text(row: Values) -> Preference:
     """Two strings: what they share at the start, in whole words, is the prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
+    if "label" in row:
+        raise RowError("prompt", "no such column, and one text alone does not say where its answer begins", ADD_PROMPT)
     _refuse_empty(chosen, rejected)
     shared = shared_start(chosen, rejected)
     if not shared:
@@ -214,10 +224,10 @@ def chat(row: Values) -> Preference:
 
 
 def implicit_chat(row: Values) -> Preference:
-    """Two message lists: the messages that they share at the start are the prompt."""
+    """Two message lists: the messages that they share at the start are the prompt. Of one: those up to the last user's."""
     chosen, rejected = row["chosen"], row["rejected"]
-    _refuse_empty(chosen, rejected)
-    shared = _shared(chosen, rejected)
+    _refuse_empty(chosen, rejected, alone="label" in row)
+    shared = behind_last_user(chosen) if "label" in row else _shared(chosen, rejected)
     if not shared:
         raise RowError("prompt", "no such column, and the answers share no first message", ADD_PROMPT)
     return Preference(chosen[:shared], chosen[shared:], rejected[shared:])
@@ -226,7 +236,7 @@ def implicit_chat(row: Values) -> Preference:
 def chat_with_text_prompt(row: Values) -> Preference:
     """UltraFeedback: a string, and message lists that are the whole conversation or the answer alone."""
     chosen, rejected = row["chosen"], row["rejected"]
-    _refuse_empty(chosen, rejected)
+    _refuse_empty(chosen, rejected, alone="label" in row)
     if "assistant" not in (chosen[0]["role"], rejected[0]["role"]) and _shared(chosen, rejected):
         return implicit_chat(row)
     if not row["prompt"].strip():
@@ -243,6 +253,11 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def behind_last_user(messages: list[Message]) -> int:
+    """How many messages stand before the answer of a whole conversation: all up to its last user's."""
+    return max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+
+
 def _shared(left: list[Message], right: list[Message]) -> int:
     """How many leading messages say the same, leaving both sides at least one."""
     limit = min(len(left), len(right)) - 1
@@ -252,9 +267,9 @@ def _shared(left: list[Message], right: list[Message]) -> int:
 # -------------------------------------------------------------------------------------------- checks of a pair
 
 
-def _check(preference: Preference) -> None:
+def _check(preference: Preference, alone: bool) -> None:
     """Refuse a pair that could not teach anything, or whose answers do not follow the prompt."""
-    _refuse_empty(preference.chosen, preference.rejected)
+    _refuse_empty(preference.chosen, preference.rejected, alone)
     if not isinstance(preference.prompt, str):
         for name in ("chosen", "rejected"):
             _check_conversation(preference.prompt, getattr(preference, name), name)
@@ -282,59 +297,14 @@ def _check_conversation(prompt: list[Message], answer: list[Message], name: str)
         raise RowError(f"{name}[0]", reason, "begin the answer with the assistant's message")
 
 
-def _refuse_empty(chosen: Text, rejected: Text) -> None:
+def _refuse_empty(chosen: Text, rejected: Text, alone: bool = False) -> None:
+    """Refuse blank answers, and equal ones but where one stands `alone`."""
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if is_blank(answer):
             raise RowError(name, "empty answer (nothing but white space)" if answer else "empty answer")
+    if alone:
+        return
     if chosen == rejected:
         raise RowError("rejected", "identical to chosen")
     if stripped(chosen) == stripped(rejected):
         raise RowError("rejected", "identical to chosen but for white space at the ends")
-
-
-def languages_of(fields: Values) -> Languages | None:
-    """(source, target) of a row that names one of them. Raises RowError for what is no text."""
-    for name in LANGUAGES:
-        if not isinstance(value := fields.get(name), str | None) or (value is not None and not value.strip()):
-            raise RowError(name, f"{what_is(value)}, not the code of a language" if value else "empty")
-    found = (fields.get("source_language"), fields.get("target_language"))
-    return None if found == (None, None) else found
-
-
-def _tools(fields: Values) -> list[Any] | None:
-    """The tools of a row: a list of objects, of JSON texts of objects, or JSON text of the list."""
-    fix = "write a JSON list of tools"
-    tools = _parsed(fields.get("tools"), "tools", fix)
-    if isinstance(tools, list):
-        tools = [_tool(_parsed(tool, f"tools[{i}]", fix), f"tools[{i}]") for i, tool in enumerate(tools)]
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("tools", "not a list of objects", fix)
-    return tools or None
-
-
-def _tool(tool: Any, place: str) -> Any:
-    """A tool with parameters that are an object, flat or in its `function`: a template would quote JSON text once more."""
-    if not isinstance(tool, dict):
-        return tool
-    if isinstance(tool.get("function"), dict):
-        return tool | {"function": _tool(tool["function"], f"{place}.function")}
-    if not isinstance(tool.get("parameters"), str):
-        return tool
-    return tool | {"parameters": _parsed(tool["parameters"], f"{place}.parameters", "write a JSON schema")}
-
-
-def _template_kwargs(fields: Values) -> dict[str, Any] | None:
-    fix = "write a JSON object"
-    kwargs = fields.get("chat_template_kwargs")
-    if not isinstance(kwargs, str) or kwargs.lstrip().startswith("{") or not kwargs.strip():
-        kwargs = _parsed(kwargs, "chat_template_kwargs", fix)
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise RowError("chat_template_kwargs", "not an object", fix)
-    return kwargs or None
-
-
-def _parsed(value: Any, place: str, fix: str) -> Any:
-    """A value, from JSON text too; nothing for a blank text, such as an empty cell of a CSV file."""
-    if not isinstance(value, str):
-        return value
-    return parse_json(value, place, fix) if value.strip() else None

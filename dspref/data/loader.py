@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import numpy as np
 
 from dspref.data.ahead import ahead
 from dspref.data.batch import PackedBatch, collate
-from dspref.data.plan import Groups, alone, group, order, pack, steps_per_epoch
+from dspref.data.mismatched import Mismatched, Pairs
+from dspref.data.plan import Groups, alone, group, order, pack, rows_per_epoch, steps_per_epoch
 from dspref.data.store import PairStore
 
 # Sharing pays for its gather of keys and values when it saves more than this share of the tokens.
@@ -42,8 +43,8 @@ class Step:
     num_packs: int
     packs: Iterable[PackedBatch]
     counts: dict[str, int]
-    """`pairs`; `chosen_tokens`, `rejected_tokens` (scored), `chosen_and_prompt_tokens` (without a prompt's first);
-    `tokens` (of prompt + answer, both answers)."""
+    """`pairs`; `answers`; `chosen_tokens`, `rejected_tokens` (scored), `chosen_and_prompt_tokens` (no prompt's first);
+    `tokens` (of prompt + answer, of each answer); `mismatched_answers`, where there are such."""
     fill: float
     """Computed tokens over the room in all packs of all ranks."""
     computed_tokens: int = 0
@@ -54,6 +55,8 @@ class Step:
     """Tokens that meet the head, of all ranks; those that pairs share count once."""
     more: Mapping[str, float] = field(default_factory=dict)
     """As in `StepPacks`."""
+    mismatched: Iterable[PackedBatch] = ()
+    """This rank's packs of mismatched pairs, where they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class StepLoader:
     """Pairs with the same number lie side by side in a shuffled epoch."""
     again: bool = False
     """Every step holds the pairs of the first one."""
+    mismatched: Mismatched | None = None
+    """Of all steps of a run, one behind the other, where each step has a reference point made of them."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -91,10 +96,31 @@ class StepLoader:
             placed = place(self.store, plan[k], self.packing)
             packs = [batch.pinned() for batch in placed.packs(self.store, self.packing)]
             progress, counts = epoch + (k + 1) / self.steps_per_epoch, count(self.store, plan[k])
+            others = self._mismatched(self.pairs_before(number - 1), len(plan[k]), counts)
             yield Step(
                 number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention, placed.scored,
-                placed.more,
+                placed.more, others,
             )  # fmt: skip
+
+    def _mismatched(self, start: int, size: int, counts: dict[str, int]) -> list[PackedBatch]:
+        """The packs of the mismatched pairs of a step, which are counted as `mismatched_answers`."""
+        pairs = self.mismatched
+        if pairs is None:
+            return []
+        counts["mismatched_answers"] = pairs.num_answers(slice(start, start + size))
+        placed = place(pairs, np.arange(start, start + size), self.packing)
+        return [batch.pinned() for batch in placed.packs(pairs, self.packing)]
+
+    def pairs_before(self, done: int) -> int:
+        """How many pairs steps 1 to `done` hold, counted each time."""
+        pairs, (whole, rest) = rows_per_epoch(self.store.source_rows, self.weights), divmod(done, self.steps_per_epoch)
+        return whole * (min(pairs, self.pairs_per_step) if self.again else pairs) + rest * self.pairs_per_step
+
+    def with_mismatched(self, total: int) -> StepLoader:
+        """The same, with the mismatched pairs of steps 1 to `total`."""
+        epochs = [self.epoch(epoch) for epoch in range(ceil(total / self.steps_per_epoch))]
+        steps = [step for epoch in epochs for step in epoch]
+        return replace(self, mismatched=Mismatched.of_steps(self.store, steps[:total]))
 
     def pairs_of(self, done: int, total: int) -> np.ndarray:
         """The pairs that steps `done` + 1 to `total` hold, each once, in the order in which they first come: int64 [n]."""
@@ -124,14 +150,17 @@ class StepLoader:
 
 def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
     """Global counts of some pairs. Every rank knows all lengths, so no rank asks another."""
-    prompt, *answers = store.computed[ids].sum(axis=0).tolist()
+    lengths = store.computed[ids]
+    prompt, *answers = lengths.sum(axis=0).tolist()
     chosen, rejected = store.scored[ids].sum(axis=0).tolist()
+    of_prompt = (store.scored[ids] > 0).sum(axis=1)
     return {
         "pairs": len(ids),
+        "answers": int(of_prompt.sum()),
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
         "chosen_and_prompt_tokens": prompt - len(ids) + chosen,
-        "tokens": 2 * prompt + sum(answers),
+        "tokens": int(of_prompt @ lengths[:, 0]) + sum(answers),
     }
 
 
@@ -155,7 +184,7 @@ class StepPacks:
     most: Mapping[str, float] = field(default_factory=dict)
     """Of these, those of the largest pack; what a tower reads, of the pack that has most of it."""
 
-    def packs(self, store: PairStore, packing: Packing) -> Iterator[PackedBatch]:
+    def packs(self, store: Pairs, packing: Packing) -> Iterator[PackedBatch]:
         """The packs of this rank."""
         sharing, score_prompt = packing.prefix_sharing, packing.score_prompt
         return (
@@ -168,7 +197,7 @@ class StepPacks:
         )  # fmt: skip
 
 
-def place(store: PairStore, ids: np.ndarray, packing: Packing) -> StepPacks:
+def place(store: Pairs, ids: np.ndarray, packing: Packing) -> StepPacks:
     """Pairs -> packs on all ranks; pairs of one prompt as a group, where sharing is on."""
     lengths, scored, budget, world = store.computed[ids], store.scored[ids], packing.tokens_per_pack, packing.world_size
     shared = packing.prefix_sharing
@@ -206,7 +235,7 @@ def _encoded(groups: Groups, packs: Sequence[Sequence[np.ndarray]]) -> list[dict
     return [{name: float(x[chosen].sum()) for name, x in parts.items()} for rank in packs for chosen in rank]
 
 
-def sweep(store: PairStore, packing: Packing) -> Iterator[tuple[float, PackedBatch]]:
+def sweep(store: Pairs, packing: Packing) -> Iterator[tuple[float, PackedBatch]]:
     """This rank's packs over every pair of a store, once, each with the share of the store that is then done."""
     for ids in swept(store):
         placed = place(store, ids, packing)
@@ -214,7 +243,7 @@ def sweep(store: PairStore, packing: Packing) -> Iterator[tuple[float, PackedBat
             yield (int(ids[0]) + len(ids) * k / len(placed.ids[0])) / len(store), batch
 
 
-def swept(store: PairStore) -> list[np.ndarray]:
+def swept(store: Pairs) -> list[np.ndarray]:
     """Every pair of a store, in the parts that a sweep plans one after another."""
     starts = range(0, len(store), PAIRS_PER_SWEEP)
     return [np.arange(start, min(start + PAIRS_PER_SWEEP, len(store))) for start in starts]

@@ -96,17 +96,17 @@ class Groups(NamedTuple):
 
 
 def alone(lengths: np.ndarray, scored: np.ndarray | None = None, apart: bool = False) -> Groups:
-    """Each pair by itself, its prompt computed twice; `lengths` [n, 3] are the tokens of prompt, chosen, rejected, `scored`
-    [n, 2] those of the answers that are scored (None: all). `apart`: an encoder reads prompts, in which every token sees
-    all."""
-    answers = lengths[:, 1:].sum(axis=1)
-    sequences = lengths[:, :1] + lengths[:, 1:]
+    """Each pair by itself, its prompt computed for each answer; `lengths` [n, 3] are the tokens of prompt, chosen, rejected,
+    `scored` [n, 2] those of the answers that are scored (None: all). `apart`: an encoder reads prompts, in which every token
+    sees all."""
+    prompts, answers, sides = lengths[:, 0], lengths[:, 1:].sum(axis=1), (lengths[:, 1:] > 0).sum(axis=1)
+    sequences = np.where(lengths[:, 1:] > 0, lengths[:, :1] + lengths[:, 1:], 0)
     attention = (sequences * (sequences + 1) // 2).sum(axis=1)
-    attention += lengths[:, 0] * (lengths[:, 0] - 1) if apart else 0  # half the pairs of each prompt, twice
-    within = lengths[:, 0] * (2 * lengths[:, 0] if apart else lengths[:, 0] + 1)
+    attention += sides * prompts * (prompts - 1) // 2 if apart else 0  # the other half of each prompt
+    within = sides * prompts**2 if apart else sides * (prompts * (prompts + 1) // 2)
     targets = answers if scored is None else scored.sum(axis=1)
     numbers = np.arange(len(lengths))
-    return Groups(numbers, sequences.sum(axis=1), attention, answers, targets, within, answers * lengths[:, 0])
+    return Groups(numbers, sequences.sum(axis=1), attention, answers, targets, within, answers * prompts)
 
 
 def group(

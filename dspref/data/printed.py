@@ -73,6 +73,8 @@ class Printed:
         """Whether a part of message `i` is there. What `opening` ends with, such as `<think>`, need not be there again."""
         if not part.text.strip() or self._in_line:
             return True
+        if self._goes_on(part.text, opening):
+            return True
         forms = [part.text.strip(), *_in_json(part.text.strip())]
         if not any(form in self.own for form in forms) and not _stands_in(part.text, self.own, opening):
             return False
@@ -84,6 +86,15 @@ class Printed:
         if (other := self._with_other(i, part)) is None:
             return True
         return WORD in other and any(_squeezed(other.replace(WORD, form)) == _squeezed(self.text) for form in forms)
+
+    def _goes_on(self, text: str, opening: str) -> bool:
+        """Whether what is written begins with a text but for the token that `opening` ends with. Other words in its place
+        would not show it: a template that reads thoughts opens and ends them for a text without any, too."""
+        opened = self.manners.tokens.match(text.lstrip())
+        if opened is None or not opening.rstrip().endswith(opened.group()):
+            return False
+        rest = _squeezed(text.lstrip()[opened.end() :])
+        return rest != "" and _squeezed(self.own).startswith(rest)
 
     def shows(self, i: int, part: Part) -> bool:
         """Whether the rendering is another one where that part of message `i` is."""

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dspref import reading
 from dspref.data.apart import asked, start_of
 from dspref.data.complaints import Complaints
-from dspref.data.formats import LANGUAGES, to_preference
+from dspref.data.formats import to_preference
 from dspref.data.image_files import NOTHING, Shown, folder_of, look_at
 from dspref.data.image_rows import COLUMNS, VIDEOS
 from dspref.data.manners import Learned
+from dspref.data.normalise import LANGUAGES
 from dspref.data.pieces import Encoder
 from dspref.data.rowfiles import rows_of
 from dspref.data.rows import DROP, BadRow, Row, RowError, close_name, kind_of

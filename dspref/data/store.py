@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise this whenever the same rows would give other tokens or another layout on disk.
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 # Of a source, what the digests of its rows stand for, or what does not touch a row.
 NOT_DECISIVE = ("key", "path", "split", "max_samples", "weight", "name", "data_dir", "revision")
 
@@ -69,8 +69,8 @@ class PairStore:
         self.scored: np.ndarray
         """Scored tokens of chosen and rejected, int64 [n, 2]."""
         self.lengths: np.ndarray = np.diff(self._offsets).reshape(-1, 3)
-        """Tokens of prompt, chosen and rejected, int64 [n, 3]."""
-        self.computed: np.ndarray = self.lengths - np.array([0, 1, 1]) if self.apart else self.lengths
+        """Tokens of prompt, chosen and rejected, int64 [n, 3]; an answer that is not there has none."""
+        self.computed: np.ndarray = np.maximum(self.lengths - np.array([0, 1, 1]), 0) if self.apart else self.lengths
         """Of these, the tokens that a model computes: without the last of an answer, where prompts lie apart."""
         self.uncut: np.ndarray = np.asarray(_mapped(folder / "uncut.npy"))
         """Tokens of prompt, chosen and rejected before truncation, int32 [n, 3]."""
@@ -132,6 +132,11 @@ class PairStore:
     def flat(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids, int32 [N], and where each prompt, chosen and rejected begins in them, int64 [3n + 1]; read-only."""
         return self._tokens, self._offsets
+
+    def bounds(self, rows: np.ndarray) -> np.ndarray:
+        """Where prompt, chosen and rejected of some pairs lie among all ids, int64 [n, 3, 2]."""
+        ends = self._offsets[3 * rows[:, None] + np.arange(4)]
+        return np.stack([ends[:, :3], ends[:, 1:]], axis=2)
 
     def flat_mask(self) -> np.ndarray | None:
         """Which of all ids are scored, bool [N], false in prompts; None where all answers are scored whole."""

@@ -16,6 +16,7 @@ from dspref.data.beside import refuse_switched_off, unread
 from dspref.data.formats import Preference
 from dspref.data.image_files import Picture
 from dspref.data.image_rows import IMAGE, NO_IMAGES
+from dspref.data.labelled import of_one
 from dspref.data.manners import Learned, Manners, rendered, shared_length, spoken
 from dspref.data.marks import ending_once, marks_in
 from dspref.data.printed import Printed, called, said
@@ -70,6 +71,8 @@ class Rendering(NamedTuple):
     """Of an encoder-decoder model, whose answers do not repeat the prompt: those of prompt and answers."""
     images: tuple[Picture, ...] = ()
     """Of the prompt, in which one token stands for each."""
+    label: bool | None = None
+    """Of an answer that stands alone, as in `Preference`."""
 
 
 # ------------------------------------------------------------------------------------------------------------ a pair
@@ -84,6 +87,13 @@ def render(
     """
     if isinstance(preference, RowError):
         return preference
+    found = _render(preference, tokenizer, learned, scored)
+    return of_one(found) if isinstance(found, RowError) and preference.label is not None else found
+
+
+def _render(
+    preference: Preference, tokenizer: PreTrainedTokenizerBase, learned: Learned, scored: str
+) -> Rendering | RowError:
     if preference.images and sight_of(tokenizer) is None:
         return NO_IMAGES
     if start_of(tokenizer) is not None:
@@ -133,7 +143,7 @@ def _render_text(preference: Preference, tokenizer: PreTrainedTokenizerBase, sco
     prompt = cast(str, preference.prompt)
     answers = (cast(str, preference.chosen), cast(str, preference.rejected))
     chosen, rejected = (prompt + _ended(text, eos, scored) for text in answers)
-    return Rendering(prompt, chosen, rejected, special=True)
+    return Rendering(prompt, chosen, rejected, special=True, label=preference.label)
 
 
 def _render_apart(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Rendering | RowError:
@@ -148,7 +158,7 @@ def _render_apart(preference: Preference, tokenizer: PreTrainedTokenizerBase) ->
         return error
     # A decoder's text does not go on from the prompt: one that begins like it says so.
     chosen, rejected = preference.whole or (cast(str, preference.chosen), cast(str, preference.rejected))
-    return Rendering(preference.prompt, chosen, rejected, special=True, languages=languages)
+    return Rendering(preference.prompt, chosen, rejected, special=True, languages=languages, label=preference.label)
 
 
 def _ended(text: str, eos: str, scored: str) -> str:
@@ -186,7 +196,7 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
         "list[str]",
         tokenizer.apply_chat_template([spoken(tokenizer, prompt + answer) for answer in answers], tokenize=False, **how),
     )
-    if chosen == rejected:
+    if chosen == rejected and preference.label is None:
         reason = "the chat template writes it as it does chosen: it does not print what they differ in"
         raise RowError("rejected", reason, "mend the row, set data.on_bad_row: drop, or set model.chat_template to another")
     writers = [
@@ -198,7 +208,9 @@ def _render_chat(preference: Preference, tokenizer: Any, learned: Learned, score
     notes += _unprinted("prompt", printed, (), strict)
     for writer in writers:
         notes += _unprinted(writer.field, writer.printed(asked), writer.scored_by(scored), strict)
-    rendering = Rendering(asked, chosen, rejected, False, head, images=preference.images)
+        if not writer.full.startswith(asked):  # what it prints of a question may be gone once that is answered
+            notes += _unprinted("prompt", writer.with_prompt(head), (), strict, len(prompt))
+    rendering = Rendering(asked, chosen, rejected, False, head, images=preference.images, label=preference.label)
     if strict:
         rendering, more = _marked(rendering, writers, scored, unfinished)
         notes += more
@@ -223,7 +235,8 @@ def _marked(
         except Hidden as error:
             if scored == "last" or not all(writer.can_score_last() for writer in writers):
                 raise
-            raise RowError(error.field, error.reason, f"{ANOTHER}, or data.scored: last or all") from None
+            fix = error.fix.replace("data.scored: all", "data.scored: last or all")
+            raise RowError(error.field, error.reason, fix) from None
         if not sides[-1]:
             raise RowError(writer.field, "no assistant message in the answer")
         if not unfinished and manners.asks:
@@ -269,11 +282,11 @@ def _before_content(text: str, message: Message) -> str:
     return text[: max(start, 0)]
 
 
-def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) -> Iterator[str]:
-    """Notes on what messages say that is not in their rendering, but for those that are `scored`, which are
-    looked at elsewhere. Raises RowError for a message that does not come in there at all and is not the assistant's, where
-    `strict`."""
-    for i, message in enumerate(there.messages):
+def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool, first: int | None = None) -> Iterator[str]:
+    """Notes on what messages, or the `first` of them, say that is not in their rendering, but for those that are `scored`,
+    which are looked at elsewhere. Raises RowError for a message that does not come in there at all and is not the
+    assistant's, where `strict`."""
+    for i, message in enumerate(there.messages[:first]):
         role = message["role"]
         if role == "assistant" and i not in scored:
             lost = {part.key for part in said(message) if not there.has(i, part)}
@@ -288,6 +301,7 @@ def _unprinted(field: str, there: Printed, scored: Sequence[int], strict: bool) 
                 yield f"pair with a message ({role}) that the chat template rewrites"
             elif strict:
                 reason = f"the chat template does not print this message ({role})"
+                reason += " once an answer follows" if first else ""
                 fix = MERGE_IT if role in ("system", "developer") else PRINT_IT
                 raise RowError(f"{field}[{i}].{part.key}", reason, fix)
             else:

@@ -18,11 +18,12 @@ import numpy as np
 from dspref import hub, reading
 from dspref.data.apart import Start, ids_apart, split_apart, start_of, started
 from dspref.data.formats import Preference, RowError, one_line, to_preference
+from dspref.data.labelled import of_one
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
 from dspref.data.sight import Sight, sight_of
 from dspref.data.template import Rendering, render
-from dspref.data.truncate import Limits, TokenizedPair, refuse_cut_images, truncate, written
+from dspref.data.truncate import Limits, TokenizedPair, labelled, refuse_cut_images, truncate, written
 from dspref.data.turns import NO_END, Turn
 from dspref.errors import ConfigError
 
@@ -117,7 +118,7 @@ class Whole(NamedTuple):
     def lengths(self) -> list[int]:
         """Tokens of prompt, chosen and rejected, with the decoder's first."""
         prompt, *answers = map(len, self.pair[:3])
-        return [prompt, *(n + (self.first is not None) for n in answers)]
+        return [prompt, *(n and n + (self.first is not None) for n in answers)]
 
 
 def encode(
@@ -174,10 +175,13 @@ def ids_of(renderings: Sequence[Rendering | RowError], encoder: Encoder) -> Ids:
 
 def split(renderings: Sequence[Rendering | RowError], ids: Ids, encoder: Encoder) -> list[Whole | RowError]:
     """Rendered pairs as token ids: prompt and answers, with what is scored of these."""
-    if encoder.start is not None:
-        return [item if isinstance(item, RowError) else _apart(item, ids, encoder) for item in renderings]
-    found = [item if isinstance(item, RowError) else _split(item, ids[item.special], encoder) for item in renderings]
+    found = [item if isinstance(item, RowError) else _split_one(item, ids, encoder) for item in renderings]
     return found if encoder.sight is None else [_seen(*both, encoder.sight) for both in zip(renderings, found)]
+
+
+def _split_one(item: Rendering, ids: Ids, encoder: Encoder) -> Whole | RowError:
+    found = _apart(item, ids, encoder) if encoder.start is not None else _split(item, ids[item.special], encoder)
+    return of_one(found) if isinstance(found, RowError) and item.label is not None else found
 
 
 def _seen(item: Rendering | RowError, whole: Whole | RowError, sight: Sight) -> Whole | RowError:
@@ -195,7 +199,7 @@ def _seen(item: Rendering | RowError, whole: Whole | RowError, sight: Sight) -> 
 
 def _apart(item: Rendering, ids: Ids, encoder: Encoder) -> Whole | RowError:
     found = split_apart(item, ids, cast(Start, encoder.start), encoder.tokenizer.all_special_ids)
-    return found if isinstance(found, RowError) else Whole(*found)
+    return found if isinstance(found, RowError) else Whole(labelled(found[0], item.label), *found[1:])
 
 
 def _ids(renderings: Sequence[Rendering | RowError], encoder: Encoder, special: bool) -> dict[str, np.ndarray]:
@@ -225,7 +229,7 @@ def _split(item: Rendering, ids: dict[str, np.ndarray], encoder: Encoder) -> Who
                 )
             return RowError("prompt", "no token precedes the answers", "write a prompt, or use a tokenizer with BOS")
         boundary = 1
-    if np.array_equal(chosen, rejected):
+    if item.label is None and np.array_equal(chosen, rejected):
         return RowError("rejected", "identical to chosen after tokenization")
     answers, masks = [], []
     for k, (field, full) in enumerate((("chosen", chosen), ("rejected", rejected))):
@@ -239,9 +243,10 @@ def _split(item: Rendering, ids: dict[str, np.ndarray], encoder: Encoder) -> Who
             return RowError(field, "no token of the answer is left to score")
         answers.append(answer)
         masks.append(mask)
-    if np.array_equal(*answers):
+    if item.label is None and np.array_equal(*answers):
         return RowError("rejected", "identical to chosen after tokenization")
-    return Whole(TokenizedPair(chosen[:boundary], *answers, *masks), _head(item, ids, chosen[:boundary], encoder))
+    pair = labelled(TokenizedPair(chosen[:boundary], *answers, *masks), item.label)
+    return Whole(pair, _head(item, ids, chosen[:boundary], encoder))
 
 
 def _head(item: Rendering, ids: dict[str, np.ndarray], prompt: np.ndarray, encoder: Encoder) -> int:

@@ -13,7 +13,8 @@ from dspref.data.formats import RowError
 class TokenizedPair(NamedTuple):
     """Token ids, int32 `[n]` each, and which tokens of the answers are scored, bool `[n]`; None: all of them.
 
-    The prompt is shared and has at least one token. The last token of an answer is scored.
+    The prompt is shared and has at least one token. The last token of an answer is scored. Of unpaired data one answer is
+    there, chosen if it is desirable and else rejected, and the other has no token.
     """
 
     prompt: np.ndarray
@@ -69,13 +70,21 @@ def truncate(pair: TokenizedPair, limits: Limits, head: int = 0, tail: int = 0) 
         _cut(rejected, pair.rejected_scored),
     )
     cut = TokenizedPair(prompt, chosen, rejected, chosen_scored, rejected_scored)
-    fault = _fault_of(cut, _raise(pair, limits))
+    fault = _fault_of(pair, cut, _raise(pair, limits))
     shorter = any(len(after) < len(before) for before, after in zip(pair[:3], cut[:3]))
     if shorter and limits.on_overlong != "truncate":
         raise _overlong(pair, limits, may_be_cut=fault is None)
     if fault is not None:
         raise fault
     return cut
+
+
+def labelled(pair: TokenizedPair, label: bool | None) -> TokenizedPair:
+    """Of a pair that is one answer twice, the one that its label says; of another, itself."""
+    if label is None:
+        return pair
+    missing = "rejected" if label else "chosen"
+    return pair._replace(**{missing: pair.prompt[:0], f"{missing}_scored": None})
 
 
 def refuse_cut_images(images: np.ndarray, kept: int, limits: Limits, head: int) -> None:
@@ -90,10 +99,10 @@ def refuse_cut_images(images: np.ndarray, kept: int, limits: Limits, head: int) 
         raise RowError("images", reason, fix, droppable=limits.on_overlong == "drop")
 
 
-def _fault_of(cut: TokenizedPair, fix: str) -> RowError | None:
+def _fault_of(pair: TokenizedPair, cut: TokenizedPair, fix: str) -> RowError | None:
     """Why a pair that was cut cannot be used."""
-    for field, answer in (("chosen", cut.chosen), ("rejected", cut.rejected)):
-        if len(answer) == 0:
+    for field, answer, whole in (("chosen", cut.chosen, pair.chosen), ("rejected", cut.rejected, pair.rejected)):
+        if len(answer) == 0 < len(whole):
             return RowError(field, "no scored token is left after truncation", fix)
     if np.array_equal(cut.chosen, cut.rejected):
         return RowError("rejected", "identical to chosen after truncation", fix, droppable=True)

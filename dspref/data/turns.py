@@ -5,12 +5,14 @@ Raises RowError where the template drops or rewrites what the model is to write 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dspref.data.manners import Manners, rendered, shared_length
 from dspref.data.marks import scored_in
+from dspref.data.messages import REASONING
 from dspref.data.printed import Printed, called, passed, said
 from dspref.data.rows import Message, RowError, one_line
 
@@ -29,7 +31,7 @@ NO_END = RowError(
 
 
 class Hidden(RowError):
-    """Where a turn of a conversation lies cannot be told."""
+    """A turn of a conversation whose place cannot be told, or of which a part is dropped. Other turns may be scored."""
 
 
 class Turn(NamedTuple):
@@ -82,6 +84,11 @@ class Conversation:
         own = self.full[shared_length(asked + self.manners.header * (not self.manners.asks), self.full) :]
         return Printed(self.answer, self.full, own, self.manners, self.again)
 
+    def with_prompt(self, head: str) -> Printed:
+        """Prompt and answer in their rendering, behind what the template puts there first."""
+        messages, own = [*self.prompt, *self.answer], self.full.removeprefix(head)
+        return Printed(messages, self.full, own, self.manners, lambda again: rendered(self.tokenizer, again, **self.how))
+
     def can_score_last(self) -> bool:
         """Whether `data.scored: last` would mend what the other rule cannot."""
         try:
@@ -98,8 +105,7 @@ class Conversation:
         """The turn of message `i`, with the tokens that end it under the settings of this row."""
         ends = self.manners.ends
         if closing is None:
-            content = str(self.answer[i].get("content"))
-            return Turn(opening, None, ends, sum(content.count(end) for end in ends))
+            return Turn(opening, None, ends, sum(map(_written(self.answer[i]).count, ends)))
         own = closing[shared_length(opening, closing) :]
         if not any(end in own for end in ends):
             found = list(self.manners.tokens.finditer(own.rstrip()))
@@ -130,16 +136,16 @@ class Conversation:
             if not there.has(0, part, opening):
                 if not self.full.startswith(opening) and replace(there, own=self._behind_header(opening)).has(0, part):
                     reason = f"it does not go on from what opens an answer in the chat template: {self.manners.header!r}"
-                    raise RowError(f"{place}.{part.key}", reason, GO_ON)
+                    raise Hidden(f"{place}.{part.key}", reason, GO_ON)
                 reason = f"the chat template drops or rewrites it: {one_line(part.text, 80)!r}"
-                raise RowError(f"{place}.{part.key}", reason, DECIDE)
+                raise Hidden(f"{place}.{part.key}", reason, DECIDE)
         for parts, what in ((called, "call of"), (passed, "argument")):
             for part in parts(self.answer[i]):
                 if not there.has(0, part):
                     reason = f"the chat template drops the {what} {one_line(part.text, 80)!r}"
                     # Without the call nothing is left of a turn that says no more.
                     fix = DECIDE if any(word.text.strip() for word in said(self.answer[i])) else CALL_IT
-                    raise RowError(f"{place}.tool_calls", reason, fix)
+                    raise Hidden(f"{place}.tool_calls", reason, fix)
 
     def _behind_header(self, opening: str) -> str:
         return self.full[len(opening) - len(self.manners.header) :]
@@ -148,3 +154,8 @@ class Conversation:
         """The same of all turns, where it is not known where each stands."""
         for i in self.scored_by("assistant"):
             self._refuse_loss(i, "", None)
+
+
+def _written(message: Message) -> str:
+    """What a template may print of an assistant's message: a call may pass any text, end tokens too."""
+    return json.dumps([message.get(key) for key in ("content", *REASONING, "tool_calls")], ensure_ascii=False, default=str)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dspref.objectives import likelihoods, losses, weights
+from dspref.objectives.key import Key
 from dspref.objectives.losses import (
     Divergence,
     LossFunction,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 class PairLogps:
     """Log-probs of P pairs under one model: sums over each answer's scored tokens in nats, and the token counts.
 
-    What only some objectives ask for is None where it was not computed.
+    Of unpaired data an example has one of the two answers: the other has no token, and a sum of 0. What only some objectives
+    ask for is None where it was not computed.
     """
 
     chosen: Float[Tensor, "P"]
@@ -63,13 +65,17 @@ class PairLogps:
         return self.map(lambda values: values.detach())
 
     def count(self, what: str) -> Tensor | int:
-        """How many `pairs`, `chosen_tokens` or `chosen_and_prompt_tokens` these are."""
+        """How many `pairs`, `answers`, `chosen_answers`, `chosen_tokens` or `chosen_and_prompt_tokens` these are."""
         return len(self.chosen) if what == "pairs" else self.counts(what).sum()
 
     def counts(self, what: str) -> Int[Tensor, "P"]:
         """The same of each pair."""
         if what == "pairs":
             return self.chosen_tokens.new_ones(len(self.chosen))
+        if what == "answers":
+            return self.counts("chosen_answers") + self.counts("rejected_answers")
+        if what in ("chosen_answers", "rejected_answers"):
+            return (getattr(self, what.replace("answers", "tokens")) > 0).to(self.chosen_tokens.dtype)
         if what == "chosen_and_prompt_tokens":
             assert self.prompt_tokens is not None
             return self.chosen_tokens + self.prompt_tokens
@@ -91,35 +97,24 @@ class PairLoss:
 
     terms: Mapping[str, Term]
     metrics: Mapping[str, Float[Tensor, "P"]]
-    """`rewards/chosen`, `rewards/rejected` (implicit rewards), `logps/chosen`, `logps/rejected`, and more by objective."""
+    """`rewards/chosen`, `rewards/rejected` (implicit rewards), `logps/chosen`, `logps/rejected`, and more by objective; what
+    ends in `/chosen` or `/rejected` is a mean over such answers."""
+    answers: Int[Tensor, "P"] | None = None
+    """Where answers are judged by themselves: how many there are in each pair, one or two. `rewards/accuracies` is how many
+    of them are told apart."""
 
 
 def total(loss: PairLoss, counts: Mapping[str, int]) -> Float[Tensor, ""]:
     """The share of these pairs in the loss of the whole step: sum of weight x sum(values) / global count.
 
-    `counts` holds the counts of the *step* over all ranks (`pairs`, `chosen_tokens`, ...); shares of packs and ranks
-    therefore add up to the loss, whatever the layout.
+    `counts` holds the counts of the *step* over all ranks (`pairs`, `answers`, `chosen_tokens`, ...); shares of packs and
+    ranks therefore add up to the loss, whatever the layout.
     """
     return sum(term.weight * term.values.sum() / counts[term.per] for term in loss.terms.values())  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses of a family, and one of them with its keys bound
-
-
-@dataclass(frozen=True)
-class Key:
-    """What must be known of a YAML key beyond its range and default, which are those of the argument."""
-
-    meaning: str
-    suits: Callable[[Loss], bool] = lambda loss: True
-    """Whether it can have an effect on a loss."""
-    unsuited: str = ""
-    """Why it has none on the others."""
-    has_effect: Callable[[Mapping[str, Any]], bool] = lambda section: True
-    """Whether the other keys of an `objective` section leave it an effect."""
-    muted: str = ""
-    """Why they do not."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +130,8 @@ class Loss:
     """Its values are ordered by size: they belong to no pair, and no pair can be weighed."""
     running_mean: bool = False
     """It reads the running mean of the rewards."""
+    mismatched: bool = False
+    """Its reference point is the KL estimate from mismatched pairs, answers to other prompts, of the step."""
     shaped: bool = False
     """It has a reward of its own shape, which no other may replace."""
     targeted: bool = False

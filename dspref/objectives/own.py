@@ -43,6 +43,8 @@ NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 RESERVED, LOGGED = {"name", "loss_type", "loss_weights"}, {"nll"}
 # A key that a family has too and hands on: the scale of the logged rewards.
 SHARED = {"beta"}
+# An attribute of a function that says that it looks at all pairs of a step.
+COUPLES = "couples"
 # The folder of a run folder that keeps the sources, and where it lies while the config of a run is read.
 FOLDER = "losses"
 _KEPT_IN: ContextVar[Path | None] = ContextVar("kept_in", default=None)
@@ -106,9 +108,12 @@ def _loss(loss_type: str, folder: str, inputs: tuple[str, ...], normaliser: str,
         if key in RESERVED | (taken - SHARED) or key.startswith("_"):
             raise ConfigError(f"{written.where}: {key} is no name for a key of it, as the section has one; give it another")
     checked = _checked(loss_type, function, written, list(keys.values()))
-    # Any f'(u) can take the place of log u: what becomes of the loss then is for its author to know.
-    known = {key: Key(f"A key of {loss_type}.") for key in keys}
-    return Loss(checked, normaliser, targeted="ratios" in inputs, divergent=True, keys=known)  # `ratios.target`
+    # Any f'(u) can take the place of log u: what becomes of the loss then is for its author to know. One that looks at all
+    # pairs of a step may order them, so that a value belongs to no pair.
+    couples = getattr(function, COUPLES, False) is True
+    of_keys = {key: Key(f"A key of {loss_type}.") for key in keys}
+    targeted = "ratios" in inputs  # whose target it may read
+    return Loss(checked, normaliser, couples=couples, ordered=couples, targeted=targeted, divergent=True, keys=of_keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

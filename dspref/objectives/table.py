@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspref.objectives import likelihoods, losses, own, rewards
-from dspref.objectives.families import Key, Loss, PairLogps, PairLoss, Part, cpo, dpo, orpo, simpo
+from dspref.objectives import likelihoods, losses, own, rewards, unpaired
+from dspref.objectives.families import Key, Loss, PairLoss, cpo, dpo, orpo, simpo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
@@ -25,6 +25,8 @@ class Family:
     assemble: Callable[..., PairLoss]
     losses: Mapping[str, Loss]
     needs_reference: bool = False
+    unpaired: bool = False
+    """Answers may stand alone, each with a label; a pair counts as a desirable and an undesirable one."""
     mixes: bool = False
     """`loss_type` may be a list, with `loss_weights` (as in MPO, Wang et al. 2024, arXiv:2411.10442)."""
     keys: Mapping[str, Key] = field(default_factory=dict)
@@ -91,7 +93,7 @@ _MARGIN = {
     ),
 }
 
-KTO = "kto_pair needs no pairs; use a KTO trainer, or apo_zero or bco_pair, which push rewards on their own too"
+KTO = "write name: kto; pairs count as a desirable and an undesirable answer each"
 _AOT_PAIR = Loss(losses.aot_pair, couples=True, ordered=True)
 _SIGMOID_NORM = Loss(losses.sigmoid_norm, "mean", targeted=True, divergent=True)
 _SIMPER = Loss(likelihoods.simper, "mean", shaped=True)
@@ -146,7 +148,8 @@ OBJECTIVES: dict[str, Family] = {
             "dpo_positive": "write loss_type: dpop",
             "smaug": "write loss_type: dpop",
             "tr_dpo": "write loss_type: sigmoid with reference.sync_ref_model",
-            "kto": KTO.replace("kto_pair", "kto", 1),
+            "kto": KTO,
+            "apo_zero_unpaired": "write name: kto with loss_type: apo_zero_unpaired",
             "simpo": "write name: simpo",
             "orpo": "write name: orpo",
         },
@@ -182,6 +185,27 @@ OBJECTIVES: dict[str, Family] = {
         orpo,
         {"orpo": Loss(likelihoods.orpo, "mean")},
         keys={"nll_on_prompt": Key("Whether ORPO's NLL covers the prompt too.")},
+    ),
+    "kto": Family(
+        unpaired.of_answers,
+        {
+            "kto": Loss(unpaired.kto, mismatched=True),
+            "apo_zero_unpaired": Loss(unpaired.apo_zero_unpaired),
+        },
+        needs_reference=True,
+        unpaired=True,
+        keys={
+            "desirable_weight": Key("Weight of desirable answers (the paper's lambda_D)."),
+            "undesirable_weight": Key("Weight of undesirable answers (the paper's lambda_U)."),
+        },
+        refused={"bco": "write name: bco", "kto_pair": "write loss_type: kto"},
+    ),
+    "bco": Family(
+        unpaired.bco_of_answers,
+        {"bco": Loss(unpaired.bco, couples=True, running_mean=True)},
+        needs_reference=True,
+        unpaired=True,
+        refused={"bco_pair": "write name: dpo with loss_type: bco_pair", "kto": "write name: kto"},
     ),
 }
 
@@ -251,85 +275,3 @@ def describe(name: str, loss_type: str | Sequence[str], **keys: Any) -> str:
     shown = {key: value for key, value in section.items() if silent.get(key) != value and value is not False}
     values = ", ".join(f"{key} {'true' if value is True else value}" for key, value in shown.items())
     return f"{name} / {' + '.join(as_list(loss_type))}  {values}{instead}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An objective
-
-
-@dataclass(frozen=True)
-class Objective:
-    """(policy, reference) -> PairLoss, with every key bound. The reference is None where none is needed."""
-
-    family: Family
-    parts: tuple[Part, ...]
-    keys: Mapping[str, Any]
-
-    def __call__(self, policy: PairLogps, reference: PairLogps | None, delta: float = 0.0) -> PairLoss:
-        """`delta`: the running mean of the rewards, for losses that read it."""
-        return self.family.assemble(self.parts, policy, reference, delta, **self.keys)
-
-    @property
-    def couples(self) -> bool:
-        """Whether the loss is a function of the whole step, not a sum over its pairs."""
-        return any(part.loss.couples for part in self.parts)
-
-    @property
-    def has_running_mean(self) -> bool:
-        return any(part.loss.running_mean for part in self.parts)
-
-    @property
-    def scores_prompt(self) -> bool:
-        return bool(self.keys.get("nll_on_prompt"))
-
-    @property
-    def needs_collision(self) -> bool:
-        return bool(self.keys.get("use_weighting"))
-
-
-def needs_reference(name: str, reference_free: bool = False, **_: Any) -> bool:
-    """Whether an objective section asks for reference log-probs."""
-    return OBJECTIVES[name].needs_reference and not reference_free
-
-
-def needs_scores(name: str, loss_type: str | Sequence[str], **_: Any) -> bool:
-    """Whether an objective section asks for the scores of both answers."""
-    return any(OBJECTIVES[name].loss(one).scores for one in as_list(loss_type))
-
-
-def own_sources(loss_type: str | Sequence[str], **_: Any) -> dict[str, own.Source]:
-    """The losses of an objective section that are the user's own, with the files that they are in."""
-    return {name: own.source(name) for name in as_list(loss_type) if own.is_own(name)}
-
-
-def build_objective(
-    name: str, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None, **keys: Any
-) -> Objective:
-    """The objective of a YAML section: `name`, `loss_type` and their keys. Keys that are None keep their defaults."""
-    family = OBJECTIVES[name]
-    names = as_list(loss_type)
-    given = {key: value for key, value in keys.items() if value is not None}
-
-    def part(loss_name: str, weight: float) -> Part:
-        loss = family.loss(loss_name)
-        bound = {key: given.get(key, parameter.default) for key, parameter in keys_of(loss.function).items()}
-        return Part(loss_name, loss, weight, bound)
-
-    parts = tuple(part(n, w) for n, w in zip(names, loss_weights or [1.0] * len(names)))
-    shared = {key: given.get(key, parameter.default) for key, parameter in keys_of(family.assemble).items()}
-    return Objective(family, parts, shared)
-
-
-@dataclass(frozen=True)
-class RunningMean:
-    """Cumulative mean over steps, exact in a checkpoint: BCO's delta."""
-
-    total: float = 0.0
-    steps: int = 0
-
-    @property
-    def value(self) -> float:
-        return self.total / self.steps if self.steps else 0.0
-
-    def updated(self, value: float) -> RunningMean:
-        return RunningMean(self.total + value, self.steps + 1)

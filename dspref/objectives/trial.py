@@ -29,13 +29,13 @@ def fault_of(loss_type: str, loss: Loss, keys: Mapping[str, Any], of_ratios: boo
 
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            fault = _fault_of(partial(loss.function, **keys), of_ratios)
+            fault = _fault_of(loss_type, loss, partial(loss.function, **keys), of_ratios)
     except ConfigError as error:
         return str(error).removeprefix("objective.loss_type: ")
     return fault and f"{loss_type}: {own.source(loss_type).where}: {fault}"
 
 
-def _fault_of(function: Callable[..., Tensor], of_ratios: bool) -> str | None:
+def _fault_of(loss_type: str, loss: Loss, function: Callable[..., Tensor], of_ratios: bool) -> str | None:
     import torch
 
     leaves = [torch.tensor(row, requires_grad=True) for row in (RATIOS if of_ratios else SCORES)]
@@ -49,9 +49,15 @@ def _fault_of(function: Callable[..., Tensor], of_ratios: bool) -> str | None:
             return f"its {what} is not finite for {_pair(leaves, finite.index(False), of_ratios)}"
     if not torch.equal(values, function(*_inputs(leaves, ALL, of_ratios))):
         return "it returns other values the second time; a loss is a function of its arguments alone"
+    if loss.couples:
+        return None
     alone = torch.cat([function(*_inputs(leaves, slice(i, i + 1), of_ratios)) for i in range(len(values))])
     if not torch.allclose(values, alone, rtol=1e-4, atol=1e-5):
-        return "the value of a pair depends on the pairs beside it, and a loss of your own is a sum over pairs"
+        name = own.component(loss_type)
+        return (
+            f"the value of a pair depends on the pairs beside it, which are whoever shares its pack; if all pairs of the "
+            f"step are meant, write {name}.{own.COUPLES} = True behind the function"
+        )
     return None
 
 

@@ -19,7 +19,7 @@ from dspref import distributed
 from dspref.data.ahead import ahead
 from dspref.data.batch import PackedBatch
 from dspref.data.loader import Packing, StepPacks, place
-from dspref.data.store import PairStore
+from dspref.data.mismatched import Pairs
 from dspref.errors import EnvironmentFault
 from dspref.model.logps import pair_logps
 from dspref.reference.store import ReferenceStore, blocks_of, sequence_keys
@@ -72,12 +72,12 @@ def opened(root: Path, identity: Mapping[str, Any]) -> ReferenceStore:
         raise EnvironmentFault(f"{root}: cannot read the reference store ({error.strerror}); set reference.store") from None
 
 
-def whole(pairs: PairStore) -> Need:
+def whole(pairs: Pairs) -> Need:
     return Need(np.arange(len(pairs)), np.ones(len(pairs), dtype=bool))
 
 
 def wanted_of(
-    store: ReferenceStore | None, sets: Mapping[str, PairStore], needs: Mapping[str, Need] | None = None
+    store: ReferenceStore | None, sets: Mapping[str, Pairs], needs: Mapping[str, Need] | None = None
 ) -> dict[str, Wanted]:
     """What is wanted of each data set, by default all of it; on rank 0, which has the store, and {} on the others."""
     found = {}
@@ -90,7 +90,7 @@ def wanted_of(
 def fill(
     store: ReferenceStore | None,
     wanted: Mapping[str, Wanted],
-    sets: Mapping[str, PairStore],
+    sets: Mapping[str, Pairs],
     scorer: Callable[[], AbstractContextManager[Any]],
     packing: Packing,
     device: torch.device,
@@ -129,7 +129,7 @@ def fill(
 class _Tally:
     """How far the scoring is, and when the next commit is due. The same on all ranks, but for their clocks."""
 
-    def __init__(self, todo: list[Todo], sets: Mapping[str, PairStore], view: View) -> None:
+    def __init__(self, todo: list[Todo], sets: Mapping[str, Pairs], view: View) -> None:
         self.total = sum(int(block.asked.sum()) for block in todo)
         self._tokens = sum(int(sets[block.name].lengths[block.rows[block.asked]].sum()) for block in todo)
         self._sets, self._view = sets, view
@@ -171,7 +171,7 @@ def _todo(store: ReferenceStore | None, wanted: Mapping[str, Wanted], share: tup
     return found
 
 
-def planned(block: Todo, store: PairStore, packing: Packing) -> StepPacks:
+def planned(block: Todo, store: Pairs, packing: Packing) -> StepPacks:
     """The packs of a block that are to be run: those of the whole block that hold a pair which is asked for. Where they hold
     pairs that are known too (from other jobs, or other data), the pairs that are asked for are packed anew."""
     placed = place(store, block.rows, packing)
@@ -203,7 +203,7 @@ def _commit(
     wanted: Mapping[str, Wanted],
     block: Todo,
     scored: list[tuple[np.ndarray, torch.Tensor]],
-    pairs: PairStore,
+    pairs: Pairs,
 ) -> None:
     """Store the sequences that are the business of some pairs of a block (rank 0)."""
     rows = np.concatenate([rows for rows, _ in scored])
@@ -221,7 +221,7 @@ def _commit(
 
 
 def score(
-    forward: Any, store: PairStore, placed: StepPacks, packing: Packing, device: torch.device
+    forward: Any, store: Pairs, placed: StepPacks, packing: Packing, device: torch.device
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Run packs: after each micro-step its pairs, on all ranks, ascending, and their log-prob sums, fp32 [n, columns] on the
     CPU of every rank."""
@@ -240,7 +240,7 @@ def _places(batch: PackedBatch, rows: np.ndarray) -> torch.Tensor:
     return places.pin_memory() if torch.cuda.is_available() else places
 
 
-def score_rows(forward: Any, store: PairStore, rows: np.ndarray, packing: Packing, device: torch.device) -> torch.Tensor:
+def score_rows(forward: Any, store: Pairs, rows: np.ndarray, packing: Packing, device: torch.device) -> torch.Tensor:
     """Log-prob sums of some pairs (ascending `rows`) of a data set: fp32 [n, columns] on the CPU of every rank."""
     found = torch.full((len(rows), len(COLUMNS)), torch.nan)
     if len(rows):
@@ -250,7 +250,7 @@ def score_rows(forward: Any, store: PairStore, rows: np.ndarray, packing: Packin
 
 
 def tables(
-    store: ReferenceStore | None, wanted: Mapping[str, Wanted], sets: Mapping[str, PairStore], device: torch.device
+    store: ReferenceStore | None, wanted: Mapping[str, Wanted], sets: Mapping[str, Pairs], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """What a filled store holds of what is wanted: fp32 [pairs of the data set, columns] on every rank, read by rank 0; NaN
     for all other pairs."""

@@ -19,7 +19,7 @@ from dspref.config import cache_folder
 from dspref.config.strategy import stage_of
 from dspref.data.batch import PackedBatch
 from dspref.data.loader import Packing
-from dspref.data.store import PairStore
+from dspref.data.mismatched import Pairs
 from dspref.engine import ds_config, engine, finite, memory
 from dspref.engine.engine import Engine
 from dspref.model import adapters, admission, generation, loading, packed
@@ -43,6 +43,11 @@ class InitialWeights(NamedTuple):
 
     weights: str
     reference_digest: str
+
+
+def mismatched_name(name: str) -> str:
+    """The name under which a reference is asked about the mismatched pairs of a data set."""
+    return f"{name}:mismatched"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def build(
     spec: ReferenceSpec,
     policy: Engine,
     beginning: InitialWeights,
-    sets: Mapping[str, PairStore],
+    sets: Mapping[str, Pairs],
     packing: Packing,
     needs: Mapping[str, Need] | None = None,
     view: View = lambda done, total, left: None,
@@ -107,7 +112,7 @@ def build(
 def apart(
     spec: ReferenceSpec,
     beginning: InitialWeights,
-    sets: Mapping[str, PairStore],
+    sets: Mapping[str, Pairs],
     packing: Packing,
     device: torch.device,
     view: View = lambda done, total, left: None,
@@ -183,7 +188,7 @@ def stored(
     policy: Engine | None,
     device: torch.device,
     beginning: InitialWeights,
-    sets: Mapping[str, PairStore],
+    sets: Mapping[str, Pairs],
     packing: Packing,
     needs: Mapping[str, Need] | None,
     view: View,

@@ -24,7 +24,7 @@ from dspref.errors import NumericFault
 from dspref.files import DRAFT, write_atomically
 
 if TYPE_CHECKING:
-    from dspref.data.store import PairStore
+    from dspref.data.mismatched import Pairs
 
 # Raise this whenever the same sequences would get other keys, or the columns of a shard another meaning.
 FORMAT_VERSION = 1
@@ -38,7 +38,7 @@ STALE_SECONDS = 24 * 3600
 SUFFIX = ".safetensors"
 
 
-def sequence_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarray:
+def sequence_keys(store: Pairs, rows: np.ndarray | None = None) -> np.ndarray:
     """The keys of (prompt + chosen) and (prompt + rejected) of each pair of `rows` (default: all), uint8 [n, 2, KEY_BYTES].
 
     A key is the sha256, cut short, of all that decides the values of a sequence: prompt ids and answer ids (int32, little
@@ -51,20 +51,20 @@ def sequence_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarra
     return np.frombuffer(b"".join(_keys(store, part) for part in parts), dtype=np.uint8).reshape(-1, 2, KEY_BYTES)
 
 
-def _keys(store: PairStore, rows: np.ndarray) -> bytes:
-    tokens, offsets = store.flat()
-    bounds = offsets[3 * rows[:, None] + np.arange(4)]
-    prompt, chosen, rejected = np.diff(bounds).T
+def _keys(store: Pairs, rows: np.ndarray) -> bytes:
+    tokens, bounds = store.flat()[0], store.bounds(rows)
+    lengths = bounds[..., 1] - bounds[..., 0]
+    prompt, chosen, rejected = lengths.T
     mask = store.flat_mask()
-    shorter = (np.diff(bounds)[:, 1:] if mask is None else store.scored[rows]).min(axis=1)
+    shorter = (lengths[:, 1:] if mask is None else store.scored[rows]).min(axis=1)
     tails = _bytes_of(np.stack([prompt, chosen, shorter, prompt, rejected, shorter], axis=1))
     ids = _bytes_of(tokens)
     digests, images = [], store.image_digests(rows.tolist())
-    for pair, (start, first, second, end) in enumerate((4 * bounds).tolist()):
-        one = hashlib.sha256(ids[start:first])
+    for pair, (asked, first, second) in enumerate((4 * bounds).tolist()):
+        one = hashlib.sha256(ids[slice(*asked)])
         one.update(images[pair])
         other = one.copy()
-        for key, begin, stop, tail in ((one, first, second, 24 * pair), (other, second, end, 24 * pair + 12)):
+        for key, (begin, stop), tail in ((one, first, 24 * pair), (other, second, 24 * pair + 12)):
             key.update(ids[begin:stop])
             if mask is not None and not (part := mask[begin // 4 : stop // 4]).all():
                 key.update(np.packbits(part).data)

@@ -70,19 +70,16 @@ class Meter:
         for component, term in loss.terms.items():
             self.add(f"loss/{component}", term.values.sum(), pairs.count(term.per))
             self._weights[f"loss/{component}"] = term.weight
-        margins = loss.metrics["rewards/chosen"] - loss.metrics["rewards/rejected"]
-        values = {
-            **loss.metrics,
-            "rewards/accuracies": margins > 0,
-            "rewards/margins": margins,
-            "lengths/chosen": pairs.chosen_tokens,
-            "lengths/rejected": pairs.rejected_tokens,
-        }
+        values = {**loss.metrics, "lengths/chosen": pairs.chosen_tokens, "lengths/rejected": pairs.rejected_tokens}
+        if loss.answers is None:
+            margins = loss.metrics["rewards/chosen"] - loss.metrics["rewards/rejected"]
+            values |= {"rewards/accuracies": margins > 0, "rewards/margins": margins}
         for name, of_pairs in values.items():
-            self.add(name, of_pairs.sum(), pairs.count("pairs"))
+            self.add(name, of_pairs.sum(), pairs.count(_per(name, loss)))
         if self._sources and pair_ids is not None:
             each = {f"loss/{component}": (term.values, pairs.counts(term.per)) for component, term in loss.terms.items()}
-            each |= {name: (values[name], pairs.counts("pairs")) for name in ("rewards/accuracies", "rewards/margins")}
+            told = [name for name in ("rewards/accuracies", "rewards/margins") if name in values]
+            each |= {name: (values[name], pairs.counts(_per(name, loss))) for name in told}
             self._add_by_source(self._sources, self._sources.of(pair_ids), each)
 
     def _add_by_source(self, sources: Sources, source: Tensor, each: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -106,9 +103,9 @@ class Meter:
 
     def add_gap(self, pairs: PairLogps, reference: PairLogps) -> None:
         """How far policy and reference are apart, as `gap`: the mean over answers of |log-ratio| per token."""
-        chosen = (pairs.chosen - reference.chosen).abs() / pairs.chosen_tokens
-        rejected = (pairs.rejected - reference.rejected).abs() / pairs.rejected_tokens
-        self.add("gap", (chosen + rejected).sum() / 2, pairs.count("pairs"))
+        chosen = (pairs.chosen - reference.chosen).abs() / pairs.chosen_tokens.clamp(min=1)
+        rejected = (pairs.rejected - reference.rejected).abs() / pairs.rejected_tokens.clamp(min=1)
+        self.add("gap", (chosen + rejected).sum(), pairs.count("answers"))
 
     def add_load(self, routing: Routing) -> None:
         """What the routers did with a pack, for the load of each expert and the balance of all tokens together."""
@@ -139,7 +136,16 @@ class Meter:
         for component in ("loss/nll", "loss/sft"):
             if component in means:
                 means["nll_loss"] = means[component]
+        if "rewards/margins" not in means and "rewards/chosen" in means:
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return {"loss": loss, **means}
+
+
+def _per(name: str, loss: PairLoss) -> str:
+    """What the mean of a metric is over."""
+    if name.endswith(("/chosen", "/rejected")):
+        return f"{name.rpartition('/')[2]}_answers"
+    return "answers" if loss.answers is not None and name == "rewards/accuracies" else "pairs"
 
 
 # Before the metrics of each source of a mixture.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
 from dspref.data.ahead import ahead
 from dspref.data.loader import Packing, sweep
+from dspref.data.mismatched import Mismatched
 from dspref.data.store import PairStore
 from dspref.engine.engine import Engine, Still
 from dspref.model.logps import pair_logps
-from dspref.objectives import RunningMean
+from dspref.objectives import Objective, RunningMean
 from dspref.objectives.families import PairLogps, PairLoss
 from dspref.reference.modes import Reference
 from dspref.report.metrics import Meter
@@ -52,8 +54,21 @@ def evaluate(
                 if routing:
                     meter.add_load(routing)
         pairs, base, own = gradient.gathered(seen)
-        value = gradient.rows_of(loss.objective(pairs, base, rewards.value), own)
+        objective = _with_point(loss.objective, prefix, store, policy, reference, packing)
+        value = gradient.rows_of(objective(pairs, base, rewards.value), own)
         meter.add_pairs(value, gradient.part_of(pairs, own))
         each(prefix, torch.cat(ids), value)
         record |= {f"{prefix}{name}": value for name, value in meter.reduce().items()}
     return record
+
+
+def _with_point(
+    objective: Objective, name: str, store: PairStore, policy: Engine | Still, reference: Reference, packing: Packing
+) -> Objective:
+    """The objective with the reference point of a held-out set, where it has one: that of all its pairs together."""
+    if not objective.has_mismatched:
+        return objective
+    others = Mismatched.of_all(store)
+    with policy.evaluating():
+        packs = ahead(batch.pinned() for _, batch in sweep(others, packing))
+        return replace(objective, point=gradient.reference_point(name, packs, others.num_answers(), policy, reference))

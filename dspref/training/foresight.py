@@ -18,6 +18,7 @@ from dspref.machine.run_plan import Load, assumed
 from dspref.machine.shapes import ModelShape
 from dspref.model import families, freezing, loading
 from dspref.model.pieces import PROMPTS
+from dspref.objectives import Objective
 from dspref.training import preparation
 
 # Steps of an epoch that are looked at: planning one takes milliseconds.
@@ -30,7 +31,7 @@ def load(
     model: ModelSection,
     data: DataSection,
     train: TrainSection,
-    score_prompt: bool,
+    objective: Objective,
     ranks: int,
     mean_tokens: int | None,
 ) -> Load:
@@ -48,7 +49,7 @@ def load(
         why = f"{at_most}, as {missing} is not here"
     else:
         try:
-            return read(model, data, train, score_prompt, ranks)
+            return read(model, data, train, objective, ranks)
         except ConfigError as error:  # no tokenizer here, no template
             why = f"{at_most}, as the data could not be tokenized ({error})"
     raw = raw_config(model)
@@ -87,7 +88,7 @@ def most_of(placed: Sequence[StepPacks]) -> dict[str, float]:
     return dict(largest) if PROMPTS in largest else {name: max(p.most[name] for p in placed) for name in largest}
 
 
-def read(model: ModelSection, data: DataSection, train: TrainSection, score_prompt: bool, ranks: int) -> Load:
+def read(model: ModelSection, data: DataSection, train: TrainSection, objective: Objective, ranks: int) -> Load:
     """The load of a run's own pairs, read and tokenized as the run would, into the cache that it will use.
 
     Raises DataError and ConfigError as the run would.
@@ -95,7 +96,7 @@ def read(model: ModelSection, data: DataSection, train: TrainSection, score_prom
     tokenizer = preparation.tokenizer_of(model)
     listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
     pairs = preparation.load_sources(data, tokenizer, listings)
-    packing, loader = preparation.steps_of(data, train, pairs, score_prompt, 0, ranks)
+    packing, loader = preparation.steps_of(data, train, pairs, objective, 0, ranks)
     return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.asked_steps))
 
 

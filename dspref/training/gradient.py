@@ -8,21 +8,22 @@ the packs and the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from dspref import distributed
+from dspref.data.batch import PackedBatch
 from dspref.data.loader import Step
-from dspref.engine.engine import Engine
+from dspref.engine.engine import Engine, Still
 from dspref.model import router
 from dspref.model.logps import pair_logps
 from dspref.model.router import Routing
 from dspref.objectives import Objective, RunningMean
 from dspref.objectives.families import PairLogps, PairLoss, total
-from dspref.reference.modes import Reference
+from dspref.reference.modes import Reference, mismatched_name
 from dspref.report.metrics import Meter
 from dspref.report.performance import Clock
 from dspref.report.profiling import Profile
@@ -87,9 +88,38 @@ def accumulate(
 
     Returns `rewards`, the running mean that BCO reads, with this step in it.
     """
+    if loss.objective.has_mismatched:
+        with policy.rehearsing():
+            point = reference_point(
+                "train", step.mismatched, step.counts["mismatched_answers"], policy, reference, looking.begin
+            )
+        loss = replace(loss, objective=replace(loss.objective, point=point))
     one_pack = step.num_packs == 1 and distributed.world().size == 1
     passes = _two_passes if loss.looks_ahead and not one_pack else _one_pass
     return passes(step, policy, loss, reference, rewards, looking)
+
+
+def reference_point(
+    name: str,
+    mismatched: Iterable[PackedBatch],
+    answers: int,
+    policy: Engine | Still,
+    reference: Reference,
+    begin: Callable[[str], None] = lambda phase: None,
+) -> Float[Tensor, ""]:
+    """KTO's z (arXiv:2402.01306, section 4.1), fp64 in nats: the mean of log u over mismatched pairs of all ranks, or 0.
+
+    `answers`: their number on all ranks. Called without gradient, by all ranks alike."""
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
+    for batch in mismatched:
+        batch = batch.to(policy.device)
+        begin("reference")
+        base = reference(mismatched_name(name), batch)
+        assert base is not None
+        begin("forward")
+        pairs = pair_logps(policy.forward(batch)[0], batch)
+        total += (pairs.chosen - base.chosen + pairs.rejected - base.rejected).double().sum()
+    return (distributed.sum_over_ranks(total)[0] / answers).clamp(min=0)
 
 
 def _one_pass(
@@ -174,7 +204,8 @@ def _with_step(rewards: RunningMean, objective: Objective, pairs: PairLogps, bas
     if not objective.has_running_mean:
         return rewards
     metrics = objective(pairs.detach(), base).metrics
-    return rewards.updated(((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2).double().mean().item())
+    total = (metrics["rewards/chosen"] + metrics["rewards/rejected"]).double().sum()
+    return rewards.updated((total / pairs.count("answers")).item())
 
 
 def slopes_of(objective: Objective, pairs: PairLogps, base: PairLogps | None, delta: float, step: Step) -> PairLogps:
@@ -225,7 +256,8 @@ def part_of(pairs: PairLogps, rows: slice) -> PairLogps:
 
 def rows_of(loss: PairLoss, rows: slice) -> PairLoss:
     terms = {name: replace(term, values=term.values[rows]) for name, term in loss.terms.items()}
-    return PairLoss(terms, {name: values[rows] for name, values in loss.metrics.items()})
+    answers = None if loss.answers is None else loss.answers[rows]
+    return PairLoss(terms, {name: values[rows] for name, values in loss.metrics.items()}, answers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dspref.config import DataSection, ModelSection, shipped
 from dspref.config.strategy import stage_of
 from dspref.data import vocabulary
 from dspref.data.loader import Packing, sharing_pays
+from dspref.data.mismatched import Pairs
 from dspref.data.origin import rows_at
 from dspref.data.rows import BadRow
 from dspref.data.sources import Listing
@@ -29,7 +30,7 @@ from dspref.objectives.families import PairLoss
 from dspref.reference import modes, spec
 from dspref.reference.spec import ReferenceSpec
 from dspref.report import console
-from dspref.training import named, preparation
+from dspref.training import demand, named, preparation
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
 from dspref.training.named import Named
@@ -69,14 +70,15 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
         section = section.model_copy(update={"tokenizer_name_or_path": _tokenizer_of(asked, section, subject)})
         reference = apart(asked.reference)
         kernel, _, sets, listings = preparation.prepare_held_out(section, asked.data, reference, device.type)
-        packing = _packing(asked.data, list(sets.values()), objective.scores_prompt)
-        base = _reference(reference, asked, sets, packing, device)
+        packing = _packing(asked.data, list(sets.values()), objective)
+        base = _reference(reference, asked, demand.with_mismatched(objective, sets), packing, device)
         policy = _load(section, kernel, objective, reference, device.type)
         judged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def keep(prefix: str, ids: torch.Tensor, value: PairLoss) -> None:
             margins = value.metrics["rewards/chosen"] - value.metrics["rewards/rejected"]
-            judged[prefix] = (ids, margins > 0)
+            right = value.metrics["rewards/accuracies"] / value.answers if value.answers is not None else margins > 0
+            judged[prefix] = (ids, right)
 
         loss = StepLoss(objective, policy.module.router_aux_loss_coef, section.router_aux_scope)
         delta = _delta(objective, subject)
@@ -157,7 +159,7 @@ def apart(own: ReferenceSpec) -> ReferenceSpec:
 
 
 def _reference(
-    reference: ReferenceSpec, asked: Asked, sets: Mapping[str, PairStore], packing: Packing, device: torch.device
+    reference: ReferenceSpec, asked: Asked, sets: Mapping[str, Pairs], packing: Packing, device: torch.device
 ) -> modes.Reference:
     if reference.mode == "none":
         return modes.Reference(lambda name, batch: None)
@@ -176,12 +178,12 @@ def _load(section: ModelSection, kernel: str, objective: Objective, reference: R
     return Still.of(packed.prepare_for_evaluation(model, section, objective.needs_collision), zero3)
 
 
-def _packing(data: DataSection, stores: Sequence[PairStore], score_prompt: bool) -> Packing:
-    preparation.refuse_scored_prompt(stores, score_prompt)
+def _packing(data: DataSection, stores: Sequence[PairStore], objective: Objective) -> Packing:
+    preparation.refuse_for_objective(stores, objective)
     auto = data.prefix_sharing == "auto"
     sharing = any(sharing_pays(store, store.same[:, 0]) for store in stores) if auto else bool(data.prefix_sharing)
     world = distributed.world()
-    return Packing(data.tokens_per_pack, sharing, world.rank, world.size, score_prompt)
+    return Packing(data.tokens_per_pack, sharing, world.rank, world.size, objective.scores_prompt)
 
 
 def _delta(objective: Objective, subject: Named) -> RunningMean:

@@ -29,6 +29,7 @@ from dspref.data.spans import Section, sections
 from dspref.data.store import unknown_template
 from dspref.data.truncate import Limits, gap
 from dspref.errors import ConfigError, DataError
+from dspref.objectives import Objective
 from dspref.report import census, closeup
 from dspref.secrets import redact
 from dspref.terminal import shown
@@ -73,15 +74,15 @@ class Asked:
 
 
 def inspect(
-    model: ModelSection, data: DataSection, train: TrainSection, score_prompt: bool, asked: Asked, as_json: bool
+    model: ModelSection, data: DataSection, train: TrainSection, objective: Objective, asked: Asked, as_json: bool
 ) -> None:
-    """Say what was asked for. `score_prompt`: the objective scores prompts.
+    """Say what was asked for. The `objective` says what can be trained on.
 
     Raises ConfigError for a selector that finds nothing, and what a run would raise of its data.
     """
     asked.check(data)
     found = survey.read(model, data, _progress, summarise=False)
-    _, loader = preparation.steps_of(data, train, found.train[0].store, score_prompt, 0, asked.ranks)
+    _, loader = preparation.steps_of(data, train, found.train[0].store, objective, 0, asked.ranks)
     look = Look(found, data, train, loader, asked)
     pairs = look.chosen()
     said = {} if asked.selects else look.numbers()

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dspref import distributed
@@ -27,6 +28,7 @@ from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
 from dspref.model import adapters, admission, digests, families, loading, processors, vision, weights
+from dspref.objectives import Objective
 from dspref.reference.spec import ReferenceSpec, described
 from dspref.run.export import warn_of_other_tokenizer
 
@@ -210,13 +212,13 @@ def limits_of(data: DataSection) -> Limits:
 
 
 def steps_of(
-    data: DataSection, train: TrainSection, pairs: PairStore, score_prompt: bool, rank: int, world_size: int
+    data: DataSection, train: TrainSection, pairs: PairStore, objective: Objective, rank: int, world_size: int
 ) -> tuple[Packing, StepLoader]:
-    """How packs are laid out over the ranks, and the steps of a run. `score_prompt`: the objective scores prompts."""
-    refuse_scored_prompt([pairs], score_prompt)
+    """How packs are laid out over the ranks, and the steps of a run."""
+    refuse_for_objective([pairs], objective)
     together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
     sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
-    packing = Packing(data.tokens_per_pack, sharing, rank, world_size, score_prompt)
+    packing = Packing(data.tokens_per_pack, sharing, rank, world_size, objective.scores_prompt)
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
@@ -229,8 +231,15 @@ def steps_of(
     return packing, loader
 
 
-def refuse_scored_prompt(stores: Sequence[PairStore], score_prompt: bool) -> None:
-    """Raise ConfigError where an objective asks for log-probs of prompts that only an encoder reads."""
+def refuse_for_objective(stores: Sequence[PairStore], objective: Objective) -> None:
+    """Raise DataError where an objective compares two answers and a row has one, and ConfigError where it asks for log-probs
+    of prompts that only an encoder reads."""
+    for store in stores if not objective.family.unpaired else ():
+        if len(alone := np.flatnonzero((store.scored == 0).any(axis=1))):
+            what = f"{store.where(int(alone[0]))}: one answer and a label, and this objective compares two"
+            more = f" (also {len(alone) - 1} more rows)" if len(alone) > 1 else ""
+            raise DataError(f"{what}{more}; fix: set objective.name: kto or bco, or use a set of pairs")
+    score_prompt = objective.scores_prompt
     if score_prompt and any(store.apart for store in stores):
         raise ConfigError(
             "objective.nll_on_prompt: true, but an encoder-decoder model gives a prompt's tokens no probability; set false"

@@ -12,15 +12,16 @@ import torch
 from dspref import distributed
 from dspref.config import Config
 from dspref.data.loader import Packing
-from dspref.data.store import PairStore
+from dspref.data.mismatched import Pairs
 from dspref.engine import engine
 from dspref.errors import ConfigError, NumericFault
 from dspref.model import loading
+from dspref.objectives import build_objective
 from dspref.reference import filling, modes, spec
 from dspref.reference.spec import ROUNDING, ReferenceSpec
 from dspref.reference.store import ReferenceStore
 from dspref.report import console
-from dspref.training import preparation, stages
+from dspref.training import demand, preparation, stages
 
 
 def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> None:
@@ -35,8 +36,10 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
     _, _, pairs, held_out = preparation.prepare(config.model, config.data_read, reference, config.train.optim, device.type)
-    packing = modes.scoring_packing(reference, stages.plan(config, pairs)[0], device.type)
-    sets = {"train": pairs, **held_out}
+    objective = build_objective(**config.objective.model_dump())
+    planned, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
+    packing = modes.scoring_packing(reference, planned, device.type)
+    sets = demand.sets(objective, loader, held_out)
     weights = config.model.name_or_path
 
     digest = distributed.on_main(lambda: spec.digest(reference, weights))
@@ -68,7 +71,7 @@ def _verify(
     forward: modes.Forward,
     store: ReferenceStore | None,
     wanted: Mapping[str, filling.Wanted],
-    sets: Mapping[str, PairStore],
+    sets: Mapping[str, Pairs],
     count: int,
     packing: Packing,
     device: torch.device,
@@ -86,7 +89,7 @@ def _verify(
         missing += int((~here).sum())
         fresh = filling.score_rows(forward, pairs, rows, packing, device)
         tokens = torch.from_numpy(pairs.lengths[rows, 1:]).float().repeat(1, 2)
-        off = ((fresh - known).abs() / tokens)[here]
+        off = ((fresh - known).abs() / tokens.clamp(min=1))[here]
         worst = float(np.maximum(worst, off.max().item() if len(off) else 0.0))  # a NaN stays one
     line = f"reference: {len(sample) - missing} pairs scored again, largest difference {worst:.2g} nats per token"
     if not worst <= ROUNDING[dtype]:

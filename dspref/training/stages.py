@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dspref import config as configuration
 from dspref import distributed, terminal
 from dspref.config import Config, ModelSection, TrainSection, lower_is_better
-from dspref.data.loader import Packing, StepLoader
+from dspref.data.loader import StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
 from dspref.engine import ds_config, finite, memory
@@ -26,7 +24,6 @@ from dspref.model import adapters, loading, packed
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe, needs_reference, own_sources
 from dspref.reference import spec
-from dspref.reference.filling import Need, whole
 from dspref.reference.modes import InitialWeights
 from dspref.reference.spec import ReferenceSpec
 from dspref.report import console
@@ -35,7 +32,7 @@ from dspref.run.best import Rule
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder, content_key
 from dspref.run.settings import refuse_changes, refuse_other_losses
-from dspref.training import foresight, preparation
+from dspref.training import foresight
 from dspref.training.closing import show_summary
 from dspref.training.model_card import Recipe, adapter_in_words
 from dspref.watch import lock
@@ -154,12 +151,6 @@ def check_environment(config: Config, device_type: str) -> None:
         distributed.log(f"warning: {off}")
 
 
-def plan(config: Config, pairs: PairStore) -> tuple[Packing, StepLoader]:
-    """How packs are laid out over the ranks, and the steps of the run."""
-    world, prompts = distributed.world(), build_objective(**config.objective.model_dump()).scores_prompt
-    return preparation.steps_of(config.data, config.train, pairs, prompts, world.rank, world.size)
-
-
 def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int | None) -> dict[str, Any]:
     """What the run would need on such a machine: `run_plan.plan`. Reads its data, where they are here and no mean length is
     given; no weights.
@@ -170,24 +161,16 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
     machine = run_plan.Machine(card, gpus, nodes)
     foresight.shape_of(config.model)  # before the data, which may take long
-    load = foresight.load(config.model, data, config.train, objective.scores_prompt, ranks, mean_tokens)
+    load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens)
     needed = needs_reference(**config.objective.model_dump())
     run = run_plan.asked(
         config.model, config.reference, config.train.optim, needed, config.strategy, machine, load, foresight.shape_of
     )
     return run_plan.plan(
         run, config.model, config.train, config.checkpoint, Path(config.output_dir), machine, load,
-        tokens_per_pack=data.tokens_per_pack, looks_ahead=objective.couples or config.model.router_aux_scope == "step",
+        tokens_per_pack=data.tokens_per_pack, looks_ahead=objective.reads_twice or config.model.router_aux_scope == "step",
         scores_reference=config.reference.mode_where(needed) == "stored",
     )  # fmt: skip
-
-
-def needs(loader: StepLoader, held_out: Mapping[str, PairStore], done: int, steps: int) -> dict[str, Need]:
-    """The pairs that the reference is asked about: those of all steps of the run, of which the ones after `done` are needed
-    now, and the held-out pairs, as every run ends with an evaluation."""
-    rows = loader.pairs_of(0, steps)
-    now = np.isin(rows, loader.pairs_of(done, steps)) if done else np.ones(len(rows), dtype=bool)
-    return {"train": Need(rows, now), **{name: whole(pairs) for name, pairs in held_out.items()}}
 
 
 def open_run(

@@ -26,7 +26,7 @@ from dspref.run.checkpoint import Progress
 from dspref.run.folder import METRICS, RunFolder
 from dspref.run.saving import Saver
 from dspref.run.settings import facts_of
-from dspref.training import answers, closing, gradient, preparation, publishing, rehearsal, stages
+from dspref.training import answers, closing, demand, gradient, preparation, publishing, rehearsal, stages
 from dspref.training.evaluate import evaluate
 from dspref.training.gradient import StepLoss
 from dspref.training.numbers import Skips, judge_overfit
@@ -58,7 +58,8 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     kernel, tokenizer, pairs, held_out = preparation.prepare(
         config.model, config.data_read, asked, config.train.optim, device_type
     )
-    packing, loader = stages.plan(config, pairs)
+    objective = build_objective(**config.objective.model_dump())
+    packing, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
     prompts = answers.prompts_of(config.log, config.model, held_out, tokenizer)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.asked_steps)
     sets = {"train": pairs, **held_out}
@@ -69,14 +70,14 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     stages.refuse_fewer_steps(run, done, steps)
     stages.refuse_late_profile(config.train, done, steps)
 
-    objective = build_objective(**config.objective.model_dump())
     policy = stages.load_policy(config, objective, beginning.weights, kernel)
     policy = Engine.for_training(policy, config.train, stages.engine_config(config), steps)
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     # The reference is scored or loaded while the policy still has its initial weights: before any resume.
     with console.scoring(run) as view:
-        needs = stages.needs(loader, held_out, done, steps)
-        reference = references.build(asked, policy, beginning, sets, packing, needs, view)
+        seen = demand.sets(objective, loader, held_out)
+        needs = demand.needs(loader, seen, done, steps)
+        reference = references.build(asked, policy, beginning, seen, packing, needs, view)
     for line in advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel):
         distributed.remark(f"advice: {line}")
     asking = answers.prepare(

@@ -75,6 +75,35 @@ def test_the_same_formula_trains_to_the_same_bits(world, stage, all_workers, tmp
     assert training_records(tmp_path / "mine") == records
 
 
+COUPLED = """\
+def mine(ratios, *, beta: float = 0.1):
+    return (beta * (ratios.rejected.sort().values - ratios.chosen.sort().values)).exp().log1p()
+
+
+mine.couples = True
+"""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_couples_pairs_sees_the_whole_step(world, all_workers, tmp_path):
+    """Written out, `aot_pair`: several packs of a step, on one rank and on two, train as with ours."""
+    path, module = write_run(tmp_path, data={"tokens_per_pack": 64}), f"own_coupled_{world}"
+    (tmp_path / f"{module}.py").write_text(COUPLED)
+    records = {}
+    for run, loss_type in (("theirs", "aot_pair"), ("mine", f"{module}:mine")):
+        overrides = [f"objective={{name: dpo, loss_type: {loss_type}, beta: 0.3}}", f"output_dir={tmp_path / run}"]
+        assert (
+            all_workers[world].run("cases:run_training_in", folder=str(tmp_path), config_path=str(path), overrides=overrides)
+            == [0] * world
+        )
+        records[run] = [record for record in training_records(tmp_path / run) if "loss" in record]
+    lines = map(json.loads, (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines())
+    assert max(line.get("perf/packs", 0) for line in lines) > 1
+    for mine, theirs in zip(records["mine"], records["theirs"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
 def test_a_run_goes_on_with_the_loss_that_it_began_with(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     content = {content_key("a:f"): "1" * 64}

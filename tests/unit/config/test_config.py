@@ -544,7 +544,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "objective.loss_type",
         r"'simpo', 'simper' or 'repo', not \['simpo'\]",
     ),
-    "objective": (with_objective("{name: kto}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
+    "objective": (with_objective("{name: kta}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo, kto, bco"),
     "objective in capitals": (with_objective("{name: DPO}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
     "list for objective": (with_objective("{name: [dpo]}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
     "nothing for objective": (with_objective("{name: null}"), "5:13", "objective.name", "dpo, cpo, simpo, orpo"),
@@ -561,8 +561,13 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "'micro' or 'step', not 'steps'; did you mean 'step'",
     ),
     # losses that other tools have
-    "kto_pair": (with_objective("{loss_type: kto_pair}"), "5:13", "objective.loss_type", "no pairs.*KTO.*bco_pair"),
-    "kto_pair of cpo": (with_objective("{name: cpo, loss_type: kto_pair}"), "5:24", "objective.loss_type", "no pairs.*KTO"),
+    "kto_pair": (with_objective("{loss_type: kto_pair}"), "5:13", "objective.loss_type", "write name: kto"),
+    "kto_pair of cpo": (
+        with_objective("{name: cpo, loss_type: kto_pair}"),
+        "5:24",
+        "objective.loss_type",
+        "write name: kto",
+    ),
     "alphapo": (with_objective("{name: cpo, loss_type: alphapo}"), "5:24", "objective.loss_type", "simpo with alpha"),
     "cdpo": (with_objective("{loss_type: cdpo}"), "5:13", "objective.loss_type", "sigmoid with label_smoothing"),
     "cdpo in a list": (

@@ -256,7 +256,7 @@ def test_names_that_are_not_close_are_not_proposed() -> None:
     for key in ("train.loss", "train.zzz", "model.lora.zero", "log.loss"):
         (line,) = faults(with_(key, 1))
         assert "did you mean" not in line, line
-    for name in ("rdpo", "ppo", "grpo", "kto", "tdpo"):
+    for name in ("rdpo", "ppo", "grpo", "tdpo"):
         (line,) = faults(with_("objective.name", name))
         assert "did you mean" not in line, line
     (line,) = faults(with_("train.optim", "sgd"))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from chats import ADD, calls, characters, model, parts, said, user
+from tokenizers import AddedToken
 
 from dspref.data.formats import Preference, RowError, to_preference
 from dspref.data.manners import Learned, Manners, learn
@@ -93,58 +93,6 @@ AS_TEXT = (
 THINKS_FIRST = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 NO_END = "{% for m in messages %}<User>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
 NO_END_OPEN = NO_END + "<User>assistant\n"
-SPECIAL = (
-    *(
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|begin_of_text|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-    ),
-    *("<|python_tag|>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"),
-    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<User>", "<Assistant>", "<eos>"),
-)
-
-
-def characters(template: str, eos: str = "<eos>", merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
-    """A token per character, one for each special token and tag, and those that are merged."""
-    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [*merges]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tags = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-    backend.add_tokens([AddedToken(token, normalized=False) for token in tags])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, chat_template=template)
-
-
-def said(role: str, content: str | None, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
-def user(content: str) -> dict[str, Any]:
-    return said("user", content)
-
-
-def model(content: str, **more: Any) -> dict[str, Any]:
-    return said("assistant", content, **more)
-
-
-def calls(name: str, **arguments: Any) -> dict[str, Any]:
-    return model("", tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}])
-
-
-def parts(tokenizer: PreTrainedTokenizerFast, ids: Any, mask: Any) -> list[str]:
-    """The text of an answer in runs, those that are scored in brackets."""
-    runs: list[list[Any]] = []
-    for i, token in enumerate(ids.tolist()):
-        scored = mask is None or bool(mask[i])
-        if not runs or runs[-1][0] != scored:
-            runs.append([scored, []])
-        runs[-1][1].append(token)
-    return [f"[[{tokenizer.decode(run)}]]" if scored else str(tokenizer.decode(run)) for scored, run in runs]
 
 
 def marked(template: str, row: Preference, scored: str = "assistant") -> tuple[str, str, str] | RowError:
@@ -360,9 +308,9 @@ def test_an_answer_that_was_decoded_with_its_end_token_has_one_end(template: str
 
 def test_of_an_answer_that_is_an_end_token_nothing_is_left() -> None:
     tokenizer = characters(CHATML)
-    for chosen, rejected, said in (("<|im_end|>\n", "a", "empty answer"), ("a<|im_end|>", "a", "identical to chosen but")):
+    for chosen, rejected, told in (("<|im_end|>\n", "a", "empty answer"), ("a<|im_end|>", "a", "identical to chosen but")):
         error = render(Preference([user("q")], [model(chosen)], [model(rejected)]), tokenizer, Learned(tokenizer))
-        assert isinstance(error, RowError) and error.reason.startswith(said)
+        assert isinstance(error, RowError) and error.reason.startswith(told)
     row = Preference([user("q")], [model("a<|im_end|>")], [model("b<|im_end|>")])
     assert marked(CHATML, row, "all")[1] == "[[a<|im_end|><|im_end|>\n]]", "as it is"  # pyright: ignore[reportGeneralTypeIssues,reportIndexIssue]
 
@@ -531,7 +479,6 @@ TOOL_USE = (
     "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<end_of_turn>"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
 )
-ADD = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
 
 def with_tools(row: Preference, tools: list[Any] | None = ADD, **settings: Any) -> Preference:

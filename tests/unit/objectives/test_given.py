@@ -77,7 +77,8 @@ def test_a_weight_of_0_leaves_a_pair_out_of_the_sum_and_not_of_the_count(case: C
 
     def preference(loss: PairLoss, pairs: int) -> Tensor:
         terms = {name: term for name, term in loss.terms.items() if name not in ("nll", "sft")}
-        return total(PairLoss(terms, {}), {"pairs": pairs}) + 0 * sum(t.values.sum() for t in loss.terms.values())
+        counts = {"pairs": pairs, "answers": 2 * pairs}
+        return total(PairLoss(terms, {}), counts) + 0 * sum(t.values.sum() for t in loss.terms.values())
 
     found = gradients(lambda p: preference(objective(replace(p, weight=weight), reference), 7), policy)
     less = gradients(lambda p: preference(objective(p, part(reference, others)), 6), part(policy, others))
@@ -92,7 +93,7 @@ def test_shares_of_weighed_pairs_add_up(case: Case) -> None:
     policy, reference = random_pairs(9, seed=5)
     draws = np.random.default_rng(5)
     policy = replace(policy, weight=tensor(draws.uniform(0, 3, 9)), margin=tensor(draws.normal(0, 1, 9)))
-    counts, packs = counts_of(policy), packs_of(5)
+    counts, packs = {**counts_of(policy), "answers": 18}, packs_of(5)
     whole = gradients(lambda p: total(objective(p, reference), counts), policy)
 
     def shares(p: PairLogps) -> Tensor:

@@ -249,7 +249,8 @@ FAULTS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "couples": (
         of("ratios", "ratios.margin - ratios.margin.mean()"),
         {},
-        "HERE:1: the value of a pair depends on the pairs beside it, and a loss of your own is a sum over pairs",
+        "HERE:1: the value of a pair depends on the pairs beside it, which are whoever shares its pack; if all pairs of the "
+        "step are meant, write mine.couples = True behind the function",
     ),
     "in place": (of("ratios", "ratios.chosen.mul_(2)"), {}, "HERE:2: RuntimeError: a leaf Variable that"),
     "another file": (
