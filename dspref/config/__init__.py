@@ -8,7 +8,7 @@ What is wrong is told all at once, with file, line and the fix (`explain`, `hint
 tables: `foreign` (those that have a place here), `absent` (those that have none, and why), `foreign_values` (their values),
 `within` (names that mean something in one section).
 
-Enters: objectives.
+Enters: data, objectives.
 Shows: absent, explain, foreign, foreign_values, hints, load, numbers, outcome_checks, sections, sound, strategy,
 watched, yaml12.
 """

@@ -42,9 +42,12 @@ _NOT_NEEDED = {
     "columns that are not named are ignored": "remove_unused_columns label_names dataset_target_columns target_columns",
     "tokens are mapped from disk, and take no memory": "streaming dataset_streaming streaming_multipack_buffer_size",
     "rows are read as they are; prepare them in a file of their own": (
-        "dataset_transform_fn transform_fn dataset_exact_deduplication dataset_shard_num dataset_shard_idx decontaminate "
+        "dataset_exact_deduplication dataset_shard_num dataset_shard_idx decontaminate "
         "benchmarks ground_truths_key sft_messages_key min_sample_len pose_split_on_token_ids pose_max_context_len "
         "pose_num_chunks use_pose eval_sequence_len"
+    ),
+    "rows are read as they are, or by a function of yours: data.train: {path: ..., format: my_module:my_function}": (
+        "dataset_transform_fn transform_fn formatting_func map filter"
     ),
     "all sources of a mixture are shuffled together": "shuffle_before_merging_datasets",
     "split the file, and name the held-out part in data.eval": "val_set_size val_size test_size test_split_size",

@@ -18,6 +18,7 @@ from dspref.config.objective_checks import Complaint
 from dspref.config.paths import shipped
 from dspref.config.sections import Config, Section, SourceSection
 from dspref.config.sound import KeyPath, sound
+from dspref.data import own_format
 from dspref.errors import ConfigError
 
 # lr_scheduler_type -> (what lr_scheduler_kwargs may hold, of which at least one is needed)
@@ -201,8 +202,14 @@ def _check_sources(config: Config) -> Iterator[Complaint]:
 
 
 def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator[Complaint]:
-    """Keys of one source that exclude each other, or would have no effect."""
+    """Keys of one source that exclude each other, or would have no effect; and a format that cannot be had."""
     columns = source.columns.named
+    if source.format and (fault := own_format.fault_of(source.format)):
+        yield (*own, "format"), fault
+    of_texts = columns.keys() - set(given_checks.NAMES)  # those of numbers name what the format gives
+    if source.format and (source.template or of_texts):
+        beside = ("template",) if source.template else ("columns", min(of_texts))
+        yield (*own, *beside), "has no effect beside format, whose function names the fields itself; drop one of them"
     ranked = [key for key in ("completions", "scores", "ranks") if key in columns]
     answers = [key for key in ("chosen", "rejected") if key in columns]
     alone = [key for key in ("completion", "label") if key in columns]

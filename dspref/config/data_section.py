@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model
 
+from dspref import own_code
 from dspref.config.paths import FilePath
 from dspref.config.section import Section, one_or_list
 
@@ -107,6 +108,8 @@ class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
     """Names of the columns in this source."""
     template: Template | None = None
     """Texts made from columns, instead of columns taken as they are."""
+    format: Annotated[str, Field(json_schema_extra={"pattern": f"^{own_code.NAME}$"})] | None = None
+    """`module:function` of your own: a function of a raw row that gives a row as dspref reads it, in place of it."""
     pairs: Literal["all", "best_against_rest", "best_against_worst"] = "all"
     """Of a row with several scored answers, which two make a pair; equal scores make none."""
     pair_weights: Literal["score_gap"] | None = None

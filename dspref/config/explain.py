@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from dspref import own_code
 from dspref.config import hints, numbers
 from dspref.config.paths import VARIABLE
 from dspref.config.sections import ProfileSection, SourceSection, section_at
 from dspref.config.yaml12 import Position, YamlError, parse_value
-from dspref.objectives import OBJECTIVES, own
+from dspref.objectives import OBJECTIVES
 
 LONGEST_VALUE = 80
 
@@ -218,7 +219,8 @@ def _loss_elsewhere(document: Any, loss_type: Any) -> str:
     if family not in OBJECTIVES or not isinstance(loss_type, str):
         return ""
     instead = hints.of_loss(loss_type, family)
-    if not instead and OBJECTIVES[family].own_of and re.fullmatch(own.NAME, meant := ":".join(loss_type.rsplit(".", 1))):
+    meant = ":".join(loss_type.rsplit(".", 1))
+    if not instead and OBJECTIVES[family].own_of and re.fullmatch(own_code.NAME, meant):
         instead = f"a loss of your own is written {meant}"
     return f"; {instead}" if instead else ""
 

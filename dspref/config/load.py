@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dspref import objectives, secrets
+from dspref import objectives, own_code, secrets
 from dspref.config import checks, include
 from dspref.config.checks import BESIDE_PATH
 from dspref.config.explain import Complaint, Kind, explain, line, written_path
@@ -23,7 +23,6 @@ from dspref.config.paths import expand, shipped
 from dspref.config.sections import Config, in_full
 from dspref.config.yaml12 import Position, apply_override
 from dspref.errors import ConfigError
-from dspref.objectives import own
 
 # Lines that are told of one config, and rounds of taking faults out of it.
 MAX_LINES, MAX_REPAIRS = 40, 20
@@ -55,7 +54,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[
             apply_override(document, positions, override, in_full)
         except ConfigError as error:
             faults.append(str(error))
-    with own.kept_in(path.parent):
+    with own_code.kept_in(path.parent):
         config, complaints = examine(document)
     # An override that could not be read may have been what is missing.
     complaints = [c for c in complaints if not (faults and c.kind is Kind.MISSING)]

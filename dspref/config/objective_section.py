@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dspref import own_code
 from dspref.config.section import Section, one_or_list
 from dspref.errors import ConfigError
 from dspref.objectives import KEYS, OBJECTIVES, Family, defaults, keys_of, known_keys, losses, own
@@ -62,7 +63,7 @@ def _fields(name: str, family: Family, names: Sequence[str]) -> dict[str, Any]:
 
 def _for_editors(name: str) -> Any:
     """The section of an objective with a loss of the user's own, for the JSON Schema."""
-    family, mine = OBJECTIVES[name], {"pattern": f"^{own.NAME}$"}
+    family, mine = OBJECTIVES[name], {"pattern": f"^{own_code.NAME}$"}
     one = Annotated[str, Field(pattern=mine["pattern"])]
     several = Annotated[list[str], Field(json_schema_extra={"contains": {"type": "string", **mine}})]
     fields = _fields(name, family, [])

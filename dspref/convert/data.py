@@ -174,7 +174,9 @@ def _of_axolotl(draft: Draft, where: str, item: dict[str, Any]) -> Source:
         source["columns"] = source.get("columns", {}) | named
     for key, value in item.items():
         if not is_empty(value):
-            draft.leave(f"{where}.{key}", value, "a source has no such key; docs/rows.md has the rows that are read")
+            draft.leave(
+                f"{where}.{key}", value, "a source has no such key; docs/rows.md has the rows that are read, and format"
+            )
     return source
 
 

@@ -24,6 +24,8 @@ OTHER_CONFIGS = {
 }
 OF_TRAINER = {"beta", "loss_type", "max_length", "max_prompt_length", "label_smoothing", "precompute_ref_log_probs"}
 OF_BITS = {"load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"}
+# Methods of a data set that make other rows of it by a function.
+OF_ROWS = {"map", "filter"}
 OF_MODEL = {"torch_dtype", "dtype", "attn_implementation", "revision", "load_in_4bit"}
 
 
@@ -80,6 +82,9 @@ class _Script:
             self.keywords(call)
         elif name[-1] == "load_dataset":
             self.dataset(call)
+        elif name[-1] in OF_ROWS and isinstance(call.func, ast.Attribute) and call.args:
+            found.unread.setdefault(name[-1], ast.unparse(call))
+            found.lines.setdefault(name[-1], call.lineno)
         elif name[-1] == "from_pretrained" and "Model" in name[0] and call.args:
             self.model(call)
 

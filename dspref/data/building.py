@@ -17,10 +17,9 @@ from dspref.data.ahead import ahead
 from dspref.data.apart import start_of
 from dspref.data.cache import Column, seal
 from dspref.data.complaints import Complaints, in_words
-from dspref.data.completions import is_ranked
 from dspref.data.converting import Converter, Place
 from dspref.data.formats import Preference
-from dspref.data.given import GivenColumn
+from dspref.data.given_store import GivenColumn
 from dspref.data.image_files import Picture, folder_of, look_at
 from dspref.data.image_store import ImageWriter
 from dspref.data.manners import Learned
@@ -114,17 +113,16 @@ class Reader:
         """Chunks of rows of the converter's source, with the texts of all their pairs; a bad row gives its error. Raises
         DataError in the end where `pairs` had no effect on any row."""
         rows, source = convert.listing.rows(), convert.source
-        pairs_made = source.pairs == "all"
         while chunk := list(islice(rows, CHUNK_ROWS)):
-            own = [row for _, row in chunk if isinstance(row, Row)]
-            pairs_made = pairs_made or any(is_ranked(row.values, source.columns) for row in own)
             converted = [(k, self.looked(within_reason(item), chunk[k][1])) for k, item in convert(chunk)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
             texts = [render(item, self.tokenizer, self.learned, self.scored) for _, item in converted]
             given = [item.given if isinstance(item, Preference) else {} for _, item in converted]
             yield Chunk(chunk, [k for k, _ in converted], texts, given)
-        if not pairs_made:
-            fix = f"drop it, or name the columns of the answers and their scores in {source.key}.columns"
+        if not convert.pairs_made:
+            where = f"give completions and scores by {source.format}"
+            where = where if source.format else f"name the columns of the answers and their scores in {source.key}.columns"
+            fix = f"drop it, or {where}"
             raise DataError(f"{source.path}: {source.key}.pairs: has no effect: no row holds several answers; fix: {fix}")
 
     def looked(self, item: Preference | RowError, row: Row | BadRow) -> Preference | RowError:
@@ -326,7 +324,7 @@ class _Build:
     def report(self) -> dict[str, Any]:
         counts = {"rows": self.read, "pairs": self.seen, "kept": self.kept, "source_rows": self.source_rows}
         counts["sources"] = self.sources
-        measures = {"largest_id": self.largest_id, "longest": self.longest}
+        measures = {"largest_id": self.largest_id, "longest": self.longest, "max_length": self.limits.max_length}
         said = {"dropped": self.dropped.counts(), "notes": dict(+self.notes)}
         how = {"truncated": self.cut, "limits": in_force(self.limits), **({"apart": True} if self.apart else {})}
         if self.images:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dspref.data.given import Given
+from dspref.data.given_store import Given
 from dspref.data.images import Pictures
 from dspref.data.store import PairStore
 from dspref.data.truncate import TokenizedPair
@@ -28,7 +28,8 @@ def partners(prompts: np.ndarray) -> np.ndarray:
 
 class Mismatched:
     """Prompts of pairs of a store with answers of others: entry k is prompt `prompts[k]` with all answers of
-    `answers[k]`. An answer loses its end where both together would be longer than any example of the store."""
+    `answers[k]`. An answer loses its end where both are longer than the store's max_length, or where that has none, than
+    any example."""
 
     def __init__(self, pairs: PairStore, prompts: np.ndarray, answers: np.ndarray) -> None:
         self.pairs, self.prompts, self.answers = pairs, prompts, answers
@@ -36,7 +37,7 @@ class Mismatched:
         self.lengths = pairs.lengths[answers].copy()
         self.lengths[:, 0] = pairs.lengths[prompts, 0]
         if not self.apart:
-            room = int(pairs.report["longest"]) - self.lengths[:, :1]
+            room = (pairs.report["max_length"] or pairs.report["longest"]) - self.lengths[:, :1]
             self.lengths[:, 1:] = np.minimum(self.lengths[:, 1:], room)
 
     @classmethod

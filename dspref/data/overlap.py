@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
-from dspref.data.completions import to_preferences
+from dspref.data.converting import format_of, pairs_of
 from dspref.data.rowfiles import without_nulls
 from dspref.data.rows import RowError
 from dspref.data.sources import BadRow, Digest, Listing, Part, Row, Source, Term
@@ -103,7 +103,7 @@ def _rows(part: Part, source: Source) -> Iterator[Any]:
 
 def _said(row: Row, source: Source) -> Any:
     try:
-        made = to_preferences(row.values, source.columns, source.template, source.pairs, as_=source.as_)
+        made = pairs_of(row.values, source, format_of(source), as_=source.as_)
     except (RowError, ConfigError):  # a template that is wrong is told where it is used
         made = []
     if made and not any(isinstance(item, RowError) for item in made):

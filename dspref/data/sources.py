@@ -51,6 +51,8 @@ class Source:
     name: str | None = None
     data_dir: str | None = None
     revision: str | None = None
+    format: str | None = None
+    """`module:function` of the user's, which says what a row is."""
 
 
 class Selection(NamedTuple):

@@ -19,8 +19,9 @@ import numpy as np
 from dspref.data.building import build
 from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.complaints import in_words
+from dspref.data.converting import format_of
 from dspref.data.formats import check_template
-from dspref.data.given import Given
+from dspref.data.given_store import Given
 from dspref.data.image_files import NOTHING, Shown, folder_of
 from dspref.data.image_store import StoredImages, address_of, pictures_of
 from dspref.data.images import Pictures
@@ -222,6 +223,8 @@ def _address(listings: Sequence[Listing], contents: Sequence[Any], how: Sequence
     settings: list[Any] = [*how]
     for listing, content in zip(listings, contents):
         keys = {name: value for name, value in vars(listing.source).items() if name not in NOT_DECISIVE and value}
+        if own := format_of(listing.source):
+            keys["format"] = own.identity
         settings.append([keys, content])
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 

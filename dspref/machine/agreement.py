@@ -14,9 +14,9 @@ from dspref.machine.machine import installed
 SKEW_SECONDS = 5.0
 
 
-def identity(config: str, losses: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """What must be the same on all ranks: versions, dspref's code, the config (its text, resolved), and the digests of
-    `losses` of the user's own."""
+def identity(config: str, own: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """What must be the same on all ranks: versions, dspref's code, the config (its text, resolved), and the digests of the
+    user's `own` functions."""
     code = hashlib.sha256()
     for path in sorted(Path(dspref.__file__).parent.rglob("*.py")):
         code.update(path.name.encode() + path.read_bytes())
@@ -24,7 +24,7 @@ def identity(config: str, losses: Mapping[str, str] = MappingProxyType({})) -> d
     python = ".".join(map(str, sys.version_info[:3]))
     packages = installed()
     packages.pop("wandb", None)  # which rank 0 alone needs
-    packages |= {f"the source of {name}": digest[:12] for name, digest in losses.items()}
+    packages |= {f"the source of {name}": digest[:12] for name, digest in own.items()}
     return {"python": python, **packages, "dspref's code": code.hexdigest()[:12], "the config": settings[:12]}
 
 

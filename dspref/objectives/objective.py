@@ -9,6 +9,7 @@ from typing import Any
 from dspref.objectives import own
 from dspref.objectives.families import PairLogps, PairLoss, Part
 from dspref.objectives.table import OBJECTIVES, Family, as_list, keys_of
+from dspref.own_code import Source
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def needs_scores(name: str, loss_type: str | Sequence[str], **_: Any) -> bool:
     return any(OBJECTIVES[name].loss(one).scores for one in as_list(loss_type))
 
 
-def own_sources(loss_type: str | Sequence[str], **_: Any) -> dict[str, own.Source]:
+def own_sources(loss_type: str | Sequence[str], **_: Any) -> dict[str, Source]:
     """The losses of an objective section that are the user's own, with the files that they are in."""
     return {name: own.source(name) for name in as_list(loss_type) if own.is_own(name)}
 

@@ -1,89 +1,43 @@
 """A loss of the user's own: a function that the YAML names as `module:function`, found, looked at, and made a `Loss`.
 
-It is looked for in the working directory, which goes before installed packages of the same name, then among these; never in
-a run folder, which keeps a copy, and may be another's. Its keyword-only arguments are YAML keys, as those of dspref's own
-losses are. What it does wrong is told as the user's, by file and line, whether it is loaded, tried out before the run or
-called in a step. Torch is imported only where there is such a loss.
+`own_code` finds it. Its keyword-only arguments are YAML keys, as those of dspref's own losses are. What it does wrong is
+told as the user's, by file and line, whether it is loaded, tried out before the run or called in a step. Torch is imported
+only where there is such a loss.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
-import hashlib
-import importlib
-import importlib.machinery
-import importlib.util
 import inspect
 import os
-import re
-import sys
-import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from collections.abc import Callable, Collection, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import dspref
+from dspref import own_code
 from dspref.errors import ConfigError
 from dspref.objectives import losses
 from dspref.objectives.families import Key, Loss, component
+from dspref.own_code import Source, told
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-"""How such a loss is written."""
 # Keys of the section itself; and `loss/nll`, which is logged already.
 RESERVED, LOGGED = {"name", "loss_type", "loss_weights"}, {"nll"}
 # A key that a family has too and hands on: the scale of the logged rewards.
 SHARED = {"beta"}
 # An attribute of a function that says that it looks at all pairs of a step.
 COUPLES = "couples"
-# The folder of a run folder that keeps the sources, and where it lies while the config of a run is read.
-FOLDER = "losses"
-_KEPT_IN: ContextVar[Path | None] = ContextVar("kept_in", default=None)
 KINDS = (float, int, bool, str)
 PLAIN = "float, int, bool, str, Literal[...], or a range of dspref.objectives.losses such as Positive"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The file that a loss of one's own is written in, as it was when it was loaded."""
-
-    path: str
-    line: int
-    text: str
-    sha256: str
-
-    @property
-    def where(self) -> str:
-        return f"{self.path}:{self.line}"
 
 
 def is_own(loss_type: Any) -> bool:
     """Whether a `loss_type` means a function of the user's; whether it is spelt as one must be is for `loss` to say."""
     return isinstance(loss_type, str) and ":" in loss_type
-
-
-def kept_at(folder: Path, loss_type: str) -> Path:
-    """Where the run in a folder keeps the source of a loss."""
-    return folder / FOLDER / f"{loss_type.partition(':')[0]}.py"
-
-
-@contextmanager
-def kept_in(folder: Path) -> Iterator[None]:
-    """While this is open, of losses that are not found it is told where the run in `folder` keeps them."""
-    token = _KEPT_IN.set(folder)
-    try:
-        yield
-    finally:
-        _KEPT_IN.reset(token)
 
 
 def source(loss_type: str) -> Source:
@@ -116,101 +70,10 @@ def _loss(loss_type: str, folder: str, inputs: tuple[str, ...], normaliser: str,
     return Loss(checked, normaliser, couples=couples, ordered=couples, targeted=targeted, divergent=True, keys=of_keys)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding it
-
-
-@functools.cache
 def _found(loss_type: str, folder: str) -> tuple[Callable[..., Any], Source]:
-    if not re.fullmatch(NAME, loss_type):
-        raise ConfigError(f"must be written module:function{_as_module(loss_type)}, not {loss_type!r}")
-    name, _, attribute = loss_type.partition(":")
-    with _first_on_path(folder):
-        module = _imported(name, folder)
-    if module is None:
-        there = f"neither in the working directory ({folder}) nor installed"
-        raise ConfigError(f"no module {name}, {there}{_kept(loss_type)}")
-    found = getattr(module, attribute, None)
-    if found is None:
-        close = get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"{module.__file__ or name}: has no function {attribute}{hint}")
-    function = inspect.unwrap(found) if callable(found) else found
-    if not isinstance(function, FunctionType):
-        raise ConfigError(f"{module.__file__ or name}: {attribute} is no function of Python (def)")
-    path = function.__code__.co_filename
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; the source of {attribute} is kept with the run") from None
-    text, digest = content.decode("utf-8", "replace"), hashlib.sha256(content).hexdigest()
-    return found, Source(path, function.__code__.co_firstlineno, text, digest)
-
-
-def _as_module(loss_type: str) -> str:
-    """For a file in the place of its module: how that is written."""
-    path, _, function = loss_type.rpartition(":")
-    meant = f"{path.strip().removeprefix('./').removesuffix('.py').replace('/', '.')}:{function.strip()}"
-    return f", such as {meant}" if re.fullmatch(NAME, meant) else ", such as my_losses:my_loss"
-
-
-@contextmanager
-def _first_on_path(folder: str) -> Iterator[None]:
-    """`folder` before all that is installed, for an import; what that compiles is not written beside the source."""
     import torch  # noqa: F401  before a file there can stand for one of its own modules
 
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    sys.path.insert(0, folder)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-        sys.dont_write_bytecode = written
-
-
-def _imported(name: str, folder: str) -> ModuleType | None:
-    """A module that is in a folder, or installed; None where there is none."""
-    top = name.partition(".")[0]
-    here = importlib.machinery.PathFinder.find_spec(top, [folder])
-    known = sys.modules.get(top)
-    if here and here.origin and known and not _is_same(here.origin, getattr(known, "__file__", None)):
-        other = getattr(known, "__file__", None) or "one of Python's own"
-        raise ConfigError(f"{here.origin}: a module {top} is loaded already ({other}); give yours another name")
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            return None
-        raise ConfigError(_told(error)) from None
-    except (Exception, SystemExit) as error:
-        raise ConfigError(_told(error)) from None
-
-
-def _kept(loss_type: str) -> str:
-    """Where the run keeps it whose config is being read: for people to look at. What lies in a run folder is not run."""
-    folder = _KEPT_IN.get()
-    if folder is None or not (path := kept_at(folder, loss_type)).is_file():
-        return ""
-    return f"; the run has it in {path}: copy it here if you trust it"
-
-
-def _is_same(path: str, other: str | None) -> bool:
-    return other is not None and os.path.realpath(path) == os.path.realpath(other)
-
-
-def _told(error: BaseException, path: str = "", otherwise: str = "") -> str:
-    """An exception in one line: where the user's file raised it, its kind and its words.
-
-    The place is the last that lies in `path`, else the last that is neither Python's nor dspref's, else `otherwise`.
-    """
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno or 1}: {type(error).__name__}: {error.msg}"
-    ours = str(Path(dspref.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((f"{ours}{os.sep}", "<"))]
-    last = next((f for f in reversed(frames) if f.filename == path), frames[-1] if frames and not path else None)
-    return f"{f'{last.filename}:{last.lineno}' if last else otherwise}: {said}".removeprefix(": ")
+    return own_code.found(loss_type, own_code.LOSS, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +165,7 @@ def _checked(
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # for which dspref has words of its own
                 raise
-            raise ConfigError(f"objective.loss_type: {loss_type}: {_told(error, written.path, written.where)}") from error
+            raise ConfigError(f"objective.loss_type: {loss_type}: {told(error, written.path, written.where)}") from error
         if fault := _fault(values, inputs[0]):
             raise ConfigError(f"objective.loss_type: {loss_type}: {written.where}: {fault}")
         return values

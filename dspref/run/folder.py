@@ -8,10 +8,9 @@ import os
 import platform
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from dspref import distributed
 from dspref.errors import ConfigError, EnvironmentFault, ExitCode
 from dspref.files import DRAFT, append_line, end_line, flushed, remove, whole_lines, write_atomically
 from dspref.model import digests
-from dspref.objectives.own import Source, kept_at
+from dspref.own_code import Used, kept_at
 from dspref.reading import is_count, open_regular
 from dspref.run import manifest, record
 from dspref.run.finding import is_foreign
@@ -123,10 +122,11 @@ class RunFolder:
         ds_config: Mapping[str, Any],
         steps: int,
         anew: bool = False,
-        losses: Mapping[str, Source] = MappingProxyType({}),
+        own: Iterable[Used] = (),
     ) -> None:
-        """Write state, resolved settings, versions and `losses` of the user's own (rank 0, which holds the lock). run.json
-        comes first: from then on a kill leaves a run. A folder that is started `anew` keeps its old run in `previous-*`.
+        """Write state, resolved settings, versions and the sources of the user's `own` functions (rank 0, which holds the
+        lock). run.json comes first: from then on a kill leaves a run. A folder that is started `anew` keeps its old run in
+        `previous-*`.
 
         Raises EnvironmentFault where another process has been here since `look`.
         """
@@ -148,9 +148,10 @@ class RunFolder:
             self._write("config.source.yaml", configuration.source(source))
         self._write(RESOLVED, configuration.as_yaml(settings))
         self._write("ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-        for name, loss in losses.items():
-            kept_at(self.path, name).parent.mkdir(exist_ok=True)
-            self._write(str(kept_at(self.path, name).relative_to(self.path)), loss.text)
+        for used in own:
+            kept = kept_at(self.path, used.kind, used.name)
+            kept.parent.mkdir(exist_ok=True)
+            self._write(str(kept.relative_to(self.path)), used.source.text)
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
 
     def left(self, exit_code: int, message: str, step: int) -> None:
@@ -205,9 +206,9 @@ class RunFolder:
         return found
 
 
-def content_key(loss_type: str) -> str:
-    """Of the sha256 of that source, in `content` of run.json and of manifests."""
-    return f"loss {loss_type}"
+def content_key(used: Used) -> str:
+    """Of the sha256 of its source, in `content` of run.json and of manifests."""
+    return f"{used.kind.name} {used.name}"
 
 
 def mend_tail(path: Path, end: int | None = None) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dspref import reading
+from dspref import own_code, reading
 from dspref.files import DRAFT, read_json
-from dspref.objectives import own
 from dspref.reading import are_words, is_count, is_number, is_word
 from dspref.run.manifest import are_files
 from dspref.watch.lock import NAME as LOCK
@@ -21,12 +20,12 @@ from dspref.watch.lock import RECORD as NAME
 STARTING = {
     "submit", "logs", "STOP", "SAVE", LOCK, "config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json",
 }  # fmt: skip
-# What a run writes anew as a whole, what it adds to, and what it keeps in folders (the user's own losses in one); of these
-# the logs of its ranks.
+# What a run writes anew as a whole, what it adds to, and what it keeps in folders (two for sources of the user's functions);
+# of these the logs of its ranks.
 SAMPLES = "samples.jsonl"
 WHOLE = ("config.source.yaml", "config.resolved.yaml", "ds_config.json", "env.json", "scoring.json")
 APPENDED = ("metrics.jsonl", "events.jsonl", SAMPLES)
-FOLDERS = ("checkpoints", "logs", "submit", own.FOLDER)
+FOLDERS = ("checkpoints", "logs", "submit", *(kind.folder for kind in own_code.KINDS))
 MODELS = ("final", "adapter")
 LOG = re.compile(r"rank-\d+(\.log|\.stacks\.txt)")
 # Of files that are being written, of claims of the lock, and of runs that were set aside.

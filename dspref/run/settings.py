@@ -12,7 +12,7 @@ from dspref import config as configuration
 from dspref import distributed
 from dspref.config.strategy import stage_of
 from dspref.errors import ConfigError
-from dspref.objectives.own import Source, kept_at
+from dspref.own_code import Used, kept_at
 from dspref.run import manifest, record
 from dspref.run.folder import RESOLVED, RunFolder, content_key, environment
 from dspref.secrets import redact
@@ -60,17 +60,18 @@ def refuse_changes(run: RunFolder, settings: dict[str, Any], asked: Mapping[str,
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
 
-def refuse_other_losses(run: RunFolder, losses: Mapping[str, Source]) -> None:
-    """Raise ConfigError where a loss of the user's own is not what it was when the run in a folder took its first step."""
+def refuse_other_code(run: RunFolder, own: Sequence[Used]) -> None:
+    """Raise ConfigError where a function of the user's is not what it was when the run in a folder took its first step."""
     if record.read(run.path)[0].get("aside") or not run.has_steps:
         return
     began = run.run.get("content", {})
-    for name, now in losses.items():
-        if (before := began.get(content_key(name), now.sha256)) != now.sha256:
+    for used in own:
+        now = used.source
+        if (before := began.get(content_key(used), now.sha256)) != now.sha256:
             raise ConfigError(
-                f"objective.loss_type: {name}: {now.path} has sha256 {now.sha256[:12]}, but the run in {run.path} "
-                f"began with {before[:12]}; restore it from {kept_at(run.path, name)}, or start anew with another "
-                "output_dir= or checkpoint.resume=never"
+                f"{used.key}: {used.name}: {now.path} has sha256 {now.sha256[:12]}, but the run in {run.path} "
+                f"began with {before[:12]}; restore it from {kept_at(run.path, used.kind, used.name)}, or start anew with "
+                "another output_dir= or checkpoint.resume=never"
             )
 
 

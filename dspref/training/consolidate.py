@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspref import config as configuration
+from dspref import own_code
 from dspref.config import Config, ModelSection
 from dspref.engine import shards
 from dspref.errors import ConfigError, DataError, IOFault
 from dspref.model import loading
-from dspref.objectives import own
 from dspref.reference import spec
 from dspref.run import export, manifest
 from dspref.run.checkpoint import committed_folders, damage_of
@@ -103,8 +103,8 @@ def checked_config(checkpoint: Path) -> Config:
             config = Config.model_validate(settings)
         return config
     except (ConfigError, ValueError):
-        # Where a loss of the user's own is not to be had, the file's fault says so.
-        with own.kept_in(run.path), suppress(ValueError):
+        # Where a function of the user's own is not to be had, the file's fault says so.
+        with own_code.kept_in(run.path), suppress(ValueError):
             if isinstance(settings, dict):
                 return Config.model_validate(settings)
         if not path.is_file():

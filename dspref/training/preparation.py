@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dspref import distributed
+from dspref import distributed, own_code
 from dspref.config import DataSection, ModelSection, SourceSection, TrainSection, cache_folder, shipped
 from dspref.data.apart import read_apart
 from dspref.data.loader import Packing, StepLoader, sharing_pays
 from dspref.data.overlap import shared
+from dspref.data.own_format import own_format
 from dspref.data.plan import rows_per_epoch
 from dspref.data.prompts import OwnPrompt, read_prompts
 from dspref.data.rows import one_line
@@ -28,7 +29,8 @@ from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
 from dspref.model import adapters, admission, digests, families, loading, processors, vision, weights
-from dspref.objectives import Objective
+from dspref.objectives import Objective, own_sources
+from dspref.own_code import Used
 from dspref.reference.spec import ReferenceSpec, described
 from dspref.run.export import warn_of_other_tokenizer
 
@@ -175,6 +177,16 @@ def seeing_tokenizer(section: ModelSection, name: str) -> PreTrainedTokenizerBas
     dtype = getattr(torch, section.dtype)
     processors.teach(tokenizer, processor, loading.skeleton(section), dtype, section.trust_remote_code)
     return tokenizer
+
+
+def own_functions(objective: Any, data: DataSection) -> list[Used]:
+    """The functions of the user's own that a run names, with the files that they are in. Raises ConfigError."""
+    losses = own_sources(**objective.model_dump())
+    found = [Used("objective.loss_type", own_code.LOSS, name, source) for name, source in losses.items()]
+    for key, source in (*data.source_keys("train").items(), *data.source_keys("eval").items()):
+        if source.format:
+            found.append(Used(f"{key}.format", own_code.FORMAT, source.format, own_format(source.format, key).source))
+    return found
 
 
 def load_sources(

@@ -22,7 +22,7 @@ from dspref.machine.context import FAIL, CheckContext, Verdict
 from dspref.machine.gpus import Gpu
 from dspref.model import adapters, loading, packed
 from dspref.model.packed import PackedCausalLM
-from dspref.objectives import Objective, build_objective, describe, needs_reference, own_sources
+from dspref.objectives import Objective, build_objective, describe, needs_reference
 from dspref.reference import spec
 from dspref.reference.modes import InitialWeights
 from dspref.reference.spec import ReferenceSpec
@@ -31,8 +31,8 @@ from dspref.report.profiling import in_steps
 from dspref.run.best import Rule
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder, content_key
-from dspref.run.settings import refuse_changes, refuse_other_losses
-from dspref.training import foresight
+from dspref.run.settings import refuse_changes, refuse_other_code
+from dspref.training import foresight, preparation
 from dspref.training.closing import show_summary
 from dspref.training.model_card import Recipe, adapter_in_words
 from dspref.watch import lock
@@ -83,7 +83,7 @@ def already_finished(run: RunFolder, config: Config) -> bool:
             raise ConfigError(f"checkpoint.resume: required, but {run.path} holds no checkpoint; use auto to start anew")
         changes = [] if anew else refuse_changes(run, configuration.resolved(config), configuration.given(config))
         if not anew:
-            refuse_other_losses(run, own_sources(**config.objective.model_dump()))
+            refuse_other_code(run, preparation.own_functions(config.objective, config.data))
         for change in changes:
             distributed.log(f"changed since this run began: {change}")
         finished = not anew and run.is_finished
@@ -133,8 +133,8 @@ def must_export_again(run: RunFolder) -> bool:
 
 def check_environment(config: Config, device_type: str) -> None:
     """Refuse what would fail later: a machine without room or write access, ranks that are not alike."""
-    world, losses = distributed.world(), own_sources(**config.objective.model_dump())
-    own = agreement.identity(configuration.dump(config), {name: loss.sha256 for name, loss in losses.items()})
+    world, mine = distributed.world(), preparation.own_functions(config.objective, config.data)
+    own = agreement.identity(configuration.dump(config), {used.name: used.source.sha256 for used in mine})
     context = CheckContext(config, ranks=world.local_size, on_gpu=device_type == "cuda")
     looked = preflight.examine(context, preflight.AT_START) if world.local_rank == 0 else {}
     distributed.gather_objects(None)  # all read their clocks at one moment; no barrier, as NCCL may lack what is checked
@@ -197,10 +197,10 @@ def open_run(
             if began.get(name, content[name]) != content[name]:
                 raise DataError(f"{run.path}: {changed(name, sets)}; restore, or use another output_dir=")
         watch.lock = lock.Lock.claim(run.path)
-        losses = own_sources(**config.objective.model_dump())
-        content.update({content_key(name): loss.sha256 for name, loss in losses.items()})
+        own = preparation.own_functions(config.objective, config.data)
+        content.update({content_key(used): used.source.sha256 for used in own})
         again = config.checkpoint.resume == "never"
-        run.open(configuration.resolved(config), source, engine_config(config), steps, again, losses)
+        run.open(configuration.resolved(config), source, engine_config(config), steps, again, own)
         if random:
             loading.initialise(config.model, run.path / "init", config.train.seed)
             content.setdefault("reference", spec.digest(reference, weights))

@@ -17,9 +17,9 @@ from test_resume import forget_everything_after, training_records
 from tiny import write_run
 
 from dspref.errors import ConfigError
-from dspref.objectives.own import Source
+from dspref.own_code import LOSS, Source, Used
 from dspref.run.folder import RunFolder, content_key
-from dspref.run.settings import refuse_other_losses
+from dspref.run.settings import refuse_other_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMOID = """\
@@ -106,14 +106,14 @@ def test_a_loss_that_couples_pairs_sees_the_whole_step(world, all_workers, tmp_p
 
 def test_a_run_goes_on_with_the_loss_that_it_began_with(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    content = {content_key("a:f"): "1" * 64}
+    was, now = (Used("objective.loss_type", LOSS, "a:f", Source("a.py", 1, "", digit * 64)) for digit in "12")
+    content = {content_key(was): "1" * 64}
     (tmp_path / "run.json").write_text(json.dumps({"run_id": "x", "state": "running", "content": content}))
-    was, now = (Source("a.py", 1, "", digit * 64) for digit in "12")
-    refuse_other_losses(RunFolder(tmp_path), {"a:f": now})  # no step was made with the other
+    refuse_other_code(RunFolder(tmp_path), [now])  # no step was made with the other
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    refuse_other_losses(RunFolder(tmp_path), {"a:f": was})
+    refuse_other_code(RunFolder(tmp_path), [was])
     with pytest.raises(ConfigError) as caught:
-        refuse_other_losses(RunFolder(tmp_path), {"a:f": now})
+        refuse_other_code(RunFolder(tmp_path), [now])
     assert str(caught.value) == (
         f"objective.loss_type: a:f: a.py has sha256 {'2' * 12}, but the run in {tmp_path} began with {'1' * 12}; restore "
         f"it from {tmp_path}/losses/a.py, or start anew with another output_dir= or checkpoint.resume=never"

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dspref"
 GROUND: tuple[tuple[str, ...], ...] = (
     ("secrets", "terminal", "reading", "lazily"),
     ("errors", "files", "processes"),
-    ("hub",),
+    ("hub", "own_code"),
 )
 # Of these, `distributed` is entered as a room is.
 ABOVE = {
@@ -82,9 +82,10 @@ PURE_FILES = {"model.attention", "model.logits", "model.logps", "model.router"}
 NO_TORCH_ROOMS = {"config", "convert", "machine", "objectives", "ranks", "slurm"}
 NO_TORCH = {
     "cli", "commandline", "engine.builds", "errors", "files", "hub", "launcher", "lazily", "looking", "model.freezing",
-    "model.head_room", "model.weights", "processes", "reading", "reference.store", "report.charts", "report.page",
-    "report.plots", "report.specs", "report.tables", "report.written", "run.curves", "run.finding", "run.history",
-    "run.manifest", "run.publish", "run.record", "run.status", "secrets", "terminal", "watch.interruption", "watch.lock",
+    "model.head_room", "model.weights", "own_code", "processes", "reading", "reference.store", "report.charts",
+    "report.page", "report.plots", "report.specs", "report.tables", "report.written", "run.curves", "run.finding",
+    "run.history", "run.manifest", "run.publish", "run.record", "run.status", "secrets", "terminal",
+    "watch.interruption", "watch.lock",
 }  # fmt: skip
 
 

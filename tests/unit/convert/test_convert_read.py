@@ -165,6 +165,20 @@ def test_a_script_that_has_its_settings_from_a_command_line_says_so() -> None:
     assert "train.py:1: TrlParser: TrlParser((DPOConfig, ModelConfig)) -- has its settings from the command line" in comments
 
 
+def test_what_a_script_makes_of_its_rows_by_a_function_is_told() -> None:
+    text = "rows = load_dataset('a/b').map(fn).filter(lambda row: row['good'])\nargs = DPOConfig(output_dir='o')\n"
+    document, made = made_of(text, "train.py")
+    comments = " ".join(line.strip("# ") for line in made.splitlines())
+    assert at(document, "data.train.path") == "a/b", made
+    for name, code in (
+        ("map", "load_dataset('a/b').map(fn)"),
+        ("filter", "load_dataset('a/b').map(fn).filter(lambda row: "),
+    ):
+        assert f"train.py:1: {name}: {code}" in comments
+    assert comments.count("or by a function of yours: data.train: {path: ..., format: my_module:my_function}") == 2
+    assert "map" not in made_of("pool = list(map(f, x))\nargs = DPOConfig(output_dir='o')\n", "train.py")[1]
+
+
 def test_weights_in_4_bits_of_a_script() -> None:
     text = "bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')\npeft_config = LoraConfig(r=8)\n"
     document, made = made_of(text + "args = DPOConfig(output_dir='o')\n", "train.py")

@@ -209,3 +209,17 @@ def test_a_pack_of_a_store_without_numbers_has_none() -> None:
     batch = collate([], [], prefix_sharing=True, given={})
     assert batch.given is None
     assert pair_logps(TokenLogps(torch.zeros(0), torch.zeros(0)), batch).weight is None
+
+
+def test_a_format_of_ones_own_gives_numbers_under_the_names_of_the_columns(tmp_path: Path, monkeypatch: Any) -> None:
+    text = "def halved(row):\n    return {**row, 'half': row['w'] and row['w'] / 2}\n"
+    (tmp_path / "formats_of_numbers.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "a.jsonl", GIVEN)
+    columns = {"weight": "half"} | BOTH
+    with pytest.raises(DataError, match="null, and the scores of both answers are read"):
+        load([Source(source.path, columns=columns, format="formats_of_numbers:halved")], tmp_path / "cache")
+    source = write(tmp_path / "a.jsonl", [row | {"score_chosen": 2} for row in GIVEN])
+    store = load([Source(source.path, columns=columns, format="formats_of_numbers:halved")], tmp_path / "cache")
+    assert store.given.columns["weight"].tolist() == [1, 0, 1, 0.75, 1.5]
+    assert store.given.columns["score_chosen"].tolist() == [2] * 5

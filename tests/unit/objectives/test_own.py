@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from dspref import config
+from dspref import config, own_code
 from dspref.errors import ConfigError
 from dspref.objectives import build_objective, describe, own, own_sources
 from dspref.objectives.families import PairLogps, total
@@ -129,7 +129,7 @@ def test_what_lies_in_a_run_folder_is_not_run_and_pointed_to(write: Write, tmp_p
     """Such a folder may come from anywhere."""
     path = write(None, name="dpo")
     name = yaml.safe_load(path.read_text())["objective"]["loss_type"]
-    kept = own.kept_at(tmp_path, name)
+    kept = own_code.kept_at(tmp_path, own_code.LOSS, name)
     kept.parent.mkdir()
     kept.write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\n{SIGMOID}")
     with pytest.raises(ConfigError, match=f"no module .*; the run has it in {kept}: copy it here if you trust it$"):
