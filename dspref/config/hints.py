@@ -18,6 +18,7 @@ from dspref.config.sections import (
     DEFAULT_OBJECTIVE,
     OBJECTIVE_SECTIONS,
     TOP,
+    BemaSection,
     GenerationSection,
     LoraSection,
     Section,
@@ -150,6 +151,7 @@ def all_homes() -> dict[str, list[str]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             note(name, field.annotation.model_fields)
     note("model.lora", LoraSection.model_fields)
+    note("reference.bema", BemaSection.model_fields)
     note("log.generation", GenerationSection.model_fields)
     note("data.train", SourceSection.model_fields)
     for section in OBJECTIVE_SECTIONS.values():

@@ -36,6 +36,7 @@ ONLY_FOR = {
     "store": ("stored",),
     "tokens_per_pack": ("stored",),
     "sync_ref_model": ("engine",),
+    "bema": ("engine",),
 }
 
 
@@ -134,14 +135,14 @@ def check_reference(reference: ReferenceSection, lora: LoraSection | None) -> It
             ("reference", "offload"),
             "stored log-probs leave no reference in memory; drop offload or use mode: engine",
         )
-    if reference.mode == "stored" and reference.sync_ref_model:
-        yield ("reference", "sync_ref_model"), "moves the reference, and stored log-probs are those of one; use mode: engine"
+    if reference.mode == "stored" and (moved_by := reference.moved_by):
+        yield ("reference", moved_by), "moves the reference, and stored log-probs are those of one; use mode: engine"
     if reference.mode == "adapter" and lora is None:
         yield ("reference", "mode"), "adapter needs a policy with an adapter (model.lora); use stored or engine"
-    if reference.sync_ref_model and lora:
+    if lora and (moved_by := reference.moved_by):
         reason = "mixes weights of policy and reference; the mean of two adapters is not the adapter of the mean"
-        yield ("reference", "sync_ref_model"), reason
-    live = reference.offload == "cpu" or reference.sync_ref_model  # what makes `auto` an engine
+        yield ("reference", moved_by), f"{reason}; drop it, or model.lora"
+    live = reference.offload == "cpu" or reference.moved_by  # what makes `auto` an engine
     mode = reference.mode if reference.mode != "auto" else "engine" if live else "stored"
     for key, modes in ONLY_FOR.items():
         unset = ReferenceSection.model_fields[key].default
@@ -158,9 +159,9 @@ def check_reference(reference: ReferenceSection, lora: LoraSection | None) -> It
 
 def check_sync(reference: ReferenceSection, zero_stage: int, offload_param: str) -> Iterator[Complaint]:
     """`offload_param`: the device that DeepSpeed keeps the policy's weights on."""
-    blamed = ("reference", "sync_ref_model")
-    if not reference.sync_ref_model:
+    if reference.moved_by is None:
         return
+    blamed = ("reference", reference.moved_by)
     if zero_stage == 3 and reference.zero_stage == 0:
         yield blamed, "under ZeRO-3 the policy is in shards, and so must be what follows it; drop reference.zero_stage"
     if offload_param == "nvme":
@@ -168,6 +169,12 @@ def check_sync(reference: ReferenceSection, zero_stage: int, offload_param: str)
 
 
 def check_sync_keys(reference: ReferenceSection) -> Iterator[Complaint]:
+    bema = reference.bema
+    if bema is not None and reference.sync_ref_model:
+        yield ("reference", "bema"), "moves the reference, and so does sync_ref_model (TR-DPO); give one of them"
+    if bema is not None and bema.moves_every % bema.update_freq:
+        place = ("reference", "bema", "ref_model_update_freq")
+        yield place, f"must be a multiple of update_freq, {bema.update_freq}: the average is of those steps"
     for key in sorted(reference.model_fields_set & {"ref_model_mixup_alpha", "ref_model_sync_steps"}):
         if not reference.sync_ref_model and getattr(reference, key) != ReferenceSection.model_fields[key].default:
             yield ("reference", key), "has no effect without sync_ref_model: true"

@@ -17,6 +17,7 @@ from dspref.config import strategy
 from dspref.config.data_section import Columns, DataSection, SourceSection, Template, source_in_full
 from dspref.config.objective_section import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, ObjectiveSection, objective_section
 from dspref.config.paths import FilePath, TemplatePath, shipped
+from dspref.config.reference_section import BemaSection, ReferenceSection, bema_in_full
 from dspref.config.section import Section
 from dspref.config.train_section import ProfileSection, StopWhenSection, TrainSection, profile_in_full
 from dspref.objectives import needs_scores
@@ -100,44 +101,6 @@ class ModelSection(Section):
     """QLoRA: keep the model in 4 bits (nf4, double quantization, bitsandbytes) below the adapter. Needs CUDA."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
-
-
-class ReferenceSection(Section):
-    mode: Literal["auto", "stored", "engine", "adapter", "none"] = "auto"
-    """Where reference log-probs come from. `stored`: computed once before training; `engine`: a second model, live;
-    `adapter`: the policy's model with its adapter off, or with another adapter on."""
-    name_or_path: FilePath | None = None
-    """The reference: a model, or a LoRA adapter of the policy's model (one on the hub needs adapter_name or
-    `mode: adapter` to be taken as such); default: the policy's initial weights."""
-    adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
-    """Which saved adapter the reference has, of those in reference.name_or_path or model.lora.path; `base`: none."""
-    offload: Literal["none", "cpu"] = "none"
-    """`cpu`: a live reference keeps its weights in host memory."""
-    zero_stage: Literal[0, 3] | None = None
-    """Stage of a live reference: 3 shards it, 0 keeps a whole copy on each rank. Default: 3 if the policy is at 3."""
-    dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    """Type of the reference's weights; default: the policy's."""
-    store: FilePath | None = None
-    """Folder of the stored log-probs, which runs share; default: in the cache ($DSPREF_CACHE/reference)."""
-    tokens_per_pack: Annotated[int, Field(ge=1)] | None = None
-    """Computed tokens per rank and pack while log-probs are scored for the store; default: twice data.tokens_per_pack, as
-    nothing is kept for a backward pass; on a CPU once."""
-    sync_ref_model: bool = False
-    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every ref_model_sync_steps the reference moves to the policy."""
-    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """TR-DPO: share of the policy in the new reference."""
-    ref_model_sync_steps: Annotated[int, Field(gt=0)] = 512
-    """TR-DPO: optimizer steps between two syncs."""
-
-    def mode_where(self, needed: bool) -> str:
-        """none, stored, engine or adapter, where the objective has a use for a reference or not. `auto` is the cheapest that
-        is exact: none where none is needed, else stored."""
-        if self.mode != "auto":
-            return self.mode
-        if not needed:
-            return "none"
-        # Offloading is for a model that stays, and what moves cannot be stored.
-        return "engine" if self.offload == "cpu" or self.sync_ref_model else "stored"
 
 
 class CheckpointSection(Section):
@@ -267,6 +230,8 @@ def in_full(path: tuple[str | int, ...], value: Any) -> Any:
     match path:
         case ("model", "lora"):
             return _lora(value)
+        case ("reference", "bema"):
+            return bema_in_full(value)
         case ("data", "train" | "eval") | ("data", "train", int()):
             return source_in_full(value)
         case ("export",):
@@ -287,6 +252,8 @@ def section_at(path: tuple[str | int, ...], document: Any) -> type[Section] | No
             return objective_section(document.get("objective")) if isinstance(document, Mapping) else None
         case ("model", "lora"):
             return LoraSection
+        case ("reference", "bema"):
+            return BemaSection
         case ("train", "stop_when"):
             return StopWhenSection
         case ("train", "profile"):

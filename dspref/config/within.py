@@ -5,6 +5,7 @@ from __future__ import annotations
 from dspref.config.sections import (
     OBJECTIVE_SECTIONS,
     TOP,
+    BemaSection,
     CheckpointSection,
     DataSection,
     GenerationSection,
@@ -35,7 +36,18 @@ WITHIN: dict[type[Section], dict[str, str]] = {
         "attention": "model.attn_implementation",
         "template": "model.chat_template",
     },
+    BemaSection: {
+        "kappa": "reference.bema.ema_power",
+        "eta": "reference.bema.bias_power",
+        "rho": "reference.bema.lag",
+        "gamma": "reference.bema.multiplier",
+        "tau": "reference.bema.update_after",
+        "phi": "reference.bema.update_freq",
+        "update_ref_model": "reference.bema itself; drop this key",
+        "ref_model_update_after": "reference.bema.update_after",
+    },
     ReferenceSection: {
+        "update_ref_model": "reference.bema: true",
         "path": "reference.name_or_path",
         "name": "reference.name_or_path",
         "model": "reference.name_or_path",

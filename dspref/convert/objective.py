@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dspref.config import BemaSection
 from dspref.config.foreign_values import VALUES
 from dspref.convert.draft import TRUE, Draft, as_list
 from dspref.objectives import OBJECTIVES, needs_reference
@@ -132,8 +133,9 @@ def _reference(draft: Draft, name: str) -> None:
     free = draft.theirs.get("reference_free") in TRUE
     path = draft.take("ref_model", "ref_model_name_or_path", "ref_pretrain", "ref.model_name_or_path", "ref_model_adapters")
     stored = draft.flag("precompute_ref_log_probs")
-    offload, moves = draft.flag("ref_offload", "ref.offload"), draft.flag("sync_ref_model")
+    offload, moves, bema = draft.flag("ref_offload", "ref.offload"), draft.flag("sync_ref_model"), _bema(draft)
     said = {"ref_model": path, "precompute_ref_log_probs": stored, "ref_offload": offload, "sync_ref_model": moves}
+    said["bema.update_ref_model"] = bema is not None
     if not needs_reference(name, free):
         for key, value in said.items():
             if value:
@@ -142,6 +144,8 @@ def _reference(draft: Draft, name: str) -> None:
     own = draft.theirs.get("model_name_or_path", draft.theirs.get("pretrain"))
     if isinstance(path, str) and path != own:
         draft.put("reference.name_or_path", path)
+    if bema is not None:
+        draft.put("reference.bema", bema or True)
     if moves:
         draft.put("reference.sync_ref_model", True)
     elif stored:
@@ -149,3 +153,22 @@ def _reference(draft: Draft, name: str) -> None:
     elif offload:
         draft.put("reference.mode", "engine")
         draft.put("reference.offload", "cpu", draft.name("ref_offload"))
+
+
+def _bema(draft: Draft) -> dict[str, Any] | None:
+    """The keys of reference.bema that a script's BEMACallback gives; None where it moves no reference."""
+    given = {key: draft.take(f"bema.{key}") for key in BemaSection.model_fields}
+    given = {key: value for key, value in given.items() if value is not None}
+    called, moves = "bema.update_ref_model" in draft.theirs, draft.flag("bema.update_ref_model")
+    device, begin = draft.take("bema.device"), draft.take("bema.ref_model_update_after") or 0
+    if not moves:
+        if called:
+            draft.leave("bema.update_ref_model", False, "averages the policy beside it, and dspref exports no average")
+        return None
+    if device not in (None, "cpu"):
+        draft.leave("bema.device", device, "mean and beginning are in host memory")
+    if begin != given.get("update_after", 0):
+        draft.note("reference.bema", f"there the reference moves at steps counted from {begin}, here from update_after")
+    # Theirs is 400 whatever update_freq is; ours follows that.
+    every, moved = given.get("update_freq", 400), given.pop("ref_model_update_freq", 400)
+    return given | ({"ref_model_update_freq": moved} if moved != every else {})

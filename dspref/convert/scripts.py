@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspref.convert.literals import Unknown, Values
-from dspref.convert.theirs import OF_LORA, OF_PEFT, PARSERS, Theirs
+from dspref.convert.theirs import OF_BEMA, OF_LORA, OF_PEFT, PARSERS, Theirs
 from dspref.errors import ConfigError
 
 CONFIGS = {"DPOConfig": "dpo", "CPOConfig": "cpo", "ORPOConfig": "orpo", "SimPOConfig": "simpo", "KTOConfig": "kto"}
@@ -74,6 +74,11 @@ class _Script:
             found.keys["use_peft"] = True
             self.keywords(call, renamed=OF_LORA)
             found.defaults |= OF_PEFT
+        elif name[-1] == "BEMACallback":
+            found.keys.setdefault("bema.update_ref_model", False)
+            found.names.setdefault("bema.update_ref_model", "BEMACallback(update_ref_model)")
+            found.lines.setdefault("BEMACallback(update_ref_model)", call.lineno)
+            self.keywords(call, only={*OF_BEMA}, renamed=OF_BEMA)
         elif name[-1] in PARSERS:
             found.unread[name[-1]], found.lines[name[-1]] = ast.unparse(call), call.lineno
         elif name[-1] == "BitsAndBytesConfig":

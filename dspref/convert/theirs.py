@@ -13,6 +13,14 @@ OF_LORA = {
     "r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save",
     "task_type": "lora_task_type",
 }  # fmt: skip
+# Keywords of TRL's BEMACallback, which stand beside keys of other meaning.
+OF_BEMA = {
+    name: f"bema.{name}"
+    for name in (
+        *("update_freq", "ema_power", "bias_power", "lag", "update_after", "multiplier", "min_ema_multiplier"),
+        *("device", "update_ref_model", "ref_model_update_freq", "ref_model_update_after"),
+    )
+}
 # What peft takes where a LoraConfig says nothing; TRL's command line has its own.
 OF_PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 # By these a script has its settings from a command line.

@@ -16,6 +16,7 @@ from typing import Any
 
 from dspref import own_code
 from dspref.data.formats import Preference
+from dspref.data.labelled import ANSWERS, COMPLETION
 from dspref.data.normalise import LANGUAGES
 from dspref.data.rows import DROP, FIELDS, RowError, Values, strings, unsound, what_is
 from dspref.errors import ConfigError
@@ -96,9 +97,13 @@ def _as_row(pair: Preference) -> dict[str, Any]:
     """The row that says the same."""
     source, target = pair.languages or (None, None)
     told_of = {"source_language": source, "target_language": target, "images": list(pair.images)}
-    own = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-    said = {name: getattr(pair, name) for name in own if getattr(pair, name) is not None}
-    return said | {name: value for name, value in told_of.items() if value} | dict(pair.given)
+    own = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "label")
+    row = {name: getattr(pair, name) for name in own if getattr(pair, name) is not None}
+    row |= {name: value for name, value in told_of.items() if value}
+    if pair.label is not None:
+        row[COMPLETION] = row.pop("chosen" if pair.label else "rejected")
+        row = {name: value for name, value in row.items() if name not in ANSWERS}
+    return row | dict(pair.given)
 
 
 def as_given(pair: Preference, given: Given) -> Preference:

@@ -105,7 +105,8 @@ class CheckContext:
         """None where that cannot be told."""
         if (run := self.config) is None:
             return None
-        return footprint.of_run(run.model, run.train, run.checkpoint, run.zero_stage, Path(run.output_dir))
+        moving = footprint.per_weight_moving(run.reference, run.model.dtype)
+        return footprint.of_run(run.model, run.train, run.checkpoint, run.zero_stage, Path(run.output_dir), moving)
 
     def look(self, beside: Path | None = None) -> Found:
         """At the things that the config names; `beside`: its folder."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.config import CheckpointSection, ModelSection, TrainSection, shipped
+from dspref.config import CheckpointSection, ModelSection, ReferenceSection, TrainSection, shipped
 from dspref.errors import UserError
 from dspref.model import freezing, weights
 
@@ -19,11 +19,12 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 
 
 def of_run(
-    model: ModelSection, train: TrainSection, rules: CheckpointSection, zero_stage: int, output_dir: Path
+    model: ModelSection, train: TrainSection, rules: CheckpointSection, zero_stage: int, output_dir: Path, moving: int = 0
 ) -> int | None:
     """Bytes that a run is still to write; None where the model is not on this machine yet.
 
-    Checkpoints (one more than are kept, as the oldest goes last), the export, and the weights of a random model.
+    Checkpoints (one more than are kept, as the oldest goes last), the export, and the weights of a random model. `moving`:
+    see `per_weight_moving`.
     """
     weights = count_weights(model)
     if weights is None:
@@ -33,7 +34,7 @@ def of_run(
     trained = weights - still if lora is None else _adapted(model, weights)
     whole = lora is None or lora.merge_on_export
     drawn = 4 * weights if model.init == "random" else 0
-    saved = trained * per_weight(train.optim, model.dtype, zero_stage) + still * size
+    saved = trained * per_weight(train.optim, model.dtype, zero_stage) + still * size + weights * moving
     return checkpoints_to_come(rules, train.asked_steps, output_dir) * saved + (weights if whole else trained) * size + drawn
 
 
@@ -42,6 +43,13 @@ def per_weight(optim: str, dtype: str, zero_stage: int) -> int:
     shard the weights these too."""
     moments = 2 if optim == "adamw_8bit" else 8
     return 4 + moments + (BYTES[dtype] if zero_stage in (1, 2) else 0)
+
+
+def per_weight_moving(reference: ReferenceSection, dtype: str) -> int:
+    """Bytes that a checkpoint has for each weight of a reference that moves: TR-DPO's in fp32; BEMA's as it is, its mean in
+    fp32, and the policy of type `dtype` as it began."""
+    own = BYTES[reference.dtype or dtype]
+    return {None: 0, "sync_ref_model": 4, "bema": own + 4 + BYTES[dtype]}[reference.moved_by]
 
 
 def checkpoints_to_come(rules: CheckpointSection, steps: int | None, output_dir: Path) -> int:

@@ -24,6 +24,16 @@ class Live:
     value: int
     sharded: bool
     offloaded: bool = False
+    masters: int = 0
+    """Bytes for each of its weights that lie beside it, so that it can move: fp32 masters (TR-DPO)."""
+    history: int = 0
+    """The same in host memory: its mean in fp32, and the policy as it began (BEMA)."""
+    saved: int = 0
+    """Bytes for each of its weights in a checkpoint."""
+
+    def weights_on(self, ranks: int) -> float:
+        """Its weights that a rank holds; what is offloaded is sharded."""
+        return self.shape.weights / (ranks if self.sharded or self.offloaded else 1)
 
 
 @dataclass(frozen=True)

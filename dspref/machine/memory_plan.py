@@ -116,10 +116,11 @@ def framework(layout: Layout) -> int:
 
 def reference(layout: Layout) -> float:
     """A live second model: v F, sharded by its own ZeRO-3; in host memory only what is gathered. Its own activations come
-    and go before those of the policy."""
-    if (live := layout.reference) is None or live.offloaded:
+    and go before those of the policy. One that moves: fp32 masters too (TR-DPO in 16 bits), 4 F; on a CPU BEMA's history."""
+    if (live := layout.reference) is None:
         return 0.0
-    return live.value * live.shape.weights / (layout.ranks if live.sharded else 1)
+    here = 0 if live.offloaded else live.value + live.masters
+    return (here + (live.history if layout.device == "cpu" else 0)) * live.weights_on(layout.ranks)
 
 
 def two_copies(layout: Layout) -> bool:
@@ -188,14 +189,16 @@ def gather(shape: ModelShape, layout: Layout) -> float:
 
 
 def host(shape: ModelShape, layout: Layout) -> int:
-    """Bytes in host memory for each rank: masters, moments, gradients and a copy in 16 bits of what is offloaded to it."""
+    """Bytes in host memory for each rank: masters, moments, gradients and a copy in 16 bits of what is offloaded to it; a
+    reference that is, and what BEMA keeps beside one: an fp32 mean and the policy's beginning, (4 + v) F."""
     own, found = shape.trained / layout.ranks, 0.0
     if layout.states_on == "cpu":
         found += own * (4 + layout.moments + 4 + layout.value + (4 if layout.packs > 1 else 0))
     if layout.weights_on == "cpu":
         found += layout.value * (shape.trained + shape.frozen) / layout.ranks
-    if layout.reference and layout.reference.offloaded:
-        found += layout.reference.value * layout.reference.shape.weights / layout.ranks
+    if live := layout.reference:
+        there = (live.value + live.masters) * live.offloaded + live.history * (layout.device != "cpu")
+        found += there * live.weights_on(layout.ranks)
     return int(found)
 
 

@@ -103,11 +103,15 @@ def asked(
     if reference.mode_where(needs_reference) == "engine":
         changes = {"lora": None} | ({"name_or_path": reference.name_or_path} if reference.name_or_path else {})
         sharded = settings["stage"] == 3 if reference.zero_stage is None else reference.zero_stage == 3
+        own = footprint.BYTES[reference.dtype or model.dtype]
         live = Live(
             shape_of(model.model_copy(update=changes)),
-            footprint.BYTES[reference.dtype or model.dtype],
+            own,
             sharded,
             reference.offload == "cpu",
+            masters=4 if reference.sync_ref_model and own < 4 else 0,
+            history=4 + value if reference.bema is not None else 0,
+            saved=footprint.per_weight_moving(reference, model.dtype),
         )
     # The kernels that know no fp32 are all but sdpa.
     sdpa = machine.device == "cpu" or model.dtype == "float32" or model.attn_implementation == "sdpa"
@@ -124,7 +128,7 @@ def asked(
         reference=live,
         **settings,
     )
-    return Asked(shape, layout, load.pack, reference.sync_ref_model, optim)
+    return Asked(shape, layout, load.pack, reference.moved_by is not None, optim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,8 +277,11 @@ def _disk(
     still = 0 if run.shape.frozen_base else run.shape.frozen
     each = run.shape.trained * footprint.per_weight(train.optim, model.dtype, run.layout.stage)
     each += still * footprint.BYTES[model.dtype]
+    live = run.layout.reference
+    moving = live.saved if live else 0
+    each += moving * live.shape.weights if live else 0
     return {
         "checkpoint": each,
         "checkpoints": footprint.checkpoints_to_come(rules, train.asked_steps, output_dir),
-        "run": footprint.of_run(model, train, rules, run.layout.stage, output_dir),
+        "run": footprint.of_run(model, train, rules, run.layout.stage, output_dir, moving),
     }

@@ -28,10 +28,12 @@ from dspref.model.packed import PackedCausalLM
 from dspref.model.router import Routing
 from dspref.objectives.families import PairLogps
 from dspref.reference import filling
+from dspref.reference.bema import Bema
 from dspref.reference.filling import COLUMNS, Need, View
+from dspref.reference.moving import MovingReference
 from dspref.reference.spec import ReferenceSpec, described, policy_can_score, source_in_reference
 from dspref.reference.store import ReferenceStore
-from dspref.reference.trust_region import MovingReference
+from dspref.reference.trust_region import TrustRegion
 
 Forward = Callable[[PackedBatch], tuple[TokenLogps, Routing | None]]
 # A forward that reads passages, and the model behind it.
@@ -57,7 +59,6 @@ class Reference:
 
     logps: Callable[[str, PackedBatch], PairLogps | None]
     moving: MovingReference | None = None
-    sync_steps: int = 0
     module: Any = None
     forward: Any = None
 
@@ -65,9 +66,9 @@ class Reference:
         return self.logps(name, batch)
 
     def follow(self, step: int) -> None:
-        """TR-DPO: move to the policy, after the steps at which that is due."""
-        if self.moving and step % self.sync_steps == 0:
-            self.moving.sync()
+        """Move after the policy, where the reference moves and that is due after this step."""
+        if self.moving:
+            self.moving.follow(step)
 
     def save(self, folder: Path) -> list[Path]:
         return self.moving.save(folder) if self.moving else []
@@ -104,7 +105,7 @@ def build(
             forward = load_forward(spec, beginning.weights, policy.device.type)
             moving = _moving(spec, policy, forward)
             module = getattr(forward, "module", forward)  # of a DeepSpeed engine
-            return Reference(partial(_ask, forward), moving, spec.section.ref_model_sync_steps, module, forward)
+            return Reference(partial(_ask, forward), moving, module, forward)
         case _:
             return Reference(partial(_read, stored(spec, policy, policy.device, beginning, sets, packing, needs, view)))
 
@@ -150,10 +151,11 @@ def load_forward(spec: ReferenceSpec, weights: str, device_type: str) -> Any:
 
 
 def _moving(spec: ReferenceSpec, policy: Engine, forward: Any) -> MovingReference | None:
-    if not spec.section.sync_ref_model:
-        return None
-    reference = forward.module if hasattr(forward, "module") else forward  # of a DeepSpeed engine
-    return MovingReference(policy.module.lm, reference.lm, spec.section.ref_model_mixup_alpha)
+    own, ours = spec.section, policy.module.lm
+    theirs = getattr(forward, "module", forward).lm  # of a DeepSpeed engine
+    if own.bema is not None:
+        return Bema(ours, theirs, own.bema)
+    return TrustRegion(ours, theirs, own.ref_model_mixup_alpha, own.ref_model_sync_steps) if own.sync_ref_model else None
 
 
 @contextmanager

@@ -52,6 +52,9 @@ def in_words(spec: ReferenceSpec) -> str:
     }[mode]
     if own.sync_ref_model:
         how += f"; TR-DPO, alpha {own.ref_model_mixup_alpha:g} every {own.ref_model_sync_steps} steps"
+    elif own.bema is not None:
+        after = f" after step {own.bema.update_after}" if own.bema.update_after else ""
+        how += f"; BEMA every {own.bema.moves_every} steps{after}"
     elif own.mode == "auto":
         how = "auto: " + (how if mode == "stored" else f"{how}, as reference.offload asks")
     return f"{mode} ({how}): {_who(spec)}"

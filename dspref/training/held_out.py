@@ -149,12 +149,13 @@ def apart(own: ReferenceSpec) -> ReferenceSpec:
     section = own.section
     if own.mode == "none":
         return own
-    if section.sync_ref_model:
-        distributed.log("reference: TR-DPO's as it was before its first move; the moved one is in no exported model")
+    if section.moved_by:
+        whose = "BEMA" if section.moved_by == "bema" else "TR-DPO"
+        distributed.log(f"reference: {whose}'s as it was before its first move; the moved one is in no exported model")
     name = section.adapter_name
     if own.mode == "adapter" and section.name_or_path:
         name = name or own.policy.adapter_name
-    changes = {"mode": "stored", "offload": "none", "sync_ref_model": False, "adapter_name": name}
+    changes = {"mode": "stored", "offload": "none", "sync_ref_model": False, "bema": None, "adapter_name": name}
     return replace(own, section=section.model_copy(update=changes))
 
 

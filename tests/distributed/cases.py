@@ -168,7 +168,7 @@ def _private_mb() -> float:
 
 
 def followed_reference(config_path: str, overrides: list[str], steps: int) -> list[dict[str, dict[str, np.ndarray]]]:
-    """All weights of policy and reference, as the forward reads them, after each step of a TR-DPO run; on rank 0."""
+    """All weights of policy and reference, as the forward reads them, after each step of a run; on rank 0."""
     config = configuration.load(config_path, overrides)
     policy, reference, loader, loss = _start(config, steps)
     moving = reference.moving
@@ -186,8 +186,8 @@ def followed_reference(config_path: str, overrides: list[str], steps: int) -> li
 
 
 def memory_of_reference(config_path: str, overrides: list[str]) -> dict[str, float]:
-    """MB of private memory that the reference costs this rank while it is built, then, and while it is moved once; and of
-    one whole model."""
+    """MB of private memory that the reference costs this rank while it is built, then, and while it is moved once, after
+    step 512; and of one whole model."""
     config = configuration.load(config_path, overrides)
     policy, pairs, held_out, loader, weights = _load_policy(config, 1)
     start = _private_mb()
@@ -195,8 +195,7 @@ def memory_of_reference(config_path: str, overrides: list[str]) -> dict[str, flo
         reference = _build(config, policy, weights, {"train": pairs, **held_out}, loader)
     steady = _private_mb()
     with _Peak() as moving:
-        if reference.moving:
-            reference.moving.sync()
+        reference.follow(512)
     whole = sum(p.ds_numel for p in policy.module.parameters()) * 4 / 2**20  # type: ignore[attr-defined]
     costs = {"building": building.mb - start, "kept": steady - start, "moving": moving.mb - steady}
     policy.close()

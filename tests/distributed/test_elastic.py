@@ -20,6 +20,7 @@ SLOW = pytest.mark.slow
 # it reads the universal format: one step counter for both, and decay for norms.
 COUPLED = "objective={name: dpo, loss_type: [aot, bco_pair, sft], beta: 0.3}"
 TR_DPO = "reference={sync_ref_model: true, ref_model_mixup_alpha: 0.6, ref_model_sync_steps: 3}"
+BEMA = "reference={bema: {update_freq: 1, update_after: 3, lag: 2, ref_model_update_freq: 2}}"  # moves at 5 and 7
 ROUND_ROBIN = "deepspeed.zero_optimization.round_robin_gradients=true"
 FREEZE = "model.freeze=[embed_tokens, layers.0, 'mlp.*_proj']"
 LORA = "model.lora={r: 4, lora_alpha: 8}"
@@ -106,6 +107,7 @@ def test_one_rank_instead_of_two_and_two_again(run_file, all_workers, tmp_path):
     [
         *[(zero, ()) for zero in (0, 1, 2, 3)],
         *[(2, (COUPLED, TR_DPO)), (3, (TR_DPO,)), (1, (TR_DPO, "reference.zero_stage=3"))],
+        *[(2, (BEMA,)), (3, (BEMA,)), (1, (BEMA, "reference.zero_stage=3"))],
         *[(zero, ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",)) for zero in (2, 3)],
         *[(zero, (FREEZE,)) for zero in (0, 1, 2, 3)],
     ],

@@ -102,11 +102,13 @@ def test_sets_of_several_names_and_none_without_subsets(file: Path, run: Path, a
         ("model.lora={r: 4, lora_alpha: 64, init_lora_weights: false}", "reference.mode=adapter"),
         ("objective={name: dpo, loss_type: bco_pair}",),
         ("objective={name: orpo}",),
+        ("reference={bema: {update_freq: 9}}",),
         pytest.param(("model.init=random",), marks=pytest.mark.slow),
     ],
 )
 def test_objectives_and_references(overrides: tuple[str, ...], file: Path, all_workers, tmp_path: Path) -> None:
-    """An adapter over its own model, BCO's running mean, no reference and prompts that are scored, drawn weights."""
+    """An adapter over its own model, BCO's running mean, no reference and prompts that are scored, a reference before its
+    first move, drawn weights."""
     overrides = (*overrides, f"output_dir={tmp_path}/run")
     run = train(all_workers[1], file, *overrides)
     one = evaluate(all_workers[1], file, run, *overrides)["sets"]["eval"]["metrics"]

@@ -32,6 +32,9 @@ MODEL = {
 }  # fmt: skip
 
 
+MOVES = {"sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 1}, "bema": {"bema": {"update_freq": 1}}}
+
+
 class Case(NamedTuple):
     ranks: int
     stage: int
@@ -40,10 +43,13 @@ class Case(NamedTuple):
     dtype: str = "float32"
     packs: int = 1
     reference: bool = False
+    moves: str = ""
+    """The key that lets the reference follow the policy, at every step."""
 
     @property
     def name(self) -> str:
         extra = ["lora"] * self.lora + ["checkpointing"] * self.checkpointing + ["reference"] * self.reference
+        extra += [self.moves] if self.moves else []
         return "-".join([f"{self.ranks}r", f"zero{self.stage}", self.dtype, f"{self.packs}p", *extra])
 
 
@@ -56,6 +62,9 @@ OTHERS = [
     Case(1, 2, False, False, "float32", 2),
     Case(2, 3, False, True, "float32", 1, True),
     Case(1, 3, True, True, "bfloat16"),
+    Case(2, 1, False, True, "bfloat16", 1, True, "sync_ref_model"),
+    Case(2, 3, False, True, "float32", 1, True, "bema"),
+    Case(1, 2, False, True, "bfloat16", 1, True, "bema"),
 ]
 # Each value of each dimension, and most pairs of values.
 PART = [
@@ -76,7 +85,8 @@ def held(case: Case, tmp_path: Path) -> tuple[float, int, int]:
     section = ModelSection(name_or_path=str(tmp_path / "model"), init="random", lora={} if case.lora else None)
     shape = shapes.of_section(section)
     value = footprint.BYTES[case.dtype]
-    reference = Live(shape, value, case.stage == 3) if case.reference else None
+    beside = {"sync_ref_model": {"masters": 4 if value == 2 else 0}, "bema": {"history": 4 + value}}.get(case.moves, {})
+    reference = Live(shape, value, case.stage == 3, **beside) if case.reference else None
     layout = Layout(
         "cpu", value, case.ranks, case.stage, case.packs, case.checkpointing, kernel="sdpa", reference=reference
     )  # fmt: skip
@@ -145,7 +155,7 @@ def write_run(case: Case, folder: Path) -> None:
         "train": {"pairs_per_step": 7 * case.ranks * case.packs, "max_steps": 2, "learning_rate": 1e-6},
         "deepspeed": {"zero_optimization": {"stage": case.stage, "contiguous_gradients": True}},
         "output_dir": str(folder / "out"),
-        **({"reference": {"mode": "engine"}} if case.reference else {}),
+        **({"reference": {"mode": "engine", **MOVES.get(case.moves, {})}} if case.reference else {}),
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
 

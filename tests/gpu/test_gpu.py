@@ -235,6 +235,7 @@ FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 2}
         (3, {"reference": {"mode": "engine", "offload": "cpu"}}),
         (3, {"reference": {**FOLLOWING, "offload": "cpu"}}),
         (2, {"reference": FOLLOWING}),
+        *[(stage, {"reference": {"bema": {"update_freq": 1}}}) for stage in (2, 3)],
         *[(stage, {"model": LORA, "reference": {"mode": "adapter"}}) for stage in (1, 2, 3)],
         (3, {"model": {"lora": {"r": 8, "use_dora": True, "modules_to_save": ["lm_head"], "merge_on_export": True}}}),
     ],

@@ -106,6 +106,27 @@ def test_all_stages_are_there_and_parts_add_up(folder: Path) -> None:
     assert plan["disk"]["checkpoints"] == 0 and plan["disk"]["checkpoint"] == 14 * plan["model"]["weights"]
 
 
+def test_what_lets_a_reference_move_is_counted(folder: Path) -> None:
+    """In memory and in checkpoints, in bf16 and on two ranks that hold the whole of it."""
+    plans = {
+        name: found("--gpus", "2", "reference.mode=engine", *more)
+        for name, more in {
+            "stays": (),
+            "tr_dpo": ("reference.sync_ref_model=true",),
+            "bema": ("reference.bema=true",),
+            "sharded": ("reference.bema=true", "reference.zero_stage=3"),
+        }.items()
+    }
+    weights = plans["stays"]["model"]["weights"]
+    bytes_ = {name: plan["memory"]["parts"]["reference"] / weights for name, plan in plans.items()}
+    assert bytes_ == pytest.approx({"stays": 2, "tr_dpo": 6, "bema": 2, "sharded": 1}, abs=1e-3)
+    host = {name: plan["memory"]["host_bytes_per_node"] / weights for name, plan in plans.items()}
+    assert host == pytest.approx({"stays": 0, "tr_dpo": 0, "bema": 12, "sharded": 6}, abs=1e-3)
+    disk = {name: plan["disk"]["checkpoint"] / weights for name, plan in plans.items()}
+    assert disk == {"stays": 14, "tr_dpo": 18, "bema": 22, "sharded": 22}
+    assert all("reference.mode=stored" not in str(plan["changes"]) for plan in plans.values())
+
+
 def test_a_small_card_is_told_what_to_change(folder: Path) -> None:
     code, said = call("--gpu-gib", "0.1", "reference.mode=engine")
     assert code == 0 and "it does not fit" in said and "use more GPUs" in said

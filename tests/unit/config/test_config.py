@@ -237,6 +237,8 @@ RESOLVED = [
     with_reference("{mode: adapter, adapter_name: base}", "lora: {path: a}"),
     with_reference("{mode: adapter, name_or_path: b, adapter_name: c}", "lora: {}"),
     with_reference("{sync_ref_model: true, ref_model_mixup_alpha: 0.6, offload: cpu}"),
+    with_reference("{bema: true, mode: engine}"),
+    with_reference("{bema: {update_freq: 10, ref_model_update_freq: 400, min_ema_multiplier: 0.1}}"),
     with_model("lora: {}, load_in_4bit: true") + "deepspeed: ds_configs/zero2.json\ntrain: {optim: adamw_8bit}\n",
     MINIMAL + "deepspeed: {zero_optimization: {stage: 2}}\n",
     with_train("[{path: 'a: #b', weight: 2.5}, {path: 24:00:00, template: {prompt: '{x}', chosen: é, rejected: 'off'}}]"),
@@ -1162,6 +1164,62 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "5:13",
         "reference.sync_ref_model",
         "use device: cpu",
+    ),
+    # BEMA
+    "a moving average of what is stored": (
+        with_reference("{mode: stored, bema: true}"),
+        "5:27",
+        "reference.bema",
+        "use mode: engine",
+    ),
+    "a moving average of adapters": (
+        with_reference("{bema: {update_freq: 10}}", "lora: {}"),
+        "5:13",
+        "reference.bema",
+        "the mean of two adapters is not the adapter of the mean; drop it, or model.lora",
+    ),
+    "two that move the reference": (
+        with_reference("{sync_ref_model: true, bema: {}}"),
+        "5:35",
+        "reference.bema",
+        "give one of them",
+    ),
+    "a reference between two averages": (
+        with_reference("{bema: {update_freq: 10, ref_model_update_freq: 25}}"),
+        "5:37",
+        "reference.bema.ref_model_update_freq",
+        "must be a multiple of update_freq, 10",
+    ),
+    "a moving average of shards and wholes": (
+        with_reference("{bema: true, zero_stage: 0}"),
+        "5:13",
+        "reference.bema",
+        "drop reference.zero_stage",
+    ),
+    "a moving average from nvme": (
+        with_reference("{bema: true}")
+        + "deepspeed: {zero_optimization: {stage: 3, offload_param: {device: nvme, nvme_path: /x}}}\n",
+        "5:13",
+        "reference.bema",
+        "use device: cpu",
+    ),
+    "a moving average of the adapter mode": (
+        with_reference("{mode: adapter, bema: true}", "lora: {}"),
+        "5:28",
+        "reference.bema",
+        "the mean of two adapters",
+    ),
+    "a moving average that nothing is compared with": (
+        with_objective("{name: simpo}", "reference: {bema: true}\n"),
+        "6:13",
+        "reference.bema",
+        "objective simpo uses no reference",
+    ),
+    "a lag that makes a share of more than all": (
+        with_reference("{bema: {lag: 0}}"),
+        "5:20",
+        "reference.bema.lag",
+        "greater than or equal to 1",
     ),
     "share without sync": (
         with_reference("{ref_model_mixup_alpha: 0.5}"),

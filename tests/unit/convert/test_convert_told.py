@@ -257,3 +257,35 @@ def test_what_is_to_be_filled_in_is_refused_by_check() -> None:
     assert result.exit_code == 0 and "1 value to fill in (FILL_IN); read its comments" in result.output
     result = CliRunner().invoke(app, ["check", "run.yaml"], prog_name="dspref")
     assert result.exit_code == 2 and "export.push_to_hub: FILL_IN/mine: the owner is still to be filled in" in result.output
+
+
+@pytest.mark.parametrize(
+    ("call", "bema", "told"),
+    [
+        ("update_ref_model=True", {}, ""),
+        ("update_freq=20, update_ref_model=True, ref_model_update_freq=40, lag=3, ema_power=0.4",
+         {"update_freq": 20, "ref_model_update_freq": 40, "lag": 3, "ema_power": 0.4}, ""),
+        # There the reference moves every 400 steps unless they say more, whatever update_freq is.
+        ("update_freq=20, update_ref_model=True", {"update_freq": 20, "ref_model_update_freq": 400}, ""),
+        ("update_freq=300, update_ref_model=True", {"update_freq": 300},
+         "reference.bema.ref_model_update_freq: 400 -- must be a multiple of update_freq, 300"),
+        ("update_after=50, update_ref_model=True", {"update_after": 50}, "the reference moves at steps counted from 0"),
+        ("update_after=50, ref_model_update_after=50, update_ref_model=True", {"update_after": 50}, ""),
+        ("update_ref_model=True, device='cuda'", {}, "train.py:3: device: cuda -- mean and beginning are in host memory"),
+        ("lag=3", None, "train.py:3: BEMACallback(update_ref_model): false -- averages the policy beside it"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_bema_moves_in_a_script(call: str, bema: dict[str, Any] | None, told: str) -> None:
+    text = "args = DPOConfig(output_dir='o', max_length=9)\nload_dataset('me/pairs')\n"
+    made, comments = made_of(f"{text}DPOTrainer(model='me/m', args=args, callbacks=[BEMACallback({call})])\n", "train.py")
+    assert at(made, "reference.bema") == (bema if bema != {} else True)
+    assert told in comments and (told or "Not taken over" not in comments), comments
+
+
+def test_what_bema_moves_is_no_adapter_and_no_reference_that_is_not_there() -> None:
+    call = "callbacks=[BEMACallback(update_ref_model=True)]"
+    with_lora = f"args = DPOConfig(output_dir='o')\nDPOTrainer(model='m', args=args, peft_config=LoraConfig(), {call})\n"
+    made, comments = made_of(with_lora, "train.py")
+    assert "reference" not in made and "the mean of two adapters is not the adapter of the mean" in comments
+    made, comments = made_of(f"args = ORPOConfig(output_dir='o')\nORPOTrainer(model='m', args=args, {call})\n", "train.py")
+    assert "reference" not in made and "train.py:2: update_ref_model: true -- orpo needs no reference" in comments

@@ -135,6 +135,26 @@ def test_a_reference_costs_what_stays_of_it(reference: str) -> None:
     assert (found.host > 0) == (reference == "offloaded")
 
 
+@pytest.mark.parametrize(
+    ("live", "device", "beside", "host"),
+    [
+        # TR-DPO in 16 bits: masters beside the weights, wherever these are.
+        (Live(SEVEN, 2, False, masters=4), "cuda", 6, 0),
+        (Live(SEVEN, 2, True, masters=4), "cuda", 6 / 8, 0),
+        (Live(SEVEN, 2, True, True, masters=4), "cuda", 0, 6 / 8),
+        # BEMA: its mean in fp32 and the beginning in bf16, always in host memory.
+        (Live(SEVEN, 2, False, history=6), "cuda", 2, 6),
+        (Live(SEVEN, 2, True, history=6), "cuda", 2 / 8, 6 / 8),
+        (Live(SEVEN, 2, False, True, history=6), "cuda", 0, 8 / 8),  # offloading shards it
+        (Live(SEVEN, 4, True, history=8), "cpu", 12 / 8, 0),
+    ],
+)
+def test_a_reference_that_moves_costs_what_moves_it(live: Live, device: str, beside: float, host: float) -> None:
+    found = estimate(SEVEN, replace(EIGHT, reference=live, device=device), PACK)
+    assert found.parts["reference"] == pytest.approx(beside * SEVEN.weights, abs=1)
+    assert found.host == pytest.approx(host * SEVEN.weights, abs=1)
+
+
 def test_an_adapter_needs_no_masters_of_the_model() -> None:
     adapted = replace(SEVEN, frozen_base=True, trained=40_000_000)
     parts = estimate(adapted, replace(EIGHT, stage=2), PACK).parts

@@ -194,6 +194,10 @@ def test_a_disk_that_is_too_small_is_found_before_the_run(tmp_path):
     assert CheckContext(run_of(tmp_path, f"model.name_or_path={model}")).bytes_to_write == weights * 2
     stage2 = ("deepspeed=ds_configs/zero2.json", "checkpoint.save_every=10", "train.max_steps=15", "checkpoint.keep_last=5")
     assert CheckContext(run_of(tmp_path, f"model.name_or_path={model}", *stage2)).bytes_to_write == weights * (2 * 14 + 2)
+    # A reference that moves: masters; what it is, its mean and its beginning.
+    for moves, size in (("sync_ref_model=true", 4), ("bema=true", 2 + 4 + 2), ("mode=engine", 0)):
+        moving = run_of(tmp_path, f"model.name_or_path={model}", "checkpoint.save_every=10", f"reference.{moves}")
+        assert CheckContext(moving).bytes_to_write == weights * (3 * (12 + size) + 2)
     adapter = run_of(tmp_path, f"model.name_or_path={model}", "model.lora={r: 8}", "checkpoint.save_every=10")
     assert (CheckContext(adapter).bytes_to_write or 0) < 0.1 * weights
     layers = run_of(tmp_path, f"model.name_or_path={model}", "checkpoint.save_every=10", "model.freeze=[layers]")
