@@ -36,6 +36,13 @@ term also as `nll_loss`. `entropy` (mean over the scored tokens of both answers,
 answers' tokens than which none was more likely) and `num_tokens` (of all steps so far, each answer with its prompt) are
 TRL's too. Of a mixture, loss, accuracy and margin of each source are `source/<name>/...`, where the step has pairs of it.
 
+**Weights, margins and scores of rows.** A column named as `columns.weight` multiplies the values of preference terms, pair
+by pair; the mean is still one over all pairs of the step, so that what a pair adds does not depend on the others. NLL terms,
+means over tokens, are not weighed. `pair_weights: score_gap` makes the weights of the scores of both answers, as the loss
+`scale` of NeMo-Aligner does. `columns.margin` is a target margin m, in rewards, of `sigmoid` and `sigmoid_norm` in dpo,
+`sigmoid` in cpo and `simpo`, where it is added to gamma. Logged as `pair_weight` and `target_margin`, means over pairs.
+Held-out pairs are weighed where their own source says so.
+
 **Where TRL 1.16 is not followed.** It ignores `label_smoothing` in `sigmoid`; its BCO has no delta; its WPO weight is not
 clamped at 1; its `f_alpha_divergence_coef` is 1 - alpha; its NLL and AOT see a micro-batch, not the step; its length
 denominators count a first token that cannot be scored; SimPO's beta defaults to CPO's 0.1. `loss_type: alphapo` is written
@@ -62,7 +69,8 @@ objective: {name: dpo, loss_type: my_losses:with_target, beta: 0.2, target: 0.3,
 ```
 
 - **What it sees.** In dpo `Ratios`, of P pairs: `chosen` and `rejected` (log u, or f'(u)), `margin`,
-  `margin_per_token`, `chosen_tokens`, `rejected_tokens`, `reference_margin`; its `delta` is 0. In cpo and simpo two
+  `margin_per_token`, `chosen_tokens`, `rejected_tokens`, `reference_margin`, and `target`, the numbers of
+  `columns.margin`, or 0.0 where none is named; its `delta` is 0. In cpo and simpo two
   tensors, `chosen` and `rejected`: S in cpo, A in simpo. It returns a tensor [P], the loss of each pair; the mean
   over the pairs of the step is trained.
 - **A sum over pairs.** The value of a pair must not depend on the pairs beside it: those are whoever shares its pack.
@@ -106,6 +114,7 @@ def exceptions() -> str:
         if unfit:
             lines.append(f"- `{key}` not with {', '.join(unfit)}: it {about.unsuited}.\n")
     lines.append(
+        "- `columns.weight` and `pair_weights` not with what sorts its values, nor with `sft` alone.\n"
         "- with `sft` alone no preference modifier has an effect, and beside `rpo_alpha` it would count twice: refused.\n"
     )
     return "\n" + "".join(lines)

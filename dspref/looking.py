@@ -58,7 +58,7 @@ def check(
         def job() -> None:
             from dspref.training import survey
 
-            survey.report(config.model, config.data, sys.stdout.isatty(), config.log.samples_file)
+            survey.report(config.model, config.data_read, sys.stdout.isatty(), config.log.samples_file)
 
         raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
@@ -103,7 +103,7 @@ def inspect(
 
         objective = build_objective(**config.objective.model_dump())
         asked = inspection.Asked(tuple(row or ()), worst and worst.value, random, seed, held_out, source, ids, ranks)
-        inspection.inspect(config.model, config.data, config.train, objective, asked, format is Format.json)
+        inspection.inspect(config.model, config.data_read, config.train, objective, asked, format is Format.json)
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 
@@ -136,7 +136,7 @@ def evaluate(
         from dspref.training import held_out, stages
 
         asked = held_out.Asked(
-            config.model, config.data, config.objective.model_dump(), stages.reference_spec(config), config.train.seed,
+            config.model, config.data_read, config.objective.model_dump(), stages.reference_spec(config), config.train.seed,
             Path(config.output_dir),
         )  # fmt: skip
         # What is said on the way is for people.

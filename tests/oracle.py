@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Objective = Mapping[str, Any]
+# Of a row: weight, margin, score_chosen and score_rejected, as far as it has them.
+Given = Mapping[str, float]
 
 # ------------------------------------------------------------------------------------------------ rows -> token ids
 
@@ -125,13 +127,14 @@ def step(
     pairs: Sequence[Sequence[list[int]]],
     objective: Objective,
     delta: float | None = None,
+    given: Sequence[Given] | None = None,
 ) -> dict[str, Any]:
     """Loss, with its graph, and metrics of one optimizer step over `pairs`, as `render` gives them."""
     theirs = None
     if reference is not None:
         with torch.no_grad():
             theirs = score_pairs(reference, pairs)
-    return loss_of_scores(score_pairs(policy, pairs), theirs, objective, delta)
+    return loss_of_scores(score_pairs(policy, pairs), theirs, objective, delta, given)
 
 
 def loss_of_scores(
@@ -139,13 +142,20 @@ def loss_of_scores(
     reference: Sequence[tuple[Scores, Scores]] | None,
     objective: Objective,
     delta: float | None = None,
+    given: Sequence[Given] | None = None,
 ) -> dict[str, Any]:
-    """`delta` replaces bco's mean over this step."""
+    """`delta` replaces bco's mean over this step; `given`: the numbers of each pair's row."""
+    given = given or [{}] * len(policy)
     if objective["name"] == "dpo":
-        return dpo_step(policy, reference, objective, delta)
+        return dpo_step(policy, reference, objective, delta, given)
     if objective["name"] == "orpo":
-        return orpo_step(policy, objective)
-    return cpo_step(policy, objective)
+        return orpo_step(policy, objective, given)
+    return cpo_step(policy, objective, given)
+
+
+def times(losses: Sequence[Tensor], given: Sequence[Given]) -> list[Tensor]:
+    """Preference losses by the weights of their rows. The mean stays one over pairs."""
+    return [of_row.get("weight", 1.0) * value for of_row, value in zip(given, losses, strict=True)]
 
 
 def mean(values: Sequence[Any]) -> Tensor:
@@ -191,6 +201,8 @@ class Sums:
     r_l: Any
     n_w: int
     n_l: int
+    target: float = 0.0
+    gap: float | None = None  # of the scores of both answers
 
     @property
     def c(self) -> Any:
@@ -202,6 +214,7 @@ class Sums:
 
 
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "sigmoid_norm")
+RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 DIVERGED = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
 ALIASES = {"aot_unpaired": "aot_pair", "dpo_norm": "sigmoid_norm"}
 
@@ -211,6 +224,7 @@ def dpo_step(
     reference: Sequence[tuple[Scores, Scores]] | None,
     objective: Objective,
     delta: float | None,
+    given: Sequence[Given],
 ) -> dict[str, Any]:
     beta = objective.get("beta", 0.1)
     if objective.get("reference_free", False):
@@ -221,7 +235,9 @@ def dpo_step(
         r_w = r_l = torch.tensor(0.0, dtype=torch.float64)
         if reference is not None:
             r_w, r_l = (total(side).detach() for side in weighted(*reference[i], objective))
-        sums.append(Sums(s_w, s_l, r_w, r_l, len(ours[0].answer), len(ours[1].answer)))
+        gap = given[i]["score_chosen"] - given[i]["score_rejected"] if "score_chosen" in given[i] else None
+        lengths = len(ours[0].answer), len(ours[1].answer)
+        sums.append(Sums(s_w, s_l, r_w, r_l, *lengths, given[i].get("margin", 0.0), gap))
 
     types = objective.get("loss_type", "sigmoid")
     types = [types] if isinstance(types, str) else list(types)
@@ -240,7 +256,7 @@ def dpo_step(
         losses = dpo_losses(kind, sums, objective, delta)
         if objective.get("use_weighting", False):
             losses = [wpo_weight(*ours) * value for ours, value in zip(policy, losses)]
-        loss = loss + weight * mean(losses)
+        loss = loss + weight * mean(times(losses, given))
     if objective.get("rpo_alpha") is not None:
         loss = loss + objective["rpo_alpha"] * nll(policy)
     if "sft" in types or objective.get("rpo_alpha") is not None:
@@ -315,9 +331,14 @@ def dpo_pair_loss(kind: str, s: Sums, beta: float, smoothing: float, objective: 
     f_w, f_l = f_prime(s.c, objective), f_prime(s.j, objective)
     h = f_w - f_l
     if kind == "sigmoid":
-        return smoothed(beta * h, smoothing)
+        return smoothed(beta * h - s.target, smoothing)
     if kind == "sigmoid_norm":
-        return smoothed(beta * (f_w / s.n_w - f_l / s.n_l), smoothing)
+        return smoothed(beta * (f_w / s.n_w - f_l / s.n_l) - s.target, smoothing)
+    if kind in RPO:
+        z = torch.as_tensor(objective.get("rpo_eta", 1.0) * s.gap, dtype=torch.float64)
+        if kind == "rpo_sq":
+            return (beta * h - z) ** 2
+        return bernoulli_kl(z, beta * h) if kind == "rpo_bwd_kl" else bernoulli_kl(beta * h, z)
     if kind == "robust":
         noisy = -(1 - smoothing) * logsigmoid(beta * h) + smoothing * logsigmoid(-beta * h)
         return noisy / (1 - 2 * smoothing)
@@ -350,6 +371,12 @@ def dpo_pair_loss(kind: str, s: Sums, beta: float, smoothing: float, objective: 
     raise ValueError(kind)
 
 
+def bernoulli_kl(of: Tensor, other: Tensor) -> Tensor:
+    """KL(p || q) of two coins by their log-odds."""
+    p, q = torch.sigmoid(of), torch.sigmoid(other)
+    return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
+
+
 def smoothed(z: Tensor, smoothing: float) -> Tensor:
     """-log sigmoid(z), where a label is wrong with probability `smoothing` (cDPO)."""
     return -(1 - smoothing) * logsigmoid(z) - smoothing * logsigmoid(-z)
@@ -358,14 +385,15 @@ def smoothed(z: Tensor, smoothing: float) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- CPO and SimPO
 
 
-def cpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective) -> dict[str, Any]:
+def cpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective, given: Sequence[Given]) -> dict[str, Any]:
     sums = []
-    for won, lost in policy:
-        sums.append(Sums(total(won.answer), total(lost.answer), 0.0, 0.0, len(won.answer), len(lost.answer)))
+    for (won, lost), of_row in zip(policy, given, strict=True):
+        lengths, target = (len(won.answer), len(lost.answer)), of_row.get("margin", 0.0)
+        sums.append(Sums(total(won.answer), total(lost.answer), 0.0, 0.0, *lengths, target))
     losses, rewards = cpo_losses(sums, objective)
     per_token = cpo_kind(objective) not in ("sigmoid", "hinge")
     logps = [(s.s_w / s.n_w, s.s_l / s.n_l) if per_token else (s.s_w, s.s_l) for s in sums]
-    result: dict[str, Any] = {"loss": mean(losses), **describe(rewards, logps)}
+    result: dict[str, Any] = {"loss": mean(times(losses, given)), **describe(rewards, logps)}
     alpha = objective.get("cpo_alpha", 1.0) if objective["name"] == "cpo" else 0.0
     if alpha:
         result["loss"] = result["loss"] + alpha * nll(policy)
@@ -390,7 +418,7 @@ def cpo_losses(sums: Sequence[Sums], objective: Objective) -> tuple[list[Tensor]
             won, lost = (alpha_reward(value, objective.get("alpha", 0.0)) for value in (s.s_w / s.n_w, s.s_l / s.n_l))
         rewards.append((beta * won, beta * lost))
         if kind == "sigmoid":
-            losses.append(smoothed(beta * (won - lost), smoothing))
+            losses.append(smoothed(beta * (won - lost) - s.target, smoothing))
         elif kind == "hinge":
             losses.append(torch.clamp(1 - beta * (won - lost), min=0.0))
         elif kind == "simper":
@@ -404,7 +432,7 @@ def cpo_losses(sums: Sequence[Sums], objective: Objective) -> tuple[list[Tensor]
             if margin is None:
                 ratio = objective.get("gamma_beta_ratio")
                 margin = beta * (0.5 if ratio is None else ratio)
-            losses.append(smoothed(beta * (won - lost) - margin, smoothing))
+            losses.append(smoothed(beta * (won - lost) - margin - s.target, smoothing))
         else:
             raise ValueError(kind)
     return losses, rewards
@@ -418,13 +446,13 @@ def alpha_reward(average: Tensor, alpha: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- ORPO
 
 
-def orpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective) -> dict[str, Any]:
+def orpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective, given: Sequence[Given]) -> dict[str, Any]:
     beta = objective.get("beta", 0.1)
     averages = [(mean(won.answer), mean(lost.answer)) for won, lost in policy]
     ratios = [log_odds(won, lost) for won, lost in averages]
     likelihood = nll(policy, with_prompt=objective.get("nll_on_prompt", True))
     return {
-        "loss": likelihood - beta * mean([logsigmoid(ratio) for ratio in ratios]),
+        "loss": likelihood - beta * mean(times([logsigmoid(ratio) for ratio in ratios], given)),
         **describe([(beta * won, beta * lost) for won, lost in averages], averages),
         "nll_loss": likelihood.item(),
         "log_odds_chosen": mean(ratios).item(),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import secrets
-from dspref.config import hints, objective_checks, outcome_checks, strategy
+from dspref.config import given_checks, hints, objective_checks, outcome_checks, strategy
 from dspref.config.objective_checks import Complaint
 from dspref.config.paths import shipped
 from dspref.config.sections import Config, Section, SourceSection
@@ -35,6 +35,9 @@ RANK_NAME = re.compile(r"(^|[._-])rank(s|ing|ings)?$", re.IGNORECASE)
 
 # Far beyond any count of steps, pairs or tokens, and well within 64 bits.
 MOST = 10**15
+
+# Columns that a template leaves a place for.
+BESIDE_TEMPLATE = {"tools", "source_language", "target_language", *given_checks.NAMES}
 
 # Of model.lora, what goes with a saved adapter, which brings the rest.
 BESIDE_PATH = {"path", "lora_dropout", "merge_on_export"}
@@ -192,15 +195,10 @@ def _check_lengths(config: Config) -> Iterator[Complaint]:
 
 
 def _check_sources(config: Config) -> Iterator[Complaint]:
-    data = config.data
-    if not data.shuffle and data.keep_together != "row":
+    if not config.data.shuffle and config.data.keep_together != "row":
         yield ("data", "keep_together"), "has no effect with shuffle: false, which keeps the order of the files"
-    several = isinstance(data.train, list)
-    for number, source in enumerate(data.train_sources):
-        yield from _check_source(source, ("data", "train", number) if several else ("data", "train"))
-    named = isinstance(data.eval, Mapping)
-    for name, source in data.source_keys("eval").items():
-        yield from _check_source(source, ("data", "eval", name.removeprefix("data.eval.")) if named else ("data", "eval"))
+    for own, source in given_checks.placed(config.data):
+        yield from _check_source(source, own)
 
 
 def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator[Complaint]:
@@ -208,8 +206,9 @@ def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator
     columns = source.columns.named
     if source.format and (fault := own_format.fault_of(source.format)):
         yield (*own, "format"), fault
-    if source.format and (source.template or columns):
-        beside = ("template",) if source.template else ("columns", min(columns))
+    of_texts = columns.keys() - set(given_checks.NAMES)  # those of numbers name what the format gives
+    if source.format and (source.template or of_texts):
+        beside = ("template",) if source.template else ("columns", min(of_texts))
         yield (*own, *beside), "has no effect beside format, whose function names the fields itself; drop one of them"
     ranked = [key for key in ("completions", "scores", "ranks") if key in columns]
     answers = [key for key in ("chosen", "rejected") if key in columns]
@@ -218,7 +217,7 @@ def _check_source(source: SourceSection, own: tuple[str | int, ...]) -> Iterator
         yield (*own, "pairs"), "is for rows of completions; a template makes one pair of a row"
     elif source.template and ranked:
         yield (*own, "columns", ranked[0]), "is for rows of completions; a template makes one pair of a row"
-    elif source.template and (unread := sorted(columns.keys() - {"tools", "source_language", "target_language"})):
+    elif source.template and (unread := sorted(columns.keys() - BESIDE_TEMPLATE)):
         yield (*own, "columns", unread[0]), "has no effect beside a template, which makes the texts; drop one of them"
     elif ranked and answers:
         yield (
@@ -316,6 +315,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     lambda config: objective_checks.check_reference_needed(config.objective, config.reference),
     _check_lengths,
     _check_sources,
+    lambda config: given_checks.check_given(config.data, config.objective),
     _check_schedule,
     _check_profile,
     outcome_checks.check_best,

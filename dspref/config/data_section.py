@@ -16,6 +16,9 @@ from dspref.config.section import Section, one_or_list
 ENDINGS = re.compile(r"(\.(jsonl|json|parquet|csv|arrow))?(\.(gz|bz2|xz))?$")
 
 
+SCORES = ("score_chosen", "score_rejected")
+
+
 class Columns(Section):
     prompt: str = "prompt"
     """Column that holds the prompt."""
@@ -47,6 +50,16 @@ class Columns(Section):
     """Column that holds their scores, higher is better; `column.key`: a key of each item. Default: `scores`."""
     ranks: str | None = None
     """Column that holds their ranks, 1 is the best; `column.key`: a key of each item. Default: `ranks`, without `scores`."""
+    weight: str | None = None
+    """Column that holds what the pair weighs in the loss, at least 0: its value is multiplied by it, and the mean stays one
+    over all pairs; null: 1."""
+    margin: str | None = None
+    """Column that holds the target margin of the pair's rewards, in sigmoid, sigmoid_norm and simpo; null: 0."""
+    score_chosen: str | None = None
+    """Column that holds the score of the better answer, of pairs of two answers. Default: `score_chosen`, where
+    `objective.loss_type` (rpo_*) or `pair_weights` reads scores."""
+    score_rejected: str | None = None
+    """Column that holds the score of the worse answer. Default: `score_rejected`, likewise."""
 
     @property
     def named(self) -> dict[str, str]:
@@ -99,10 +112,20 @@ class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
     """`module:function` of your own: a function of a raw row that gives a row as dspref reads it, in place of it."""
     pairs: Literal["all", "best_against_rest", "best_against_worst"] = "all"
     """Of a row with several scored answers, which two make a pair; equal scores make none."""
+    pair_weights: Literal["score_gap"] | None = None
+    """`score_gap`: a pair weighs in the loss as much as the scores of its answers are apart, those of `columns.scores` or of
+    `columns.score_chosen` and `score_rejected`. Scale them so that the mean gap is about 1, or the learning rate to it."""
 
     @property
     def as_(self) -> str | None:
         return getattr(self, "as")
+
+    def reading(self, scores: bool) -> SourceSection:
+        """The same with the columns of the answers' scores named, where `scores` are read or weights are made of them."""
+        if not scores and self.pair_weights is None:
+            return self
+        own = {name: getattr(self.columns, name) or name for name in SCORES}
+        return self.model_copy(update={"columns": self.columns.model_copy(update=own)})
 
 
 def source_in_full(value: Any) -> Any:
@@ -164,6 +187,16 @@ class DataSection(Section):
     prompt, or none."""
     on_bad_row: Literal["error", "drop"] = "error"
     """What to do with a row that cannot be used: stop and name it, or leave it out and count it."""
+
+    def reading(self, scores: bool) -> DataSection:
+        """The same with the columns named that are read by their own names where something asks for them: `scores`."""
+        train, held_out = self.train, self.eval
+        train = [one.reading(scores) for one in train] if isinstance(train, list) else train.reading(scores)
+        if isinstance(held_out, dict):
+            held_out = {name: one.reading(scores) for name, one in held_out.items()}
+        elif held_out is not None:
+            held_out = held_out.reading(scores)
+        return self.model_copy(update={"train": train, "eval": held_out})
 
     def source_keys(self, of: Literal["train", "eval"]) -> dict[str, SourceSection]:
         """The sources of train or eval by their keys in the YAML."""

@@ -20,6 +20,7 @@ from dspref.config.paths import FilePath, TemplatePath, shipped
 from dspref.config.reference_section import BemaSection, ReferenceSection, bema_in_full
 from dspref.config.section import Section
 from dspref.config.train_section import ProfileSection, StopWhenSection, TrainSection, profile_in_full
+from dspref.objectives import needs_scores
 
 
 class LoraSection(Section):
@@ -204,6 +205,11 @@ class Config(Section):
     def strategy(self) -> dict[str, Any]:
         """The DeepSpeed strategy as a mapping, read from its file where `deepspeed` is a path."""
         return strategy.load(shipped(self.deepspeed)) if isinstance(self.deepspeed, str) else self.deepspeed
+
+    @property
+    def data_read(self) -> DataSection:
+        """`data` with the columns named that the objective reads by their own names."""
+        return self.data.reading(needs_scores(**self.objective.model_dump()))
 
     @property
     def judged_by(self) -> str | None:

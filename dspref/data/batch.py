@@ -18,7 +18,7 @@ from dspref.data.images import Images, Laid, Pictures
 from dspref.data.truncate import TokenizedPair
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 # Span of a scored token = side x P + pair, so that one index_add gives all sums as [sides, P].
@@ -59,7 +59,8 @@ class PackedBatch:
     every scored token counts once, in order). `multiplicity`: how often a token would be computed without any sharing.
 
     `prompts`: of an encoder-decoder model, whose decoder reads all the rest: answers without their prompts. `images`: of a
-    model that reads these too, in prompts; its positions may have several axes."""
+    model that reads these too, in prompts; its positions may have several axes. `given`: numbers that the rows have beside
+    their texts, float32, by the fields of `PairLogps`; the same names in every pack of a store, and no model sees them."""
 
     input_ids: Int[Tensor, "T"]
     position_ids: Int[Tensor, "T"] | Int[Tensor, "A T"]
@@ -78,6 +79,7 @@ class PackedBatch:
     num_pairs: int
     prompts: Prompts | None = None
     images: Images | None = None
+    given: Mapping[str, Float[Tensor, "P"]] | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; asynchronous from pinned memory."""
@@ -114,6 +116,7 @@ def collate(
     score_prompt: bool = False,
     encoder_decoder: bool = False,
     pictures: Pictures | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> PackedBatch:
     """Lay pairs out in one row. With `prefix_sharing`, pairs of one prompt are `[prompt | answer | answer | ...]`: the
     prompt and each distinct answer are computed once; without, a pair is `[prompt | chosen][prompt | rejected]`. Log-probs
@@ -121,7 +124,7 @@ def collate(
 
     `score_prompt`: the prompt's tokens 2..n are scored too, for every pair. `encoder_decoder`: prompts lie apart, and
     answers, which begin with the decoder's start token, lose their last one, which is a target alone. `pictures`: the images
-    of the pairs, of a model that reads some."""
+    of the pairs, of a model that reads some. `given`: numbers of each pair, float32 [P] by name."""
     if pictures and score_prompt:
         raise ValueError("image tokens are no text that a model could be asked for: prompts with images are not scored")
     groups = groups_of(pairs, prefix_sharing, score_prompt, pictures.digests if pictures else None)
@@ -158,6 +161,7 @@ def collate(
         num_pairs=len(pairs),
         prompts=_prompts(groups, starts) if encoder_decoder else None,
         images=pictures.images(laid) if pictures else None,
+        given={name: torch.from_numpy(numbers) for name, numbers in given.items()} if given else None,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dspref.data.formats import Preference
+from dspref.data.given import NAMES
 from dspref.data.messages import REASONING, messages_of, says_the_same, squeezed, unwrapped
 from dspref.data.normalise import OPTIONAL_FIELDS, conversation_in
 from dspref.data.rows import CONVERSATIONS, REJECTED, Message, RowError, Text, Values, is_message
@@ -26,6 +27,7 @@ TOLD = {
     "functions": f"pair beside functions, OpenAI's older tools: {NOT_USED} ({USE})".format("tools", "functions"),
     "completions": f"pair beside scored completions: {NOT_USED} ({USE})".format("completions", "completions"),
     "rejected": "pair of scored completions beside a rejected answer, which is not used",
+    **{name: f"pair beside a {name}, which is not used ({USE})".format(name, name) for name in NAMES[:2]},
 }
 
 # Keys by which other tools leave a turn out of the loss: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train`.
@@ -106,6 +108,7 @@ def _unused(there: Values, preference: Preference, ranked: bool, asked: bool) ->
         yield "rejected"
     if not ranked and "completions" in there and ("scores" in there or "ranks" in there):
         yield "completions"
+    yield from (name for name in NAMES[:2] if isinstance(there.get(name), int | float))
 
 
 def _messages(part: Text) -> Sequence[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from dspref.data.cache import Column, seal
 from dspref.data.complaints import Complaints, in_words
 from dspref.data.converting import Converter, Place
 from dspref.data.formats import Preference
+from dspref.data.given_store import GivenColumn
 from dspref.data.image_files import Picture, folder_of, look_at
 from dspref.data.image_store import ImageWriter
 from dspref.data.manners import Learned
@@ -28,7 +29,7 @@ from dspref.data.sameness import content_of, numbered
 from dspref.data.sources import Listing, Source
 from dspref.data.template import Rendering, render
 from dspref.data.tokenize import Ids, Whole, ids_of, split
-from dspref.data.truncate import Limits, TokenizedPair
+from dspref.data.truncate import Limits, TokenizedPair, in_force
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,11 +51,12 @@ Log = Callable[[str], None]
 
 
 class Chunk(NamedTuple):
-    """Some rows, and of each pair that they give the row in the chunk, and its texts."""
+    """Some rows, and of each pair that they give the row in the chunk, its texts, and the numbers beside these."""
 
     rows: Sequence[Place]
     of: list[int]
     texts: list[Rendering | RowError]
+    given: list[Mapping[str, float]]
 
 
 def build(
@@ -115,7 +117,8 @@ class Reader:
             converted = [(k, self.looked(within_reason(item), chunk[k][1])) for k, item in convert(chunk)]
             notes.update(self._notes([item for _, item in converted if isinstance(item, Preference)], source))
             texts = [render(item, self.tokenizer, self.learned, self.scored) for _, item in converted]
-            yield Chunk(chunk, [k for k, _ in converted], texts)
+            given = [item.given if isinstance(item, Preference) else {} for _, item in converted]
+            yield Chunk(chunk, [k for k, _ in converted], texts, given)
         if not convert.pairs_made:
             where = f"give completions and scores by {source.format}"
             where = where if source.format else f"name the columns of the answers and their scores in {source.key}.columns"
@@ -173,6 +176,7 @@ class _Files:
     places: Column
     """(file through all sources, line) of each pair."""
     same: Column
+    given: GivenColumn
 
     @classmethod
     def create(cls, folder: Path) -> _Files:
@@ -180,10 +184,8 @@ class _Files:
             "tokens": (np.int32, None), "mask": (np.bool_, None), "offsets": (np.int64, None), "scored": (np.int64, 2),
             "uncut": (np.int32, 3), "rows": (np.int64, None), "places": (np.int64, 2), "same": (np.int64, 3),
         }  # fmt: skip
-        return cls(**{name: Column(folder / f"{name}.npy", dtype, width) for name, (dtype, width) in layout.items()})
-
-    def all(self) -> list[Column]:
-        return list(vars(self).values())
+        columns = {name: Column(folder / f"{name}.npy", dtype, width) for name, (dtype, width) in layout.items()}
+        return cls(**columns, given=GivenColumn(folder / "given.npy"))
 
 
 @dataclass
@@ -231,8 +233,9 @@ class _Build:
 
     def add(self, chunk: Chunk, ids: Ids, encoder: Encoder, first_file: int) -> None:
         """Split and truncate the pairs of a chunk, and keep them or note why they are left out."""
-        kept, uncut, rows, places, pictures = [], [], [], [], []
-        for k, texts, item in zip(chunk.of, chunk.texts, split(chunk.texts, ids, encoder), strict=True):
+        kept, uncut, rows, places, pictures, given = [], [], [], [], [], []
+        items = split(chunk.texts, ids, encoder)
+        for k, texts, numbers, item in zip(chunk.of, chunk.texts, chunk.given, items, strict=True):
             file, row = chunk.rows[k]
             self.seen += 1
             if (pair := self._cut(item, row)) is not None and isinstance(texts, Rendering):
@@ -241,11 +244,13 @@ class _Build:
                 rows.append(self.read + k)
                 places.append((first_file + file, row.line))
                 pictures.append(texts.images)
+                given.append(numbers)
                 self.notes.update(texts.notes)
                 self.conversations += not texts.special
         self.read += len(chunk.rows)
         if kept:
             self.files.uncut.append(uncut)
+            self.files.given.append(given)
             self._write(kept, rows, places, pictures)
 
     def _cut(self, item: Whole | RowError, row: Row | BadRow) -> TokenizedPair | None:
@@ -302,9 +307,10 @@ class _Build:
         """Complete the files; a digest of the pairs themselves: all that decides what a run trains on."""
         self.files.offsets.append([self.tokens])
         self.files.same.append(numbered(np.frombuffer(self.digests, dtype="<u8").reshape(-1, 2)))
-        for column in self.files.all():
+        for column in vars(self.files).values():
             column.close()
         decisive = [self.files.tokens, self.files.offsets, self.files.rows, *([self.files.mask] if self.masked else [])]
+        decisive += self.files.given.content_columns
         if not self.masked:
             self.files.mask.path.unlink()
         content = hashlib.sha256(repr(self.source_rows).encode())
@@ -320,16 +326,10 @@ class _Build:
         counts["sources"] = self.sources
         measures = {"largest_id": self.largest_id, "longest": self.longest, "max_length": self.limits.max_length}
         said = {"dropped": self.dropped.counts(), "notes": dict(+self.notes)}
-        how = {"truncated": self.cut, "limits": _in_force(self.limits), **({"apart": True} if self.apart else {})}
+        how = {"truncated": self.cut, "limits": in_force(self.limits), **({"apart": True} if self.apart else {})}
         if self.images:
             how["images"] = len(self.images.table)
         return {**counts, **measures, **said, **how}
-
-
-def _in_force(limits: Limits) -> str:
-    """The limits that are set, in words."""
-    names = ("max_length", "max_prompt_length", "max_completion_length")
-    return ", ".join(f"{name} {getattr(limits, name)}" for name in names if getattr(limits, name) is not None)
 
 
 def _masks(pair: TokenizedPair) -> Iterator[np.ndarray]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from math import isfinite
 from typing import Any
 
 from dspref.data.beside import unused
 from dspref.data.formats import Preference, pair_of, to_preference
+from dspref.data.given import OF_RANKS, SCORES, given_in, number_of, of_scores, with_gap
 from dspref.data.image_rows import column_of
 from dspref.data.labelled import is_labelled, to_answer
 from dspref.data.messages import answer_of, is_blank, stripped, unwrapped
@@ -19,9 +18,8 @@ from dspref.data.rows import Columns, RowError, Text, Values, close_name, find, 
 
 SAMPLED_TWICE = "pair of a row with equal answers of several scores, some of which make no pair: none is better than itself"
 RANKED_FIELDS = ("completions", "scores", "ranks")
-
-# A number as text. What is more than that, such as `4/5` or `N/A`, is for the user to read.
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.A)
+# (score, answer)
+Scored = tuple[float, Text]
 
 # Which of n answers, best first, make a pair. All pairs: InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
@@ -41,21 +39,25 @@ def to_preferences(
     chat_model: bool = False,
     repeated: bool = True,
     key: str = "data.train",
+    pair_weights: str | None = None,
 ) -> list[Preference | RowError]:
     """Convert one raw row, which may hold several scored answers instead of two: `pairs` says which of them make a pair
-    (all | best_against_rest | best_against_worst). An answer that cannot be used is an error in its place, and the others
-    make pairs. Takes `as_`, `chat_model` and `repeated`, and raises, as `to_preference` does; `key` is where the source
-    stands in the YAML, for the fixes of errors."""
+    (all | best_against_rest | best_against_worst), and `pair_weights` what pairs weigh (score_gap; None: what the row says).
+    An answer that cannot be used is an error in its place, and the others make pairs. Takes `as_`, `chat_model` and
+    `repeated`, and raises, as `to_preference` does; `key`: where the source stands in the YAML, for the fixes of errors."""
     try:
         if not template and is_labelled(values, columns):
-            made, ranked = [to_answer(values, columns, as_=as_, chat_model=chat_model)], False
+            answer = to_answer(values, columns, as_=as_, chat_model=chat_model)
+            made, ranked = [replace(answer, given=given_in(values, given(columns)))], False
         elif template or not is_ranked(values, columns):
             _refuse_beside_template(columns, pairs, template)
-            made = [to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)]
-            ranked = False
+            pair = to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)
+            made, ranked = [replace(pair, given=given_in(values, given(columns)))], False
         else:
             about_images = chat_model and "images" in column_of(values, given(columns))  # a text has no place for one
             made, ranked = _pairs_of(values, columns, pairs, as_ or ("chat" if about_images else None)), True
+        if pair_weights is not None:
+            made = [replace(item, given=with_gap(item.given)) if isinstance(item, Preference) else item for item in made]
     except RecursionError:
         raise RowError("row", "nested too deeply", "write a plainer row") from None
     except RowError as error:
@@ -95,45 +97,56 @@ def _pairs_of(values: Values, columns: Columns | None, pairs: str, as_: str | No
     if beside := sorted(named.keys() & {"chosen", "rejected"}):
         raise RowError(f"columns.{beside[0]}", "two answers and several scored ones are given", "name one or the other")
     answers, errors = ranked(values, named, as_)
+    shared = given_in(values, {name: column for name, column in named.items() if name not in SCORES})
+    scored = any(name in named for name in SCORES)
+    if scored and _judged_by(values, named) == "ranks":
+        raise RowError("ranks", OF_RANKS, "set data.train.columns.scores")
     candidates = [(answers[i], answers[j]) for i, j in PAIRINGS[pairs](len(answers))]
-    better = [(best, worst) for (high, best), (low, worst) in candidates if high > low]
+    better = [(best, worst) for best, worst in candidates if best[0] > worst[0]]
     kept = _agreed(better, answers)
     if not kept and not errors:
         reason = "no answer is better than another" + (", as equal answers have several scores" if better else "")
         raise RowError("completions", reason, droppable=True)
     fields = normalise(values, columns, None, as_, ranked=True)
-    made = [_pair(fields, best, worst, values, columns) for best, worst in kept]
+    made = [_pair(fields, best, worst, values, columns, shared, scored) for best, worst in kept]
     said = {str(error): error for error in made if isinstance(error, RowError)}
     told = (SAMPLED_TWICE,) if len(kept) < len(better) else ()
     pairs_made = [replace(item, unused=told) for item in made if isinstance(item, Preference)]
     return [*errors, *said.values(), *pairs_made]
 
 
-def _agreed(candidates: Sequence[tuple[Text, Text]], answers: Sequence[tuple[float, Text]]) -> list[tuple[Text, Text]]:
+def _agreed(candidates: Sequence[tuple[Scored, Scored]], answers: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
     """Pairs of a better and a worse answer without those that the scores of the row say the other way round too: an answer
     that was sampled twice may have one score above another answer's and one below. Nor is it better than itself."""
     texts = [(score, repr(stripped(answer))) for score, answer in answers]
     said = {(best, worst) for high, best in texts for low, worst in texts if high > low}
 
-    def holds(pair: tuple[Text, Text]) -> bool:
-        best, worst = (repr(stripped(answer)) for answer in pair)
+    def holds(pair: tuple[Scored, Scored]) -> bool:
+        best, worst = (repr(stripped(answer)) for _, answer in pair)
         return best != worst and (worst, best) not in said
 
     return [pair for pair in candidates if holds(pair)]
 
 
-def _pair(fields: Values, best: Text, worst: Text, values: Values, columns: Columns | None) -> Preference | RowError:
+def _pair(
+    fields: Values,
+    best: Scored,
+    worst: Scored,
+    values: Values,
+    columns: Columns | None,
+    shared: Mapping[str, float],
+    scored: bool,
+) -> Preference | RowError:
     prompt = fields.get("prompt")
-    answers = {"chosen": answer_of(best, "chosen", prompt), "rejected": answer_of(worst, "rejected", prompt)}
+    answers = {"chosen": answer_of(best[1], "chosen", prompt), "rejected": answer_of(worst[1], "rejected", prompt)}
     try:
-        return pair_of(without_null_prompt({**fields, **answers}, given(columns)), values, columns)
+        numbers = {**shared, **(of_scores(best[0], worst[0]) if scored else {})}
+        return replace(pair_of(without_null_prompt({**fields, **answers}, given(columns)), values, columns), given=numbers)
     except RowError as error:
         return error
 
 
-def ranked(
-    values: Values, named: Mapping[str, str], as_: str | None = None
-) -> tuple[list[tuple[float, Text]], list[RowError]]:
+def ranked(values: Values, named: Mapping[str, str], as_: str | None = None) -> tuple[list[Scored], list[RowError]]:
     """(score, answer) of a row's answers, best first, equal scores in the order of the row, and errors for those that cannot
     be used; what has no score is left out. The score of a rank is what lies below it."""
     by = _judged_by(values, named)
@@ -151,7 +164,7 @@ def ranked(
         if score is None or (isinstance(score, str) and not score.strip()):
             continue
         try:
-            better = _number(score, f"{of_scores}[{number}]") * (-1 if by == "ranks" else 1)
+            better = number_of(score, f"{of_scores}[{number}]") * (-1 if by == "ranks" else 1)
             known.append((better, _answer(completion, f"{of_answers}[{number}]", as_)))
         except RowError as error:
             errors.append(error)
@@ -167,17 +180,6 @@ def _judged_by(values: Values, named: Mapping[str, str]) -> str:
         fix = "name one: data.train.columns.scores (higher is better) or data.train.columns.ranks (lower is better)"
         raise RowError("ranks", "scores and ranks are given", fix)
     return both[0] if both else "scores"
-
-
-def _number(value: Any, place: str) -> float:
-    """A score or rank; a number that is written as text, too."""
-    value = float(value) if isinstance(value, str) and NUMBER.fullmatch(value.strip()) else value
-    try:
-        if not isinstance(value, bool) and isfinite(value):
-            return float(value)
-    except (TypeError, OverflowError):
-        pass
-    raise RowError(place, f"not a finite number: {value!r}")
 
 
 def _answer(value: Any, place: str, as_: str | None) -> Text:

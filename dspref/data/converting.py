@@ -14,6 +14,7 @@ from typing import Any
 
 from dspref.data.completions import is_ranked, to_preferences
 from dspref.data.formats import Preference
+from dspref.data.given import NAMES
 from dspref.data.normalise import OPTIONAL_FIELDS
 from dspref.data.own_format import Given, OwnFormat, as_given, own_format
 from dspref.data.row_template import columns_of
@@ -36,6 +37,7 @@ class Converter:
         self.pairs_made = self.source.pairs == "all"
         """Whether `pairs` has had an effect on a row, where it is set."""
         self.how = {"as_": self.source.as_, "chat_model": chat_model, "key": self.source.key}
+        self.how["pair_weights"] = self.source.pair_weights
         self.lacking: dict[str, None] | None = None
         """Columns that a row has, with null, where it lacks them; None while it has not been looked for them."""
         self.repeated: bool | None = None
@@ -65,7 +67,7 @@ class Converter:
 
     def _decisive(self) -> set[str]:
         named = given(self.source.columns)
-        own = {named[field] for field in ("system", *OPTIONAL_FIELDS) if field in named}
+        own = {named[field] for field in ("system", *OPTIONAL_FIELDS, *NAMES) if field in named}
         if self.source.template:
             return own | columns_of(self.source.template)
         return own | ({*SYSTEM} - set(named.values()))
@@ -127,7 +129,9 @@ def _pairs_of(
     item: Given, source: Source, own: OwnFormat | None, lacking: Mapping[str, None], how: Mapping[str, Any]
 ) -> list[Preference | RowError]:
     how = {**how, "repeated": False} if item.literal else how
-    columns = source.columns if own is None else item.columns
+    columns = source.columns
+    if own is not None:
+        columns = item.columns | {name: column for name, column in (source.columns or {}).items() if name in NAMES}
     values = {**lacking, **item.values} if lacking else item.values
     made: list[Preference | RowError]
     try:

@@ -62,6 +62,8 @@ class Preference:
     """Of a conversation made of three texts, whether both answers begin with the prompt's in the row; else None."""
     parted: bool = field(default=False, compare=False)
     """And whether white space parts it from what follows."""
+    given: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Numbers of the row that are read beside the texts, by `given.NAMES`: they are not what the pair says."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """What is to be said of columns of the row that are no part of the pair."""
 

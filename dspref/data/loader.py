@@ -191,6 +191,7 @@ class StepPacks:
             collate(
                 [store[i] for i in ids.tolist()], ids.tolist(), prefix_sharing=sharing, score_prompt=score_prompt,
                 encoder_decoder=store.apart, pictures=store.pictures(ids.tolist()),
+                given=store.given.of(ids.tolist()),
             )
             for ids in self.ids[packing.rank]
         )  # fmt: skip

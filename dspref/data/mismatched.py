@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from dspref.data.given_store import Given
 from dspref.data.images import Pictures
 from dspref.data.store import PairStore
 from dspref.data.truncate import TokenizedPair
@@ -32,7 +33,7 @@ class Mismatched:
 
     def __init__(self, pairs: PairStore, prompts: np.ndarray, answers: np.ndarray) -> None:
         self.pairs, self.prompts, self.answers = pairs, prompts, answers
-        self.apart, self.reads_images = pairs.apart, pairs.reads_images
+        self.apart, self.reads_images, self.given = pairs.apart, pairs.reads_images, Given(None, len(prompts))
         self.lengths = pairs.lengths[answers].copy()
         self.lengths[:, 0] = pairs.lengths[prompts, 0]
         if not self.apart:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from json import JSONDecodeError, JSONDecoder
 from typing import Any, cast
 
+from dspref.data.given import NAMES
 from dspref.data.image_rows import column_of
 from dspref.data.messages import answer_of, is_said, messages_of, says_the_same, system_text, unwrapped
 from dspref.data.row_template import fill
@@ -85,7 +86,7 @@ def normalise(
 
 
 def _refuse_columns(named: Mapping[str, str]) -> None:
-    if unread := sorted(set(named) - {*OPTIONAL_FIELDS, *LANGUAGES, "images"}):
+    if unread := sorted(set(named) - {*OPTIONAL_FIELDS, *LANGUAGES, "images", *NAMES}):
         raise RowError(f"columns.{unread[0]}", "has no effect beside template, which makes the texts", "drop one of them")
 
 

@@ -100,7 +100,7 @@ def _as_row(pair: Preference) -> dict[str, Any]:
         answers = {"completion": pair.chosen, "label": pair.label}
     beside = {"tools": pair.tools, "chat_template_kwargs": pair.chat_template_kwargs, "images": list(pair.images)}
     beside |= {"source_language": source, "target_language": target}
-    return {"prompt": pair.prompt, **answers, **{name: value for name, value in beside.items() if value}}
+    return {"prompt": pair.prompt, **answers, **pair.given, **{name: value for name, value in beside.items() if value}}
 
 
 def as_given(pair: Preference, given: Given) -> Preference:

@@ -42,6 +42,8 @@ class Source:
     columns: Mapping[str, str] | None = None
     template: Mapping[str, str] | None = None
     pairs: str = "all"
+    pair_weights: str | None = None
+    """score_gap: pairs weigh as much as the scores of their answers are apart, whose columns are named then."""
     as_: str | None = None
     """What texts are: chat | text; None: what `to_preference` takes them for."""
     key: str = "data.train"

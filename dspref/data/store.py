@@ -21,6 +21,7 @@ from dspref.data.cache import put_in_place, report_of, scratch_folder
 from dspref.data.complaints import in_words
 from dspref.data.converting import format_of
 from dspref.data.formats import check_template
+from dspref.data.given_store import Given
 from dspref.data.image_files import NOTHING, Shown, folder_of
 from dspref.data.image_store import StoredImages, address_of, pictures_of
 from dspref.data.images import Pictures
@@ -74,6 +75,7 @@ class PairStore:
         """Of these, the tokens that a model computes: without the last of an answer, where prompts lie apart."""
         self.uncut: np.ndarray = np.asarray(_mapped(folder / "uncut.npy"))
         """Tokens of prompt, chosen and rejected before truncation, int32 [n, 3]."""
+        self.given = Given(folder / "given.npy" if "given.npy" in self.report["files"] else None, len(self.rows))
         self._files = list(files)
         self._sight, self._images = sight, None
         if sight is not None:

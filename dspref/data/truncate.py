@@ -38,6 +38,12 @@ class Limits:
     on_overlong: str = "truncate"
 
 
+def in_force(limits: Limits) -> str:
+    """The limits that are set, in words."""
+    names = ("max_length", "max_prompt_length", "max_completion_length")
+    return ", ".join(f"{name} {getattr(limits, name)}" for name in names if getattr(limits, name) is not None)
+
+
 def truncate(pair: TokenizedPair, limits: Limits, head: int = 0, tail: int = 0) -> TokenizedPair:
     """Cut a pair to the limits; both sides keep the same prompt, and answers lose their end.
 

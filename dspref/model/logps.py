@@ -92,7 +92,8 @@ def counted(tokens: TokenLogps, batch: PackedBatch) -> TokenLogps:
 
 
 def pair_logps(tokens: TokenLogps, batch: PackedBatch) -> PairLogps:
-    """Sums and counts of the scored tokens of each answer of a pack, and of its prompts where they are scored."""
+    """Sums and counts of the scored tokens of each answer of a pack, and of its prompts where they are scored; with the
+    numbers that the rows give."""
     pairs, span, counts = batch.num_pairs, batch.span_index, scored_tokens(batch)
     common = torch.minimum(counts[0], counts[1])
     # Each span in two: within the length that both answers of the pair have, and beyond.
@@ -113,6 +114,7 @@ def pair_logps(tokens: TokenLogps, batch: PackedBatch) -> PairLogps:
         prompt_tokens=counts[2],
         chosen_collision=collision[0],
         rejected_collision=collision[1],
+        **(batch.given or {}),
     )
 
 

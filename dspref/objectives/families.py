@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dspref.objectives import likelihoods, losses
+from dspref.objectives import likelihoods, losses, weights
+from dspref.objectives.key import Key
 from dspref.objectives.losses import (
     Divergence,
     LossFunction,
@@ -49,6 +50,12 @@ class PairLogps:
     chosen_collision: Float[Tensor, "P"] | None = None
     """Sum of the collision entropies -log sum_v p(v)^2 at the answer's tokens, without gradient."""
     rejected_collision: Float[Tensor, "P"] | None = None
+    weight: Float[Tensor, "P"] | None = None
+    """Of rows that give it, as the three below: what the preference terms of the pair are multiplied by; 1 elsewhere."""
+    margin: Float[Tensor, "P"] | None = None
+    """The target margin of the reward; 0 elsewhere."""
+    score_chosen: Float[Tensor, "P"] | None = None
+    score_rejected: Float[Tensor, "P"] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PairLogps:
         """The same with `function` applied to every tensor that is there."""
@@ -111,21 +118,6 @@ def total(loss: PairLoss, counts: Mapping[str, int]) -> Float[Tensor, ""]:
 
 
 @dataclass(frozen=True)
-class Key:
-    """What must be known of a YAML key beyond its range and default, which are those of the argument."""
-
-    meaning: str
-    suits: Callable[[Loss], bool] = lambda loss: True
-    """Whether it can have an effect on a loss."""
-    unsuited: str = ""
-    """Why it has none on the others."""
-    has_effect: Callable[[Mapping[str, Any]], bool] = lambda section: True
-    """Whether the other keys of an `objective` section leave it an effect."""
-    muted: str = ""
-    """Why they do not."""
-
-
-@dataclass(frozen=True)
 class Loss:
     """One row of the table: a loss, and what must be known of it beyond its equation."""
 
@@ -142,6 +134,10 @@ class Loss:
     """Its reference point is the KL estimate from mismatched pairs, answers to other prompts, of the step."""
     shaped: bool = False
     """It has a reward of its own shape, which no other may replace."""
+    targeted: bool = False
+    """The target margin that a row gives has a place in it."""
+    scores: bool = False
+    """It needs the scores of both answers."""
     divergent: bool = False
     """Built on the margin, so that another f-divergence may take the place of the log-ratios."""
     keys: Mapping[str, Key] = field(default_factory=dict, hash=False)
@@ -196,7 +192,8 @@ def dpo(
 
     `reference_free`: log u = S, a uniform reference. `ld_alpha`: S and R count the tokens beyond the shorter answer's length
     by this share (LD-DPO). `f_divergence_type`: f'(u) takes the place of log u. `use_weighting`: pairs are weighed by the
-    policy's own probability of them (WPO). `rpo_alpha`: adds the chosen answer's NLL with this weight (RPO).
+    policy's own probability of them (WPO). `rpo_alpha`: adds the chosen answer's NLL with this weight (RPO). Weights that
+    rows give (`columns.weight`) multiply the values of all losses but the NLLs, and the mean stays that over all pairs.
     """
     if reference_free or reference is None:
         reference = policy.map(lambda values: 0 * values.detach())
@@ -208,7 +205,8 @@ def dpo(
         losses.divergence(x, f_divergence_type, f_alpha_divergence_coef) for x in (ratios.chosen, ratios.rejected)
     )
     scores = replace(ratios, chosen=chosen, rejected=rejected)
-    scale = own_probability(policy) if use_weighting else 1.0
+    own = own_probability(policy) if use_weighting else 1.0
+    scale = weights.weighed(policy.weight, own)
     terms = {
         part.component: part.term(policy.chosen if part.loss.normaliser == "tokens" else scores, scale=scale)
         for part in parts
@@ -226,8 +224,8 @@ def dpo(
     if any(part.loss.running_mean for part in parts):
         logged["bco_delta"] = 0 * ratios.chosen + delta
     if use_weighting:
-        logged["wpo_weight"] = 0 * ratios.chosen + scale
-    return PairLoss(terms, _detached(logged))
+        logged["wpo_weight"] = 0 * ratios.chosen + own
+    return PairLoss(terms, _detached(logged | weights.logged(policy.weight, policy.margin)))
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps, delta: float) -> Ratios:
@@ -239,6 +237,8 @@ def log_ratios(policy: PairLogps, reference: PairLogps, delta: float) -> Ratios:
         policy.rejected_tokens,
         reference.chosen - reference.rejected,
         delta,
+        0.0 if policy.margin is None else policy.margin,
+        weights.score_gap(policy.score_chosen, policy.score_rejected),
     )
 
 
@@ -279,12 +279,13 @@ def cpo(
     averages = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
     logps = averages if part.loss.normaliser == "mean" else (policy.chosen, policy.rejected)
     scores = [likelihoods.power_reward(x, alpha) for x in logps]
+    target = (policy.margin,) if part.loss.targeted and policy.margin is not None else ()
     terms = {
-        part.component: part.term(*scores),
+        part.component: part.term(*scores, *target, scale=weights.weighed(policy.weight)),
         "nll": Term(losses.negative_log_likelihood(policy.chosen), per="chosen_tokens", weight=cpo_alpha),
     }
     rewards = [part.keys.get("beta", 1.0) * score for score in scores]
-    return PairLoss(terms, _logged(rewards, logps))
+    return PairLoss(terms, _logged(rewards, logps) | weights.logged(policy.weight, policy.margin))
 
 
 def simpo(
@@ -323,13 +324,13 @@ def orpo(
         likelihood = policy.chosen + policy.prompt
     counted = "chosen_and_prompt_tokens" if nll_on_prompt else "chosen_tokens"
     terms = {
-        part.component: replace(part.term(*averages), weight=beta),
+        part.component: replace(part.term(*averages, scale=weights.weighed(policy.weight)), weight=beta),
         "nll": Term(losses.negative_log_likelihood(likelihood), per=counted),
     }
     log_odds = likelihoods.log_odds_ratio(*averages)
     rewards = [beta * average for average in averages]
     odds = {"log_odds_chosen": log_odds, "log_odds_ratio": logsigmoid(log_odds)}
-    return PairLoss(terms, _logged(rewards, averages) | _detached(odds))
+    return PairLoss(terms, _logged(rewards, averages) | _detached(odds) | weights.logged(policy.weight, policy.margin))
 
 
 def _logged(rewards: Sequence[Tensor], logps: Sequence[Tensor]) -> dict[str, Tensor]:

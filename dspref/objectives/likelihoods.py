@@ -25,13 +25,20 @@ if TYPE_CHECKING:
 
 
 def cpo_sigmoid(
-    chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
+    chosen: Float[Tensor, "P"],
+    rejected: Float[Tensor, "P"],
+    target: Float[Tensor, "P"] | float = 0.0,
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> Float[Tensor, "P"]:
     """CPO (Xu et al. 2024, arXiv:2401.08417, eq. 3): DPO against a uniform reference.
 
+    Where rows give a target margin m (`columns.margin`), beta (S_w - S_l) - m stands for beta (S_w - S_l).
+
     -(1 - e) log sigma(beta (S_w - S_l)) - e log sigma(-beta (S_w - S_l)),  e = label_smoothing
     """
-    return smoothed(beta * (chosen - rejected), label_smoothing)
+    return smoothed(beta * (chosen - rejected) - target, label_smoothing)
 
 
 def cpo_hinge(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, beta: Positive = 0.1) -> Float[Tensor, "P"]:
@@ -53,6 +60,7 @@ def cpo_ipo(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, beta: P
 def simpo(
     chosen: Float[Tensor, "P"],
     rejected: Float[Tensor, "P"],
+    target: Float[Tensor, "P"] | float = 0.0,
     *,
     beta: Positive = 2.0,
     simpo_gamma: OptionalNonNegative = None,
@@ -61,10 +69,12 @@ def simpo(
 ) -> Float[Tensor, "P"]:
     """SimPO (Meng et al. 2024, arXiv:2405.14734, eq. 6): mean log-probs with a target margin.
 
+    What rows give (`columns.margin`) is added to gamma.
+
     -(1 - e) log sigma(x) - e log sigma(-x),  x = beta (A_w - A_l) - gamma;  gamma = simpo_gamma, or gamma_beta_ratio beta
     """
     gamma = gamma_beta_ratio * beta if simpo_gamma is None else simpo_gamma
-    return smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
+    return smoothed(beta * (chosen - rejected) - gamma - target, label_smoothing)
 
 
 def simper(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float[Tensor, "P"]:

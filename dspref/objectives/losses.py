@@ -60,6 +60,10 @@ class Ratios:
     """R_w - R_l."""
     delta: float = 0.0
     """BCO's running mean of the rewards."""
+    target: Float[Tensor, "P"] | float = 0.0
+    """The target margin that the row gives (`columns.margin`)."""
+    score_gap: Float[Tensor, "P"] | None = None
+    """score_chosen - score_rejected, of losses that need it."""
 
     @property
     def margin(self) -> Float[Tensor, "P"]:
@@ -104,17 +108,22 @@ def log1mexp(x: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
 def sigmoid(ratios: Ratios, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0) -> Float[Tensor, "P"]:
     """DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with e > 0 conservative DPO (Mitchell 2023, cDPO note).
 
+    Where rows give a target margin m (`columns.margin`), beta d - m stands for beta d: ODPO (Amini et al. 2024,
+    arXiv:2402.10571).
+
     -(1 - e) log sigma(beta d) - e log sigma(-beta d),  d = log u_w - log u_l,  e = label_smoothing
     """
-    return smoothed(beta * ratios.margin, label_smoothing)
+    return smoothed(beta * ratios.margin - ratios.target, label_smoothing)
 
 
 def sigmoid_norm(ratios: Ratios, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0) -> Float[Tensor, "P"]:
     """Length-normalised DPO (Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6); `dpo_norm` in open-instruct.
 
+    Where rows give a target margin m (`columns.margin`), beta d - m stands for beta d.
+
     -(1 - e) log sigma(beta d) - e log sigma(-beta d),  d = log u_w / n_w - log u_l / n_l
     """
-    return smoothed(beta * ratios.margin_per_token, label_smoothing)
+    return smoothed(beta * ratios.margin_per_token - ratios.target, label_smoothing)
 
 
 def hinge(ratios: Ratios, *, beta: Positive = 0.1) -> Float[Tensor, "P"]:

@@ -59,6 +59,11 @@ def needs_reference(name: str, reference_free: bool = False, **_: Any) -> bool:
     return OBJECTIVES[name].needs_reference and not reference_free
 
 
+def needs_scores(name: str, loss_type: str | Sequence[str], **_: Any) -> bool:
+    """Whether an objective section asks for the scores of both answers."""
+    return any(OBJECTIVES[name].loss(one).scores for one in as_list(loss_type))
+
+
 def own_sources(loss_type: str | Sequence[str], **_: Any) -> dict[str, Source]:
     """The losses of an objective section that are the user's own, with the files that they are in."""
     return {name: own.source(name) for name in as_list(loss_type) if own.is_own(name)}

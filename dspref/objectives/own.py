@@ -66,7 +66,8 @@ def _loss(loss_type: str, folder: str, inputs: tuple[str, ...], normaliser: str,
     # pairs of a step may order them, so that a value belongs to no pair.
     couples = getattr(function, COUPLES, False) is True
     of_keys = {key: Key(f"A key of {loss_type}.") for key in keys}
-    return Loss(checked, normaliser, couples=couples, ordered=couples, divergent=True, keys=of_keys)
+    targeted = "ratios" in inputs  # whose target it may read
+    return Loss(checked, normaliser, couples=couples, ordered=couples, targeted=targeted, divergent=True, keys=of_keys)
 
 
 def _found(loss_type: str, folder: str) -> tuple[Callable[..., Any], Source]:

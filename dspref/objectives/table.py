@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspref.objectives import likelihoods, losses, own, unpaired
+from dspref.objectives import likelihoods, losses, own, rewards, unpaired
 from dspref.objectives.families import Key, Loss, PairLoss, cpo, dpo, orpo, simpo
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ _OF_DPO = {
     "f_divergence_type": Key(
         "The divergence whose f'(u) takes the place of log u.",
         suits=lambda loss: loss.divergent,
-        unsuited="is not built on a margin",
+        unsuited="is not built on a margin alone",
     ),
     "f_alpha_divergence_coef": Key(
         "The paper's alpha of alpha_divergence (TRL's coefficient since 0.29 is 1 - alpha).",
@@ -95,16 +95,16 @@ _MARGIN = {
 
 KTO = "write name: kto; pairs count as a desirable and an undesirable answer each"
 _AOT_PAIR = Loss(losses.aot_pair, couples=True, ordered=True)
-_SIGMOID_NORM = Loss(losses.sigmoid_norm, "mean", divergent=True)
+_SIGMOID_NORM = Loss(losses.sigmoid_norm, "mean", targeted=True, divergent=True)
 _SIMPER = Loss(likelihoods.simper, "mean", shaped=True)
 _REPO = Loss(likelihoods.repo, "mean", keys={"repo_gamma": Key("RePO's margin of mean log-probs, in nats.")})
-_SIMPO = Loss(likelihoods.simpo, "mean", keys=_MARGIN)
+_SIMPO = Loss(likelihoods.simpo, "mean", targeted=True, keys=_MARGIN)
 
 OBJECTIVES: dict[str, Family] = {
     "dpo": Family(
         dpo,
         {
-            "sigmoid": Loss(losses.sigmoid, divergent=True),
+            "sigmoid": Loss(losses.sigmoid, targeted=True, divergent=True),
             "sigmoid_norm": _SIGMOID_NORM,
             "dpo_norm": _SIGMOID_NORM,  # its name in open-instruct
             "hinge": Loss(losses.hinge, divergent=True),
@@ -130,6 +130,7 @@ OBJECTIVES: dict[str, Family] = {
             "dpop": Loss(
                 losses.dpop, keys={"dpop_lambda": Key("Weight of a chosen answer's fall below the reference, in nats.")}
             ),
+            **rewards.LOSSES,
             "sft": Loss(losses.negative_log_likelihood, "tokens", divergent=True),
         },
         needs_reference=True,
@@ -138,7 +139,8 @@ OBJECTIVES: dict[str, Family] = {
         refused={
             "kto_pair": KTO,
             "cdpo": "write loss_type: sigmoid with label_smoothing",
-            "rpo": "write loss_type: sigmoid with rpo_alpha",
+            "rpo": "write loss_type: sigmoid with rpo_alpha; reward-aware: rpo_sq, rpo_bwd_kl or rpo_fwd_kl",
+            "odpo": "write loss_type: sigmoid, and name the column of the offsets: data.train.columns.margin",
             "wpo": "write loss_type: sigmoid with use_weighting",
             "ld_dpo": "write loss_type: sigmoid with ld_alpha",
             "chipo": "write loss_type: sigmoid with f_divergence_type: chi_squared",
@@ -156,7 +158,7 @@ OBJECTIVES: dict[str, Family] = {
     "cpo": Family(
         cpo,
         {
-            "sigmoid": Loss(likelihoods.cpo_sigmoid),
+            "sigmoid": Loss(likelihoods.cpo_sigmoid, targeted=True),
             "hinge": Loss(likelihoods.cpo_hinge),
             "ipo": Loss(likelihoods.cpo_ipo, "mean"),
             "simpo": _SIMPO,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dspref.objectives import weights
 from dspref.objectives.families import PairLogps, PairLoss, Part, Term
 from dspref.objectives.losses import NonNegative, Positive, logsigmoid
 
@@ -51,8 +52,9 @@ def of_answers(
     desirable_weight: NonNegative = 1.0,
     undesirable_weight: NonNegative = 1.0,
 ) -> PairLoss:
-    """Losses of single answers: each is desirable or not, and counts by the weight of its label; their mean is over all
-    answers of the step. `delta`: the reference point, in nats, or BCO's mean reward."""
+    """Losses of single answers: each is desirable or not, and counts by the weight of its label, and by that of its row
+    (`columns.weight`); their mean is over all answers of the step. `delta`: the reference point, in nats, or BCO's mean
+    reward."""
     assert reference is not None
     (part,) = parts
     sides = {
@@ -72,7 +74,8 @@ def of_answers(
         logged["bco_delta"] = 0 * policy.chosen + delta
     if part.loss.mismatched:
         logged["kl"] = 0 * policy.chosen + delta
-    terms = {part.component: Term(values, per="answers", weight=part.weight)}
+    logged |= weights.logged(policy.weight, policy.margin)
+    terms = {part.component: Term(weights.weighed(policy.weight) * values, per="answers", weight=part.weight)}
     return PairLoss(terms, {name: value.detach() for name, value in logged.items()}, policy.counts("answers"))
 
 

@@ -234,6 +234,9 @@ def steps_of(
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
+    of_pairs = pairs.given.columns.get("weight")
+    if of_pairs is not None and not of_pairs.any():
+        raise DataError("data.train: all pairs weigh 0, so that nothing would be trained; fix: mend the column of weights")
     loader = StepLoader(
         pairs, weights, train.pairs_per_step, train.seed, data.shuffle, packing, together, train.overfit is not None
     )

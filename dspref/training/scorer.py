@@ -35,7 +35,7 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
-    _, _, pairs, held_out = preparation.prepare(config.model, config.data, reference, config.train.optim, device.type)
+    _, _, pairs, held_out = preparation.prepare(config.model, config.data_read, reference, config.train.optim, device.type)
     objective = build_objective(**config.objective.model_dump())
     planned, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
     packing = modes.scoring_packing(reference, planned, device.type)

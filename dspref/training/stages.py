@@ -158,7 +158,7 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     Raises ConfigError where the model's config.json is not here, and as the run would for its data.
     """
     loading.quiet()
-    objective, data, ranks = build_objective(**config.objective.model_dump()), config.data, gpus * nodes
+    objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
     machine = run_plan.Machine(card, gpus, nodes)
     foresight.shape_of(config.model)  # before the data, which may take long
     load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens)

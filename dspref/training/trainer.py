@@ -56,7 +56,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
     # Everything that can be wrong with the user's files is found here, before the run folder exists.
     asked = stages.reference_spec(config)
     kernel, tokenizer, pairs, held_out = preparation.prepare(
-        config.model, config.data, asked, config.train.optim, device_type
+        config.model, config.data_read, asked, config.train.optim, device_type
     )
     objective = build_objective(**config.objective.model_dump())
     packing, loader = demand.plan(objective, config.data, config.train, pairs, held_out)

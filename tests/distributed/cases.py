@@ -68,7 +68,7 @@ def _load_policy(
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
     prepared = {} if prepared is None else prepared
-    key = repr((config.model, config.data, stages.reference_spec(config), config.train.optim))
+    key = repr((config.model, config.data_read, stages.reference_spec(config), config.train.optim))
     if key not in prepared:
         prepared[key] = _prepare(config, device.type)
     kernel, _, pairs, held_out = prepared[key]
@@ -81,7 +81,9 @@ def _load_policy(
 
 
 def _prepare(config: configuration.Config, device_type: str) -> Any:
-    return preparation.prepare(config.model, config.data, stages.reference_spec(config), config.train.optim, device_type)
+    return preparation.prepare(
+        config.model, config.data_read, stages.reference_spec(config), config.train.optim, device_type
+    )
 
 
 def _build(

@@ -110,12 +110,33 @@ CASES: dict[str, dict[str, Any]] = {
     "repo alpha": {"name": "simpo", "loss_type": "repo", "repo_gamma": 1.5, "alpha": 0.25},
     "orpo": {"name": "orpo"},
     "orpo without prompt": {"name": "orpo", "beta": 0.5, "nll_on_prompt": False},
+    "rpo_sq": dpo("rpo_sq", rpo_eta=0.5, beta=0.3),
+    "rpo_bwd_kl": dpo("rpo_bwd_kl", beta=0.3),
+    "rpo_fwd_kl": dpo("rpo_fwd_kl", rpo_eta=0.7, beta=0.3),
+    "weighed": dpo(),
+    "weighed rpo_alpha": dpo(rpo_alpha=0.4),
+    "weighed bco_pair": dpo("bco_pair", beta=0.3),
+    "weighed wpo mpo": {"name": "dpo", "use_weighting": True, **MPO},
+    "weighed cpo": cpo(),
+    "weighed simpo": {"name": "simpo"},
+    "weighed orpo": {"name": "orpo"},
+    "margins": dpo(),
+    "margins sigmoid_norm smoothed": dpo("sigmoid_norm", beta=5.0, label_smoothing=0.1),
+    "margins cpo": cpo(label_smoothing=0.1),
+    "margins simpo": {"name": "simpo"},
+    "weighed margins rpo": dpo(["sigmoid", "rpo_bwd_kl", "bco_pair"], loss_weights=[0.5, 1.0, 0.3], beta=0.2),
+    "score_gap": dpo(beta=0.3),
 }
+# Columns that are named beside those of the texts, by the words in a case's name.
+COLUMNS = {"weighed": ("weight", "w"), "margins": ("margin", "m")}
 
 # Scored by a second model beside the policy; the others' reference is scored before the first step.
 LIVE = ("sigmoid", "aot", "bco_pair", "wpo rpo_alpha", "ld_alpha ipo")
 
-LAYOUT_CASES = ("aot", "aot_pair", "bco_pair", "list of coupled", "mpo", "orpo", "simpo", "ld_alpha wpo", "wpo mpo")
+LAYOUT_CASES = (
+    *("aot", "aot_pair", "bco_pair", "list of coupled", "mpo", "orpo", "simpo", "ld_alpha wpo", "wpo mpo"),
+    *("rpo_fwd_kl", "weighed rpo_alpha", "weighed margins rpo", "score_gap"),
+)
 # (tokens_per_pack, ZeRO stage, prefix_sharing, gradient_checkpointing, live reference): in both halves every value but the
 # last, and over the two worlds every case in all six.
 LAYOUTS = (
@@ -173,7 +194,30 @@ def rows() -> list[dict[str, Any]]:
     # The answer is the end of the text, and nothing else.
     single = {"prompt": "abc def:", "chosen": "<|im_end|>", "rejected": " gag gab cafe"}
     drawn = rows_that_share(6, seed=3)
-    return [*drawn[:3], implicit[0], single, *drawn[3:5], *implicit[1:], likely, *drawn[5:]]
+    pairs = [*drawn[:3], implicit[0], single, *drawn[3:5], *implicit[1:], likely, *drawn[5:]]
+    return [row | of_row for row, of_row in zip(pairs, numbers(len(pairs)), strict=True)]
+
+
+def numbers(count: int) -> list[dict[str, Any]]:
+    """What rows give beside their texts: some weigh nothing, or say nothing of it; equal scores are among them."""
+    drawn = np.random.default_rng(5).uniform(0, 3, (3, count)).round(2)
+    drawn[0, 1] = drawn[2, 2] = 0
+    rows: list[dict[str, Any]] = [
+        {"w": w, "m": m - 1, "score_chosen": m + gap, "score_rejected": m} for w, m, gap in drawn.T.tolist()
+    ]
+    rows[3] |= {"w": None, "m": None}
+    return rows
+
+
+def given(case: str) -> list[dict[str, float]]:
+    """What of that a case reads, for the oracle."""
+    found = []
+    for row in numbers(len(rows())):
+        scores = {name: row[name] for name in ("score_chosen", "score_rejected")}
+        named = {name: row[column] for word, (name, column) in COLUMNS.items() if word in case.split()}
+        named |= {"weight": row["score_chosen"] - row["score_rejected"]} if case == "score_gap" else {}
+        found.append(scores | {name: value for name, value in named.items() if value is not None})
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +238,7 @@ def expected(run_files: Path) -> Callable[[str], dict[str, Any]]:
 
     @cache
     def of(case: str) -> dict[str, Any]:
-        result = oracle.loss_of_scores(ours, theirs, CASES[case])
+        result = oracle.loss_of_scores(ours, theirs, CASES[case], given=given(case))
         gradients = torch.autograd.grad(result["loss"], list(parameters.values()), retain_graph=True)
         result["gradients"] = {name: gradient.numpy() for name, gradient in zip(parameters, gradients)}
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
@@ -206,10 +250,13 @@ def expected(run_files: Path) -> Callable[[str], dict[str, Any]]:
 def overrides(case: str, live: bool = False) -> list[str]:
     """The case as a command line would say it; what needs no reference is given none."""
     objective = CASES[case]
-    section = f"objective={json.dumps(objective)}"
+    section = [f"objective={json.dumps(objective)}"]
+    columns = [of_word for word, of_word in COLUMNS.items() if word in case.split()]
+    section += [f"data.train.columns.{name}={column}" for name, column in columns]
+    section += ["data.train.pair_weights=score_gap"] if case == "score_gap" else []
     if objective["name"] != "dpo" or objective.get("reference_free"):
-        return [section, "reference={mode: auto}"]
-    return [section, f"reference.mode={'engine' if live else 'stored'}"]
+        return [*section, "reference={mode: auto}"]
+    return [*section, f"reference.mode={'engine' if live else 'stored'}"]
 
 
 def compare(found: dict[str, Any], wanted: dict[str, Any], relative: float, context: str) -> list[str]:

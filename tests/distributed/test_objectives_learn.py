@@ -30,7 +30,7 @@ LEARNING = [
     "aot_pair", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "dpop", "mpo",
     "forward_kl sigmoid", "chi_squared sigmoid",
     "js_divergence sigmoid", "alpha_divergence sigmoid", "rpo_alpha", "wpo", "ld_alpha", "reference_free", "cpo sigmoid",
-    "cpo hinge", "cpo ipo", "cpo simpo", "cpo simper", "cpo repo",
+    "cpo hinge", "cpo ipo", "cpo simpo", "cpo simper", "cpo repo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "score_gap",
     "simper", "repo", "simpo", "simpo alpha", "orpo",
 ]  # fmt: skip
 
@@ -51,7 +51,8 @@ def run_file(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_config("qwen2", save_tokenizer(folder / "tokenizer")).save_pretrained(folder / "model")
     lines = (shared / "data" / "alpacaeval_train.jsonl").read_text(encoding="utf-8").split("\n")[: 10 * PAIRS]
     kept = [line for line in lines if len({json.dumps(json.loads(line)[s])[:90] for s in ("chosen", "rejected")}) == 2]
-    (folder / "pairs.jsonl").write_text("".join(line + "\n" for line in kept[:PAIRS]), encoding="utf-8")
+    rows = [json.loads(line) | {"score_chosen": 2 + k / PAIRS, "score_rejected": 1} for k, line in enumerate(kept[:PAIRS])]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random"}
     values = {
         "model": {**model, "dtype": "float32", "gradient_checkpointing": False},
@@ -72,6 +73,7 @@ def run_file(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", LEARNING)
 def test_thirty_steps_improve_what_is_optimised(case: str, run_file: Path, all_workers: dict, tmp_path: Path) -> None:
     overrides = [f"objective={json.dumps(CASES[case])}", f"output_dir={tmp_path}/run"]
+    overrides += ["data.train.pair_weights=score_gap"] if case == "score_gap" else []
     assert all_workers[1].run("cases:run_training", config_path=str(run_file), overrides=overrides) == [0]
     records: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(records) == STEPS

@@ -30,6 +30,8 @@ Case = tuple[str, str, dict[str, Any]]
 # Which losses take which modifier: the specification's words, not read from the table under test.
 DIVERGENCES = ("forward_kl", "js_divergence", "chi_squared")
 DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
+TARGETED = [("dpo", "sigmoid"), ("dpo", "sigmoid_norm"), ("cpo", "sigmoid"), ("cpo", "simpo"), ("simpo", "simpo")]
 SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_pair")
 COUPLED = ("bco_pair", "aot", "aot_pair")
 OF_DPO = [loss for loss in OBJECTIVES["dpo"].losses if loss not in ALIASES]
@@ -49,6 +51,7 @@ CASES: list[Case] = [
     *(("dpo", loss, {"label_smoothing": 0.2}) for loss in SMOOTHED),
     ("dpo", "ipo", {"ipo_length_normalize": False}),
     ("dpo", "discopop", {"discopop_tau": 2.0}),
+    *(("dpo", loss, {"rpo_eta": 0.3}) for loss in RPO),
     ("cpo", "sigmoid", {"label_smoothing": 0.2, "cpo_alpha": 0.3}),
     ("cpo", "hinge", {"cpo_alpha": 0.0}),
     ("cpo", "simpo", {"label_smoothing": 0.2, "simpo_gamma": 1.5}),
@@ -103,6 +106,12 @@ GOLDEN: list[tuple[str, str, dict[str, Any], float, list[float]]] = [
     ("dpo", "sft", {}, 0.0, [12.0, 30.5, 7.25]),
     ("dpo", "dpop", {}, 0.0, [0.620957, 0.744397, 2.57889]),
     ("dpo", "dpop", {"dpop_lambda": 5.0}, 0.0, [0.620957, 0.744397, 0.825939]),
+    ("dpo", "rpo_sq", {}, 0.0, [1.8225, 0.16, 4.0]),
+    ("dpo", "rpo_sq", {"rpo_eta": 0.5}, 0.0, [0.36, 0.0225, 1.0]),
+    ("dpo", "rpo_bwd_kl", {}, 0.0, [0.173269, 0.019303, 0.327813]),
+    ("dpo", "rpo_bwd_kl", {"rpo_eta": 0.5}, 0.0, [0.041593, 0.002784, 0.110944]),
+    ("dpo", "rpo_fwd_kl", {}, 0.0, [0.204926, 0.019689, 0.433781]),
+    ("dpo", "rpo_fwd_kl", {"rpo_eta": 0.5}, 0.0, [0.043456, 0.002796, 0.120115]),
     ("dpo", "sigmoid", {"f_divergence_type": "chi_squared"}, 0.0, [0.528778, 0.903049, 0.693147]),
     ("dpo", "sigmoid", {"f_divergence_type": "reverse_kl"}, 0.0, [0.620957, 0.744397, 0.693147]),
     ("dpo", "sigmoid", {"f_divergence_type": "js_divergence"}, 0.0, [0.660652, 0.706873, 0.693147]),
@@ -143,6 +152,7 @@ def golden_point() -> tuple[PairLogps, PairLogps]:
     counts = [6, 20, 5], [8, 14, 7]
     more = {"prompt": [-4, -2.5, 0], "prompt_tokens": [3, 2, 0]}
     more |= {"chosen_collision": [2, 3, 4], "rejected_collision": [1, 1, 1]}
+    more |= {"score_chosen": [7, 2.5, 1], "score_rejected": [5.5, 3, -1]}
     common = {"chosen_common": [-12, -20, -7.25], "rejected_common": [-11, -28, -7]}
     reference_common = {"chosen_common": [-13, -21, -6.75], "rejected_common": [-11.5, -29.5, -6.5]}
     policy = logps([-12, -30.5, -7.25], [-15, -28, -9.5], *counts, **common, **more)
@@ -167,6 +177,8 @@ def random_pairs(count: int, seed: int) -> tuple[PairLogps, PairLogps]:
     more = {"prompt": -draws.uniform(0.5, 3.0, count) * prompts, "prompt_tokens": prompts.tolist()}
     entropies = draws.uniform(0.3, 2.5, (2, count)) * tokens
     more |= {"chosen_collision": entropies[0], "rejected_collision": entropies[1]}
+    worse = draws.normal(0, 2, count)
+    more |= {"score_chosen": worse + draws.uniform(0.2, 3, count), "score_rejected": worse}
     counts = {"chosen_tokens": tokens[0].tolist(), "rejected_tokens": tokens[1].tolist()}
     return logps(**ours, **more, **counts), logps(**theirs, **counts)
 
@@ -251,6 +263,9 @@ def test_the_tables_words_about_each_loss() -> None:
     assert those("couples") == set(COUPLED)
     assert those("ordered") == {"aot", "aot_pair"}
     assert those("running_mean") == {"bco_pair"}
+    assert those("scores") == set(RPO)
+    targeted = [(name, kind) for name, of in OBJECTIVES.items() for kind, loss in of.losses.items() if loss.targeted]
+    assert [(name, kind) for name, kind in targeted if kind not in ALIASES] == TARGETED
     assert those("divergent") - {"sft"} == set(DIVERGENT)
     others = [loss for name, family in OBJECTIVES.items() for loss in family.losses.values() if name != "dpo"]
     assert not any(loss.couples or loss.ordered or loss.running_mean for loss in others)
@@ -365,6 +380,7 @@ def test_extremes_stay_finite(case: Case, dtype: torch.dtype) -> None:
         for beta in (0.01, 0.1, 2.0):
             count = torch.full((len(EXTREMES),), tokens)
             more = {"prompt": columns[0], "prompt_tokens": 0 * count}
+            more |= {"score_chosen": columns[1], "score_rejected": columns[0]}
             policy, reference = (
                 # half of each answer lies in the common length
                 PairLogps(w, r, count, count, w / 2, r / 2, **more, chosen_collision=-w / 3, rejected_collision=0 * r)
@@ -882,6 +898,7 @@ def test_a_running_mean_is_that_of_all_steps() -> None:
 
 def test_detach_keeps_values_and_drops_the_graph() -> None:
     policy, _ = golden_point()
+    policy = replace(policy, weight=torch.ones(3), margin=torch.zeros(3))
     for name in LOG_PROBS:
         getattr(policy, name).requires_grad_()
     detached = policy.detach()

@@ -13,6 +13,7 @@ import torch
 from oracle import Scores, Sums
 
 S_W, S_L = [-12.0, -30.5, -7.25], [-15.0, -28.0, -9.5]
+GAPS = [1.5, -0.5, 2.0]
 R_W, R_L = [-13.0, -31.0, -6.75], [-14.5, -29.5, -9.0]
 N_W, N_L = [6, 20, 5], [8, 14, 7]
 
@@ -51,6 +52,10 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[float], float]] = {
     "chi_squared": ({"f_divergence_type": "chi_squared"}, [0.528778, 0.903049, 0.693147], 0.708325),
     "simper": ({"name": "simpo", "loss_type": "simper"}, [0.01802, -0.082286, 0.022825], -0.013814),
     "repo": ({"name": "simpo", "loss_type": "repo"}, [0.725, 0.125, 0.692857], 0.514286),
+    "rpo_sq": ({"loss_type": "rpo_sq"}, [1.8225, 0.16, 4.0], 1.994167),
+    "rpo_sq eta": ({"loss_type": "rpo_sq", "rpo_eta": 0.5}, [0.36, 0.0225, 1.0], 0.460833),
+    "rpo_bwd_kl": ({"loss_type": "rpo_bwd_kl"}, [0.173269, 0.019303, 0.327813], 0.173462),
+    "rpo_fwd_kl": ({"loss_type": "rpo_fwd_kl"}, [0.204926, 0.019689, 0.433781], 0.219465),
     "cpo": ({"name": "cpo"}, [0.554355, 0.825939, 0.586962], 0.655752),
     "simpo": ({"name": "simpo", "simpo_gamma": 0.5}, [1.136871, 0.493249, 1.093663], 0.907928),
     "cpo simpo": ({"name": "cpo", "loss_type": "simpo", "simpo_gamma": 0.5}, [1.136871, 0.493249, 1.093663], 0.907928),
@@ -63,7 +68,7 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[float], float]] = {
 
 def golden_sums() -> list[Sums]:
     columns = [torch.tensor(column, dtype=torch.float64).unbind() for column in (S_W, S_L, R_W, R_L)]
-    return [Sums(*row) for row in zip(*columns, N_W, N_L, strict=True)]
+    return [Sums(*row, 0.0, gap) for *row, gap in zip(*columns, N_W, N_L, GAPS, strict=True)]
 
 
 @pytest.mark.parametrize("row", GOLDEN)
