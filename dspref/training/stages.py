@@ -296,7 +296,7 @@ def introduce(
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": spec.in_words(reference_spec(config)),
-        "data": f"{_in_numbers(pairs)}{evaluated}",
+        "data": f"{in_numbers(pairs)}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} {pace}",
@@ -308,7 +308,7 @@ def introduce(
     console.first_pair(mark(pairs[0], tokenizer))
 
 
-def _in_numbers(pairs: PairStore) -> str:
+def in_numbers(pairs: PairStore) -> str:
     """How many pairs, or answers that stand alone, and their mean lengths: of answers, of those that there are."""
     there = pairs.scored > 0
     chosen, rejected = (pairs.lengths[there[:, k], k + 1].sum() / max(there[:, k].sum(), 1) for k in range(2))
