@@ -52,7 +52,7 @@ their defaults, where the file has none. Files may be YAML, JSON or TOML, flat o
 literals are read, names that are given one, and simple arithmetic and text of these. What else is computed there, and what
 only you know, is `FILL_IN`: the command says how many there are, and `dspref check` refuses each until it is written.
 `--gpus` is how many it ran on: their batch is per GPU, dspref's `train.pairs_per_step` the whole step's. TRL's configs do
-not name the method, so `--objective orpo` does where keys and names do not. Configs of supervised fine-tuning, KTO, reward
+not name the method, so `--objective orpo` does where keys and names do not. Configs of supervised fine-tuning, reward
 models and reinforcement learning are refused.
 
 You may also just write their keys: each is answered with dspref's, by `dspref check`, before anything is loaded.
@@ -61,6 +61,9 @@ What is different, whoever you come from:
 
 - **One global batch.** `train.pairs_per_step` pairs make a step on any number of GPUs; `data.tokens_per_pack` bounds the
   memory of one. There is no accumulation to set, and no padding.
+- **KTO and BCO** count single answers in `train.pairs_per_step`, and estimate the reference point (`kl`, `bco_delta`) over
+  the whole step; TRL, LLaMA-Factory and OpenRLHF do for each micro-batch of a GPU, which must not be of one answer. TRL
+  makes two examples of a pair; here a pair is one, with a desirable and an undesirable answer.
 - **The reference** is scored once and stored, and shared by runs (`reference.mode`); it need not be in memory.
 - **Truncation** takes from the prompt first, down to `data.min_prompt_length`, then from the answers; TRL cuts prompt and
   answer as one text.

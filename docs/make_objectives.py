@@ -29,12 +29,21 @@ batch, on however many ranks and packs.
 **Whole step.** Some losses are functions of the whole step, not sums over its pairs. They take a first pass over the step's
 packs without gradient, one forward more, and so give the same values on every layout. One pack on one rank needs none.
 
-**Rewards** (`rewards/*`): dpo beta (S - R), under every loss and divergence; cpo beta S, or beta A for losses per token;
-simpo and orpo beta A; A alone where a loss has no beta. With `ld_alpha`, S and R (and `logps/*`, `kl/*`) count by it; with
-`alpha`, (1 - e^(-alpha A)) / alpha stands for A. Metrics have TRL's names; each loss is logged as `loss/<loss_type>`, an NLL
-term also as `nll_loss`. `entropy` (mean over the scored tokens of both answers, nats), `mean_token_accuracy` (chosen
-answers' tokens than which none was more likely) and `num_tokens` (of all steps so far, each answer with its prompt) are
-TRL's too. Of a mixture, loss, accuracy and margin of each source are `source/<name>/...`, where the step has pairs of it.
+**Single answers.** kto and bco train on answers that stand alone, each with a label ([rows](rows.md)); s is 1 for a
+desirable one and -1 for another. Their loss is averaged over the answers of the step, and `train.pairs_per_step` counts
+rows: a row that is a pair counts once, as a desirable and an undesirable answer. z, which is logged as `kl`, is estimated
+from the step's answers, each behind the prompt of another row of the step, in a forward pass without gradient. `*/chosen`
+are means over the desirable answers of a step and `*/rejected` over the undesirable ones, absent (null) where it has
+none; `rewards/margins` is the difference of the two means; `rewards/accuracies` is the share of answers whose reward lies
+beyond the reference point (beta z, or `bco_delta`) on the side of their label.
+
+**Rewards** (`rewards/*`): dpo, kto and bco beta (S - R), under every loss and divergence; cpo beta S, or beta A for
+losses per token; simpo and orpo beta A; A alone where a loss has no beta. With `ld_alpha`, S and R (and `logps/*`,
+`kl/*`) count by it; with `alpha`, (1 - e^(-alpha A)) / alpha stands for A. Metrics have TRL's names; each loss is logged
+as `loss/<loss_type>`, an NLL term also as `nll_loss`. `entropy` (mean over the scored tokens of both answers, nats),
+`mean_token_accuracy` (chosen answers' tokens than which none was more likely) and `num_tokens` (of all steps so far, each
+answer with its prompt) are TRL's too. Of a mixture, loss, accuracy and margin of each source are `source/<name>/...`,
+where the step has pairs of it.
 
 **Weights, margins and scores of rows.** A column named as `columns.weight` multiplies the values of preference terms, pair
 by pair; the mean is still one over all pairs of the step, so that what a pair adds does not depend on the others. NLL terms,
@@ -122,7 +131,8 @@ def exceptions() -> str:
 
 def section(family: Family) -> str:
     """The family's own words and keys, then its losses."""
-    reference = "yes, unless `reference_free`" if family.needs_reference else "no"
+    free = ", unless `reference_free`" * ("reference_free" in keys_of(family.assemble))
+    reference = f"yes{free}" if family.needs_reference else "no"
     several = "; `loss_type` may be a list, added up with `loss_weights` (1 each by default)" if family.mixes else ""
     text = f"{prose(family.assemble)}\n\nReference needed: {reference}{several}.\n"
     if keys := keys_of(family.assemble):

@@ -22,7 +22,7 @@ from dspref.config.sections import section_at
 from dspref.config.yaml12 import parse_value
 from dspref.convert import files
 from dspref.convert.data import data
-from dspref.convert.dialects import DEFAULTS, DIALECTS, objective_of, recognise, refuse_other_runs
+from dspref.convert.dialects import DEFAULTS, DIALECTS, OF_OBJECTIVE, objective_of, recognise, refuse_other_runs
 from dspref.convert.draft import Draft, as_list, is_empty, quoted
 from dspref.convert.keys import CHAPTERS
 from dspref.convert.left_open import fill_in, leave_open, open_paths
@@ -30,7 +30,7 @@ from dspref.convert.theirs import Theirs
 from dspref.convert.written import as_text, short
 from dspref.errors import ConfigError
 
-OBJECTIVES = ("dpo", "cpo", "simpo", "orpo")
+OBJECTIVES = ("dpo", "cpo", "simpo", "orpo", "kto", "bco")
 # Theirs count batches or layers, ours tokens; and what is decided for the whole config.
 OF_OTHER_UNIT = {"data.tokens_per_pack", "reference.tokens_per_pack", "deepspeed", "data.scored", "data.on_overlong"}
 # Theirs are flags, or count epochs.
@@ -71,9 +71,7 @@ def convert_keys(
         raise ConfigError(f"--from: must be one of {', '.join(DIALECTS)}, not {dialect!r}")
     if objective and objective not in OBJECTIVES:
         raise ConfigError(f"--objective: must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
-    method = objective or (theirs.method if theirs.method in (*OBJECTIVES, "kto") else None)
-    if method == "kto":
-        raise ConfigError(f"{where}: is a config of KTO, which needs no pairs; dspref trains on preference pairs")
+    method = objective or (theirs.method if theirs.method in OBJECTIVES else None)
     keys = {str(key): _number(str(key), value) for key, value in theirs.keys.items()}
     if not objective and {*keys} & {"model", "data", "output_dir"} == {"model", "data", "output_dir"}:
         raise ConfigError(f"{where}: is a dspref config already; `dspref check` says what is wrong with it")
@@ -82,8 +80,11 @@ def convert_keys(
     if dialect is None:
         raise ConfigError(f"{where}: no key tells whose config it is; give --from {' | '.join(DIALECTS)}")
     number = gpus or theirs.gpus
-    named = method if method in OBJECTIVES else objective_of(keys | {"_file": Path(where).name}, dialect)
-    draft = Draft(keys, dialect, named, number or 8, DEFAULTS[dialect] | theirs.defaults)
+    named = method or objective_of(keys | {"_file": Path(where).name}, dialect)
+    if named == "dpo" and not objective and keys.get("loss_type") == "kto_pair":
+        named = "kto"
+    known = DEFAULTS[dialect] | OF_OBJECTIVE.get((dialect, named), {}) | theirs.defaults
+    draft = Draft(keys, dialect, named, number or 8, known)
     draft.unread, draft.remarks, draft.lines, draft.names = theirs.unread, theirs.remarks, theirs.lines, dict(theirs.names)
     draft.file = Path(where).name
     data(draft)

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.convert.draft import Draft, as_list, is_empty
+from dspref.convert.draft import Draft, as_list, is_empty, of_pairs
 
 Source = dict[str, Any]
 
 # axolotl's `type: STRATEGY.NAME` -> columns of such rows.
-AXOLOTL = {
+AXOLOTL: dict[str, dict[str, str]] = {
     "intel": {"prompt": "question"},
     "icr": {"prompt": "input"},
     "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
     "ultra": {}, "prompt_pairs": {}, "argilla_chat": {}, "default": {}, "nectar": {},
 }  # fmt: skip
+
+# The same of its strategies of single answers, which read `completion` and `label`.
+AXOLOTL_KTO: dict[str, dict[str, str]] = {"argilla": {"prompt": "instruction"}, "intel": {"prompt": "question"}}
+# What a source calls its texts; of single answers.
+PAIRED, SINGLE = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label")
+# Conversations that are found by these names.
+CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 def data(draft: Draft) -> None:
@@ -25,7 +32,9 @@ def data(draft: Draft) -> None:
     train, held_out = READERS[draft.dialect](draft)
     if not train and draft.dialect != "trl":
         train, held_out = _plain(draft)
-    columns = {ours: draft.take(f"{ours}_key", f"data.{ours}_key") for ours in ("prompt", "chosen", "rejected")}
+    columns = {ours: draft.take(f"{ours}_key", f"data.{ours}_key") for ours in PAIRED}
+    if _is_single(draft):
+        columns |= _keys_of_single(draft)
     columns = {ours: theirs for ours, theirs in columns.items() if theirs and theirs != ours}
     most = draft.take("max_samples", "max_train_samples", "data.max_samples")
     if most is not None and (isinstance(most, bool | str | list | dict) or not 0 < most < 1e6):
@@ -45,6 +54,22 @@ def data(draft: Draft) -> None:
             draft.put(path, {_name(source, number): source for number, source in enumerate(sources)})
         elif sources:
             draft.put(path, sources[0] if len(sources) == 1 else sources)
+
+
+def _is_single(draft: Draft) -> bool:
+    """Whether rows have one answer with a label."""
+    return draft.objective in ("kto", "bco") and not of_pairs(draft.given)
+
+
+def _keys_of_single(draft: Draft) -> dict[str, Any]:
+    """OpenRLHF's columns, where it is told which: else it reads instruction, response and score."""
+    given = draft.has("output_key")
+    completion, label = draft.take("output_key"), draft.take("label_key", default=given)
+    prompt = draft.take("input_key", default=given)
+    if draft.dialect == "openrlhf" and not given and not draft.computes("output_key"):
+        return {"prompt": "instruction", "completion": "response", "label": "score"}
+    found = {"completion": completion, "label": label}
+    return found | ({"prompt": prompt} if prompt else {})
 
 
 def _name(source: Source, number: int) -> str:
@@ -160,13 +185,20 @@ def _of_axolotl(draft: Draft, where: str, item: dict[str, Any]) -> Source:
     if files and path in ("json", "csv", "parquet", "arrow", None):
         path = files if isinstance(files, str) else files[0]
     source: Source = {"path": path} | {key: item.pop(key, None) for key in ("name", "split", "revision")}
-    columns = {key: item.pop(f"field_{key}", None) for key in ("chosen", "rejected")}
+    single = _is_single(draft)
+    columns = {key: item.pop(f"field_{key}", None) for key in (SINGLE if single else PAIRED)[1:]}
     columns["prompt"] = item.pop("field_messages", None)
-    if isinstance(kind, Mapping):
+    if isinstance(kind, Mapping) and single:
+        source["columns"] = {name: kind[f"field_{name}"] for name in SINGLE if kind.get(f"field_{name}", name) != name}
+        for key in ("prompt_format", "completion_format"):
+            if kind.get(key):
+                draft.leave(f"{where}.type.{key}", kind[key], "a template makes pairs; write such texts into the rows")
+    elif isinstance(kind, Mapping):
         source |= _user_defined(kind)
     elif isinstance(kind, str):
         name = kind.rsplit(".", 1)[-1] if not kind.startswith("chat_template") else "default"
-        columns |= {key: value for key, value in AXOLOTL.get(name, {}).items() if not columns.get(key)}
+        known = (AXOLOTL_KTO if single else AXOLOTL).get(name, {})
+        columns |= {key: value for key, value in known.items() if not columns.get(key)}
         said = f"type: {kind} writes the tokens of a template itself; here the model's chat template does, of messages"
         draft.note(f"data.{'train' if where == 'datasets' else 'eval'}", said)
     named = {key: value for key, value in columns.items() if value and value != key}
@@ -223,10 +255,24 @@ def _registered(folder: str, name: str, info: Any, draft: Draft, where: str) -> 
     given = entry.get("columns")
     columns: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     kept = {ours: columns[ours] for ours in ("prompt", "chosen", "rejected", "system") if ours in columns}
-    if "messages" in columns:
+    if _is_single(draft):
+        kept = _registered_single(entry, columns)
+        if "prompt" in kept:
+            query = columns.get("query", "input")
+            draft.note(where, f"{name}: theirs adds the column {query} to the prompt, where it is filled")
+    elif "messages" in columns:
         kept["prompt"] = columns["messages"]
     return {"path": path, "name": entry.get("subset"), "split": entry.get("split"),
             "columns": {ours: theirs for ours, theirs in kept.items() if ours != theirs}}  # fmt: skip
+
+
+def _registered_single(entry: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Of rows with one answer: those of alpaca have it in `output`; a conversation ends with it."""
+    kept = {"label": columns.get("kto_tag", "kto_tag")} | {k: columns[k] for k in ("system", "tools") if k in columns}
+    if entry.get("formatting") == "sharegpt":
+        name = columns.get("messages", "conversations")
+        return kept if name in CONVERSATIONS else kept | {"completion": name}
+    return kept | {"prompt": columns.get("prompt", "instruction"), "completion": columns.get("response", "output")}
 
 
 def _open_instruct(draft: Draft) -> tuple[list[Source], list[Source]]:

@@ -1,7 +1,7 @@
 """The configs of other trainers: whose a file is, whether it is a preference run, and what they take where it says nothing.
 
 Sources: TRL 1.16 on transformers 5.23, alignment-handbook, SimPO's own repository, axolotl 0.19, LLaMA-Factory 0.9.5,
-open-instruct's dpo_tune_cache.py, OpenRLHF 0.11's train_dpo.py.
+open-instruct's dpo_tune_cache.py, OpenRLHF 0.11's train_dpo.py and 0.8's train_kto.py; BCO of TRL 1.13.
 """
 
 from __future__ import annotations
@@ -62,7 +62,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": False, "dataset_split": "train",
     },
 }  # fmt: skip
+# The same, for objectives of which it differs. TRL's trainers of single answers take rows in their order.
+_IN_ORDER = {"train_sampling_strategy": "sequential"}
+OF_OBJECTIVE: dict[tuple[str, str], dict[str, Any]] = {
+    ("trl", "kto"): _IN_ORDER,
+    ("trl", "bco"): _IN_ORDER | {"learning_rate": 5e-7},
+    ("alignment-handbook", "kto"): _IN_ORDER,
+    ("axolotl", "kto"): _IN_ORDER,
+    ("openrlhf", "kto"): {"max_len": 2048, "input_key": "input", "label_key": "label"},
+}
 
+METHODS = "DPO, CPO, SimPO, ORPO, KTO, BCO"
 ACCELERATE = {"compute_environment", "distributed_type", "deepspeed_config", "main_training_function", "num_machines"}
 # Signs of another kind of run, each with its name.
 OTHERS = {
@@ -71,14 +81,17 @@ OTHERS = {
         "rollout_func"
     ),
     "a reward model": "center_rewards_coefficient num_labels process_reward_model",
-    "KTO, which needs no pairs": (
-        "desirable_weight undesirable_weight kto_chosen_weight kto_rejected_weight kto_desirable_weight"
-    ),
     "supervised fine-tuning": (
         "dataset_text_field completion_only_loss assistant_only_loss eval_packing dataset_kwargs packing "
         "pretraining_dataset max_seq_length"
     ),
 }
+# Keys of KTO and of BCO, which train on single answers.
+_KTO = (
+    "desirable_weight undesirable_weight kto_chosen_weight kto_rejected_weight kto_desirable_weight kto_undesirable_weight "
+    "desirable_loss_weight undesirable_loss_weight"
+)
+_BCO = "prompt_sample_size min_density_ratio max_density_ratio"
 # Keys of a preference run, whoever's.
 _PAIRS = (
     "beta loss_type label_smoothing rpo_alpha truncation_mode max_prompt_length precompute_ref_log_probs simpo_gamma "
@@ -86,15 +99,14 @@ _PAIRS = (
     "rl_beta pref_beta pref_loss reference_free sync_ref_model ref_pretrain chosen_key rejected_key dpo_label_smoothing "
     "ipo nll_loss_coef"
 )
-PAIRS = {*_PAIRS.split()}
+PAIRS = {*_PAIRS.split(), *_KTO.split(), *_BCO.split()}
 # Keys that tell more than others.
 TELLING = {"base_model": "axolotl", "stage": "llamafactory", "pref_loss": "llamafactory", "pretrain": "openrlhf"}
-STAGES = {"dpo", "orpo", "simpo", "ipo", "cpo"}
+STAGES = {"dpo", "orpo", "simpo", "ipo", "cpo", "kto", "bco"}
 KINDS = {
     "sft": "supervised fine-tuning", "pt": "pre-training", "rm": "a reward model", "ppo": "reinforcement learning",
-    "kto": "KTO, which needs no pairs", "grpo": "reinforcement learning", "gdpo": "reinforcement learning",
+    "grpo": "reinforcement learning", "gdpo": "reinforcement learning",
     "ebft": "reinforcement learning", "reward": "a reward model", "rloo": "reinforcement learning",
-    "kto_pair": "KTO, which needs no pairs",
 }  # fmt: skip
 
 
@@ -139,23 +151,25 @@ def refuse_other_runs(theirs: Mapping[str, Any], where: str, objective: str | No
                 f"{where}: nothing in it says that it is a preference run; if it is, give --objective, {known}"
             )
     kind = kind or next(
-        (name for name in list(OTHERS)[:3] if any(theirs.get(key) is not None for key in OTHERS[name].split())), None
+        (name for name in list(OTHERS)[:2] if any(theirs.get(key) is not None for key in OTHERS[name].split())), None
     )
     if kind:
-        raise ConfigError(f"{where}: is a config of {kind}; dspref trains on preference pairs: DPO, CPO, SimPO, ORPO")
+        raise ConfigError(f"{where}: is a config of {kind}; dspref trains on preferences: {METHODS}")
 
 
 def _named(theirs: Mapping[str, Any]) -> str | None:
     """The method that the names of the run tell, where its keys do not."""
     for key in ("run_name", "output_dir", "hub_model_id", "exp_name", "_file", "trl_command"):
-        words = re.findall(r"(?<![a-z])(orpo|simpo|cpo|dpo)(?![a-z])", str(theirs.get(key) or "").lower())
+        words = re.findall(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|bco)(?![a-z])", str(theirs.get(key) or "").lower())
         if words:
             return words[-1]
     return None
 
 
 def objective_of(theirs: Mapping[str, Any], dialect: str) -> str:
-    """dpo, cpo, simpo or orpo."""
+    """dpo, cpo, simpo, orpo, kto or bco."""
+    if found := _of_answers(theirs):
+        return found
     words = [theirs.get(key) for key in ("rl", "pref_loss", "dpo_loss_type", "loss_type")]
     for word in words:
         if isinstance(word, str) and word.lower() in ("simpo", "orpo", "cpo", "dpo", "ipo"):
@@ -167,4 +181,14 @@ def objective_of(theirs: Mapping[str, Any], dialect: str) -> str:
         return "simpo"
     if {"cpo_alpha", "simpo_gamma"} & {*theirs} and dialect == "trl":
         return "cpo"
-    return (_named(theirs) or "dpo") if dialect in ("trl", "alignment-handbook") else "dpo"
+    named = (_named(theirs) or "dpo") if dialect in ("trl", "alignment-handbook") else "dpo"
+    # A name may tell a loss: dpo-bco-pair.
+    return "dpo" if named in ("kto", "bco") and theirs.get("loss_type") not in (None, "apo_zero_unpaired") else named
+
+
+def _of_answers(theirs: Mapping[str, Any]) -> str | None:
+    """kto or bco, where a config says that single answers are trained on, or pairs as if they were."""
+    words = {str(theirs.get(key) or "").lower() for key in ("rl", "stage", "pref_loss", "dpo_loss_type", "loss_type")}
+    if words & {"kto", "kto_pair", "apo_zero_unpaired"} or {*theirs} & {*_KTO.split()}:
+        return "kto"
+    return "bco" if "bco" in (theirs.get("rl"), theirs.get("stage")) or {*theirs} & {*_BCO.split()} else None

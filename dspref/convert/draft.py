@@ -176,6 +176,11 @@ def homes(key: str) -> set[str]:
     return named or {*hints.homes_of(key)} | ({f"model.lora.{key}"} if key.startswith("lora_") else set())
 
 
+def of_pairs(given: Mapping[str, Any]) -> bool:
+    """Whether a config of KTO is of pairs, by the loss that took them as two answers each."""
+    return "kto_pair" in (given.get("pref_loss"), given.get("loss_type"))
+
+
 def as_list(value: Any) -> Any:
     """A text with commas as the list that it stands for: `wandb, tensorboard`."""
     if not isinstance(value, str) or "," not in value:

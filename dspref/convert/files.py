@@ -36,6 +36,9 @@ LAUNCHERS = {
     "standalone",
     "hostfile",
 }
+METHOD = re.compile(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|bco|sft|grpo|ppo|rm)(?![a-z])")
+# Behind a launcher's options: `accelerate launch --num_processes 8 trl kto`, `deepspeed --module openrlhf.cli.train_kto`.
+BEHIND_LAUNCHER = re.compile(r"(?:\btrl |openrlhf\.cli\.train_)(orpo|simpo|cpo|dpo|kto|bco|sft|grpo|ppo|rm)(?![a-z])")
 SECRETS = {"use_wandb", "logger.wandb.key"}
 ASSIGNED = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"$`]*\"|'[^']*'|[^\s\"'$`;&|]+)\s*$")
 
@@ -141,13 +144,13 @@ def of_shell(text: str, where: str) -> Theirs:
     launcher = {key: options.pop(key) for key in [*options] if key in LAUNCHERS}
     counts = [n for key, n in launcher.items() if key.startswith(("num_p", "nproc", "num_g")) and isinstance(n, int)]
     words = " ".join(best)
-    method = re.search(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|sft|grpo|ppo|rm)(?![a-z])", words.split(" --")[0].lower())
+    method = METHOD.search(words.split(" --")[0].lower()) or BEHIND_LAUNCHER.search(words.lower())
     unread = {key: value for key, value in options.items() if isinstance(value, str) and "$" in value}
     keys = {key: value for key, value in options.items() if key not in unread}
     for key in {*unread} & SECRETS:  # that one is given is what counts
         keys[key] = bool(unread.pop(key))
-    other = "sft" if "openrlhf" in words and "train_sft" in words else method[1] if method else ""
-    if other in ("sft", "rm", "ppo", "grpo", "kto"):
+    other = method[1] if method else ""
+    if other in ("sft", "rm", "ppo", "grpo"):
         raise ConfigError(f"{where}: is a command of another kind of run ({other}), and no preference run")
     names = {key.replace("-", "_"): key for key in written if "-" in key}
     lines = _places([*written], list(enumerate(command.split("\v"), start=begins)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import reading
-from dspref.convert.draft import EMPTY_STEPS, TRUE, Draft, as_list, is_empty
+from dspref.convert.draft import EMPTY_STEPS, TRUE, Draft, as_list, is_empty, of_pairs
 from dspref.convert.log import cadence, hub, judging
 from dspref.convert.objective import objective
 from dspref.convert.trackers import trackers
@@ -153,7 +153,8 @@ def lengths(draft: Draft) -> None:
         draft.translate("data.truncation_mode", "truncation_mode", mode)
     order = draft.take("train_sampling_strategy")
     if draft.flag("disable_shuffling") or order == "sequential":
-        draft.put("data.shuffle", False)
+        by_default = order == "sequential" and "train_sampling_strategy" not in draft.given
+        draft.put("data.shuffle", False, "theirs takes single answers in their order; here true does too" * by_default)
     elif order not in (None, "random"):
         draft.leave(
             "train_sampling_strategy", order, "pairs are shuffled by train.seed, or stay in order: data.shuffle: false"
@@ -173,7 +174,7 @@ def batch(draft: Draft) -> None:
     parts = {"per_device_train_batch_size": own, "gradient_accumulation_steps": steps, "batch_size": total}
     if isinstance(whole, int):
         said = f"{draft.name('train_batch_size')}: {whole}" + (f", in micro-batches of {micro}" if micro else "")
-        draft.put("train.pairs_per_step", whole, f"{said}; here data.tokens_per_pack bounds the memory")
+        draft.put("train.pairs_per_step", whole, f"{said}; {_unit(draft)}")
     for key, value in parts.items():
         if value is not None and isinstance(whole, int):
             draft.leave(key, value, f"{draft.name('train_batch_size')} goes before it")
@@ -185,8 +186,17 @@ def batch(draft: Draft) -> None:
         return
     own = own if isinstance(own, int) else 1
     steps = steps if isinstance(steps, int) else total // own if isinstance(total, int) and total >= own > 0 else 1
-    said = f"{own} per GPU x {steps} accumulated x {draft.gpus} GPUs; here data.tokens_per_pack bounds the memory"
+    said = f"{own} per GPU x {steps} accumulated x {draft.gpus} GPUs; {_unit(draft)}"
     draft.put("train.pairs_per_step", own * steps * draft.gpus, said)
+
+
+def _unit(draft: Draft) -> str:
+    """What a step counts, and what bounds the memory."""
+    said = "here data.tokens_per_pack bounds the memory"
+    if draft.objective not in ("kto", "bco") or of_pairs(draft.given):
+        return said
+    of_trl = draft.dialect in ("trl", "alignment-handbook", "axolotl")
+    return "single answers" + " (of a row that is a pair theirs makes two: halve it then)" * of_trl + f"; {said}"
 
 
 def steps(draft: Draft) -> None:

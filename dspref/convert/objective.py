@@ -10,6 +10,12 @@ from dspref.convert.draft import TRUE, Draft, as_list
 from dspref.objectives import OBJECTIVES, needs_reference
 
 MARGINS = ("simpo_gamma", "gamma_beta_ratio")
+# What theirs take where the file says nothing; elsewhere 0.1.
+BETAS = {("alignment-handbook", "simpo"): 2.0, ("openrlhf", "kto"): 0.01}
+WEIGHTS = {
+    "desirable_weight": ("desirable_weight", "kto_desirable_weight", "kto_chosen_weight", "desirable_loss_weight"),
+    "undesirable_weight": ("undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight", "undesirable_loss_weight"),
+}
 
 
 def objective(draft: Draft) -> None:
@@ -28,13 +34,14 @@ def objective(draft: Draft) -> None:
     if loss and loss != next(iter(OBJECTIVES[name].losses)):
         draft.put("objective.loss_type", loss)
     if beta is None:
-        beta = 2.0 if name == "simpo" and draft.dialect == "alignment-handbook" else 0.1
+        beta = BETAS.get((draft.dialect, name), 0.1)
         if not draft.computes("beta", "dpo_beta", "rl_beta", "pref_beta", "orpo_alpha", "model.beta"):
             draft.assume("beta", beta)
     draft.put("objective.beta", beta)
     if name == "orpo":
         draft.note("objective.beta", "the weight of the odds-ratio term, as there")
-    (_cpo if name in ("cpo", "simpo") else _dpo if name == "dpo" else _leave_dpo)(draft)
+    chapters = {"dpo": _dpo, "cpo": _cpo, "simpo": _cpo, "kto": _of_answers, "bco": _of_answers}
+    chapters.get(name, _leave_dpo)(draft)
     _reference(draft, name)
 
 
@@ -52,6 +59,9 @@ def _loss_of(draft: Draft) -> Any:
         return "ipo"
     if draft.flag("dpo_norm_loss"):
         return "sigmoid_norm"
+    if draft.objective == "kto" and loss == "kto_pair":
+        draft.note("objective", "kto_pair: a pair counts as a desirable and an undesirable answer, of one prompt")
+        return None
     if loss == "wpo":
         draft.put("objective.use_weighting", True, f"{draft.name('loss_type')}: wpo")
         return "sigmoid"
@@ -108,6 +118,23 @@ def _dpo(draft: Draft) -> None:
     _smoothing(draft)
 
 
+def _of_answers(draft: Draft) -> None:
+    """KTO's weights, and what becomes of its reference point."""
+    name = draft.objective
+    for ours, names in WEIGHTS.items():
+        weight = draft.take(*names)
+        if weight is not None and name == "kto":
+            own = draft.dialect == "openrlhf" and weight != 1
+            draft.put(f"objective.{ours}", weight, "its train_kto.py reads this, and trains with 1" if own else "")
+        elif weight is not None:
+            draft.leave(names[0], weight, "all answers weigh the same in BCO")
+    if name == "kto" and draft.get("objective.loss_type") is None:
+        draft.note("objective", "theirs has a KTO reference point (KL) for each micro-batch of a GPU; here the step has one")
+    if name == "bco":
+        draft.note("objective", "theirs moves BCO's threshold with each micro-batch of a GPU; here with each step")
+    _leave_dpo(draft)
+
+
 def _leave_dpo(draft: Draft) -> None:
     for key in (
         "label_smoothing",
@@ -119,7 +146,7 @@ def _leave_dpo(draft: Draft) -> None:
         "pref_ftx",
     ):
         if value := draft.take(key):
-            draft.leave(key, value, "ORPO has no such term")
+            draft.leave(key, value, f"{draft.objective.upper()} has no such term here")
 
 
 def _smoothing(draft: Draft) -> None:

@@ -13,8 +13,9 @@ from dspref.convert.literals import Unknown, Values
 from dspref.convert.theirs import OF_BEMA, OF_LORA, OF_PEFT, PARSERS, Theirs
 from dspref.errors import ConfigError
 
-CONFIGS = {"DPOConfig": "dpo", "CPOConfig": "cpo", "ORPOConfig": "orpo", "SimPOConfig": "simpo", "KTOConfig": "kto"}
-TRAINERS = {"DPOTrainer": "dpo", "CPOTrainer": "cpo", "ORPOTrainer": "orpo", "SimPOTrainer": "simpo", "KTOTrainer": "kto"}
+METHODS = {"DPO": "dpo", "CPO": "cpo", "ORPO": "orpo", "SimPO": "simpo", "KTO": "kto", "BCO": "bco"}
+CONFIGS = {f"{name}Config": method for name, method in METHODS.items()}
+TRAINERS = {f"{name}Trainer": method for name, method in METHODS.items()}
 OTHER_CONFIGS = {
     "SFTConfig": "sft",
     "GRPOConfig": "grpo",
@@ -22,7 +23,10 @@ OTHER_CONFIGS = {
     "PPOConfig": "ppo",
     "RewardConfig": "reward",
 }
-OF_TRAINER = {"beta", "loss_type", "max_length", "max_prompt_length", "label_smoothing", "precompute_ref_log_probs"}
+OF_TRAINER = {
+    "beta", "loss_type", "max_length", "max_prompt_length", "label_smoothing", "precompute_ref_log_probs",
+    "desirable_weight", "undesirable_weight",
+}  # fmt: skip
 OF_BITS = {"load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"}
 # Methods of a data set that make other rows of it by a function.
 OF_ROWS = {"map", "filter"}
@@ -44,7 +48,7 @@ def of_python(text: str, where: str) -> Theirs:
         script.read(call)
     script.read_later_changes(tree)
     if script.found.method is None:
-        kind = f"a {script.foreign}" if script.foreign else "no DPOConfig, CPOConfig, ORPOConfig or SimPOConfig"
+        kind = f"a {script.foreign}" if script.foreign else f"no {', '.join([*CONFIGS][:-1])} or {[*CONFIGS][-1]}"
         raise ConfigError(f"{where}: holds {kind}; dspref reads the configs of preference runs")
     return script.found
 

@@ -18,7 +18,8 @@ from dspref.errors import ConfigError
 WORST: dict[str, Callable[[PairStore], np.ndarray]] = {
     "length": lambda store: store.uncut[:, 0] + store.uncut[:, 1:].max(axis=1),
     "prompt": lambda store: store.uncut[:, 0],
-    "margin": lambda store: np.abs(store.scored[:, 0] - store.scored[:, 1]),
+    # Of pairs: an answer that stands alone differs from none.
+    "margin": lambda store: np.where(store.scored.all(axis=1), np.abs(store.scored[:, 0] - store.scored[:, 1]), -1),
 }
 
 
@@ -73,9 +74,12 @@ def with_pairs(sources: Sequence[SourcePairs]) -> list[SourcePairs]:
 
 
 def worst(sources: Sequence[SourcePairs], by: str) -> Chosen:
-    """The pair that is longest, or whose answers differ most in length; the first of several."""
+    """The pair that is longest, or whose answers differ most in length; the first of several. Raises ConfigError where no
+    row has two answers to compare."""
     values = [(source, WORST[by](source.store)[source.first : source.stop]) for source in sources]
     source, column = max(values, key=lambda item: int(item[1].max()))
+    if column.max() < 0:
+        raise ConfigError(f"--worst {by}: compares two answers, and every row here has one; use --worst length")
     return source, source.first + int(column.argmax())
 
 

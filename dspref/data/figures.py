@@ -31,14 +31,18 @@ def figures(store: PairStore, ids: np.ndarray) -> dict[str, Any]:
     """The numbers of some pairs of a store, in plain values."""
     lengths, uncut, same, scored = store.lengths[ids], store.uncut[ids], store.same[ids], store.scored[ids]
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
-    columns = {name: lengths[:, k] for k, name in enumerate(COLUMNS)} | {"pair": longest}
+    there = scored > 0
+    # Of unpaired data, answers that are not there count in nothing.
+    answers = {name: lengths[there[:, k], k + 1] for k, name in enumerate(COLUMNS[1:])}
+    columns = {"prompt": lengths[:, 0], **answers, "pair": longest}
     return {
         "pairs": len(ids),
+        "answers": {name: len(column) for name, column in answers.items()} | {"single": int((~there).any(axis=1).sum())},
         "tokens": {name: spread(column) for name, column in columns.items()},
         "histogram": histogram({name: columns[name] for name in COLUMNS}),
-        "truncated": truncation(lengths, uncut),
+        "truncated": truncation(lengths, uncut, there),
         "repeated": repetition(same, store.rows[ids]),
-        "bias": length_bias(scored),
+        "bias": length_bias(scored[there.all(axis=1)]),
         "scored": {"chosen": int(scored[:, 0].sum()), "rejected": int(scored[:, 1].sum())},
     }
 
@@ -61,15 +65,16 @@ def histogram(columns: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"width": width, "counts": counts}
 
 
-def truncation(lengths: np.ndarray, uncut: np.ndarray) -> dict[str, Any]:
+def truncation(lengths: np.ndarray, uncut: np.ndarray, there: np.ndarray) -> dict[str, Any]:
     """Of prompts, chosen and rejected answers: how many were cut, the tokens that these lost, and had. And pairs of which
-    anything was cut."""
+    anything was cut. `there`: which answers there are, bool [n, 2]."""
     lost = uncut - lengths
+    of = [len(lost), *there.sum(axis=0).tolist()]
     found: dict[str, Any] = {}
     for k, name in enumerate(COLUMNS):
         cut = lost[:, k] > 0
         counts = {"count": int(cut.sum()), "lost": int(lost[cut, k].sum()), "had": int(uncut[cut, k].sum())}
-        found[name] = counts | {"share": share(counts["count"], len(lost))}
+        found[name] = counts | {"share": share(counts["count"], of[k])}
     pairs = int((lost > 0).any(axis=1).sum())
     return found | {"pair": {"count": pairs, "share": share(pairs, len(lost))}}
 
@@ -97,7 +102,8 @@ def repetition(same: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
 
 
 def length_bias(scored: np.ndarray) -> dict[str, Any]:
-    """How chosen answers compare to rejected ones in scored tokens: pairs, and the difference chosen - rejected."""
+    """How chosen answers compare to rejected ones in scored tokens, in rows that have both: pairs, and the difference
+    chosen - rejected."""
     more = scored[:, 0] - scored[:, 1]
     longer, equal = int((more > 0).sum()), int((more == 0).sum())
     return {
@@ -174,13 +180,13 @@ def savings(steps: Sequence[np.ndarray], store: PairStore, packing: Packing) -> 
 
 
 def padded_tokens(lengths: np.ndarray) -> int:
-    """Tokens in batches of `PADDED_PAIRS` pairs, in order, both answers of each as long as the longest of the batch."""
+    """Tokens in batches of `PADDED_PAIRS` pairs, in order, all answers of each as long as the longest of the batch."""
     if not len(lengths):
         return 0
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     starts = np.arange(0, len(lengths), PADDED_PAIRS)
-    sizes = np.diff(np.append(starts, len(lengths)))
-    return int((2 * sizes * np.maximum.reduceat(longest, starts)).sum())
+    answers = np.add.reduceat((lengths[:, 1:] > 0).sum(axis=1), starts)
+    return int((answers * np.maximum.reduceat(longest, starts)).sum())
 
 
 def where_packed(steps: Sequence[np.ndarray], store: PairStore, packing: Packing, index: int) -> dict[str, Any] | None:

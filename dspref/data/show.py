@@ -22,13 +22,15 @@ SHOWN_AS = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def mark(pair: Any, tokenizer: PreTrainedTokenizerBase, colour: bool = False) -> str:
-    """Three lines, for the prompt, the chosen and the rejected answer of a `TokenizedPair`.
+    """Three lines, for the prompt, the chosen and the rejected answer of a `TokenizedPair`; two where it has one answer.
 
     Answers without a mask of scored tokens are scored whole.
     """
     lines = {"prompt": shown(pair.prompt, np.zeros(len(pair.prompt), dtype=bool), tokenizer, PROMPT_TOKENS, colour)}
     for side in ("chosen", "rejected"):
         ids, scored = getattr(pair, side), getattr(pair, f"{side}_scored", None)
+        if not len(ids):  # of unpaired data
+            continue
         mask = np.ones(len(ids), dtype=bool) if scored is None else np.asarray(scored, dtype=bool)
         lines[side] = shown(ids, mask, tokenizer, ANSWER_TOKENS, colour)
     return "\n".join(f"{name:<8}  {text}" for name, text in lines.items())

@@ -1,11 +1,13 @@
-"""What makes a run slower than it need be, each in one line with the setting to change."""
+"""What makes a run slower than it need be, or its answers count unevenly, each in one line with the setting to change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from dspref.config import ModelSection, TrainSection
 from dspref.data.loader import StepLoader, count, place
@@ -24,6 +26,9 @@ WORTH_SAYING = 0.10
 TOKENS_PER_GATHER = 1_100
 # Steps of the first epoch that are planned to see how packs come out: it takes milliseconds.
 STEPS_LOOKED_AT = 20
+# What desirable answers may count for each time that undesirable ones do (KTO's paper, arXiv:2402.01306, eq. 9; its newest
+# version has 3/2), and what is advised.
+LEAST, MOST, BETWEEN = 1.0, 4 / 3, 7 / 6
 # Of a budget over the tokens that it is for, as pairs cannot be cut.
 ROOM = 1.05
 
@@ -165,6 +170,33 @@ def lines(facts: Facts) -> Iterator[str]:
             f"activations would take about {_size(kept)} of {_size(facts.free_bytes)} free memory: "
             "model.gradient_checkpointing=false saves about a quarter of the compute"
         )
+
+
+def of_labels(objective: Mapping[str, Any], loader: StepLoader) -> Iterator[str]:
+    """What KTO's weights should be, where by the first epoch's answers one label counts for much more than the other."""
+    if objective["name"] != "kto":
+        return
+    scored = loader.store.scored[np.concatenate(loader.epoch(0))]
+    counts = (scored > 0).sum(axis=0).tolist()
+    weights = [objective["desirable_weight"], objective["undesirable_weight"]]
+    yield from uneven(counts, weights)
+
+
+def uneven(counts: Sequence[int], weights: Sequence[float]) -> Iterator[str]:
+    """`counts` and `weights`: of desirable answers, of undesirable ones."""
+    (good, bad), (of_good, of_bad) = counts, weights
+    if not good or not bad or not of_good or not of_bad:
+        return  # one of the two is not wanted
+    ratio = of_good * good / (of_bad * bad)
+    if LEAST <= ratio <= MOST:
+        return
+    key, value = "desirable", BETWEEN * of_bad * bad / good
+    if ratio > MOST:
+        key, value = "undesirable", of_good * good / bad / BETWEEN
+    yield (
+        f"desirable answers weigh {ratio:.3g} times as much as undesirable ones ({good:,} x {of_good:g} to {bad:,} x "
+        f"{of_bad:g}), where KTO's paper has 1 to 4/3: objective.{key}_weight={value:.3g}"
+    )
 
 
 def _size(count: float) -> str:

@@ -23,7 +23,7 @@ def draw(said: Mapping[str, Any], console: Console) -> None:
     _draw_sources(said, console)
     for key, figures in said["sets"].items():
         console.print()
-        console.print(Text(shown(f"{key}, as the model gets it: {counted(figures['pairs'], 'pair')}"), "bold"))
+        console.print(Text(shown(f"{key}, as the model gets it: {_what(figures)}"), "bold"))
         if figures["pairs"]:
             _draw_lengths(figures, console)
             _draw_histogram(figures["histogram"], console)
@@ -31,16 +31,30 @@ def draw(said: Mapping[str, Any], console: Console) -> None:
         for name, text in _lines(figures, said["limits"]):
             named(console, name, text)
         if "packing" in figures:
-            _draw_packing(figures["packing"], console)
+            _draw_packing(figures["packing"], console, _unit(figures))
     console.print()
     for key, shared in said["overlap"].items():
-        named(console, "held out", f"{key}: {_overlap(shared)}")
+        named(console, "held out", f"{key}: {_overlap(shared, _unit(*said['sets'].values()))}")
     for note, count in said["notes"].items():
         named(console, "note", f"{count:,} x {note}")
     for warning in said["warnings"]:
         named(console, "warning", warning)
     if said["overlap"] or said["notes"] or said["warnings"]:
         console.print()
+
+
+def _unit(*sets: Mapping[str, Any]) -> str:
+    """What is counted: pairs; examples, where some are of one answer."""
+    return "example" if any(figures["answers"]["single"] for figures in sets) else "pair"
+
+
+def _what(figures: Mapping[str, Any]) -> str:
+    """Such as `12 pairs`, or `7 desirable and 5 undesirable answers`."""
+    pairs, answers = figures["pairs"], figures["answers"]
+    if not answers["single"]:
+        return counted(pairs, "pair")
+    both = f" ({answers['single']:,} of them alone)" if pairs > answers["single"] else ""
+    return f"{answers['chosen']:,} desirable and {counted(answers['rejected'], 'undesirable answer')}{both}"
 
 
 def _table(*columns: str, padding: int = 2) -> Table:
@@ -52,7 +66,7 @@ def _table(*columns: str, padding: int = 2) -> Table:
 
 
 def _draw_sources(said: Mapping[str, Any], console: Console) -> None:
-    table = _table("source", "rows", "pairs", "left out", "")
+    table = _table("source", "rows", f"{_unit(*said['sets'].values())}s", "left out", "")
     table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for source in said["sources"]:
         weight = f"  (weight {source['weight']:g})" if source["weight"] != 1 else ""
@@ -78,7 +92,10 @@ def _draw_lengths(figures: Mapping[str, Any], console: Console) -> None:
         total = f"{spread['total']:,}" if name != "pair" else ""
         table.add_row(name, *values, f"{spread['mean']:,.0f}", total)
     console.print(table)
-    console.print(Text("pair: its prompt + the longer answer, which max_length limits", QUIET))
+    legend = "pair: its prompt + the longer answer, which max_length limits"
+    if figures["answers"]["single"]:
+        legend = "chosen: desirable, rejected: undesirable; pair: a prompt + its answer, which max_length limits"
+    console.print(Text(legend, QUIET))
 
 
 def _draw_histogram(histogram: Mapping[str, Any], console: Console) -> None:
@@ -94,7 +111,7 @@ def _draw_histogram(histogram: Mapping[str, Any], console: Console) -> None:
     for k, label in enumerate(labels):
         line = Text(f"{label:>{of_label - 2}}  ")
         for name, column in counts.items():
-            bar = _bar(column[k] / max(column), room)
+            bar = _bar(column[k] / max(*column, 1), room)
             line.append(bar, {"prompt": "blue", "chosen": "green", "rejected": "red"}[name])
             line.append(f"{f' {column[k]:,}' if column[k] else '':<{room - len(bar) + digits + 3}}", QUIET)
         line.rstrip()
@@ -109,32 +126,39 @@ def _bar(part: float, room: int) -> str:
 
 def _lines(figures: Mapping[str, Any], limits: str) -> Iterator[tuple[str, str]]:
     cut = [_cut(name, figures["truncated"][name]) for name in ("prompt", "chosen", "rejected")]
-    pairs = figures["truncated"]["pair"]
+    pairs, unit, answers = figures["truncated"]["pair"], _unit(figures), figures["answers"]
     lost = "; ".join(filter(None, cut))
     beyond = f"beyond {limits}" if limits else "there is no limit"
-    yield "cut", f"{_of(pairs['count'], pairs['share'], 'pair')} {beyond}: {lost}" if lost else f"nothing ({beyond})"
+    yield "cut", f"{_of(pairs['count'], pairs['share'], unit)} {beyond}: {lost}" if lost else f"nothing ({beyond})"
     again = figures["repeated"]
     several = _of(again["prompts_of_several_pairs"], again["prompts_of_several_pairs_share"], "", "are", "is")
     rows = f", {again['prompts_of_several_rows']:,} in several rows" if again["prompts_of_several_rows"] else ""
     yield (
         "prompts",
-        f"{again['prompts']:,} different; {several} in several pairs ({counted(again['pairs_of_these'], 'pair')}){rows}",
+        f"{again['prompts']:,} different; {several} in several {unit}s ({counted(again['pairs_of_these'], unit)}){rows}",
     )
-    said = [f"{_of(again['pairs'], again['pairs_share'], 'pair', 'repeat', 'repeats')} an earlier one"]
+    said = [f"{_of(again['pairs'], again['pairs_share'], unit, 'repeat', 'repeats')} an earlier one"]
     if again["contradicted"]:
         said.append(f"{again['contradicted']:,} of the others say the opposite of another")
-    said.append(f"{figures['identical_answers']:,} with chosen equal to rejected left out")
+    if figures["pairs"] > answers["single"] or not answers["single"]:
+        said.append(f"{figures['identical_answers']:,} with chosen equal to rejected left out")
     yield "twice", "; ".join(said)
-    bias = figures["bias"]
-    more = bias["mean_difference"]
-    yield (
-        "length",
-        f"chosen is longer in {bias['chosen_longer_share']:.1%} of pairs, equal in {bias['equal_share']:.1%}; "
-        f"chosen - rejected: {more:+,.1f} scored tokens on average, median {bias['median_difference']:+,.0f}",
-    )
+    yield "length", _length(figures)
     yield (
         "scored",
         f"{figures['scored']['chosen']:,} tokens of chosen, {figures['scored']['rejected']:,} of rejected answers",
+    )
+
+
+def _length(figures: Mapping[str, Any]) -> str:
+    """Whether length alone tells the better answers from the others."""
+    answers, bias = figures["answers"], figures["bias"]
+    if answers["single"]:
+        means = [figures["scored"][side] / max(answers[side], 1) for side in ("chosen", "rejected")]
+        return f"desirable answers have {means[0]:,.1f} scored tokens on average, undesirable ones {means[1]:,.1f}"
+    return (
+        f"chosen is longer in {bias['chosen_longer_share']:.1%} of pairs, equal in {bias['equal_share']:.1%}; chosen - "
+        f"rejected: {bias['mean_difference']:+,.1f} scored tokens on average, median {bias['median_difference']:+,.0f}"
     )
 
 
@@ -152,20 +176,18 @@ def _cut(name: str, figures: Mapping[str, Any]) -> str:
     return f"{_of(count, figures['share'], what, 'lost', 'lost')} {lost / had:.0%} of their tokens ({lost:,} of {had:,})"
 
 
-def _overlap(shared: Mapping[str, int]) -> str:
+def _overlap(shared: Mapping[str, int], unit: str) -> str:
     if not shared["prompts"]:
         return "none of its prompts is in the training set"
     are = "is" if shared["prompts"] == 1 else "are"
-    words = (
-        f"{shared['prompts']:,} of its prompts ({counted(shared['pairs_of_these'], 'pair')}) {are} in the training set too"
-    )
-    return f"{words}, {shared['pairs']:,} of these pairs with the same answers"
+    words = f"{shared['prompts']:,} of its prompts ({counted(shared['pairs_of_these'], unit)}) {are} in the training set too"
+    return f"{words}, {shared['pairs']:,} of these {unit}s with the same answer{'s' if unit == 'pair' else ''}"
 
 
-def _draw_packing(packing: Mapping[str, Any], console: Console) -> None:
+def _draw_packing(packing: Mapping[str, Any], console: Console, unit: str) -> None:
     table = _table("tokens to compute", "in all", "share")
     rows: Sequence[tuple[str, int]] = (
-        (f"padded, {packing['padded_pairs']} pairs a batch", packing["padded"]),
+        (f"padded, {packing['padded_pairs']} {unit}s a batch", packing["padded"]),
         ("without padding", packing["unpadded"]),
         ("packed, prompts shared" if packing["prefix_sharing"] else "packed, no prompts shared", packing["packed"]),
     )

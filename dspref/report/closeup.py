@@ -77,16 +77,17 @@ def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
     console.print(Rule(Text(shown(place), "bold"), align="left", style=QUIET))
     if pair["turns"]:
         turns = pair["turns"]
-        behind = f"{' '.join(turns['chosen'])} | {' '.join(turns['rejected'])}"
+        behind = " | ".join(" ".join(turns[side]) for side in ("chosen", "rejected") if side in turns)
         tools = f"  (with {counted(pair['tools'], 'tool')})" if pair["tools"] else ""
         named(console, "turns", f"{' '.join(turns['prompt'])} > {behind}{tools}")
     if pair["columns"]:
         named(console, "columns", "   ".join(f"{printable(name)}: {_value(v)}" for name, v in pair["columns"].items()))
     for name, section in pair["sections"].items():
-        named(console, name, _about(name, section, pair["limits"]))
+        label = "" if pair["label"] is None or name == "prompt" else ", desirable" if pair["label"] else ", undesirable"
+        named(console, name, _about(name, section, pair["limits"]) + label)
         indented(console, _text_of(section, in_colour(console)))
     if pair["pack"]:
-        _draw_pack(pair["pack"], console)
+        _draw_pack(pair["pack"], console, "pair" if pair["label"] is None else "example")
     else:
         named(console, "pack", "in none of the first epoch's (a source of a weight below 1 is sampled anew each epoch)")
 
@@ -178,11 +179,11 @@ def _append(text: Text, word: str, style: str, run: Mapping[str, Any], index: in
 # ---------------------------------------------------------------------------------------------------------- the pack
 
 
-def _draw_pack(pack: Mapping[str, Any], console: Console) -> None:
+def _draw_pack(pack: Mapping[str, Any], console: Console, what: str) -> None:
     where = f"step {pack['step']:,} of {pack['steps']:,}, " if not pack["evaluation"] else "of an evaluation, "
     where += f"rank {pack['rank']} of {pack['ranks']}, micro-step {pack['micro_step']} of {pack['micro_steps']}"
     fill = f"{pack['tokens']:,} of {pack['room']:,} tokens ({pack['tokens'] / pack['room']:.0%})"
-    fill += f", {counted(pack['pairs'], 'pair')}"
+    fill += f", {counted(pack['pairs'], what)}"
     if pack["tokens"] > pack["room"]:
         fill = f"{pack['tokens']:,} tokens: a pack of its own, beyond tokens_per_pack ({pack['room']:,})"
     if pack["last_step"] is not None and pack["step"] > pack["last_step"]:
@@ -196,7 +197,7 @@ def _draw_pack(pack: Mapping[str, Any], console: Console) -> None:
     _draw_group(own, pack["pieces"], console)
     there = {piece["kind"] for piece in pack["pieces"]}
     kinds = [(f"{glyph} {kind}   ", COLOURS[kind]) for kind, glyph in GLYPHS.items() if kind in there or kind == "free"]
-    indented(console, Text.assemble(*kinds, "▲ this pair   ", ("─ keys that it sees", QUIET)))
+    indented(console, Text.assemble(*kinds, f"▲ this {what}   ", ("─ keys that it sees", QUIET)))
 
 
 def _draw_group(own: Sequence[Mapping[str, Any]], pieces: Iterable[Mapping[str, Any]], console: Console) -> None:

@@ -34,13 +34,14 @@ LEARNING = (
     ),
     Spec(
         "accuracy", "Accuracy", {"rewards/accuracies": "training"},
-        "Share of pairs whose chosen answer has the higher reward: 0 before the first update, where all tie. 0.5 is chance; "
-        "1.0 in training alone: learnt by heart.",
+        "Share of pairs whose chosen answer has the higher reward; of single answers, share of those on their side of the "
+        "reference point. 0 before the first update, where all tie. 0.5 is chance; 1.0 in training alone: learnt by heart.",
         True,
     ),
     Spec(
         "margin", "Reward margin", {"rewards/margins": "training"},
-        "Reward of the chosen answer less that of the rejected one. Grows, and levels off.", True,
+        "Reward of the chosen answer less that of the rejected one; of single answers, of the means of both. Grows, and "
+        "levels off.", True,
     ),
     Spec(
         "nll", "NLL of chosen answers", {"nll_loss": "training"},
@@ -57,8 +58,9 @@ LIKELIHOOD = (
         "Of whole answers, or per token where the objective has it so. The chosen line should hold as the other falls.",
     ),
     Spec(
-        "kl", "KL estimate", _sides("kl"),
-        "Log-ratio to the reference on the pairs' own answers. Far from zero and still on its way: collapse is near.",
+        "kl", "KL estimate", {**_sides("kl"), "kl": "KTO's reference point"},
+        "Log-ratio to the reference on the data's own answers; KTO's point is that of answers to other prompts, or 0. Far "
+        "from zero and still on its way: collapse is near.",
     ),
     Spec(
         "held-out-logps", "Log-probs, held out", {f"{EVALUATION}{key}": side for key, side in _sides("logps").items()},

@@ -188,14 +188,16 @@ class Look:
         where = gap(len(pair.prompt), limits.truncation_mode, origin.whole.head, origin.whole.tail) if origin else None
         shortened = (None, None, None) if self.asked.selects else LIMITS
         parts = sections(pair, self.found.tokenizer, store.uncut[index].tolist(), where, shortened)
+        there = [part.name for part in parts if part.tokens or part.name == "prompt"]  # of unpaired data, one answer
         return {
             "source": source.key,
             "where": store.where(index),
             "more_of_row": 0,
-            "turns": _turns(origin) if origin else None,
+            "label": None if all(part.tokens for part in parts[1:]) else bool(parts[1].tokens),
+            "turns": _turns(origin, there) if origin else None,
             "tools": len(origin.preference.tools or ()) if origin else 0,
             "columns": _extra(origin.values, source) if origin else {},
-            "sections": {part.name: _section(part, self.asked.ids) for part in parts},
+            "sections": {part.name: _section(part, self.asked.ids) for part in parts if part.name in there},
             "limits": store.report["limits"],
             "pack": self._pack(source, index),
         }
@@ -268,9 +270,9 @@ class Look:
         return {"identical_answers": sum(n for of in counts for reason, n in of.items() if reason.startswith(IDENTICAL))}
 
 
-def _turns(origin: Origin) -> dict[str, list[str]] | None:
-    """The roles of the messages, or None where the pair is of plain texts."""
-    parts = {name: getattr(origin.preference, name) for name in ("prompt", "chosen", "rejected")}
+def _turns(origin: Origin, there: Sequence[str]) -> dict[str, list[str]] | None:
+    """The roles of the messages of what there is, or None where the pair is of plain texts."""
+    parts = {name: getattr(origin.preference, name) for name in there}
     if isinstance(parts["prompt"], str):
         return None
     return {name: [message["role"] for message in part] for name, part in parts.items()}
@@ -279,7 +281,8 @@ def _turns(origin: Origin) -> dict[str, list[str]] | None:
 def _extra(values: Mapping[str, Any], source: SourcePairs) -> dict[str, Any]:
     """The columns of a row beside those that the texts of its pair are in."""
     columns = source.listing.source.columns or {}
-    texts = {columns.get(name, name).partition(".")[0] for name in (*FIELDS, *CONVERSATIONS, *REJECTED, "completions")}
+    fields = (*FIELDS, *CONVERSATIONS, *REJECTED, "completion", "completions")
+    texts = {columns.get(name, name).partition(".")[0] for name in fields}
     beside = ((one_line(name, 60), value) for name, value in values.items() if name not in texts and value is not None)
     return {name: _short(value) for name, value in islice(beside, MOST_COLUMNS)}
 

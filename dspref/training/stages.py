@@ -287,16 +287,16 @@ def introduce(
     """The banner: what is about to happen, in numbers; in one line behind the nine or more of DeepSpeed's launcher. In the
     log file the first pair too, as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
-    prompt, chosen, rejected = pairs.lengths.mean(axis=0)
+    what = "pairs" if (pairs.scored > 0).all() else "answers"
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
     sharing = "on" if loader.packing.prefix_sharing else "off"
-    pace = f"of {train.pairs_per_step} pairs ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
+    pace = f"of {train.pairs_per_step} {what} ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": spec.in_words(reference_spec(config)),
-        "data": f"{len(pairs)} pairs, mean tokens {prompt:.0f} prompt + {chosen:.0f} | {rejected:.0f}{evaluated}",
+        "data": f"{in_numbers(pairs)}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} {pace}",
@@ -306,6 +306,15 @@ def introduce(
     brief = f"{rows['run']}: {rows['objective']}; {steps} steps {pace}; {rows['engine']}; more in logs/rank-0.log"
     console.banner(rows, brief if distributed.is_announced() else None)
     console.first_pair(mark(pairs[0], tokenizer))
+
+
+def in_numbers(pairs: PairStore) -> str:
+    """How many pairs, or answers that stand alone, and their mean lengths: of answers, of those that there are."""
+    there = pairs.scored > 0
+    chosen, rejected = (pairs.lengths[there[:, k], k + 1].sum() / max(there[:, k].sum(), 1) for k in range(2))
+    counts = there.sum(axis=0)
+    what = f"{len(pairs)} pairs" if there.all() else f"{counts[0]} desirable, {counts[1]} undesirable answers"
+    return f"{what}, mean tokens {pairs.lengths[:, 0].mean():.0f} prompt + {chosen:.0f} | {rejected:.0f}"
 
 
 def engine_config(config: Config) -> dict[str, Any]:

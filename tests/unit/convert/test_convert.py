@@ -296,10 +296,7 @@ def test_every_key_of_every_list_is_placed_or_told() -> None:
     for path in sorted(KEYS.glob("*.txt")):
         keys = [key for line in path.read_text().splitlines() if not line.startswith("#") for key in line.split()]
         skipped = {"reward_model", "vllm", "process_reward_model", "center_rewards_coefficient", "num_labels", "ppo_epochs"}
-        skipped |= {key for key in keys if "desirable_weight" in key or "kto_" in key} | {
-            "compute_environment",
-            "zero_optimization",
-        }
+        skipped |= {"compute_environment", "zero_optimization"}
         given = {key: "xyz" for key in keys if key not in skipped and "." not in key} | {"beta": 0.1, "loss_type": "sigmoid"}
         given |= {"stage": "dpo", "rl": "dpo", "pref_loss": "sigmoid"} if path.stem in ("axolotl", "llamafactory") else {}
         loaded, made = converted(json.dumps(given | {"model_name_or_path": "m"}), dialect=None, objective="dpo")
@@ -335,7 +332,7 @@ def test_whatever_the_values_are_the_result_is_a_good_config(seed: int, draws: i
                     Theirs(dict(given), unread=dict(computed)),
                     "x",
                     dialect,
-                    objective=draw.choice(["dpo", "cpo", "simpo", "orpo"]),
+                    objective=draw.choice(["dpo", "cpo", "simpo", "orpo", "kto", "bco"]),
                 )
             except ConfigError as error:
                 assert str(error).count("\n") == 0
@@ -366,16 +363,13 @@ def test_whatever_the_values_are_the_result_is_a_good_config(seed: int, draws: i
         (TRL + "packing: true\nmax_seq_length: 2048\n", "supervised fine-tuning"),
         (TRL + "reward_funcs: [x]\nnum_generations: 8\nbeta: 0.1\n", "reinforcement learning"),
         (TRL + "learning_rate: 1e-5\n", "nothing in it says that it is a preference run; if it is, give --objective"),
-        (TRL + "desirable_weight: 1.0\nbeta: 0.1\n", "KTO, which needs no pairs"),
         (
             "base_model: m\ndatasets: [{path: d, type: alpaca}]\nsequence_len: 2048\n",
             "supervised fine-tuning: it has no `rl`",
         ),
-        (AXOLOTL.replace("dpo", "kto"), "KTO, which needs no pairs"),
         (AXOLOTL.replace("dpo", "grpo"), "reinforcement learning"),
         (FACTORY.replace("stage: dpo", "stage: sft"), "supervised fine-tuning"),
         (FACTORY.replace("stage: dpo", "stage: ppo"), "reinforcement learning"),
-        (FACTORY + "pref_loss: kto_pair\n", "KTO, which needs no pairs"),
         (
             "compute_environment: LOCAL_MACHINE\ndeepspeed_config: {zero_stage: 2}\nnum_processes: 8\n",
             "ds_configs/zero2.json",
@@ -393,14 +387,14 @@ def test_what_is_no_preference_run_is_refused_in_one_line(text: str, said: str) 
     ("name", "text", "said"),
     [
         ("x.py", "def f(:\n", "x.py:1: is no Python that can be read"),
-        ("x.py", "print(3)\n", "holds no DPOConfig, CPOConfig, ORPOConfig or SimPOConfig"),
+        ("x.py", "print(3)\n", "holds no DPOConfig, CPOConfig, ORPOConfig, SimPOConfig, KTOConfig or BCOConfig"),
         ("x.py", "from trl import SFTConfig\nargs = SFTConfig(output_dir='x')\n", "holds a SFTConfig"),
-        ("x.py", "args = KTOConfig(output_dir='x')\n", "KTO, which needs no pairs"),
         ("x.py", "args = DPOConfig(beta=" + "+" * 3000 + "1)\n", "x.py"),
         ("x.py", "args = DPOConfig(beta=" + "(" * 150 + "1" + ",)" * 150 + ")\0", "is no Python"),
         ("x.sh", "ls\n", "holds no command with --key value"),
         ("x.sh", "python x.py --a 'b\n", "a quote is not closed"),
         ("x.sh", "deepspeed --module openrlhf.cli.train_sft --pretrain m --dataset d\n", "another kind of run (sft)"),
+        ("x.sh", "accelerate launch --num_processes 8 trl grpo --model m --dataset d\n", "another kind of run (grpo)"),
     ],
 )
 def test_scripts_that_say_nothing_are_refused(name: str, text: str, said: str) -> None:

@@ -50,6 +50,11 @@ def test_the_masks_of_a_pair_are_used(tokenizer) -> None:
     assert "[[" not in mark(made, tokenizer).splitlines()[1] and "[[no]]" in mark(made, tokenizer)
 
 
+def test_of_a_single_answer_there_are_two_lines(tokenizer) -> None:
+    lines = mark(pair(tokenizer, "Hi", "", "no"), tokenizer).splitlines()
+    assert [line.split()[0] for line in lines] == ["prompt", "rejected"] and lines[1].endswith("[[no]]")
+
+
 def test_a_long_text_loses_its_middle_and_says_how_much(tokenizer) -> None:
     ids = np.asarray(tokenizer("x y " * 200, add_special_tokens=False)["input_ids"])
     line = shown(ids, np.ones(len(ids), dtype=bool), tokenizer, 20, colour=False)

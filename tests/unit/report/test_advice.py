@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from dspref.machine.memory_plan import estimate
 from dspref.machine.shapes import of_tensors
 from dspref.model.attention import PACKED
 from dspref.model.packed import PackedCausalLM
-from dspref.report.advice import Facts, lines, still_to_come
+from dspref.report.advice import Facts, lines, still_to_come, uneven
 
 GIB = 2**30
 GOOD = Facts(
@@ -49,6 +50,31 @@ def test_each_advice_names_its_setting_and_comes_alone(bad, mended, said) -> Non
     (line,) = lines(replace(GOOD, **bad))
     assert said in line and len(line) < 220 and "\n" not in line
     assert list(lines(replace(GOOD, **{**bad, **mended}))) == []
+
+
+@pytest.mark.parametrize(
+    "counts, weights, key",
+    [
+        ((1_000, 10_000), (1.0, 1.0), "desirable"),
+        ((10_000, 1_000), (1.0, 1.0), "undesirable"),
+        ((999, 1_000), (1.0, 1.0), "desirable"),
+        ((1_334, 1_000), (1.0, 1.0), "undesirable"),
+        ((1_000, 1_000), (3.0, 1.0), "undesirable"),
+        ((100, 900), (9.0, 1.5), "desirable"),
+    ],
+)
+def test_the_weight_that_is_advised_is_within_the_papers_bounds(counts, weights, key) -> None:
+    (line,) = uneven(counts, weights)
+    found = re.search(r"objective\.(\w+)_weight=([\d.e+-]+)$", line)
+    assert found and found[1] == key and len(line) < 220
+    mended = (float(found[2]), weights[1]) if key == "desirable" else (weights[0], float(found[2]))
+    assert 1 <= counts[0] * mended[0] / (counts[1] * mended[1]) <= 4 / 3
+    assert not list(uneven(counts, mended))
+
+
+def test_even_weights_and_labels_of_one_kind_hear_nothing() -> None:
+    for counts, weights in (((3, 3), (1, 1)), ((4, 3), (1, 1)), ((1, 10), (10, 1)), ((0, 5), (1, 1)), ((5, 1), (1, 0))):
+        assert not list(uneven(counts, weights)), (counts, weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

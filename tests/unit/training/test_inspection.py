@@ -276,3 +276,53 @@ def test_what_a_run_would_refuse_of_lengths_is_shown_and_then_refused() -> None:
     write(Path("long.jsonl"), [{"prompt": "q", "chosen": "yes " * most, "rejected": "no"}])
     code, out, err = call("--worst", "length", "data.train=long.jsonl", "data.max_length=null")
     assert code == 2 and "long.jsonl:1  data.train" in out and f"beyond the model's {most} positions" in err
+
+
+ALONE = [
+    {"prompt": "Say it.", "completion": " yes yes", "label": True, "stars": 5},
+    {"prompt": "Say it.", "completion": " no, not that", "label": False},
+    {"prompt": "Ask.", "completion": " why", "label": False},
+    {"prompt": "Ask.", "completion": " why", "label": True},
+]
+KTO = ["data.train=alone.jsonl", "data.eval=null", "objective={name: kto}"]
+
+
+@pytest.fixture
+def alone() -> None:
+    write(Path("alone.jsonl"), ALONE)
+
+
+def test_of_a_single_answer_nothing_is_shown_that_is_not_there(alone: None) -> None:
+    pairs = found(*KTO, "--row", "1", "--row", "2")["pairs"]
+    assert [pair["label"] for pair in pairs] == [True, False]
+    assert [[*pair["sections"]] for pair in pairs] == [["prompt", "chosen"], ["prompt", "rejected"]]
+    assert [pair["columns"] for pair in pairs] == [{"label": True, "stars": 5}, {"label": False}]
+    said = call(*KTO)[1]
+    assert "2 desirable and 2 undesirable answers" in said and "all scored, desirable" in said
+    assert "pairs" not in said and " 0 tokens" not in said and "identical" not in said
+
+
+def test_numbers_of_single_answers_are_of_those_that_there_are(alone: None) -> None:
+    figures = found(*KTO)["sets"]["data.train"]
+    assert figures["answers"] == {"chosen": 2, "rejected": 2, "single": 4}
+    for side in ("chosen", "rejected"):
+        spread = figures["tokens"][side]
+        assert spread["percentiles"]["0"] > 0 and spread["total"] == 2 * spread["mean"] == figures["scored"][side]
+        assert sum(figures["histogram"]["counts"][side]) == 2
+    assert figures["repeated"]["contradicted"] == 2 and figures["repeated"]["pairs"] == 0
+    packing = figures["packing"]
+    longest = figures["tokens"]["pair"]["percentiles"]["100"]
+    assert packing["padded"] == 4 * longest and packing["unpadded"] == figures["tokens"]["pair"]["total"]
+
+
+def test_of_pairs_and_single_answers_together_both_are_counted(alone: None) -> None:
+    write(Path("both.jsonl"), [{"prompt": "q", "chosen": " a b", "rejected": " c"}])
+    words = ['data.train=["alone.jsonl", "both.jsonl"]', *KTO[1:]]
+    assert "3 desirable and 3 undesirable answers (4 of them alone)" in call(*words)[1]
+    (pair,) = found(*words, "--worst", "margin")["pairs"]
+    assert pair["label"] is None and pair["where"] == "both.jsonl:1"
+
+
+def test_answers_that_stand_alone_have_no_margin(alone: None) -> None:
+    code, _, err = call(*KTO, "--worst", "margin")
+    assert code == 2 and "--worst margin: compares two answers, and every row here has one; use --worst length" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from dspref import config
 from dspref.data.loader import sharing_pays
 from dspref.data.sources import Source, find
 from dspref.errors import ConfigError, DataError, NumericFault
+from dspref.objectives import build_objective
 from dspref.reference import spec
-from dspref.training import numbers, preparation, stages
+from dspref.report import advice
+from dspref.training import demand, numbers, preparation, stages
 
 QUICKSTART = "launch/configs/quickstart.yaml"
 
@@ -49,7 +52,7 @@ def test_keep_together_names_what_is_shuffled_as_one(tmp_path):
     found = {}
     for word in ("row", "prompt", "none"):
         run = config.load(QUICKSTART, [f"data.keep_together={word}", "data.prefix_sharing=auto"])
-        layout, loader = stages.plan(run, pairs)
+        layout, loader = demand.plan(build_objective(**run.objective.model_dump()), run.data, run.train, pairs, {})
         found[word] = None if loader.together is None else loader.together.tolist()
         assert layout.prefix_sharing == (word != "none"), "prompts of one token alone are not worth it, common answers are"
     assert found["row"] == [0] * 6 + [1, 2, 3]
@@ -65,6 +68,46 @@ def test_sharing_pays_by_what_is_surely_computed_once(tmp_path):
     for rows, worth in ((long, True), (short, False)):
         pairs = load([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
         assert sharing_pays(pairs, None) is sharing_pays(pairs, pairs.rows) is worth
+
+
+def test_of_uneven_labels_a_weight_is_advised_and_of_pairs_none(tmp_path):
+    alone = [{"prompt": f"p{k}", "completion": " a", "label": k < 2} for k in range(20)]
+    pairs = [{"prompt": f"p{k}", "chosen": " a", "rejected": " b"} for k in range(4)]
+    for rows, words, said in (
+        (
+            alone,
+            ["objective={name: kto}"],
+            "(2 x 1 to 18 x 1), where KTO's paper has 1 to 4/3: objective.desirable_weight=10.5",
+        ),
+        (alone, ["objective={name: kto, desirable_weight: 10.5}"], None),
+        (alone, ["objective={name: bco}"], None),
+        (pairs, ["objective={name: kto}"], None),
+        (pairs, [], None),
+    ):
+        run, stored = config.load(QUICKSTART, words), load([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
+        _, loader = demand.plan(build_objective(**run.objective.model_dump()), run.data, run.train, stored, {})
+        found = list(advice.of_labels(run.objective.model_dump(), loader))
+        assert len(found) == (said is not None) and (said is None or said in found[0]), (words, found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{"prompt": "p1", "completion": " a" * n, "label": n > 2} for n in (1, 2, 5)],
+            "1 desirable, 2 undesirable answers",
+        ),
+        ([{"prompt": "p1", "chosen": " a", "rejected": " b"}], "1 pairs"),
+        ([{"prompt": "p1", "completion": " a", "label": False}], "0 desirable, 1 undesirable answers"),
+    ],
+)
+def test_the_banner_counts_answers_that_there_are(tmp_path, rows, said):
+    pairs = load([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
+    found = re.fullmatch(r"(.*), mean tokens (\d+) prompt \+ (\d+) \| (\d+)", stages.in_numbers(pairs))
+    assert found and found[1] == said
+    for side in (1, 2):
+        there = [int(n) for n in pairs.lengths[:, side] if n]
+        assert int(found[2 + side]) == round(sum(there) / max(len(there), 1))
 
 
 def check_tokens(run, model_config, stores):
