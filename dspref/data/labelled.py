@@ -26,8 +26,10 @@ def is_labelled(values: Values, columns: Columns | None) -> bool:
         return True
     if any(values.get(named.get(field, field)) is not None or field in named for field in ANSWERS):
         return False
-    answered = values.get(COMPLETION) is not None or _history(values) is not None
-    return answered and _label_of(values, named) is not None
+    labelled = _label_of(values, named) is not None
+    if COMPLETION in values and any(name in values and name not in named.values() for name in LABELS):
+        return labelled or values.get(COMPLETION) is not None  # one of them may be null, which is told
+    return labelled and _history(values) is not None
 
 
 def to_answer(
@@ -66,7 +68,8 @@ def _label_of(values: Values, named: Mapping[str, str]) -> str | None:
 
 def _read(values: Values, named: Mapping[str, str]) -> bool:
     """The label: true or false, 1 or 0, as text too."""
-    name = named.get(LABEL) or _label_of(values, named) or LABEL
+    empty = next((name for name in LABELS if name in values), LABEL)
+    name = named.get(LABEL) or _label_of(values, named) or empty
     there, value = find(values, name)
     if not there:
         raise missing(LABEL, values, name)

@@ -103,6 +103,7 @@ def _fault_of(pair: TokenizedPair, cut: TokenizedPair, fix: str) -> RowError | N
     """Why a pair that was cut cannot be used."""
     for field, answer, whole in (("chosen", cut.chosen, pair.chosen), ("rejected", cut.rejected, pair.rejected)):
         if len(answer) == 0 < len(whole):
+            field = field if len(pair.chosen) and len(pair.rejected) else "completion"
             return RowError(field, "no scored token is left after truncation", fix)
     if np.array_equal(cut.chosen, cut.rejected):
         return RowError("rejected", "identical to chosen after truncation", fix, droppable=True)

@@ -205,8 +205,8 @@ def evaluation_line(step: int, record: Mapping[str, float], prefixes: Sequence[s
     """One evaluation, each held-out set behind its name."""
     sets = []
     for prefix in prefixes:
-        figures = "  ".join(f"{short} {record[prefix + name]:.4g}" for name, short in ON_TERMINAL.items())
-        sets.append(f"{prefix.rstrip('_')}  {figures}")
+        found = {short: record[prefix + name] for name, short in ON_TERMINAL.items() if prefix + name in record}
+        sets.append(f"{prefix.rstrip('_')}  {'  '.join(f'{short} {value:.4g}' for short, value in found.items())}")
     return f"step {step}: {'; '.join(sets)}"
 
 

@@ -119,8 +119,8 @@ class Meter:
         sums = [torch.stack(list(self._totals.values())), *(self._routing or ())]
         table, *routing = (part.cpu() for part in distributed.sum_over_ranks(*sums))
         rows = dict(zip(self._totals, table.tolist()))
-        # A step may have no pair of a source.
-        means = {name: _mean(*row) for name, row in rows.items() if row[1] or not name.startswith(SOURCE)}
+        # A step may have no pair of a source, nor, of single answers, any that is desirable.
+        means = {name: _mean(*row) for name, row in rows.items() if row[1] or not _may_be_empty(name)}
         if routing:
             load = Routing(*routing)
             # An evaluation asks for no share of a step: there the balance is that of all its tokens.
@@ -136,14 +136,22 @@ class Meter:
         for component in ("loss/nll", "loss/sft"):
             if component in means:
                 means["nll_loss"] = means[component]
-        if "rewards/margins" not in means and "rewards/chosen" in means:
+        if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return {"loss": loss, **means}
 
 
+SIDES = ("/chosen", "/rejected")
+
+
+def _may_be_empty(name: str) -> bool:
+    """Whether a metric is about one source alone, or about chosen answers or rejected ones."""
+    return name.startswith(SOURCE) or name.endswith(SIDES) or name == "mean_token_accuracy"
+
+
 def _per(name: str, loss: PairLoss) -> str:
     """What the mean of a metric is over."""
-    if name.endswith(("/chosen", "/rejected")):
+    if name.endswith(SIDES):
         return f"{name.rpartition('/')[2]}_answers"
     return "answers" if loss.answers is not None and name == "rewards/accuracies" else "pairs"
 
@@ -167,6 +175,8 @@ class Displacement:
 
     def watch(self, record: Mapping[str, float]) -> str | None:
         """A warning, once, when the last 30 logged steps show it."""
+        if not {"rewards/chosen", "rewards/margins"} <= record.keys():
+            return None
         self._seen.append((record["rewards/chosen"], record["rewards/margins"]))
         chosen, margins = zip(*self._seen)
         if self._told or len(chosen) < self.STEPS or not (falls(chosen) and falls([-m for m in margins])):

@@ -34,9 +34,9 @@ class Rule:
     """Whether the best weights are exported, so that their checkpoint must be there."""
 
     def judge(self, best: Best, step: int, found: Mapping[str, float]) -> Best:
-        """With the evaluation of a step. A value that is not finite is no progress."""
+        """With the evaluation of a step. A value that is not finite is no progress, nor is none."""
         best = best if best.metric == self.metric else Best(self.metric)
-        value = found[self.metric]
+        value = found.get(self.metric, float("nan"))
         if self._is_better(value, best.value, 0.0):
             best = replace(best, value=value, step=step)
         if self._is_better(value, best.bar, self.min_delta):

@@ -190,6 +190,28 @@ def test_a_mean_over_nothing_is_no_number() -> None:
     assert math.isnan(filled.reduce()["x"])
 
 
+def test_of_an_answer_that_nobody_gave_there_is_no_mean() -> None:
+    """Of single answers a step may have none that is desirable: nothing is said of them, and there is no margin."""
+    filled = meter()
+    for side, count in (("chosen", 0), ("rejected", 4)):
+        filled.add(f"rewards/{side}", torch.tensor(2.0 * count), count)
+        filled.add(f"logits/{side}", torch.tensor(1.0 * count), count)
+    filled.add("mean_token_accuracy", torch.tensor(0.0), 0)
+    assert filled.reduce() == {"loss": 0, "rewards/rejected": 2.0, "logits/rejected": 1.0}
+    filled.add("rewards/chosen", torch.tensor(3.0), 3)
+    filled.add("rewards/rejected", torch.tensor(2.0), 1)
+    assert filled.reduce()["rewards/margins"] == 1.0 - 2.0, "the difference of the means"
+
+
+def test_displacement_passes_over_steps_without_a_margin() -> None:
+    watch = Displacement()
+    for k in range(2 * Displacement.STEPS):
+        said = watch.watch({"loss": 1.0} if k % 2 else {"rewards/chosen": -float(k), "rewards/margins": float(k)})
+        if said:
+            break
+    assert k == 2 * Displacement.STEPS - 2, "told of as many steps that have one"
+
+
 def test_sums_add_up_in_double_precision() -> None:
     """In fp32 2^24 + 1 is 2^24: a token count of a large step would stop growing."""
     filled = meter()

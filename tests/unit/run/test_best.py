@@ -49,3 +49,11 @@ def test_another_metric_begins_anew():
 )  # fmt: skip
 def test_a_name_tells_which_way_is_better(metric, lower):
     assert lower_is_better(metric) is lower
+
+
+def test_a_metric_that_an_evaluation_has_not_is_no_progress() -> None:
+    """As of single answers of which none is desirable: there is no margin."""
+    rule = Rule("eval_rewards/margins", False, patience=1)
+    seen = rule.judge(rule.judge(Best("eval_rewards/margins"), 2, {"eval_rewards/margins": 0.5}), 4, {"eval_loss": 0.5})
+    assert (seen.value, seen.step, seen.waited) == (0.5, 2, 1)
+    assert rule.is_over(seen)
