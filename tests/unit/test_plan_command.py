@@ -18,6 +18,7 @@ from dspref import config as configuration
 from dspref.cli import app
 from dspref.data.loader import Packing, place
 from dspref.machine import gpus
+from dspref.objectives import build_objective
 from dspref.training import preparation
 
 PAIRS = 90
@@ -61,7 +62,7 @@ def test_packs_and_tokens_are_those_that_the_run_will_have(folder: Path) -> None
     config = configuration.load(folder / "run.yaml", [])
     tokenizer = preparation.tokenizer_of(config.model)
     pairs = preparation.load_sources(config.data, tokenizer, [preparation.listing_of(config.data.train, "data.train")])
-    packing, loader = preparation.steps_of(config.data, config.train, pairs, False, 3, 4)
+    packing, loader = preparation.steps_of(config.data, config.train, pairs, build_objective("dpo", "sigmoid"), 3, 4)
     assert isinstance(packing, Packing) and packing.world_size == 4
     steps = [place(pairs, ids, packing) for ids in loader.epoch(0)][:-1]
     load = plan["load"]

@@ -9,6 +9,7 @@ from math import ceil
 import numpy as np
 import pytest
 
+from dspref.data.batch import computed_tokens
 from dspref.data.plan import QUADRATIC_TOKENS, alone, group, order, pack, rows_per_epoch, steps_per_epoch
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -184,6 +185,57 @@ def test_a_pair_by_itself_computes_its_prompt_twice() -> None:
     assert groups.attention.tolist() == [15 + 28, 3 + 3]
     assert groups.answers.tolist() == [6, 2]
     assert groups.scored.tolist() == [3, 2]
+
+
+def some_answers(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths, scored) of examples with one answer or two."""
+    draws = np.random.default_rng(seed)
+    lengths = draws.integers(1, 40, (int(draws.integers(1, 20)), 3))
+    side = draws.integers(0, 3, len(lengths))  # 0: both
+    lengths[side == 1, 1] = lengths[side == 2, 2] = 0
+    return lengths, (lengths[:, 1:] + 1) // 2
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_an_answer_that_is_not_there_computes_nothing(seed: int, apart: bool) -> None:
+    """Against a slow count over the answers: of a prompt by itself once for each of them, and of a group once."""
+    lengths, scored = some_answers(seed)
+    each = alone(lengths, scored, apart)
+    same = np.arange(lengths.size).reshape(lengths.shape)
+    shared = group(same, lengths, 10**6, scored, apart)
+    for k, (p, *both) in enumerate(lengths.tolist()):
+        answers = [size for size in both if size]
+        inside = p * p if apart else p * (p + 1) // 2
+        triangles = sum(a * (a + 1) // 2 for a in answers)
+        for found, prompts in ((each, len(answers)), (shared, 1)):
+            assert found.tokens[k] == prompts * p + sum(answers)
+            assert found.attention[k] == prompts * inside + sum(a * p for a in answers) + triangles
+            assert found.answers[k] == sum(answers)
+            assert found.scored[k] == sum((a + 1) // 2 for a in answers)
+            assert found.within[k] == prompts * inside
+            assert found.across[k] == p * sum(answers)
+    assert np.array_equal(computed_tokens(lengths, False), each.tokens)
+    assert np.array_equal(computed_tokens(lengths, True), shared.tokens)
+
+
+def test_what_an_encoder_decoder_does_not_compute_is_the_last_token_of_each_answer() -> None:
+    lengths = np.array([[5, 3, 4], [5, 3, 0], [5, 0, 4]])
+    assert computed_tokens(lengths, False, True).tolist() == [10 + 2 + 3, 5 + 2, 5 + 3]
+    assert computed_tokens(lengths, True, True).tolist() == [5 + 2 + 3, 5 + 2, 5 + 3]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_of_single_answers_fit_the_budget(seed: int) -> None:
+    """Of one prompt with many answers, each of which stands alone."""
+    draws = np.random.default_rng(seed)
+    count = int(draws.integers(2, 30))
+    lengths = np.stack([np.full(count, 20), draws.integers(1, 40, count), np.zeros(count, dtype=np.int64)], axis=1)
+    same = np.stack([np.zeros(count, dtype=np.int64), np.arange(1, count + 1), np.full(count, 999)], axis=1)
+    found = group(same, lengths, 100)
+    assert found.tokens.sum() == 20 * len(found.tokens) + lengths[:, 1].sum()
+    assert all(tokens <= 100 for tokens in found.tokens.tolist())
+    assert found.answers.sum() == found.scored.sum() == lengths[:, 1].sum()
 
 
 # ------------------------------------------------------------------------------------------------------------- pack

@@ -155,6 +155,8 @@ KNOWN = {("attention.py", "calls"), ("distributed.py", "gather_rows")}
         ({"name": "simpo"}, set()),
         ({"name": "cpo", "loss_type": "ipo"}, set()),
         ({"name": "orpo"}, set()),
+        ({"name": "kto"}, set()),
+        ({"name": "bco"}, {("gradient.py", "_with_step")}),
         ({"name": "dpo", "experts": "micro"}, set()),
         ({"name": "dpo", "experts": "step"}, set()),
     ],
@@ -163,14 +165,16 @@ KNOWN = {("attention.py", "calls"), ("distributed.py", "gather_rows")}
 def test_a_logged_step_waits_for_nothing(objective, allowed):
     """Packs through a model, loss, metrics and gradient; what is reduced at its end is read on the host, once."""
     scope = objective.pop("experts", None)
-    made = build_objective(**{"loss_type": {"simpo": "simpo", "orpo": "orpo"}.get(objective["name"], "sigmoid")} | objective)
+    only = {"dpo": "sigmoid", "cpo": "sigmoid"}.get(objective["name"], objective["name"])
+    made = build_objective(**{"loss_type": only} | objective)
     model = policy_of("qwen3_moe", **EXPERTS) if scope else policy_of("qwen2")
     model.with_collision, model.router_aux_loss_coef = made.needs_collision, 0.1 if scope else 0.0
     packs = packs_of(made.scores_prompt)
     with torch.no_grad():
         tables = {id(batch): pair_logps(model(batch, only_logps=True)[0], batch) for batch in packs}
     counts = {"pairs": 6, "chosen_tokens": 60, "rejected_tokens": 60, "chosen_and_prompt_tokens": 90, "tokens": 300}
-    step = Step(1, 1.0, len(packs), packs, counts, 1.0)
+    counts |= {"answers": 12, "mismatched_answers": 12}
+    step = Step(1, 1.0, len(packs), packs, counts, 1.0, mismatched=packs)
     meter = Meter(CPU, model.router_aux_loss_coef)
     base = iter([tables[id(batch)] for batch in packs] * 2)
     reference = Reference(lambda name, batch: next(base))

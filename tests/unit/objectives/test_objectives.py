@@ -33,7 +33,7 @@ DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "d
 RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 TARGETED = [("dpo", "sigmoid"), ("dpo", "sigmoid_norm"), ("cpo", "sigmoid"), ("cpo", "simpo"), ("simpo", "simpo")]
 SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_pair")
-COUPLED = ("bco_pair", "aot", "aot_pair")
+COUPLED = ("bco_pair", "aot", "aot_pair", "bco")
 OF_DPO = [loss for loss in OBJECTIVES["dpo"].losses if loss not in ALIASES]
 
 CASES: list[Case] = [
@@ -63,6 +63,8 @@ CASES: list[Case] = [
     ("simpo", "simpo", {"alpha": -0.5}),
     ("simpo", "repo", {"repo_gamma": 1.5, "alpha": 0.25}),
     ("orpo", "orpo", {"nll_on_prompt": False}),
+    ("kto", "kto", {"desirable_weight": 1.5, "undesirable_weight": 0.25}),
+    ("kto", "apo_zero_unpaired", {"undesirable_weight": 0.0}),
 ]
 
 
@@ -77,6 +79,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=named)
 
 ALPHA = {"f_divergence_type": "alpha_divergence"}
 SIMPO = {"beta": 2.0, "simpo_gamma": 0.5}
+WEIGHTS = {"desirable_weight": 2.0, "undesirable_weight": 0.5}
 
 # (name, loss_type, keys, delta) -> loss of each pair at the point below, in float64, to six decimals.
 GOLDEN: list[tuple[str, str, dict[str, Any], float, list[float]]] = [
@@ -134,6 +137,19 @@ GOLDEN: list[tuple[str, str, dict[str, Any], float, list[float]]] = [
     ("cpo", "repo", {"repo_gamma": 0.2}, 0.0, [0.325, 0, 0.292857]),
     ("simpo", "repo", {"alpha": 0.25}, 0.0, [0.802903, 0, 0.731891]),
     ("orpo", "orpo", {}, 0.0, [0.768842, 0.446417, 0.756606]),
+    # Both answers of a pair by themselves: the sum of two; delta is the reference point, in nats.
+    ("kto", "kto", {}, 0.0, [0.962523, 1.024932, 1.0]),  # as apo_zero
+    ("kto", "kto", {}, 0.25, [0.962518, 1.02496, 1.0]),
+    ("kto", "kto", {}, 2.0, [0.962803, 1.024932, 1.0]),
+    ("kto", "kto", {"beta": 0.5}, 0.25, [0.814667, 1.120145, 1.0]),
+    ("kto", "kto", WEIGHTS, 0.25, [1.203147, 1.253105, 1.278112]),
+    ("kto", "apo_zero_unpaired", {}, 0.0, [0.962523, 1.024932, 1.0]),
+    ("kto", "apo_zero_unpaired", {}, 0.25, [0.962523, 1.024932, 1.0]),  # has no reference point
+    ("kto", "apo_zero_unpaired", WEIGHTS, 0.0, [1.193793, 1.24372, 1.268746]),
+    # delta is the mean of the rewards
+    ("bco", "bco", {}, 0.0, [1.312856, 1.439417, 1.386919]),
+    ("bco", "bco", {}, 0.025, [1.312700, 1.438324, 1.387700]),
+    ("bco", "bco", {"beta": 0.2}, 0.4, [1.272216, 1.498752, 1.448154]),
 ]
 LOG_ODDS = [-0.146060, 0.575003, -0.123130]
 
@@ -203,7 +219,7 @@ def gradients(function: Callable[[PairLogps], Tensor], policy: PairLogps) -> dic
 
 
 def counts_of(pairs: PairLogps) -> dict[str, int]:
-    names = ("pairs", "chosen_tokens", "rejected_tokens", "chosen_and_prompt_tokens")
+    names = ("pairs", "answers", "chosen_tokens", "rejected_tokens", "chosen_and_prompt_tokens")
     return {name: int(pairs.count(name)) for name in names}
 
 
@@ -231,10 +247,11 @@ def test_golden_values(name: str, loss_type: str, keys: dict[str, Any], delta: f
     loss = build_objective(name, loss_type, **keys)(policy, reference if OBJECTIVES[name].needs_reference else None, delta)
     term = loss.terms[loss_type]
     np.testing.assert_allclose(term.values.numpy(), expected, atol=1e-6, rtol=0)
-    per, weight = ("chosen_tokens", 1.0) if loss_type == "sft" else ("pairs", 0.1 if name == "orpo" else 1.0)
+    per = "chosen_tokens" if loss_type == "sft" else "answers" if OBJECTIVES[name].unpaired else "pairs"
+    weight = 0.1 if name == "orpo" else 1.0
     assert (term.per, term.weight) == (per, weight)
     alone = PairLoss({loss_type: term}, {})
-    mean = weight * sum(expected) / (31 if loss_type == "sft" else 3)  # 6 + 20 + 5 tokens
+    mean = weight * sum(expected) / {"chosen_tokens": 31, "answers": 6, "pairs": 3}[per]  # 6 + 20 + 5 tokens
     assert total(alone, counts_of(policy)).item() == pytest.approx(mean, abs=1e-6)
 
 
@@ -260,16 +277,19 @@ def test_the_tables_words_about_each_loss() -> None:
     def those(flag: str) -> set[str]:
         return {ALIASES.get(name, name) for name, loss in dpo.items() if getattr(loss, flag)}
 
-    assert those("couples") == set(COUPLED)
+    assert those("couples") == set(COUPLED) - {"bco"}
     assert those("ordered") == {"aot", "aot_pair"}
     assert those("running_mean") == {"bco_pair"}
     assert those("scores") == set(RPO)
     targeted = [(name, kind) for name, of in OBJECTIVES.items() for kind, loss in of.losses.items() if loss.targeted]
     assert [(name, kind) for name, kind in targeted if kind not in ALIASES] == TARGETED
     assert those("divergent") - {"sft"} == set(DIVERGENT)
-    others = [loss for name, family in OBJECTIVES.items() for loss in family.losses.values() if name != "dpo"]
+    assert OBJECTIVES["bco"].losses["bco"].couples and OBJECTIVES["bco"].losses["bco"].running_mean
+    others = [loss for name, family in OBJECTIVES.items() for loss in family.losses.values() if name not in ("dpo", "bco")]
     assert not any(loss.couples or loss.ordered or loss.running_mean for loss in others)
-    assert [name for name in OBJECTIVES if needs_reference(name)] == ["dpo"]
+    assert [about for about in LOSSES if OBJECTIVES[about[0]].losses[about[1]].mismatched] == [("kto", "kto")]
+    assert [name for name in OBJECTIVES if needs_reference(name)] == ["dpo", "kto", "bco"]
+    assert [name for name, family in OBJECTIVES.items() if family.unpaired] == ["kto", "bco"]
     assert not needs_reference("dpo", reference_free=True, beta=0.1)
 
 
@@ -595,6 +615,9 @@ REWARDS: list[tuple[str, str, dict[str, Any], tuple[list[float], ...], tuple[lis
     ("simpo", "simper", {}, AVERAGES, AVERAGES),
     ("cpo", "repo", {"alpha": 0.25}, power(AVERAGES, 0.25), AVERAGES),
     ("orpo", "orpo", {}, scaled(AVERAGES, 0.1), AVERAGES),
+    ("kto", "kto", {}, BY_SUMS, SUMS),
+    ("kto", "apo_zero_unpaired", {"beta": 0.5, "desirable_weight": 3.0}, scaled(BY_SUMS, 5), SUMS),  # no weight is in them
+    ("bco", "bco", {"beta": 0.2}, scaled(BY_SUMS, 2), SUMS),
 ]  # fmt: skip
 
 
@@ -636,6 +659,9 @@ def test_metrics_that_only_some_objectives_have() -> None:
         ("cpo", "simpo"): set(),
         ("simpo", "simpo"): set(),
         ("orpo", "orpo"): {"log_odds_chosen", "log_odds_ratio"},
+        ("kto", "kto"): kl | {"kl", "rewards/accuracies"},
+        ("kto", "apo_zero_unpaired"): kl | {"rewards/accuracies"},
+        ("bco", "bco"): kl | {"bco_delta", "rewards/accuracies"},
     }
     for (name, loss_type), more in expected.items():
         assert build_objective(name, loss_type)(policy, reference).metrics.keys() == always | more
@@ -836,7 +862,7 @@ def test_some_packs_are_empty() -> None:
 def test_coupled_losses_do_not_add_up_over_packs(loss_type: str) -> None:
     """Which is why they say so: the whole step is looked at first. BCO's delta is then a mean over the step."""
     policy, reference = random_pairs(9, seed=0)
-    objective = build_objective("dpo", loss_type)
+    objective = build_objective("bco" if loss_type == "bco" else "dpo", loss_type)
     assert objective.couples
 
     def loss(members: Any) -> Tensor:
@@ -951,6 +977,8 @@ SECTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"beta": 2.0, "simpo_gamma": 1.0, "label_smoothing": 0.0, "alpha": 0.0},
     ),
     ({"name": "orpo", "loss_type": "orpo"}, {"beta": 0.1, "nll_on_prompt": True}),
+    ({"name": "kto", "loss_type": "kto"}, {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
+    ({"name": "bco", "loss_type": "bco"}, {"beta": 0.1}),
 ]  # fmt: skip
 
 
