@@ -2,8 +2,9 @@
 
 Written from the papers' formulas alone and shares no code with `dspref`, so that the two can disagree. Slow on purpose:
 each number is a scalar tensor, and nothing happens to two pairs at once except where an objective says so (aot sorts,
-bco averages). `step` scores with models; `loss_of_scores` is the same from log-probs; `dpo_losses`, `cpo_losses` and
-`log_odds` are the formulas, from sums and counts.
+bco averages). `step` scores with models; `loss_of_scores` is the same from log-probs; `dpo_losses`, `cpo_losses`,
+`answer_loss` and `log_odds` are the formulas, from sums and counts. An answer that is not there is an empty list, and has
+None for its scores.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class Answer(list):
 
 def render(row: Mapping[str, Any], tokenizer: Any, scored: str = "assistant") -> list[list[int]]:
     """(prompt, chosen, rejected) token ids: whole texts, split where the three part; of ChatML conversations the assistant's
-    words and ends are scored, or everything behind the split (`all`)."""
+    words and ends are scored, or everything behind the split (`all`). Of a row with a label, the other answer is []."""
+    if "label" in row:
+        prompt, answer, _ = render(alone(row), tokenizer, scored)
+        return [prompt, answer, []] if str(row["label"]).lower() in ("true", "1") else [prompt, [], answer]
     prompt, chosen, rejected = explicit(row)
     if isinstance(prompt, str):
         eos = tokenizer.eos_token
@@ -84,6 +88,14 @@ def explicit(row: Mapping[str, Any]) -> list[Any]:
     return [chosen[:split], chosen[split:], rejected[split:]]
 
 
+def alone(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with a label as one whose two answers are the same; of whole conversations, the answer is the last message."""
+    if "messages" in row:
+        *prompt, last = row["messages"]
+        return {"prompt": prompt, "chosen": [last], "rejected": [last]}
+    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"]}
+
+
 def common(left: Sequence[Any], right: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
     size = 0
@@ -114,8 +126,8 @@ def score(lm: torch.nn.Module, prompt: list[int], answer: list[int]) -> Scores:
     return Scores([tokens[first + i] for i in scored], [collisions[first + i] for i in scored], tokens[:first])
 
 
-def score_pairs(lm: torch.nn.Module, pairs: Sequence[Sequence[list[int]]]) -> list[tuple[Scores, Scores]]:
-    return [(score(lm, prompt, chosen), score(lm, prompt, rejected)) for prompt, chosen, rejected in pairs]
+def score_pairs(lm: torch.nn.Module, pairs: Sequence[Sequence[list[int]]]) -> list[tuple[Any, Any]]:
+    return [tuple(score(lm, prompt, answer) if answer else None for answer in answers) for prompt, *answers in pairs]  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------------------------------------- one step
@@ -134,7 +146,10 @@ def step(
     if reference is not None:
         with torch.no_grad():
             theirs = score_pairs(reference, pairs)
-    return loss_of_scores(score_pairs(policy, pairs), theirs, objective, delta, given)
+    point = None
+    if objective["name"] == "kto" and reference is not None:
+        point = reference_point(policy, reference, pairs)
+    return loss_of_scores(score_pairs(policy, pairs), theirs, objective, delta, given, point)
 
 
 def loss_of_scores(
@@ -143,9 +158,13 @@ def loss_of_scores(
     objective: Objective,
     delta: float | None = None,
     given: Sequence[Given] | None = None,
+    point: float | None = None,
 ) -> dict[str, Any]:
-    """`delta` replaces bco's mean over this step; `given`: the numbers of each pair's row."""
+    """`delta` replaces bco's mean over this step; `given`: the numbers of each pair's row; `point`: KTO's
+    `reference_point`."""
     given = given or [{}] * len(policy)
+    if objective["name"] in ("kto", "bco"):
+        return answers_step(policy, reference, objective, delta, point)
     if objective["name"] == "dpo":
         return dpo_step(policy, reference, objective, delta, given)
     if objective["name"] == "orpo":
@@ -463,3 +482,101 @@ def orpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective, giv
 def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
     """log of odds(chosen) / odds(rejected), where odds(p) = p / (1 - p) and p = exp(mean log-prob)."""
     return (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
+
+
+# ------------------------------------------------------------------------------------------- KTO and BCO: single answers
+
+
+def mismatched(examples: Sequence[Sequence[list[int]]], longest: int | None = None) -> list[Sequence[list[int]]]:
+    """Each prompt of a step with the answers of the nearest example before it, around the corner, that has another prompt;
+    where there is none, of the one before it. What is beyond `longest` tokens (of all: that of the longest) is cut off."""
+    if longest is None:
+        longest = longest_of(examples)
+    found = []
+    for i, (prompt, *_) in enumerate(examples):
+        before = [examples[i - back] for back in range(1, len(examples))] or [examples[i]]
+        _, *answers = next((other for other in before if other[0] != prompt), before[0])
+        found.append([prompt, *(shortened(answer, longest - len(prompt)) for answer in answers)])
+    return found
+
+
+def longest_of(examples: Sequence[Sequence[list[int]]]) -> int:
+    return max(len(prompt) + max(len(answer) for answer in answers) for prompt, *answers in examples)
+
+
+def shortened(answer: list[int], size: int) -> list[int]:
+    cut = type(answer)(answer[:size])
+    if isinstance(cut, Answer):
+        cut.scored = answer.scored[:size]  # type: ignore[attr-defined]
+    return cut
+
+
+def reference_point(
+    policy: torch.nn.Module,
+    reference: torch.nn.Module,
+    examples: Sequence[Sequence[list[int]]],
+    longest: int | None = None,
+) -> float:
+    """KTO's z: how far the policy has moved, by its log-ratio of answers to other prompts, and at least 0."""
+    others = mismatched(examples, longest)
+    with torch.no_grad():
+        pairs = zip(score_pairs(policy, others), score_pairs(reference, others))
+        log_ratios = [
+            float(sum(ours.answer)) - float(sum(theirs.answer))
+            for both in pairs
+            for ours, theirs in zip(*both)
+            if ours is not None
+        ]
+    return max(0.0, sum(log_ratios) / len(log_ratios))
+
+
+def answer_loss(kind: str, log_u: Tensor, good: bool, beta: float, point: float, delta: float) -> Tensor:
+    if kind == "kto":
+        return 1 - torch.sigmoid(beta * (log_u - point) if good else beta * (point - log_u))
+    if kind == "apo_zero_unpaired":
+        return 1 - torch.sigmoid(beta * log_u) if good else torch.sigmoid(beta * log_u)
+    if kind == "bco":
+        return -logsigmoid(beta * log_u - delta) if good else -logsigmoid(delta - beta * log_u)
+    raise ValueError(kind)
+
+
+def answers_step(
+    policy: Sequence[tuple[Scores | None, Scores | None]],
+    reference: Sequence[tuple[Scores | None, Scores | None]] | None,
+    objective: Objective,
+    delta: float | None,
+    point: float | None,
+) -> dict[str, Any]:
+    """One answer after the other, whether it stands alone or in a pair."""
+    kind, beta = objective.get("loss_type", objective["name"]), objective.get("beta", 0.1)
+    assert reference is not None
+    answers = []  # (is it desirable, log-prob, log-ratio)
+    for ours, theirs in zip(policy, reference):
+        for good, own, base in ((True, ours[0], theirs[0]), (False, ours[1], theirs[1])):
+            if own is not None and base is not None:
+                answers.append((good, total(own.answer), total(own.answer) - total(base.answer).detach()))
+    if kind == "bco" and delta is None:
+        delta = mean([beta * log_u for _, _, log_u in answers]).item()
+    if kind != "kto":
+        point = 0.0
+    assert point is not None
+    threshold = delta if kind == "bco" else beta * point
+
+    losses = []
+    for good, _, log_u in answers:
+        weight = objective.get("desirable_weight" if good else "undesirable_weight", 1.0)
+        losses.append(weight * answer_loss(kind, log_u, good, beta, point, delta or 0.0))
+    right = [beta * log_u > threshold if good else beta * log_u < threshold for good, _, log_u in answers]
+    result: dict[str, Any] = {"loss": mean(losses), "rewards/accuracies": mean(right).item()}
+    for name, side in (("chosen", True), ("rejected", False)):
+        if of_side := [(logp, log_u) for good, logp, log_u in answers if good is side]:
+            result[f"logps/{name}"] = mean([logp for logp, _ in of_side]).item()
+            result[f"kl/{name}"] = mean([log_u for _, log_u in of_side]).item()
+            result[f"rewards/{name}"] = beta * result[f"kl/{name}"]
+    if {"rewards/chosen", "rewards/rejected"} <= result.keys():
+        result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+    if kind == "bco":
+        result["bco_delta"] = delta
+    if kind == "kto":
+        result["kl"] = point
+    return result

@@ -21,7 +21,7 @@ from dspref.objectives import RunningMean, build_objective
 from dspref.reference import modes as references
 from dspref.reference import spec
 from dspref.report.metrics import Meter
-from dspref.training import gradient, preparation, stages, trainer
+from dspref.training import demand, gradient, preparation, stages, trainer
 from dspref.training.gradient import Instruments, StepLoss
 
 
@@ -54,8 +54,8 @@ def _start(
     config: configuration.Config, steps: int, prepared: dict[str, Any] | None = None
 ) -> tuple[Engine, references.Reference, StepLoader, StepLoss]:
     """A run as `trainer.train` starts it, without a run folder."""
-    policy, pairs, held_out, loader, weights = _load_policy(config, steps, prepared)
-    reference = _build(config, policy, weights, {"train": pairs, **held_out}, loader)
+    policy, held_out, loader, weights = _load_policy(config, steps, prepared)
+    reference = _build(config, policy, weights, held_out, loader)
     objective = build_objective(**config.objective.model_dump())
     loss = StepLoss(objective, policy.module.router_aux_loss_coef, config.model.router_aux_scope)
     return policy, reference, loader, loss
@@ -63,7 +63,7 @@ def _start(
 
 def _load_policy(
     config: configuration.Config, steps: int, prepared: dict[str, Any] | None = None
-) -> tuple[Engine, PairStore, dict[str, PairStore], StepLoader, str]:
+) -> tuple[Engine, dict[str, PairStore], StepLoader, str]:
     distributed.init(config.train.seed)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
@@ -72,12 +72,12 @@ def _load_policy(
     if key not in prepared:
         prepared[key] = _prepare(config, device.type)
     kernel, _, pairs, held_out = prepared[key]
-    _, loader = stages.plan(config, pairs)
-    weights = config.model.name_or_path
     objective = build_objective(**config.objective.model_dump())
+    _, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
+    weights = config.model.name_or_path
     policy = stages.load_policy(config, objective, weights, kernel)
     policy = Engine.for_training(policy, config.train, stages.engine_config(config), steps)
-    return policy, pairs, held_out, loader, weights
+    return policy, held_out, loader, weights
 
 
 def _prepare(config: configuration.Config, device_type: str) -> Any:
@@ -87,8 +87,9 @@ def _prepare(config: configuration.Config, device_type: str) -> Any:
 
 
 def _build(
-    config: configuration.Config, policy: Engine, weights: str, sets: dict[str, PairStore], loader: StepLoader
+    config: configuration.Config, policy: Engine, weights: str, held_out: dict[str, PairStore], loader: StepLoader
 ) -> references.Reference:
+    sets = demand.sets(build_objective(**config.objective.model_dump()), loader, held_out)
     beginning = references.InitialWeights(weights, spec.digest(stages.reference_spec(config), weights))
     return references.build(stages.reference_spec(config), policy, beginning, sets, loader.packing)
 
@@ -189,10 +190,10 @@ def memory_of_reference(config_path: str, overrides: list[str]) -> dict[str, flo
     """MB of private memory that the reference costs this rank while it is built, then, and while it is moved once, after
     step 512; and of one whole model."""
     config = configuration.load(config_path, overrides)
-    policy, pairs, held_out, loader, weights = _load_policy(config, 1)
+    policy, held_out, loader, weights = _load_policy(config, 1)
     start = _private_mb()
     with _Peak() as building:
-        reference = _build(config, policy, weights, {"train": pairs, **held_out}, loader)
+        reference = _build(config, policy, weights, held_out, loader)
     steady = _private_mb()
     with _Peak() as moving:
         reference.follow(512)

@@ -147,6 +147,53 @@ def test_every_kind_of_objective_is_that_of_single_examples(objective, tmp_path,
     assert all(math.isclose(result["loss"], wanted, rel_tol=1e-5) for result in ranks[0])
 
 
+KTO = {"name": "kto", "beta": 0.3, "desirable_weight": 1.5}
+
+
+@pytest.mark.slow
+def test_single_answers_are_those_of_single_examples(tmp_path, all_workers):
+    """KTO: an encoder reads each prompt before an answer to another, which is not cut; what a decoder begins with is scored
+    of no answer, and there for none that is not."""
+    run_files, sides = write(tmp_path, "t5"), ("chosen", "rejected", "rejected")
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row, side in zip(text_rows(PAIRS), sides * 3)
+    ]
+    (run_files / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, load = AutoTokenizer.from_pretrained(run_files / "tokenizer"), AutoModelForSeq2SeqLM.from_pretrained
+    models = ("reference", "policy")  # this way round the reference point is not clamped
+    policy, reference = (load(run_files / name, dtype=torch.float64).eval() for name in models)
+    examples = []
+    for row in rows:
+        answer = tokenizer(text_target=row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        both = (answer, []) if row["label"] else ([], answer)
+        examples.append([tokenizer(row["prompt"])["input_ids"], *both])
+
+    def scores(lm: Any, of: list[Any]) -> list[Any]:
+        return [tuple(score(lm, prompt, answer) if answer else None for answer in answers) for prompt, *answers in of]
+
+    with torch.no_grad():
+        others = [scores(lm, oracle.mismatched(examples, longest=10**6)) for lm in (policy, reference)]
+        sums = [sum(float(sum(side.answer)) for pair in of for side in pair if side) for of in others]
+        base = scores(reference, examples)
+    point = max(0.0, (sums[0] - sums[1]) / len(rows))
+    assert point > 0, "clamped, it says nothing"
+    wanted = oracle.loss_of_scores(scores(policy, examples), base, KTO, point=point)
+    wanted["loss"].backward()
+    common = [f"objective={json.dumps(KTO)}", f"data.train={run_files}/answers.jsonl"]
+    common += [f"{section}.name_or_path={run_files}/{name}" for section, name in zip(("model", "reference"), models)]
+    variants = [[*common, *layout] for layout in (VARIANTS[0], VARIANTS[3], VARIANTS[4], VARIANTS[7])]
+    ranks = all_workers[2].run("cases:first_steps", config_path=str(run_files / "run.yaml"), variants=variants)
+    for overrides, result in zip(variants, ranks[0], strict=True):
+        for name in ("loss", "kl", "rewards/accuracies", "logps/rejected"):
+            assert math.isclose(result[name], float(wanted[name]), rel_tol=1e-4, abs_tol=1e-5), (overrides, name)
+        whole = math.sqrt(sum(float((p.grad**2).sum()) for p in policy.parameters() if p.grad is not None))
+        for name, parameter in policy.named_parameters():
+            if parameter.grad is not None:
+                found = result["gradients"][name].astype(np.float64).reshape(parameter.shape)
+                assert np.linalg.norm(found - parameter.grad.numpy()) <= 1e-4 * whole, (overrides, name)
+
+
 def plain_scores(folder: Path, lm: Any) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = []

@@ -126,6 +126,11 @@ CASES: dict[str, dict[str, Any]] = {
     "margins simpo": {"name": "simpo"},
     "weighed margins rpo": dpo(["sigmoid", "rpo_bwd_kl", "bco_pair"], loss_weights=[0.5, 1.0, 0.3], beta=0.2),
     "score_gap": dpo(beta=0.3),
+    # Of pairs, each of which counts as two answers; of single ones see test_unpaired_runs.py.
+    "kto": {"name": "kto", "beta": 0.3},
+    "kto weights": {"name": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.4},
+    "apo_zero_unpaired": {"name": "kto", "loss_type": "apo_zero_unpaired", "beta": 0.2},
+    "bco": {"name": "bco", "beta": 0.3},
 }
 # Columns that are named beside those of the texts, by the words in a case's name.
 COLUMNS = {"weighed": ("weight", "w"), "margins": ("margin", "m")}
@@ -232,13 +237,15 @@ def expected(run_files: Path) -> Callable[[str], dict[str, Any]]:
     ours = oracle.score_pairs(policy, pairs)
     with torch.no_grad():
         theirs = oracle.score_pairs(reference, pairs)
+    point = oracle.reference_point(policy, reference, pairs)
+    assert point > 0, "clamped, it would be no reference point"
     weights = [oracle.wpo_weight(*pair).item() for pair in ours]
     assert min(weights) < 1 == max(weights), "some pair should be clamped, and some not"
     parameters = dict(policy.named_parameters())
 
     @cache
     def of(case: str) -> dict[str, Any]:
-        result = oracle.loss_of_scores(ours, theirs, CASES[case], given=given(case))
+        result = oracle.loss_of_scores(ours, theirs, CASES[case], point=point, given=given(case))
         gradients = torch.autograd.grad(result["loss"], list(parameters.values()), retain_graph=True)
         result["gradients"] = {name: gradient.numpy() for name, gradient in zip(parameters, gradients)}
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
@@ -254,7 +261,7 @@ def overrides(case: str, live: bool = False) -> list[str]:
     columns = [of_word for word, of_word in COLUMNS.items() if word in case.split()]
     section += [f"data.train.columns.{name}={column}" for name, column in columns]
     section += ["data.train.pair_weights=score_gap"] if case == "score_gap" else []
-    if objective["name"] != "dpo" or objective.get("reference_free"):
+    if objective["name"] in ("cpo", "simpo", "orpo") or objective.get("reference_free"):
         return [*section, "reference={mode: auto}"]
     return [*section, f"reference.mode={'engine' if live else 'stored'}"]
 
@@ -264,7 +271,8 @@ def compare(found: dict[str, Any], wanted: dict[str, Any], relative: float, cont
     faults = []
     for name in wanted.keys() - {"gradients"}:
         # A difference of two sums is as exact as these are in fp32.
-        rounding = 2e-7 * abs(wanted["logps/chosen"]) if name.startswith("kl/") else 0.0
+        sums = max(abs(wanted.get(f"logps/{side}", 0.0)) for side in ("chosen", "rejected"))
+        rounding = 2e-7 * sums if name.startswith(("kl", "rewards/", "bco")) else 0.0
         if name not in found:
             faults.append(f"{context}: {name} is missing")
         elif not math.isclose(found[name], wanted[name], rel_tol=relative, abs_tol=ABSOLUTE + rounding):

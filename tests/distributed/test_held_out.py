@@ -103,12 +103,14 @@ def test_sets_of_several_names_and_none_without_subsets(file: Path, run: Path, a
         ("objective={name: dpo, loss_type: bco_pair}",),
         ("objective={name: orpo}",),
         ("reference={bema: {update_freq: 9}}",),
+        ("objective={name: kto}",),
+        pytest.param(("objective={name: bco}", "data.prefix_sharing=true"), marks=pytest.mark.slow),
         pytest.param(("model.init=random",), marks=pytest.mark.slow),
     ],
 )
 def test_objectives_and_references(overrides: tuple[str, ...], file: Path, all_workers, tmp_path: Path) -> None:
     """An adapter over its own model, BCO's running mean, no reference and prompts that are scored, a reference before its
-    first move, drawn weights."""
+    first move, KTO's reference point, drawn weights."""
     overrides = (*overrides, f"output_dir={tmp_path}/run")
     run = train(all_workers[1], file, *overrides)
     one = evaluate(all_workers[1], file, run, *overrides)["sets"]["eval"]["metrics"]

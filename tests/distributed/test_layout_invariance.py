@@ -119,11 +119,62 @@ def test_stored_reference_gives_the_loss_of_the_live_one(run_files, expected, al
             assert_same_gradients(result["gradients"], expected["gradients"], overrides)
 
 
-def assert_same_gradients(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], context: object) -> None:
-    """Each parameter's gradient to 1e-5 relative. The floor is for gradients that vanish by symmetry (a key's bias)."""
+# KTO, whose reference point is that of the step: every size of pack, and prompts that answers share or do not.
+ALONE = {"name": "kto", "beta": BETA, "desirable_weight": 0.5, "undesirable_weight": 1.5}
+FEW = [(3, 1, "true"), (1, 300, "false"), (2, 100_000, "true")]
+MORE = [(3, 1, "false"), (3, 300, "true"), (0, 300, "false"), (1, 1, "true"), (3, 100_000, "false")]
+
+
+def answers_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers that stand alone, in two runs over the rows: several of one prompt lie beside one another, and apart."""
+    sides = [("chosen",), ("rejected", "chosen"), ("rejected",)]
+    both = [(row, side) for k, row in enumerate(rows) for side in sides[k % 3]]
+    both += [(row, side) for k, row in enumerate(rows) for side in sides[(k + 1) % 3]]
+    return [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row, side in both]
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [(2, FEW), pytest.param(1, MORE, marks=pytest.mark.slow)],
+    ids=["2", "1"],
+)
+def test_single_answers_are_those_of_the_oracle_in_every_layout(world, layouts, run_files, all_workers):
+    """One example per pack, a few packs, one pack; mismatched pairs lie in packs of their own."""
+    rows = answers_of(rows_of_turns(PAIRS, seed=3))
+    (run_files / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load = AutoModelForCausalLM.from_pretrained
+    models = ("reference", "policy")  # this way round the reference point is not clamped
+    policy, reference = (load(run_files / name, dtype=torch.float64) for name in models)
+    tokenizer = AutoTokenizer.from_pretrained(run_files / "tokenizer")
+    examples = [oracle.render(row, tokenizer) for row in rows]
+    assert len({str(prompt) for prompt, *_ in examples}) < len(examples), "some prompts have several answers"
+    expected = oracle.step(policy, reference, examples, ALONE)
+    assert expected["kl"] > 0
+    expected["loss"].backward()
+    gradients = {name: p.grad.numpy() for name, p in policy.named_parameters()}
+    common = [f"objective={json.dumps(ALONE)}", f"data.train={run_files}/answers.jsonl", f"train.pairs_per_step={len(rows)}"]
+    common += [f"{section}.name_or_path={run_files}/{name}" for section, name in zip(("model", "reference"), models)]
+    variants = [
+        [*common, zero(stage), f"data.tokens_per_pack={tokens}", f"data.prefix_sharing={shared}"]
+        for stage, tokens, shared in layouts
+    ]
+    ranks = all_workers[world].run("cases:first_steps", config_path=str(run_files / "run.yaml"), variants=variants)
+    for overrides, result in zip(variants, ranks[0], strict=True):
+        for name in ("loss", "kl", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+            assert math.isclose(result[name], float(expected[name]), rel_tol=1e-5, abs_tol=1e-5), (overrides, name)
+        assert_same_gradients(result["gradients"], gradients, overrides, relative=5e-5)
+    assert len({result["packs"] for result in ranks[0]}) > 2, "the budgets should give different packs"
+    for other in ranks[1:]:
+        assert [(r["loss"], r["kl"]) for r in other] == [(r["loss"], r["kl"]) for r in ranks[0]], "ranks disagree"
+
+
+def assert_same_gradients(
+    found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], context: object, relative: float = 1e-5
+) -> None:
+    """Each parameter's gradient to `relative`. The floor is for gradients that vanish by symmetry (a key's bias)."""
     assert set(found) == set(wanted)
     whole = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in wanted.values()))
     for name, gradient in wanted.items():
         difference = float(np.linalg.norm(found[name].astype(np.float64).reshape(gradient.shape) - gradient))
-        allowed = 1e-5 * float(np.linalg.norm(gradient)) + 1e-7 * whole
+        allowed = relative * float(np.linalg.norm(gradient)) + 1e-7 * whole
         assert difference <= allowed, (context, name, difference, allowed)

@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 DPO = {"name": "dpo", "beta": 0.3, "label_smoothing": 0.1, "rpo_alpha": 0.4}
 AOT = {"name": "dpo", "loss_type": "aot", "beta": 0.3}
 SIMPO = {"name": "simpo", "beta": 2.5}
+KTO = {"name": "kto", "beta": 0.3}
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -150,13 +151,15 @@ class Oracle:
         with torch.no_grad():
             self.theirs = oracle.score_pairs(base, self.pairs)
         self.step = cache(self.step)
+        self.point = cache(lambda: oracle.reference_point(lm, base, self.pairs))
 
     def step(self, objective: str, packs: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
         """Loss, routers' loss and gradients, where the load is that of the pairs in each of `packs` in turn."""
         tokens = self.lengths.sum(axis=1) + self.lengths[:, 0]
         means = [balance([heard for i in members for heard in self.heard[i]]) for members in packs]
         aux = sum(mean * float(tokens[list(members)].sum()) for mean, members in zip(means, packs)) / tokens.sum()
-        found = oracle.loss_of_scores(self.ours, self.theirs, json.loads(objective))
+        asked = json.loads(objective)
+        found = oracle.loss_of_scores(self.ours, self.theirs, asked, point=self.point() if asked["name"] == "kto" else None)
         loss = found["loss"] + COEFFICIENT * aux
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), retain_graph=True, allow_unused=True)
         told = {name: 0 * p if g is None else g for (name, p), g in zip(self.parameters.items(), gradients)}
@@ -224,7 +227,8 @@ def cases(family: str, book: Oracle, world: int) -> list[tuple[list[str], dict[s
         assert (told["aux_loss"] == whole["aux_loss"]) == (budget == 100_000), "packs that all run at once are the step"
         steps.append((layout("micro", budget, stage, sharing, recompute), told))
     if family == "qwen3_moe":
-        for objective, reference in ((AOT, "reference.mode=engine"), (SIMPO, "reference={mode: auto}")):
+        engine = "reference.mode=engine"
+        for objective, reference in ((AOT, engine), (KTO, engine), (SIMPO, "reference={mode: auto}")):
             overrides = [*layout("step", 300, 3, True, True), f"objective={json.dumps(objective)}", reference]
             steps.append((overrides, book.of_step(objective)))
     return steps

@@ -24,6 +24,9 @@ STEPS, PAIRS = 30, 8
 LEARNED = {"sft": "logps/chosen", "discopop": None, "orpo": "log_odds_chosen"}
 
 
+# What is trained here on answers that stand alone; `apo_zero_unpaired` on pairs.
+ALONE = ("kto", "bco")
+
 # Each loss of each family once, and each modifier: the cases that the end-to-end oracle test has, one of a kind.
 LEARNING = [
     "sigmoid", "cDPO", "hinge", "ipo", "ipo unnormalised", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
@@ -31,7 +34,7 @@ LEARNING = [
     "forward_kl sigmoid", "chi_squared sigmoid",
     "js_divergence sigmoid", "alpha_divergence sigmoid", "rpo_alpha", "wpo", "ld_alpha", "reference_free", "cpo sigmoid",
     "cpo hinge", "cpo ipo", "cpo simpo", "cpo simper", "cpo repo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "score_gap",
-    "simper", "repo", "simpo", "simpo alpha", "orpo",
+    "simper", "repo", "simpo", "simpo alpha", "orpo", "kto", "apo_zero_unpaired", "bco",
 ]  # fmt: skip
 
 
@@ -53,6 +56,12 @@ def run_file(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = [line for line in lines if len({json.dumps(json.loads(line)[s])[:90] for s in ("chosen", "rejected")}) == 2]
     rows = [json.loads(line) | {"score_chosen": 2 + k / PAIRS, "score_rejected": 1} for k, line in enumerate(kept[:PAIRS])]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    answers = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random"}
     values = {
         "model": {**model, "dtype": "float32", "gradient_checkpointing": False},
@@ -74,6 +83,8 @@ def run_file(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_thirty_steps_improve_what_is_optimised(case: str, run_file: Path, all_workers: dict, tmp_path: Path) -> None:
     overrides = [f"objective={json.dumps(CASES[case])}", f"output_dir={tmp_path}/run"]
     overrides += ["data.train.pair_weights=score_gap"] if case == "score_gap" else []
+    if case in ALONE:
+        overrides += [f"data.train={run_file.parent}/answers.jsonl", f"train.pairs_per_step={2 * PAIRS}"]
     assert all_workers[1].run("cases:run_training", config_path=str(run_file), overrides=overrides) == [0]
     records: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(records) == STEPS

@@ -306,6 +306,27 @@ def test_objectives_of_two_passes_are_the_same_in_every_mode(objective, world, s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("world", "stage"), [(2, 3), (1, 1)])
+def test_a_reference_point_is_the_same_in_every_mode(world, stage, folder, groups, tmp_path):
+    """KTO on single answers and on pairs: mismatched pairs are asked about too, in training and in evaluation."""
+    rows = preference_rows(24, seed=3)
+    alone = [{"prompt": row["prompt"], "completion": row["rejected"], "label": k % 2} for k, row in enumerate(rows[12:])]
+    mixed = [row for both in zip(rows, alone) for row in both]
+    for name, part in (("mixed", mixed[:-5]), ("mixed_held_out", mixed[-5:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    overrides = [
+        f"objective={{name: kto, beta: {BETA}, undesirable_weight: 0.1}}",
+        f"deepspeed.zero_optimization.stage={stage}",
+        FRESH_ADAPTER,
+    ]
+    overrides += [f"data.{of}={folder}/{name}.jsonl" for of, name in (("train", "mixed"), ("eval", "mixed_held_out"))]
+    traces = train_in_each(LORA, groups[world], folder, tmp_path, *overrides)
+    for trace in traces.values():  # half a weight each: four desirable answers, and five others
+        assert trace[0]["loss"] == pytest.approx(0.25, abs=1e-5) and trace[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert max(record.get("kl", 0.0) for record in traces["engine"]) > 0.05, "a point of 0 says nothing"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["true", "false"])
 def test_experts_are_the_same_in_every_mode(recompute, folder, groups, tmp_path):
     """ZeRO-3 gathers experts whole, and routers whose loss is trained are asked for it by the policy's own passes alone.

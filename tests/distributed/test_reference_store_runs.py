@@ -357,6 +357,26 @@ def test_a_run_scores_what_its_steps_need(folder, all_workers, tmp_path):
     assert found == [("9", "9"), ("4", "9"), ("4", "17"), ("9", "9")], "the last: of the third step alone"
 
 
+def test_of_a_reference_point_all_that_a_run_needs_is_scored_beforehand(folder, all_workers, tmp_path):
+    """Mismatched pairs of every step of both epochs and of the evaluation: the run then scores nothing, and KTO's loss is a
+    half where the policy is the reference."""
+    overrides = ["objective={name: kto, beta: 0.5}", "train.pairs_per_step=5", "train.max_steps=5", "log.every=1"]
+    code, said = score(all_workers[2], folder, tmp_path / "store", *overrides)
+    assert code == 0, said
+    overrides += [f"reference.store={tmp_path}/store", f"output_dir={tmp_path}/run"]
+    assert all_workers[1].run("cases:run_training", config_path=f"{folder}/run.yaml", overrides=overrides) == [0]
+    log = (tmp_path / "run/logs/rank-0.log").read_text()
+    ((scored, pairs),) = re.findall(r"reference: scored (\d+) of (\d+) pairs, kept in \S+", log)
+    mismatched = 5 + 5 + 2 + 5 + 5
+    assert (scored, int(pairs)) == ("0", ALL + mismatched + HELD_OUT)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 6
+    for record in records:
+        prefix = "" if "loss" in record else "eval_"
+        assert record[f"{prefix}loss"] == pytest.approx(0.5, abs=1e-5)
+        assert record[f"{prefix}kl"] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize("how", ["saved anew", "in place, with the old time"])
 def test_other_weights_at_the_same_path_are_noticed(how, folder, all_workers, tmp_path):
     """The digest of the file is remembered, so nothing but the file's state can tell."""

@@ -23,6 +23,11 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), attention_dropout=0.1).save_pretrained(folder / "model")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(ROWS, seed=5)))
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(5, seed=6)))
+    answers = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": k % 3 > 0}
+        for k, row in enumerate(preference_rows(ROWS, seed=5))
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random"}
     train = {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "eval_every": 3}
     values = {
@@ -67,6 +72,8 @@ OBJECTIVES = {
     "dpo": "{name: dpo, rpo_alpha: 0.5}",
     "mpo": "{name: dpo, loss_type: [aot, bco_pair, sft], beta: 0.3}",
     "orpo": "{name: orpo}",
+    "kto": "{name: kto, beta: 0.5}",
+    "bco": "{name: bco, beta: 0.5}",
 }
 
 
@@ -76,11 +83,14 @@ OBJECTIVES = {
         *[(1, 2, "mpo"), (2, 3, "dpo"), (2, 1, "dpo"), (1, 0, "dpo"), (2, 3, "orpo")],
         *[pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2, "dpo"), (1, 3, "dpo"), (2, 2, "dpo"))],
         pytest.param(2, 3, "mpo", marks=pytest.mark.slow),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 3, "kto"), (1, 2, "kto"), (2, 1, "bco"))],
     ],
 )
 def test_resumed_run_ends_bit_identical(world, stage, objective, run_file, all_workers, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    changes = (f"deepspeed.zero_optimization.stage={stage}", f"objective={OBJECTIVES[objective]}")
+    changes = [f"deepspeed.zero_optimization.stage={stage}", f"objective={OBJECTIVES[objective]}"]
+    if objective in ("kto", "bco"):
+        changes += [f"data.train={run_file.parent}/answers.jsonl", f"reference.store={tmp_path}/store"]
     assert train(all_workers[world], run_file, *changes, f"output_dir={whole}") == [0] * world
     expected = load_file(whole / "final" / "model.safetensors")
     records = training_records(whole)

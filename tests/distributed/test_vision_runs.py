@@ -50,26 +50,32 @@ def plain_nll(folder: Path, kind: str) -> float:
     """The mean over the chosen answers' tokens of -log p, by one plain forward for each."""
     lm: Any = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
     words: Any = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=True)
-    found: list[float] = []
-    for row in image_rows(folder, PAIRS):
-        if isinstance(row["prompt"], str):
-            parts = [{"type": "image"}] * len(row["images"]) + [{"type": "text", "text": row["prompt"]}]
-        else:
-            parts = row["prompt"][0]["content"]
-        names = row["images"] or [part["image"] for part in parts if part["type"] == "image"]
-        images = [PIL.Image.open(folder / name) for name in names]
-        prompt = words.tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-        )
-        given: Any = {"images": [images] if kind in NESTED else images} if images else {}
-        asked, made = (
-            words(text=[text], return_tensors="pt", **given) for text in (prompt, f"{prompt}{row['chosen']}<|im_end|>")
-        )
-        start, ids = asked["input_ids"].shape[1], made["input_ids"]
-        with torch.no_grad():
-            logps = lm(**made).logits[0, start - 1 : -1].log_softmax(-1)
-        found += (-logps.gather(1, ids[0, start:, None])[:, 0]).tolist()
-    return float(np.mean(found))
+    rows = image_rows(folder, PAIRS)
+    return float(np.mean([-logp for row in rows for logp in plain_logps(lm, words, folder, kind, row, row["chosen"])]))
+
+
+def plain_logps(lm: Any, words: Any, folder: Path, kind: str, row: dict[str, Any], answer: str) -> list[float]:
+    """log p of an answer's tokens behind the prompt of a row, by one plain forward."""
+    prompt, given = asked_of(words, folder, kind, row)
+    asked, made = (words(text=[text], return_tensors="pt", **given) for text in (prompt, f"{prompt}{answer}<|im_end|>"))
+    start, ids = asked["input_ids"].shape[1], made["input_ids"]
+    with torch.no_grad():
+        logps = lm(**made).logits[0, start - 1 : -1].log_softmax(-1)
+    return logps.gather(1, ids[0, start:, None])[:, 0].tolist()
+
+
+def asked_of(words: Any, folder: Path, kind: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The prompt of a row as text, and its images as the processor takes them."""
+    if isinstance(row["prompt"], str):
+        parts = [{"type": "image"}] * len(row["images"]) + [{"type": "text", "text": row["prompt"]}]
+    else:
+        parts = row["prompt"][0]["content"]
+    names = row["images"] or [part["image"] for part in parts if part["type"] == "image"]
+    images = [PIL.Image.open(folder / name) for name in names]
+    prompt = words.tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    return prompt, {"images": [images] if kind in NESTED else images} if images else {}
 
 
 VARIANTS = [
@@ -87,6 +93,34 @@ LAYOUTS = [pytest.param(world, kind, marks=pytest.mark.slow) for world in (1, 2)
 def test_a_step_is_that_of_plain_forwards_in_every_layout(world: int, kind: str, tmp_path: Path, all_workers) -> None:
     write(tmp_path, kind)
     is_that_of_plain_forwards(tmp_path, kind, all_workers[world])
+
+
+@pytest.mark.slow
+def test_mismatched_pairs_have_the_images_of_their_prompts(tmp_path: Path, all_workers) -> None:
+    """KTO's reference point, from the prompt of each row, images included, with the answer of the one before it."""
+    kind, folder = "llava", write(tmp_path, "llava", objective={"name": "kto", "beta": 0.3})
+    save_vision(folder / "other", kind, seed=2)
+    rows = image_rows(folder, PAIRS)
+    told = [{k: v for k, v in row.items() if k not in ("chosen", "rejected")} for row in rows]
+    told = [row | {"completion": rows[k]["chosen"], "label": k % 2 == 0} for k, row in enumerate(told)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    words: Any = AutoProcessor.from_pretrained(folder / "model")
+    prompts = [(asked_of(words, folder, kind, row)[0], row["images"]) for row in rows]
+    assert len({str(prompt) for prompt in prompts}) == PAIRS, "each answer would go to the row behind its own"
+    points = []
+    for policy, reference in (("model", "other"), ("other", "model")):
+        sums = []
+        for name in (policy, reference):
+            lm: Any = AutoModelForImageTextToText.from_pretrained(folder / name).eval()
+            one = [sum(plain_logps(lm, words, folder, kind, rows[k], rows[k - 1]["chosen"])) for k in range(PAIRS)]
+            sums.append(sum(one) / PAIRS)
+        points.append(max(0.0, sums[0] - sums[1]))
+        models = [f"model.name_or_path={folder}/{policy}", f"reference.name_or_path={folder}/{reference}"]
+        variants = [[*models, *layout] for layout in VARIANTS[:2]]
+        ranks = all_workers[2].run("cases:first_steps", config_path=str(folder / "run.yaml"), variants=variants)
+        for overrides, result in zip(variants, ranks[0], strict=True):
+            assert math.isclose(result["kl"], points[-1], rel_tol=1e-4, abs_tol=1e-4), overrides
+    assert max(points) > 0.01, points
 
 
 @pytest.mark.skipif(not HAS_TORCHVISION, reason="torchvision is not here")
