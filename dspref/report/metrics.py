@@ -78,7 +78,8 @@ class Meter:
             self.add(name, of_pairs.sum(), pairs.count(_per(name, loss)))
         if self._sources and pair_ids is not None:
             each = {f"loss/{component}": (term.values, pairs.counts(term.per)) for component, term in loss.terms.items()}
-            told = [name for name in ("rewards/accuracies", "rewards/margins") if name in values]
+            margin = ["rewards/margins"] if loss.answers is None else list(OF_MARGIN)
+            told = ["rewards/accuracies", *margin]
             each |= {name: (values[name], pairs.counts(_per(name, loss))) for name in told}
             self._add_by_source(self._sources, self._sources.of(pair_ids), each)
 
@@ -136,12 +137,22 @@ class Meter:
         for component in ("loss/nll", "loss/sft"):
             if component in means:
                 means["nll_loss"] = means[component]
-        if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        for label in self._sources.labels if self._sources else ():
+            sides = {name: means.pop(f"{SOURCE}{label}/{name}", None) for name in OF_MARGIN}
+            means |= {f"{SOURCE}{label}/{name}": value for name, value in _margin(sides).items()}
+        if "rewards/margins" not in means:
+            means |= _margin(means)
         return {"loss": loss, **means}
 
 
 SIDES = ("/chosen", "/rejected")
+OF_MARGIN = ("rewards/chosen", "rewards/rejected")
+
+
+def _margin(means: Mapping[str, float | None]) -> dict[str, float]:
+    """Of answers that stand alone: the difference of their means, where there are answers of either kind."""
+    chosen, rejected = (means.get(name) for name in OF_MARGIN)
+    return {} if chosen is None or rejected is None else {"rewards/margins": chosen - rejected}
 
 
 def _may_be_empty(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +133,52 @@ def test_each_source_has_the_loss_of_its_own_pairs(name: str, keys: dict[str, ob
         expected = alone.reduce()
         for metric in ("loss", "rewards/accuracies", "rewards/margins"):
             assert found[f"source/{label}/{metric}"] == pytest.approx(expected[metric]), (label, metric)
+
+
+def singles(given: list[Pack]) -> list[Pack]:
+    """Packs whose first example has two answers, and the others one: chosen and rejected in turn."""
+    first, found = 0, []
+    for batch, tokens, *both in given:
+        number = torch.arange(first, first + batch.num_pairs)
+        there = {"chosen": (number % 2 == 0) | (number == 0), "rejected": (number % 2 == 1) | (number == 0)}
+        names = [name for side in there for name in (side, f"{side}_tokens")]
+        both = [replace(p, **{n: getattr(p, n) * there[n.removesuffix("_tokens")] for n in names}) for p in both]
+        first += batch.num_pairs
+        found.append((batch, tokens, *both))
+    return found
+
+
+@pytest.mark.parametrize(("name", "loss_type"), [("kto", "kto"), ("bco", "bco")])
+def test_single_answers_are_counted_as_answers(name: str, loss_type: str) -> None:
+    """Six examples with seven answers: means over those that are there; a source has its own."""
+    given, objective = singles(packs([1, 3, 0, 2])), build_objective(name, loss_type, beta=0.5)
+    pairs, base = whole([p for *_, p, _ in given]), whole([b for *_, b in given])
+    found, first = Meter(CPU, sources=Sources(["a", "b", "one"], [2, 3, 1], CPU)), 0
+    for _, _, own, other in given:
+        found.add_pairs(objective(own, other, 0.2), own, torch.arange(first, first + len(own.chosen)))
+        first += len(own.chosen)
+    told = found.reduce()
+    for prefix, rows in (("", range(6)), ("source/a/", (0, 1)), ("source/b/", (2, 3, 4)), ("source/one/", (5,))):
+        rewards: dict[str, list[float]] = {"chosen": [], "rejected": []}
+        for k in rows:
+            for side in rewards:
+                if getattr(pairs, f"{side}_tokens")[k]:
+                    rewards[side].append(0.5 * float(getattr(pairs, side)[k] - getattr(base, side)[k]))
+        limit = 0.2 if name == "bco" else 0.1
+        right = [x > limit for x in rewards["chosen"]] + [x < limit for x in rewards["rejected"]]
+        assert told[f"{prefix}rewards/accuracies"] == pytest.approx(sum(right) / len(right))
+        signed = [x - limit for x in rewards["chosen"]] + [limit - x for x in rewards["rejected"]]
+        losses = [math.log1p(math.exp(-x)) if name == "bco" else 1 / (1 + math.exp(x)) for x in signed]
+        assert told[f"{prefix}loss"] == pytest.approx(sum(losses) / len(losses))
+        means = [sum(of) / len(of) for of in rewards.values() if of]
+        if len(means) == 2:
+            assert told[f"{prefix}rewards/margins"] == pytest.approx(means[0] - means[1])
+        else:
+            assert f"{prefix}rewards/margins" not in told
+    assert told["rewards/chosen"] == pytest.approx(float((0.5 * (pairs.chosen - base.chosen)).sum()) / 3) and told[
+        "lengths/rejected"
+    ] == pytest.approx(float(pairs.rejected_tokens.sum()) / 4)
+    assert not [key for key in told if key.startswith("source/") and key.endswith(("/chosen", "/rejected"))]
 
 
 def test_the_loss_comes_first_and_a_tie_is_no_win() -> None:
