@@ -489,14 +489,13 @@ def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 def mismatched(examples: Sequence[Sequence[list[int]]], longest: int | None = None) -> list[Sequence[list[int]]]:
     """Each prompt of a step with the answers of the nearest example before it, around the corner, that has another prompt;
-    where there is none, of the one before it. What is beyond `longest` tokens (of all: that of the longest) is cut off."""
-    if longest is None:
-        longest = longest_of(examples)
+    where there is none, of the one before it. What is beyond `longest` tokens is cut off."""
     found = []
     for i, (prompt, *_) in enumerate(examples):
         before = [examples[i - back] for back in range(1, len(examples))] or [examples[i]]
         _, *answers = next((other for other in before if other[0] != prompt), before[0])
-        found.append([prompt, *(shortened(answer, longest - len(prompt)) for answer in answers)])
+        cut = answers if longest is None else [shortened(answer, longest - len(prompt)) for answer in answers]
+        found.append([prompt, *cut])
     return found
 
 

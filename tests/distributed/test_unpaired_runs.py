@@ -78,7 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "gradient_checkpointing": False,
         },
         "reference": {"mode": "stored", "name_or_path": f"{folder}/reference"},
-        "data": {"train": {"path": f"{folder}/mixed.jsonl"}, "shuffle": False, "tokens_per_pack": 200},
+        "data": {"train": {"path": f"{folder}/mixed.jsonl"}, "shuffle": False, "tokens_per_pack": 200}
+        | {"max_length": longest_in(folder)},
         "train": {"pairs_per_step": 64, "max_steps": 1, "max_grad_norm": 0},
         "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
         "output_dir": f"{folder}/run",
@@ -87,14 +88,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def examples_in(folder: Path) -> dict[str, list[Any]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return {kind: [oracle.render(row, tokenizer) for row in rows_of(kind)] for kind in (*KINDS, "held_out")}
+
+
+def longest_in(folder: Path) -> int:
+    """So many tokens has the longest example: with this limit none is cut but mismatched ones."""
+    return max(map(oracle.longest_of, examples_in(folder).values()))
+
+
 class Book:
     """What the oracle says of steps. Every sequence is scored once for all objectives."""
 
     def __init__(self, folder: Path) -> None:
         load = AutoModelForCausalLM.from_pretrained
         self.policy, self.reference = (load(folder / name, dtype=torch.float64) for name in ("policy", "reference"))
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self.examples = {kind: [oracle.render(row, tokenizer) for row in rows_of(kind)] for kind in (*KINDS, "held_out")}
+        self.examples = examples_in(folder)
+        self.longest = longest_in(folder)
         self.scored = cache(self._scored)
         self.point = cache(self._point)
 
@@ -105,7 +116,7 @@ class Book:
 
     def _point(self, kind: str, rows: tuple[int, ...]) -> float:
         examples = self.examples[kind]
-        return oracle.reference_point(self.policy, self.reference, [examples[i] for i in rows], oracle.longest_of(examples))
+        return oracle.reference_point(self.policy, self.reference, [examples[i] for i in rows], self.longest)
 
     def step(self, kind: str, rows: list[int], objective: dict[str, Any], delta: float | None = None) -> dict[str, Any]:
         ours, theirs = ([table[i] for i in rows] for table in self.scored(kind))
@@ -133,7 +144,7 @@ def test_the_oracle_has_something_to_tell(book: Book) -> None:
         assert book.point(kind, tuple(range(len(examples)))) > 0.05, kind
     alone = book.examples["singles"]
     assert [sum(map(bool, answers)) for _, *answers in alone] == [1] * 9
-    own, others = ([answers for _, *answers in examples] for examples in (alone, oracle.mismatched(alone)))
+    own, others = ([answers for _, *answers in examples] for examples in (alone, oracle.mismatched(alone, book.longest)))
     assert [own.index(answers) if answers in own else -1 for answers in others] == [7, 0, 1, 1, 1, 4, -1, 6, 7]
     assert others[6][1] == own[5][1][: len(others[6][1])] != own[5][1], "an answer loses its end behind a long prompt"
     assert {bool(chosen) + bool(rejected) for _, chosen, rejected in book.examples["mixed"]} == {1, 2}

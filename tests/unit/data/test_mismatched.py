@@ -75,17 +75,20 @@ def rows() -> list[dict[str, Any]]:
     return [row for both in zip(pairs, alone) for row in both] + [long]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> PairStore:
+@pytest.fixture(scope="module", params=[None, 270])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PairStore:
+    """Without a limit, and with one at which no example is cut and mismatched pairs may be."""
     folder = tmp_path_factory.mktemp("mismatched")
     save_tokenizer(folder / "tokenizer")
-    return stored(folder, rows())
+    return stored(folder, rows(), Limits(request.param))
 
 
-def stored(folder: Path, rows: list[dict[str, Any]]) -> PairStore:
+def stored(folder: Path, rows: list[dict[str, Any]], limits: Limits | None = None) -> PairStore:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     source = write(folder / "rows.jsonl", rows)
-    return load_pairs([source], tokenizer, Limits(), cache_dir=folder / "cache", on_bad_row="error", log=lambda line: None)
+    return load_pairs(
+        [source], tokenizer, limits or Limits(), cache_dir=folder / "cache", on_bad_row="error", log=lambda line: None
+    )
 
 
 def steps_of(pairs: int, seed: int) -> list[np.ndarray]:
@@ -95,12 +98,17 @@ def steps_of(pairs: int, seed: int) -> list[np.ndarray]:
     return [first[:7], first[7:14], first[14:], second[:7]]
 
 
+def room_of(store: PairStore) -> int:
+    """The tokens that prompt and answer may have: the limit, or as many as the longest has."""
+    return store.report["max_length"] or max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in store)
+
+
 Entry = tuple[list[int], list[int], list[int], list[bool], list[bool]]
 
 
 def slowly(store: PairStore, steps: Sequence[np.ndarray]) -> list[Entry]:
     """(prompt, chosen, rejected, which of chosen is scored, which of rejected) of each entry, pair by pair."""
-    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in store)
+    longest = room_of(store)
     found = []
     for step in steps:
         prompts = [store[int(i)].prompt.tolist() for i in step]
@@ -139,7 +147,7 @@ def test_entries_are_those_of_a_loop(seed: int, store: PairStore) -> None:
     assert found.num_answers() == sum(answers)
     assert found.num_answers(slice(3, 9)) == sum(answers[3:9])
     longest = found.lengths[:, 0] + found.lengths[:, 1:].max(axis=1)
-    assert longest.max() <= int(store.report["longest"])
+    assert longest.max() <= room_of(store)
 
 
 def test_of_a_held_out_set_all_examples_are_one_step(store: PairStore) -> None:
