@@ -75,7 +75,7 @@ def rows() -> list[dict[str, Any]]:
     return [row for both in zip(pairs, alone) for row in both] + [long]
 
 
-@pytest.fixture(scope="module", params=[None, 270])
+@pytest.fixture(scope="module", params=[None, 226])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PairStore:
     """Without a limit, and with one at which no example is cut and mismatched pairs may be."""
     folder = tmp_path_factory.mktemp("mismatched")
