@@ -164,7 +164,7 @@ def loss_of_scores(
     `reference_point`."""
     given = given or [{}] * len(policy)
     if objective["name"] in ("kto", "bco"):
-        return answers_step(policy, reference, objective, delta, point)
+        return answers_step(policy, reference, objective, delta, point, given)
     if objective["name"] == "dpo":
         return dpo_step(policy, reference, objective, delta, given)
     if objective["name"] == "orpo":
@@ -545,15 +545,17 @@ def answers_step(
     objective: Objective,
     delta: float | None,
     point: float | None,
+    given: Sequence[Given],
 ) -> dict[str, Any]:
     """One answer after the other, whether it stands alone or in a pair."""
     kind, beta = objective.get("loss_type", objective["name"]), objective.get("beta", 0.1)
     assert reference is not None
-    answers = []  # (is it desirable, log-prob, log-ratio)
-    for ours, theirs in zip(policy, reference):
+    answers, of_rows = [], []  # (is it desirable, log-prob, log-ratio), weight of its row
+    for ours, theirs, of_row in zip(policy, reference, given, strict=True):
         for good, own, base in ((True, ours[0], theirs[0]), (False, ours[1], theirs[1])):
             if own is not None and base is not None:
                 answers.append((good, total(own.answer), total(own.answer) - total(base.answer).detach()))
+                of_rows.append(of_row.get("weight", 1.0))
     if kind == "bco" and delta is None:
         delta = mean([beta * log_u for _, _, log_u in answers]).item()
     if kind != "kto":
@@ -562,8 +564,8 @@ def answers_step(
     threshold = delta if kind == "bco" else beta * point
 
     losses = []
-    for good, _, log_u in answers:
-        weight = objective.get("desirable_weight" if good else "undesirable_weight", 1.0)
+    for (good, _, log_u), of_row in zip(answers, of_rows):
+        weight = of_row * objective.get("desirable_weight" if good else "undesirable_weight", 1.0)
         losses.append(weight * answer_loss(kind, log_u, good, beta, point, delta or 0.0))
     right = [beta * log_u > threshold if good else beta * log_u < threshold for good, _, log_u in answers]
     result: dict[str, Any] = {"loss": mean(losses), "rewards/accuracies": mean(right).item()}

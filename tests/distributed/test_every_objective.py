@@ -131,6 +131,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kto weights": {"name": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.4},
     "apo_zero_unpaired": {"name": "kto", "loss_type": "apo_zero_unpaired", "beta": 0.2},
     "bco": {"name": "bco", "beta": 0.3},
+    "weighed kto": {"name": "kto", "beta": 0.2, "undesirable_weight": 0.5},
 }
 # Columns that are named beside those of the texts, by the words in a case's name.
 COLUMNS = {"weighed": ("weight", "w"), "margins": ("margin", "m")}
