@@ -153,7 +153,8 @@ class Account:
             work,
             recomputes=self.recomputes,
             head_again=not fits(step.scored_tokens // packs, self.vocabulary, self.device.type),
-            looks_ahead=self.looks_ahead and packs > 1,
+            # Mismatched pairs cost a forward pass of about the step's size.
+            looks_ahead=(self.looks_ahead and packs > 1) or "mismatched_answers" in step.counts,
         )
 
 

@@ -54,7 +54,9 @@ def evaluate(
                 if routing:
                     meter.add_load(routing)
         pairs, base, own = gradient.gathered(seen)
-        objective = _with_point(loss.objective, prefix, store, policy, reference, packing)
+        objective = _with_point(loss.objective, prefix, store, policy, reference, packing, must_stop)
+        if objective is None:
+            return None
         value = gradient.rows_of(objective(pairs, base, rewards.value), own)
         meter.add_pairs(value, gradient.part_of(pairs, own))
         each(prefix, torch.cat(ids), value)
@@ -63,12 +65,21 @@ def evaluate(
 
 
 def _with_point(
-    objective: Objective, name: str, store: PairStore, policy: Engine | Still, reference: Reference, packing: Packing
-) -> Objective:
-    """The objective with the reference point of a held-out set, where it has one: that of all its pairs together."""
+    objective: Objective,
+    name: str,
+    store: PairStore,
+    policy: Engine | Still,
+    reference: Reference,
+    packing: Packing,
+    must_stop: Callable[[], bool],
+) -> Objective | None:
+    """The objective with the reference point of a held-out set, where it has one: that of all its pairs together. None where
+    `must_stop` said so."""
     if not objective.has_mismatched:
         return objective
     others = Mismatched.of_all(store)
     with policy.evaluating():
         packs = ahead(batch.pinned() for _, batch in sweep(others, packing))
-        return replace(objective, point=gradient.reference_point(name, packs, others.num_answers(), policy, reference))
+        answers = others.num_answers()
+        point = gradient.reference_point(name, packs, answers, policy, reference, must_stop=must_stop)
+    return None if point is None else replace(objective, point=point)

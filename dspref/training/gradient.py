@@ -106,12 +106,16 @@ def reference_point(
     policy: Engine | Still,
     reference: Reference,
     begin: Callable[[str], None] = lambda phase: None,
-) -> Float[Tensor, ""]:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> Float[Tensor, ""] | None:
     """KTO's z (arXiv:2402.01306, section 4.1), fp64 in nats: the mean of log u over mismatched pairs of all ranks, or 0.
 
-    `answers`: their number on all ranks. Called without gradient, by all ranks alike."""
+    `answers`: their number on all ranks. Called without gradient, by all ranks alike; None where `must_stop`, asked before
+    each pack, said so."""
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for batch in mismatched:
+        if must_stop():
+            return None
         batch = batch.to(policy.device)
         begin("reference")
         base = reference(mismatched_name(name), batch)
