@@ -30,7 +30,7 @@ from dspref.objectives.families import PairLogps
 from dspref.reference import filling
 from dspref.reference.bema import Bema
 from dspref.reference.filling import COLUMNS, Need, View
-from dspref.reference.moving import MovingReference
+from dspref.reference.moving import MovingReference, Sides
 from dspref.reference.spec import ReferenceSpec, described, policy_can_score, source_in_reference
 from dspref.reference.store import ReferenceStore
 from dspref.reference.trust_region import TrustRegion
@@ -154,8 +154,12 @@ def _moving(spec: ReferenceSpec, policy: Engine, forward: Any) -> MovingReferenc
     own, ours = spec.section, policy.module.lm
     theirs = getattr(forward, "module", forward).lm  # of a DeepSpeed engine
     if own.bema is not None:
-        return Bema(ours, theirs, own.bema)
-    return TrustRegion(ours, theirs, own.ref_model_mixup_alpha, own.ref_model_sync_steps) if own.sync_ref_model else None
+        sides = Sides(ours, theirs, "reference.bema")
+        return MovingReference(sides, Bema(sides, own.bema))
+    if not own.sync_ref_model:
+        return None
+    sides = Sides(ours, theirs, "reference.sync_ref_model")
+    return MovingReference(sides, TrustRegion(sides, own.ref_model_mixup_alpha, own.ref_model_sync_steps))
 
 
 @contextmanager

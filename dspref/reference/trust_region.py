@@ -6,41 +6,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dspref.reference.moving import MovingReference
+from dspref.reference.moving import Sides
 
 
-class TrustRegion(MovingReference):
-    """reference <- alpha x policy + (1 - alpha) x reference, in fp32 whatever the two are computed in."""
+class TrustRegion:
+    """A `Rule`: reference <- alpha x policy + (1 - alpha) x reference, in fp32 whatever the two are computed in."""
 
-    def __init__(self, policy: nn.Module, reference: nn.Module, alpha: float, sync_steps: int) -> None:
-        """Raises ConfigError where the two are not of one architecture."""
-        super().__init__(policy, reference, "reference.sync_ref_model")
-        self._alpha, self._sync_steps = alpha, sync_steps
+    def __init__(self, sides: Sides, alpha: float, sync_steps: int) -> None:
+        self._sides, self._alpha, self._sync_steps = sides, alpha, sync_steps
         # In 16 bits small moves would be rounded away: the reference keeps masters, as the policy's optimizer does.
-        self._masters = {
-            name: self._of_reference(name).float() for name in self._pairs if self._of_reference(name).dtype != torch.float32
-        }
-
-    def follow(self, step: int) -> None:
-        if step % self._sync_steps == 0:
-            self.sync()
+        narrow = [name for name in sides if sides.of_reference(name).dtype != torch.float32]
+        self._masters = {name: sides.of_reference(name).float() for name in narrow}
 
     @torch.no_grad()
-    def sync(self) -> None:
-        for name in self._pairs:
-            master = self._master(name)
-            master.lerp_(self._of_policy(name).to(master.device, torch.float32), self._alpha)
-            self._publish(name)
+    def follow(self, step: int) -> None:
+        if step % self._sync_steps == 0:
+            for name, master in self.held().items():
+                master.lerp_(self._sides.of_policy(name).to(master.device, torch.float32), self._alpha)
+            self.publish()
 
     def held(self) -> Mapping[str, Tensor]:
-        return {name: self._master(name) for name in self._pairs}
+        return {name: self._masters.get(name, self._sides.of_reference(name)) for name in self._sides}
 
-    def _master(self, name: str) -> Tensor:
-        return self._masters[name] if name in self._masters else self._of_reference(name)
+    def make_room(self, saved: set[str]) -> None:
+        pass
 
-    def _publish(self, name: str) -> None:
-        if name in self._masters:
-            self._of_reference(name).copy_(self._masters[name])
-        super()._publish(name)
+    def publish(self) -> None:
+        for name in self._sides:
+            if name in self._masters:
+                self._sides.of_reference(name).copy_(self._masters[name])
+            self._sides.publish(name)

@@ -179,7 +179,7 @@ def followed_reference(config_path: str, overrides: list[str], steps: int) -> li
         gradient.accumulate(step, policy, loss, reference, RunningMean(), Instruments())
         policy.step()
         reference.follow(step.number)
-        shown = {"policy": policy.module.lm, "reference": moving.reference}
+        shown = {"policy": policy.module.lm, "reference": moving.sides.reference}
         full = {name: memory.full_state(lm) for name, lm in shown.items()}
         states.append({name: {k: v.float().numpy() for k, v in state.items()} for name, state in full.items()})
     policy.close()

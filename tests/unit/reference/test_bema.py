@@ -12,6 +12,7 @@ from torch import nn
 
 from dspref.config import BemaSection
 from dspref.reference.bema import Bema, weights_at
+from dspref.reference.moving import MovingReference, Sides
 
 # beta_t = 1 / (1 + t) and alpha_t = 1 / (1 + t)^2.
 BY_HAND = BemaSection(update_freq=1, ema_power=1.0, bias_power=2.0, lag=1)
@@ -25,6 +26,11 @@ class Scalar(nn.Module):
         self.weight = nn.Parameter(torch.tensor([value], dtype=dtype))
 
 
+def moving_reference(policy: Scalar, reference: Scalar, section: BemaSection) -> MovingReference:
+    sides = Sides(policy, reference, "reference.bema")
+    return MovingReference(sides, Bema(sides, section))
+
+
 def set_to(model: Scalar, value: float) -> None:
     with torch.no_grad():
         model.weight.fill_(value)
@@ -33,7 +39,7 @@ def set_to(model: Scalar, value: float) -> None:
 def followed(section: BemaSection, path: dict[int, float], begin: float, other: float | None = None) -> dict[int, float]:
     """The reference after each of the policy's steps; it begins as `other`, else as the policy."""
     policy, reference = Scalar(begin), Scalar(begin if other is None else other)
-    moving, found = Bema(policy, reference, section), {}
+    moving, found = moving_reference(policy, reference, section), {}
     for step, value in path.items():
         set_to(policy, value)
         moving.follow(step)
@@ -98,24 +104,24 @@ def test_what_is_saved_goes_on_to_the_bit(stop: int, tmp_path: Path) -> None:
     section = BemaSection(update_freq=2, update_after=2)
     path = {step: 1 + math.sin(step) for step in range(1, 9)}
     policy, reference = Scalar(1.0, torch.bfloat16), Scalar(1.0, torch.bfloat16)
-    whole = Bema(policy, reference, section)
+    whole = moving_reference(policy, reference, section)
     for step, value in path.items():
         set_to(policy, value)
         whole.follow(step)
         if step == stop:
             whole.save(tmp_path)
     fresh, resumed = Scalar(1.0, torch.bfloat16), Scalar(1.0, torch.bfloat16)
-    going_on = Bema(fresh, resumed, section)
+    going_on = moving_reference(fresh, resumed, section)
     going_on.load(tmp_path)
     for step in range(stop + 1, 9):
         set_to(fresh, path[step])
         going_on.follow(step)
     assert resumed.weight.item() == reference.weight.item() != 1.0
-    assert all(torch.equal(part, going_on.held()[name]) for name, part in whole.held().items())
+    assert all(torch.equal(part, going_on.rule.held()[name]) for name, part in whole.rule.held().items())
 
 
 def test_a_checkpoint_holds_the_beginning_in_the_policys_type(tmp_path: Path) -> None:
-    Bema(Scalar(1.0, torch.bfloat16), Scalar(1.0), BY_HAND).save(tmp_path)
+    moving_reference(Scalar(1.0, torch.bfloat16), Scalar(1.0), BY_HAND).save(tmp_path)
     with safe_open(tmp_path / "reference.safetensors", "pt") as file:
         types = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     assert types == {"weight": torch.float32, "ema/weight": torch.float32, "theta_0/weight": torch.bfloat16}
