@@ -69,6 +69,8 @@ class Mismatched:
     def scored(self) -> np.ndarray:
         """Scored tokens of both answers, int64 [n, 2]."""
         found = self.pairs.scored[self.answers].copy()
+        if not self.apart and self.pairs.flat_mask() is None:
+            return self.lengths[:, 1:]
         for k in np.flatnonzero((self.lengths[:, 1:] < self.pairs.lengths[self.answers, 1:]).any(axis=1)).tolist():
             pair = self[k]
             masks = zip(self.lengths[k, 1:].tolist(), pair[3:])
@@ -83,8 +85,8 @@ class Mismatched:
         return np.column_stack([of_prompt, np.unique(both, return_inverse=True)[1].reshape(both.shape)])
 
     def num_answers(self, entries: slice = slice(None)) -> int:
-        """How many answers some entries have."""
-        return int((self.pairs.scored[self.answers[entries]] > 0).sum())
+        """How many answers with a scored token some entries have."""
+        return int((self.scored[entries] > 0).sum())
 
     def bounds(self, rows: np.ndarray) -> np.ndarray:
         """Where prompt, chosen and rejected of some entries lie among all ids of the store, int64 [n, 3, 2]."""

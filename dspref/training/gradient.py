@@ -123,7 +123,7 @@ def reference_point(
         begin("forward")
         pairs = pair_logps(policy.forward(batch)[0], batch)
         total += (pairs.chosen - base.chosen + pairs.rejected - base.rejected).double().sum()
-    return (distributed.sum_over_ranks(total)[0] / answers).clamp(min=0)
+    return (distributed.sum_over_ranks(total)[0] / max(answers, 1)).clamp(min=0)
 
 
 def _one_pass(
