@@ -31,11 +31,13 @@ packs without gradient, one forward more, and so give the same values on every l
 
 **Single answers.** kto and bco train on answers that stand alone, each with a label ([rows](rows.md)); s is 1 for a
 desirable one and -1 for another. Their loss is averaged over the answers of the step, and `train.pairs_per_step` counts
-rows: a row that is a pair counts once, as a desirable and an undesirable answer. z, which is logged as `kl`, is estimated
-from the step's answers, each behind the prompt of another row of the step, in a forward pass without gradient. `*/chosen`
-are means over the desirable answers of a step and `*/rejected` over the undesirable ones, absent (null) where it has
-none; `rewards/margins` is the difference of the two means; `rewards/accuracies` is the share of answers whose reward lies
-beyond the reference point (beta z, or `bco_delta`) on the side of their label.
+rows: a row that is a pair counts once, as a desirable and an undesirable answer. z, which is logged as `kl`, is
+estimated from the step's answers, each once, behind the prompt of another row of the step: of the one behind it, and
+where prompts come more than once, behind another prompt, unless one has more than half of the step (or the last step of
+an epoch has a row alone). That is a forward pass without gradient. `*/chosen` are means over the desirable answers of a
+step and `*/rejected` over the undesirable ones, absent where it has none; `rewards/margins` is the difference of the
+two means; `rewards/accuracies` is the share of answers whose reward lies beyond the reference point (beta z, or
+`bco_delta`) on the side of their label.
 
 **Rewards** (`rewards/*`): dpo, kto and bco beta (S - R), under every loss and divergence; cpo beta S, or beta A for
 losses per token; simpo and orpo beta A; A alone where a loss has no beta. With `ld_alpha`, S and R (and `logps/*`,

@@ -488,12 +488,17 @@ def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def mismatched(examples: Sequence[Sequence[list[int]]], longest: int | None = None) -> list[Sequence[list[int]]]:
-    """Each prompt of a step with the answers of the nearest example before it, around the corner, that has another prompt;
-    where there is none, of the one before it. What is beyond `longest` tokens is cut off."""
+    """Each prompt of a step with the answers of the example before it; where some share prompts, in order of these, so many
+    before it as the most frequent prompt has. What is beyond `longest` tokens is cut off."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (prompt, *_) in enumerate(examples):
+        groups.setdefault(tuple(prompt), []).append(i)
+    line = [i for group in groups.values() for i in group]
+    back = max(map(len, groups.values())) if len(groups) > 1 else 1
+    other_of = {i: line[place - back] for place, i in enumerate(line)}
     found = []
     for i, (prompt, *_) in enumerate(examples):
-        before = [examples[i - back] for back in range(1, len(examples))] or [examples[i]]
-        _, *answers = next((other for other in before if other[0] != prompt), before[0])
+        _, *answers = examples[other_of[i]]
         cut = answers if longest is None else [shortened(answer, longest - len(prompt)) for answer in answers]
         found.append([prompt, *cut])
     return found

@@ -10,20 +10,24 @@ import numpy as np
 
 from dspref.data.given_store import Given
 from dspref.data.images import Pictures
+from dspref.data.plan import numbered_by_sight
 from dspref.data.store import PairStore
 from dspref.data.truncate import TokenizedPair
 
 
 def partners(prompts: np.ndarray) -> np.ndarray:
-    """Whose answer each example of a step gets, int64 [P]: that of the one before it, the first that of the last; of several
-    of one prompt in a row, that of the one before them all, so that no answer meets its own prompt. `prompts` [P]: equal
-    numbers for equal prompts. Where all are equal, the one before."""
+    """Whose answer each example of a step gets, int64 [P]: that of the one before it, the first that of the last. Where
+    prompts come more than once, examples are ordered by prompts, those that come first first, and the answers move on by as
+    many as the most frequent prompt has: each is used once, and unless that has more than half of the step, none meets its
+    own prompt. `prompts` [P]: equal numbers for equal prompts."""
     count = len(prompts)
-    twice = np.concatenate([prompts, prompts])
-    begins = np.flatnonzero(np.diff(twice, prepend=twice[:1] - 1))
-    run = begins[np.searchsorted(begins, np.arange(count, 2 * count), side="right") - 1]
-    alone = np.arange(count, 2 * count) if not len(begins) or (prompts == prompts[:1]).all() else run
-    return (alone - 1) % max(count, 1)
+    numbers = numbered_by_sight(prompts)
+    most = int(np.bincount(numbers).max(initial=1))
+    shift = most if most < count else 1  # of one prompt alone the answers go round
+    ordered = np.argsort(numbers, kind="stable")
+    found = np.empty(count, dtype=np.int64)
+    found[ordered] = np.roll(ordered, shift)
+    return found
 
 
 class Mismatched:

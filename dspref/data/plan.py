@@ -62,7 +62,7 @@ def order(
         draws.shuffle(pairs)
     elif shuffle and together is not None:
         # Of what comes twice in an epoch, each time is a group of its own.
-        groups = _numbered(np.concatenate(passes) * (int(together.max()) + 1) + together[pairs])
+        groups = numbered_by_sight(np.concatenate(passes) * (int(together.max()) + 1) + together[pairs])
         place = np.argsort(draws.permutation(int(groups.max(initial=-1)) + 1))
         pairs = pairs[np.argsort(place[groups], kind="stable")]
     return [pairs[i : i + pairs_per_step] for i in range(0, len(pairs), pairs_per_step)]
@@ -72,7 +72,7 @@ def _sample(source: np.ndarray, count: int, draws: np.random.Generator, together
     """`count` pairs of a source, in order; whole groups, but for the last."""
     if together is None or not count:
         return np.sort(draws.choice(source, count, replace=False)) if count else source[:0]
-    groups = _numbered(together[source])
+    groups = numbered_by_sight(together[source])
     return np.sort(source[np.argsort(draws.permutation(int(groups.max()) + 1)[groups], kind="stable")[:count]])
 
 
@@ -119,14 +119,14 @@ def group(
     `tokens_per_pack` is cut between two pairs. `apart`: an encoder reads prompts, in which every token sees all.
     """
     scored = lengths[:, 1:] if scored is None else scored
-    groups = _measured(_numbered(same[:, 0]), same, lengths, scored, apart)
+    groups = _measured(numbered_by_sight(same[:, 0]), same, lengths, scored, apart)
     large = groups.tokens > tokens_per_pack
     if len(groups.tokens) < len(same) and large.any():
         return _measured(_cut(groups.of_pair, large, same, lengths, tokens_per_pack), same, lengths, scored, apart)
     return groups
 
 
-def _numbered(labels: np.ndarray) -> np.ndarray:
+def numbered_by_sight(labels: np.ndarray) -> np.ndarray:
     """Labels as 0, 1, 2, ... in the order of first sight."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
@@ -165,7 +165,7 @@ def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.nd
             seen |= answers.keys()
             groups[i] = fresh
         fresh += 1
-    return _numbered(groups)
+    return numbered_by_sight(groups)
 
 
 def pack(

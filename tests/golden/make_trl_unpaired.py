@@ -241,15 +241,12 @@ def run_plain(
 
 
 def mismatched(tokens: list[Tokens], of_others: bool) -> list[Tokens]:
-    """Every prompt with the completion of the row before it, the first with that of the last; `of_others`: of the first
-    before it that has another prompt."""
-    found = []
-    for i, (prompt, _) in enumerate(tokens):
-        before = i - 1
-        while of_others and tokens[before][0] == prompt:
-            before -= 1
-        found.append((prompt, tokens[before][1]))
-    return found
+    """Every prompt with the completion of the row before it, the first with that of the last; `of_others`: rows are ordered
+    by prompts, and look back over as many as the most frequent prompt has."""
+    prompts = [tuple(prompt) for prompt, _ in tokens]
+    line = sorted(range(len(tokens)), key=lambda i: prompts.index(prompts[i])) if of_others else [*range(len(tokens))]
+    back = max(map(prompts.count, prompts)) if of_others else 1
+    return [(tokens[i][0], tokens[line[line.index(i) - back]][1]) for i in range(len(tokens))]
 
 
 def plain_step(

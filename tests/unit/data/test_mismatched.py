@@ -23,12 +23,14 @@ from dspref.reference.store import sequence_keys
 
 
 def by_loop(prompts: Sequence[int]) -> list[int]:
-    """The nearest example before each, around the corner, that has another prompt; else the one before."""
-    found = []
-    for i in range(len(prompts)):
-        before = [(i - back) % len(prompts) for back in range(1, len(prompts))] or [i]
-        found.append(next((j for j in before if prompts[j] != prompts[i]), before[0]))
-    return found
+    """Examples stand in line by their prompts, and look back over as many as the most frequent prompt has."""
+    groups: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    line = [i for group in groups.values() for i in group]
+    back = max(map(len, groups.values())) if len(groups) > 1 else 1
+    found = {i: line[place - back] for place, i in enumerate(line)}
+    return [found[i] for i in range(len(prompts))]
 
 
 @pytest.mark.parametrize(
@@ -40,11 +42,12 @@ def by_loop(prompts: Sequence[int]) -> list[int]:
         ([3, 3, 3], [2, 0, 1]),  # no other prompt is there
         ([0, 1], [1, 0]),
         ([0, 1, 2, 3], [3, 0, 1, 2]),
-        ([0, 0, 1, 1, 1, 2], [5, 5, 1, 1, 1, 4]),
-        ([0, 1, 1, 0], [2, 0, 0, 2]),  # around the corner
-        ([0, 0, 1, 0], [2, 2, 1, 2]),
-        ([5, 0, 0, 0], [3, 0, 0, 0]),
-        ([0, 1, 0, 1], [3, 0, 1, 2]),
+        ([0, 0, 1, 1, 1, 2], [3, 4, 5, 0, 1, 2]),
+        ([0, 1, 1, 0], [1, 0, 3, 2]),  # in line: 0, 3, 1, 2
+        ([0, 0, 1, 0], [1, 3, 0, 2]),  # in line 0, 1, 3, 2; more than half of the step has one prompt
+        ([5, 0, 0, 0], [1, 2, 3, 0]),
+        ([0, 1, 0, 1], [1, 0, 3, 2]),
+        ([4, 4, 5, 6, 6, 7], [4, 5, 0, 1, 2, 3]),
     ],
 )
 def test_partners_written_out(prompts: list[int], expected: list[int]) -> None:
@@ -57,7 +60,8 @@ def test_partners_are_those_of_a_loop(seed: int) -> None:
     prompts = draws.integers(0, draws.integers(1, 6), draws.integers(0, 30))
     found = partners(prompts)
     assert found.tolist() == by_loop(prompts.tolist())
-    if len(set(prompts.tolist())) > 1:
+    assert sorted(found.tolist()) == [*range(len(prompts))], "each answer is used once"
+    if len(prompts) >= 2 * np.bincount(prompts).max(initial=1):
         assert (prompts[found] != prompts).all(), "an answer met its own prompt"
 
 
