@@ -30,21 +30,25 @@ LAYOUTS = ((3, 200, "true"), (1, 200, "false"), (3, 1, "true"), (1, 100_000, "tr
 
 
 def singles() -> list[dict[str, Any]]:
-    """Texts and conversations, labels as people write them; four of one prompt beside one another, around the corner too;
-    and a prompt so long that the answers which it meets are cut."""
+    """Texts and conversations, labels as people write them; several of one prompt, beside one another and not; and a prompt
+    so long that the answer which it meets is cut."""
 
     def chat(*turns: str) -> list[dict[str, str]]:
         return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns)]
 
     return [
         {"prompt": "a cab?", "completion": " bad bad egg", "label": True},
-        {"prompt": chat("which bead?"), "completion": chat("", "the blue one, a bee said so to the hedge")[1:], "label": 0},
+        {
+            "prompt": chat("fade " * 20, "aha", "which bead?"),
+            "completion": chat("", "the blue one, a bee said so to the hedge")[1:],
+            "label": 0,
+        },
         {"prompt": "name a gag:", "completion": " cage", "label": "false"},
         {"prompt": "name a gag:", "completion": " a deaf bee, a fed cab", "label": 1},
         {"prompt": "name a gag:", "completion": " egg", "label": False},
-        {"messages": chat("hi", "what", "a bag?", "a bad bag, and a badge beside a bed; " * 4), "label": False},
-        {"prompt": chat("fade " * 20, "aha", "and then?"), "completion": chat("", "ebb")[1:], "label": "True"},
-        {"messages": chat("feed me", "an egg, a fig, a cabbage"), "label": True},
+        {"messages": chat("hi", "what", "a bag?", "a bad bag"), "label": False},
+        {"prompt": chat("fade", "aha", "and then?"), "completion": chat("", "ebb")[1:], "label": "True"},
+        {"messages": chat("feed me", "an egg, a fig" + ", a bad bag, and a badge beside a bed" * 3), "label": True},
         {"prompt": "a cab?", "completion": " no, a bag", "label": False},
     ]
 
@@ -145,8 +149,8 @@ def test_the_oracle_has_something_to_tell(book: Book) -> None:
     alone = book.examples["singles"]
     assert [sum(map(bool, answers)) for _, *answers in alone] == [1] * 9
     own, others = ([answers for _, *answers in examples] for examples in (alone, oracle.mismatched(alone, book.longest)))
-    assert [own.index(answers) if answers in own else -1 for answers in others] == [7, 0, 1, 1, 1, 4, -1, 6, 7]
-    assert others[6][1] == own[5][1][: len(others[6][1])] != own[5][1], "an answer loses its end behind a long prompt"
+    assert [own.index(answers) if answers in own else -1 for answers in others] == [5, -1, 0, 8, 1, 2, 3, 4, 6]
+    assert others[1][0] == own[7][0][: len(others[1][0])] != own[7][0], "an answer loses its end behind a long prompt"
     assert {bool(chosen) + bool(rejected) for _, chosen, rejected in book.examples["mixed"]} == {1, 2}
 
 
