@@ -154,7 +154,9 @@ def lengths(draft: Draft) -> None:
     order = draft.take("train_sampling_strategy")
     if draft.flag("disable_shuffling") or order == "sequential":
         by_default = order == "sequential" and "train_sampling_strategy" not in draft.given
-        draft.put("data.shuffle", False, "theirs takes single answers in their order; here true does too" * by_default)
+        draft.put(
+            "data.shuffle", False, "theirs takes single answers in their order; shuffle: true is as good here" * by_default
+        )
     elif order not in (None, "random"):
         draft.leave(
             "train_sampling_strategy", order, "pairs are shuffled by train.seed, or stay in order: data.shuffle: false"

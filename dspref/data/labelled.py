@@ -8,14 +8,14 @@ from typing import Any
 from dspref.data.formats import Preference, behind_last_user, pair_of
 from dspref.data.messages import messages_of, unwrapped
 from dspref.data.normalise import conversation_in, normalise
-from dspref.data.rows import CONVERSATIONS, FIELDS, Columns, RowError, Values, find, given, kind_of, missing, what_is
+from dspref.data.rows import CONVERSATIONS, DROP, FIELDS, Columns, RowError, Values, find, given, kind_of, missing, what_is
 
 COMPLETION, LABEL = "completion", "label"
 # What other tools call a label: LLaMA-Factory, HALOs.
 LABELS = (LABEL, "kto_tag")
 ANSWERS = ("chosen", "rejected")
 WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-TRUE_OR_FALSE = "write true for a desirable answer, false for another"
+TRUE_OR_FALSE = f"write true for a desirable answer, false for another; or {DROP}"
 
 
 def is_labelled(values: Values, columns: Columns | None) -> bool:
@@ -73,11 +73,19 @@ def _read(values: Values, named: Mapping[str, str]) -> bool:
     there, value = find(values, name)
     if not there:
         raise missing(LABEL, values, name)
-    known = WORDS.get(value.strip().lower()) if isinstance(value, str) else value
+    if LABEL not in named and all(values.get(other) is not None for other in LABELS):
+        first, second = (_meant(values[other]) for other in LABELS)
+        if first != second:
+            raise RowError(LABEL, f"{' and '.join(LABELS)} say different things", "name one: data.train.columns.label")
+    known = _meant(value)
     if known in (0, 1) and isinstance(known, bool | int | float):  # True is 1, and 1.0 too
         return bool(known)
     said = repr(value) if isinstance(value, str | int | float) else what_is(value)
     raise RowError(LABEL, f"{said}, neither true nor false", TRUE_OR_FALSE)
+
+
+def _meant(value: Any) -> Any:
+    return WORDS.get(value.strip().lower()) if isinstance(value, str) else value
 
 
 def _answer(values: Values, named: Mapping[str, str], as_: str | None) -> dict[str, Any]:

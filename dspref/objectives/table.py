@@ -51,7 +51,9 @@ class Family:
 
 
 COMMON = {
-    "loss_type": Key("The loss; in dpo also a list of losses, added up. `module:function`: one of your own (not in orpo)."),
+    "loss_type": Key(
+        "The loss; in dpo also a list of losses, added up. `module:function`: one of your own (dpo, cpo, simpo)."
+    ),
     "loss_weights": Key("Weights of a list of losses; 1 each by default."),
     "beta": Key("Strength of the implicit reward; in orpo the weight of the odds-ratio term (the paper's lambda)."),
     "label_smoothing": Key("Probability that a label is wrong."),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dspref.config import ModelSection, TrainSection
+from dspref.config import ModelSection, ReferenceSection, TrainSection
 from dspref.data.loader import StepLoader, count, place
 from dspref.engine import memory
 from dspref.engine.engine import Engine
@@ -185,8 +185,12 @@ def of_labels(objective: Mapping[str, Any], loader: StepLoader) -> Iterator[str]
 def uneven(counts: Sequence[int], weights: Sequence[float]) -> Iterator[str]:
     """`counts` and `weights`: of desirable answers, of undesirable ones."""
     (good, bad), (of_good, of_bad) = counts, weights
-    if not good or not bad or not of_good or not of_bad:
+    if not of_good or not of_bad:
         return  # one of the two is not wanted
+    if not good or not bad:
+        lacking, there = ("undesirable", "desirable") if good else ("desirable", "undesirable")
+        yield f"all answers are {there}: without any {lacking} one nothing says what to prefer them to; look at the labels"
+        return
     ratio = of_good * good / (of_bad * bad)
     if LEAST <= ratio <= MOST:
         return
@@ -197,6 +201,18 @@ def uneven(counts: Sequence[int], weights: Sequence[float]) -> Iterator[str]:
         f"desirable answers weigh {ratio:.3g} times as much as undesirable ones ({good:,} x {of_good:g} to {bad:,} x "
         f"{of_bad:g}), where KTO's paper has 1 to 4/3: objective.{key}_weight={value:.3g}"
     )
+
+
+def of_moving(section: ReferenceSection, steps: int) -> Iterator[str]:
+    """Where a reference that is to follow the policy never does."""
+    if section.bema is not None:
+        first, keys = section.bema.update_after + section.bema.moves_every, "reference.bema.update_freq and update_after"
+    elif section.sync_ref_model:
+        first, keys = section.ref_model_sync_steps, "reference.ref_model_sync_steps"
+    else:
+        return
+    if first > steps:
+        yield f"the reference first moves after step {first}, and the run has {steps}: it never does; lower {keys}"
 
 
 def _size(count: float) -> str:

@@ -78,8 +78,8 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         seen = demand.sets(objective, loader, held_out)
         needs = demand.needs(loader, seen, done, steps)
         reference = references.build(asked, policy, beginning, seen, packing, needs, view)
-    of_labels = advice.of_labels(config.objective.model_dump(), loader)
-    for line in [*of_labels, *advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel)]:
+    of_keys = [*advice.of_labels(config.objective.model_dump(), loader), *advice.of_moving(config.reference, steps)]
+    for line in [*of_keys, *advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel)]:
         distributed.remark(f"advice: {line}")
     asking = answers.prepare(
         config.log, prompts, pairs, tokenizer, packing.tokens_per_pack, config.train.seed, run, asked, reference, policy,

@@ -66,9 +66,12 @@ def test_labels_as_people_write_them(name: str, good: Any) -> None:
     assert one(row | {name: bad}).label is False
 
 
-def test_label_comes_before_kto_tag_unless_it_is_null() -> None:
-    assert one(TEXT | {"kto_tag": False}).label is True
+def test_two_labels_of_a_row_must_agree_unless_one_is_named() -> None:
+    assert one(TEXT | {"kto_tag": "true"}).label is True
     assert one(TEXT | {"label": None, "kto_tag": False}).label is False
+    assert one(TEXT | {"kto_tag": False}, {"label": "kto_tag"}).label is False
+    with pytest.raises(RowError, match=r"label and kto_tag say different things.*columns.label"):
+        one(TEXT | {"kto_tag": False})
 
 
 def test_tools_and_images_of_a_row() -> None:

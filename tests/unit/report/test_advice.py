@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from dspref.config import ModelSection
+from dspref.config import BemaSection, ModelSection, ReferenceSection
 from dspref.data.batch import collate
 from dspref.data.truncate import TokenizedPair
 from dspref.machine.layers import Layout, Pack, kept_per_token
@@ -20,7 +20,7 @@ from dspref.machine.memory_plan import estimate
 from dspref.machine.shapes import of_tensors
 from dspref.model.attention import PACKED
 from dspref.model.packed import PackedCausalLM
-from dspref.report.advice import Facts, lines, still_to_come, uneven
+from dspref.report.advice import Facts, lines, of_moving, still_to_come, uneven
 
 GIB = 2**30
 GOOD = Facts(
@@ -72,9 +72,24 @@ def test_the_weight_that_is_advised_is_within_the_papers_bounds(counts, weights,
     assert not list(uneven(counts, mended))
 
 
-def test_even_weights_and_labels_of_one_kind_hear_nothing() -> None:
-    for counts, weights in (((3, 3), (1, 1)), ((4, 3), (1, 1)), ((1, 10), (10, 1)), ((0, 5), (1, 1)), ((5, 1), (1, 0))):
+def test_even_weights_and_a_label_that_is_not_wanted_hear_nothing() -> None:
+    for counts, weights in (((3, 3), (1, 1)), ((4, 3), (1, 1)), ((1, 10), (10, 1)), ((0, 5), (0, 1)), ((5, 1), (1, 0))):
         assert not list(uneven(counts, weights)), (counts, weights)
+
+
+def test_labels_of_one_kind_are_told() -> None:
+    for counts, lacking in (((0, 5), "without any desirable"), ((5, 0), "without any undesirable")):
+        (line,) = uneven(counts, (1.0, 1.0))
+        assert lacking in line
+
+
+def test_a_reference_that_never_moves_is_told() -> None:
+    bema = ReferenceSection(bema=BemaSection(update_after=100))
+    assert not [*of_moving(bema, 500), *of_moving(ReferenceSection(), 1)]
+    (line,) = of_moving(bema, 499)
+    assert "after step 500, and the run has 499" in line
+    (line,) = of_moving(ReferenceSection(sync_ref_model=True), 511)
+    assert "after step 512" in line and "ref_model_sync_steps" in line
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
