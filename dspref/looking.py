@@ -39,7 +39,7 @@ def check(
     from dspref import config as configuration
     from dspref.machine import inputs
     from dspref.machine.context import CheckContext
-    from dspref.objectives import as_list
+    from dspref.objectives import as_list, build_objective
 
     with faults_in_one_line():
         tell_repeated(overrides)
@@ -58,7 +58,8 @@ def check(
         def job() -> None:
             from dspref.training import survey
 
-            survey.report(config.model, config.data_read, sys.stdout.isatty(), config.log.samples_file)
+            objective, colour = build_objective(**config.objective.model_dump()), sys.stdout.isatty()
+            survey.report(config.model, config.data_read, config.train, objective, colour, config.log.samples_file)
 
         raise typer.Exit(launcher.guarded(job, NOTHING_LOST))
 

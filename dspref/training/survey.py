@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspref import distributed
-from dspref.config import DataSection, ModelSection
+from dspref.config import DataSection, ModelSection, TrainSection
 from dspref.data.choosing import SourcePairs, sources_of
 from dspref.data.show import mark
 from dspref.data.sight import sight_of
 from dspref.data.store import Log, PairStore
 from dspref.model import admission, loading
+from dspref.objectives import Objective
 from dspref.training import preparation
 
 if TYPE_CHECKING:
@@ -67,7 +68,14 @@ def read(model: ModelSection, data: DataSection, log: Log = distributed.log, sum
     )
 
 
-def report(model: ModelSection, data: DataSection, colour: bool = False, prompts: str | None = None) -> None:
+def report(
+    model: ModelSection,
+    data: DataSection,
+    train: TrainSection,
+    objective: Objective,
+    colour: bool = False,
+    prompts: str | None = None,
+) -> None:
     """Say, for each source, its rows and pairs, what was left out or cut and why, lengths, and its first pairs as text; and
     the first of `prompts`, the file of log.samples_file.
 
@@ -79,6 +87,8 @@ def report(model: ModelSection, data: DataSection, colour: bool = False, prompts
         for index in source.ids[:SHOWN].tolist():
             distributed.log(f"\n{source.store.where(index)}\n{mark(source.store[index], found.tokenizer, colour)}")
     found.check_sizes(data.max_length)
+    preparation.steps_of(data, train, found.train[0].store, objective, rank=0, world_size=1)
+    preparation.refuse_for_objective([source.store for source in found.held_out], objective)
     if prompts:
         own = preparation.own_prompts(prompts, model, found.tokenizer)
         ids, sight = own[0].ids, sight_of(found.tokenizer)

@@ -175,6 +175,12 @@ def test_the_data_are_shown_as_a_run_would_read_them(elsewhere: Path) -> None:
     Path("p.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "yes " * most, "rejected": "no"}) + "\n")
     code, said = call("check", "--data", "x.yaml", "data.max_length=null")
     assert code == 2 and f"beyond the model's {most} positions" in said and "rows 1, pairs 1 of 1" in said
+    single = [{"prompt": "q", "completion": "yes", "label": True}, {"prompt": "r", "completion": "no", "label": False}]
+    Path("s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    for of in ("data.train=s.jsonl", "data.eval=s.jsonl"):
+        code, said = call("check", "--data", "x.yaml", "data.eval=null", of)
+        assert code == 3 and "s.jsonl:1: one answer and a label" in said and "objective.name: kto or bco" in said
+    assert call("check", "--data", "x.yaml", "objective.name=kto", "data.train=s.jsonl", "data.eval=null")[0] == 0
 
 
 @pytest.mark.parametrize(
