@@ -197,7 +197,7 @@ def _check_lengths(config: Config) -> Iterator[Complaint]:
 def _check_sources(config: Config) -> Iterator[Complaint]:
     if not config.data.shuffle and config.data.keep_together != "row":
         yield ("data", "keep_together"), "has no effect with shuffle: false, which keeps the order of the files"
-    for own, source in given_checks.placed(config.data):
+    for own, source in config.data.placed():
         yield from _check_source(source, own)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain, count
 from typing import Annotated, Any, Literal, Union, cast
 
@@ -197,6 +197,14 @@ class DataSection(Section):
         elif held_out is not None:
             held_out = held_out.reading(scores)
         return self.model_copy(update={"train": train, "eval": held_out})
+
+    def placed(self) -> Iterator[tuple[tuple[str | int, ...], SourceSection]]:
+        """Every source of train and eval, with the path of its keys."""
+        for number, source in enumerate(self.train_sources):
+            yield ("data", "train", number) if isinstance(self.train, list) else ("data", "train"), source
+        named = isinstance(self.eval, dict)
+        for key, source in self.source_keys("eval").items():
+            yield ("data", "eval", key.removeprefix("data.eval.")) if named else ("data", "eval"), source
 
     def source_keys(self, of: Literal["train", "eval"]) -> dict[str, SourceSection]:
         """The sources of train or eval by their keys in the YAML."""

@@ -16,19 +16,10 @@ NAMES = ("weight", "margin", *SCORES)
 RANKS = "rank answers, and what reads their scores asks how far they are apart; name columns.scores"
 
 
-def placed(data: DataSection) -> Iterator[tuple[KeyPath, SourceSection]]:
-    """Every source of the run, with the path of its keys."""
-    for number, source in enumerate(data.train_sources):
-        yield ("data", "train", number) if isinstance(data.train, list) else ("data", "train"), source
-    for name, source in data.source_keys("eval").items():
-        own = name.removeprefix("data.eval.")
-        yield ("data", "eval", own) if isinstance(data.eval, Mapping) else ("data", "eval"), source
-
-
 def check_given(data: DataSection, objective: Any) -> Iterator[Complaint]:
     names = as_list(objective.loss_type)
     found = {name: OBJECTIVES[objective.name].loss(name) for name in names}
-    for own, source in placed(data):
+    for own, source in data.placed():
         yield from _of_weights(source, own, found)
         yield from _of_margins(source, own, found)
         yield from _of_scores(source, own, [name for name, loss in found.items() if loss.scores])

@@ -88,13 +88,11 @@ def check_unpaired(section: Any, data: DataSection, pairs_per_step: int) -> Iter
     """What single answers need: an objective that takes them, and of KTO others in the step."""
     objective = build_objective(**section.model_dump())
     takers = [name for name, family in OBJECTIVES.items() if family.unpaired]
-    for of in ("train", "eval"):
-        for key, source in data.source_keys(of).items():
-            column = next((name for name in ("completion", "label") if name in source.columns.named), None)
-            place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
-            if column and not objective.family.unpaired:
-                reason = f"is for answers that stand alone, and {section.name} compares two; set objective.name: "
-                yield (*place, "columns", column), reason + " or ".join(takers)
+    for place, source in data.placed():
+        column = next((name for name in ("completion", "label") if name in source.columns.named), None)
+        if column and not objective.family.unpaired:
+            reason = f"is for answers that stand alone, and {section.name} compares two; set objective.name: "
+            yield (*place, "columns", column), reason + " or ".join(takers)
     if objective.has_mismatched and pairs_per_step < 2:
         reason = "1 leaves no other answer in the step to estimate the reference point from; set 2 or more, such as 128"
         yield ("train", "pairs_per_step"), reason

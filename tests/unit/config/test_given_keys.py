@@ -107,3 +107,30 @@ def test_a_loss_of_scores_reads_their_columns_in_every_source(tmp_path: Path) ->
 def test_the_gap_of_scores_is_read_in_its_own_source(tmp_path: Path) -> None:
     train = load(tmp_path, ["b.jsonl", GAP]).data_read.train_sources
     assert [source.columns.named for source in train] == [{}, SCORES]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "place"),
+    [
+        (columns(label="good"), None, "data.train"),
+        (["a.jsonl", columns(completion="answer")], None, "data.train.1"),
+        ("a.jsonl", columns(label="good"), "data.eval"),
+        ("a.jsonl", {"easy": {"path": "b.jsonl"}, "1": columns(label="good")}, "data.eval.1"),
+    ],
+)
+def test_columns_of_single_answers_are_for_objectives_that_take_them(
+    train: Any, held_out: Any, place: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, train, held_out=held_out)
+    (line,) = str(caught.value).splitlines()
+    assert f"{place}.columns." in line and "dpo compares two; set objective.name: kto or bco" in line
+    load(tmp_path, train, {"name": "bco"}, held_out)
+
+
+def test_a_reference_point_needs_another_answer_in_the_step(tmp_path: Path) -> None:
+    load(tmp_path, "a.jsonl", {"name": "kto", "loss_type": "apo_zero_unpaired"})
+    path = tmp_path / "run.yaml"
+    with pytest.raises(ConfigError, match=r"train.pairs_per_step.* set 2 or more"):
+        configuration.load(path, ["objective.loss_type=kto", "train.pairs_per_step=1"])
+    configuration.load(path, ["train.pairs_per_step=1"])
