@@ -34,10 +34,12 @@ desirable one and -1 for another. Their loss is averaged over the answers of the
 rows: a row that is a pair counts once, as a desirable and an undesirable answer. z, which is logged as `kl`, is
 estimated from the step's answers, each once, behind the prompt of another row of the step: of the one behind it, and
 where prompts come more than once, behind another prompt, unless one has more than half of the step (or the last step of
-an epoch has a row alone). That is a forward pass without gradient. `*/chosen` are means over the desirable answers of a
-step and `*/rejected` over the undesirable ones, absent where it has none; `rewards/margins` is the difference of the
-two means; `rewards/accuracies` is the share of answers whose reward lies beyond the reference point (beta z, or
-`bco_delta`) on the side of their label.
+an epoch has a row alone). That is a forward pass without gradient. A stored reference scores these answers for all
+steps of the run before the first; where a run may end early (`train.stop_when`), `reference.mode: engine` asks for
+those of the steps that come. `*/chosen` are means over the desirable answers of a step and `*/rejected` over the
+undesirable ones, absent where it has none; `rewards/margins` is the difference of the two means; `rewards/accuracies`
+is the share of answers whose reward lies beyond the reference point (beta z, or `bco_delta`) on the side of their
+label.
 
 **Rewards** (`rewards/*`): dpo, kto and bco beta (S - R), under every loss and divergence; cpo beta S, or beta A for
 losses per token; simpo and orpo beta A; A alone where a loss has no beta. With `ld_alpha`, S and R (and `logps/*`,
