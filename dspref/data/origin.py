@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dspref.data.building import Reader, within_reason
+from dspref.data.building import Reader
 from dspref.data.converting import Converter
-from dspref.data.formats import Preference
+from dspref.data.formats import Preference, within_reason
 from dspref.data.rows import BadRow, Row, RowError
 from dspref.data.sources import Listing
 from dspref.data.template import render

@@ -77,7 +77,10 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
 
         def keep(prefix: str, ids: torch.Tensor, value: PairLoss) -> None:
             margins = value.metrics["rewards/chosen"] - value.metrics["rewards/rejected"]
-            right = value.metrics["rewards/accuracies"] / value.answers if value.answers is not None else margins > 0
+            right = margins > 0
+            if value.judged is not None:
+                told = value.judged > 0
+                ids, right = ids[told], (value.metrics["rewards/accuracies"] / value.judged)[told]
             judged[prefix] = (ids, right)
 
         loss = StepLoss(objective, policy.module.router_aux_loss_coef, section.router_aux_scope)
@@ -184,7 +187,7 @@ def _packing(data: DataSection, stores: Sequence[PairStore], objective: Objectiv
     auto = data.prefix_sharing == "auto"
     sharing = any(sharing_pays(store, store.same[:, 0]) for store in stores) if auto else bool(data.prefix_sharing)
     world = distributed.world()
-    return Packing(data.tokens_per_pack, sharing, world.rank, world.size, objective.scores_prompt)
+    return Packing(data.tokens_per_pack, sharing, world.rank, world.size, objective.scores_prompt, objective.family.takes)
 
 
 def _delta(objective: Objective, subject: Named) -> RunningMean:

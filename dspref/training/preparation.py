@@ -230,7 +230,7 @@ def steps_of(
     refuse_for_objective([pairs], objective)
     together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
     sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
-    packing = Packing(data.tokens_per_pack, sharing, rank, world_size, objective.scores_prompt)
+    packing = Packing(data.tokens_per_pack, sharing, rank, world_size, objective.scores_prompt, objective.family.takes)
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
@@ -246,7 +246,7 @@ def steps_of(
 def refuse_for_objective(stores: Sequence[PairStore], objective: Objective) -> None:
     """Raise DataError where an objective compares two answers and a row has one, and ConfigError where it asks for log-probs
     of prompts that only an encoder reads."""
-    for store in stores if not objective.family.unpaired else ():
+    for store in stores if objective.family.takes == "pairs" else ():
         if len(alone := np.flatnonzero((store.scored == 0).any(axis=1))):
             what = f"{store.where(int(alone[0]))}: one answer and a label, and this objective compares two"
             more = f" (also {len(alone) - 1} more rows)" if len(alone) > 1 else ""
