@@ -173,16 +173,16 @@ def count(store: PairStore, ids: np.ndarray, takes: str = "pairs") -> dict[str, 
     lengths, scored = store.computed[ids], store.scored[ids]
     prompt, *answers = lengths.sum(axis=0).tolist()
     chosen, rejected = scored.sum(axis=0).tolist()
-    of_prompt, pairs, more = (scored > 0).sum(axis=1), len(ids), {}
+    of_prompt, golds, more = (scored > 0).sum(axis=1), 0, {}
     if takes == "list":
         more["lists"] = int(starts(store.rows)[ids].sum())
     elif takes == "gold":
         gold = scored[:, 1] == 0
         more["gold_tokens"] = int(scored[gold, 0].sum())
-        chosen, pairs = chosen - more["gold_tokens"], pairs - int(gold.sum())
+        chosen, golds = chosen - more["gold_tokens"], int(gold.sum())
     return {
-        "pairs": pairs,
-        "answers": int(of_prompt.sum()),
+        "pairs": len(ids) - golds,
+        "answers": int(of_prompt.sum()) - golds,
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
         "chosen_and_prompt_tokens": prompt - len(ids) + chosen,

@@ -83,5 +83,5 @@ def tpo(
     gold = losses.negative_log_likelihood(policy.chosen.where(~is_pair, 0.0))
     terms["nll"] = Term(gold, per="gold_tokens", weight=tpo_alpha)
     metrics = {name: value.where(is_pair, 0.0) for name, value in of_pairs.metrics.items()}
-    right = is_pair & (metrics["rewards/chosen"] > metrics["rewards/rejected"])
+    right = (is_pair & (metrics["rewards/chosen"] > metrics["rewards/rejected"])).to(policy.chosen.dtype)
     return PairLoss(terms, metrics | {"rewards/accuracies": right}, policy.counts("pairs"))

@@ -110,7 +110,7 @@ def of_lists(parts: Sequence[Part], policy: PairLogps, reference: PairLogps | No
         "logps/rejected": policy.rejected,
         "kl/chosen": chosen,
         "kl/rejected": rejected,
-        "rewards/accuracies": found["right"],
+        "rewards/accuracies": found["right"].to(chosen.dtype),
         **weights.logged(policy.weight, None),
     }
     terms = {part.component: Term(weights.weighed(policy.weight) * found["values"], per="lists", weight=part.weight)}

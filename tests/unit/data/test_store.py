@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data import building, parts, rowfiles, sameness, tokenize
+from dspref.data import parts, rowfiles, sameness, tokenize
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
 from dspref.data.converting import Converter
@@ -170,7 +170,7 @@ def test_the_fix_follows_from_the_reasons(tmp_path: Path) -> None:
 
 def test_a_text_beyond_any_model_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizing 40 MB of one text takes half a minute, and it would be cut to max_length."""
-    monkeypatch.setattr(building, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(formats, "MAX_CHARACTERS", 1000)
     source = write(
         tmp_path / "a.jsonl", [ROWS[0], {"prompt": "p1", "chosen": " a", "rejected": " b" * 501, "more": "x" * 9999}]
     )
