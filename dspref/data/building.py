@@ -223,7 +223,11 @@ class _Build:
         """Split and truncate the pairs of a chunk, and keep them or note why they are left out."""
         kept, uncut, rows, places, pictures, given = [], [], [], [], [], []
         items = split(chunk.texts, ids, encoder)
-        pairs = [self._cut(item, chunk.rows[k][1]) for k, item in zip(chunk.of, items, strict=True)]
+        beside: Counter[int] = Counter()  # the longest answer of each row
+        for k, item in zip(chunk.of, items, strict=True):
+            if self.takes != "pairs" and isinstance(item, Whole):
+                beside[k] = max(beside[k], item.longest)
+        pairs = [self._cut(item, chunk.rows[k][1], beside[k]) for k, item in zip(chunk.of, items)]
         self.seen += len(items)
         alone = left_over(self.takes, chunk.of, chunk.given, pairs)
         for k, texts, numbers, item, pair in zip(chunk.of, chunk.texts, chunk.given, items, pairs, strict=True):
@@ -245,11 +249,11 @@ class _Build:
             self.files.given.append(given)
             self._write(kept, rows, places, pictures)
 
-    def _cut(self, item: Whole | RowError, row: Row | BadRow) -> TokenizedPair | None:
+    def _cut(self, item: Whole | RowError, row: Row | BadRow, beside: int) -> TokenizedPair | None:
         if isinstance(item, RowError):
             return self._leave_out(row, item)
         try:
-            pair = item.cut(self.limits)
+            pair = item.cut(self.limits, beside)
         except RowError as error:
             self.too_long.append(len(item.pair.prompt) + max(len(item.pair.chosen), len(item.pair.rejected)))
             return self._leave_out(row, error)

@@ -243,10 +243,12 @@ def place(store: Pairs, ids: np.ndarray, packing: Packing) -> StepPacks:
     """Pairs -> packs on all ranks; pairs of one prompt as a group, where sharing is on."""
     lengths, scored, budget, world = store.computed[ids], store.scored[ids], packing.tokens_per_pack, packing.world_size
     shared = packing.prefix_sharing
-    groups = group(store.same[ids], lengths, budget, scored, store.apart) if shared else alone(lengths, scored, store.apart)
     numbers = numbered(store.rows, ids) if packing.takes == "list" else None
-    if numbers is not None:
-        groups = joined(groups, numbers, budget)
+    if shared:
+        groups = group(store.same[ids], lengths, budget, scored, store.apart, numbers)
+    else:
+        groups = alone(lengths, scored, store.apart)
+        groups = groups if numbers is None else joined(groups, numbers, budget)
     packs = pack(groups.tokens, budget, world, groups.cost)
     members = np.split(np.argsort(groups.of_pair, kind="stable"), np.cumsum(np.bincount(groups.of_pair))[:-1])
     load = np.array([[groups.cost[chosen].sum() for chosen in rank] for rank in packs])

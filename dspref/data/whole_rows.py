@@ -42,30 +42,12 @@ def numbered(rows: np.ndarray, examples: np.ndarray) -> np.ndarray:
     return again * (int(rows.max(initial=-1)) + 1) + rows[examples]
 
 
-def joined(groups: Groups, numbers: np.ndarray, tokens_per_pack: int) -> Groups:
-    """Groups of examples, those with the same numbers [P] together, unless there is no room for them in one pack."""
-    # Of those that hang together by any example.
-    together = _connected(groups.of_pair, numbers)
-    tokens = np.bincount(together, groups.tokens)
-    if (tokens > tokens_per_pack).any():
-        large = tokens[together] > tokens_per_pack
-        together = numbered_by_sight(np.where(large, len(groups.tokens) + np.arange(len(large)), together))
-    sums = (np.bincount(together, column).astype(np.int64) for column in groups[1:])
-    return Groups(together[groups.of_pair], *sums)
-
-
-def _connected(group: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The number of a part for each group, int64 [g]: groups with an example of the same number are of one part."""
-    labels = np.arange(int(group.max(initial=-1)) + 1)
-    number = numbered_by_sight(numbers)
-    while True:
-        least = np.full(int(number.max(initial=-1)) + 1, len(labels))
-        np.minimum.at(least, number, labels[group])
-        found = labels.copy()
-        np.minimum.at(found, group, least[number])
-        if (found == labels).all():
-            return numbered_by_sight(labels)
-        labels = found
+def joined(single: Groups, numbers: np.ndarray, tokens_per_pack: int) -> Groups:
+    """Groups of one example each: those with the same number [P] as one group, unless there is no room for it in a pack."""
+    together = numbered_by_sight(numbers)
+    large = (np.bincount(together, single.tokens) > tokens_per_pack)[together]
+    together = numbered_by_sight(np.where(large, len(large) + np.arange(len(large)), together))
+    return Groups(together, *(np.bincount(together, column).astype(np.int64) for column in single[1:]))
 
 
 def left_over(

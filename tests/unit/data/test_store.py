@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data import parts, rowfiles, sameness, tokenize
+from dspref.data import formats, parts, rowfiles, sameness, tokenize
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
 from dspref.data.converting import Converter
