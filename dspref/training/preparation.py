@@ -37,6 +37,9 @@ from dspref.run.export import warn_of_other_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Of LiPO-lambda, whose paper has labels from 0 to 1: beyond it one list has all the gradient.
+LARGEST_LABEL = 16.0
+
 
 def prepare(
     section: ModelSection, data: DataSection, reference: ReferenceSpec, optim: str, device_type: str
@@ -251,6 +254,9 @@ def refuse_for_objective(stores: Sequence[PairStore], objective: Objective) -> N
             what = f"{store.where(int(alone[0]))}: one answer and a label, and this objective compares two"
             more = f" (also {len(alone) - 1} more rows)" if len(alone) > 1 else ""
             raise DataError(f"{what}{more}; fix: set objective.name: kto or bco, or use a set of pairs")
+    if (scale := objective.parts[0].keys.get("score_scale")) is not None:
+        for store in stores:
+            refuse_large_labels(store, scale)
     score_prompt = objective.scores_prompt
     if score_prompt and any(store.apart for store in stores):
         raise ConfigError(
@@ -258,6 +264,16 @@ def refuse_for_objective(stores: Sequence[PairStore], objective: Objective) -> N
         )
     if score_prompt and any(store.reads_images for store in stores):
         raise ConfigError("objective.nll_on_prompt: true, but image tokens of a prompt are no text to be learned; set false")
+
+
+def refuse_large_labels(store: PairStore, scale: float) -> None:
+    """Raise DataError for scores that are no labels of LiPO-lambda, whose gain is 2 to the power of them."""
+    largest = np.maximum(*store.given.scores)
+    worst = int(largest.argmax())
+    if (label := scale * float(largest[worst])) > LARGEST_LABEL:
+        what = f"a score of {largest[worst]:g} is a gain of 2^{label:g} under lipo_lambda"
+        fix = f"set objective.score_scale: {1 / largest[worst]:.3g}, so that labels go up to 1"
+        raise DataError(f"{store.where(worst)}: {what}; fix: {fix}")
 
 
 def check_adapters(section: ModelSection, optim: str, device_type: str) -> None:

@@ -20,6 +20,9 @@ from dspref.data.sources import Source, find
 from dspref.data.store import PairStore
 from dspref.data.truncate import Limits
 from dspref.data.whole_rows import examples_of, joined, numbered, rows_of_sources, starts
+from dspref.errors import DataError
+from dspref.objectives import build_objective
+from dspref.training.preparation import refuse_for_objective
 
 SCORED = {"prompt": "q", "completions": [" a", " b", " c"], "scores": [1, 4.5, 1]}
 GOLD = {"reference": "reference"}
@@ -312,3 +315,17 @@ def test_a_list_is_no_effect_that_nobody_has(tmp_path: Path) -> None:
     source = Source(write(tmp_path / "rows.jsonl", [{"prompt": "p1", "chosen": " a", "rejected": " b"}]).path, pairs="list")
     assert Converter(find(source), chat_model=False).pairs_made
     assert json.loads((tmp_path / "rows.jsonl").read_text())["prompt"] == "p1"
+
+
+def test_scores_that_are_no_labels_of_lipo_are_told(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{k}", "completions": [" a", " b"], "scores": [1, 5 + 20 * k]} for k in range(3)]
+    store = load([listed(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
+    lipo = {"name": "listwise", "loss_type": "lipo_lambda"}
+    with pytest.raises(DataError) as refusal:
+        refuse_for_objective([store], build_objective(**lipo))
+    assert str(refusal.value) == (
+        f"{tmp_path}/rows.jsonl:3: a score of 45 is a gain of 2^45 under lipo_lambda; fix: set objective.score_scale: "
+        "0.0222, so that labels go up to 1"
+    )
+    refuse_for_objective([store], build_objective(**lipo, score_scale=0.0222))
+    refuse_for_objective([store], build_objective("listwise", "plackett_luce"))
