@@ -11,9 +11,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
-import yaml
-from test_every_objective import compare, compare_gradients, first_steps
-from tiny import save_tiny, save_tokenizer, tiny_config
+from test_every_objective import compare, compare_gradients, first_steps, written
+from tiny import write_one_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import Workers
 
@@ -109,26 +108,10 @@ def example_of(row: dict[str, Any], tokenizer: Any) -> Example:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lists")
-    config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), num_hidden_layers=1)
-    save_tiny(folder / "policy", config, seed=1)
-    save_tiny(folder / "reference", config, seed=2)
     for kind, rows in KINDS.items():
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"held_out_{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[2:5]))
-    values = {
-        "model": {
-            "name_or_path": f"{folder}/policy",
-            "tokenizer_name_or_path": f"{folder}/tokenizer",
-            "dtype": "float32",
-            "gradient_checkpointing": False,
-        },
-        "reference": {"mode": "stored", "name_or_path": f"{folder}/reference"},
-        "data": {"train": {"path": f"{folder}/lists.jsonl"}, "shuffle": False, "tokens_per_pack": 150},
-        "train": {"pairs_per_step": 64, "max_steps": 1, "max_grad_norm": 0},
-        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
-        "output_dir": f"{folder}/run",
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    write_one_step(folder, {"train": {"path": f"{folder}/lists.jsonl"}, "tokens_per_pack": 150}, {"pairs_per_step": 64})
     return folder
 
 
@@ -243,9 +226,7 @@ def test_runs_are_those_of_the_oracle(
     ]
     workers: Workers = all_workers[world]
     assert workers.run("cases:run_training", config_path=f"{folder}/run.yaml", overrides=settings) == [0] * world
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "loss" in record]
-    evaluations = {record["step"]: record for record in records if "eval_loss" in record}
+    steps, evaluations = written(tmp_path / "run")
     rows = len(KINDS[kind_of(case)])
     epoch = [list(range(start, min(start + SIZE, rows))) for start in range(0, rows, SIZE)]
     faults: list[str] = []
@@ -254,7 +235,6 @@ def test_runs_are_those_of_the_oracle(
         faults += compare(steps[number], wanted | {"loss": wanted["loss"].item()}, 1e-4, f"step {number + 1}")
     wanted = book.step(case, [2, 3, 4])
     for number, record in evaluations.items():
-        found = {key.removeprefix("eval_"): value for key, value in record.items()}
-        faults += compare(found, wanted | {"loss": wanted["loss"].item()}, 1e-4, f"evaluation at step {number}")
+        faults += compare(record, wanted | {"loss": wanted["loss"].item()}, 1e-4, f"evaluation at step {number}")
     assert not faults, "\n".join(faults)
     assert len(steps) == STEPS and evaluations.keys() == {3, STEPS}
