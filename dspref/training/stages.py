@@ -53,6 +53,8 @@ SCORED = {
 LONGER = ("train.max_steps", "train.num_train_epochs", "train.stop_when")
 # Of the pairs that a run trains on, so many may be evaluated at its start unasked.
 EVALUATION_SHARE = 0.1
+# What train.pairs_per_step counts, where it counts rows.
+OF_STEP = {"list": "lists", "gold": "pairs, each with its gold answer,"}
 
 
 def reference_spec(config: Config) -> ReferenceSpec:
@@ -287,7 +289,7 @@ def introduce(
     """The banner: what is about to happen, in numbers; in one line behind the nine or more of DeepSpeed's launcher. In the
     log file the first pair too, as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
-    what = "pairs" if (pairs.scored > 0).all() else "answers"
+    what = OF_STEP.get(loader.packing.takes, "pairs" if (pairs.scored > 0).all() else "answers")
     evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
     sharing = "on" if loader.packing.prefix_sharing else "off"
     pace = f"of {train.pairs_per_step} {what} ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
@@ -296,7 +298,7 @@ def introduce(
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": spec.in_words(reference_spec(config)),
-        "data": f"{in_numbers(pairs)}{evaluated}",
+        "data": f"{in_numbers(pairs, loader.packing.takes)}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} {pace}",
@@ -308,12 +310,17 @@ def introduce(
     console.first_pair(mark(pairs[0], tokenizer))
 
 
-def in_numbers(pairs: PairStore) -> str:
-    """How many pairs, or answers that stand alone, and their mean lengths: of answers, of those that there are."""
+def in_numbers(pairs: PairStore, takes: str) -> str:
+    """How many pairs, lists, or answers that stand alone, and their mean lengths: of answers, of those that there are.
+    `takes`: what a row becomes, as in `Family`."""
     there = pairs.scored > 0
     chosen, rejected = (pairs.lengths[there[:, k], k + 1].sum() / max(there[:, k].sum(), 1) for k in range(2))
     counts = there.sum(axis=0)
     what = f"{len(pairs)} pairs" if there.all() else f"{counts[0]} desirable, {counts[1]} undesirable answers"
+    if takes == "list":
+        what = f"{len(pairs)} answers in {len(set(pairs.rows.tolist()))} lists"
+    elif takes == "gold":
+        what = f"{counts[1]} pairs, {counts[0] - counts[1]} gold answers"
     return f"{what}, mean tokens {pairs.lengths[:, 0].mean():.0f} prompt + {chosen:.0f} | {rejected:.0f}"
 
 

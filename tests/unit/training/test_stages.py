@@ -103,7 +103,7 @@ def test_of_uneven_labels_a_weight_is_advised_and_of_pairs_none(tmp_path):
 )
 def test_the_banner_counts_answers_that_there_are(tmp_path, rows, said):
     pairs = load([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
-    found = re.fullmatch(r"(.*), mean tokens (\d+) prompt \+ (\d+) \| (\d+)", stages.in_numbers(pairs))
+    found = re.fullmatch(r"(.*), mean tokens (\d+) prompt \+ (\d+) \| (\d+)", stages.in_numbers(pairs, "answers"))
     assert found and found[1] == said
     for side in (1, 2):
         there = [int(n) for n in pairs.lengths[:, side] if n]
