@@ -34,7 +34,7 @@ from dspref.run.folder import RunFolder, content_key
 from dspref.run.settings import refuse_changes, refuse_other_code
 from dspref.training import foresight, preparation
 from dspref.training.closing import show_summary
-from dspref.training.model_card import Recipe, adapter_in_words
+from dspref.training.model_card import OF_STEP, Recipe, adapter_in_words
 from dspref.watch import lock
 from dspref.watch.watch import Watch
 
@@ -53,8 +53,6 @@ SCORED = {
 LONGER = ("train.max_steps", "train.num_train_epochs", "train.stop_when")
 # Of the pairs that a run trains on, so many may be evaluated at its start unasked.
 EVALUATION_SHARE = 0.1
-# What train.pairs_per_step counts, where it counts rows.
-OF_STEP = {"list": "lists", "gold": "pairs, each with its gold answer,"}
 
 
 def reference_spec(config: Config) -> ReferenceSpec:
@@ -289,8 +287,10 @@ def introduce(
     """The banner: what is about to happen, in numbers; in one line behind the nine or more of DeepSpeed's launcher. In the
     log file the first pair too, as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
-    what = OF_STEP.get(loader.packing.takes, "pairs" if (pairs.scored > 0).all() else "answers")
-    evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
+    takes = loader.packing.takes
+    what = OF_STEP[takes] if takes != "answers" else "pairs" if (pairs.scored > 0).all() else "answers"
+    sizes = {name: len(set(one.rows.tolist()) if takes in ("list", "gold") else one) for name, one in held_out.items()}
+    evaluated = "".join(f", {size} held out ({name.rstrip('_')})" for name, size in sizes.items())
     sharing = "on" if loader.packing.prefix_sharing else "off"
     pace = f"of {train.pairs_per_step} {what} ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
     rows = {
@@ -298,7 +298,7 @@ def introduce(
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": spec.in_words(reference_spec(config)),
-        "data": f"{in_numbers(pairs, loader.packing.takes)}{evaluated}",
+        "data": f"{in_numbers(pairs, takes)}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} {pace}",
