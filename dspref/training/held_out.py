@@ -55,7 +55,8 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
     """The metrics that an evaluation of the run writes, of the model that `source` names, or of the one that the run begins
     with; with accuracies by `subset`, where the rows have that column.
 
-    {"model", "objective", "reference", "sets": {name: {"pairs", "metrics", "subsets", "mean_over_subsets"}}}
+    {"model", "objective", "reference", "sets": {name: {"pairs", "unit", "metrics", "subsets", "mean_over_subsets"}}}; of the
+    `unit` examples an answer stands alone in some pairs.
     """
     if not asked.data.eval_sources:
         raise ConfigError("data.eval: names no held-out pairs; give a file, such as data.eval=held-out.jsonl")
@@ -93,6 +94,7 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
         "sets": {
             prefix.rstrip("_"): {
                 "pairs": len(store),
+                "unit": "pairs" if (store.scored > 0).all() else "examples",
                 "metrics": _own(record, prefix, list(sets)),
                 **by_subset(store, listings[prefix], *judged[prefix]),
             }

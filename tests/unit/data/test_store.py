@@ -411,8 +411,8 @@ def test_what_is_scored_is_kept_and_is_part_of_the_content(tmp_path: Path, monke
     assert np.array_equal(whole.scored, whole.lengths[:, 1:]) and len(set(whole.same[:, 1])) == 1
     unscored = iter(range(3))
 
-    def masked(pair: TokenizedPair, limits: Limits, head: int, tail: int) -> TokenizedPair:
-        pair, k = cut(pair, limits, head, tail), next(unscored)
+    def masked(pair: TokenizedPair, *how: Any) -> TokenizedPair:
+        pair, k = cut(pair, *how), next(unscored)
         return pair._replace(chosen_scored=np.arange(len(pair.chosen)) >= k, rejected_scored=None)
 
     monkeypatch.setattr(tokenize, "truncate", masked)
