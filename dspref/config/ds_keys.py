@@ -60,21 +60,33 @@ KEYS = (
         needs=(f"{ZERO}.reduce_scatter", True),
     ),
     Key(f"{ZERO}.allgather_bucket_size", 500_000_000, "12", "smaller: less memory, more calls", least=1),
-    Key(f"{ZERO}.overlap_comm", None, "23", "gradients travel while others are computed; more memory", takes="true or false"),
+    Key(
+        f"{ZERO}.overlap_comm", None, "23", "gradients travel while others are computed; more memory",
+        takes="true or false",
+    ),
     Key(f"{ZERO}.round_robin_gradients", False, "12", "ranks copy gradients to the host side by side"),
     Key(f"{ZERO}.parameter_alignment", False, "12", "weights begin at 16 bytes, which some kernels ask for"),
     Key(
         "communication_data_type", None, "0123", "fp16, bf16: half the traffic of fp32 gradients; fp32: sums of bf16 ones "
         "round less", ROUNDS, exact=False, takes="fp16, bf16 or fp32",
     ),
-    Key("prescale_gradients", False, "012", "fp16 gradients of many ranks do not overflow as they add up", needs=WHOLE_REDUCTION),
+    Key(
+        "prescale_gradients", False, "012", "fp16 gradients of many ranks do not overflow as they add up",
+        needs=WHOLE_REDUCTION,
+    ),
     Key(
         "gradient_predivide_factor", 1.0, "012", "as prescale_gradients, in two halves", needs=WHOLE_REDUCTION,
         takes="a number above 0", least=sys.float_info.min,
     ),
     # Where states and weights are.
-    Key(f"{OPTIMIZER}.device", "none", "123", "room on the GPU for the optimizer's states: 12 bytes a weight", takes="none, cpu or nvme"),
-    Key(f"{OPTIMIZER}.pin_memory", True, "123", "false: where pages may not be locked; slower copies", needs=(f"{OPTIMIZER}.device", "cpu nvme")),
+    Key(
+        f"{OPTIMIZER}.device", "none", "123", "room on the GPU for the optimizer's states: 12 bytes a weight",
+        takes="none, cpu or nvme",
+    ),
+    Key(
+        f"{OPTIMIZER}.pin_memory", True, "123", "false: where pages may not be locked; slower copies",
+        needs=(f"{OPTIMIZER}.device", "cpu nvme"),
+    ),
     Key(
         f"{OPTIMIZER}.ratio", 1.0, "3", "below 1: a share of the states stays on the GPU, where there is room", RATIO,
         needs=(f"{OPTIMIZER}.device", "cpu"), most=1,
@@ -84,11 +96,20 @@ KEYS = (
     Key(f"{OPTIMIZER}.pipeline_read", False, "3", "reads the next states during an update", NVME, needs=STATES_ON_NVME),
     Key(f"{OPTIMIZER}.pipeline_write", False, "3", "writes the last states during an update", NVME, needs=STATES_ON_NVME),
     Key(f"{OPTIMIZER}.fast_init", False, "3", "a faster start", NVME, needs=STATES_ON_NVME),
-    Key(f"{PARAM}.device", "none", "3", "room on the GPU for the weights: each layer crosses the bus twice a step", takes="none, cpu or nvme"),
-    Key(f"{PARAM}.pin_memory", True, "3", "false: where pages may not be locked; slower copies", needs=(f"{PARAM}.device", "cpu nvme")),
+    Key(
+        f"{PARAM}.device", "none", "3", "room on the GPU for the weights: each layer crosses the bus twice a step",
+        takes="none, cpu or nvme",
+    ),
+    Key(
+        f"{PARAM}.pin_memory", True, "3", "false: where pages may not be locked; slower copies",
+        needs=(f"{PARAM}.device", "cpu nvme"),
+    ),
     Key(f"{PARAM}.nvme_path", None, "3", "where on the disk", NVME, needs=ON_NVME, takes="a path"),
     Key(f"{PARAM}.buffer_count", 5, "3", "buffers on the way to the disk", NVME, needs=ON_NVME, least=1),
-    Key(f"{PARAM}.buffer_size", 100_000_000, "3", "weights in a buffer: as many as the largest tensor has", NVME, needs=ON_NVME, least=1),
+    Key(
+        f"{PARAM}.buffer_size", 100_000_000, "3", "weights in a buffer: as many as the largest tensor has", NVME,
+        needs=ON_NVME, least=1,
+    ),
     Key(f"{PARAM}.max_in_cpu", 1_000_000_000, "3", "weights that stay in host memory", NVME, needs=ON_NVME),
     Key("aio.block_size", 1_048_576, "3", "bytes a read of the disk has", NVME, needs=ANY_ON_NVME, least=1),
     Key("aio.queue_depth", 8, "3", "reads at a time", NVME, needs=ANY_ON_NVME, least=1),
@@ -107,23 +128,23 @@ KEYS = (
     Key(f"{ZERO}.stage3_max_live_parameters", 1_000_000_000, "3", "smaller: less memory, more gathers"),
     Key(f"{ZERO}.stage3_max_reuse_distance", 1_000_000_000, "3", "smaller: less memory, more gathers"),
     Key(
-        f"{ZERO}.stage3_use_all_reduce_for_fetch_params", False, "3", "gathers without copies on the host; twice the traffic",
+        f"{ZERO}.stage3_use_all_reduce_for_fetch_params", False, "3", "gathers without copies on the host; more traffic",
         needs=(f"{ZERO}.stage3_allgather_sequential", False),
     ),
     Key(f"{ZERO}.stage3_allgather_sequential", False, "3", "no flat buffer: less memory, more calls"),
     Key(f"{ZERO}.memory_efficient_linear", True, "3", "false: torch's own linear layer, which keeps weights for backward"),
-    Key(f"{ZERO}.leaf_module.classes", (), "3", "modules that are gathered whole: fewer gathers, more memory"),
-    Key(f"{ZERO}.leaf_module.names", (), "3", "the same, by the module's name"),
-    Key(f"{ZERO}.leaf_module.name_suffixes", (), "3", "the same, by the end of its name"),
     Key(
-        f"{ZERO}.zero_hpz_partition_size", 1, "3", "ranks of a machine keep a second copy of the weights among them: backward "
-        "gathers inside the machine; 2 bytes a weight over these ranks", HPZ, least=1,
+        f"{ZERO}.zero_hpz_partition_size", 1, "3", "these ranks keep a second copy of the weights among them, and backward "
+        "gathers inside a machine; takes 2 bytes a weight, shared by them", HPZ, least=1,
     ),
     # ZeRO++, whose kernels are for NVIDIA GPUs only.
-    Key(f"{ZERO}.zero_quantized_weights", False, "3", "weights travel in 8 bits: half the gathers' traffic in bf16", "", exact=False),
     Key(
-        f"{ZERO}.zero_quantized_nontrainable_weights", False, "3", "frozen weights are kept in 8 bits, beside an adapter", "",
-        exact=False,
+        f"{ZERO}.zero_quantized_weights", False, "3", "weights travel in 8 bits: half the gathers' traffic in bf16",
+        "", exact=False,
+    ),
+    Key(
+        f"{ZERO}.zero_quantized_nontrainable_weights", False, "3", "frozen weights stay in 8 bits, beside an adapter",
+        "", exact=False,
     ),
     Key(
         f"{ZERO}.zero_quantized_gradients", False, "3", "gradients travel in 4 bits between machines", "", exact=False,
@@ -136,7 +157,10 @@ KEYS = (
     Key("flops_profiler.module_depth", -1, "0123", "how deep into the model", PRINTED, needs=PROFILED, least=-1),
     Key("flops_profiler.top_modules", 1, "0123", "how many modules of each depth", PRINTED, needs=PROFILED, least=1),
     Key("flops_profiler.detailed", True, "0123", "false: without the tree of modules", PRINTED, needs=PROFILED),
-    Key("flops_profiler.recompute_fwd_factor", 0.0, "0123", "forwards that backward repeats, for its FLOPS", PRINTED, needs=PROFILED),
+    Key(
+        "flops_profiler.recompute_fwd_factor", 0.0, "0123", "forwards that backward repeats, for its FLOPS", PRINTED,
+        needs=PROFILED,
+    ),
     Key("flops_profiler.output_file", None, "0123", "a file for it", PRINTED, needs=PROFILED, takes="a path"),
     Key(f"{ZERO}.log_trace_cache_warnings", False, "3", "tells when the order of modules changed, and prefetching stops"),
 )  # fmt: skip
@@ -147,15 +171,17 @@ _OWN_FILES = "concerns checkpoints that DeepSpeed alone writes, and dspref write
 
 # What DeepSpeed knows and dspref refuses on purpose. A key of a section stands for all below it.
 REFUSED = {
-    f"{ZERO}.zenflow": "updates some weights late and some in part, and decides itself when to step, which is not AdamW over "
-    "the pairs of a step; remove it",
-    f"{OPTIMIZER}.super_offload": "takes gradients only where DeepSpeed itself counts the accumulation, and keeps the moments in "
-    "a process that no checkpoint sees; use device: cpu with train.optim: cpu_adam",
+    f"{ZERO}.zenflow": "updates some weights late and some in part, and decides itself when to step, which is not AdamW "
+    "over the pairs of a step; remove it",
+    f"{OPTIMIZER}.super_offload": "takes gradients only where DeepSpeed itself counts the accumulation, and keeps the "
+    "moments in a process that no checkpoint sees; use device: cpu with train.optim: cpu_adam",
     f"{OPTIMIZER}.cpuadam_cores_perc": "belongs to super_offload, which dspref cannot use; set OMP_NUM_THREADS instead",
-    f"{ZERO}.stage3_module_granularity_threshold": "makes one leaf of modules that are used in parts: gradients are lost, or the "
-    "step fails; name the modules in leaf_module instead",
+    f"{ZERO}.leaf_module": "dspref itself marks the modules with experts; of others that are marked gradients get lost, or "
+    "the step fails; remove it",
+    f"{ZERO}.stage3_module_granularity_threshold": "marks modules as leaf_module does, and so gradients get lost, or the "
+    "step fails; remove it",
     f"{ZERO}.override_module_apply": "concerns models that are initialised at random, and dspref loads weights; remove it",
-    f"{ZERO}.stage3_gather_16bit_weights_on_model_save": "has no effect: dspref gathers and exports the weights itself; remove it",
+    f"{ZERO}.stage3_gather_16bit_weights_on_model_save": "has no effect, dspref gathers the weights itself; remove it",
     f"{ZERO}.allgather_partitions": "has no effect, DeepSpeed reads it nowhere any more; remove it",
     f"{ZERO}.ignore_unused_parameters": "false would end a run in which a weight gets no gradient on one rank, as in packs "
     "without images; remove it",
@@ -179,8 +205,9 @@ REFUSED = {
         _TRAINS_OTHERWISE,
     ),
     **dict.fromkeys(
-        ("pipeline", "tensor_parallel", "expert_parallel", "hybrid_engine", "autotuning", "use_data_before_expert_parallelism",
-         "seq_parallel_communication_data_type", "elasticity", "graph_harvesting", "compile"),
+        ("pipeline", "tensor_parallel", "expert_parallel", "hybrid_engine", "autotuning",
+         "use_data_before_expert_parallelism", "seq_parallel_communication_data_type", "elasticity", "graph_harvesting",
+         "compile"),
         f"belongs to {_ELSEWHERE}",
     ),
     **dict.fromkeys(("bfloat16",), "belongs to model.dtype; remove it"),
@@ -211,6 +238,4 @@ def names_in(section: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*below, *([] if section else [UNPROVEN])]))
 
 
-SECTIONS = tuple(
-    dict.fromkeys(path.rsplit(".", count)[0] for path in BY_PATH for count in range(1, path.count(".") + 1))
-)
+SECTIONS = tuple(dict.fromkeys(path.rsplit(".", count)[0] for path in BY_PATH for count in range(1, path.count(".") + 1)))

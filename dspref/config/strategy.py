@@ -53,6 +53,7 @@ OWNED = {
     "seed": "train.seed",
 }
 
+
 class Problem(NamedTuple):
     """What is wrong with a strategy: the path of the key, and the reason with its remedy."""
 
@@ -148,11 +149,11 @@ def _wrong_values(strategy: Mapping[str, Any]) -> Iterator[Problem]:
     for section in SECTIONS:
         node = _node(strategy, section)
         if not isinstance(node, Mapping) and not (node is None and "." in section):
-            yield Problem(tuple(section.split(".")), f"must be a mapping, not {node!r}" if "." in section else "must be a mapping")
+            said = f", not {node!r}" if "." in section else ""
+            yield Problem(tuple(section.split(".")), f"must be a mapping{said}")
     for key in KEYS:
-        if (value := _given(strategy, key.path)) is not None or _is_given(strategy, key.path):
-            if not _fits(key, value):
-                yield Problem(tuple(key.path.split(".")), f"must be {_wanted(key)}, not {value!r}")
+        if _is_given(strategy, key.path) and not _fits(key, value := _given(strategy, key.path)):
+            yield Problem(tuple(key.path.split(".")), f"must be {_wanted(key)}, not {value!r}")
     for offload in ("offload_param", "offload_optimizer"):
         path = f"{ZERO}.{offload}.nvme_path"
         if _given(strategy, f"{ZERO}.{offload}.device") == "nvme" and _given(strategy, path) is None:
@@ -189,7 +190,8 @@ def _of_stage(key: Key, stage: int) -> str:
         return "at stage 3 DeepSpeed divides gradients once too often where it equals the number of ranks; remove it"
     *others, last = key.stages
     stages = f"{', '.join(others)} or {last}" if others else last
-    return f"{'below 1 ' if key.path.endswith('.ratio') else ''}needs stage {stages}, not {stage}, where DeepSpeed ignores it"
+    which = "below 1 needs" if key.path.endswith(".ratio") else "needs"
+    return f"{which} stage {stages}, not {stage}, where DeepSpeed ignores it"
 
 
 def _is_met(needs: tuple[str, Any], strategy: Mapping[str, Any]) -> bool:
@@ -215,7 +217,7 @@ def _of_unproven(strategy: Mapping[str, Any]) -> Iterator[Problem]:
     for path in [] if allowed else keys:
         yield Problem(
             tuple(path.split(".")),
-            "runs on GPUs only, and no test of dspref has trained with it; set deepspeed.unproven: true to go ahead, or remove it",
+            "runs on GPUs only, and no test of dspref trains with it; remove it, or go ahead by deepspeed.unproven: true",
         )
 
 
@@ -230,7 +232,7 @@ def asked(strategy: Mapping[str, Any]) -> list[str]:
 
 
 def _is_default(key: Key, value: Any) -> bool:
-    return value is None or (isinstance(value, list) and tuple(value) == key.default) or value == key.default
+    return value is None or value == key.default
 
 
 def _node(strategy: Mapping[str, Any], path: str) -> Any:
@@ -263,8 +265,6 @@ def _fits(key: Key, value: Any) -> bool:
         return number and value in (0, 1, 2, 3)
     if key.takes.startswith(("none", "fp16")):
         return value is None if key.default is None and value is None else value in key.takes.replace(",", "").split()
-    if isinstance(key.default, tuple):
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
     if isinstance(key.default, bool) or key.takes == "true or false":
         return isinstance(value, bool) or (value is None and key.default is None)
     whole = isinstance(key.default, float) or (number and float(value).is_integer())
@@ -276,8 +276,6 @@ def _wanted(key: Key) -> str:
         return "0, 1, 2 or 3"
     if key.takes:
         return key.takes
-    if isinstance(key.default, tuple):
-        return "a list of names"
     if isinstance(key.default, bool):
         return "true or false"
     return f"a number from {key.least:g} to {key.most:g}" if key.most == 1 else f"a whole number, {key.least:g} or more"

@@ -980,8 +980,8 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     ),
     "offload without stage 3": (
         MINIMAL + "deepspeed: {zero_optimization: {stage: 2, offload_param: {device: cpu}}}\n",
-        "5:43",
-        "deepspeed.zero_optimization.offload_param",
+        "5:59",
+        "deepspeed.zero_optimization.offload_param.device",
         "needs stage 3, not 2",
     ),
     "no mapping": (
