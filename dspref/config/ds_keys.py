@@ -1,8 +1,8 @@
 """The keys of DeepSpeed's settings: which dspref lets through, where DeepSpeed reads them, what each is for and which test
 trains with it; and which it refuses, with the reason. For DeepSpeed 0.19.8. Loads neither torch nor deepspeed.
 
-docs/deepspeed-keys.md is written from these tables (`python docs/make_ds_keys.py`); tests hold them against DeepSpeed's own
-defaults and against the settings that are trained.
+The tables of docs/deepspeed.md are written from these (`python docs/make_ds_keys.py`); tests hold them against the defaults
+of DeepSpeed and against the settings that are trained.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ KEYS = (
         needs=(f"{ZERO}.stage3_allgather_sequential", False),
     ),
     Key(f"{ZERO}.stage3_allgather_sequential", False, "3", "no flat buffer: less memory, more calls"),
-    Key(f"{ZERO}.memory_efficient_linear", True, "3", "false: torch's own linear layer, which keeps weights for backward"),
+    Key(f"{ZERO}.memory_efficient_linear", True, "3", "false: torch's own linear layer, for DeepSpeed's that saves memory"),
     Key(
         f"{ZERO}.zero_hpz_partition_size", 1, "3", "these ranks keep a second copy of the weights among them, and backward "
         "gathers inside a machine; takes 2 bytes a weight, shared by them", HPZ, least=1,

@@ -1,4 +1,4 @@
-"""Every key of DeepSpeed that dspref lets through, trained with on CPU ranks: docs/deepspeed-keys.md names these tests."""
+"""Every key of DeepSpeed that dspref lets through, trained with on CPU ranks: docs/deepspeed.md names these tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
 from workers import SECONDS_PER_CASE, Workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 # Of fp32 sums in another order. Adam divides by the size of the gradient, so where that is tiny rounding weighs more.
 SAME = 1e-6
 STEPS = 4
@@ -83,12 +83,14 @@ def assert_same(found: Trained, expected: Trained, tolerance: float = SAME) -> N
         assert np.abs(found.weights[name] - weight).max() <= tolerance, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
 def test_a_key_leaves_the_numbers_as_they_are(settings, run_file, without, all_workers, tmp_path) -> None:
     found = train(all_workers[2], run_file, tmp_path / "run", settings)
     assert_same(found, without(settings.stage, settings.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ROUNDED.values(), ids=ROUNDED)
 def test_a_type_of_communication_rounds_and_learns(settings, run_file, without, all_workers, tmp_path) -> None:
     found, expected = train(all_workers[2], run_file, tmp_path / "run", settings), without(settings.stage, "float32")
@@ -97,6 +99,7 @@ def test_a_type_of_communication_rounds_and_learns(settings, run_file, without, 
     assert (found.traces[1:] != expected.traces[1:]).any()  # it does round
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SECOND.values(), ids=SECOND)
 def test_second_shards_leave_the_numbers_as_they_are(settings, run_file, without, forked, tmp_path) -> None:
     """Two groups of two ranks, each of which has all weights once more. DeepSpeed makes the groups once in a process."""
@@ -114,6 +117,7 @@ def test_second_shards_leave_the_numbers_as_they_are(settings, run_file, without
     assert_same(found, without(settings.stage, settings.dtype, ranks=4))
 
 
+@pytest.mark.slow
 def test_second_shards_that_the_ranks_cannot_have_are_refused(run_file, all_workers, tmp_path) -> None:
     """DeepSpeed would take two ranks for three, in silence."""
     overrides = chosen(Settings(zero(3, zero_hpz_partition_size=3)), tmp_path / "run")
@@ -121,6 +125,7 @@ def test_second_shards_that_the_ranks_cannot_have_are_refused(run_file, all_work
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", IN_TWO_PLACES.values(), ids=IN_TWO_PLACES)
 def test_states_in_two_places_leave_the_numbers_as_they_are(settings, run_file, without, all_workers, tmp_path) -> None:
     """With DeepSpeed's own Adam, which is compiled on first use: a minute, or several beside other work."""
@@ -140,6 +145,7 @@ def test_states_and_weights_on_disks_leave_the_numbers_as_they_are(run_file, wit
         assert_same(found, without(settings.stage, settings.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_what_deepspeed_prints_of_a_step(stage, run_file, without, all_workers, tmp_path) -> None:
     overrides = chosen(printed(str(tmp_path))[str(stage)], tmp_path / "run")
