@@ -128,7 +128,7 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         return
-    told = {problem.path for problem in wrong}
+    told, given = {problem.path for problem in wrong}, set(asked(strategy))
     if stage == 0 and dtype != "float32":
         told.add((ZERO, "stage"))
         yield Problem(
@@ -137,12 +137,12 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
         )
     for key in KEYS:
         path, other = tuple(key.path.split(".")), tuple(key.needs[0].split(".")) if key.needs else ()
-        if key.path not in asked(strategy) or {path, other} & told:
+        if key.path not in given or {path, other} & told:
             continue
-        if reason := _unread(key, strategy, stage, dtype):
+        if reason := _unread(key, strategy, int(stage), dtype):
             told.add(path)
             yield Problem(path, reason)
-    yield from _of_unproven(strategy)
+    yield from (problem for problem in _of_unproven(strategy) if problem.path not in told)
 
 
 def _wrong_values(strategy: Mapping[str, Any]) -> Iterator[Problem]:
@@ -165,10 +165,10 @@ def _unread(key: Key, strategy: Mapping[str, Any], stage: int, dtype: str) -> st
     offloaded = offloads_optimizer(strategy)
     own_bf16 = stage == 1 and dtype == "bfloat16" and not offloaded
     value = _given(strategy, key.path)
-    if key.path == f"{ZERO}.overlap_comm" and stage == 1:
-        if value:
-            return "DeepSpeed cannot overlap at stage 1 with one step per global batch; use stage 2"
-    elif str(stage) not in key.stages:
+    if key.path == f"{ZERO}.overlap_comm" and stage in (0, 1):
+        cannot = "DeepSpeed cannot overlap at stage 1 with one step per global batch; use stage 2"
+        return None if not value else cannot if stage == 1 else _of_stage(key, stage)
+    if str(stage) not in key.stages:
         return _of_stage(key, stage)
     if own_bf16 and key.path in UNREAD_IN_BF16:
         return "has no effect at stage 1 in bfloat16, for which DeepSpeed has an optimizer of its own; use 2, or remove it"
@@ -191,7 +191,7 @@ def _of_stage(key: Key, stage: int) -> str:
     *others, last = key.stages
     stages = f"{', '.join(others)} or {last}" if others else last
     which = "below 1 needs" if key.path.endswith(".ratio") else "needs"
-    return f"{which} stage {stages}, not {stage}, where DeepSpeed ignores it"
+    return f"{which} stage {stages}, not {stage}, where DeepSpeed ignores it; remove it, or change the stage"
 
 
 def _is_met(needs: tuple[str, Any], strategy: Mapping[str, Any]) -> bool:
@@ -267,7 +267,7 @@ def _fits(key: Key, value: Any) -> bool:
         return value is None if key.default is None and value is None else value in key.takes.replace(",", "").split()
     if isinstance(key.default, bool) or key.takes == "true or false":
         return isinstance(value, bool) or (value is None and key.default is None)
-    whole = isinstance(key.default, float) or (number and float(value).is_integer())
+    whole = isinstance(key.default, float) or isinstance(value, int) or (number and value.is_integer())
     return number and whole and key.least <= value <= max(key.most, float(key.default))
 
 

@@ -174,6 +174,8 @@ def zero(**keys: Any) -> dict[str, Any]:
         (zero(stage=3, zero_quantized_weights=True, zero_hpz_partition_size=8) | {"unproven": True}, "bfloat16"),
         (zero(stage=3, zero_hpz_partition_size=8) | {"wall_clock_breakdown": True}, "bfloat16"),
         (zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/x"}) | {"aio": {"queue_depth": 16}}, "bfloat16"),
+        (zero(stage=0, overlap_comm=False), "float32"),
+        (zero(stage=3.0, sub_group_size=1e6), "bfloat16"),
         (zero(stage=1) | {"prescale_gradients": True, "communication_data_type": "fp32"}, "bfloat16"),
         (zero(stage=2, reduce_scatter=False) | {"gradient_predivide_factor": 4}, "float16"),
         # What DeepSpeed would do anyway may be written down at any stage.
@@ -282,6 +284,14 @@ def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: st
             "zero_optimization.zero_quantized_weights",
             "unproven: true",
         ),
+        (
+            zero(stage=2, zero_quantized_weights=True),
+            "bfloat16",
+            "zero_optimization.zero_quantized_weights",
+            "needs stage 3",
+        ),
+        (zero(stage=2, reduce_bucket_size=10**400), "bfloat16", "zero_optimization.reduce_bucket_size", "1 or more"),
+        (zero(stage=3, sub_group_size=float("nan")), "bfloat16", "zero_optimization.sub_group_size", "1 or more"),
         (zero(stage=3) | {"unproven": True}, "bfloat16", "unproven", "remove it"),
         (zero(stage=3) | {"unproven": "yes"}, "bfloat16", "unproven", "true or false"),
         (zero(stage=2) | {"prescale_gradients": True}, "bfloat16", "prescale_gradients", "without reduce_scatter: false"),
