@@ -21,15 +21,16 @@ INTRODUCTION = """
 that DeepSpeed would ignore at the stage of the run is refused there, unless its value is what DeepSpeed would take anyway.
 **Exact**: a run ends with the weights that it has without the key, to 1e-6 in fp32 after four steps, and has its losses and
 gradient norms. The tests stand in `tests/distributed/test_deepspeed_keys.py` and train a small model over two CPU ranks at
-each stage that is named (`zero_hpz_partition_size` over four; what is for disks needs libaio, and is run by hand: `pytest -m
-soak`). What a key is for is DeepSpeed's word and arithmetic; none of it was measured here.
+each stage that is named (`zero_hpz_partition_size` over four). What a key is for is DeepSpeed's word and arithmetic; none of
+it was measured here. Keys that begin with `stage3_` are told at another stage and not refused, so that the stage alone can
+be changed.
 
 **Unproven** keys run on GPUs only, and no test has trained with them. `unproven: true` beside `zero_optimization` lets them
 through; the run begins with a line that says so.
 
     deepspeed: {unproven: true, zero_optimization: {stage: 3, zero_quantized_weights: true}}
 """
-ORDER = (ZERO, ds_keys.OPTIMIZER, ds_keys.PARAM, "aio", "", "flops_profiler")
+ORDER = (ZERO, ds_keys.OPTIMIZER, ds_keys.PARAM, "", "flops_profiler")
 
 
 def section() -> str:
@@ -43,6 +44,7 @@ def section() -> str:
         ]
         lines += [f"| {' | '.join(_row(key))} |" for key in keys] + [""]
     lines += ["**Refused**\n", "| key | why |", "|---|---|"]
+    lines += [f"| `{_short(path)}: nvme` | {reason} |" for path, reason in ds_keys.ON_DISK.items()]
     for reason, paths in groupby(REFUSED, REFUSED.__getitem__):
         lines.append(f"| {', '.join(f'`{_short(path)}`' for path in paths)} | {reason} |")
     owned = [f"`{key}` ({owner})" for key, owner in strategy.OWNED.items()]

@@ -332,9 +332,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     outcome_checks.check_hub,
     lambda config: objective_checks.check_reference(config.reference, config.model.lora),
     lambda config: objective_checks.check_sync_keys(config.reference),
-    lambda config: objective_checks.check_sync(
-        config.reference, config.zero_stage, strategy.device_of(config.strategy, "offload_param")
-    ),
+    lambda config: objective_checks.check_sync(config.reference, config.zero_stage),
     _check_optimizer,
     _check_samples,
 )

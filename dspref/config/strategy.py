@@ -16,8 +16,7 @@ from dspref import reading
 from dspref.config.ds_keys import (
     BY_PATH,
     KEYS,
-    OPTIMIZER,
-    PARAM,
+    ON_DISK,
     REFUSED,
     SECTIONS,
     UNPROVEN,
@@ -137,7 +136,7 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
         )
     for key in KEYS:
         path, other = tuple(key.path.split(".")), tuple(key.needs[0].split(".")) if key.needs else ()
-        if key.path not in given or {path, other} & told:
+        if key.path not in given or key.path in idle(strategy) or {path, other} & told:
             continue
         if reason := _unread(key, strategy, int(stage), dtype):
             told.add(path)
@@ -153,11 +152,8 @@ def _wrong_values(strategy: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(tuple(section.split(".")), f"must be a mapping{said}")
     for key in KEYS:
         if _is_given(strategy, key.path) and not _fits(key, value := _given(strategy, key.path)):
-            yield Problem(tuple(key.path.split(".")), f"must be {_wanted(key)}, not {value!r}")
-    for offload in ("offload_param", "offload_optimizer"):
-        path = f"{ZERO}.{offload}.nvme_path"
-        if _given(strategy, f"{ZERO}.{offload}.device") == "nvme" and _given(strategy, path) is None:
-            yield Problem(tuple(path.split(".")), "device: nvme needs it; give a folder on a local disk")
+            refusal = f"refused: {ON_DISK[key.path]}" if key.path in ON_DISK and value == "nvme" else None
+            yield Problem(tuple(key.path.split(".")), refusal or f"must be {_wanted(key)}, not {value!r}")
 
 
 def _unread(key: Key, strategy: Mapping[str, Any], stage: int, dtype: str) -> str | None:
@@ -172,8 +168,6 @@ def _unread(key: Key, strategy: Mapping[str, Any], stage: int, dtype: str) -> st
         return _of_stage(key, stage)
     if own_bf16 and key.path in UNREAD_IN_BF16:
         return "has no effect at stage 1 in bfloat16, for which DeepSpeed has an optimizer of its own; use 2, or remove it"
-    if key.path == f"{OPTIMIZER}.device" and value == "nvme" and stage != 3:
-        return f"nvme needs stage 3, not {stage}: DeepSpeed would use host memory; use cpu, or stage 3"
     if key.path == f"{ZERO}.contiguous_gradients" and offloaded and stage in (1, 2):
         return "false has no effect with offload_optimizer at stages 1 and 2; remove it"
     if key.path == f"{ZERO}.zero_hpz_partition_size" and (offloaded or device_of(strategy, "offload_param") != "none"):
@@ -196,9 +190,7 @@ def _of_stage(key: Key, stage: int) -> str:
 
 def _is_met(needs: tuple[str, Any], strategy: Mapping[str, Any]) -> bool:
     other, wanted = needs
-    paths = [f"{PARAM}.device", f"{OPTIMIZER}.device"] if "*" in other else [other]
-    values = wanted.split() if isinstance(wanted, str) else [wanted]
-    return any(_value(strategy, path) in values for path in paths)
+    return _value(strategy, other) in (wanted.split() if isinstance(wanted, str) else [wanted])
 
 
 def _missing(other: str, wanted: Any) -> str:
@@ -224,6 +216,12 @@ def _of_unproven(strategy: Mapping[str, Any]) -> Iterator[Problem]:
 def unproven(strategy: Mapping[str, Any]) -> list[str]:
     """The keys that are asked for and that no test trains with, dotted."""
     return [path for path in asked(strategy) if not BY_PATH[path].test]
+
+
+def idle(strategy: Mapping[str, Any]) -> list[str]:
+    """The keys that are asked for and say in their names that they are for stage 3, at another stage. They are told and not
+    refused, so that who tries another stage need change no other key."""
+    return [path for path in asked(strategy) if path.startswith(f"{ZERO}.stage3_") and stage_of(strategy) != 3]
 
 
 def asked(strategy: Mapping[str, Any]) -> list[str]:
@@ -292,7 +290,7 @@ def stage_of(strategy: Mapping[str, Any]) -> int:
 
 
 def device_of(strategy: Mapping[str, Any], offload: str) -> str:
-    """none, cpu or nvme: where `offload` (offload_param, offload_optimizer) puts things."""
+    """none or cpu: where `offload` (offload_param, offload_optimizer) puts things."""
     return _device(strategy.get("zero_optimization", {}), offload)
 
 

@@ -34,9 +34,14 @@ def refuse(user_strategy: Mapping[str, Any]) -> None:
         )
 
 
-def warnings(user_strategy: Mapping[str, Any]) -> list[str]:
+def notes(user_strategy: Mapping[str, Any]) -> list[str]:
     """What the user should know before the run, in lines."""
-    if not (keys := strategy.unproven(user_strategy)):
-        return []
-    names = ", ".join(keys).replace("zero_optimization.", "")
-    return [f"deepspeed.unproven: no test of dspref trains with {names}; compare the first losses with a run without"]
+    unproven, idle = (", ".join(keys).replace("zero_optimization.", "") for keys in (
+        strategy.unproven(user_strategy), strategy.idle(user_strategy),
+    ))  # fmt: skip
+    lines = []
+    if unproven:
+        lines.append(f"warning: deepspeed.unproven: no test of dspref trains with {unproven}; compare the first losses")
+    if idle:
+        lines.append(f"deepspeed: without effect at stage {strategy.stage_of(user_strategy)}: {idle}")
+    return lines

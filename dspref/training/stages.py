@@ -135,8 +135,8 @@ def check_environment(config: Config, device_type: str) -> None:
     """Refuse what would fail later: a machine without room or write access, ranks that are not alike, or not those that
     the DeepSpeed settings ask for."""
     misfits.refuse(config.strategy)
-    for line in misfits.warnings(config.strategy):
-        distributed.log(f"warning: {line}")
+    for line in misfits.notes(config.strategy):
+        distributed.log(line)
     world, mine = distributed.world(), preparation.own_functions(config.objective, config.data)
     own = agreement.identity(configuration.dump(config), {used.name: used.source.sha256 for used in mine})
     context = CheckContext(config, ranks=world.local_size, on_gpu=device_type == "cuda")

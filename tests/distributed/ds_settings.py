@@ -74,21 +74,6 @@ SECOND = {"3": Settings(zero(3, zero_hpz_partition_size=2))}
 IN_TWO_PLACES = {"3": Settings(zero(3, sub_group_size=1000, offload_optimizer={"device": "cpu", "ratio": 0.5}))}
 
 
-def on_disk(folder: str) -> dict[str, Settings]:
-    """With what is for disks; a queue of states needs more than one group of them."""
-    disk = {"device": "nvme", "nvme_path": folder}
-    states = {**disk, "buffer_count": 5, "pipeline_read": True, "pipeline_write": True, "fast_init": True}
-    weights = {**disk, "buffer_count": 20, "buffer_size": 100_000, "max_in_cpu": 1000}
-    reads = {
-        "block_size": 65_536, "queue_depth": 4, "intra_op_parallelism": 2, "single_submit": True, "overlap_events": False,
-    }  # fmt: skip
-    return {
-        "3 states": Settings(zero(3, {"aio": reads}, sub_group_size=1000, offload_optimizer=states)),
-        "3 weights": Settings(zero(3, offload_param=weights)),
-        "3 all": Settings(zero(3, offload_param=weights, offload_optimizer=disk)),
-    }
-
-
 def printed(folder: str) -> dict[str, Settings]:
     profile = {
         "enabled": True, "profile_step": 2, "module_depth": 2, "top_modules": 2, "detailed": False,
@@ -104,6 +89,5 @@ TRAINED = {
     ds_keys.ROUNDS: ROUNDED,
     ds_keys.HPZ: SECOND,
     ds_keys.RATIO: IN_TWO_PLACES,
-    ds_keys.NVME: on_disk("/disk"),
     ds_keys.PRINTED: printed("/run"),
 }

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from ds_settings import EXACT, IN_TWO_PLACES, ROUNDED, SECOND, Settings, on_disk, printed, zero
+from ds_settings import EXACT, IN_TWO_PLACES, ROUNDED, SECOND, Settings, printed, zero
 from safetensors.torch import load_file
 from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config
 from workers import SECONDS_PER_CASE, Workers
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # Of fp32 sums in another order. Adam divides by the size of the gradient, so where that is tiny rounding weighs more.
 SAME = 1e-6
 STEPS = 4
@@ -83,14 +82,12 @@ def assert_same(found: Trained, expected: Trained, tolerance: float = SAME) -> N
         assert np.abs(found.weights[name] - weight).max() <= tolerance, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
 def test_a_key_leaves_the_numbers_as_they_are(settings, run_file, without, all_workers, tmp_path) -> None:
     found = train(all_workers[2], run_file, tmp_path / "run", settings)
     assert_same(found, without(settings.stage, settings.dtype))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", ROUNDED.values(), ids=ROUNDED)
 def test_a_type_of_communication_rounds_and_learns(settings, run_file, without, all_workers, tmp_path) -> None:
     found, expected = train(all_workers[2], run_file, tmp_path / "run", settings), without(settings.stage, "float32")
@@ -99,7 +96,6 @@ def test_a_type_of_communication_rounds_and_learns(settings, run_file, without, 
     assert (found.traces[1:] != expected.traces[1:]).any()  # it does round
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", SECOND.values(), ids=SECOND)
 def test_second_shards_leave_the_numbers_as_they_are(settings, run_file, without, forked, tmp_path) -> None:
     """Two groups of two ranks, each of which has all weights once more. DeepSpeed makes the groups once in a process."""
@@ -117,7 +113,6 @@ def test_second_shards_leave_the_numbers_as_they_are(settings, run_file, without
     assert_same(found, without(settings.stage, settings.dtype, ranks=4))
 
 
-@pytest.mark.slow
 def test_second_shards_that_the_ranks_cannot_have_are_refused(run_file, all_workers, tmp_path) -> None:
     """DeepSpeed would take two ranks for three, in silence."""
     overrides = chosen(Settings(zero(3, zero_hpz_partition_size=3)), tmp_path / "run")
@@ -125,7 +120,6 @@ def test_second_shards_that_the_ranks_cannot_have_are_refused(run_file, all_work
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", IN_TWO_PLACES.values(), ids=IN_TWO_PLACES)
 def test_states_in_two_places_leave_the_numbers_as_they_are(settings, run_file, without, all_workers, tmp_path) -> None:
     """With DeepSpeed's own Adam, which is compiled on first use: a minute, or several beside other work."""
@@ -133,19 +127,6 @@ def test_states_in_two_places_leave_the_numbers_as_they_are(settings, run_file, 
     assert_same(found, without(settings.stage, settings.dtype))
 
 
-@pytest.mark.soak
-def test_states_and_weights_on_disks_leave_the_numbers_as_they_are(run_file, without, all_workers, tmp_path) -> None:
-    """Needs libaio and its header; what reads disks is compiled on first use, for some minutes."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not (shutil.which("g++") and AsyncIOBuilder().is_compatible(verbose=False)):
-        pytest.skip("there is no libaio to build DeepSpeed's async_io with (apt-get install libaio-dev)")
-    for name, settings in on_disk(str(tmp_path)).items():
-        found = train(all_workers[2], run_file, tmp_path / name, settings, seconds=800)
-        assert_same(found, without(settings.stage, settings.dtype))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_what_deepspeed_prints_of_a_step(stage, run_file, without, all_workers, tmp_path) -> None:
     overrides = chosen(printed(str(tmp_path))[str(stage)], tmp_path / "run")

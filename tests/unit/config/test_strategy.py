@@ -17,7 +17,6 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp())
 
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime import config as deepspeed_config
-from deepspeed.runtime.swap_tensor import aio_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
@@ -82,7 +81,7 @@ MODELS = {
     "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
     "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
 }
-READ_AS_A_DICT = {"aio": aio_config.AIO_DEFAULT_DICT, "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({}))}
+READ_AS_A_DICT = {"flops_profiler": vars(DeepSpeedFlopsProfilerConfig({}))}
 
 
 @pytest.mark.parametrize("section", MODELS)
@@ -173,7 +172,7 @@ def zero(**keys: Any) -> dict[str, Any]:
         (zero(stage=3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu", "ratio": 0.5}), "bfloat16"),
         (zero(stage=3, zero_quantized_weights=True, zero_hpz_partition_size=8) | {"unproven": True}, "bfloat16"),
         (zero(stage=3, zero_hpz_partition_size=8) | {"wall_clock_breakdown": True}, "bfloat16"),
-        (zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/x"}) | {"aio": {"queue_depth": 16}}, "bfloat16"),
+        (zero(stage=2, stage3_max_live_parameters=5), "bfloat16"),  # told as the run begins
         (zero(stage=0, overlap_comm=False), "float32"),
         (zero(stage=3.0, sub_group_size=1e6), "bfloat16"),
         (zero(stage=1) | {"prescale_gradients": True, "communication_data_type": "fp32"}, "bfloat16"),
@@ -233,12 +232,7 @@ def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: st
             "zero_optimization.offload_optimizer.device",
             "needs stage 1, 2 or 3",
         ),
-        (
-            zero(stage=2, stage3_max_live_parameters=1),
-            "bfloat16",
-            "zero_optimization.stage3_max_live_parameters",
-            "needs stage 3, not 2",
-        ),
+        (zero(stage=2, sub_group_size=5), "bfloat16", "zero_optimization.sub_group_size", "needs stage 3, not 2"),
         (zero(stage=3, round_robin_gradients=True), "bfloat16", "zero_optimization.round_robin_gradients", "stage 1 or 2"),
         (zero(stage=1, contiguous_gradients=False), "bfloat16", "zero_optimization.contiguous_gradients", "no effect"),
         (
@@ -247,25 +241,33 @@ def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: st
             "zero_optimization.contiguous_gradients",
             "no effect with offload_optimizer",
         ),
-        (
-            zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/x"}),
-            "bfloat16",
-            "zero_optimization.offload_optimizer.device",
-            "nvme needs stage 3",
+        *(
+            (
+                zero(stage=stage, offload_optimizer={"device": "nvme"}),
+                "bfloat16",
+                "zero_optimization.offload_optimizer.device",
+                "refused: states on a disk come back from no checkpoint",
+            )
+            for stage in (2, 3)
         ),
         (
-            zero(stage=3, offload_optimizer={"device": "nvme"}),
+            zero(stage=3, offload_param={"device": "nvme"}),
             "bfloat16",
-            "zero_optimization.offload_optimizer.nvme_path",
-            "a folder on a local disk",
+            "zero_optimization.offload_param.device",
+            "refused: weights that go to a disk",
         ),
         (
             zero(stage=3, offload_optimizer={"device": "cpu", "pipeline_read": True}),
             "bfloat16",
             "zero_optimization.offload_optimizer.pipeline_read",
-            "without offload_optimizer.device: nvme",
+            "use device: cpu",
         ),
-        (zero(stage=3) | {"aio": {"queue_depth": 16}}, "bfloat16", "aio.queue_depth", "nvme"),
+        (
+            zero(stage=3, offload_param={"device": "none", "pin_memory": False}),
+            "bfloat16",
+            "zero_optimization.offload_param.pin_memory",
+            "without offload_param.device: cpu",
+        ),
         (
             zero(stage=3, stage3_allgather_sequential=True, stage3_prefetch_bucket_size=1),
             "bfloat16",
@@ -334,11 +336,11 @@ def test_all_problems_of_a_strategy_are_told_at_once() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["~/nvme", "$SCRATCH/nvme", "${SCRATCH}/x"])
+@pytest.mark.parametrize("path", ["~/flops", "$SCRATCH/flops", "${SCRATCH}/x"])
 def test_paths_that_deepspeed_would_take_as_they_stand_are_refused(path: str) -> None:
-    offload = {"device": "nvme", "nvme_path": path}
-    (found,) = strategy.problems(zero(stage=3, offload_param=offload), "bfloat16")
-    assert found.path == ("zero_optimization", "offload_param", "nvme_path") and "whole path" in found.reason
+    profile = {"enabled": True, "output_file": path}
+    (found,) = strategy.problems(zero(stage=3) | {"flops_profiler": profile}, "bfloat16")
+    assert found.path == ("flops_profiler", "output_file") and "whole path" in found.reason
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,15 @@ def test_what_is_quantized_is_for_gpus(key: str) -> None:
 
 
 def test_a_run_with_unproven_keys_begins_with_a_line() -> None:
-    assert misfits.warnings(zero(zero_hpz_partition_size=2)) == []
-    (line,) = misfits.warnings({"unproven": True, **zero(zero_quantized_weights=True, zero_quantized_gradients=True)})
-    assert "no test of dspref trains with zero_quantized_weights, zero_quantized_gradients;" in line
+    assert misfits.notes(zero(zero_hpz_partition_size=2, stage3_max_live_parameters=5)) == []
+    (line,) = misfits.notes({"unproven": True, **zero(zero_quantized_weights=True, zero_quantized_gradients=True)})
+    assert line.startswith("warning: ") and "trains with zero_quantized_weights, zero_quantized_gradients;" in line
+
+
+def test_what_is_for_stage_3_by_its_name_is_told_at_others() -> None:
+    given = zero(stage3_max_live_parameters=5, stage3_prefetch_bucket_size=5e7)
+    given["zero_optimization"]["stage"] = 2
+    assert misfits.notes(given) == ["deepspeed: without effect at stage 2: stage3_max_live_parameters"]
 
 
 def test_deepspeed_does_not_see_that_a_key_is_unproven() -> None:
