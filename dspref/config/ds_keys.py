@@ -147,13 +147,13 @@ _ELSEWHERE = "another engine than ZeRO, which dspref does not drive; remove it"
 _TRAINS_OTHERWISE = "changes what is trained; remove it"
 _OWN_FILES = "concerns checkpoints that DeepSpeed alone writes, and dspref writes its own; remove it"
 
-# Seen with DeepSpeed 0.19.8, over 2 CPU ranks: a run whose states lay on a disk went on from step 2 with the loss of step 1,
-# and one whose weights did (max_in_cpu: 0) ended in "already assigned swap buffer".
+# Seen with DeepSpeed 0.19.8, over 2 CPU ranks: a run whose states lay on a disk went on from a checkpoint with other moments,
+# or with its first weights where these were small; one whose weights did (max_in_cpu: 0) ended in "already assigned swap buffer".
 ON_DISK = {
-    f"{OPTIMIZER}.device": "states on a disk come back from no checkpoint, a run would begin again in silence; use cpu",
+    f"{OPTIMIZER}.device": "states on a disk do not come back from a checkpoint as they were, and nothing tells; use cpu",
     f"{PARAM}.device": "weights that go to a disk end the run, as DeepSpeed gives one of them two buffers; use cpu",
 }
-_OF_DISKS = "belongs to device: nvme, which is refused (a run would fail, or begin again in silence); use device: cpu"
+_OF_DISKS = "belongs to device: nvme, which is refused (a run would fail, or go on wrongly); use device: cpu"
 
 # What DeepSpeed knows and dspref refuses on purpose. A key of a section stands for all below it.
 REFUSED = {

@@ -246,7 +246,7 @@ def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: st
                 zero(stage=stage, offload_optimizer={"device": "nvme"}),
                 "bfloat16",
                 "zero_optimization.offload_optimizer.device",
-                "refused: states on a disk come back from no checkpoint",
+                "refused: states on a disk do not come back",
             )
             for stage in (2, 3)
         ),
