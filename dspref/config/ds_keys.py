@@ -147,8 +147,9 @@ _ELSEWHERE = "another engine than ZeRO, which dspref does not drive; remove it"
 _TRAINS_OTHERWISE = "changes what is trained; remove it"
 _OWN_FILES = "concerns checkpoints that DeepSpeed alone writes, and dspref writes its own; remove it"
 
-# Seen with DeepSpeed 0.19.8, over 2 CPU ranks: a run whose states lay on a disk went on from a checkpoint with other moments,
-# or with its first weights where these were small; one whose weights did (max_in_cpu: 0) ended in "already assigned swap buffer".
+# Seen with DeepSpeed 0.19.8, over 2 CPU ranks: a run whose states lay on a disk went on from a checkpoint with other
+# moments, or with its first weights where these were small; one whose weights did (max_in_cpu: 0) ended in "already assigned
+# swap buffer".
 ON_DISK = {
     f"{OPTIMIZER}.device": "states on a disk do not come back from a checkpoint as they were, and nothing tells; use cpu",
     f"{PARAM}.device": "weights that go to a disk end the run, as DeepSpeed gives one of them two buffers; use cpu",
