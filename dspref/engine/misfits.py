@@ -36,12 +36,13 @@ def refuse(user_strategy: Mapping[str, Any]) -> None:
 
 def notes(user_strategy: Mapping[str, Any]) -> list[str]:
     """What the user should know before the run, in lines."""
-    unproven, idle = (", ".join(keys).replace("zero_optimization.", "") for keys in (
-        strategy.unproven(user_strategy), strategy.idle(user_strategy),
-    ))  # fmt: skip
     lines = []
-    if unproven:
-        lines.append(f"warning: deepspeed.unproven: no test of dspref trains with {unproven}; compare the first losses")
-    if idle:
-        lines.append(f"deepspeed: without effect at stage {strategy.stage_of(user_strategy)}: {idle}")
+    if keys := strategy.unproven(user_strategy):
+        lines.append(f"warning: deepspeed.unproven: no test of dspref trains with {_short(keys)}; compare the first losses")
+    if keys := strategy.idle(user_strategy):
+        lines.append(f"deepspeed: without effect at stage {strategy.stage_of(user_strategy)}: {_short(keys)}")
     return lines
+
+
+def _short(keys: list[str]) -> str:
+    return ", ".join(keys).replace("zero_optimization.", "")

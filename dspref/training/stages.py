@@ -134,9 +134,6 @@ def must_export_again(run: RunFolder) -> bool:
 def check_environment(config: Config, device_type: str) -> None:
     """Refuse what would fail later: a machine without room or write access, ranks that are not alike, or not those that
     the DeepSpeed settings ask for."""
-    misfits.refuse(config.strategy)
-    for line in misfits.notes(config.strategy):
-        distributed.log(line)
     world, mine = distributed.world(), preparation.own_functions(config.objective, config.data)
     own = agreement.identity(configuration.dump(config), {used.name: used.source.sha256 for used in mine})
     context = CheckContext(config, ranks=world.local_size, on_gpu=device_type == "cuda")
@@ -146,6 +143,9 @@ def check_environment(config: Config, device_type: str) -> None:
     hosts, clocks, identities, verdicts = zip(*gathered)
     if different := agreement.difference(identities, hosts):
         raise EnvironmentFault(different)
+    misfits.refuse(config.strategy)
+    for line in misfits.notes(config.strategy):
+        distributed.log(line)
     verdicts = [{name: Verdict(*verdict) for name, verdict in found.items()} for found in verdicts]
     for level, line in preflight.complaints(verdicts, hosts):
         if level == FAIL:
