@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import secrets
-from dspref.config import given_checks, hints, objective_checks, outcome_checks, strategy
+from dspref.config import ds_keys, given_checks, hints, objective_checks, outcome_checks, strategy
 from dspref.config.objective_checks import Complaint
 from dspref.config.paths import shipped
 from dspref.config.sections import Config, Section, SourceSection
@@ -285,6 +285,15 @@ def _check_optimizer(config: Config) -> Iterator[Complaint]:
         yield ("train", "optim"), "cpu_adam is for states in host memory; set offload_optimizer, or use adamw"
     elif config.train.optim == "adamw_8bit" and offloaded:
         yield ("train", "optim"), "adamw_8bit keeps its states on the GPU; drop offload_optimizer, or use adamw"
+    of_keys = strategy.asked(config.strategy)
+    if f"{ds_keys.OPTIMIZER}.ratio" in of_keys and config.train.optim != "cpu_adam":
+        yield (
+            ("deepspeed", *ds_keys.OPTIMIZER.split("."), "ratio"),
+            "below 1 DeepSpeed takes no other Adam than its own; set train.optim: cpu_adam, or remove it",
+        )
+    frozen = f"{ds_keys.ZERO}.zero_quantized_nontrainable_weights"
+    if frozen in of_keys and not (config.model.lora or config.model.freeze):
+        yield ("deepspeed", *frozen.split(".")), "has no effect without frozen weights; set model.lora, or remove it"
 
 
 def _check_samples(config: Config) -> Iterator[Complaint]:
@@ -324,9 +333,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     outcome_checks.check_hub,
     lambda config: objective_checks.check_reference(config.reference, config.model.lora),
     lambda config: objective_checks.check_sync_keys(config.reference),
-    lambda config: objective_checks.check_sync(
-        config.reference, config.zero_stage, strategy.device_of(config.strategy, "offload_param")
-    ),
+    lambda config: objective_checks.check_sync(config.reference, config.zero_stage),
     _check_optimizer,
     _check_samples,
 )

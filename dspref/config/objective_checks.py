@@ -175,15 +175,12 @@ def check_reference(reference: ReferenceSection, lora: LoraSection | None) -> It
             yield ("reference", "adapter_name"), "needs the folder it lies in: reference.name_or_path or model.lora.path"
 
 
-def check_sync(reference: ReferenceSection, zero_stage: int, offload_param: str) -> Iterator[Complaint]:
-    """`offload_param`: the device that DeepSpeed keeps the policy's weights on."""
-    if reference.moved_by is None:
-        return
-    blamed = ("reference", reference.moved_by)
-    if zero_stage == 3 and reference.zero_stage == 0:
-        yield blamed, "under ZeRO-3 the policy is in shards, and so must be what follows it; drop reference.zero_stage"
-    if offload_param == "nvme":
-        yield blamed, "reads the policy's shards, which offload_param puts on nvme; use device: cpu"
+def check_sync(reference: ReferenceSection, zero_stage: int) -> Iterator[Complaint]:
+    if reference.moved_by and zero_stage == 3 and reference.zero_stage == 0:
+        yield (
+            ("reference", reference.moved_by),
+            "under ZeRO-3 the policy is in shards, and so must be what follows it; drop reference.zero_stage",
+        )
 
 
 def check_sync_keys(reference: ReferenceSection) -> Iterator[Complaint]:

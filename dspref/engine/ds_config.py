@@ -33,6 +33,7 @@ def reference_config(user_strategy: Mapping[str, Any], dtype: str, offload: str)
 
 def _complete(user_strategy: Mapping[str, Any], dtype: str, optim: str = "") -> dict[str, Any]:
     resolved = copy.deepcopy(dict(user_strategy))
+    resolved.pop(strategy.UNPROVEN, None)  # between dspref and its user
     zero = resolved.setdefault("zero_optimization", {"stage": 0})
     resolved |= {
         "train_micro_batch_size_per_gpu": 1,

@@ -95,10 +95,7 @@ class CheckContext:
     @property
     def operators(self) -> list[str]:
         """What DeepSpeed will compile."""
-        if self.config is None:
-            return []
-        devices = [strategy.device_of(self.config.strategy, name) for name in ("offload_param", "offload_optimizer")]
-        return ["cpu_adam"] * (self.config.train.optim == "cpu_adam") + ["async_io"] * ("nvme" in devices)
+        return ["cpu_adam"] if self.config is not None and self.config.train.optim == "cpu_adam" else []
 
     @property
     def bytes_to_write(self) -> int | None:

@@ -199,7 +199,7 @@ def check_compiler(context: CheckContext) -> Verdict:
     if missing and built:
         remedy = "install it (ninja: pip install ninja; nvcc: the CUDA toolkit), or use train.optim: adamw"
         return Verdict(FAIL, f"{' and '.join(missing)} not found, and {built[0]} is compiled on first use; {remedy}")
-    what = f"for {', '.join(built)}" if built else "only cpu_adam and nvme offload would be compiled"
+    what = f"for {', '.join(built)}" if built else "only cpu_adam would be compiled"
     return Verdict(OK, f"{', '.join(name for name in tools if name not in missing) or 'none'} found; {what}")
 
 

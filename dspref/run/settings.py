@@ -10,7 +10,7 @@ from typing import Any
 
 from dspref import config as configuration
 from dspref import distributed
-from dspref.config.strategy import stage_of
+from dspref.config.strategy import problems, stage_of
 from dspref.errors import ConfigError
 from dspref.own_code import Used, kept_at
 from dspref.run import manifest, record
@@ -33,7 +33,8 @@ MAY_CHANGE = (
     # the order of weights in its shards is not here: sub_group_size, round_robin_gradients, offloading.
     "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.reduce_bucket_size",
     "deepspeed.zero_optimization.allgather_bucket_size", "deepspeed.zero_optimization.overlap_comm",
-    "deepspeed.zero_optimization.contiguous_gradients", "deepspeed.wall_clock_breakdown", "deepspeed.comms_logger",
+    "deepspeed.zero_optimization.contiguous_gradients", "deepspeed.wall_clock_breakdown", "deepspeed.flops_profiler",
+    "deepspeed.unproven",
 )  # fmt: skip
 
 
@@ -51,7 +52,8 @@ def refuse_changes(run: RunFolder, settings: dict[str, Any], asked: Mapping[str,
         return []
     _refuse_stage(run, old.get("deepspeed.zero_optimization.stage", 0), settings)
     changed = [key for key in sorted({*old, *new}) if not _alike(old.get(key), new.get(key))]
-    refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    gone = _refused_by_now(old)
+    refused = [key for key in changed if not key.startswith(MAY_CHANGE) and not (key not in new and key.startswith(gone))]
     if refused:
         raise ConfigError(
             f"{_difference(refused, old, new, flatten(asked), run.path)}, or start anew with another output_dir= or "
@@ -92,6 +94,19 @@ def _settings_before(run: RunFolder, said: Mapping[str, Any] | None, settings: d
             f"{path}: cannot be read, so nothing tells whether the settings are still the run's ({first_line(error)}); "
             "restore it, or start anew with another output_dir= or checkpoint.resume=never"
         ) from None
+
+
+def _refused_by_now(old: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of flat settings, the keys of DeepSpeed that an older dspref let through: without them a run may go on."""
+    strategy: dict[str, Any] = {}
+    for key, value in old.items():
+        first, *path = key.split(".")
+        if first == "deepspeed" and path:
+            node = strategy
+            for name in path[:-1]:
+                node = node.setdefault(name, {})
+            node[path[-1]] = value
+    return tuple(f"deepspeed.{'.'.join(found.path)}" for found in problems(strategy, str(old.get("model.dtype"))))
 
 
 def _refuse_stage(run: RunFolder, before: int, settings: Mapping[str, Any]) -> None:

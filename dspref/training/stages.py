@@ -15,7 +15,7 @@ from dspref.config import Config, ModelSection, TrainSection, lower_is_better
 from dspref.data.loader import StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
-from dspref.engine import ds_config, finite, memory
+from dspref.engine import ds_config, finite, memory, misfits
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.machine import agreement, preflight, run_plan
 from dspref.machine.context import FAIL, CheckContext, Verdict
@@ -132,7 +132,8 @@ def must_export_again(run: RunFolder) -> bool:
 
 
 def check_environment(config: Config, device_type: str) -> None:
-    """Refuse what would fail later: a machine without room or write access, ranks that are not alike."""
+    """Refuse what would fail later: a machine without room or write access, ranks that are not alike, or not those that
+    the DeepSpeed settings ask for."""
     world, mine = distributed.world(), preparation.own_functions(config.objective, config.data)
     own = agreement.identity(configuration.dump(config), {used.name: used.source.sha256 for used in mine})
     context = CheckContext(config, ranks=world.local_size, on_gpu=device_type == "cuda")
@@ -142,6 +143,9 @@ def check_environment(config: Config, device_type: str) -> None:
     hosts, clocks, identities, verdicts = zip(*gathered)
     if different := agreement.difference(identities, hosts):
         raise EnvironmentFault(different)
+    misfits.refuse(config.strategy)
+    for line in misfits.notes(config.strategy):
+        distributed.log(line)
     verdicts = [{name: Verdict(*verdict) for name, verdict in found.items()} for found in verdicts]
     for level, line in preflight.complaints(verdicts, hosts):
         if level == FAIL:

@@ -112,6 +112,19 @@ def _gradients(policy: Engine, config: configuration.Config) -> dict[str, np.nda
     return found
 
 
+def second_shards(config_path: str, overrides: list[str]) -> tuple[int, int]:
+    """How many parameters have a second shard after the forwards and backwards of a step, and how many there are."""
+    config = configuration.load(config_path, overrides)
+    policy, reference, loader, loss = _start(config, 1)
+    step = next(loader.steps(0, 1))
+    gradient.accumulate(step, policy, loss, reference, RunningMean(), Instruments(Meter(policy.device, loss.router_coef)))
+    parameters: list[Any] = list(policy.module.parameters())
+    there = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters)
+    policy.step()
+    policy.close()
+    return there, len(parameters)
+
+
 def run_training(config_path: str, overrides: list[str]) -> int:
     """A whole run, as the launcher makes it, in these ranks; its exit code."""
     try:
@@ -120,6 +133,16 @@ def run_training(config_path: str, overrides: list[str]) -> int:
         print(error)
         return int(error.exit_code)
     return 0
+
+
+def said_by_training(config_path: str, overrides: list[str]) -> tuple[int, str]:
+    """`run_training`: its exit code, and what was printed by then."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = run_training(config_path, overrides)
+    return code, said.getvalue()
 
 
 def run_training_in(folder: str, config_path: str, overrides: list[str]) -> int:

@@ -33,6 +33,11 @@ def test_the_tables_of_keys_are_current(name: str, function: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == written, "run: python docs/make_keys.py"
 
 
+def test_the_tables_of_deepspeeds_keys_are_current() -> None:
+    written = runpy.run_path(str(DOCS / "make_ds_keys.py"))["document"]()
+    assert (DOCS / "deepspeed.md").read_text(encoding="utf-8") == written, "run: python docs/make_ds_keys.py"
+
+
 def test_the_runs_of_the_curves_are_good_configs() -> None:
     made = runpy.run_path(str(DOCS / "make_curves.py"))
     for settings in [made["BEGIN"], *made["RUNS"].values()]:

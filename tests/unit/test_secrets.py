@@ -145,7 +145,7 @@ HUB = "hf_abcdefghijABCDEFGHIJklmnop1234"
 )
 def test_a_config_may_hold_no_secret(text, overrides, place, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VAULT_PASSWORD", "open sesame")
-    strategy = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": f"/x/{HUB}"}}}
+    strategy = {"zero_optimization": {"stage": 3}, "flops_profiler": {"enabled": True, "output_file": f"/x/{HUB}"}}
     (tmp_path / "strategy.json").write_text(json.dumps(strategy))
     (tmp_path / "run.yaml").write_text(text.replace("STRATEGY", str(tmp_path / "strategy.json")))
     assert launcher.main(["--config", str(tmp_path / "run.yaml"), *overrides]) == 2

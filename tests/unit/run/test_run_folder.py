@@ -462,6 +462,24 @@ def test_a_new_key_with_its_default_is_no_change(tmp_path):
     assert changes(RunFolder(run.path), config) == []
 
 
+def test_a_run_goes_on_without_the_deepspeed_keys_that_are_refused_by_now(tmp_path):
+    """Which an older dspref let through; of others that are gone it is not."""
+    run, config = opened(tmp_path / "run"), load(tmp_path / "run")
+    strategy = configuration.resolved(config)["deepspeed"]
+    strategy |= {"comms_logger": {"enabled": True}, "prescale_gradients": True}
+    strategy["zero_optimization"] |= {"stage": 2, "sub_group_size": 5, "parameter_alignment": True}
+    settings = facts_of(run, configuration.resolved(config))["settings"] | {"deepspeed": strategy}
+    commit(run, 4, config, settings=settings, zero_stage=2)
+    kept = "deepspeed={zero_optimization: {stage: 2, parameter_alignment: true}}"
+    told = changes(RunFolder(run.path), load(run.path, kept))
+    assert {line.split(":")[0] for line in told} >= {
+        "deepspeed.comms_logger.enabled", "deepspeed.prescale_gradients",
+        "deepspeed.zero_optimization.sub_group_size",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="parameter_alignment"):
+        changes(RunFolder(run.path), load(run.path, "deepspeed={zero_optimization: {stage: 2}}"))
+
+
 def test_an_unfinished_run_without_a_checkpoint_needs_no_settings(tmp_path):
     run = opened(tmp_path / "run")
     (run.path / "config.resolved.yaml").write_text("half: [")
