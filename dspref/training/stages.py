@@ -32,7 +32,7 @@ from dspref.run.best import Rule
 from dspref.run.checkpoint import committed_folders
 from dspref.run.folder import RunFolder, content_key
 from dspref.run.settings import refuse_changes, refuse_other_code
-from dspref.training import foresight, preparation
+from dspref.training import foresight, preparation, survey
 from dspref.training.closing import show_summary
 from dspref.training.model_card import OF_STEP, Recipe, adapter_in_words
 from dspref.watch import lock
@@ -302,7 +302,7 @@ def introduce(
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": spec.in_words(reference_spec(config)),
-        "data": f"{in_numbers(pairs, takes)}{evaluated}",
+        "data": f"{survey.in_numbers(pairs, takes)}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} {pace}",
@@ -312,20 +312,6 @@ def introduce(
     brief = f"{rows['run']}: {rows['objective']}; {steps} steps {pace}; {rows['engine']}; more in logs/rank-0.log"
     console.banner(rows, brief if distributed.is_announced() else None)
     console.first_pair(mark(pairs[0], tokenizer))
-
-
-def in_numbers(pairs: PairStore, takes: str) -> str:
-    """How many pairs, lists, or answers that stand alone, and their mean lengths: of answers, of those that there are.
-    `takes`: what a row becomes, as in `Family`."""
-    there = pairs.scored > 0
-    chosen, rejected = (pairs.lengths[there[:, k], k + 1].sum() / max(there[:, k].sum(), 1) for k in range(2))
-    counts = there.sum(axis=0)
-    what = f"{len(pairs)} pairs" if there.all() else f"{counts[0]} desirable, {counts[1]} undesirable answers"
-    if takes == "list":
-        what = f"{len(pairs)} answers in {len(set(pairs.rows.tolist()))} lists"
-    elif takes == "gold":
-        what = f"{counts[1]} pairs, {counts[0] - counts[1]} gold answers"
-    return f"{what}, mean tokens {pairs.lengths[:, 0].mean():.0f} prompt + {chosen:.0f} | {rejected:.0f}"
 
 
 def engine_config(config: Config) -> dict[str, Any]:

@@ -122,3 +122,17 @@ def _lengths(columns: Mapping[str, np.ndarray]) -> list[str]:
         least, middle, most = (int(value) for value in np.percentile(column, [0, 50, 100]))
         lines.append(f"{name:<10}{least:>8,}{middle:>8,}{most:>8,}{int(column.sum()):>12,}")
     return lines
+
+
+def in_numbers(pairs: PairStore, takes: str) -> str:
+    """How many pairs, lists, or answers that stand alone, and their mean lengths: of answers, of those that there are.
+    `takes`: what a row becomes, as in `Family`."""
+    there = pairs.scored > 0
+    chosen, rejected = (pairs.lengths[there[:, k], k + 1].sum() / max(there[:, k].sum(), 1) for k in range(2))
+    counts = there.sum(axis=0)
+    what = f"{len(pairs)} pairs" if there.all() else f"{counts[0]} desirable, {counts[1]} undesirable answers"
+    if takes == "list":
+        what = f"{len(pairs)} answers in {len(set(pairs.rows.tolist()))} lists"
+    elif takes == "gold":
+        what = f"{counts[1]} pairs, {counts[0] - counts[1]} gold answers"
+    return f"{what}, mean tokens {pairs.lengths[:, 0].mean():.0f} prompt + {chosen:.0f} | {rejected:.0f}"

@@ -17,7 +17,7 @@ from dspref.errors import ConfigError, DataError, NumericFault
 from dspref.objectives import build_objective
 from dspref.reference import spec
 from dspref.report import advice
-from dspref.training import demand, numbers, preparation, stages
+from dspref.training import demand, numbers, preparation, stages, survey
 
 QUICKSTART = "launch/configs/quickstart.yaml"
 
@@ -104,7 +104,7 @@ def test_of_uneven_labels_a_weight_is_advised_and_of_pairs_none(tmp_path):
 )
 def test_the_banner_counts_answers_that_there_are(tmp_path, rows, said):
     pairs = load([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
-    found = re.fullmatch(r"(.*), mean tokens (\d+) prompt \+ (\d+) \| (\d+)", stages.in_numbers(pairs, "answers"))
+    found = re.fullmatch(r"(.*), mean tokens (\d+) prompt \+ (\d+) \| (\d+)", survey.in_numbers(pairs, "answers"))
     assert found and found[1] == said
     for side in (1, 2):
         there = [int(n) for n in pairs.lengths[:, side] if n]
@@ -121,7 +121,7 @@ def test_the_banner_counts_answers_that_there_are(tmp_path, rows, said):
 def test_the_banner_tells_lists_and_gold_answers(tmp_path, takes, row, said):
     reading = {"list": {"pairs": "list"}, "gold": {"columns": {"reference": "reference"}}}[takes]
     pairs = load([replace(write(tmp_path / "rows.jsonl", [row]), **reading)], tmp_path / "cache")
-    assert stages.in_numbers(pairs, takes).startswith(f"{said}, mean tokens ")
+    assert survey.in_numbers(pairs, takes).startswith(f"{said}, mean tokens ")
 
 
 def check_tokens(run, model_config, stores):
