@@ -187,13 +187,15 @@ class StepPacks:
     def packs(self, store: Pairs, packing: Packing) -> Iterator[PackedBatch]:
         """The packs of this rank."""
         sharing, score_prompt = packing.prefix_sharing, packing.score_prompt
+        # Of prompt + answer; all ranks know of all, so that none has to ask.
+        answers = [[int((store.computed[ids][:, 1:] > 0).sum()) for ids in rank] for rank in self.ids]
         return (
             collate(
                 [store[i] for i in ids.tolist()], ids.tolist(), prefix_sharing=sharing, score_prompt=score_prompt,
                 encoder_decoder=store.apart, pictures=store.pictures(ids.tolist()),
-                given=store.given.of(ids.tolist()),
+                given=store.given.of(ids.tolist()), sequences=max(counts),
             )
-            for ids in self.ids[packing.rank]
+            for ids, *counts in zip(self.ids[packing.rank], *answers)
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class PackedCausalLM(nn.Module):
         attached: Adapters | None = None,
     ) -> None:
         super().__init__()
-        self.reader = readers.reader_of(lm.config)
+        self.reader = readers.reader_of(lm.config, kernel)
         self.reader.check(lm)
         self.reader.tell(lm)
         self.lm = lm
@@ -107,9 +107,12 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
         scaled = family.scaled_by is not None and getattr(config, family.scaled_by, False)
         return HeadTransform(text.d_model**-0.5 if scaled else 1.0)
     scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
-    if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
-        scale /= divisor
-    return HeadTransform(scale, getattr(text, "final_logit_softcapping", None))
+    scale *= getattr(text, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(text, "logits_mup_width_multiplier", None) or 1.0  # Inkling
+    if (given := getattr(text, "logits_scaling", None)) is not None:  # Granite and others; HyperCLOVA X multiplies by it
+        scale = scale * given if text.model_type == "hyperclovax" else scale / given
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+    return HeadTransform(scale, next((cap for name in caps if (cap := getattr(text, name, None))), None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
