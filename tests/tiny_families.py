@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from transformers import AutoConfig, PretrainedConfig
+
+from dspref.data.truncate import TokenizedPair
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 # Settings by what families call them; those that a config does not have are left out.
 SMALL: dict[str, Any] = {
@@ -34,8 +42,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 8),
     **dict.fromkeys(("local_attention", "attention_chunk_size", "index_topk"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 64),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 64),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 64),
     "hidden_size_per_layer_input": 4,
+    "unpadded_vocab_size": 60,
     # What happens to logits, so that leaving it out would show.
     **dict.fromkeys(("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier"), 0.25),
     **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"), 3.0),
@@ -67,3 +76,22 @@ def small_config(family: str, **overrides: Any) -> PretrainedConfig:
         if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter")):
             changes[name] = 0.0
     return AutoConfig.for_model(family, **changes | OWN.get(family, {}) | overrides)
+
+
+def small_pairs(count: int = 2) -> list[TokenizedPair]:
+    """Sequences of 4 to 24 tokens: windows and chunks of 8 are crossed."""
+    draws = np.random.default_rng(0)
+    lengths = [(11, 5, 13), (2, 9, 2), (5, 3, 8), (3, 7, 10)][:count]
+    return [TokenizedPair(*(draws.integers(0, 60, n).astype(np.int32) for n in part)) for part in lengths]
+
+
+def plain_logps(lm: torch.nn.Module, pairs: list[TokenizedPair]) -> Float[Tensor, "C"]:
+    """log p of each answer token: one forward per sequence as the model's authors have it, no mask, full softmax."""
+    found = []
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            ids = torch.from_numpy(np.concatenate([pair.prompt, answer])).long()
+            logits = lm(input_ids=ids[None]).logits[0].double()
+            shares = logits[len(pair.prompt) - 1 : -1].log_softmax(dim=-1)
+            found.append(shares.gather(1, ids[len(pair.prompt) :, None])[:, 0])
+    return torch.cat(found)

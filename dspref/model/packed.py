@@ -73,11 +73,9 @@ class PackedCausalLM(nn.Module):
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
-        head: Any = self.lm.get_output_embeddings()
         scored = scored_logps(
             outputs.last_hidden_state[0][batch.predictor_index],
-            head.weight,
-            self.reader.head_bias(self.lm),
+            *self._head(),
             batch.targets,
             self.transform,
             self.with_collision and not only_logps,
@@ -87,9 +85,14 @@ class PackedCausalLM(nn.Module):
 
     def _logits(self, outputs: Any) -> torch.Tensor:
         """[B, V] behind the last token that was read."""
+        return self.transform(torch.nn.functional.linear(outputs.last_hidden_state[:, -1], *self._head()).float())
+
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [V, d] and bias [V] of the words that there are: some have more rows, for the sake of round numbers."""
         head: Any = self.lm.get_output_embeddings()
-        logits = torch.nn.functional.linear(outputs.last_hidden_state[:, -1], head.weight, self.reader.head_bias(self.lm))
-        return self.transform(logits.float())
+        weight, bias = head.weight, self.reader.head_bias(self.lm)
+        words = getattr(self.lm.config.get_text_config(), "unpadded_vocab_size", None)
+        return (weight, bias) if words is None else (weight[:words], None if bias is None else bias[:words])
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:
