@@ -253,7 +253,7 @@ def _mark_leaves(policy: nn.Module) -> None:
     """Under ZeRO-3, gather modules with experts whole: ranks route differently, so the experts' hooks would run apart.
 
     Experts are, by family: 3-D weights of one module, or a child called `experts` without such weights. The first are left
-    as they are where a backward runs through them several times, as DeepSpeed would reduce the gradients of a leaf each time:
+    as they are where a backward runs through them several times, as DeepSpeed would reduce a leaf's gradients each time:
     being of one module, they are gathered together anyhow.
     """
     several = getattr(policy, "kernel", None) == ALONE
@@ -265,8 +265,9 @@ def _mark_leaves(policy: nn.Module) -> None:
 
 def _has_experts(part: nn.Module, listed_alone: bool) -> bool:
     child = getattr(part, "experts", None)
-    listed = isinstance(child, nn.Module) and not _three_dimensional(child.parameters())
-    return listed or not (listed_alone or isinstance(part, nn.Conv1d)) and _three_dimensional(part.parameters(recurse=False))
+    if isinstance(child, nn.Module) and not _three_dimensional(child.parameters()):
+        return True
+    return not listed_alone and not isinstance(part, nn.Conv1d) and _three_dimensional(part.parameters(recurse=False))
 
 
 def _announce_dora(model: nn.Module) -> None:

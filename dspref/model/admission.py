@@ -20,6 +20,8 @@ NOT_PACKED = "has attention of its own, in which the sequences of a pack would s
 # Families whose log-probs in training are no function of a sequence, and why.
 REFUSED = {
     "phimoe": "samples its experts in training, so that a step would not be a function of its pairs",
+    "rwkv": "has a backward pass that fails, as transformers has it: it writes over what it needs",
+    "xlstm": "has a backward pass that fails, as transformers has it: it writes over what it needs",
     "cpmant": "reads a text in both directions, so that no token of an answer has a probability by what lies before it",
 }
 
@@ -226,12 +228,18 @@ def require_bitsandbytes(key: str, device_type: str) -> None:
         raise EnvironmentFault(f"{key}: bitsandbytes is not installed; pip install 'dspref[bitsandbytes]'")
 
 
+def backbone_of(lm: PreTrainedModel) -> Any:
+    """What makes hidden states, up to the head; some have it under another name than they say (Llama 4)."""
+    base: Any = lm.base_model
+    return getattr(lm, "model", lm) if base is lm else base
+
+
 def refuse_layers_before_head(lm: PreTrainedModel) -> None:
     """Raise ConfigError where more than a linear head follows the backbone: the forward here would leave it out."""
-    head = lm.get_output_embeddings()
-    after = [(name, part) for name, part in lm.named_children() if part is not head and name != lm.base_model_prefix]
+    head, backbone = lm.get_output_embeddings(), backbone_of(lm)
     # A softcap as a module (Inkling 2) is in the head's transform.
-    between = [name for name, part in after if name != "logit_softcap"]
+    skipped = [name for name, part in lm.named_children() if part is not head and part is not backbone]
+    between = [name for name in skipped if name != "logit_softcap"]
     if between or all(part is not head for part in lm.children()):
         kind = lm.config.model_type
         if type(lm.config) in AutoModelForMaskedLM._model_mapping:  # BERT and its kin, which know no left to right

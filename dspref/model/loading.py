@@ -127,7 +127,7 @@ def load(
                 str(folder),
                 config=config,
                 dtype=getattr(torch, dtype),
-                attn_implementation=_attention_of(config, kernel),
+                attn_implementation=attention_of(config, kernel),
                 use_safetensors=True,
                 trust_remote_code=section.trust_remote_code,
                 output_loading_info=True,
@@ -148,7 +148,7 @@ def load(
     return PackedCausalLM(lm, kernel, published, attached)
 
 
-def _attention_of(config: PretrainedConfig, kernel: str) -> str | dict[str, str]:
+def attention_of(config: PretrainedConfig, kernel: str) -> str | dict[str, str]:
     if kernel == alone.ALONE:
         return alone.implementation(families.auto_class(config)._model_mapping[type(config)], config)
     return vision.implementations(config) if vision.is_vision(config) else PACKED

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspref import config as configuration
 from dspref import distributed, terminal
-from dspref.config import Config, ModelSection, TrainSection, lower_is_better
+from dspref.config import Config, DataSection, ModelSection, TrainSection, lower_is_better
 from dspref.data.loader import StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
@@ -273,6 +273,11 @@ def rule_of(config: Config) -> Rule | None:
         return None
     lower = stop.direction == "min" if stop and stop.direction else bool(lower_is_better(config.judged_by))
     return Rule(config.judged_by, lower, stop.min_delta if stop else 0.0, stop.patience if stop else None, exports)
+
+
+def laid_out(config: Config) -> DataSection:
+    """How the model takes its packs, said where that is unusual."""
+    return preparation.laid_out(config.model, config.data, say=True)
 
 
 def introduce(

@@ -17,8 +17,8 @@ from dspref.model import admission, alone, loading, packed
 def steps_of_packs(
     folder: str, strategy: dict[str, Any], checkpointing: bool, packs: list[list[PackedBatch]]
 ) -> tuple[list[list[float]], dict[str, np.ndarray]]:
-    """(log-probs of each pack of this rank, the gradient of all their sums on all ranks: from AdamW's first moment). `packs`:
-    of each rank, which all have as many."""
+    """(log-probs of each pack of this rank, the gradient of all their sums on all ranks: from AdamW's first moment).
+    `packs`: of each rank, which all have as many."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     distributed.init(1)
