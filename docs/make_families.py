@@ -44,7 +44,7 @@ _ENCODERS = """
     xlm xlm-roberta xlm-roberta-xl xmod
 """
 ENCODERS = _ENCODERS.split()
-# Of other kinds, under the name of a causal language model: halves of encoder-decoder models, and readers of images or sound.
+# Of other kinds, under the name of causal language models: halves of encoder-decoder models, readers of images or sound.
 _OTHERS = """
     bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper
     dots3_note dots3_note_text emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git
@@ -55,10 +55,7 @@ OTHERS = _OTHERS.split()
 REFUSED = {
     **admission.REFUSED,
     "bert-generation": "has layers between backbone and head, as BERT has",
-    "blt": "predicts bytes by patches of many, whose ends depend on a model of its own",
     "modernbert-decoder": "has layers between backbone and head",
-    "reformer": "hashes tokens by chance, so that a step would not be a function of its pairs",
-    "xlnet": "reads a text in orders other than from left to right",
 }
 
 

@@ -22,6 +22,9 @@ REFUSED = {
     "phimoe": "samples its experts in training, so that a step would not be a function of its pairs",
     "rwkv": "has a backward pass that fails, as transformers has it: it writes over what it needs",
     "xlstm": "has a backward pass that fails, as transformers has it: it writes over what it needs",
+    "reformer": "hashes its tokens by chance, so that a step would not be a function of its pairs",
+    "xlnet": "reads a text in other orders than from left to right",
+    "blt": "reads bytes in patches, whose ends depend on another model",
     "cpmant": "reads a text in both directions, so that no token of an answer has a probability by what lies before it",
 }
 

@@ -28,8 +28,8 @@ def reason(config: PretrainedConfig, family: Any, max_length: int | None) -> str
 
     `family`: its class in transformers, None for code that comes with a model."""
     text = config.get_text_config()
-    listed = [getattr(text, name, None) or [] for name in ("layer_types", "layers_block_type")]
-    if others := sorted({str(kind) for kinds in listed for kind in kinds} - COMMON_LAYERS):
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    if others := sorted(set(map(str, kinds)) - COMMON_LAYERS):
         return f"its {', '.join(others)} layers take no boundaries of sequences"
     if text.model_type in NOT_TOLD:
         return NOT_TOLD[text.model_type]
