@@ -55,7 +55,6 @@ OTHERS = _OTHERS.split()
 REFUSED = {
     **admission.REFUSED,
     "bert-generation": "has layers between backbone and head, as BERT has",
-    "modernbert-decoder": "has layers between backbone and head",
 }
 
 

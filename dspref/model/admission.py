@@ -27,6 +27,8 @@ REFUSED = {
     "blt": "reads bytes in patches, whose ends depend on another model",
     "cpmant": "reads a text in both directions, so that no token of an answer has a probability by what lies before it",
 }
+# Layers between backbone and head that the forward of packs has too, by family.
+BEFORE_HEAD = {"modernbert-decoder": "lm_head"}
 
 
 def check(section: ModelSection, config: PretrainedConfig, max_length: int | None, vocabulary: int, device_type: str) -> str:
@@ -241,8 +243,8 @@ def refuse_layers_before_head(lm: PreTrainedModel) -> None:
     """Raise ConfigError where more than a linear head follows the backbone: the forward here would leave it out."""
     head, backbone = lm.get_output_embeddings(), backbone_of(lm)
     # A softcap as a module (Inkling 2) is in the head's transform.
-    skipped = [name for name, part in lm.named_children() if part is not head and part is not backbone]
-    between = [name for name in skipped if name != "logit_softcap"]
+    known = ("logit_softcap", BEFORE_HEAD.get(lm.config.model_type))
+    between = [name for name, part in lm.named_children() if part not in (head, backbone) and name not in known]
     if between or all(part is not head for part in lm.children()):
         kind = lm.config.model_type
         if type(lm.config) in AutoModelForMaskedLM._model_mapping:  # BERT and its kin, which know no left to right

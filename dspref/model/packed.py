@@ -22,7 +22,7 @@ from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
 from dspref.model import families, freezing, readers, router
 from dspref.model.adapters import Adapters
-from dspref.model.admission import NOT_PACKED, router_coefficient
+from dspref.model.admission import BEFORE_HEAD, NOT_PACKED, router_coefficient
 from dspref.model.attention import Segments
 from dspref.model.generation import Passage
 from dspref.model.logps import HeadTransform, TokenLogps, counted, scored_logps
@@ -74,7 +74,7 @@ class PackedCausalLM(nn.Module):
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
         scored = scored_logps(
-            outputs.last_hidden_state[0][batch.predictor_index],
+            self._before_head(outputs.last_hidden_state[0][batch.predictor_index]),
             *self._head(),
             batch.targets,
             self.transform,
@@ -85,7 +85,13 @@ class PackedCausalLM(nn.Module):
 
     def _logits(self, outputs: Any) -> torch.Tensor:
         """[B, V] behind the last token that was read."""
-        return self.transform(torch.nn.functional.linear(outputs.last_hidden_state[:, -1], *self._head()).float())
+        hidden = self._before_head(outputs.last_hidden_state[:, -1])
+        return self.transform(torch.nn.functional.linear(hidden, *self._head()).float())
+
+    def _before_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., d] as the head reads it."""
+        layer = BEFORE_HEAD.get(self.lm.config.model_type)
+        return hidden if layer is None else self.lm.get_submodule(layer)(hidden)
 
     def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [V, d] and bias [V] of the words that there are: some have more rows, for the sake of round numbers."""

@@ -399,7 +399,7 @@ def test_a_kernel_that_is_not_here_is_refused_with_those_that_are() -> None:
     [
         ("bert", "is an encoder, and no causal language model"),
         ("roberta", "is an encoder"),
-        ("modernbert-decoder", "after its backbone"),
+        ("bert-generation", "after its backbone"),
     ],
 )
 def test_check_refuses_families_with_layers_between_backbone_and_head(model_type: str, reason: str) -> None:
