@@ -265,9 +265,10 @@ def laid_out(section: ModelSection, data: DataSection, say: bool = False) -> Dat
     a sequence at a time, which `say` tells. Raises ConfigError where just that is asked for."""
     config = loading.load_config(section)
     why = admission.why_alone(config, data.max_length)
+    found = alone.laid_out(data, config, why)
     if why and say:
         distributed.log(alone.told(config, why))
-    return alone.laid_out(data, config, why)
+    return found
 
 
 def check_adapters(section: ModelSection, optim: str, device_type: str) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from dspref.config import DataSection, ModelSection
 from dspref.data.batch import PackedBatch, collate
 from dspref.errors import ConfigError
-from dspref.model import admission, alone, by_hand, generation, loading
+from dspref.model import adapters, admission, alone, by_hand, generation, loading
 from dspref.model import packed as model
 from dspref.model.generation import Style
 from dspref.model.packed import PackedCausalLM
@@ -125,6 +125,15 @@ def test_log_probs_by_hand(tmp_path: Path) -> None:
     sums = [part.sum() for part in plain_logps(lm, pairs).split([5, 13, 9, 2])]
     torch.testing.assert_close(found.chosen.double(), torch.stack(sums[::2]), rtol=0, atol=1e-4)
     torch.testing.assert_close(found.rejected.double(), torch.stack(sums[1::2]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "jamba"])
+def test_adapters_leave_out_what_kernels_of_mamba_read_past_them(family: str) -> None:
+    section = ModelSection.model_validate({"name_or_path": "m", "dtype": "float32", "lora": {"r": 2}})
+    lm = admission.build_skeleton(section, small_config(family))
+    adapters.try_on(lm, section)
+    adapted = {name.rpartition(".")[2] for name, part in lm.named_modules() if hasattr(part, "lora_A")}
+    assert "in_proj" in adapted and "out_proj" not in adapted
 
 
 @pytest.mark.parametrize("family", ["bloom", "mamba2", "qwen3_next"])
