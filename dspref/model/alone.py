@@ -43,7 +43,9 @@ def reason(config: PretrainedConfig, family: Any, max_length: int | None) -> str
 
 def scaled_positions(text: PretrainedConfig) -> tuple[str, int | None]:
     """Some rotary embeddings change with the longest sequence of a forward: their kind, and up to where they do not."""
-    rope = getattr(text, "rope_parameters", None) or {}
+    every = getattr(text, "rope_parameters", None) or {}
+    of_kinds = (own for own in every.values() if isinstance(own, dict))  # where layers of several kinds have their own
+    rope = next((own for own in (every, *of_kinds) if own.get("rope_type") in ("longrope", "dynamic")), every)
     kind = rope.get("rope_type", "default")
     if kind not in ("longrope", "dynamic"):
         return kind, None
