@@ -53,9 +53,9 @@ def scaled_positions(text: PretrainedConfig) -> tuple[str, int | None]:
     return kind, rope.get("original_max_position_embeddings") or positions or 0
 
 
-def told(config: PretrainedConfig, why: str) -> str:
+def told(config: PretrainedConfig, why: str, which: str = "model") -> str:
     """What a run says of it once, in one line."""
-    return f"model: {config.model_type} is run one sequence at a time, as {why}: slower, exact"
+    return f"{which}: {config.model_type} is run one sequence at a time, as {why}: slower, exact"
 
 
 def laid_out(data: DataSection, config: PretrainedConfig, why: str | None) -> DataSection:
