@@ -41,12 +41,21 @@ undesirable ones, absent where it has none; `rewards/margins` is the difference 
 is the share of answers whose reward lies beyond the reference point (beta z, or `bco_delta`) on the side of their
 label.
 
-**Rewards** (`rewards/*`): dpo, kto and bco beta (S - R), under every loss and divergence; cpo beta S, or beta A for
-losses per token; simpo and orpo beta A; A alone where a loss has no beta. With `ld_alpha`, S and R (and `logps/*`,
-`kl/*`) count by it; with `alpha`, (1 - e^(-alpha A)) / alpha stands for A. Metrics have TRL's names; each loss is logged
-as `loss/<loss_type>`, an NLL term also as `nll_loss`. `entropy` (mean over the scored tokens of both answers, nats),
-`mean_token_accuracy` (chosen answers' tokens than which none was more likely) and `num_tokens` (of all steps so far, each
-answer with its prompt) are TRL's too. Of a mixture, loss, accuracy and margin of each source are `source/<name>/...`,
+**Lists and gold answers.** listwise trains on all scored answers of a row as one list (`completions` and `scores`, `ranks`,
+or a pair, which is a list of two), tpo on a pair and a third answer, better than both (`reference`). All that a row gives
+is in one step, `train.pairs_per_step` counts rows, and where a prompt is cut it is cut alike for all of them. The loss of a
+list is averaged over the lists of the step, and each answer is computed once; a list that no pack has room for
+(`data.tokens_per_pack`) lies in several, for one more forward pass and the same values. In metrics the best answers of a
+list are the chosen ones and all others the rejected ones; `rewards/accuracies` is the share of pairs of a better and a
+worse answer that the model has in order, and `rewards/margins` the difference of the two means. Gold answers are in
+`nll_loss` alone.
+
+**Rewards** (`rewards/*`): dpo, kto, bco and listwise beta (S - R), under every loss and divergence; cpo and tpo beta S, or
+beta A for losses per token; simpo and orpo beta A; A alone where a loss has no beta. With `ld_alpha`, S and R (and
+`logps/*`, `kl/*`) count by it; with `alpha`, (1 - e^(-alpha A)) / alpha stands for A. Metrics have TRL's names; each loss
+is logged as `loss/<loss_type>`, an NLL term also as `nll_loss`. `entropy` (mean over the scored tokens of both answers,
+nats), `mean_token_accuracy` (chosen answers' tokens than which none was more likely) and `num_tokens` (of all steps so far,
+each answer with its prompt) are TRL's too. Of a mixture, loss, accuracy and margin of each source are `source/<name>/...`,
 where the step has pairs of it.
 
 **Weights, margins and scores of rows.** A column named as `columns.weight` multiplies the values of preference terms, pair

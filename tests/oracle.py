@@ -9,6 +9,7 @@ None for its scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Objective = Mapping[str, Any]
-# Of a row: weight, margin, score_chosen and score_rejected, as far as it has them.
-Given = Mapping[str, float]
+# Of a row: weight, margin, score_chosen and score_rejected, as far as it has them; of a list the `labels` of its answers.
+Given = Mapping[str, Any]
 
 # ------------------------------------------------------------------------------------------------ rows -> token ids
 
@@ -163,6 +164,10 @@ def loss_of_scores(
     """`delta` replaces bco's mean over this step; `given`: the numbers of each pair's row; `point`: KTO's
     `reference_point`."""
     given = given or [{}] * len(policy)
+    if objective["name"] == "listwise":
+        return lists_step(policy, reference, objective, given)
+    if objective["name"] == "tpo":
+        return tpo_step(policy, objective, given)
     if objective["name"] in ("kto", "bco"):
         return answers_step(policy, reference, objective, delta, point, given)
     if objective["name"] == "dpo":
@@ -482,6 +487,88 @@ def orpo_step(policy: Sequence[tuple[Scores, Scores]], objective: Objective, giv
 def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
     """log of odds(chosen) / odds(rejected), where odds(p) = p / (1 - p) and p = exp(mean log-prob)."""
     return (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
+
+
+# -------------------------------------------------------------------------------------------------- TPO: a third answer
+
+
+def tpo_step(policy: Sequence[Sequence[Scores]], objective: Objective, given: Sequence[Given]) -> dict[str, Any]:
+    """`policy`: chosen, rejected and gold answer of each row."""
+    kind, beta, smoothing = (
+        objective.get("loss_type", "sigmoid"),
+        objective.get("beta", 0.01),
+        objective.get("label_smoothing", 0),
+    )
+    losses, logps, tokens = [], [], []
+    for won, lost, gold in policy:
+        per_token = kind in ("ipo", "tpo_l")
+        s_w, s_l = ((mean if per_token else total)(side.answer) for side in (won, lost))
+        logps.append((s_w, s_l))
+        tokens += gold.answer
+        if kind == "hinge":
+            losses.append(torch.clamp(1 - beta * (s_w - s_l), min=0.0))
+        elif kind == "ipo":
+            losses.append((s_w - s_l - 1 / (2 * beta)) ** 2)
+        else:
+            gamma = objective.get("tpo_l_gamma", 0.5) if kind == "tpo_l" else 0.0
+            losses.append(smoothed(beta * (s_w - s_l) - gamma, smoothing))
+    likelihood = -total(tokens) / len(tokens)
+    return {
+        "loss": mean(times(losses, given)) + objective.get("tpo_alpha", 1.0) * likelihood,
+        **describe([(beta * won, beta * lost) for won, lost in logps], logps),
+        "nll_loss": likelihood.item(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- lists of answers
+
+
+def list_loss(kind: str, log_u: Sequence[Tensor], labels: Sequence[float], beta: float, scale: float = 1.0) -> Tensor:
+    """One list, comparison by comparison."""
+    s = [beta * x for x in log_u]
+    pairs = [(i, j) for i, better in enumerate(labels) for j, worse in enumerate(labels) if better > worse]
+    if kind == "plackett_luce":
+        terms = []
+        for i in range(len(s)):
+            rest = [s[i], *(s[j] for better, j in pairs if better == i)]
+            terms.append(s[i] - torch.log(total([torch.exp(x) for x in rest])))
+        return -total(terms)
+    # By the model's own order; level to a hundredth of a nat, the better answer is first.
+    standing = [(-round(x.item() * 100), -label) for x, label in zip(log_u, labels)]
+    places = [[place for place, other in enumerate(sorted(standing), start=1) if other == own] for own in standing]
+    discounts = [sum(1 / math.log(1 + place) for place in own) / len(own) for own in places]
+    gains = [2 ** (scale * label) - 1 for label in labels]
+    weighed = [
+        abs(gains[i] - gains[j]) * abs(discounts[i] - discounts[j]) * torch.log1p(torch.exp(s[j] - s[i])) for i, j in pairs
+    ]
+    return total(weighed)
+
+
+def lists_step(
+    policy: Sequence[Sequence[Scores]],
+    reference: Sequence[Sequence[Scores]] | None,
+    objective: Objective,
+    given: Sequence[Given],
+) -> dict[str, Any]:
+    """`policy`: the answers of each list, whose `labels` are in `given`."""
+    kind = objective.get("loss_type", "plackett_luce")
+    beta = objective.get("beta", 0.05 if kind == "lipo_lambda" else 0.1)
+    assert reference is not None
+    losses, right, best, others = [], [], [], []
+    for ours, theirs, of_row in zip(policy, reference, given, strict=True):
+        labels = of_row["labels"]
+        sums = [total(answer.answer) for answer in ours]
+        log_u = [own - total(base.answer).detach() for own, base in zip(sums, theirs, strict=True)]
+        losses.append(list_loss(kind, log_u, labels, beta, objective.get("score_scale", 1.0)))
+        right += [log_u[i] > log_u[j] for i, x in enumerate(labels) for j, y in enumerate(labels) if x > y]
+        for own, ratio, label in zip(sums, log_u, labels):
+            (best if label == max(labels) else others).append((own, ratio))
+    sides = {"chosen": best, "rejected": others}
+    result = {f"rewards/{side}": beta * mean([ratio for _, ratio in of]).item() for side, of in sides.items()}
+    result |= {f"kl/{side}": mean([ratio for _, ratio in of]).item() for side, of in sides.items()}
+    result |= {f"logps/{side}": mean([own for own, _ in of]).item() for side, of in sides.items()}
+    result |= {"rewards/margins": result["rewards/chosen"] - result["rewards/rejected"]}
+    return {"loss": mean(times(losses, given)), "rewards/accuracies": mean(right).item(), **result}
 
 
 # ------------------------------------------------------------------------------------------- KTO and BCO: single answers

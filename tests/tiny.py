@@ -186,6 +186,23 @@ def rows_of_turns(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def write_one_step(folder: Path, data: dict[str, Any], train: dict[str, Any]) -> None:
+    """`run.yaml` of one step over all rows, under a tokenizer, a policy and a different reference, and these beside it."""
+    config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), num_hidden_layers=1)
+    save_tiny(folder / "policy", config, seed=1)
+    save_tiny(folder / "reference", config, seed=2)
+    model = {"name_or_path": f"{folder}/policy", "tokenizer_name_or_path": f"{folder}/tokenizer", "dtype": "float32"}
+    values = {
+        "model": model | {"gradient_checkpointing": False},
+        "reference": {"mode": "stored", "name_or_path": f"{folder}/reference"},
+        "data": {"shuffle": False, "tokens_per_pack": 200, **data},
+        "train": {"max_steps": 1, "max_grad_norm": 0, **train},
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        "output_dir": f"{folder}/run",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+
+
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     """A run's YAML file beside its model, tokenizer and pairs: four steps of four pairs, ZeRO-3, a checkpoint every two."""
     config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), attention_dropout=0.1)

@@ -311,6 +311,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     lambda config: objective_checks.check_losses(config.objective),
     lambda config: objective_checks.check_objective_keys(config.objective),
     lambda config: objective_checks.check_unpaired(config.objective, config.data, config.train.pairs_per_step),
+    lambda config: objective_checks.check_whole_rows(config.objective, config.data),
     lambda config: objective_checks.check_own(config.objective),
     lambda config: objective_checks.check_reference_needed(config.objective, config.reference),
     _check_lengths,

@@ -60,6 +60,8 @@ class Columns(Section):
     `objective.loss_type` (rpo_*) or `pair_weights` reads scores."""
     score_rejected: str | None = None
     """Column that holds the score of the worse answer. Default: `score_rejected`, likewise."""
+    reference: str | None = None
+    """Column that holds the gold answer, which is better than both (objective tpo). Default: `reference`, there."""
 
     @property
     def named(self) -> dict[str, str]:
@@ -110,8 +112,9 @@ class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
     """Texts made from columns, instead of columns taken as they are."""
     format: Annotated[str, Field(json_schema_extra={"pattern": f"^{own_code.NAME}$"})] | None = None
     """`module:function` of your own: a function of a raw row that gives a row as dspref reads it, in place of it."""
-    pairs: Literal["all", "best_against_rest", "best_against_worst"] = "all"
-    """Of a row with several scored answers, which two make a pair; equal scores make none."""
+    pairs: Literal["all", "best_against_rest", "best_against_worst", "list"] = "all"
+    """Of a row with several scored answers, which two make a pair; equal scores make none. `list`: all of them are one list,
+    as objective listwise has it by itself."""
     pair_weights: Literal["score_gap"] | None = None
     """`score_gap`: a pair weighs in the loss as much as the scores of its answers are apart, those of `columns.scores` or of
     `columns.score_chosen` and `score_rejected`. Scale them so that the mean gap is about 1, or the learning rate to it."""
@@ -120,12 +123,14 @@ class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
     def as_(self) -> str | None:
         return getattr(self, "as")
 
-    def reading(self, scores: bool) -> SourceSection:
-        """The same with the columns of the answers' scores named, where `scores` are read or weights are made of them."""
-        if not scores and self.pair_weights is None:
-            return self
-        own = {name: getattr(self.columns, name) or name for name in SCORES}
-        return self.model_copy(update={"columns": self.columns.model_copy(update=own)})
+    def reading(self, scores: bool, takes: str) -> SourceSection:
+        """The same with the columns named of which something reads numbers or answers: the scores of both answers, where
+        `scores` are read or weights are made of them, and the gold answer. `takes`: what a row becomes, as in `Family`."""
+        names = [*SCORES] if scores or self.pair_weights is not None else []
+        names += ["reference"] if takes == "gold" else []
+        own = {name: getattr(self.columns, name) or name for name in names}
+        changed = {"columns": self.columns.model_copy(update=own)} if own else {}
+        return self.model_copy(update=changed | ({"pairs": "list"} if takes == "list" else {}))
 
 
 def source_in_full(value: Any) -> Any:
@@ -188,14 +193,14 @@ class DataSection(Section):
     on_bad_row: Literal["error", "drop"] = "error"
     """What to do with a row that cannot be used: stop and name it, or leave it out and count it."""
 
-    def reading(self, scores: bool) -> DataSection:
-        """The same with the columns named that are read by their own names where something asks for them: `scores`."""
+    def reading(self, scores: bool, takes: str) -> DataSection:
+        """The same with what the objective asks of each source."""
         train, held_out = self.train, self.eval
-        train = [one.reading(scores) for one in train] if isinstance(train, list) else train.reading(scores)
+        train = [one.reading(scores, takes) for one in train] if isinstance(train, list) else train.reading(scores, takes)
         if isinstance(held_out, dict):
-            held_out = {name: one.reading(scores) for name, one in held_out.items()}
+            held_out = {name: one.reading(scores, takes) for name, one in held_out.items()}
         elif held_out is not None:
-            held_out = held_out.reading(scores)
+            held_out = held_out.reading(scores, takes)
         return self.model_copy(update={"train": train, "eval": held_out})
 
     def placed(self) -> Iterator[tuple[tuple[str | int, ...], SourceSection]]:

@@ -62,6 +62,7 @@ _VALUES = {
         "apo_zero": "apo",
         "sft": "nll",
         "sigmoid_norm": "length_normalized",
+        "tpo_l": "tpo-l",
     },
     "f_divergence_type": {"reverse_kl": "kl", "js_divergence": "js jsd jensen_shannon"},
 }

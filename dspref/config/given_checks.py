@@ -19,10 +19,12 @@ RANKS = "rank answers, and what reads their scores asks how far they are apart; 
 def check_given(data: DataSection, objective: Any) -> Iterator[Complaint]:
     names = as_list(objective.loss_type)
     found = {name: OBJECTIVES[objective.name].loss(name) for name in names}
+    of_lists = OBJECTIVES[objective.name].takes == "list"
     for own, source in data.placed():
         yield from _of_weights(source, own, found)
         yield from _of_margins(source, own, found)
-        yield from _of_scores(source, own, [name for name, loss in found.items() if loss.scores])
+        if not of_lists:  # which read scores of any kind
+            yield from _of_scores(source, own, [name for name, loss in found.items() if loss.scores])
 
 
 def _of_weights(source: SourceSection, own: KeyPath, found: Mapping[str, Loss]) -> Iterator[Complaint]:
@@ -53,7 +55,7 @@ def _of_scores(source: SourceSection, own: KeyPath, readers: Sequence[str]) -> I
     named = [name for name in SCORES if getattr(columns, name)]
     several = [name for name in ("completions", "scores") if getattr(columns, name)]
     if named and not readers and source.pair_weights is None:
-        uses = "a loss of rpo_sq, rpo_bwd_kl and rpo_fwd_kl reads scores, and so does pair_weights: score_gap"
+        uses = "a loss of rpo_sq, rpo_bwd_kl and rpo_fwd_kl, listwise and pair_weights: score_gap read scores"
         yield (*own, "columns", named[0]), f"has no effect here: {uses}"
     elif named and several:
         yield (

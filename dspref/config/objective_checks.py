@@ -87,15 +87,35 @@ def check_objective_keys(section: Any) -> Iterator[Complaint]:
 def check_unpaired(section: Any, data: DataSection, pairs_per_step: int) -> Iterator[Complaint]:
     """What single answers need: an objective that takes them, and of KTO others in the step."""
     objective = build_objective(**section.model_dump())
-    takers = [name for name, family in OBJECTIVES.items() if family.unpaired]
+    takers = [name for name, family in OBJECTIVES.items() if family.takes == "answers"]
     for place, source in data.placed():
         column = next((name for name in ("completion", "label") if name in source.columns.named), None)
-        if column and not objective.family.unpaired:
+        if column and section.name not in takers:
             reason = f"is for answers that stand alone, and {section.name} compares two; set objective.name: "
             yield (*place, "columns", column), reason + " or ".join(takers)
     if objective.has_mismatched and pairs_per_step < 2:
         reason = "1 leaves no other answer in the step to estimate the reference point from; set 2 or more, such as 128"
         yield ("train", "pairs_per_step"), reason
+
+
+def check_whole_rows(section: Any, data: DataSection) -> Iterator[Complaint]:
+    """Lists and gold answers need an objective that takes them, and lists all of their answers."""
+    takes = OBJECTIVES[section.name].takes
+    if OBJECTIVES[section.name].by_rows and data.keep_together == "none":
+        yield (
+            ("data", "keep_together"),
+            f"none has no effect: with {section.name} all that a row gives is in one step; drop it",
+        )
+    for place, source in data.placed():
+        if source.pairs == "list" and takes != "list":
+            yield (*place, "pairs"), f"list makes lists, and {section.name} compares two; set objective.name: listwise"
+        if source.pairs not in ("all", "list") and takes == "list":
+            yield (*place, "pairs"), f"{source.pairs} makes pairs, and listwise takes all answers of a row; drop it"
+        if source.pair_weights and takes == "list":
+            yield (*place, "pair_weights"), "weighs pairs, and listwise has lists; columns.weight weighs these"
+        if source.columns.reference and takes != "gold":
+            reason = f"is the gold answer of objective tpo; {section.name} has no place for it"
+            yield (*place, "columns", "reference"), reason
 
 
 def check_own(section: Any) -> Iterator[Complaint]:

@@ -20,7 +20,7 @@ from dspref.config.paths import FilePath, TemplatePath, shipped
 from dspref.config.reference_section import BemaSection, ReferenceSection, bema_in_full
 from dspref.config.section import Section
 from dspref.config.train_section import ProfileSection, StopWhenSection, TrainSection, profile_in_full
-from dspref.objectives import needs_scores
+from dspref.objectives import OBJECTIVES, needs_scores
 
 
 class LoraSection(Section):
@@ -209,7 +209,7 @@ class Config(Section):
     @property
     def data_read(self) -> DataSection:
         """`data` with the columns named that the objective reads by their own names."""
-        return self.data.reading(needs_scores(**self.objective.model_dump()))
+        return self.data.reading(needs_scores(**self.objective.model_dump()), OBJECTIVES[self.objective.name].takes)
 
     @property
     def judged_by(self) -> str | None:

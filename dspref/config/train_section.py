@@ -43,7 +43,8 @@ def is_step(value: Any) -> bool:
 
 class TrainSection(Section):
     pairs_per_step: Annotated[int, Field(gt=0)] = 128
-    """Pairs per optimizer step over all ranks: the global batch."""
+    """Pairs per optimizer step over all ranks: the global batch. Of answers that stand alone, lists and gold answers
+    (objectives kto, bco, listwise, tpo) it counts rows."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training data; a fraction ends within an epoch."""
     max_steps: Annotated[int, Field(gt=0)] | None = None

@@ -30,7 +30,7 @@ from dspref.convert.theirs import Theirs
 from dspref.convert.written import as_text, short
 from dspref.errors import ConfigError
 
-OBJECTIVES = ("dpo", "cpo", "simpo", "orpo", "kto", "bco")
+OBJECTIVES = ("dpo", "cpo", "simpo", "orpo", "kto", "bco", "tpo")
 # Theirs count batches or layers, ours tokens; and what is decided for the whole config.
 OF_OTHER_UNIT = {"data.tokens_per_pack", "reference.tokens_per_pack", "deepspeed", "data.scored", "data.on_overlong"}
 # Theirs are flags, or count epochs.

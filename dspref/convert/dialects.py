@@ -35,7 +35,8 @@ MARKS = {
         "pretrain ref_pretrain micro_train_batch_size max_len save_path apply_chat_template chosen_key adam_offload zpg"
     ),
     "trl": (
-        "dataset_name dataset_train_split model_name_or_path use_peft precompute_ref_log_probs dataset_num_proc rpo_alpha"
+        "dataset_name dataset_train_split model_name_or_path use_peft precompute_ref_log_probs dataset_num_proc rpo_alpha "
+        "tpo_alpha tpo_l_gamma"
     ),
 }  # fmt: skip
 
@@ -67,12 +68,13 @@ _IN_ORDER = {"train_sampling_strategy": "sequential"}
 OF_OBJECTIVE: dict[tuple[str, str], dict[str, Any]] = {
     ("trl", "kto"): _IN_ORDER,
     ("trl", "bco"): _IN_ORDER | {"learning_rate": 5e-7},
+    ("trl", "tpo"): {"learning_rate": 5e-7},
     ("alignment-handbook", "kto"): _IN_ORDER,
     ("axolotl", "kto"): _IN_ORDER,
     ("openrlhf", "kto"): {"max_len": 2048, "input_key": "input", "label_key": "label"},
 }
 
-METHODS = "DPO, CPO, SimPO, ORPO, KTO, BCO"
+METHODS = "DPO, CPO, SimPO, ORPO, KTO, BCO, TPO"
 ACCELERATE = {"compute_environment", "distributed_type", "deepspeed_config", "main_training_function", "num_machines"}
 # Signs of another kind of run, each with its name.
 OTHERS = {
@@ -92,6 +94,8 @@ _KTO = (
     "desirable_loss_weight undesirable_loss_weight"
 )
 _BCO = "prompt_sample_size min_density_ratio max_density_ratio"
+# Of TPO, which trains on a gold answer beside each pair.
+_TPO = "tpo_alpha tpo_l_gamma"
 # Keys of a preference run, whoever's.
 _PAIRS = (
     "beta loss_type label_smoothing rpo_alpha truncation_mode max_prompt_length precompute_ref_log_probs simpo_gamma "
@@ -99,10 +103,10 @@ _PAIRS = (
     "rl_beta pref_beta pref_loss reference_free sync_ref_model ref_pretrain chosen_key rejected_key dpo_label_smoothing "
     "ipo nll_loss_coef"
 )
-PAIRS = {*_PAIRS.split(), *_KTO.split(), *_BCO.split()}
+PAIRS = {*_PAIRS.split(), *_KTO.split(), *_BCO.split(), *_TPO.split()}
 # Keys that tell more than others.
 TELLING = {"base_model": "axolotl", "stage": "llamafactory", "pref_loss": "llamafactory", "pretrain": "openrlhf"}
-STAGES = {"dpo", "orpo", "simpo", "ipo", "cpo", "kto", "bco"}
+STAGES = {"dpo", "orpo", "simpo", "ipo", "cpo", "kto", "bco", "tpo"}
 KINDS = {
     "sft": "supervised fine-tuning", "pt": "pre-training", "rm": "a reward model", "ppo": "reinforcement learning",
     "grpo": "reinforcement learning", "gdpo": "reinforcement learning",
@@ -160,14 +164,14 @@ def refuse_other_runs(theirs: Mapping[str, Any], where: str, objective: str | No
 def _named(theirs: Mapping[str, Any]) -> str | None:
     """The method that the names of the run tell, where its keys do not."""
     for key in ("run_name", "output_dir", "hub_model_id", "exp_name", "_file", "trl_command"):
-        words = re.findall(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|bco)(?![a-z])", str(theirs.get(key) or "").lower())
+        words = re.findall(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|bco|tpo)(?![a-z])", str(theirs.get(key) or "").lower())
         if words:
             return words[-1]
     return None
 
 
 def objective_of(theirs: Mapping[str, Any], dialect: str) -> str:
-    """dpo, cpo, simpo, orpo, kto or bco."""
+    """dpo, cpo, simpo, orpo, kto, bco or tpo."""
     if found := _of_answers(theirs):
         return found
     words = [theirs.get(key) for key in ("rl", "pref_loss", "dpo_loss_type", "loss_type")]
@@ -187,8 +191,11 @@ def objective_of(theirs: Mapping[str, Any], dialect: str) -> str:
 
 
 def _of_answers(theirs: Mapping[str, Any]) -> str | None:
-    """kto or bco, where a config says that single answers are trained on, or pairs as if they were."""
+    """kto or bco, where a config says that single answers are trained on, or pairs as if they were; tpo, where gold answers
+    are."""
     words = {str(theirs.get(key) or "").lower() for key in ("rl", "stage", "pref_loss", "dpo_loss_type", "loss_type")}
     if words & {"kto", "kto_pair", "apo_zero_unpaired"} or {*theirs} & {*_KTO.split()}:
         return "kto"
+    if words & {"tpo", "tpo-l", "tpo_l"} or {*theirs} & {*_TPO.split()}:
+        return "tpo"
     return "bco" if "bco" in (theirs.get("rl"), theirs.get("stage")) or {*theirs} & {*_BCO.split()} else None

@@ -36,9 +36,9 @@ LAUNCHERS = {
     "standalone",
     "hostfile",
 }
-METHOD = re.compile(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|bco|sft|grpo|ppo|rm)(?![a-z])")
+METHOD = re.compile(r"(?<![a-z])(orpo|simpo|cpo|dpo|kto|bco|tpo|sft|grpo|ppo|rm)(?![a-z])")
 # Behind a launcher's options: `accelerate launch --num_processes 8 trl kto`, `deepspeed --module openrlhf.cli.train_kto`.
-BEHIND_LAUNCHER = re.compile(r"(?:\btrl |openrlhf\.cli\.train_)(orpo|simpo|cpo|dpo|kto|bco|sft|grpo|ppo|rm)(?![a-z])")
+BEHIND_LAUNCHER = re.compile(r"(?:\btrl |openrlhf\.cli\.train_)(orpo|simpo|cpo|dpo|kto|bco|tpo|sft|grpo|ppo|rm)(?![a-z])")
 SECRETS = {"use_wandb", "logger.wandb.key"}
 ASSIGNED = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"$`]*\"|'[^']*'|[^\s\"'$`;&|]+)\s*$")
 

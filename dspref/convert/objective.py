@@ -11,7 +11,7 @@ from dspref.objectives import OBJECTIVES, needs_reference
 
 MARGINS = ("simpo_gamma", "gamma_beta_ratio")
 # What theirs take where the file says nothing; elsewhere 0.1.
-BETAS = {("alignment-handbook", "simpo"): 2.0, ("openrlhf", "kto"): 0.01}
+BETAS = {("alignment-handbook", "simpo"): 2.0, ("openrlhf", "kto"): 0.01, ("trl", "tpo"): 0.01}
 WEIGHTS = {
     "desirable_weight": ("desirable_weight", "kto_desirable_weight", "kto_chosen_weight", "desirable_loss_weight"),
     "undesirable_weight": ("undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight", "undesirable_loss_weight"),
@@ -40,7 +40,7 @@ def objective(draft: Draft) -> None:
     draft.put("objective.beta", beta)
     if name == "orpo":
         draft.note("objective.beta", "the weight of the odds-ratio term, as there")
-    chapters = {"dpo": _dpo, "cpo": _cpo, "simpo": _cpo, "kto": _of_answers, "bco": _of_answers}
+    chapters = {"dpo": _dpo, "cpo": _cpo, "simpo": _cpo, "kto": _of_answers, "bco": _of_answers, "tpo": _tpo}
     chapters.get(name, _leave_dpo)(draft)
     _reference(draft, name)
 
@@ -132,6 +132,36 @@ def _of_answers(draft: Draft) -> None:
         draft.note("objective", "theirs has a KTO reference point (KL) for each micro-batch of a GPU; here the step has one")
     if name == "bco":
         draft.note("objective", "theirs moves BCO's threshold with each micro-batch of a GPU; here with each step")
+    _leave_dpo(draft)
+
+
+def _tpo(draft: Draft) -> None:
+    """The weight of its gold answers, and TPO-L's margin. Where gold answers weigh nothing, it is CPO without an NLL, or
+    SimPO."""
+    weight, margin = draft.take("tpo_alpha"), draft.take("tpo_l_gamma")
+    is_tpo_l = draft.get("objective.loss_type") == "tpo_l"
+    if margin is not None and not is_tpo_l:
+        draft.leave("tpo_l_gamma", margin, "has no effect on this loss")
+    if weight == 0:
+        kept = {key: value for key, value in draft.document["objective"].items() if key != "loss_type" or not is_tpo_l}
+        draft.document["objective"] = kept | {"name": "simpo" if is_tpo_l else "cpo"}
+        key, value = ("simpo_gamma", 0.5 if margin is None else margin) if is_tpo_l else ("cpo_alpha", 0)
+        draft.put(f"objective.{key}", value)
+        draft.note(
+            "objective", f"tpo_alpha: 0 leaves gold answers out: it is {'SimPO' if is_tpo_l else 'CPO without its NLL'}"
+        )
+    else:
+        draft.note(
+            "objective", "rows need a gold answer, in the column `reference` as there, or data.train.columns.reference"
+        )
+        draft.note(
+            "objective", "the NLL of gold answers is a mean over the tokens of the step; theirs is one over each micro-batch"
+        )
+        if weight is not None:
+            draft.put("objective.tpo_alpha", weight)
+        if margin is not None and is_tpo_l:
+            draft.put("objective.tpo_l_gamma", margin)
+    _smoothing(draft)
     _leave_dpo(draft)
 
 

@@ -13,7 +13,15 @@ from dspref.convert.literals import Unknown, Values
 from dspref.convert.theirs import OF_BEMA, OF_LORA, OF_PEFT, PARSERS, Theirs
 from dspref.errors import ConfigError
 
-METHODS = {"DPO": "dpo", "CPO": "cpo", "ORPO": "orpo", "SimPO": "simpo", "KTO": "kto", "BCO": "bco"}
+METHODS = {
+    "DPO": "dpo",
+    "CPO": "cpo",
+    "ORPO": "orpo",
+    "SimPO": "simpo",
+    "KTO": "kto",
+    "BCO": "bco",
+    "TPO": "tpo",
+}
 CONFIGS = {f"{name}Config": method for name, method in METHODS.items()}
 TRAINERS = {f"{name}Trainer": method for name, method in METHODS.items()}
 OTHER_CONFIGS = {

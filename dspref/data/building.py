@@ -18,18 +18,19 @@ from dspref.data.apart import start_of
 from dspref.data.cache import Column, seal
 from dspref.data.complaints import Complaints, in_words
 from dspref.data.converting import Converter, Place
-from dspref.data.formats import Preference
+from dspref.data.formats import Preference, within_reason
 from dspref.data.given_store import GivenColumn
 from dspref.data.image_files import Picture, folder_of, look_at
 from dspref.data.image_store import ImageWriter
 from dspref.data.manners import Learned
 from dspref.data.pieces import Encoder
-from dspref.data.rows import BadRow, Row, RowError, Text, one_line
+from dspref.data.rows import BadRow, Row, RowError, one_line
 from dspref.data.sameness import content_of, numbered
 from dspref.data.sources import Listing, Source
 from dspref.data.template import Rendering, render
 from dspref.data.tokenize import Ids, Whole, ids_of, split
 from dspref.data.truncate import Limits, TokenizedPair, in_force
+from dspref.data.whole_rows import left_over
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 128
 TELL_EVERY_SECONDS = 20.0
 PARTS = ("prompt", "chosen", "rejected")
-# Characters of one pair: beyond any model's context, and tokenizing takes about a second for each million.
-MAX_CHARACTERS = 2**23
+REST = "what is left of the row compares no two answers"
 REPEATED = "prompt, or end of it, that an answer repeated and lost"
 KEPT = "pair of text whose answers both begin with the prompt's, and keep it, as not all rows (or those of one prompt) do so"
 AS_TEXT = (
@@ -77,7 +77,7 @@ def build(
     first_file = 0
     for listing in listings:
         converter = Converter(listing, chat_model=tokenizer.chat_template is not None)
-        built.begin_source()
+        built.begin_source(listing.source.takes)
         # The tokenizer leaves Python free to read and render the next rows meanwhile, and to write the last ones.
         rendered = ahead(reader.chunks(converter, built.notes))
         for chunk, ids in ahead((chunk, ids_of(chunk.texts, reader.encoder)) for chunk in rendered):
@@ -144,20 +144,6 @@ class Reader:
         return {REPEATED: repeated, KEPT: kept, AS_TEXT: as_text, **told}
 
 
-def within_reason(preference: Preference | RowError) -> Preference | RowError:
-    """The pair, or an error where it is too much text for any model."""
-    if isinstance(preference, RowError):
-        return preference
-    for name in PARTS:
-        if (size := _characters(getattr(preference, name))) > MAX_CHARACTERS:
-            return RowError(name, f"{size:,} characters, more than the {MAX_CHARACTERS:,} that are read", "cut the text")
-    return preference
-
-
-def _characters(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(len(message.get("content") or "") for message in text)
-
-
 # ------------------------------------------------------------------------------------------------- what is written
 
 
@@ -221,9 +207,11 @@ class _Build:
     """Whether prompts are read apart from their answers."""
     images: ImageWriter | None = None
     """Of a model that reads images."""
+    takes: str = "pairs"
+    """What a row of the source that is being read becomes."""
 
-    def begin_source(self) -> None:
-        self.before, self.left_out = (self.read, self.seen, self.kept), Complaints()
+    def begin_source(self, takes: str) -> None:
+        self.before, self.left_out, self.takes = (self.read, self.seen, self.kept), Complaints(), takes
 
     def end_source(self, decided: dict[str, Any]) -> None:
         rows, pairs, kept = (now - then for now, then in zip((self.read, self.seen, self.kept), self.before))
@@ -235,10 +223,18 @@ class _Build:
         """Split and truncate the pairs of a chunk, and keep them or note why they are left out."""
         kept, uncut, rows, places, pictures, given = [], [], [], [], [], []
         items = split(chunk.texts, ids, encoder)
-        for k, texts, numbers, item in zip(chunk.of, chunk.texts, chunk.given, items, strict=True):
+        beside: Counter[int] = Counter()  # the longest answer of each row
+        for k, item in zip(chunk.of, items, strict=True):
+            if self.takes != "pairs" and isinstance(item, Whole):
+                beside[k] = max(beside[k], item.longest)
+        pairs = [self._cut(item, chunk.rows[k][1], beside[k]) for k, item in zip(chunk.of, items)]
+        self.seen += len(items)
+        alone = left_over(self.takes, chunk.of, chunk.given, pairs)
+        for k, texts, numbers, item, pair in zip(chunk.of, chunk.texts, chunk.given, items, pairs, strict=True):
             file, row = chunk.rows[k]
-            self.seen += 1
-            if (pair := self._cut(item, row)) is not None and isinstance(texts, Rendering):
+            if pair is not None and k in alone:
+                self._leave_out(row, RowError("row", REST, droppable=True))
+            elif pair is not None and isinstance(texts, Rendering):
                 kept.append(pair)
                 uncut += [item.lengths] if isinstance(item, Whole) else []
                 rows.append(self.read + k)
@@ -253,11 +249,11 @@ class _Build:
             self.files.given.append(given)
             self._write(kept, rows, places, pictures)
 
-    def _cut(self, item: Whole | RowError, row: Row | BadRow) -> TokenizedPair | None:
+    def _cut(self, item: Whole | RowError, row: Row | BadRow, beside: int) -> TokenizedPair | None:
         if isinstance(item, RowError):
             return self._leave_out(row, item)
         try:
-            pair = item.cut(self.limits)
+            pair = item.cut(self.limits, beside)
         except RowError as error:
             self.too_long.append(len(item.pair.prompt) + max(len(item.pair.chosen), len(item.pair.rejected)))
             return self._leave_out(row, error)

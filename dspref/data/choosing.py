@@ -79,7 +79,7 @@ def worst(sources: Sequence[SourcePairs], by: str) -> Chosen:
     values = [(source, WORST[by](source.store)[source.first : source.stop]) for source in sources]
     source, column = max(values, key=lambda item: int(item[1].max()))
     if column.max() < 0:
-        raise ConfigError(f"--worst {by}: compares two answers, and every row here has one; use --worst length")
+        raise ConfigError(f"--worst {by}: compares two answers, and here each stands alone; use --worst length")
     return source, source.first + int(column.argmax())
 
 

@@ -1,4 +1,5 @@
-"""A raw row becomes preferences: of several scored answers each pair that `PAIRINGS` names, in the better one's favour."""
+"""A raw row becomes preferences: of several scored answers each pair that `PAIRINGS` names, in the better one's favour, or
+all of them as a list; and with a pair, its gold answer."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from typing import Any
 from dspref.data.beside import unused
 from dspref.data.formats import Preference, pair_of, to_preference
 from dspref.data.given import OF_RANKS, SCORES, given_in, number_of, of_scores, with_gap
+from dspref.data.gold import REFERENCE, gold_of
 from dspref.data.image_rows import column_of
-from dspref.data.labelled import is_labelled, to_answer
+from dspref.data.labelled import is_labelled, of_one, to_answer
 from dspref.data.messages import answer_of, is_blank, stripped, unwrapped
 from dspref.data.normalise import conversation_in, normalise, without_null_prompt
 from dspref.data.rows import Columns, RowError, Text, Values, close_name, find, given, kind_of, missing, parse_json, what_is
@@ -27,6 +29,9 @@ PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
     "best_against_rest": lambda n: [(0, j) for j in range(1, n)],
     "best_against_worst": lambda n: [(0, n - 1)] if n > 1 else [],
 }
+# In their place: the answers of a row are one list.
+LIST = "list"
+NONE_BETTER = "no answer is better than another"
 
 
 def to_preferences(
@@ -43,19 +48,29 @@ def to_preferences(
 ) -> list[Preference | RowError]:
     """Convert one raw row, which may hold several scored answers instead of two: `pairs` says which of them make a pair
     (all | best_against_rest | best_against_worst), and `pair_weights` what pairs weigh (score_gap; None: what the row says).
+    With `pairs: list` each answer stands alone, labelled as one of the best or not, with its score, and a pair is a list of
+    two; where `columns` name a reference, that answer stands alone behind the pairs, labelled true.
+
     An answer that cannot be used is an error in its place, and the others make pairs. Takes `as_`, `chat_model` and
     `repeated`, and raises, as `to_preference` does; `key`: where the source stands in the YAML, for the fixes of errors."""
     try:
         if not template and is_labelled(values, columns):
+            if pairs == LIST or REFERENCE in given(columns):
+                raise RowError(
+                    "label", ALONE, "use rows of two answers or of completions and scores, or objective.name: kto"
+                )
             answer = to_answer(values, columns, as_=as_, chat_model=chat_model)
             made, ranked = [replace(answer, given=given_in(values, given(columns)))], False
         elif template or not is_ranked(values, columns):
             _refuse_beside_template(columns, pairs, template)
             pair = to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)
-            made, ranked = [replace(pair, given=given_in(values, given(columns)))], False
+            numbers = given_in(values, given(columns))
+            made, ranked = [replace(pair, given=_of_two(numbers) if pairs == LIST else numbers)], False
         else:
             about_images = chat_model and "images" in column_of(values, given(columns))  # a text has no place for one
             made, ranked = _pairs_of(values, columns, pairs, as_ or ("chat" if about_images else None)), True
+        if REFERENCE in given(columns):
+            made = _with_gold(made, values, given(columns))
         if pair_weights is not None:
             made = [replace(item, given=with_gap(item.given)) if isinstance(item, Preference) else item for item in made]
     except RecursionError:
@@ -64,6 +79,24 @@ def to_preferences(
         raise error.of(key) from None
     named = None if template else given(columns)
     return [item.of(key) if isinstance(item, RowError) else _told(item, values, named, ranked) for item in made]
+
+
+ALONE = "one answer alone, and this objective compares several"
+
+
+def _with_gold(
+    made: Sequence[Preference | RowError], values: Values, named: Mapping[str, str]
+) -> list[Preference | RowError]:
+    first = next((item for item in made if isinstance(item, Preference)), None)
+    return [*made, replace(gold_of(first, values, named), given=first.given)] if first else [*made]
+
+
+def _of_two(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of a pair that is a list of two: without scores, the share of the list that an answer is better than."""
+    found = {"score_chosen": 0.5, "score_rejected": 0.0, **numbers}
+    if found["score_chosen"] == found["score_rejected"]:
+        raise RowError(SCORES[0], NONE_BETTER, droppable=True)
+    return found
 
 
 def _told(pair: Preference, values: Values, named: Mapping[str, str] | None, ranked: bool) -> Preference:
@@ -87,7 +120,9 @@ def is_ranked(values: Values, columns: Columns | None) -> bool:
 
 
 def _refuse_beside_template(columns: Columns | None, pairs: str, template: Mapping[str, str] | None) -> None:
-    unread = [f"columns.{field}" for field in RANKED_FIELDS if field in given(columns)] + ["pairs"] * (pairs != "all")
+    unread = [f"columns.{field}" for field in RANKED_FIELDS if field in given(columns)] + ["pairs"] * (
+        pairs not in ("all", LIST)
+    )
     if template and unread:
         raise RowError(unread[0], "has no effect: a template makes one pair of a row", "drop one of them")
 
@@ -98,6 +133,9 @@ def _pairs_of(values: Values, columns: Columns | None, pairs: str, as_: str | No
         raise RowError(f"columns.{beside[0]}", "two answers and several scored ones are given", "name one or the other")
     answers, errors = ranked(values, named, as_)
     shared = given_in(values, {name: column for name, column in named.items() if name not in SCORES})
+    if pairs == LIST:
+        fields = normalise(values, columns, None, as_, ranked=True)
+        return [*errors, *_list_of(fields, answers, bool(errors), values, columns, shared)]
     scored = any(name in named for name in SCORES)
     if scored and _judged_by(values, named) == "ranks":
         raise RowError("ranks", OF_RANKS, "set data.train.columns.scores")
@@ -105,7 +143,7 @@ def _pairs_of(values: Values, columns: Columns | None, pairs: str, as_: str | No
     better = [(best, worst) for best, worst in candidates if best[0] > worst[0]]
     kept = _agreed(better, answers)
     if not kept and not errors:
-        reason = "no answer is better than another" + (", as equal answers have several scores" if better else "")
+        reason = NONE_BETTER + (", as equal answers have several scores" if better else "")
         raise RowError("completions", reason, droppable=True)
     fields = normalise(values, columns, None, as_, ranked=True)
     made = [_pair(fields, best, worst, values, columns, shared, scored) for best, worst in kept]
@@ -113,6 +151,34 @@ def _pairs_of(values: Values, columns: Columns | None, pairs: str, as_: str | No
     told = (SAMPLED_TWICE,) if len(kept) < len(better) else ()
     pairs_made = [replace(item, unused=told) for item in made if isinstance(item, Preference)]
     return [*errors, *said.values(), *pairs_made]
+
+
+def _list_of(
+    fields: Values,
+    answers: Sequence[Scored],
+    others_failed: bool,
+    values: Values,
+    columns: Columns | None,
+    shared: Mapping[str, float],
+) -> list[Preference | RowError]:
+    """All answers of a row, the best first, each by itself. Raises RowError where none is better than another."""
+    scores = [score for score, _ in answers]
+    if len(set(scores)) < 2:
+        if others_failed:
+            return []
+        raise RowError("completions", NONE_BETTER, droppable=True)
+    if _judged_by(values, given(columns)) == "ranks":
+        # As Liu et al. 2024 (arXiv:2402.01878, section 5.4) label lists that people have ranked.
+        scores = [sum(other < score for other in scores) / len(scores) for score in scores]
+    made: list[Preference | RowError] = []
+    for score, (_, answer) in zip(scores, answers):
+        own = answer_of(answer, "completions", fields.get("prompt"))
+        row = without_null_prompt({**fields, "chosen": own, "rejected": own, "label": score == scores[0]}, given(columns))
+        try:
+            made.append(replace(pair_of(row, values, columns), given={**shared, **of_scores(score, score)}))
+        except RowError as error:
+            made.append(of_one(error))
+    return made
 
 
 def _agreed(candidates: Sequence[tuple[Scored, Scored]], answers: Sequence[Scored]) -> list[tuple[Scored, Scored]]:

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from dspref.data.completions import is_ranked, to_preferences
+from dspref.data.completions import LIST, is_ranked, to_preferences
 from dspref.data.formats import Preference
 from dspref.data.given import NAMES
+from dspref.data.gold import REFERENCE
 from dspref.data.normalise import OPTIONAL_FIELDS
 from dspref.data.own_format import Given, OwnFormat, as_given, own_format
 from dspref.data.row_template import columns_of
@@ -34,7 +35,7 @@ class Converter:
         """`decided`: what a converter of the same listing found, to take single rows as it did."""
         self.listing, self.source = listing, listing.source
         self.own = format_of(self.source)
-        self.pairs_made = self.source.pairs == "all"
+        self.pairs_made = self.source.pairs in ("all", LIST)
         """Whether `pairs` has had an effect on a row, where it is set."""
         self.how = {"as_": self.source.as_, "chat_model": chat_model, "key": self.source.key}
         self.how["pair_weights"] = self.source.pair_weights
@@ -131,7 +132,8 @@ def _pairs_of(
     how = {**how, "repeated": False} if item.literal else how
     columns = source.columns
     if own is not None:
-        columns = item.columns | {name: column for name, column in (source.columns or {}).items() if name in NAMES}
+        read = (*NAMES, REFERENCE)
+        columns = item.columns | {name: column for name, column in (source.columns or {}).items() if name in read}
     values = {**lacking, **item.values} if lacking else item.values
     made: list[Preference | RowError]
     try:

@@ -37,6 +37,7 @@ def figures(store: PairStore, ids: np.ndarray) -> dict[str, Any]:
     columns = {"prompt": lengths[:, 0], **answers, "pair": longest}
     return {
         "pairs": len(ids),
+        "rows": len(np.unique(store.rows[ids])),
         "answers": {name: len(column) for name, column in answers.items()} | {"single": int((~there).any(axis=1).sum())},
         "tokens": {name: spread(column) for name, column in columns.items()},
         "histogram": histogram({name: columns[name] for name in COLUMNS}),

@@ -35,6 +35,8 @@ from dspref.data.texts import behind_text, shared_start
 
 # Who sets the scene; a prompt is more than that.
 SYSTEMS = ("system", "developer")
+# Characters of one pair: beyond any model's context, and tokenizing takes about a second for each million.
+MAX_CHARACTERS = 2**23
 ADD_PROMPT = "add a prompt column, or name it: data.train.columns.prompt"
 
 
@@ -122,6 +124,16 @@ def pair_of(fields: Fields, values: Values, columns: Columns | None) -> Preferen
                 preference, repeats=repeats, begins=fields.get("begins"), parted=fields.get("parted", False), **more
             )
     raise _why_unrecognised(fields, values, columns)
+
+
+def with_answer(pair: Preference, answer: Text, field: str) -> Preference:
+    """The prompt of a pair, and an answer to it that stands alone, from the column `field`. Raises RowError."""
+    alone = replace(pair, chosen=answer, rejected=answer, label=True, repeats=0, whole=None, begins=None, parted=False)
+    try:
+        _check(alone, alone=True)
+    except RowError as error:
+        raise RowError(field, error.reason, error.fix) from None
+    return alone
 
 
 def _why_unrecognised(fields: Fields, values: Values, columns: Columns | None) -> RowError:
@@ -308,3 +320,17 @@ def _refuse_empty(chosen: Text, rejected: Text, alone: bool = False) -> None:
         raise RowError("rejected", "identical to chosen")
     if stripped(chosen) == stripped(rejected):
         raise RowError("rejected", "identical to chosen but for white space at the ends")
+
+
+def within_reason(preference: Preference | RowError) -> Preference | RowError:
+    """The pair, or an error where it is too much text for any model."""
+    if isinstance(preference, RowError):
+        return preference
+    for name in FIELDS:
+        if (size := _characters(getattr(preference, name))) > MAX_CHARACTERS:
+            return RowError(name, f"{size:,} characters, more than the {MAX_CHARACTERS:,} that are read", "cut the text")
+    return preference
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(message.get("content") or "") for message in text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dspref.data.cache import Column
-from dspref.data.given import NAMES
+from dspref.data.given import NAMES, SCORES
 
 # What stands for the number of a pair without one; scores are never read of such a pair.
 ABSENT = {"weight": 1.0, "margin": 0.0}
@@ -49,6 +49,12 @@ class Given:
             name: np.nan_to_num(column, nan=ABSENT.get(name, np.nan)) for name, column in there.items()
         }
         """float32 [n] each."""
+
+    @property
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [n] of chosen and rejected answers, where rows are read for them."""
+        chosen, rejected = (self.columns[name] for name in SCORES)
+        return chosen, rejected
 
     def of(self, pairs: Sequence[int]) -> dict[str, np.ndarray]:
         """float32 [P] each, of some pairs."""

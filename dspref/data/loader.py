@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil
 
 import numpy as np
@@ -13,6 +14,7 @@ from dspref.data.batch import PackedBatch, collate
 from dspref.data.mismatched import Mismatched, Pairs
 from dspref.data.plan import Groups, alone, group, order, pack, rows_per_epoch, steps_per_epoch
 from dspref.data.store import PairStore
+from dspref.data.whole_rows import examples_of, joined, numbered, rows_of_sources, starts
 
 # Sharing pays for its gather of keys and values when it saves more than this share of the tokens.
 SHARING_PAYS = 0.03
@@ -30,6 +32,12 @@ class Packing:
     world_size: int = 1
     score_prompt: bool = False
     """Not a matter of speed: ORPO asks for the log-probs of prompts too."""
+    takes: str = "pairs"
+    """Nor is this: what a row becomes for the objective, as in `Family`."""
+
+    @property
+    def by_rows(self) -> bool:
+        return self.takes in ("list", "gold")
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Step:
     packs: Iterable[PackedBatch]
     counts: dict[str, int]
     """`pairs`; `answers`; `chosen_tokens`, `rejected_tokens` (scored), `chosen_and_prompt_tokens` (no prompt's first);
-    `tokens` (of prompt + answer, of each answer); `mismatched_answers`, where there are such."""
+    `tokens` (of prompt + answer, of each answer); where there are such, `mismatched_answers`, `lists` and `gold_tokens`,
+    which are no `chosen_tokens`, nor are gold answers `pairs`."""
     fill: float
     """Computed tokens over the room in all packs of all ranks."""
     computed_tokens: int = 0
@@ -57,6 +66,8 @@ class Step:
     """As in `StepPacks`."""
     mismatched: Iterable[PackedBatch] = ()
     """This rank's packs of mismatched pairs, where they are asked for."""
+    splits_lists: bool = False
+    """Whether answers of one list run in several packs."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,15 @@ class StepLoader:
     mismatched: Mismatched | None = None
     """Of all steps of a run, one behind the other, where each step has a reference point made of them."""
 
+    @cached_property
+    def counted(self) -> Sequence[int]:
+        """What steps are measured in, of each source: pairs, or rows where all that a row gives is in one step."""
+        rows, of_sources = self.store.rows, self.store.source_rows
+        return rows_of_sources(rows, of_sources) if self.packing.by_rows else of_sources
+
     @property
     def steps_per_epoch(self) -> int:
-        return 1 if self.again else steps_per_epoch(self.store.source_rows, self.weights, self.pairs_per_step)
+        return 1 if self.again else steps_per_epoch(self.counted, self.weights, self.pairs_per_step)
 
     def total_steps(self, num_train_epochs: float, max_steps: int | None) -> int:
         return max_steps or ceil(num_train_epochs * self.steps_per_epoch)
@@ -95,11 +112,11 @@ class StepLoader:
                 plan, planned_epoch = self.epoch(epoch), epoch
             placed = place(self.store, plan[k], self.packing)
             packs = [batch.pinned() for batch in placed.packs(self.store, self.packing)]
-            progress, counts = epoch + (k + 1) / self.steps_per_epoch, count(self.store, plan[k])
+            progress, counts = epoch + (k + 1) / self.steps_per_epoch, count(self.store, plan[k], self.packing.takes)
             others = self._mismatched(self.pairs_before(number - 1), len(plan[k]), counts)
             yield Step(
                 number, progress, len(packs), packs, counts, placed.fill, placed.tokens, placed.attention, placed.scored,
-                placed.more, others,
+                placed.more, others, placed.splits_lists,
             )  # fmt: skip
 
     def _mismatched(self, start: int, size: int, counts: dict[str, int]) -> list[PackedBatch]:
@@ -113,7 +130,7 @@ class StepLoader:
 
     def pairs_before(self, done: int) -> int:
         """How many pairs steps 1 to `done` hold, counted each time."""
-        pairs, (whole, rest) = rows_per_epoch(self.store.source_rows, self.weights), divmod(done, self.steps_per_epoch)
+        pairs, (whole, rest) = rows_per_epoch(self.counted, self.weights), divmod(done, self.steps_per_epoch)
         return whole * (min(pairs, self.pairs_per_step) if self.again else pairs) + rest * self.pairs_per_step
 
     def with_mismatched(self, total: int) -> StepLoader:
@@ -143,24 +160,34 @@ class StepLoader:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The pairs of every step of an epoch."""
-        rows, number = self.store.source_rows, 0 if self.again else epoch
-        steps = order(rows, self.weights, self.seed, number, self.pairs_per_step, self.shuffle, self.together)
-        return steps[:1] if self.again else steps
+        number, together, by_rows = 0 if self.again else epoch, self.together, self.packing.by_rows
+        if by_rows and together is not None:
+            together = together[starts(self.store.rows)]
+        steps = order(self.counted, self.weights, self.seed, number, self.pairs_per_step, self.shuffle, together)
+        steps = steps[:1] if self.again else steps
+        return [examples_of(self.store.rows, step) for step in steps] if by_rows else steps
 
 
-def count(store: PairStore, ids: np.ndarray) -> dict[str, int]:
-    """Global counts of some pairs. Every rank knows all lengths, so no rank asks another."""
-    lengths = store.computed[ids]
+def count(store: PairStore, ids: np.ndarray, takes: str = "pairs") -> dict[str, int]:
+    """Global counts of some examples. Every rank knows all lengths, so no rank asks another."""
+    lengths, scored = store.computed[ids], store.scored[ids]
     prompt, *answers = lengths.sum(axis=0).tolist()
-    chosen, rejected = store.scored[ids].sum(axis=0).tolist()
-    of_prompt = (store.scored[ids] > 0).sum(axis=1)
+    chosen, rejected = scored.sum(axis=0).tolist()
+    of_prompt, golds, more = (scored > 0).sum(axis=1), 0, {}
+    if takes == "list":
+        more["lists"] = int(starts(store.rows)[ids].sum())
+    elif takes == "gold":
+        gold = scored[:, 1] == 0
+        more["gold_tokens"] = int(scored[gold, 0].sum())
+        chosen, golds = chosen - more["gold_tokens"], int(gold.sum())
     return {
-        "pairs": len(ids),
-        "answers": int(of_prompt.sum()),
+        "pairs": len(ids) - golds,
+        "answers": int(of_prompt.sum()) - golds,
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
         "chosen_and_prompt_tokens": prompt - len(ids) + chosen,
         "tokens": int(of_prompt @ lengths[:, 0]) + sum(answers),
+        **more,
     }
 
 
@@ -183,6 +210,14 @@ class StepPacks:
     what a tower does, by names of its model."""
     most: Mapping[str, float] = field(default_factory=dict)
     """Of these, those of the largest pack; what a tower reads, of the pack that has most of it."""
+    lists: list[list[np.ndarray]] | None = None
+    """As `ids`, the number of the list that each example is of, where lists are trained on."""
+
+    @property
+    def splits_lists(self) -> bool:
+        """Whether answers of one list are in several packs."""
+        parts = [np.unique(own) for rank in self.lists or () for own in rank]
+        return len(parts) > 0 and len(np.unique(np.concatenate(parts))) < sum(map(len, parts))
 
     def packs(self, store: Pairs, packing: Packing) -> Iterator[PackedBatch]:
         """The packs of this rank."""
@@ -193,25 +228,37 @@ class StepPacks:
             collate(
                 [store[i] for i in ids.tolist()], ids.tolist(), prefix_sharing=sharing, score_prompt=score_prompt,
                 encoder_decoder=store.apart, pictures=store.pictures(ids.tolist()),
-                given=store.given.of(ids.tolist()), sequences=max(counts),
+                given=store.given.of(ids.tolist()) | self._marks(store, packing, k), sequences=max(counts),
             )
-            for ids, *counts in zip(self.ids[packing.rank], *answers)
+            for k, (ids, *counts) in enumerate(zip(self.ids[packing.rank], *answers))
         )  # fmt: skip
+
+    def _marks(self, store: Pairs, packing: Packing, k: int) -> dict[str, np.ndarray]:
+        """What says of the examples of a pack which of a row they are, by the fields of `PairLogps`."""
+        ids = self.ids[packing.rank][k]
+        if self.lists is not None:
+            return {"list": self.lists[packing.rank][k], "opens": starts(store.rows)[ids].astype(np.int64)}
+        return {"gold": (store.scored[ids, 1] == 0).astype(np.int64)} if packing.takes == "gold" else {}
 
 
 def place(store: Pairs, ids: np.ndarray, packing: Packing) -> StepPacks:
     """Pairs -> packs on all ranks; pairs of one prompt as a group, where sharing is on."""
     lengths, scored, budget, world = store.computed[ids], store.scored[ids], packing.tokens_per_pack, packing.world_size
     shared = packing.prefix_sharing
-    groups = group(store.same[ids], lengths, budget, scored, store.apart) if shared else alone(lengths, scored, store.apart)
+    numbers = numbered(store.rows, ids) if packing.takes == "list" else None
+    if shared:
+        groups = group(store.same[ids], lengths, budget, scored, store.apart, numbers)
+    else:
+        groups = alone(lengths, scored, store.apart)
+        groups = groups if numbers is None else joined(groups, numbers, budget)
     packs = pack(groups.tokens, budget, world, groups.cost)
-    in_order = np.argsort(groups.of_pair, kind="stable")
-    members = np.split(ids[in_order], np.cumsum(np.bincount(groups.of_pair))[:-1])
+    members = np.split(np.argsort(groups.of_pair, kind="stable"), np.cumsum(np.bincount(groups.of_pair))[:-1])
     load = np.array([[groups.cost[chosen].sum() for chosen in rank] for rank in packs])
     largest = max(int(groups.tokens[chosen].sum()) for rank in packs for chosen in rank)
     tokens, room = int(groups.tokens.sum()), load.size * budget
     prompts = (tokens - int(groups.answers.sum())) // (1 if packing.prefix_sharing else 2) - len(groups.tokens)
-    placed = [[np.concatenate([ids[:0], *(members[g] for g in chosen)]) for chosen in rank] for rank in packs]
+    at = [[np.concatenate([np.arange(0), *(members[g] for g in chosen)]) for chosen in rank] for rank in packs]
+    placed = [[ids[own] for own in rank] for rank in at]
     reads = _encoded(groups, packs) if store.apart else store.tower_work(own.tolist() for rank in placed for own in rank)
     most = reads if not store.apart else [max(reads, key=lambda own: own["tokens"])]
     return StepPacks(
@@ -224,6 +271,7 @@ def place(store: Pairs, ids: np.ndarray, packing: Packing) -> StepPacks:
         1 - float(load.sum() / max(world * load.max(axis=0).sum(), 1)),
         {name: sum(own[name] for own in reads) for name in reads[0] if name != "tokens"} if reads else {},
         {name: max(own[name] for own in most) for name in reads[0] if name != "tokens"} if reads else {},
+        None if numbers is None else [[numbers[own] for own in rank] for rank in at],
     )
 
 

@@ -66,6 +66,11 @@ class Mismatched:
         return TokenizedPair(prompt, own.chosen[:chosen], own.rejected[:rejected], *masks)
 
     @property
+    def rows(self) -> np.ndarray:
+        """The row that each prompt comes from."""
+        return self.pairs.rows[self.prompts]
+
+    @property
     def computed(self) -> np.ndarray:
         return np.maximum(self.lengths - np.array([0, 1, 1]), 0) if self.apart else self.lengths
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dspref.data.building import Reader, within_reason
+from dspref.data.building import Reader
 from dspref.data.converting import Converter
-from dspref.data.formats import Preference
+from dspref.data.formats import Preference, within_reason
 from dspref.data.rows import BadRow, Row, RowError
 from dspref.data.sources import Listing
 from dspref.data.template import render
@@ -24,11 +24,13 @@ Place = tuple[int, int]
 
 
 class Origin(NamedTuple):
-    """A raw row, the pair of texts or messages in it, and the same as tokens before truncation."""
+    """A raw row, the pair of texts or messages in it, and the same as tokens before truncation; and the longest answer of
+    the row, where all that it gives belongs together."""
 
     values: dict[str, Any]
     preference: Preference
     whole: Whole
+    beside: int = 0
 
 
 def rows_at(listing: Listing, places: Iterable[Place]) -> dict[Place, Row | BadRow]:
@@ -63,8 +65,10 @@ class Again:
         made = [reader.looked(within_reason(item), row) for _, item in self.convert([(0, row)])]
         texts = [render(item, reader.tokenizer, reader.learned, reader.scored) for item in made]
         wholes = split(texts, ids_of(texts, reader.encoder), reader.encoder)
+        answers = (whole.longest for whole in wholes if isinstance(whole, Whole))
+        beside = max(answers, default=0) if self.convert.source.takes != "pairs" else 0
         return [
-            Origin(row.values, item, whole)
+            Origin(row.values, item, whole, beside)
             if isinstance(row, Row) and isinstance(item, Preference) and isinstance(whole, Whole)
             else whole
             for item, whole in zip(made, wholes, strict=True)
@@ -78,7 +82,7 @@ def origin_of(pair: TokenizedPair, made: Iterable[Origin | RowError], limits: Li
         if isinstance(origin, RowError):
             continue
         try:
-            cut = origin.whole.cut(limits)
+            cut = origin.whole.cut(limits, origin.beside)
         except RowError:
             continue
         if all(np.array_equal(one, other) for one, other in zip(pair[:3], cut[:3])):
@@ -93,7 +97,7 @@ def why_left_out(made: Iterable[Origin | RowError], limits: Limits) -> list[RowE
         try:
             if isinstance(item, RowError):
                 raise item
-            item.whole.cut(limits)
+            item.whole.cut(limits, item.beside)
         except RowError as error:
             reasons.append(error)
     return reasons

@@ -110,19 +110,26 @@ def alone(lengths: np.ndarray, scored: np.ndarray | None = None, apart: bool = F
 
 
 def group(
-    same: np.ndarray, lengths: np.ndarray, tokens_per_pack: int, scored: np.ndarray | None = None, apart: bool = False
+    same: np.ndarray,
+    lengths: np.ndarray,
+    tokens_per_pack: int,
+    scored: np.ndarray | None = None,
+    apart: bool = False,
+    lists: np.ndarray | None = None,
 ) -> Groups:
     """Pairs of one prompt together, so that it and each of their answers are computed once.
 
     `same` [n, 3] names the content of each (prompt, prompt + chosen, prompt + rejected), `lengths` [n, 3] are the tokens of
     prompt, chosen, rejected, `scored` [n, 2] those of the answers that are scored (None: all). A group beyond
-    `tokens_per_pack` is cut between two pairs. `apart`: an encoder reads prompts, in which every token sees all.
+    `tokens_per_pack` is cut between two pairs, but not between neighbours with the same number in `lists` [n] that have room
+    in one. `apart`: an encoder reads prompts, in which every token sees all.
     """
     scored = lengths[:, 1:] if scored is None else scored
     groups = _measured(numbered_by_sight(same[:, 0]), same, lengths, scored, apart)
     large = groups.tokens > tokens_per_pack
     if len(groups.tokens) < len(same) and large.any():
-        return _measured(_cut(groups.of_pair, large, same, lengths, tokens_per_pack), same, lengths, scored, apart)
+        cut = _cut(groups.of_pair, large, same, lengths, tokens_per_pack, lists)
+        return _measured(cut, same, lengths, scored, apart)
     return groups
 
 
@@ -151,21 +158,45 @@ def _measured(groups: np.ndarray, same: np.ndarray, lengths: np.ndarray, scored:
     return Groups(groups, prompts + tokens, within + across + attention, tokens, targets, within, across)
 
 
-def _cut(groups: np.ndarray, large: np.ndarray, same: np.ndarray, lengths: np.ndarray, budget: int) -> np.ndarray:
-    """Number the pairs of large groups anew: a new group wherever the next pair would exceed the budget."""
+def _cut(
+    groups: np.ndarray,
+    large: np.ndarray,
+    same: np.ndarray,
+    lengths: np.ndarray,
+    budget: int,
+    lists: np.ndarray | None,
+) -> np.ndarray:
+    """Number the pairs of large groups anew: a new group wherever the next pair, or list, would exceed the budget."""
     groups, fresh = groups.copy(), int(groups.max()) + 1
     for whole in np.flatnonzero(large):
-        tokens, seen = 0, set()
-        for i in np.flatnonzero(groups == whole):
-            answers = dict(zip(same[i, 1:].tolist(), lengths[i, 1:].tolist()))
+        members = np.flatnonzero(groups == whole)
+        prompt, tokens, seen = int(lengths[members[0], 0]), 0, set()
+        for pairs in _parts(members, prompt, same, lengths, budget, lists):
+            answers = _answers_of(pairs, same, lengths)
             needed = sum(length for answer, length in answers.items() if answer not in seen)
             if seen and tokens + needed > budget:
                 tokens, seen, fresh = 0, set(), fresh + 1
-            tokens += needed if seen else int(lengths[i].sum())
+            tokens += needed if seen else prompt + sum(answers.values())
             seen |= answers.keys()
-            groups[i] = fresh
+            groups[pairs] = fresh
         fresh += 1
     return numbered_by_sight(groups)
+
+
+def _parts(
+    members: np.ndarray, prompt: int, same: np.ndarray, lengths: np.ndarray, budget: int, lists: np.ndarray | None
+) -> list[np.ndarray]:
+    """Pairs of one prompt, those of a list together while there is room for it."""
+    if lists is None:
+        return list(members[:, None])
+    runs = np.split(members, np.flatnonzero(np.diff(lists[members])) + 1)
+    fits = [prompt + sum(_answers_of(run, same, lengths).values()) <= budget for run in runs]
+    return [part for run, fit in zip(runs, fits) for part in ([run] if fit else run[:, None])]
+
+
+def _answers_of(pairs: np.ndarray, same: np.ndarray, lengths: np.ndarray) -> dict[int, int]:
+    """The tokens of each distinct answer of some pairs."""
+    return dict(zip(same[pairs, 1:].ravel().tolist(), lengths[pairs, 1:].ravel().tolist()))
 
 
 def pack(

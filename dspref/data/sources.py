@@ -54,6 +54,13 @@ class Source:
     format: str | None = None
     """`module:function` of the user's, which says what a row is."""
 
+    @property
+    def takes(self) -> str:
+        """What a row becomes: `pairs` (or answers that stand alone), a `list` of answers, or a pair with its `gold` one."""
+        if self.pairs == "list":
+            return "list"
+        return "gold" if (self.columns or {}).get("reference") else "pairs"
+
 
 class Selection(NamedTuple):
     """The rows of some parts, one behind the other, within the bounds of a term."""

@@ -214,7 +214,7 @@ def load_pairs(
             put_in_place(built, folder)
             store = PairStore(folder, files, sight=sight)
     if summarise:
-        _log_report(store.report, log)
+        _log_report(store.report, "pairs" if (store.scored > 0).all() else "examples", log)
     return store
 
 
@@ -260,16 +260,16 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _log_report(report: Mapping[str, Any], log: Log) -> None:
+def _log_report(report: Mapping[str, Any], unit: str, log: Log) -> None:
     if warning := unknown_template(report):
         log(f"warning: data: {warning}")
     if report["dropped"]:
-        left_out, unit = report["pairs"] - report["kept"], "rows" if report["pairs"] == report["rows"] else "pairs"
-        log(f"data: left out {left_out} of {report['pairs']} {unit}: {in_words(report['dropped'])}")
+        left_out, what = report["pairs"] - report["kept"], "rows" if report["pairs"] == report["rows"] else unit
+        log(f"data: left out {left_out} of {report['pairs']} {what}: {in_words(report['dropped'])}")
     if report["notes"]:
         log(f"data: {in_words(report['notes'])}")
     if lost := [truncation_in_words(name, *figures) for name, figures in report["truncated"].items() if figures[0]]:
-        log(f"data: beyond {report['limits']}, of {report['kept']} pairs: {'; '.join(lost)}")
+        log(f"data: beyond {report['limits']}, of {report['kept']} {unit}: {'; '.join(lost)}")
 
 
 def unknown_template(report: Mapping[str, Any]) -> str | None:

@@ -107,12 +107,18 @@ class Whole(NamedTuple):
     images: np.ndarray | None = None
     """bool [n]: which of the prompt's tokens are those of images, where it has some."""
 
-    def cut(self, limits: Limits) -> TokenizedPair:
-        """The pair as it is trained on. Raises RowError as `truncate` does."""
-        pair = truncate(self.pair, limits, self.head, self.tail)
+    def cut(self, limits: Limits, beside: int = 0) -> TokenizedPair:
+        """The pair as it is trained on. Raises RowError as `truncate` does. `beside`: tokens of the longest answer to the
+        prompt in other pairs of the row, which is to stay the same in all where it is cut."""
+        pair = truncate(self.pair, limits, self.head, self.tail, beside if limits.on_overlong == "truncate" else 0)
         if self.images is not None:
             refuse_cut_images(self.images, len(pair.prompt), limits, self.head)
         return started(pair, self.first)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer answer."""
+        return max(len(self.pair.chosen), len(self.pair.rejected))
 
     @property
     def lengths(self) -> list[int]:

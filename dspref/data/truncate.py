@@ -44,8 +44,9 @@ def in_force(limits: Limits) -> str:
     return ", ".join(f"{name} {getattr(limits, name)}" for name in names if getattr(limits, name) is not None)
 
 
-def truncate(pair: TokenizedPair, limits: Limits, head: int = 0, tail: int = 0) -> TokenizedPair:
-    """Cut a pair to the limits; both sides keep the same prompt, and answers lose their end.
+def truncate(pair: TokenizedPair, limits: Limits, head: int = 0, tail: int = 0, beside: int = 0) -> TokenizedPair:
+    """Cut a pair to the limits; both sides keep the same prompt, and answers lose their end. `beside`: tokens of the longest
+    answer that has the same prompt, and is in another pair.
 
     The prompt is cut to max_prompt_length and the answers to max_completion_length. Where prompt and longer answer are still
     beyond max_length, the prompt shrinks, but not below min_prompt_length, and then the answers. The first `head` tokens
@@ -59,8 +60,10 @@ def truncate(pair: TokenizedPair, limits: Limits, head: int = 0, tail: int = 0) 
         prompt = _kept(prompt, limits.max_prompt_length, limits.truncation_mode, head, tail)
     if limits.max_completion_length is not None:
         chosen, rejected = chosen[: limits.max_completion_length], rejected[: limits.max_completion_length]
-    if limits.max_length is not None and len(prompt) + max(len(chosen), len(rejected)) > limits.max_length:
-        room = limits.max_length - max(len(chosen), len(rejected))
+        beside = min(beside, limits.max_completion_length)
+    longest = max(len(chosen), len(rejected), beside)
+    if limits.max_length is not None and len(prompt) + longest > limits.max_length:
+        room = limits.max_length - longest
         least = limits.max_length // 4 if limits.min_prompt_length is None else limits.min_prompt_length
         prompt = _kept(prompt, max(room, least), limits.truncation_mode, head, tail)
         room = max(0, limits.max_length - len(prompt))

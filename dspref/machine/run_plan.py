@@ -48,6 +48,8 @@ class Load:
     attention: float
     fill: float
     steps_per_epoch: int | None = None
+    unit: str = "pairs"
+    """What is counted: examples, where answers stand alone."""
     more: Mapping[str, float] = field(default_factory=dict)
     """Of a step, what an encoder or a tower reads, by the names of `dspref.model.pieces`."""
     most: Mapping[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What an objective is made of: log-probs of pairs, terms of a loss, and the families that feed and weigh the losses.
+"""The losses of a family with what is known of them, and the families that feed and weigh the losses of pairs.
 
 A family (`dpo`, `cpo`, ...) gives the losses (`losses`) what they see of policy and reference; its keyword-only arguments
 are YAML keys. P is the number of pairs. No torch is imported (tensor methods suffice).
@@ -6,7 +6,7 @@ are YAML keys. P is the number of pairs. No torch is imported (tensor methods su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,94 +23,12 @@ from dspref.objectives.losses import (
     Ratios,
     logsigmoid,
 )
+from dspref.objectives.terms import PairLogps, PairLoss, Term
+from dspref.objectives.terms import total as total
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class PairLogps:
-    """Log-probs of P pairs under one model: sums over each answer's scored tokens in nats, and the token counts.
-
-    Of unpaired data an example has one of the two answers: the other has no token, and a sum of 0. What only some objectives
-    ask for is None where it was not computed.
-    """
-
-    chosen: Float[Tensor, "P"]
-    rejected: Float[Tensor, "P"]
-    chosen_tokens: Int[Tensor, "P"]
-    rejected_tokens: Int[Tensor, "P"]
-    chosen_common: Float[Tensor, "P"] | None = None
-    """Sum over the first min(n_w, n_l) tokens: the length that both answers have in common."""
-    rejected_common: Float[Tensor, "P"] | None = None
-    prompt: Float[Tensor, "P"] | None = None
-    """Sum over the prompt's tokens 2..n, scored once per pair."""
-    prompt_tokens: Int[Tensor, "P"] | None = None
-    chosen_collision: Float[Tensor, "P"] | None = None
-    """Sum of the collision entropies -log sum_v p(v)^2 at the answer's tokens, without gradient."""
-    rejected_collision: Float[Tensor, "P"] | None = None
-    weight: Float[Tensor, "P"] | None = None
-    """Of rows that give it, as the three below: what the preference terms of the pair are multiplied by; 1 elsewhere."""
-    margin: Float[Tensor, "P"] | None = None
-    """The target margin of the reward; 0 elsewhere."""
-    score_chosen: Float[Tensor, "P"] | None = None
-    score_rejected: Float[Tensor, "P"] | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> PairLogps:
-        """The same with `function` applied to every tensor that is there."""
-        return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})
-
-    def detach(self) -> PairLogps:
-        return self.map(lambda values: values.detach())
-
-    def count(self, what: str) -> Tensor | int:
-        """How many `pairs`, `answers`, `chosen_answers`, `chosen_tokens` or `chosen_and_prompt_tokens` these are."""
-        return len(self.chosen) if what == "pairs" else self.counts(what).sum()
-
-    def counts(self, what: str) -> Int[Tensor, "P"]:
-        """The same of each pair."""
-        if what == "pairs":
-            return self.chosen_tokens.new_ones(len(self.chosen))
-        if what == "answers":
-            return self.counts("chosen_answers") + self.counts("rejected_answers")
-        if what in ("chosen_answers", "rejected_answers"):
-            return (getattr(self, what.replace("answers", "tokens")) > 0).to(self.chosen_tokens.dtype)
-        if what == "chosen_and_prompt_tokens":
-            assert self.prompt_tokens is not None
-            return self.chosen_tokens + self.prompt_tokens
-        return getattr(self, what)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of a loss: `values` [P] unreduced, to be summed and divided by the *global* count named `per`."""
-
-    values: Float[Tensor, "P"]
-    per: str = "pairs"
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class PairLoss:
-    """What an objective says of P pairs: its terms by component name, and what is logged as means over pairs, detached."""
-
-    terms: Mapping[str, Term]
-    metrics: Mapping[str, Float[Tensor, "P"]]
-    """`rewards/chosen`, `rewards/rejected` (implicit rewards), `logps/chosen`, `logps/rejected`, and more by objective; what
-    ends in `/chosen` or `/rejected` is a mean over such answers."""
-    answers: Int[Tensor, "P"] | None = None
-    """Where answers are judged by themselves: how many there are in each pair, one or two. `rewards/accuracies` is how many
-    of them are told apart."""
-
-
-def total(loss: PairLoss, counts: Mapping[str, int]) -> Float[Tensor, ""]:
-    """The share of these pairs in the loss of the whole step: sum of weight x sum(values) / global count.
-
-    `counts` holds the counts of the *step* over all ranks (`pairs`, `answers`, `chosen_tokens`, ...); shares of packs and
-    ranks therefore add up to the loss, whatever the layout.
-    """
-    return sum(term.weight * term.values.sum() / counts[term.per] for term in loss.terms.values())  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspref.objectives import likelihoods, losses, own, rewards, unpaired
-from dspref.objectives.families import Key, Loss, PairLoss, cpo, dpo, orpo, simpo
+from dspref.objectives import gold, likelihoods, lists, losses, own, rewards, unpaired
+from dspref.objectives.families import Key, Loss, cpo, dpo, orpo, simpo
+from dspref.objectives.terms import PairLoss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
@@ -25,8 +26,9 @@ class Family:
     assemble: Callable[..., PairLoss]
     losses: Mapping[str, Loss]
     needs_reference: bool = False
-    unpaired: bool = False
-    """Answers may stand alone, each with a label; a pair counts as a desirable and an undesirable one."""
+    takes: str = "pairs"
+    """What a row becomes for it: `pairs`; `answers`, which may stand alone, each with a label, and a pair counts as a
+    desirable and an undesirable one; a `list` of all its answers; or `gold`, a pair and a better answer beside it."""
     mixes: bool = False
     """`loss_type` may be a list, with `loss_weights` (as in MPO, Wang et al. 2024, arXiv:2411.10442)."""
     keys: Mapping[str, Key] = field(default_factory=dict)
@@ -43,6 +45,11 @@ class Family:
         if not own.is_own(loss_type):
             return self.losses[loss_type]
         return own.loss(loss_type, self.own_of, self.own_normaliser, keys_of(self.assemble))
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether all that a row gives is in one step, and steps are measured in rows."""
+        return self.takes in ("list", "gold")
 
     @property
     def of_ratios(self) -> bool:
@@ -95,6 +102,7 @@ _MARGIN = {
     ),
 }
 
+LISTS = "write name: listwise; all answers of a row are one list"
 KTO = "write name: kto; pairs count as a desirable and an undesirable answer each"
 _AOT_PAIR = Loss(losses.aot_pair, couples=True, ordered=True)
 _SIGMOID_NORM = Loss(losses.sigmoid_norm, "mean", targeted=True, divergent=True)
@@ -152,6 +160,8 @@ OBJECTIVES: dict[str, Family] = {
             "tr_dpo": "write loss_type: sigmoid with reference.sync_ref_model",
             "kto": KTO,
             "apo_zero_unpaired": "write name: kto with loss_type: apo_zero_unpaired",
+            **dict.fromkeys(("plackett_luce", "lipo_lambda", "lipo", "listwise", "list_mle"), LISTS),
+            "tpo": "write name: tpo",
             "simpo": "write name: simpo",
             "orpo": "write name: orpo",
         },
@@ -195,7 +205,7 @@ OBJECTIVES: dict[str, Family] = {
             "apo_zero_unpaired": Loss(unpaired.apo_zero_unpaired),
         },
         needs_reference=True,
-        unpaired=True,
+        takes="answers",
         keys={
             "desirable_weight": Key("Weight of desirable answers (the paper's lambda_D)."),
             "undesirable_weight": Key("Weight of undesirable answers (the paper's lambda_U)."),
@@ -206,8 +216,37 @@ OBJECTIVES: dict[str, Family] = {
         unpaired.bco_of_answers,
         {"bco": Loss(unpaired.bco, couples=True, running_mean=True)},
         needs_reference=True,
-        unpaired=True,
+        takes="answers",
         refused={"bco_pair": "write name: dpo with loss_type: bco_pair", "kto": "write name: kto"},
+    ),
+    "listwise": Family(
+        lists.of_lists,
+        {
+            "plackett_luce": Loss(lists.plackett_luce),
+            "lipo_lambda": Loss(
+                lists.lipo_lambda,
+                keys={"score_scale": Key("LiPO: what a score is multiplied by to be a label; the paper's are from 0 to 1.")},
+            ),
+        },
+        needs_reference=True,
+        takes="list",
+        refused={
+            "lipo": "write loss_type: lipo_lambda",
+            **dict.fromkeys(("list_mle", "pl", "dpo_pl"), "write loss_type: plackett_luce"),
+            "sigmoid": "write name: dpo, or loss_type: plackett_luce, which is the same for two answers",
+        },
+    ),
+    "tpo": Family(
+        gold.tpo,
+        {
+            "sigmoid": Loss(gold.tpo_sigmoid),
+            "hinge": Loss(gold.tpo_hinge),
+            "ipo": Loss(gold.tpo_ipo, "mean"),
+            "tpo_l": Loss(gold.tpo_l, "mean", keys={"tpo_l_gamma": Key("TPO-L's target margin, absolute.")}),
+        },
+        takes="gold",
+        keys={"tpo_alpha": Key("Weight of the gold answer's NLL, a mean over tokens of the step.")},
+        refused={"tpo-l": "write loss_type: tpo_l", "tpo": "write loss_type: sigmoid"},
     ),
 }
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dspref.objectives import weights
-from dspref.objectives.families import PairLogps, PairLoss, Part, Term
+from dspref.objectives.families import Part
 from dspref.objectives.losses import NonNegative, Positive, logsigmoid
+from dspref.objectives.terms import PairLogps, PairLoss, Term
 
 if TYPE_CHECKING:
     from jaxtyping import Float

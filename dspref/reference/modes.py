@@ -189,7 +189,7 @@ def speaking(spec: ReferenceSpec, reference: Reference, policy: Engine, beginnin
 def scoring_packing(spec: ReferenceSpec, packing: Packing, device_type: str) -> Packing:
     """The packs of a pass that keeps nothing for a backward one. On a CPU larger ones are no faster."""
     own, by_default = spec.section.tokens_per_pack, (1 if device_type == "cpu" else 2) * packing.tokens_per_pack
-    return replace(packing, tokens_per_pack=own or by_default)
+    return replace(packing, tokens_per_pack=own or by_default, takes="pairs")  # of whatever, both answers are scored
 
 
 def stored(

@@ -17,6 +17,13 @@ SHOWN = {"0": "min", "25": "25 %", "50": "median", "75": "75 %", "95": "95 %", "
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 MOST_REASONS = 12
 ROOMY = 92
+# Of the columns, by what a row becomes (`Family.takes`).
+LEGENDS = {
+    "pairs": "pair: its prompt + the longer answer",
+    "answers": "chosen: desirable, rejected: undesirable; pair: a prompt + its answer",
+    "list": "chosen: the best of a list, rejected: the others; pair: a prompt + its answer",
+    "gold": "chosen: of pairs, and gold answers; pair: a prompt + its longer answer, or + the gold one",
+}
 
 
 def draw(said: Mapping[str, Any], console: Console) -> None:
@@ -53,6 +60,10 @@ def _what(figures: Mapping[str, Any]) -> str:
     pairs, answers = figures["pairs"], figures["answers"]
     if not answers["single"]:
         return counted(pairs, "pair")
+    if figures["takes"] == "list":
+        return f"{counted(pairs, 'answer')} in {counted(figures['rows'], 'list')}"
+    if figures["takes"] == "gold":
+        return f"{counted(pairs - answers['single'], 'pair')} and {counted(answers['single'], 'gold answer')}"
     both = f" ({answers['single']:,} of them alone)" if pairs > answers["single"] else ""
     return f"{answers['chosen']:,} desirable and {counted(answers['rejected'], 'undesirable answer')}{both}"
 
@@ -92,10 +103,8 @@ def _draw_lengths(figures: Mapping[str, Any], console: Console) -> None:
         total = f"{spread['total']:,}" if name != "pair" else ""
         table.add_row(name, *values, f"{spread['mean']:,.0f}", total)
     console.print(table)
-    legend = "pair: its prompt + the longer answer, which max_length limits"
-    if figures["answers"]["single"]:
-        legend = "chosen: desirable, rejected: undesirable; pair: a prompt + its answer, which max_length limits"
-    console.print(Text(legend, QUIET))
+    legend = LEGENDS[figures["takes"] if figures["answers"]["single"] else "pairs"]
+    console.print(Text(f"{legend}, which max_length limits", QUIET))
 
 
 def _draw_histogram(histogram: Mapping[str, Any], console: Console) -> None:
@@ -153,9 +162,10 @@ def _lines(figures: Mapping[str, Any], limits: str) -> Iterator[tuple[str, str]]
 def _length(figures: Mapping[str, Any]) -> str:
     """Whether length alone tells the better answers from the others."""
     answers, bias = figures["answers"], figures["bias"]
-    if answers["single"]:
+    if answers["single"] and figures["takes"] != "gold":
         means = [figures["scored"][side] / max(answers[side], 1) for side in ("chosen", "rejected")]
-        return f"desirable answers have {means[0]:,.1f} scored tokens on average, undesirable ones {means[1]:,.1f}"
+        good, bad = ("the best", "the others") if figures["takes"] == "list" else ("desirable", "undesirable ones")
+        return f"{good} answers have {means[0]:,.1f} scored tokens on average, {bad} {means[1]:,.1f}"
     return (
         f"chosen is longer in {bias['chosen_longer_share']:.1%} of pairs, equal in {bias['equal_share']:.1%}; chosen - "
         f"rejected: {bias['mean_difference']:+,.1f} scored tokens on average, median {bias['median_difference']:+,.0f}"

@@ -25,6 +25,12 @@ COLOURS = {"prompt": "blue", "chosen": "green", "rejected": "red", "both": "yell
 WIDTH_OF_NAMES = 10
 # Width where there is no terminal, and the widest that is drawn on.
 PLAIN_WIDTH, MOST_WIDTH = 100, 160
+# Of an answer that stands alone, by what a row becomes (`Family.takes`): what it is if its label is true, and if it is not.
+LABELS = {
+    "answers": (", desirable", ", undesirable"),
+    "list": (", the best of its list", ""),
+    "gold": (", the reference (gold) answer of its row", ""),
+}
 # Answers of a prompt that are drawn.
 MOST_ANSWERS = 12
 UNSEEN = re.compile(f"([{LINE}{SPACE}{TAB}])")
@@ -69,7 +75,7 @@ def draw(pairs: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print()
         _draw_pair(pair, console)
         if more := pair["more_of_row"]:
-            console.print(f"\n{counted(more, 'more pair')} of this row not shown")
+            console.print(f"\n{counted(more, f'more {_unit(pair)}')} of this row not shown")
 
 
 def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
@@ -83,13 +89,18 @@ def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
     if pair["columns"]:
         named(console, "columns", "   ".join(f"{printable(name)}: {_value(v)}" for name, v in pair["columns"].items()))
     for name, section in pair["sections"].items():
-        label = "" if pair["label"] is None or name == "prompt" else ", desirable" if pair["label"] else ", undesirable"
+        label = "" if pair["label"] is None or name == "prompt" else LABELS[pair["takes"]][not pair["label"]]
         named(console, name, _about(name, section, pair["limits"]) + label)
         indented(console, _text_of(section, in_colour(console)))
     if pair["pack"]:
-        _draw_pack(pair["pack"], console, "pair" if pair["label"] is None else "example")
+        _draw_pack(pair["pack"], console, _unit(pair))
     else:
         named(console, "pack", "in none of the first epoch's (a source of a weight below 1 is sampled anew each epoch)")
+
+
+def _unit(pair: Mapping[str, Any]) -> str:
+    """What a row and a pack are made of: pairs; examples, where answers stand alone beside them."""
+    return "pair" if pair["label"] is None and pair["takes"] != "gold" else "example"
 
 
 def counted(count: int, what: str) -> str:

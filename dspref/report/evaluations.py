@@ -21,7 +21,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name:<10} {printable(str(found[name]), 400)}"
     for name, one in found["sets"].items():
         yield ""
-        yield f"{name}: {one['pairs']:,} pairs"
+        yield f"{name}: {one['pairs']:,} {one.get('unit', 'pairs')}"
         metrics = one["metrics"]
         yield from _table({key: metrics[key] for key in sorted(metrics, key=_rank)})
         if subsets := one.get("subsets"):

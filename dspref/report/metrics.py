@@ -30,6 +30,7 @@ from dspref.run.folder import METRICS, mend_tail
 from dspref.run.record import NAME as RECORD
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from torch import Tensor
 
 
@@ -70,17 +71,17 @@ class Meter:
         for component, term in loss.terms.items():
             self.add(f"loss/{component}", term.values.sum(), pairs.count(term.per))
             self._weights[f"loss/{component}"] = term.weight
-        values = {**loss.metrics, "lengths/chosen": pairs.chosen_tokens, "lengths/rejected": pairs.rejected_tokens}
-        if loss.answers is None:
+        values = {**loss.metrics, **{f"lengths/{side}": pairs.counts(f"{side}_tokens") for side in ("chosen", "rejected")}}
+        if loss.judged is None:
             margins = loss.metrics["rewards/chosen"] - loss.metrics["rewards/rejected"]
             values |= {"rewards/accuracies": margins > 0, "rewards/margins": margins}
         for name, of_pairs in values.items():
-            self.add(name, of_pairs.sum(), pairs.count(_per(name, loss)))
+            self.add(name, of_pairs.sum(), _counts(name, loss, pairs).sum())
         if self._sources and pair_ids is not None:
             each = {f"loss/{component}": (term.values, pairs.counts(term.per)) for component, term in loss.terms.items()}
-            margin = ["rewards/margins"] if loss.answers is None else list(OF_MARGIN)
+            margin = ["rewards/margins"] if loss.judged is None else list(OF_MARGIN)
             told = ["rewards/accuracies", *margin]
-            each |= {name: (values[name], pairs.counts(_per(name, loss))) for name in told}
+            each |= {name: (values[name], _counts(name, loss, pairs)) for name in told}
             self._add_by_source(self._sources, self._sources.of(pair_ids), each)
 
     def _add_by_source(self, sources: Sources, source: Tensor, each: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -95,11 +96,14 @@ class Meter:
         """Mean logits of a pack's scored answer tokens; mean entropy of both sides', and how many of the chosen ones are the
         policy's most likely, where the forward was asked for them."""
         side = batch.span_index // max(batch.num_pairs, 1)
+        chosen = side == CHOSEN
+        if pairs.gold is not None and batch.num_pairs:
+            chosen &= pairs.gold[batch.span_index % batch.num_pairs] == 0
         if tokens.entropy is not None and tokens.hit is not None:
             answers = pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum()
             self.add("entropy", (tokens.entropy * (side < PROMPT)).sum(), answers)
-            self.add("mean_token_accuracy", (tokens.hit * (side == CHOSEN)).sum(), pairs.count("chosen_tokens"))
-        self.add("logits/chosen", (tokens.mean_logits * (side == CHOSEN)).sum(), pairs.count("chosen_tokens"))
+            self.add("mean_token_accuracy", (tokens.hit * chosen).sum(), pairs.count("chosen_tokens"))
+        self.add("logits/chosen", (tokens.mean_logits * chosen).sum(), pairs.count("chosen_tokens"))
         self.add("logits/rejected", (tokens.mean_logits * (side == REJECTED)).sum(), pairs.count("rejected_tokens"))
 
     def add_gap(self, pairs: PairLogps, reference: PairLogps) -> None:
@@ -160,11 +164,11 @@ def _may_be_empty(name: str) -> bool:
     return name.startswith(SOURCE) or name.endswith(SIDES) or name == "mean_token_accuracy"
 
 
-def _per(name: str, loss: PairLoss) -> str:
-    """What the mean of a metric is over."""
+def _counts(name: str, loss: PairLoss, pairs: PairLogps) -> Int[Tensor, "P"]:
+    """What the mean of a metric is over: of each example, how many."""
     if name.endswith(SIDES):
-        return f"{name.rpartition('/')[2]}_answers"
-    return "answers" if loss.answers is not None and name == "rewards/accuracies" else "pairs"
+        return pairs.counts(f"{name.rpartition('/')[2]}_answers")
+    return loss.judged if loss.judged is not None and name == "rewards/accuracies" else pairs.counts("pairs")
 
 
 # Before the metrics of each source of a mixture.

@@ -52,7 +52,7 @@ def facts(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     whole = f", {steps['run']:,} in all" if steps["run"] else ""
     packs = f"{load['packs']:.3g}"
     packs += " pack" if packs == "1" else " packs"
-    yield "step", f"{load['pairs_per_step']:,.0f} pairs in {packs} a rank{per_epoch}{whole}"
+    yield "step", f"{load['pairs_per_step']:,.0f} {load['unit']} in {packs} a rank{per_epoch}{whole}"
     real = f" ({load['real']:,.0f} with each answer's prompt)" if load["real"] > load["computed"] else ""
     tokens = f"{load['computed']:,.0f} computed a step{real}, "
     yield "tokens", f"{tokens}{load['scored']:,.0f} scored; packs {load['fill']:.0%} full, the largest {load['largest']:,}"

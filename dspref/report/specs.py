@@ -34,18 +34,19 @@ LEARNING = (
     ),
     Spec(
         "accuracy", "Accuracy", {"rewards/accuracies": "training"},
-        "Share of pairs whose chosen answer has the higher reward; of single answers, share of those on their side of the "
-        "reference point. 0 before the first update, where all tie. 0.5 is chance; 1.0 in training alone: learnt by heart.",
+        "Share of pairs whose chosen answer has the higher reward; of lists, of any two answers with different scores; of "
+        "single answers, share of those on their side of the reference point. 0 before the first update, where all tie. 0.5 "
+        "is chance; 1.0 in training alone: learnt by heart.",
         True,
     ),
     Spec(
         "margin", "Reward margin", {"rewards/margins": "training"},
-        "Reward of the chosen answer less that of the rejected one; of single answers, of the means of both. Grows, and "
-        "levels off.", True,
+        "Reward of the chosen answer less that of the rejected one; of single answers and lists, of the means of both. "
+        "Grows, and levels off.", True,
     ),
     Spec(
         "nll", "NLL of chosen answers", {"nll_loss": "training"},
-        "Per token. If it rises by much, the model forgets how to write what is chosen.", True,
+        "Per token; of TPO, of its gold answers. If it rises by much, the model forgets how to write what is chosen.", True,
     ),
 )  # fmt: skip
 LIKELIHOOD = (

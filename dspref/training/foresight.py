@@ -96,7 +96,7 @@ def read(model: ModelSection, data: DataSection, train: TrainSection, objective:
     tokenizer = preparation.tokenizer_of(model)
     listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
     pairs = preparation.load_sources(data, tokenizer, listings)
-    data = preparation.laid_out(model, data)
+    data = preparation.laid_out(model, data, say=False)
     packing, loader = preparation.steps_of(data, train, pairs, objective, 0, ranks)
     return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.asked_steps))
 
@@ -111,11 +111,13 @@ def load_of(loader: StepLoader, packing: Packing, total: int) -> Load:
     lengths = loader.store.lengths
     prompts = 1 if packing.prefix_sharing else 2
     pairs = sum(len(ids) for ids in steps)
+    unit = "pairs" if (loader.store.scored > 0).all() else "examples"
     return Load(
-        source=f"planned from the run's {len(loader.store):,} pairs"
+        source=f"planned from the run's {len(loader.store):,} {unit}"
         + (", prompts shared" if packing.prefix_sharing else ""),
         measured=True,
         pairs=pairs,
+        unit=unit,
         pairs_per_step=fmean(len(ids) for ids in chosen),
         packs=fmean(len(p.ids[0]) for p in placed),
         largest=max(p.largest for p in placed),

@@ -1,9 +1,9 @@
 """The gradient of one optimizer step: the shares of its packs, added up.
 
-Where the loss is a sum over pairs, one pass over the packs does it. Where it is a function of the whole step (aot, BCO's
-delta, the router loss with scope `step`), a first pass without gradient sees all pairs of all ranks, the loss is evaluated
-once, and the second pass back-propagates its slope at every log-prob. Either way the result is that of the step, whatever
-the packs and the ranks.
+Where the loss is a sum over pairs, one pass over the packs does it, and so it does over lists that lie in one pack each.
+Where it is a function of the whole step (aot, BCO's delta, the router loss with scope `step`, a list that no pack has room
+for), a first pass without gradient sees all pairs of all ranks, the loss is evaluated once, and the second pass
+back-propagates its slope at every log-prob. Either way the result is that of the step, whatever the packs and the ranks.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def accumulate(
             )
         loss = replace(loss, objective=replace(loss.objective, point=point))
     one_pack = step.num_packs == 1 and distributed.world().size == 1
-    passes = _two_passes if loss.looks_ahead and not one_pack else _one_pass
+    looks_ahead = loss.looks_ahead or step.splits_lists
+    passes = _two_passes if looks_ahead and not one_pack else _one_pass
     return passes(step, policy, loss, reference, rewards, looking)
 
 
@@ -260,8 +261,8 @@ def part_of(pairs: PairLogps, rows: slice) -> PairLogps:
 
 def rows_of(loss: PairLoss, rows: slice) -> PairLoss:
     terms = {name: replace(term, values=term.values[rows]) for name, term in loss.terms.items()}
-    answers = None if loss.answers is None else loss.answers[rows]
-    return PairLoss(terms, {name: values[rows] for name, values in loss.metrics.items()}, answers)
+    judged = None if loss.judged is None else loss.judged[rows]
+    return PairLoss(terms, {name: values[rows] for name, values in loss.metrics.items()}, judged)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

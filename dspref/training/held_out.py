@@ -55,7 +55,8 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
     """The metrics that an evaluation of the run writes, of the model that `source` names, or of the one that the run begins
     with; with accuracies by `subset`, where the rows have that column.
 
-    {"model", "objective", "reference", "sets": {name: {"pairs", "metrics", "subsets", "mean_over_subsets"}}}
+    {"model", "objective", "reference", "sets": {name: {"pairs", "unit", "metrics", "subsets", "mean_over_subsets"}}}; of the
+    `unit` examples an answer stands alone in some pairs.
     """
     if not asked.data.eval_sources:
         raise ConfigError("data.eval: names no held-out pairs; give a file, such as data.eval=held-out.jsonl")
@@ -70,7 +71,7 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
         section = section.model_copy(update={"tokenizer_name_or_path": _tokenizer_of(asked, section, subject)})
         reference = apart(asked.reference)
         kernel, _, sets, listings = preparation.prepare_held_out(section, asked.data, reference, device.type)
-        data = preparation.laid_out(section, asked.data, say=True)
+        data = preparation.laid_out(section, asked.data)
         packing = _packing(data, list(sets.values()), objective)
         base = _reference(reference, asked, demand.with_mismatched(objective, sets), packing, device)
         policy = _load(section, kernel, objective, reference, device.type)
@@ -78,7 +79,10 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
 
         def keep(prefix: str, ids: torch.Tensor, value: PairLoss) -> None:
             margins = value.metrics["rewards/chosen"] - value.metrics["rewards/rejected"]
-            right = value.metrics["rewards/accuracies"] / value.answers if value.answers is not None else margins > 0
+            right = margins > 0
+            if value.judged is not None:
+                told = value.judged > 0
+                ids, right = ids[told], (value.metrics["rewards/accuracies"] / value.judged)[told]
             judged[prefix] = (ids, right)
 
         loss = StepLoss(objective, policy.module.router_aux_loss_coef, section.router_aux_scope)
@@ -91,6 +95,7 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
         "sets": {
             prefix.rstrip("_"): {
                 "pairs": len(store),
+                "unit": "pairs" if (store.scored > 0).all() else "examples",
                 "metrics": _own(record, prefix, list(sets)),
                 **by_subset(store, listings[prefix], *judged[prefix]),
             }
@@ -185,7 +190,7 @@ def _packing(data: DataSection, stores: Sequence[PairStore], objective: Objectiv
     auto = data.prefix_sharing == "auto"
     sharing = any(sharing_pays(store, store.same[:, 0]) for store in stores) if auto else bool(data.prefix_sharing)
     world = distributed.world()
-    return Packing(data.tokens_per_pack, sharing, world.rank, world.size, objective.scores_prompt)
+    return Packing(data.tokens_per_pack, sharing, world.rank, world.size, objective.scores_prompt, objective.family.takes)
 
 
 def _delta(objective: Objective, subject: Named) -> RunningMean:

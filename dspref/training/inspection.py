@@ -26,7 +26,7 @@ from dspref.data.loader import StepLoader, swept
 from dspref.data.origin import Again, Origin, origin_of, rows_at, why_left_out
 from dspref.data.rows import CONVERSATIONS, FIELDS, REJECTED, one_line, place_of
 from dspref.data.spans import Section, sections
-from dspref.data.store import unknown_template
+from dspref.data.store import PairStore, unknown_template
 from dspref.data.truncate import Limits, gap
 from dspref.errors import ConfigError, DataError
 from dspref.objectives import Objective
@@ -82,9 +82,9 @@ def inspect(
     """
     asked.check(data)
     found = survey.read(model, data, _progress, summarise=False)
-    data = preparation.laid_out(model, data)
+    data = preparation.laid_out(model, data, say=False)
     _, loader = preparation.steps_of(data, train, found.train[0].store, objective, 0, asked.ranks)
-    look = Look(found, data, train, loader, asked)
+    look = Look(found, data, train, loader, asked, objective.family.takes)
     pairs = look.chosen()
     said = {} if asked.selects else look.numbers()
     said["pairs"] = look.pairs(pairs)
@@ -111,6 +111,8 @@ class Look:
     train: TrainSection
     loader: StepLoader
     asked: Asked
+    takes: str
+    """What a row becomes for the objective, as in `Family`."""
 
     @property
     def sources(self) -> list[SourcePairs]:
@@ -194,6 +196,7 @@ class Look:
             "source": source.key,
             "where": store.where(index),
             "more_of_row": 0,
+            "takes": self.takes,
             "label": None if all(part.tokens for part in parts[1:]) else bool(parts[1].tokens),
             "turns": _turns(origin, there) if origin else None,
             "tools": len(origin.preference.tools or ()) if origin else 0,
@@ -259,16 +262,16 @@ class Look:
         if not self.asked.held_out and self.asked.source is None:
             every = np.arange(len(store))
             packed = savings(self.steps, store, self.loader.packing)
-            return {"data.train": figures(store, every) | {"packing": packed} | self._identical(sources)}
-        sets = {source.key: figures(source.store, source.ids) | self._identical([source]) for source in sources}
+            return {"data.train": self._figures(store, every, sources) | {"packing": packed}}
+        sets = {source.key: self._figures(source.store, source.ids, [source]) for source in sources}
         for source in sources if self.asked.held_out else ():
             sets[source.key]["packing"] = savings(swept(source.store), source.store, self.loader.packing)
         return sets
 
-    @staticmethod
-    def _identical(sources: Sequence[SourcePairs]) -> dict[str, int]:
+    def _figures(self, store: PairStore, ids: np.ndarray, sources: Sequence[SourcePairs]) -> dict[str, Any]:
         counts = [source.store.report["sources"][source.number]["dropped"] for source in sources]
-        return {"identical_answers": sum(n for of in counts for reason, n in of.items() if reason.startswith(IDENTICAL))}
+        identical = sum(n for of in counts for reason, n in of.items() if reason.startswith(IDENTICAL))
+        return {"takes": self.takes} | figures(store, ids) | {"identical_answers": identical}
 
 
 def _turns(origin: Origin, there: Sequence[str]) -> dict[str, list[str]] | None:
@@ -282,7 +285,7 @@ def _turns(origin: Origin, there: Sequence[str]) -> dict[str, list[str]] | None:
 def _extra(values: Mapping[str, Any], source: SourcePairs) -> dict[str, Any]:
     """The columns of a row beside those that the texts of its pair are in."""
     columns = source.listing.source.columns or {}
-    fields = (*FIELDS, *CONVERSATIONS, *REJECTED, "completion", "completions")
+    fields = (*FIELDS, *CONVERSATIONS, *REJECTED, "completion", "completions", *["reference"] * ("reference" in columns))
     texts = {columns.get(name, name).partition(".")[0] for name in fields}
     beside = ((one_line(name, 60), value) for name, value in values.items() if name not in texts and value is not None)
     return {name: _short(value) for name, value in islice(beside, MOST_COLUMNS)}

@@ -10,7 +10,7 @@ from jinja2 import Template
 
 import dspref
 from dspref.config import LoraSection, ModelSection
-from dspref.objectives import describe
+from dspref.objectives import OBJECTIVES, describe
 from dspref.run import folder as run_folder
 
 CARD = Template(
@@ -33,7 +33,7 @@ Trained from `{{ recipe.model.name_or_path }}` by dspref {{ version }}.
 | adapter | {{ adapter }} |
 {%- endif %}
 | data | {{ data }} |
-| steps | {{ summary.step }} of {{ recipe.pairs_per_step }} pairs, learning rate {{ recipe.learning_rate }} |
+| steps | {{ summary.step }} of {{ recipe.pairs_per_step }} {{ counted }}, learning rate {{ recipe.learning_rate }} |
 | precision | {{ recipe.model.dtype }} |
 {%- if recipe.model.freeze %}
 | not trained | {{ recipe.model.freeze | join(", ") }} |
@@ -47,6 +47,10 @@ To reproduce: `deepspeed launch/train.py --config config.resolved.yaml output_di
 """,
     autoescape=False,
 )
+
+
+# What train.pairs_per_step counts, by what a row becomes for the objective (`Family.takes`).
+OF_STEP = {"pairs": "pairs", "answers": "examples", "list": "lists", "gold": "pairs with gold answers"}
 
 
 class Recipe(NamedTuple):
@@ -70,6 +74,7 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
         recipe=recipe,
         library="peft" if lora and not lora.merge_on_export else "transformers",
         adapter=adapter_in_words(lora),
+        counted=OF_STEP[OBJECTIVES[recipe.objective["name"]].takes],
         version=dspref.__version__,
         objective=describe(**recipe.objective),
         data=", ".join(recipe.data),

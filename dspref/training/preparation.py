@@ -37,6 +37,9 @@ from dspref.run.export import warn_of_other_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Of LiPO-lambda, whose paper has labels from 0 to 1: beyond it one list has all the gradient.
+LARGEST_LABEL = 16.0
+
 
 def prepare(
     section: ModelSection, data: DataSection, reference: ReferenceSpec, optim: str, device_type: str
@@ -230,7 +233,7 @@ def steps_of(
     refuse_for_objective([pairs], objective)
     together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
     sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
-    packing = Packing(data.tokens_per_pack, sharing, rank, world_size, objective.scores_prompt)
+    packing = Packing(data.tokens_per_pack, sharing, rank, world_size, objective.scores_prompt, objective.family.takes)
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")
@@ -246,11 +249,14 @@ def steps_of(
 def refuse_for_objective(stores: Sequence[PairStore], objective: Objective) -> None:
     """Raise DataError where an objective compares two answers and a row has one, and ConfigError where it asks for log-probs
     of prompts that only an encoder reads."""
-    for store in stores if not objective.family.unpaired else ():
+    for store in stores if objective.family.takes == "pairs" else ():
         if len(alone := np.flatnonzero((store.scored == 0).any(axis=1))):
             what = f"{store.where(int(alone[0]))}: one answer and a label, and this objective compares two"
             more = f" (also {len(alone) - 1} more rows)" if len(alone) > 1 else ""
             raise DataError(f"{what}{more}; fix: set objective.name: kto or bco, or use a set of pairs")
+    if (scale := objective.parts[0].keys.get("score_scale")) is not None:
+        for store in stores:
+            refuse_large_labels(store, scale)
     score_prompt = objective.scores_prompt
     if score_prompt and any(store.apart for store in stores):
         raise ConfigError(
@@ -260,7 +266,7 @@ def refuse_for_objective(stores: Sequence[PairStore], objective: Objective) -> N
         raise ConfigError("objective.nll_on_prompt: true, but image tokens of a prompt are no text to be learned; set false")
 
 
-def laid_out(section: ModelSection, data: DataSection, say: bool = False) -> DataSection:
+def laid_out(section: ModelSection, data: DataSection, say: bool = True) -> DataSection:
     """The data section with packs as the model takes them: no prompt is computed once for several answers of one that reads
     a sequence at a time, which `say` tells. Raises ConfigError where just that is asked for."""
     config = loading.load_config(section)
@@ -269,6 +275,16 @@ def laid_out(section: ModelSection, data: DataSection, say: bool = False) -> Dat
     if why and say:
         distributed.log(alone.told(config, why))
     return found
+
+
+def refuse_large_labels(store: PairStore, scale: float) -> None:
+    """Raise DataError for scores that are no labels of LiPO-lambda, whose gain is 2 to the power of them."""
+    largest = np.maximum(*store.given.scores)
+    worst = int(largest.argmax())
+    if (label := scale * float(largest[worst])) > LARGEST_LABEL:
+        what = f"a score of {largest[worst]:g} is a gain of 2^{label:g} under lipo_lambda"
+        fix = f"set objective.score_scale: {1 / largest[worst]:.3g}, so that labels go up to 1"
+        raise DataError(f"{store.where(worst)}: {what}; fix: {fix}")
 
 
 def check_adapters(section: ModelSection, optim: str, device_type: str) -> None:

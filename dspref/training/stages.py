@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspref import config as configuration
 from dspref import distributed, terminal
-from dspref.config import Config, DataSection, ModelSection, TrainSection, lower_is_better
+from dspref.config import Config, ModelSection, TrainSection, lower_is_better
 from dspref.data.loader import StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
@@ -34,7 +34,7 @@ from dspref.run.folder import RunFolder, content_key
 from dspref.run.settings import refuse_changes, refuse_other_code
 from dspref.training import foresight, preparation
 from dspref.training.closing import show_summary
-from dspref.training.model_card import Recipe, adapter_in_words
+from dspref.training.model_card import OF_STEP, Recipe, adapter_in_words
 from dspref.watch import lock
 from dspref.watch.watch import Watch
 
@@ -275,11 +275,6 @@ def rule_of(config: Config) -> Rule | None:
     return Rule(config.judged_by, lower, stop.min_delta if stop else 0.0, stop.patience if stop else None, exports)
 
 
-def laid_out(config: Config) -> DataSection:
-    """How the model takes its packs, said where that is unusual."""
-    return preparation.laid_out(config.model, config.data, say=True)
-
-
 def introduce(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
@@ -292,8 +287,10 @@ def introduce(
     """The banner: what is about to happen, in numbers; in one line behind the nine or more of DeepSpeed's launcher. In the
     log file the first pair too, as text with its scored tokens marked."""
     world, train = distributed.world(), config.train
-    what = "pairs" if (pairs.scored > 0).all() else "answers"
-    evaluated = "".join(f", {len(store)} held out ({name.rstrip('_')})" for name, store in held_out.items())
+    takes = loader.packing.takes
+    what = OF_STEP[takes] if takes != "answers" else "pairs" if (pairs.scored > 0).all() else "answers"
+    sizes = {name: len(set(one.rows.tolist()) if takes in ("list", "gold") else one) for name, one in held_out.items()}
+    evaluated = "".join(f", {size} held out ({name.rstrip('_')})" for name, size in sizes.items())
     sharing = "on" if loader.packing.prefix_sharing else "off"
     pace = f"of {train.pairs_per_step} {what} ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
     rows = {
@@ -301,7 +298,7 @@ def introduce(
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
         "objective": describe(**config.objective.model_dump()),
         "reference": spec.in_words(reference_spec(config)),
-        "data": f"{in_numbers(pairs)}{evaluated}",
+        "data": f"{in_numbers(pairs, takes)}{evaluated}",
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} {pace}",
@@ -313,12 +310,17 @@ def introduce(
     console.first_pair(mark(pairs[0], tokenizer))
 
 
-def in_numbers(pairs: PairStore) -> str:
-    """How many pairs, or answers that stand alone, and their mean lengths: of answers, of those that there are."""
+def in_numbers(pairs: PairStore, takes: str) -> str:
+    """How many pairs, lists, or answers that stand alone, and their mean lengths: of answers, of those that there are.
+    `takes`: what a row becomes, as in `Family`."""
     there = pairs.scored > 0
     chosen, rejected = (pairs.lengths[there[:, k], k + 1].sum() / max(there[:, k].sum(), 1) for k in range(2))
     counts = there.sum(axis=0)
     what = f"{len(pairs)} pairs" if there.all() else f"{counts[0]} desirable, {counts[1]} undesirable answers"
+    if takes == "list":
+        what = f"{len(pairs)} answers in {len(set(pairs.rows.tolist()))} lists"
+    elif takes == "gold":
+        what = f"{counts[1]} pairs, {counts[0] - counts[1]} gold answers"
     return f"{what}, mean tokens {pairs.lengths[:, 0].mean():.0f} prompt + {chosen:.0f} | {rejected:.0f}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,9 @@ def report(
         for index in source.ids[:SHOWN].tolist():
             distributed.log(f"\n{source.store.where(index)}\n{mark(source.store[index], found.tokenizer, colour)}")
     found.check_sizes(data.max_length)
-    preparation.steps_of(preparation.laid_out(model, data), train, found.train[0].store, objective, rank=0, world_size=1)
+    preparation.steps_of(
+        preparation.laid_out(model, data, say=False), train, found.train[0].store, objective, rank=0, world_size=1
+    )
     preparation.refuse_for_objective([source.store for source in found.held_out], objective)
     if prompts:
         own = preparation.own_prompts(prompts, model, found.tokenizer)
@@ -100,19 +102,25 @@ def report(
 def figures(source: SourcePairs) -> str:
     """Rows, pairs and lengths of a source, a line each."""
     counts, ids = source.store.report["sources"][source.number], source.ids
+    there = source.store.scored[ids] > 0
+    unit = "pairs" if there.all() else "examples"
     lines = [
-        f"rows {counts['rows']:,}, pairs {counts['kept']:,} of {counts['pairs']:,}",
+        f"rows {counts['rows']:,}, {unit} {counts['kept']:,} of {counts['pairs']:,}",
         f"{'tokens':<10}{'min':>8}{'median':>8}{'max':>8}{'total':>12}",
     ]
-    lines += _lengths(("prompt", "chosen", "rejected"), source.store.lengths[ids])
+    lengths = source.store.lengths[ids]
+    columns = {"prompt": lengths[:, 0], "chosen": lengths[there[:, 0], 1], "rejected": lengths[there[:, 1], 2]}
+    lines += _lengths(columns)
     chosen, rejected = source.store.scored[ids].sum(axis=0).tolist()
     lines.append(f"scored of them: {chosen:,} chosen, {rejected:,} rejected")
     return "\n".join(lines)
 
 
-def _lengths(names: Sequence[str], lengths: np.ndarray) -> list[str]:
+def _lengths(columns: Mapping[str, np.ndarray]) -> list[str]:
     lines = []
-    for name, column in zip(names, lengths.T if len(lengths) else ()):
+    for name, column in columns.items():
+        if not len(column):
+            continue
         least, middle, most = (int(value) for value in np.percentile(column, [0, 50, 100]))
         lines.append(f"{name:<10}{least:>8,}{middle:>8,}{most:>8,}{int(column.sum()):>12,}")
     return lines

@@ -19,9 +19,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-import yaml
 from test_layout_invariance import assert_same_gradients
-from tiny import rows_that_share, save_tiny, save_tokenizer, tiny_config
+from tiny import rows_that_share, write_one_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import Workers
 
@@ -158,24 +157,8 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 def run_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Policy, a different reference, pairs of every shape and a config that trains on all of them in one step."""
     folder = tmp_path_factory.mktemp("objectives")
-    config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"), num_hidden_layers=1)
-    save_tiny(folder / "policy", config, seed=1)
-    save_tiny(folder / "reference", config, seed=2)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    values = {
-        "model": {
-            "name_or_path": f"{folder}/policy",
-            "tokenizer_name_or_path": f"{folder}/tokenizer",
-            "dtype": "float32",
-            "gradient_checkpointing": False,
-        },
-        "reference": {"mode": "stored", "name_or_path": f"{folder}/reference"},
-        "data": {"train": {"path": f"{folder}/pairs.jsonl"}, "shuffle": False, "tokens_per_pack": 200},
-        "train": {"pairs_per_step": len(rows()), "max_steps": 1, "max_grad_norm": 0},
-        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
-        "output_dir": f"{folder}/run",
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    write_one_step(folder, {"train": {"path": f"{folder}/pairs.jsonl"}}, {"pairs_per_step": len(rows())})
     return folder
 
 
@@ -279,6 +262,14 @@ def compare(found: dict[str, Any], wanted: dict[str, Any], relative: float, cont
         elif not math.isclose(found[name], wanted[name], rel_tol=relative, abs_tol=ABSOLUTE + rounding):
             faults.append(f"{context}: {name} is {found[name]}, the oracle says {wanted[name]}")
     return sorted(faults)
+
+
+def written(run: Path) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """The steps of a run, and its evaluations by step under the names of training."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if "eval_loss" in record]
+    named = {record["step"]: {key.removeprefix("eval_"): value for key, value in record.items()} for record in evaluations}
+    return [record for record in records if "loss" in record], named
 
 
 def compare_gradients(found: dict[str, Any], wanted: dict[str, Any], relative: float, context: str) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from test_every_objective import CASES
+from test_every_objective import CASES as OF_PAIRS
+from test_list_runs import OBJECTIVES as OF_ROWS
 from tiny import save_tokenizer, tiny_config
 
 from dspref.objectives import OBJECTIVES, as_list
@@ -17,6 +18,7 @@ from dspref.objectives import OBJECTIVES, as_list
 pytestmark = pytest.mark.slow
 
 STEPS, PAIRS = 30, 8
+CASES = {**OF_PAIRS, **OF_ROWS}
 
 
 # What must rise beside the fall of the loss, where it is not the margin. DiscoPOP's slope at a margin of 0 is positive (its
@@ -34,7 +36,8 @@ LEARNING = [
     "forward_kl sigmoid", "chi_squared sigmoid",
     "js_divergence sigmoid", "alpha_divergence sigmoid", "rpo_alpha", "wpo", "ld_alpha", "reference_free", "cpo sigmoid",
     "cpo hinge", "cpo ipo", "cpo simpo", "cpo simper", "cpo repo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "score_gap",
-    "simper", "repo", "simpo", "simpo alpha", "orpo", "kto", "apo_zero_unpaired", "bco",
+    "simper", "repo", "simpo", "simpo alpha", "orpo", "kto", "apo_zero_unpaired", "bco", "plackett_luce", "lipo_lambda",
+    "tpo", "weighed tpo hinge", "tpo ipo", "tpo_l",
 ]  # fmt: skip
 
 
@@ -42,7 +45,8 @@ def test_every_loss_is_among_them() -> None:
     seen = set()
     for objective in map(CASES.__getitem__, LEARNING):
         name = objective["name"]
-        seen |= {(name, loss) for loss in as_list(objective.get("loss_type", name))}
+        first = next(iter(OBJECTIVES[name].losses))
+        seen |= {(name, loss) for loss in as_list(objective.get("loss_type", first))}
     aliases = {("dpo", "dpo_norm"), ("dpo", "aot_unpaired")}
     assert {(name, loss) for name, family in OBJECTIVES.items() for loss in family.losses} == seen | aliases
 
@@ -62,6 +66,13 @@ def run_file(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for side in ("chosen", "rejected")
     ]
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
+    lists = [
+        {"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"], other["rejected"]], "scores": [0.5, 1, 0]}
+        for row, other in zip(rows, [*rows[1:], rows[0]])
+    ]
+    (folder / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists), encoding="utf-8")
+    triples = [row | {"reference": row["chosen"]} for row in rows]
+    (folder / "triples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in triples), encoding="utf-8")
     model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random"}
     values = {
         "model": {**model, "dtype": "float32", "gradient_checkpointing": False},
@@ -85,6 +96,9 @@ def test_thirty_steps_improve_what_is_optimised(case: str, run_file: Path, all_w
     overrides += ["data.train.pair_weights=score_gap"] if case == "score_gap" else []
     if case in ALONE:
         overrides += [f"data.train={run_file.parent}/answers.jsonl", f"train.pairs_per_step={2 * PAIRS}"]
+    if case in OF_ROWS:
+        rows = "triples" if CASES[case]["name"] == "tpo" else "lists"
+        overrides += [f"data.train={run_file.parent}/{rows}.jsonl"]
     assert all_workers[1].run("cases:run_training", config_path=str(run_file), overrides=overrides) == [0]
     records: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(records) == STEPS

@@ -28,6 +28,16 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for k, row in enumerate(preference_rows(ROWS, seed=5))
     ]
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    lists = [
+        {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"], row["chosen"] + " bad"],
+            "scores": [2, 0, 1],
+        }
+        for row in preference_rows(ROWS, seed=5)
+        if isinstance(row["chosen"], str)
+    ]
+    (folder / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
     model = {"name_or_path": f"{folder}/model", "tokenizer_name_or_path": f"{folder}/tokenizer", "init": "random"}
     train = {"pairs_per_step": 4, "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "eval_every": 3}
     values = {
@@ -74,6 +84,7 @@ OBJECTIVES = {
     "orpo": "{name: orpo}",
     "kto": "{name: kto, beta: 0.5}",
     "bco": "{name: bco, beta: 0.5}",
+    "listwise": "{name: listwise, loss_type: lipo_lambda, beta: 0.5}",
 }
 
 
@@ -84,13 +95,15 @@ OBJECTIVES = {
         *[pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2, "dpo"), (1, 3, "dpo"), (2, 2, "dpo"))],
         pytest.param(2, 3, "mpo", marks=pytest.mark.slow),
         *[pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 3, "kto"), (1, 2, "kto"), (2, 1, "bco"))],
+        pytest.param(2, 3, "listwise", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_ends_bit_identical(world, stage, objective, run_file, all_workers, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     changes = [f"deepspeed.zero_optimization.stage={stage}", f"objective={OBJECTIVES[objective]}"]
-    if objective in ("kto", "bco"):
-        changes += [f"data.train={run_file.parent}/answers.jsonl", f"reference.store={tmp_path}/store"]
+    if objective in ("kto", "bco", "listwise"):
+        rows = "lists" if objective == "listwise" else "answers"
+        changes += [f"data.train={run_file.parent}/{rows}.jsonl", f"reference.store={tmp_path}/store"]
     assert train(all_workers[world], run_file, *changes, f"output_dir={whole}") == [0] * world
     expected = load_file(whole / "final" / "model.safetensors")
     records = training_records(whole)

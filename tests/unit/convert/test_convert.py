@@ -387,7 +387,7 @@ def test_what_is_no_preference_run_is_refused_in_one_line(text: str, said: str) 
     ("name", "text", "said"),
     [
         ("x.py", "def f(:\n", "x.py:1: is no Python that can be read"),
-        ("x.py", "print(3)\n", "holds no DPOConfig, CPOConfig, ORPOConfig, SimPOConfig, KTOConfig or BCOConfig"),
+        ("x.py", "print(3)\n", "holds no DPOConfig, CPOConfig, ORPOConfig, SimPOConfig, KTOConfig, BCOConfig or TPOConfig"),
         ("x.py", "from trl import SFTConfig\nargs = SFTConfig(output_dir='x')\n", "holds a SFTConfig"),
         ("x.py", "args = DPOConfig(beta=" + "+" * 3000 + "1)\n", "x.py"),
         ("x.py", "args = DPOConfig(beta=" + "(" * 150 + "1" + ",)" * 150 + ")\0", "is no Python"),

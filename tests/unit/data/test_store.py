@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dspref.data import building, parts, rowfiles, sameness, tokenize
+from dspref.data import formats, parts, rowfiles, sameness, tokenize
 from dspref.data import store as store_module
 from dspref.data.cache import scratch_folder
 from dspref.data.converting import Converter
@@ -170,7 +170,7 @@ def test_the_fix_follows_from_the_reasons(tmp_path: Path) -> None:
 
 def test_a_text_beyond_any_model_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizing 40 MB of one text takes half a minute, and it would be cut to max_length."""
-    monkeypatch.setattr(building, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(formats, "MAX_CHARACTERS", 1000)
     source = write(
         tmp_path / "a.jsonl", [ROWS[0], {"prompt": "p1", "chosen": " a", "rejected": " b" * 501, "more": "x" * 9999}]
     )
@@ -411,8 +411,8 @@ def test_what_is_scored_is_kept_and_is_part_of_the_content(tmp_path: Path, monke
     assert np.array_equal(whole.scored, whole.lengths[:, 1:]) and len(set(whole.same[:, 1])) == 1
     unscored = iter(range(3))
 
-    def masked(pair: TokenizedPair, limits: Limits, head: int, tail: int) -> TokenizedPair:
-        pair, k = cut(pair, limits, head, tail), next(unscored)
+    def masked(pair: TokenizedPair, *how: Any) -> TokenizedPair:
+        pair, k = cut(pair, *how), next(unscored)
         return pair._replace(chosen_scored=np.arange(len(pair.chosen)) >= k, rejected_scored=None)
 
     monkeypatch.setattr(tokenize, "truncate", masked)

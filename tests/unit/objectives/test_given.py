@@ -77,7 +77,7 @@ def test_a_weight_of_0_leaves_a_pair_out_of_the_sum_and_not_of_the_count(case: C
 
     def preference(loss: PairLoss, pairs: int) -> Tensor:
         terms = {name: term for name, term in loss.terms.items() if name not in ("nll", "sft")}
-        counts = {"pairs": pairs, "answers": 2 * pairs}
+        counts = {"pairs": pairs, "lists": pairs, "answers": 2 * pairs}
         return total(PairLoss(terms, {}), counts) + 0 * sum(t.values.sum() for t in loss.terms.values())
 
     found = gradients(lambda p: preference(objective(replace(p, weight=weight), reference), 7), policy)

@@ -65,6 +65,9 @@ CASES: list[Case] = [
     ("orpo", "orpo", {"nll_on_prompt": False}),
     ("kto", "kto", {"desirable_weight": 1.5, "undesirable_weight": 0.25}),
     ("kto", "apo_zero_unpaired", {"undesirable_weight": 0.0}),
+    ("listwise", "lipo_lambda", {"score_scale": 0.3}),
+    ("tpo", "sigmoid", {"label_smoothing": 0.2, "tpo_alpha": 0.3}),
+    ("tpo", "tpo_l", {"label_smoothing": 0.2, "tpo_l_gamma": 1.5}),
 ]
 
 
@@ -150,6 +153,17 @@ GOLDEN: list[tuple[str, str, dict[str, Any], float, list[float]]] = [
     ("bco", "bco", {}, 0.0, [1.312856, 1.439417, 1.386919]),
     ("bco", "bco", {}, 0.025, [1.312700, 1.438324, 1.387700]),
     ("bco", "bco", {"beta": 0.2}, 0.4, [1.272216, 1.498752, 1.448154]),
+    # Each pair is a list of two; of the second one the rejected answer has the higher score.
+    ("listwise", "plackett_luce", {}, 0.0, [0.620957, 0.644397, 0.693147]),
+    ("listwise", "plackett_luce", {"beta": 0.5}, 0.0, [0.386871, 0.474077, 0.693147]),
+    ("listwise", "lipo_lambda", {}, 0.0, [28.917570, 0.833985, 0.553605]),
+    ("listwise", "lipo_lambda", {"beta": 0.1, "score_scale": 0.1}, 0.0, [0.053040, 0.014389, 0.051205]),
+    ("tpo", "sigmoid", {}, 0.0, [0.678260, 0.705725, 0.681960]),
+    ("tpo", "sigmoid", {"beta": 0.1, "label_smoothing": 0.1}, 0.0, [0.584355, 0.800939, 0.609462]),
+    ("tpo", "hinge", {"beta": 0.1}, 0.0, [0.70, 1.25, 0.775]),  # as cpo
+    ("tpo", "ipo", {"beta": 0.1}, 0.0, [26.265625, 20.475625, 25.937194]),
+    ("tpo", "tpo_l", {"beta": 2.0}, 0.0, [1.136871, 0.493249, 1.093663]),  # SimPO with this gamma
+    ("tpo", "tpo_l", {"beta": 2.0, "tpo_l_gamma": 1.0, "label_smoothing": 0.2}, 0.0, [1.251929, 0.708460, 1.215179]),
 ]
 LOG_ODDS = [-0.146060, 0.575003, -0.123130]
 
@@ -159,7 +173,8 @@ def logps(chosen: Any, rejected: Any, chosen_tokens: Any = None, rejected_tokens
         return torch.as_tensor(values, dtype=torch.float64)
 
     counts = [torch.tensor(n or [1] * len(chosen)) for n in (chosen_tokens, rejected_tokens)]
-    given = {key: torch.tensor(value) if key == "prompt_tokens" else sums(value) for key, value in more.items()}
+    counts_too = ("prompt_tokens", "list", "opens", "gold")
+    given = {key: torch.as_tensor(value) if key in counts_too else sums(value) for key, value in more.items()}
     return PairLogps(sums(chosen), sums(rejected), *counts, **given)
 
 
@@ -168,11 +183,17 @@ def golden_point() -> tuple[PairLogps, PairLogps]:
     counts = [6, 20, 5], [8, 14, 7]
     more = {"prompt": [-4, -2.5, 0], "prompt_tokens": [3, 2, 0]}
     more |= {"chosen_collision": [2, 3, 4], "rejected_collision": [1, 1, 1]}
-    more |= {"score_chosen": [7, 2.5, 1], "score_rejected": [5.5, 3, -1]}
+    more |= {"score_chosen": [7, 2.5, 1], "score_rejected": [5.5, 3, -1], **of_pairs(3)}
     common = {"chosen_common": [-12, -20, -7.25], "rejected_common": [-11, -28, -7]}
     reference_common = {"chosen_common": [-13, -21, -6.75], "rejected_common": [-11.5, -29.5, -6.5]}
     policy = logps([-12, -30.5, -7.25], [-15, -28, -9.5], *counts, **common, **more)
     return policy, logps([-13, -31, -6.75], [-14.5, -29.5, -9], *counts, **reference_common)
+
+
+def of_pairs(count: int) -> dict[str, Tensor]:
+    """Each pair is a list of two, and none is a gold answer."""
+    numbers = torch.arange(count)
+    return {"list": numbers, "opens": torch.ones_like(numbers), "gold": 0 * numbers}
 
 
 def random_pairs(count: int, seed: int) -> tuple[PairLogps, PairLogps]:
@@ -194,7 +215,7 @@ def random_pairs(count: int, seed: int) -> tuple[PairLogps, PairLogps]:
     entropies = draws.uniform(0.3, 2.5, (2, count)) * tokens
     more |= {"chosen_collision": entropies[0], "rejected_collision": entropies[1]}
     worse = draws.normal(0, 2, count)
-    more |= {"score_chosen": worse + draws.uniform(0.2, 3, count), "score_rejected": worse}
+    more |= {"score_chosen": worse + draws.uniform(0.2, 3, count), "score_rejected": worse, **of_pairs(count)}
     counts = {"chosen_tokens": tokens[0].tolist(), "rejected_tokens": tokens[1].tolist()}
     return logps(**ours, **more, **counts), logps(**theirs, **counts)
 
@@ -219,8 +240,8 @@ def gradients(function: Callable[[PairLogps], Tensor], policy: PairLogps) -> dic
 
 
 def counts_of(pairs: PairLogps) -> dict[str, int]:
-    names = ("pairs", "answers", "chosen_tokens", "rejected_tokens", "chosen_and_prompt_tokens")
-    return {name: int(pairs.count(name)) for name in names}
+    names = ("pairs", "lists", "answers", "chosen_tokens", "rejected_tokens", "chosen_and_prompt_tokens")
+    return {name: int(pairs.count(name)) for name in names} | {"gold_tokens": 1}
 
 
 def only_sum(loss: PairLoss) -> Tensor:
@@ -247,11 +268,12 @@ def test_golden_values(name: str, loss_type: str, keys: dict[str, Any], delta: f
     loss = build_objective(name, loss_type, **keys)(policy, reference if OBJECTIVES[name].needs_reference else None, delta)
     term = loss.terms[loss_type]
     np.testing.assert_allclose(term.values.numpy(), expected, atol=1e-6, rtol=0)
-    per = "chosen_tokens" if loss_type == "sft" else "answers" if OBJECTIVES[name].unpaired else "pairs"
+    units = {"pairs": "pairs", "gold": "pairs", "answers": "answers", "list": "lists"}
+    per = "chosen_tokens" if loss_type == "sft" else units[OBJECTIVES[name].takes]
     weight = 0.1 if name == "orpo" else 1.0
     assert (term.per, term.weight) == (per, weight)
     alone = PairLoss({loss_type: term}, {})
-    mean = weight * sum(expected) / {"chosen_tokens": 31, "answers": 6, "pairs": 3}[per]  # 6 + 20 + 5 tokens
+    mean = weight * sum(expected) / {"chosen_tokens": 31, "answers": 6, "pairs": 3, "lists": 3}[per]  # 6 + 20 + 5 tokens
     assert total(alone, counts_of(policy)).item() == pytest.approx(mean, abs=1e-6)
 
 
@@ -288,8 +310,10 @@ def test_the_tables_words_about_each_loss() -> None:
     others = [loss for name, family in OBJECTIVES.items() for loss in family.losses.values() if name not in ("dpo", "bco")]
     assert not any(loss.couples or loss.ordered or loss.running_mean for loss in others)
     assert [about for about in LOSSES if OBJECTIVES[about[0]].losses[about[1]].mismatched] == [("kto", "kto")]
-    assert [name for name in OBJECTIVES if needs_reference(name)] == ["dpo", "kto", "bco"]
-    assert [name for name, family in OBJECTIVES.items() if family.unpaired] == ["kto", "bco"]
+    assert [name for name in OBJECTIVES if needs_reference(name)] == ["dpo", "kto", "bco", "listwise"]
+    taken = {name: family.takes for name, family in OBJECTIVES.items() if family.takes != "pairs"}
+    assert taken == {"kto": "answers", "bco": "answers", "listwise": "list", "tpo": "gold"}
+    assert [name for name, family in OBJECTIVES.items() if family.by_rows] == ["listwise", "tpo"]
     assert not needs_reference("dpo", reference_free=True, beta=0.1)
 
 
@@ -400,7 +424,7 @@ def test_extremes_stay_finite(case: Case, dtype: torch.dtype) -> None:
         for beta in (0.01, 0.1, 2.0):
             count = torch.full((len(EXTREMES),), tokens)
             more = {"prompt": columns[0], "prompt_tokens": 0 * count}
-            more |= {"score_chosen": columns[1], "score_rejected": columns[0]}
+            more |= {"score_chosen": columns[1], "score_rejected": columns[0], **of_pairs(len(EXTREMES))}
             policy, reference = (
                 # half of each answer lies in the common length
                 PairLogps(w, r, count, count, w / 2, r / 2, **more, chosen_collision=-w / 3, rejected_collision=0 * r)
@@ -618,6 +642,10 @@ REWARDS: list[tuple[str, str, dict[str, Any], tuple[list[float], ...], tuple[lis
     ("kto", "kto", {}, BY_SUMS, SUMS),
     ("kto", "apo_zero_unpaired", {"beta": 0.5, "desirable_weight": 3.0}, scaled(BY_SUMS, 5), SUMS),  # no weight is in them
     ("bco", "bco", {"beta": 0.2}, scaled(BY_SUMS, 2), SUMS),
+    ("listwise", "plackett_luce", {"beta": 0.2}, scaled(BY_SUMS, 2), SUMS),
+    ("listwise", "lipo_lambda", {}, scaled(BY_SUMS, 0.5), SUMS),
+    ("tpo", "sigmoid", {}, scaled(SUMS, 0.01), SUMS),
+    ("tpo", "tpo_l", {"beta": 2.0}, scaled(AVERAGES, 2.0), AVERAGES),
 ]  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def test_accuracy_counts_answers_beyond_the_threshold(name: str, loss_type: str,
     """An answer that is not there is on no side, wherever the threshold is."""
     loss = build_objective(name, loss_type)(*mixed(), delta)
     assert loss.metrics["rewards/accuracies"].tolist() == expected
-    assert loss.answers is not None and loss.answers.tolist() == [2, 1, 1]
+    assert loss.judged is not None and loss.judged.tolist() == [2, 1, 1]
 
 
 def test_the_point_of_a_step_takes_the_place_of_delta_and_has_no_gradient() -> None:

@@ -37,8 +37,8 @@ def pair(**sections: dict[str, Any]) -> dict[str, Any]:
         "rejected": section(run(" b", 1, True)),
     }
     return {
-        "source": "data.train", "where": "p.jsonl:1", "label": None, "turns": None, "tools": 0, "columns": {},
-        "limits": "max_length 9", "sections": plain | sections, "pack": None, "more_of_row": 0,
+        "source": "data.train", "where": "p.jsonl:1", "takes": "pairs", "label": None, "turns": None, "tools": 0,
+        "columns": {}, "limits": "max_length 9", "sections": plain | sections, "pack": None, "more_of_row": 0,
     }  # fmt: skip
 
 

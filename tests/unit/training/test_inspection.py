@@ -325,4 +325,28 @@ def test_of_pairs_and_single_answers_together_both_are_counted(alone: None) -> N
 
 def test_answers_that_stand_alone_have_no_margin(alone: None) -> None:
     code, _, err = call(*KTO, "--worst", "margin")
-    assert code == 2 and "--worst margin: compares two answers, and every row here has one; use --worst length" in err
+    assert code == 2 and "--worst margin: compares two answers, and here each stands alone; use --worst length" in err
+
+
+def test_answers_of_lists_are_the_best_or_not() -> None:
+    write(Path("lists.jsonl"), [{"prompt": "q", "completions": [" yes", " no no", " why not"], "scores": [3, 1, 2]}])
+    words = ["data.train=lists.jsonl", "data.eval=null", "objective={name: listwise}"]
+    said = call(*words)[1]
+    assert "3 answers in 1 list\n" in said and "chosen: the best of a list, rejected: the others" in said
+    assert "length    the best answers have" in said and "desirable" not in said
+    assert [pair["label"] for pair in found(*words, "--row", "1")["pairs"]] == [True, False, False]
+    shown = call(*words, "--row", "1")[1]
+    assert shown.count("the best of its list") == 1 and shown.count("3 examples\n") == 3 and " pairs" not in shown
+
+
+def test_a_gold_answer_is_no_pair_and_is_called_what_it_is() -> None:
+    write(Path("gold.jsonl"), [{"prompt": "q", "reference": " yes please", "chosen": " yes", "rejected": " no, never"}])
+    words = ["data.train=gold.jsonl", "data.eval=null", "objective={name: tpo}"]
+    said = call(*words)[1]
+    assert "1 pair and 1 gold answer\n" in said and "desirable" not in said
+    assert "longer in 0.0% of pairs, equal in 0.0%" in said, "a gold answer has no part in how the two of a pair compare"
+    pair, gold = found(*words, "--row", "1")["pairs"]
+    assert [pair["label"], gold["label"]] == [None, True]
+    assert pair["columns"] == gold["columns"] == {}, "the gold answer is no column beside the texts"
+    shown = call(*words, "--row", "1")[1]
+    assert shown.count("the reference (gold) answer of its row") == 1 and shown.count("2 examples\n") == 2

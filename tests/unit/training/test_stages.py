@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,11 +123,24 @@ def test_of_uneven_labels_a_weight_is_advised_and_of_pairs_none(tmp_path):
 )
 def test_the_banner_counts_answers_that_there_are(tmp_path, rows, said):
     pairs = load([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
-    found = re.fullmatch(r"(.*), mean tokens (\d+) prompt \+ (\d+) \| (\d+)", stages.in_numbers(pairs))
+    found = re.fullmatch(r"(.*), mean tokens (\d+) prompt \+ (\d+) \| (\d+)", stages.in_numbers(pairs, "answers"))
     assert found and found[1] == said
     for side in (1, 2):
         there = [int(n) for n in pairs.lengths[:, side] if n]
         assert int(found[2 + side]) == round(sum(there) / max(len(there), 1))
+
+
+@pytest.mark.parametrize(
+    ("takes", "row", "said"),
+    [
+        ("list", {"prompt": "p1", "completions": [" a", " b", " c"], "scores": [3, 1, 2]}, "3 answers in 1 lists"),
+        ("gold", {"prompt": "p1", "reference": " c", "chosen": " a", "rejected": " b"}, "1 pairs, 1 gold answers"),
+    ],
+)
+def test_the_banner_tells_lists_and_gold_answers(tmp_path, takes, row, said):
+    reading = {"list": {"pairs": "list"}, "gold": {"columns": {"reference": "reference"}}}[takes]
+    pairs = load([replace(write(tmp_path / "rows.jsonl", [row]), **reading)], tmp_path / "cache")
+    assert stages.in_numbers(pairs, takes).startswith(f"{said}, mean tokens ")
 
 
 def check_tokens(run, model_config, stores):
