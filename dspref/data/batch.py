@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Span of a scored token = side x P + pair, so that one index_add gives all sums as [sides, P].
 CHOSEN, REJECTED, PROMPT = 0, 1, 2
+# Of a filler pack.
+FILLER_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class PackedBatch:
 
     `prompts`: of an encoder-decoder model, whose decoder reads all the rest: answers without their prompts. `images`: of a
     model that reads these too, in prompts; its positions may have several axes. `given`: numbers that the rows have beside
-    their texts, float32, by the fields of `PairLogps`; the same names in every pack of a store, and no model sees them."""
+    their texts, float32, by the fields of `PairLogps`; the same names in every pack of a store, and no model sees them.
+    `sequences`: as many as any of the packs that run at the same time on all ranks has, or more: so many forwards each makes
+    of a model that reads one at a time."""
 
     input_ids: Int[Tensor, "T"]
     position_ids: Int[Tensor, "T"] | Int[Tensor, "A T"]
@@ -80,6 +84,7 @@ class PackedBatch:
     prompts: Prompts | None = None
     images: Images | None = None
     given: Mapping[str, Float[Tensor, "P"]] | None = None
+    sequences: int = 1
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; asynchronous from pinned memory."""
@@ -117,6 +122,7 @@ def collate(
     encoder_decoder: bool = False,
     pictures: Pictures | None = None,
     given: Mapping[str, np.ndarray] | None = None,
+    sequences: int = 1,
 ) -> PackedBatch:
     """Lay pairs out in one row. With `prefix_sharing`, pairs of one prompt are `[prompt | answer | answer | ...]`: the
     prompt and each distinct answer are computed once; without, a pair is `[prompt | chosen][prompt | rejected]`. Log-probs
@@ -124,7 +130,7 @@ def collate(
 
     `score_prompt`: the prompt's tokens 2..n are scored too, for every pair. `encoder_decoder`: prompts lie apart, and
     answers, which begin with the decoder's start token, lose their last one, which is a target alone. `pictures`: the images
-    of the pairs, of a model that reads some. `given`: numbers of each pair, float32 [P] by name."""
+    of the pairs, of a model that reads some. `given`: numbers of each pair, float32 [P] by name. `sequences`: a pack's."""
     if pictures and score_prompt:
         raise ValueError("image tokens are no text that a model could be asked for: prompts with images are not scored")
     groups = groups_of(pairs, prefix_sharing, score_prompt, pictures.digests if pictures else None)
@@ -162,6 +168,7 @@ def collate(
         prompts=_prompts(groups, starts) if encoder_decoder else None,
         images=pictures.images(laid) if pictures else None,
         given={name: torch.from_numpy(numbers) for name, numbers in given.items()} if given else None,
+        sequences=sequences,
     )
 
 
@@ -302,8 +309,8 @@ def _prompts(groups: Sequence[Group], answers: np.ndarray) -> Prompts:
 
 
 def _filler() -> _Segment:
-    """Four tokens that score nothing: a real forward and a zero gradient, for a rank that has run out of pairs."""
-    return _Segment(np.zeros(4, dtype=np.int64), (4,), (0,), np.arange(0), np.arange(0))
+    """Tokens that score nothing: a real forward and a zero gradient, for a rank that has run out of pairs."""
+    return _Segment(np.zeros(FILLER_TOKENS, dtype=np.int64), (FILLER_TOKENS,), (0,), np.arange(0), np.arange(0))
 
 
 def _positions(segments: Sequence[_Segment]) -> Tensor:

@@ -222,13 +222,15 @@ class StepPacks:
     def packs(self, store: Pairs, packing: Packing) -> Iterator[PackedBatch]:
         """The packs of this rank."""
         sharing, score_prompt = packing.prefix_sharing, packing.score_prompt
+        # Of prompt + answer; all ranks know of all, so that none has to ask.
+        answers = [[int((store.computed[ids][:, 1:] > 0).sum()) for ids in rank] for rank in self.ids]
         return (
             collate(
                 [store[i] for i in ids.tolist()], ids.tolist(), prefix_sharing=sharing, score_prompt=score_prompt,
                 encoder_decoder=store.apart, pictures=store.pictures(ids.tolist()),
-                given=store.given.of(ids.tolist()) | self._marks(store, packing, k),
+                given=store.given.of(ids.tolist()) | self._marks(store, packing, k), sequences=max(counts),
             )
-            for k, ids in enumerate(self.ids[packing.rank])
+            for k, (ids, *counts) in enumerate(zip(self.ids[packing.rank], *answers))
         )  # fmt: skip
 
     def _marks(self, store: Pairs, packing: Packing, k: int) -> dict[str, np.ndarray]:

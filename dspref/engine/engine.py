@@ -25,6 +25,7 @@ from dspref.engine.accelerator import ACCELERATOR, deepspeed
 from dspref.engine.memory import full_state
 from dspref.engine.optimizer import make_optimizer, make_scheduler
 from dspref.errors import EnvironmentFault
+from dspref.model.alone import ALONE
 from dspref.model.generation import Passage
 from dspref.model.logps import TokenLogps
 from dspref.model.packed import PackedCausalLM
@@ -251,18 +252,22 @@ def discard(forward: Any) -> None:
 def _mark_leaves(policy: nn.Module) -> None:
     """Under ZeRO-3, gather modules with experts whole: ranks route differently, so the experts' hooks would run apart.
 
-    Experts are, by family: 3-D weights of one module, or a child called `experts` without such weights.
+    Experts are, by family: 3-D weights of one module, or a child called `experts` without such weights. The first are left
+    as they are where a backward runs through them several times, as DeepSpeed would reduce a leaf's gradients each time:
+    being of one module, they are gathered together anyhow.
     """
-    found = {type(part) for part in policy.modules() if _has_experts(part)}
+    several = getattr(policy, "kernel", None) == ALONE
+    found = {type(part) for part in policy.modules() if _has_experts(part, listed_alone=several)}
     if found:
         deepspeed.utils.set_z3_leaf_modules(policy, list(found))
         distributed.log(f"ZeRO-3 gathers whole: {', '.join(sorted(kind.__name__ for kind in found))}")
 
 
-def _has_experts(part: nn.Module) -> bool:
+def _has_experts(part: nn.Module, listed_alone: bool) -> bool:
     child = getattr(part, "experts", None)
-    listed = isinstance(child, nn.Module) and not _three_dimensional(child.parameters())
-    return listed or _three_dimensional(part.parameters(recurse=False))
+    if isinstance(child, nn.Module) and not _three_dimensional(child.parameters()):
+        return True
+    return not listed_alone and not isinstance(part, nn.Conv1d) and _three_dimensional(part.parameters(recurse=False))
 
 
 def _announce_dora(model: nn.Module) -> None:

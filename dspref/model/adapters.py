@@ -124,10 +124,18 @@ def _fresh(lm: PreTrainedModel, section: ModelSection) -> PeftModel:
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if vision.is_vision(lm.config) and _names_no_tower(settings):
         settings["exclude_modules"] = vision.outside_language_model(lm)
+    elif settings.get("target_modules", "all-linear") == "all-linear" and (fused := _fused(lm)):
+        settings.setdefault("exclude_modules", fused)
     kind = "SEQ_2_SEQ_LM" if getattr(lm.config, "is_encoder_decoder", False) else "CAUSAL_LM"
     config = LoraConfig(task_type=kind, **settings)
     # In the type of the model, as modules_to_save are: DeepSpeed wants one type, and keeps fp32 masters.
     return get_peft_model(lm, config, section.adapter_name, autocast_adapter_dtype=False)
+
+
+def _fused(lm: PreTrainedModel) -> list[str]:
+    """The last layer of every Mamba mixer, whose weight its kernels on CUDA read past an adapter; peft refuses it."""
+    mixers = (name for name, part in lm.named_modules() if "Mamba" in type(part).__name__ and hasattr(part, "out_proj"))
+    return [f"{name}.out_proj" for name in mixers]
 
 
 def _names_no_tower(settings: Mapping[str, Any]) -> bool:

@@ -13,20 +13,22 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.model import attention, families, freezing, liger, vision, weights
+from dspref.model import alone, attention, families, freezing, liger, vision, weights
 from dspref.terminal import first_line
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
-SINKS = "has attention sinks, which the packed kernels do not know"
-# Families that use the common attention function but cannot be packed by it, and why.
-UNPACKABLE = {
-    "gpt_oss": SINKS,
-    "nemotron": "does not pass the layout of a pack on to its attention",
-    "flint": SINKS,
-    "granitemoe_swa": SINKS,
-    "doge": "makes an attention mask of its own",
+# Families whose log-probs in training are no function of a sequence, and why.
+REFUSED = {
     "phimoe": "samples its experts in training, so that a step would not be a function of its pairs",
+    "rwkv": "has a backward pass that fails, as transformers has it: it writes over what it needs",
+    "xlstm": "has a backward pass that fails, as transformers has it: it writes over what it needs",
+    "reformer": "hashes its tokens by chance, so that a step would not be a function of its pairs",
+    "xlnet": "reads a text in other orders than from left to right",
+    "blt": "reads bytes in patches, whose ends depend on another model",
+    "cpmant": "reads a text in both directions, so that no token of an answer has a probability by what lies before it",
 }
+# Layers between backbone and head that the forward of packs has too, by family.
+BEFORE_HEAD = {"modernbert-decoder": "lm_head"}
 
 
 def check(section: ModelSection, config: PretrainedConfig, max_length: int | None, vocabulary: int, device_type: str) -> str:
@@ -38,28 +40,19 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         liger.check(text.model_type, device_type)
     refuse_unknown_tokens(config, vocabulary - 1)
     refuse_long_limit(config, max_length)
-    layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-    if not set(layers) <= {"full_attention", "sliding_attention", "attention"}:
-        kinds = ", ".join(sorted(set(layers) - {"full_attention", "sliding_attention", "attention"}))
-        raise ConfigError(
-            f"model.name_or_path: {text.model_type} has {kinds} layers, which would leak between packed sequences"
-        )
-    family: Any = families.auto_class(config)._model_mapping.get(type(config), None)
     encoded = families.FAMILIES.get(config.model_type) if families.is_encoder_decoder(config) else None
     if encoded is not None:
         families.start_of_answers(config)
         _refuse_dropped_layers(section, config)
-    elif family is not None and not family._supports_attention_backend:
-        raise ConfigError(f"model.name_or_path: {text.model_type} {NOT_PACKED}")
-    if text.model_type in UNPACKABLE:
-        raise ConfigError(f"model.name_or_path: {text.model_type} {UNPACKABLE[text.model_type]}; use another model")
-    if family is not None:
+    if text.model_type in REFUSED:
+        raise ConfigError(f"model.name_or_path: {text.model_type} {REFUSED[text.model_type]}; use another model")
+    sinks = False
+    if _class_of(config) is not None:
         skeleton = build_skeleton(section, config)
         if encoded is None:
             refuse_layers_before_head(skeleton)
         freezing.frozen([name for name, _ in skeleton.named_parameters(remove_duplicate=False)], section.freeze)
-        if any(name.endswith(".sinks") for name, _ in skeleton.named_parameters()):
-            raise ConfigError(f"model.name_or_path: {text.model_type} {SINKS}; use another model")
+        sinks = any("sink" in name.rpartition(".")[2] for name, _ in skeleton.named_parameters())
         reads_images = vision.is_vision(config) and encoded is None
         sizes = head_sizes(vision.language_model(skeleton) if reads_images else skeleton)
         router_coefficient(section, skeleton)
@@ -67,6 +60,9 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
     else:  # of code that comes with the model, which is not run before it is loaded
         sizes = {number(text, "head_dim") or 0}
+    if why := why_alone(config, max_length):
+        _refuse_other_kernel(section, text.model_type, why)
+        return alone.ALONE
     window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
     return _choose_kernel(
         section,
@@ -74,9 +70,29 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         sizes,
         window=window if window and (max_length is None or max_length > window) else None,
         softcap=number(text, "attn_logit_softcapping"),
+        sinks=sinks,
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
         position_bias=encoded is not None and encoded.has_bias,
     )
+
+
+def why_alone(config: PretrainedConfig, max_length: int | None) -> str | None:
+    """Why a model is run one sequence at a time, in half a sentence; None where it is run over packs."""
+    if families.kind_of(config) != "decoder":
+        return None
+    return alone.reason(config, _class_of(config), max_length)
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    """Of transformers; None for code that comes with the model."""
+    return families.auto_class(config)._model_mapping.get(type(config), None)
+
+
+def _refuse_other_kernel(section: ModelSection, family: str, why: str) -> None:
+    if (asked := section.attn_implementation) not in ("auto", "sdpa"):
+        raise ConfigError(
+            f"model.attn_implementation: {asked}, but {family} is run one sequence at a time, as {why}; drop the key"
+        )
 
 
 def _refuse_dropped_layers(section: ModelSection, config: PretrainedConfig) -> None:
@@ -145,7 +161,8 @@ def refuse_long_limit(config: PretrainedConfig, max_length: int | None) -> None:
     positions = number(text, "max_position_embeddings")
     if positions and max_length and max_length > positions:
         raise ConfigError(f"data.max_length: {max_length} is beyond the model's {positions} positions; lower it")
-    _refuse_scaled_positions(text, max_length)
+    if families.kind_of(config) != "decoder":
+        _refuse_scaled_positions(text, max_length)
 
 
 def refuse_long_pairs(config: PretrainedConfig, longest: int) -> None:
@@ -161,22 +178,13 @@ def refuse_long_pairs(config: PretrainedConfig, longest: int) -> None:
 def positions_of(config: PretrainedConfig) -> int | None:
     """Tokens of a sequence up to which the model has positions, and those do not depend on its neighbours."""
     text = config.get_text_config()
-    _, fixed_up_to = _scaled_positions(text)
+    _, fixed_up_to = alone.scaled_positions(text)
     return fixed_up_to or number(text, "max_position_embeddings")
-
-
-def _scaled_positions(text: PretrainedConfig) -> tuple[str, int | None]:
-    """Some rotary embeddings change with the longest sequence of a forward: their kind, and up to where they do not."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ("longrope", "dynamic"):
-        return kind, None
-    return kind, rope.get("original_max_position_embeddings") or number(text, "max_position_embeddings") or 0
 
 
 def _refuse_scaled_positions(text: PretrainedConfig, max_length: int | None) -> None:
     """A pair would depend on its neighbours."""
-    kind, fixed_up_to = _scaled_positions(text)
+    kind, fixed_up_to = alone.scaled_positions(text)
     if fixed_up_to is not None and (max_length is None or max_length > fixed_up_to):
         raise ConfigError(
             f"data.max_length: {text.model_type}'s {kind} positions depend on the longest sequence beyond {fixed_up_to} "
@@ -225,10 +233,18 @@ def require_bitsandbytes(key: str, device_type: str) -> None:
         raise EnvironmentFault(f"{key}: bitsandbytes is not installed; pip install 'dspref[bitsandbytes]'")
 
 
+def backbone_of(lm: PreTrainedModel) -> Any:
+    """What makes hidden states, up to the head; some have it under another name than they say (Llama 4)."""
+    base: Any = lm.base_model
+    return getattr(lm, "model", lm) if base is lm else base
+
+
 def refuse_layers_before_head(lm: PreTrainedModel) -> None:
     """Raise ConfigError where more than a linear head follows the backbone: the forward here would leave it out."""
-    head = lm.get_output_embeddings()
-    between = [name for name, part in lm.named_children() if part is not head and name != lm.base_model_prefix]
+    head, backbone = lm.get_output_embeddings(), backbone_of(lm)
+    # A softcap as a module (Inkling 2) is in the head's transform.
+    known = ("logit_softcap", BEFORE_HEAD.get(lm.config.model_type))
+    between = [name for name, part in lm.named_children() if part not in (head, backbone) and name not in known]
     if between or all(part is not head for part in lm.children()):
         kind = lm.config.model_type
         if type(lm.config) in AutoModelForMaskedLM._model_mapping:  # BERT and its kin, which know no left to right

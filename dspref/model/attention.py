@@ -99,16 +99,15 @@ def packed_attention(
         raise ConfigError(f"model.name_or_path: {type(module).__name__} does not pass a pack's layout on to its attention")
     if attention_mask is not None:
         raise ConfigError(f"model.name_or_path: {type(module).__name__} makes an attention_mask; a pack has no padding")
-    if s_aux is not None:
-        raise ConfigError(f"model.name_or_path: {type(module).__name__} has attention sinks (s_aux), unknown to the kernels")
     segments.seen.append(type(module).__name__)
     segments = segments.of(module)
     batch = segments.batch
     if sliding_window is not None and sliding_window >= batch.max_seqlen_k:
         sliding_window = None  # no segment is long enough for the window to matter
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    options = Options(scale, dropout, sliding_window, softcap, position_bias)
-    asked = {"window": sliding_window, "softcap": softcap, "dropout": dropout, "position_bias": position_bias is not None}
+    options = Options(scale, dropout, sliding_window, softcap, position_bias, s_aux)
+    asked = {"window": sliding_window, "softcap": softcap, "dropout": dropout}
+    asked |= {"position_bias": position_bias is not None, "sinks": s_aux is not None}
     if reason := cannot(segments.kernel, {query.shape[-1]}, **asked):
         raise ConfigError(f"model.attn_implementation: {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -290,7 +289,7 @@ KERNELS: dict[str, Kernel] = {  # fastest first
         AMPERE,
         takes=_eights,
     ),
-    "sdpa": Kernel(_sdpa, frozenset({"window", "dropout", "position_bias"}), None, lambda: True),
+    "sdpa": Kernel(_sdpa, frozenset({"window", "softcap", "dropout", "position_bias", "sinks"}), None, lambda: True),
 }
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -13,7 +13,7 @@ from dspref.config import ModelSection
 from dspref.data.apart import read_apart
 from dspref.data.batch import collate, computed_tokens
 from dspref.data.truncate import TokenizedPair
-from dspref.model import admission, families, loading, weights
+from dspref.model import admission, alone, families, loading, weights
 from dspref.model.logps import pair_logps
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives.families import PairLogps
@@ -50,20 +50,20 @@ def log_probs(model: PackedCausalLM, pairs: Sequence[TokenizedPair], tokens_per_
     `tokens_per_pack`: tokens that are computed in one forward; a longer pair gets one of its own.
     """
     device, found = next(model.parameters()).device, []
-    apart = families.is_encoder_decoder(model.lm.config)
-    for ids in _packs(pairs, tokens_per_pack, apart):
-        batch = collate([pairs[k] for k in ids], ids, prefix_sharing=True, encoder_decoder=apart).to(device)
+    apart, shared = families.is_encoder_decoder(model.lm.config), model.kernel != alone.ALONE
+    for ids in _packs(pairs, tokens_per_pack, shared, apart):
+        batch = collate([pairs[k] for k in ids], ids, prefix_sharing=shared, encoder_decoder=apart).to(device)
         tokens, _ = model(batch, only_logps=True)
         found.append(pair_logps(tokens, batch).map(torch.Tensor.cpu))
     return PairLogps(**{field.name: _joined([getattr(one, field.name) for one in found]) for field in fields(PairLogps)})
 
 
-def _packs(pairs: Sequence[TokenizedPair], tokens_per_pack: int, apart: bool) -> Iterator[list[int]]:
+def _packs(pairs: Sequence[TokenizedPair], tokens_per_pack: int, shared: bool, apart: bool) -> Iterator[list[int]]:
     """Pairs in their order, as many as fit."""
     lengths = np.array([[len(side) for side in pair[:3]] for pair in pairs], dtype=np.int64).reshape(-1, 3)
     pack: list[int] = []
     size = 0
-    for k, cost in enumerate(computed_tokens(lengths, prefix_sharing=True, encoder_decoder=apart).tolist()):
+    for k, cost in enumerate(computed_tokens(lengths, prefix_sharing=shared, encoder_decoder=apart).tolist()):
         if pack and size + cost > tokens_per_pack:
             yield pack
             pack, size = [], 0

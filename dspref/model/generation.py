@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, St
 from transformers.generation.streamers import BaseStreamer
 
 from dspref.data.images import Images, Laid, Pictures
-from dspref.model import admission
+from dspref.model import admission, alone
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -192,7 +192,7 @@ def _penalised(logits: Float[Tensor, "B V"], said: Sequence[Sequence[int]], pena
 @contextmanager
 def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
     """While open, the model attends to a batch of sequences with padding, as its authors have it, and not to a pack."""
-    kernel = "sdpa" if getattr(lm, "_supports_sdpa", False) else "eager"
+    kernel = alone.implementation(lm, lm.config)
     configs: Any = [part.config for part in lm.modules() if isinstance(getattr(part, "config", None), PretrainedConfig)]
     before = [(config, config._attn_implementation) for config in {id(config): config for config in configs}.values()]
     try:

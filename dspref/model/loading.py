@@ -27,7 +27,7 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.errors import ConfigError
 from dspref.files import flushed_tree, remove, sync_folder
-from dspref.model import adapters, digests, families, liger, vision, weights
+from dspref.model import adapters, alone, digests, families, liger, vision, weights
 from dspref.model.adapters import Adapters
 from dspref.model.admission import build_skeleton
 from dspref.model.attention import PACKED
@@ -127,7 +127,7 @@ def load(
                 str(folder),
                 config=config,
                 dtype=getattr(torch, dtype),
-                attn_implementation=vision.implementations(config) if vision.is_vision(config) else PACKED,
+                attn_implementation=attention_of(config, kernel),
                 use_safetensors=True,
                 trust_remote_code=section.trust_remote_code,
                 output_loading_info=True,
@@ -146,6 +146,12 @@ def load(
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
     return PackedCausalLM(lm, kernel, published, attached)
+
+
+def attention_of(config: PretrainedConfig, kernel: str) -> str | dict[str, str]:
+    if kernel == alone.ALONE:
+        return alone.implementation(families.auto_class(config)._model_mapping[type(config)], config)
+    return vision.implementations(config) if vision.is_vision(config) else PACKED
 
 
 def _computed_buffers(section: ModelSection, config: PretrainedConfig, dtype: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from dspref.data.batch import PackedBatch
 from dspref.errors import ConfigError
 from dspref.model import families, freezing, readers, router
 from dspref.model.adapters import Adapters
-from dspref.model.admission import NOT_PACKED, router_coefficient
+from dspref.model.admission import BEFORE_HEAD, NOT_PACKED, router_coefficient
 from dspref.model.attention import Segments
 from dspref.model.generation import Passage
 from dspref.model.logps import HeadTransform, TokenLogps, counted, scored_logps
@@ -41,7 +41,7 @@ class PackedCausalLM(nn.Module):
         attached: Adapters | None = None,
     ) -> None:
         super().__init__()
-        self.reader = readers.reader_of(lm.config)
+        self.reader = readers.reader_of(lm.config, kernel)
         self.reader.check(lm)
         self.reader.tell(lm)
         self.lm = lm
@@ -73,11 +73,9 @@ class PackedCausalLM(nn.Module):
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
-        head: Any = self.lm.get_output_embeddings()
         scored = scored_logps(
-            outputs.last_hidden_state[0][batch.predictor_index],
-            head.weight,
-            self.reader.head_bias(self.lm),
+            self._before_head(outputs.last_hidden_state[0][batch.predictor_index]),
+            *self._head(),
             batch.targets,
             self.transform,
             self.with_collision and not only_logps,
@@ -87,9 +85,20 @@ class PackedCausalLM(nn.Module):
 
     def _logits(self, outputs: Any) -> torch.Tensor:
         """[B, V] behind the last token that was read."""
+        hidden = self._before_head(outputs.last_hidden_state[:, -1])
+        return self.transform(torch.nn.functional.linear(hidden, *self._head()).float())
+
+    def _before_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., d] as the head reads it."""
+        layer = BEFORE_HEAD.get(self.lm.config.model_type)
+        return hidden if layer is None else self.lm.get_submodule(layer)(hidden)
+
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [V, d] and bias [V] of the words that there are: some have more rows, for the sake of round numbers."""
         head: Any = self.lm.get_output_embeddings()
-        logits = torch.nn.functional.linear(outputs.last_hidden_state[:, -1], head.weight, self.reader.head_bias(self.lm))
-        return self.transform(logits.float())
+        weight, bias = head.weight, self.reader.head_bias(self.lm)
+        words = getattr(self.lm.config.get_text_config(), "unpadded_vocab_size", None)
+        return (weight, bias) if words is None else (weight[:words], None if bias is None else bias[:words])
 
     def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
         if not outputs.router_logits:
@@ -107,9 +116,12 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
         scaled = family.scaled_by is not None and getattr(config, family.scaled_by, False)
         return HeadTransform(text.d_model**-0.5 if scaled else 1.0)
     scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
-    if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
-        scale /= divisor
-    return HeadTransform(scale, getattr(text, "final_logit_softcapping", None))
+    scale *= getattr(text, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(text, "logits_mup_width_multiplier", None) or 1.0  # Inkling
+    if (given := getattr(text, "logits_scaling", None)) is not None:  # Granite and others; HyperCLOVA X multiplies by it
+        scale = scale * given if text.model_type == "hyperclovax" else scale / given
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+    return HeadTransform(scale, next((cap for name in caps if (cap := getattr(text, name, None))), None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dspref.data.batch import PackedBatch
-from dspref.model import families, vision
-from dspref.model.admission import refuse_layers_before_head
+from dspref.model import alone, families, one_by_one, vision
+from dspref.model.admission import backbone_of, refuse_layers_before_head
 from dspref.model.attention import Segments
 from dspref.model.generation import Passage
 
@@ -40,8 +40,10 @@ class Reader:
     """Of the vocabulary, [V]."""
 
 
-def reader_of(config: PretrainedConfig) -> Reader:
-    """By the kind of model that a config is of."""
+def reader_of(config: PretrainedConfig, kernel: str) -> Reader:
+    """By the kind of model that a config is of, and what computes its attention."""
+    if kernel == alone.ALONE:
+        return READERS["alone"]
     if families.is_encoder_decoder(config):
         return READERS["encoder-decoder"]
     return READERS["vision-language" if vision.is_vision(config) else "causal"]
@@ -59,7 +61,7 @@ def _read(lm: PreTrainedModel, batch: PackedBatch, segments: Segments, routed: b
 
 def _read_on(lm: PreTrainedModel, passage: Passage, **seen: torch.Tensor) -> tuple[Any, Any]:
     """`seen`: further arguments of the backbone."""
-    outputs = lm.base_model(
+    outputs = backbone_of(lm)(
         input_ids=passage.input_ids,
         attention_mask=passage.attention_mask,
         position_ids=passage.position_ids,
@@ -91,7 +93,7 @@ def _see_on(lm: PreTrainedModel, passage: Passage) -> tuple[Any, Any]:
 def _backbone(
     lm: PreTrainedModel, batch: PackedBatch, segments: Segments, routed: bool, positions: torch.Tensor, **seen: Any
 ) -> Any:
-    return lm.base_model(
+    return backbone_of(lm)(
         input_ids=batch.input_ids[None],
         position_ids=positions,
         use_cache=False,
@@ -145,6 +147,7 @@ def _final_bias(lm: PreTrainedModel) -> torch.Tensor | None:
 
 READERS: dict[str, Reader] = {
     "causal": Reader(refuse_layers_before_head, _read, _read_on),
+    "alone": Reader(refuse_layers_before_head, one_by_one.read, one_by_one.read_on),
     "vision-language": Reader(_check_vision, _see, _see_on, vision.tell),
     "encoder-decoder": Reader(
         lambda lm: families.refuse_other_family(lm.config), _read_apart, _write_on, families.tell, _final_bias

@@ -29,13 +29,15 @@ PADDING, SMALL = 1.5, 2**22
 @dataclass(frozen=True)
 class Options:
     """What a layer asks of a kernel beyond plain attention; `window` counts the query's own position. `position_bias`: added
-    to the score of a key at distance -L to L behind its query, by head."""
+    to the score of a key at distance -L to L behind its query, by head. `sinks`: of each head, the score of a key without a
+    value."""
 
     scale: float
     dropout: float
     window: int | None
     softcap: float | None
     position_bias: Float[Tensor, "H 2L+1"] | None = None
+    sinks: Float[Tensor, "H"] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,29 @@ def _within(distance: Tensor, window: int | None) -> Tensor:
 def _call(rows: Rows, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: Options) -> Tensor:
     mask, place = _mask(rows, causal, options, q), rows.places if len(rows.keys) > 1 else (None, None)
     q, k, v = _padded(q, rows.queries, place[0]), _padded(k, rows.keys, place[1]), _padded(v, rows.keys, place[1])
+    if options.softcap or options.sinks is not None:
+        mask = rows.seen(causal, options.window)[:, None] if mask is None else mask
+        return _ordered(_by_scores(q, k, v, mask, options).transpose(1, 2).flatten(0, 1), place[0])
     output = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, dropout_p=options.dropout, scale=options.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     return _ordered(output.transpose(1, 2).flatten(0, 1), place[0])
+
+
+def _by_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Float[Tensor, "S H Q D"]:
+    """With all scores in memory, in fp32 or better, for what torch's function does not know: softcaps (Gemma 2,
+    arXiv:2408.00118, eq. in 2: c tanh(score / c)) and sinks (gpt-oss: a column of the softmax that adds nothing)."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    shares = scores.softmax(dim=-1)[..., : k.shape[-2]].to(q.dtype)
+    return torch.nn.functional.dropout(shares, options.dropout) @ v
 
 
 def _mask(rows: Rows, causal: bool, options: Options, like: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from dspref.data.loader import Packing
 from dspref.data.mismatched import Pairs
 from dspref.engine import ds_config, engine, finite, memory
 from dspref.engine.engine import Engine
-from dspref.model import adapters, admission, generation, loading, packed
+from dspref.model import adapters, admission, alone, generation, loading, packed
 from dspref.model.logps import TokenLogps, pair_logps, scored_tokens
 from dspref.model.packed import PackedCausalLM
 from dspref.model.router import Routing
@@ -138,7 +138,10 @@ def load_forward(spec: ReferenceSpec, weights: str, device_type: str) -> Any:
     default = 3 if stage_of(spec.strategy) == 3 or own.offload == "cpu" else 0
     stage = own.zero_stage if own.zero_stage is not None else default
     section, adapter = described(spec, weights)
-    kernel = admission.check(section, loading.load_config(section), spec.max_length, 0, device_type)
+    config = loading.load_config(section)
+    kernel = admission.check(section, config, spec.max_length, 0, device_type)
+    if spec.is_another and (why := admission.why_alone(config, spec.max_length)):
+        distributed.log(alone.told(config, why, "reference"))
     zero3 = ds_config.reference_config(spec.strategy, section.dtype, own.offload) if stage == 3 else None
     with_adapter = partial(adapters.frozen, source=adapter) if adapter else None
     reference = loading.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)

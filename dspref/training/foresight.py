@@ -96,6 +96,7 @@ def read(model: ModelSection, data: DataSection, train: TrainSection, objective:
     tokenizer = preparation.tokenizer_of(model)
     listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
     pairs = preparation.load_sources(data, tokenizer, listings)
+    data = preparation.laid_out(model, data, say=False)
     packing, loader = preparation.steps_of(data, train, pairs, objective, 0, ranks)
     return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.asked_steps))
 

@@ -71,7 +71,8 @@ def held_out(asked: Asked, source: str | None = None) -> dict[str, Any]:
         section = section.model_copy(update={"tokenizer_name_or_path": _tokenizer_of(asked, section, subject)})
         reference = apart(asked.reference)
         kernel, _, sets, listings = preparation.prepare_held_out(section, asked.data, reference, device.type)
-        packing = _packing(asked.data, list(sets.values()), objective)
+        data = preparation.laid_out(section, asked.data)
+        packing = _packing(data, list(sets.values()), objective)
         base = _reference(reference, asked, demand.with_mismatched(objective, sets), packing, device)
         policy = _load(section, kernel, objective, reference, device.type)
         judged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

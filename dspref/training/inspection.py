@@ -82,6 +82,7 @@ def inspect(
     """
     asked.check(data)
     found = survey.read(model, data, _progress, summarise=False)
+    data = preparation.laid_out(model, data, say=False)
     _, loader = preparation.steps_of(data, train, found.train[0].store, objective, 0, asked.ranks)
     look = Look(found, data, train, loader, asked, objective.family.takes)
     pairs = look.chosen()

@@ -28,7 +28,7 @@ from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
-from dspref.model import adapters, admission, digests, families, loading, processors, vision, weights
+from dspref.model import adapters, admission, alone, digests, families, loading, processors, vision, weights
 from dspref.objectives import Objective, own_sources
 from dspref.own_code import Used
 from dspref.reference.spec import ReferenceSpec, described
@@ -264,6 +264,17 @@ def refuse_for_objective(stores: Sequence[PairStore], objective: Objective) -> N
         )
     if score_prompt and any(store.reads_images for store in stores):
         raise ConfigError("objective.nll_on_prompt: true, but image tokens of a prompt are no text to be learned; set false")
+
+
+def laid_out(section: ModelSection, data: DataSection, say: bool = True) -> DataSection:
+    """The data section with packs as the model takes them: no prompt is computed once for several answers of one that reads
+    a sequence at a time, which `say` tells. Raises ConfigError where just that is asked for."""
+    config = loading.load_config(section)
+    why = admission.why_alone(config, data.max_length)
+    found = alone.laid_out(data, config, why)
+    if why and say:
+        distributed.log(alone.told(config, why))
+    return found
 
 
 def refuse_large_labels(store: PairStore, scale: float) -> None:

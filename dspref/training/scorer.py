@@ -37,7 +37,8 @@ def score(config: Config, share: tuple[int, int] = (0, 1), verify: int = 0) -> N
     loading.quiet()
     _, _, pairs, held_out = preparation.prepare(config.model, config.data_read, reference, config.train.optim, device.type)
     objective = build_objective(**config.objective.model_dump())
-    planned, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
+    data = preparation.laid_out(config.model, config.data)
+    planned, loader = demand.plan(objective, data, config.train, pairs, held_out)
     packing = modes.scoring_packing(reference, planned, device.type)
     sets = demand.sets(objective, loader, held_out)
     weights = config.model.name_or_path

@@ -87,7 +87,9 @@ def report(
         for index in source.ids[:SHOWN].tolist():
             distributed.log(f"\n{source.store.where(index)}\n{mark(source.store[index], found.tokenizer, colour)}")
     found.check_sizes(data.max_length)
-    preparation.steps_of(data, train, found.train[0].store, objective, rank=0, world_size=1)
+    preparation.steps_of(
+        preparation.laid_out(model, data, say=False), train, found.train[0].store, objective, rank=0, world_size=1
+    )
     preparation.refuse_for_objective([source.store for source in found.held_out], objective)
     if prompts:
         own = preparation.own_prompts(prompts, model, found.tokenizer)

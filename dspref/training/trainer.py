@@ -59,7 +59,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         config.model, config.data_read, asked, config.train.optim, device_type
     )
     objective = build_objective(**config.objective.model_dump())
-    packing, loader = demand.plan(objective, config.data, config.train, pairs, held_out)
+    packing, loader = demand.plan(objective, preparation.laid_out(config.model, config.data), config.train, pairs, held_out)
     prompts = answers.prompts_of(config.log, config.model, held_out, tokenizer)
     steps = loader.total_steps(config.train.num_train_epochs, config.train.asked_steps)
     sets = {"train": pairs, **held_out}

@@ -240,24 +240,54 @@ def test_sdpa_kernel_against_softmax_query_by_query(sharing: bool, window: int |
                 torch.testing.assert_close(output[0, t, h], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_sdpa_kernel_with_softcap_and_sinks_query_by_query() -> None:
+    """c tanh(score / c), and a column of the softmax without a value."""
+    batch = collate(some_pairs(), range(3), prefix_sharing=True)
+    tokens, draws = len(batch.input_ids), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, tokens, 8, generator=draws) for heads in (4, 2, 2))
+    sinks = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    output = call_of(query, key, value, batch, softcap=0.5, s_aux=sinks)
+    bounds = zip(
+        *(x.tolist() for x in (batch.cu_seqlens_q, batch.cu_seqlens_q[1:], batch.cu_seqlens_k, batch.cu_seqlens_k[1:]))
+    )
+    assert batch.kv_index is not None
+    for q0, q1, k0, k1 in bounds:
+        for t in range(q0, q1):
+            seen = batch.kv_index.tolist()[k0 : k1 - (q1 - 1 - t)]
+            for h in range(4):
+                scores = torch.stack([0.5 * torch.tanh(0.2 * query[0, h, t] @ key[0, h // 2, s] / 0.5) for s in seen])
+                shares = torch.cat([scores, sinks[h : h + 1]]).softmax(0)
+                expected = sum(p * value[0, h // 2, s] for p, s in zip(shares, seen))
+                torch.testing.assert_close(output[0, t, h], expected, rtol=1e-5, atol=1e-6)
+
+
+def call_of(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, **options: Any) -> Tensor:
+    segments = Segments(batch, "sdpa")
+    return packed_attention(torch.nn.Identity(), query, key, value, None, scaling=0.2, segments=segments, **options)[0]
+
+
 SHORT, ONE_LONG = ([5, 13, 1, 8], [5, 13, 1, 8]), ([5, 1, 3000, 8, 1500], [5, 1, 3000, 8, 1500])
 SHARED = ([5, 3, 1, 8], [5, 20, 9, 8])  # answers behind a prompt of others
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("more", ["", "biased", "softcap and sinks"])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 4), (False, None)])
 @pytest.mark.parametrize("lengths", [SHORT, SHARED, ONE_LONG], ids=["short", "shared", "one long"])
-def test_segments_side_by_side_are_each_by_itself(lengths: Any, causal: bool, window: int | None, biased: bool) -> None:
+def test_segments_side_by_side_are_each_by_itself(lengths: Any, causal: bool, window: int | None, more: str) -> None:
     """As GPUs compute them: outputs, and gradients of all that goes in, padded rows or not."""
-    if lengths is ONE_LONG and (biased or window):
+    if lengths is ONE_LONG and (more or window):
         pytest.skip("says no more than the short ones, in much more time")
     draws, found, cpu = torch.Generator().manual_seed(0), [], torch.device("cpu")
     q, k, v = (torch.randn(sum(lengths[i]), 2, 4, generator=draws, dtype=torch.float64) for i in (0, 1, 1))
-    bias = torch.randn(2, 2 * max(lengths[1]) + 1, generator=draws, dtype=torch.float64) if biased else None
-    inputs = [x.requires_grad_() for x in (q, k, v, bias) if x is not None]
+    bias, softcap, sinks = None, None, None
+    if more == "biased":
+        bias = torch.randn(2, 2 * max(lengths[1]) + 1, generator=draws, dtype=torch.float64)
+    elif more:
+        softcap, sinks = 0.7, torch.randn(2, generator=draws, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, bias, sinks) if x is not None]
     for side_by_side in (False, True):
         calls = calls_of(*lengths, cpu, side_by_side)
-        output = sdpa(q, k, v, calls, causal, Options(0.5, 0.0, window, None, bias))
+        output = sdpa(q, k, v, calls, causal, Options(0.5, 0.0, window, softcap, bias, sinks))
         slope = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view_as(output)
         found.append([output, *torch.autograd.grad(output, inputs, slope)])
     assert len(calls.rows) == (3 if lengths is ONE_LONG else 1)
@@ -277,8 +307,7 @@ def call(kernel: str = "sdpa", batch: PackedBatch | None = None, **options: Any)
     [
         ("sdpa", {"segments": None}, "Identity"),
         ("sdpa", {"attention_mask": torch.ones(1, 1, 18, 18)}, "attention_mask"),
-        ("sdpa", {"s_aux": torch.zeros(2)}, "sinks"),
-        ("sdpa", {"softcap": 50.0}, "sdpa cannot do softcap.*flash_attention_2"),
+        ("flash_attention_2", {"s_aux": torch.zeros(2)}, "flash_attention_2 cannot do sinks.*sdpa"),
         ("torch_varlen", {"softcap": 50.0}, "torch_varlen cannot do softcap"),
         ("torch_varlen", {"dropout": 0.1}, "torch_varlen cannot do dropout.*sdpa"),
         ("flash_attention_3", {"dropout": 0.1}, "flash_attention_3 cannot do dropout"),
@@ -328,14 +357,18 @@ def test_a_model_that_fits_is_let_through() -> None:
         ("qwen2", {"max_position_embeddings": 32}, {"max_length": 33}, "data.max_length: 33 .*32 positions"),
         ("gpt2", {"max_position_embeddings": 32}, {"max_length": 33}, "data.max_length: 33 .*32 positions"),
         ("qwen2", {}, {"router_aux_loss_coef": 0.1}, "model.router_aux_loss_coef: qwen2 has no router.*remove the key"),
-        ("qwen3_next", {}, {"router_aux_loss_coef": 0.0}, "model.name_or_path: qwen3_next has linear_attention layers"),
         (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 64},
-            {"max_length": None},
-            "data.max_length: llama's dynamic positions depend on the longest sequence beyond 64",
+            "qwen3_next",
+            {},
+            {"attn_implementation": "torch_varlen", "device": "cuda", "router_aux_loss_coef": 0.0},
+            "model.attn_implementation: torch_varlen, but qwen3_next is run one sequence at a time, as its linear_att",
         ),
-        ("gemma2", {"attn_logit_softcapping": 50.0}, {}, "model.attn_implementation: .*sdpa cannot do softcap"),
+        (
+            "gemma2",
+            {"attn_logit_softcapping": 50.0},
+            {"attn_implementation": "torch_varlen", "device": "cuda"},
+            "model.attn_implementation: .*torch_varlen cannot do softcap",
+        ),
         (
             "llama",
             {"attention_dropout": 0.1},
@@ -362,21 +395,11 @@ def test_a_kernel_that_is_not_here_is_refused_with_those_that_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["bloom", "codegen", "gptj", "mpt", "xglm", "openai-gpt", "rwkv", "stablelm", "nemotron", "gpt_oss"]
-)
-def test_check_refuses_families_whose_attention_does_not_take_the_packed_layout(model_type: str) -> None:
-    """Found by running them: the first seven never call the attention function, so sequences of a pack see each other
-    (or the model dies on a missing mask); the last three drop its arguments, or need sinks."""
-    with pytest.raises(ConfigError, match=model_type):
-        check(AutoConfig.for_model(model_type), vocabulary=100, router_aux_loss_coef=0.0)
-
-
-@pytest.mark.parametrize(
     ("model_type", "reason"),
     [
         ("bert", "is an encoder, and no causal language model"),
         ("roberta", "is an encoder"),
-        ("modernbert-decoder", "after its backbone"),
+        ("bert-generation", "after its backbone"),
     ],
 )
 def test_check_refuses_families_with_layers_between_backbone_and_head(model_type: str, reason: str) -> None:

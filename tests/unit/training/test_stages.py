@@ -6,12 +6,13 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_store import load, write
 from tiny import tiny_config
 
 from dspref import config
-from dspref.data.loader import sharing_pays
+from dspref.data.loader import Packing, place, sharing_pays
 from dspref.data.sources import Source, find
 from dspref.errors import ConfigError, DataError, NumericFault
 from dspref.objectives import build_objective
@@ -69,6 +70,24 @@ def test_sharing_pays_by_what_is_surely_computed_once(tmp_path):
     for rows, worth in ((long, True), (short, False)):
         pairs = load([write(tmp_path / "rows.jsonl", rows)], tmp_path / "cache")
         assert sharing_pays(pairs, None) is sharing_pays(pairs, pairs.rows) is worth
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_every_rank_knows_how_many_sequences_the_fullest_has(sharing, tmp_path):
+    """Packs that run at the same time: rows of two answers and of one, of unequal lengths, over three ranks."""
+    single = [{"prompt": f"p{k}", "completion": " a" * (2 + k), "label": True} for k in range(5)]
+    double = [{"prompt": f"p{k}", "chosen": " a" * (1 + k), "rejected": " b" * 9} for k in range(4)]
+    pairs = load([write(tmp_path / "rows.jsonl", [*single, *double])], tmp_path / "cache")
+    laid = []
+    for rank in range(3):
+        packing = Packing(24, sharing, rank, 3)
+        laid.append(list(place(pairs, np.arange(len(pairs)), packing).packs(pairs, packing)))
+    told = [[pack.sequences for pack in packs] for packs in laid]
+    assert told[0] == told[1] == told[2]
+    held = [[len(pack.cu_seqlens_q) - 1 for pack in packs] for packs in laid]
+    most = [max(own) for own in zip(*held, strict=True)]
+    assert told[0] == most if not sharing else all(n >= own for n, own in zip(told[0], most))
+    assert len(set(map(tuple, held))) > 1, "ranks that hold alike show nothing"
 
 
 def test_of_uneven_labels_a_weight_is_advised_and_of_pairs_none(tmp_path):
