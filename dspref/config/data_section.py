@@ -80,6 +80,8 @@ class Template(Section):
     """Text of the worse answer."""
     system: str | None = None
     """System message; with it the row becomes a conversation. Rows in which it is empty have none."""
+    reference: str | None = None
+    """Text of the gold answer, which is better than both (objective tpo)."""
 
 
 AS = """What texts are: `chat`, a user's message and an assistant's; `text`, taken as they are. Default: `chat` for a
@@ -127,7 +129,7 @@ class SourceSection(_As):  # pyright: ignore[reportGeneralTypeIssues]
         """The same with the columns named of which something reads numbers or answers: the scores of both answers, where
         `scores` are read or weights are made of them, and the gold answer. `takes`: what a row becomes, as in `Family`."""
         names = [*SCORES] if scores or self.pair_weights is not None else []
-        names += ["reference"] if takes == "gold" else []
+        names += ["reference"] if takes == "gold" and not self.template else []
         own = {name: getattr(self.columns, name) or name for name in names}
         changed = {"columns": self.columns.model_copy(update=own)} if own else {}
         return self.model_copy(update=changed | ({"pairs": "list"} if takes == "list" else {}))

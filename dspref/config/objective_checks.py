@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dspref.config.data_section import DataSection
+from dspref.config.data_section import DataSection, SourceSection
 from dspref.config.explain import yaml_word
 from dspref.config.sections import LoraSection, ReferenceSection
 from dspref.config.sound import KeyPath
@@ -113,9 +113,18 @@ def check_whole_rows(section: Any, data: DataSection) -> Iterator[Complaint]:
             yield (*place, "pairs"), f"{source.pairs} makes pairs, and listwise takes all answers of a row; drop it"
         if source.pair_weights and takes == "list":
             yield (*place, "pair_weights"), "weighs pairs, and listwise has lists; columns.weight weighs these"
-        if source.columns.reference and takes != "gold":
-            reason = f"is the gold answer of objective tpo; {section.name} has no place for it"
-            yield (*place, "columns", "reference"), reason
+        texts = source.template
+        if (key := _place_of_gold(source)) and takes != "gold":
+            yield (*place, *key), f"is the gold answer of objective tpo; {section.name} has no place for it"
+        if takes == "gold" and texts and texts.reference is None:
+            yield (*place, "template", "reference"), "missing: tpo trains on a gold answer beside the pair; give its text"
+
+
+def _place_of_gold(source: SourceSection) -> tuple[str, str] | None:
+    """The key that says where the gold answer is."""
+    if source.columns.reference:
+        return "columns", "reference"
+    return ("template", "reference") if source.template and source.template.reference is not None else None
 
 
 def check_own(section: Any) -> Iterator[Complaint]:

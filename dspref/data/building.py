@@ -30,7 +30,7 @@ from dspref.data.sources import Listing, Source
 from dspref.data.template import Rendering, render
 from dspref.data.tokenize import Ids, Whole, ids_of, split
 from dspref.data.truncate import Limits, TokenizedPair, in_force
-from dspref.data.whole_rows import left_over
+from dspref.data.whole_rows import left_over, repeated
 from dspref.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 128
 TELL_EVERY_SECONDS = 20.0
 PARTS = ("prompt", "chosen", "rejected")
+AGAIN = "equal to an answer of its list with a score as high or higher"
 REST = "what is left of the row compares no two answers"
 REPEATED = "prompt, or end of it, that an answer repeated and lost"
 KEPT = "pair of text whose answers both begin with the prompt's, and keep it, as not all rows (or those of one prompt) do so"
@@ -229,6 +230,9 @@ class _Build:
                 beside[k] = max(beside[k], item.longest)
         pairs = [self._cut(item, chunk.rows[k][1], beside[k]) for k, item in zip(chunk.of, items)]
         self.seen += len(items)
+        again = repeated(chunk.of, pairs) if self.takes == "list" else []
+        for n in again:
+            pairs[n] = self._leave_out(chunk.rows[chunk.of[n]][1], RowError("completions", AGAIN, droppable=True))
         alone = left_over(self.takes, chunk.of, chunk.given, pairs)
         for k, texts, numbers, item, pair in zip(chunk.of, chunk.texts, chunk.given, items, pairs, strict=True):
             file, row = chunk.rows[k]

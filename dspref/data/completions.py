@@ -32,6 +32,7 @@ PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
 # In their place: the answers of a row are one list.
 LIST = "list"
 NONE_BETTER = "no answer is better than another"
+SWAPPED = "pair whose rejected answer has the higher score, and is the better one of its list"
 
 
 def to_preferences(
@@ -55,7 +56,7 @@ def to_preferences(
     `repeated`, and raises, as `to_preference` does; `key`: where the source stands in the YAML, for the fixes of errors."""
     try:
         if not template and is_labelled(values, columns):
-            if pairs == LIST or REFERENCE in given(columns):
+            if pairs == LIST or REFERENCE in (template or given(columns)):
                 raise RowError(
                     "label", ALONE, "use rows of two answers or of completions and scores, or objective.name: kto"
                 )
@@ -65,12 +66,12 @@ def to_preferences(
             _refuse_beside_template(columns, pairs, template)
             pair = to_preference(values, columns, template, as_=as_, chat_model=chat_model, repeated=repeated)
             numbers = given_in(values, given(columns))
-            made, ranked = [replace(pair, given=_of_two(numbers) if pairs == LIST else numbers)], False
+            made, ranked = [_of_two(pair, numbers) if pairs == LIST else replace(pair, given=numbers)], False
         else:
             about_images = chat_model and "images" in column_of(values, given(columns))  # a text has no place for one
             made, ranked = _pairs_of(values, columns, pairs, as_ or ("chat" if about_images else None)), True
-        if REFERENCE in given(columns):
-            made = _with_gold(made, values, given(columns))
+        if REFERENCE in (template or given(columns)):
+            made = _with_gold(made, values, given(columns), template)
         if pair_weights is not None:
             made = [replace(item, given=with_gap(item.given)) if isinstance(item, Preference) else item for item in made]
     except RecursionError:
@@ -85,18 +86,22 @@ ALONE = "one answer alone, and this objective compares several"
 
 
 def _with_gold(
-    made: Sequence[Preference | RowError], values: Values, named: Mapping[str, str]
+    made: Sequence[Preference | RowError], values: Values, named: Mapping[str, str], template: Mapping[str, str] | None
 ) -> list[Preference | RowError]:
     first = next((item for item in made if isinstance(item, Preference)), None)
-    return [*made, replace(gold_of(first, values, named), given=first.given)] if first else [*made]
+    return [*made, replace(gold_of(first, values, named, template), given=first.given)] if first else [*made]
 
 
-def _of_two(numbers: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of a pair that is a list of two: without scores, the share of the list that an answer is better than."""
-    found = {"score_chosen": 0.5, "score_rejected": 0.0, **numbers}
-    if found["score_chosen"] == found["score_rejected"]:
+def _of_two(pair: Preference, numbers: Mapping[str, float]) -> Preference:
+    """A pair as a list of two: without scores, each has the share of the list that it is better than; with scores, the one
+    with the higher score is the chosen one."""
+    chosen, rejected = (numbers.get(name, share) for name, share in zip(SCORES, (0.5, 0.0)))
+    if chosen == rejected:
         raise RowError(SCORES[0], NONE_BETTER, droppable=True)
-    return found
+    if rejected > chosen:
+        whole = pair.whole and (pair.whole[1], pair.whole[0])
+        pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen, whole=whole, unused=(*pair.unused, SWAPPED))
+    return replace(pair, given={**numbers, **of_scores(max(chosen, rejected), min(chosen, rejected))})
 
 
 def _told(pair: Preference, values: Values, named: Mapping[str, str] | None, ranked: bool) -> Preference:

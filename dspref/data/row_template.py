@@ -10,7 +10,7 @@ from typing import Any
 from dspref.data.rows import FIELDS, RowError, Values, one_line, what_is
 from dspref.errors import ConfigError
 
-TEMPLATE_KEYS = ("system", *FIELDS)
+TEMPLATE_KEYS = ("system", *FIELDS, "reference")
 
 
 def check_template(template: Mapping[str, str], key: str = "data.train") -> None:
@@ -51,9 +51,14 @@ def columns_of(template: Mapping[str, str]) -> set[str]:
 
 
 def fill(template: Mapping[str, str], values: Values) -> dict[str, str]:
-    """The fields of one row. Raises RowError for a column that is not there or holds no text."""
+    """The fields of one row, without the gold answer. Raises RowError for a column that is not there or holds no text."""
     check_template(template)
-    return {key: _filled(key, text, values) for key, text in template.items()}
+    return {key: _filled(key, text, values) for key, text in template.items() if key != "reference"}
+
+
+def gold_text(template: Mapping[str, str], values: Values) -> str:
+    """The gold answer of one row. Raises as `fill` does."""
+    return _filled("reference", template["reference"], values)
 
 
 def _filled(key: str, text: str, values: Values) -> str:

@@ -141,7 +141,8 @@ def missing(field: str, values: Values, name: str) -> RowError:
         taken = f"the column {name!r} is another field's by data.train.columns"
         return RowError(field, taken, f"set data.train.columns.{field}")
     close, key = close_name(name, values), f"set data.train.columns.{field}"
-    fix = f"did you mean {close!r}? {key}: {_in_yaml(close)}" if close else key
+    other = f"{key} to a column that is there" if name != field else key
+    fix = f"did you mean {close!r}? {key}: {_in_yaml(close)}" if close else other
     return RowError(field, f"no column {name!r} among {sorted(map(str, values))}", fix)
 
 

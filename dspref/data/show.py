@@ -21,8 +21,9 @@ WINDOW = 32
 SHOWN_AS = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-def mark(pair: Any, tokenizer: PreTrainedTokenizerBase, colour: bool = False) -> str:
+def mark(pair: Any, tokenizer: PreTrainedTokenizerBase, colour: bool = False, chosen: str = "chosen") -> str:
     """Three lines, for the prompt, the chosen and the rejected answer of a `TokenizedPair`; two where it has one answer.
+    `chosen`: what the chosen answer is called.
 
     Answers without a mask of scored tokens are scored whole.
     """
@@ -32,8 +33,9 @@ def mark(pair: Any, tokenizer: PreTrainedTokenizerBase, colour: bool = False) ->
         if not len(ids):  # of unpaired data
             continue
         mask = np.ones(len(ids), dtype=bool) if scored is None else np.asarray(scored, dtype=bool)
-        lines[side] = shown(ids, mask, tokenizer, ANSWER_TOKENS, colour)
-    return "\n".join(f"{name:<8}  {text}" for name, text in lines.items())
+        lines[side if side == "rejected" else chosen] = shown(ids, mask, tokenizer, ANSWER_TOKENS, colour)
+    width = max(8, len(chosen))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
 def shown(ids: Sequence[int] | np.ndarray, scored: np.ndarray, tokenizer: Any, limit: int, colour: bool) -> str:

@@ -59,7 +59,7 @@ class Source:
         """What a row becomes: `pairs` (or answers that stand alone), a `list` of answers, or a pair with its `gold` one."""
         if self.pairs == "list":
             return "list"
-        return "gold" if (self.columns or {}).get("reference") else "pairs"
+        return "gold" if "reference" in {**(self.columns or {}), **(self.template or {})} else "pairs"
 
 
 class Selection(NamedTuple):

@@ -50,6 +50,19 @@ def joined(single: Groups, numbers: np.ndarray, tokens_per_pack: int) -> Groups:
     return Groups(together, *(np.bincount(together, column).astype(np.int64) for column in single[1:]))
 
 
+def repeated(rows: Sequence[int], kept: Sequence[TokenizedPair | None]) -> list[int]:
+    """Which examples are an answer that their row has before already, token by token."""
+    seen: set[tuple[int, bytes]] = set()
+    found = []
+    for n, (row, pair) in enumerate(zip(rows, kept, strict=True)):
+        if pair is None or (len(pair.chosen) and len(pair.rejected)):
+            continue
+        content = (row, (pair.chosen if len(pair.chosen) else pair.rejected).tobytes())
+        found += [n] if content in seen else []
+        seen.add(content)
+    return found
+
+
 def left_over(
     takes: str,
     rows: Sequence[int],

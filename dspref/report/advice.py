@@ -29,6 +29,8 @@ STEPS_LOOKED_AT = 20
 # What desirable answers may count for each time that undesirable ones do (KTO's paper, arXiv:2402.01306, eq. 9; its newest
 # version has 3/2), and what is advised.
 LEAST, MOST, BETWEEN = 1.0, 4 / 3, 7 / 6
+# A label of LiPO's paper (arXiv:2402.01878) is at most 1.
+LARGEST_LABEL = 1.0
 # Of a budget over the tokens that it is for, as pairs cannot be cut.
 ROOM = 1.05
 
@@ -172,6 +174,12 @@ def lines(facts: Facts) -> Iterator[str]:
         )
 
 
+def of_rows(objective: Mapping[str, Any], loader: StepLoader) -> Iterator[str]:
+    """Where what rows say of their answers is not what the objective is made for."""
+    yield from of_labels(objective, loader)
+    yield from of_scores(objective, loader)
+
+
 def of_labels(objective: Mapping[str, Any], loader: StepLoader) -> Iterator[str]:
     """What KTO's weights should be, where by the first epoch's answers one label counts for much more than the other."""
     if objective["name"] != "kto":
@@ -180,6 +188,19 @@ def of_labels(objective: Mapping[str, Any], loader: StepLoader) -> Iterator[str]
     counts = (scored > 0).sum(axis=0).tolist()
     weights = [objective["desirable_weight"], objective["undesirable_weight"]]
     yield from uneven(counts, weights)
+
+
+def of_scores(objective: Mapping[str, Any], loader: StepLoader) -> Iterator[str]:
+    """Where the scores of lists are far from the labels that LiPO-lambda's weights are made for."""
+    scale = objective.get("score_scale")
+    if scale is None:
+        return
+    most = scale * float(np.maximum(*loader.store.given.scores).max())
+    if most > LARGEST_LABEL:
+        yield (
+            f"labels go up to {most:.3g}, and the gain of an answer is 2 to the power of its label; LiPO's paper has labels "
+            f"from 0 to 1: objective.score_scale={scale / most:.3g}"
+        )
 
 
 def uneven(counts: Sequence[int], weights: Sequence[float]) -> Iterator[str]:

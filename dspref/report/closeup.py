@@ -90,7 +90,8 @@ def _draw_pair(pair: Mapping[str, Any], console: Console) -> None:
         named(console, "columns", "   ".join(f"{printable(name)}: {_value(v)}" for name, v in pair["columns"].items()))
     for name, section in pair["sections"].items():
         label = "" if pair["label"] is None or name == "prompt" else LABELS[pair["takes"]][not pair["label"]]
-        named(console, name, _about(name, section, pair["limits"]) + label)
+        score = pair["given"].get(f"score_{name}")
+        named(console, name, _about(name, section, pair["limits"]) + label + ("" if score is None else f", score {score:g}"))
         indented(console, _text_of(section, in_colour(console)))
     if pair["pack"]:
         _draw_pack(pair["pack"], console, _unit(pair))

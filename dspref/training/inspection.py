@@ -201,6 +201,7 @@ class Look:
             "turns": _turns(origin, there) if origin else None,
             "tools": len(origin.preference.tools or ()) if origin else 0,
             "columns": _extra(origin.values, source) if origin else {},
+            "given": {name: float(numbers[0]) for name, numbers in store.given.of([index]).items()},
             "sections": {part.name: _section(part, self.asked.ids) for part in parts if part.name in there},
             "limits": store.report["limits"],
             "pack": self._pack(source, index),

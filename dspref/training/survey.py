@@ -85,7 +85,9 @@ def report(
     for source in (*found.train, *found.held_out):
         distributed.log(f"\n{source.key}  {source.listing.source.path}\n{figures(source)}")
         for index in source.ids[:SHOWN].tolist():
-            distributed.log(f"\n{source.store.where(index)}\n{mark(source.store[index], found.tokenizer, colour)}")
+            pair = source.store[index]
+            chosen = "reference" if objective.family.takes == "gold" and not len(pair.rejected) else "chosen"
+            distributed.log(f"\n{source.store.where(index)}\n{mark(pair, found.tokenizer, colour, chosen)}")
     found.check_sizes(data.max_length)
     preparation.steps_of(
         preparation.laid_out(model, data, say=False), train, found.train[0].store, objective, rank=0, world_size=1

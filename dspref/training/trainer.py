@@ -78,7 +78,7 @@ def _train(config: Config, source: Path | None, device_type: str, run: RunFolder
         seen = demand.sets(objective, loader, held_out)
         needs = demand.needs(loader, seen, done, steps)
         reference = references.build(asked, policy, beginning, seen, packing, needs, view)
-    of_keys = [*advice.of_labels(config.objective.model_dump(), loader), *advice.of_moving(config.reference, steps)]
+    of_keys = [*advice.of_rows(config.objective.model_dump(), loader), *advice.of_moving(config.reference, steps)]
     for line in [*of_keys, *advice.of_run(config.model, config.train, config.strategy, policy, loader, kernel)]:
         distributed.remark(f"advice: {line}")
     asking = answers.prepare(

@@ -10,6 +10,7 @@ from test_given_keys import load
 
 from dspref.errors import ConfigError
 
+TEXTS = {"prompt": "{x}", "chosen": "{y}", "rejected": "{z}"}
 LISTWISE, TPO = {"name": "listwise"}, {"name": "tpo"}
 
 
@@ -39,6 +40,8 @@ def test_the_objective_says_what_rows_are(tmp_path: Path) -> None:
         ({"pair_weights": "score_gap"}, LISTWISE, "pair_weights: weighs pairs, and listwise has lists"),
         ({"columns": {"reference": "gold"}}, {}, "columns.reference: is the gold answer of objective tpo; dpo has no place"),
         ({"columns": {"reference": "gold"}}, LISTWISE, "listwise has no place for it"),
+        ({"template": TEXTS}, TPO, "template.reference: missing: tpo trains on a gold answer"),
+        ({"template": TEXTS | {"reference": "{g}"}}, {}, "template.reference: is the gold answer of objective tpo"),
         ({"columns": {"label": "l"}}, TPO, "tpo compares two; set objective.name: kto or bco"),
         ({"columns": {"margin": "m"}}, LISTWISE, "columns.margin: has no effect on loss_type plackett_luce"),
         ({"columns": {"margin": "m"}}, TPO, "columns.margin: has no effect on loss_type sigmoid"),

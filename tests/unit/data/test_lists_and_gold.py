@@ -57,6 +57,14 @@ def test_ranks_and_pairs_are_labelled_by_the_share_of_the_list_that_is_worse() -
     assert isinstance(pair, Preference) and pair.given == {"score_chosen": 0.9, "score_rejected": 0.2, "weight": 3}
 
 
+def test_of_a_pair_with_scores_the_better_answer_is_the_one_with_the_higher_score() -> None:
+    row = {"prompt": "q", "chosen": " a", "rejected": " b", "s": 1, "t": 4}
+    (pair,) = to_preferences(row, {"score_chosen": "s", "score_rejected": "t"}, None, "list")
+    assert isinstance(pair, Preference)
+    assert (pair.chosen, pair.rejected, pair.given) == (" b", " a", {"score_chosen": 4, "score_rejected": 1})
+    assert pair.unused == ("pair whose rejected answer has the higher score, and is the better one of its list",)
+
+
 @pytest.mark.parametrize(
     ("row", "columns", "reason", "droppable"),
     [
@@ -127,6 +135,22 @@ def test_gold_answers_that_cannot_be_used(reference: Any, field: str, reason: st
         to_preferences({"prompt": "q", "completion": " a", "label": True, "reference": " g"}, GOLD)
 
 
+TEMPLATE = {"prompt": "{x}?", "chosen": " {y}", "rejected": " {z}", "reference": " {g}!"}
+
+
+def test_a_template_may_make_the_gold_answer() -> None:
+    row = {"x": "q", "y": "a", "z": "b", "g": "c"}
+    pair, gold = to_preferences(row, None, TEMPLATE)
+    assert isinstance(pair, Preference) and isinstance(gold, Preference)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("q?", " a", " b")
+    assert (gold.prompt, gold.chosen, gold.label) == ("q?", " c!", True)
+    pair, gold = to_preferences(row, None, TEMPLATE, chat_model=True)
+    assert isinstance(gold, Preference) and gold.chosen == [assistant(" c!")] and gold.prompt == [user("q?")]
+    with pytest.raises(RowError, match="its template's column 'g' is missing"):
+        to_preferences({"x": "q", "y": "a", "z": "b"}, None, TEMPLATE)
+    assert Source("x", template=TEMPLATE).takes == "gold"
+
+
 # -------------------------------------------------------------------------------------------------------------- stores
 
 
@@ -165,6 +189,22 @@ def test_what_is_left_of_a_list_must_compare_something(tmp_path: Path) -> None:
     ]).path, columns=GOLD)  # fmt: skip
     kept = load([gold], tmp_path / "cache", Limits(max_length=9, on_overlong="drop"))
     assert kept.rows.tolist() == [2, 2] and (kept.scored[:, 1] == 0).tolist() == [False, True]
+
+
+def test_an_answer_is_in_a_list_once(tmp_path: Path) -> None:
+    """The one with the higher score, also where only truncation makes them equal; a pair of equals is no list."""
+    rows = [
+        {"prompt": "p1", "completions": [" a", " b", " a"], "scores": [1, 2, 3]},
+        {"prompt": "p2", "completions": [" a b c a", " a b c b", " c"], "scores": [3, 2, 1]},
+        {"prompt": "p3", "completions": [" a b c a", " a b c b"], "scores": [3, 2]},
+        {"prompt": "p4", "chosen": " a b c a", "rejected": " a b c b"},
+    ]
+    store = load([listed(tmp_path / "rows.jsonl", rows)], tmp_path / "cache", Limits(max_completion_length=3))
+    assert store.rows.tolist() == [0, 0, 1, 1]
+    assert store.given.columns["score_chosen"].tolist() == [3, 2, 3, 1]
+    told = store.report["dropped"]
+    assert told["completions: equal to an answer of its list with a score as high or higher"] == 3
+    assert told["row: what is left of the row compares no two answers"] == 1 and sum(told.values()) == 5
 
 
 def test_a_prompt_is_cut_alike_for_all_answers_of_a_row(tmp_path: Path) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
-from transformers import AutoModelForCausalLM
+from tiny import save_tokenizer, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspref.config import BemaSection, ModelSection, ReferenceSection
 from dspref.data.batch import collate
-from dspref.data.truncate import TokenizedPair
+from dspref.data.loader import Packing, StepLoader
+from dspref.data.sources import Source
+from dspref.data.store import load_pairs
+from dspref.data.truncate import Limits, TokenizedPair
 from dspref.machine.layers import Layout, Pack, kept_per_token
 from dspref.machine.memory_plan import estimate
 from dspref.machine.shapes import of_tensors
 from dspref.model.attention import PACKED
 from dspref.model.packed import PackedCausalLM
-from dspref.report.advice import Facts, lines, of_moving, still_to_come, uneven
+from dspref.report.advice import Facts, lines, of_moving, of_rows, still_to_come, uneven
 
 GIB = 2**30
 GOOD = Facts(
@@ -81,6 +86,21 @@ def test_labels_of_one_kind_are_told() -> None:
     for counts, lacking in (((0, 5), "without any desirable"), ((5, 0), "without any undesirable")):
         (line,) = uneven(counts, (1.0, 1.0))
         assert lacking in line
+
+
+def test_labels_beyond_the_papers_are_told_and_the_scale_mends_it(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{k}", "completions": [" a", " b"], "scores": [k, 8]} for k in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer, source = AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), Source(f"{tmp_path}/rows.jsonl", pairs="list")
+    how = {"on_bad_row": "error", "cache_dir": tmp_path / "cache", "log": lambda line: None}
+    loader = StepLoader(
+        load_pairs([source], tokenizer, Limits(), **how), [1.0], 2, 0, True, Packing(100, True, takes="list")
+    )
+    lipo = {"name": "listwise", "loss_type": "lipo_lambda", "score_scale": 1.0}
+    (line,) = of_rows(lipo, loader)
+    assert line.startswith("labels go up to 8") and line.endswith("objective.score_scale=0.125")
+    assert not [*of_rows(lipo | {"score_scale": 0.125}, loader), *of_rows({"name": "listwise"}, loader)]
 
 
 def test_a_reference_that_never_moves_is_told() -> None:

@@ -38,6 +38,7 @@ def pair(**sections: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "source": "data.train", "where": "p.jsonl:1", "takes": "pairs", "label": None, "turns": None, "tools": 0,
+        "given": {},
         "columns": {}, "limits": "max_length 9", "sections": plain | sections, "pack": None, "more_of_row": 0,
     }  # fmt: skip
 

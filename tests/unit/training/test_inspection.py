@@ -336,7 +336,8 @@ def test_answers_of_lists_are_the_best_or_not() -> None:
     assert "length    the best answers have" in said and "desirable" not in said
     assert [pair["label"] for pair in found(*words, "--row", "1")["pairs"]] == [True, False, False]
     shown = call(*words, "--row", "1")[1]
-    assert shown.count("the best of its list") == 1 and shown.count("3 examples\n") == 3 and " pairs" not in shown
+    assert shown.count("the best of its list, score 3") == 1 and shown.count("3 examples\n") == 3 and " pairs" not in shown
+    assert [pair["given"]["score_chosen"] for pair in found(*words, "--row", "1")["pairs"]] == [3, 2, 1]
 
 
 def test_a_gold_answer_is_no_pair_and_is_called_what_it_is() -> None:
