@@ -208,8 +208,12 @@ def test_a_run_on_one_gpu(stage, dtype, tmp_path: Path):
         {"name": "dpo", "use_weighting": True},
         {"name": "simpo"},
         {"name": "orpo"},
+        {"name": "kto"},
+        {"name": "bco"},
+        {"name": "listwise"},
+        {"name": "listwise", "loss_type": "lipo_lambda"},
     ],
-    ids=["two passes", "wpo", "simpo", "orpo"],
+    ids=["two passes", "wpo", "simpo", "orpo", "kto", "bco", "plackett_luce", "lipo_lambda"],
 )
 def test_objectives_on_one_gpu(objective, model_type, tmp_path: Path):
     run(tmp_path, 3, "bfloat16", model_type, objective)
