@@ -57,9 +57,11 @@ def to_preferences(
     try:
         if not template and is_labelled(values, columns):
             if pairs == LIST or REFERENCE in (template or given(columns)):
-                raise RowError(
-                    "label", ALONE, "use rows of two answers or of completions and scores, or objective.name: kto"
-                )
+                fix = "use rows of two answers, or of completions and scores, or set objective.name: kto"
+                raise RowError("label", ALONE, fix)
+            if pair_weights is not None:
+                fix = "drop pair_weights; a column of weights (data.train.columns.weight) weighs answers"
+                raise RowError("label", "one answer alone, and pair_weights weighs pairs", fix)
             answer = to_answer(values, columns, as_=as_, chat_model=chat_model)
             made, ranked = [replace(answer, given=given_in(values, given(columns)))], False
         elif template or not is_ranked(values, columns):

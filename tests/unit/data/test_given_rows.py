@@ -84,6 +84,12 @@ def test_a_pair_of_two_answers_may_weigh_the_gap_of_its_scores() -> None:
         ({"score_chosen": 1}, BOTH, None, "score_rejected: scores of both answers are read, and there is no column"),
         ({"score_chosen": 1, "score_rejected": None}, BOTH, None, "score_rejected: null, and the scores of both"),
         ({"score_chosen": 1, "score_rejected": 2}, BOTH, "score_gap", "score_rejected: 2 is above score_chosen, 1: "),
+        (
+            {"chosen": None, "rejected": None, "completion": " a", "label": True},
+            BOTH,
+            "score_gap",
+            "pair_weights weighs pairs",
+        ),
         ({"score_chosen": 3e38, "score_rejected": -3e38}, BOTH, "score_gap", "too large: 6e[+]38"),
     ],
 )
