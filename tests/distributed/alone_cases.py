@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from vision_cases import gradients_of
 
 from dspref import distributed
 from dspref.config import ModelSection, TrainSection
@@ -19,8 +20,6 @@ def steps_of_packs(
 ) -> tuple[list[list[float]], dict[str, np.ndarray]]:
     """(log-probs of each pack of this rank, the gradient of all their sums on all ranks: from AdamW's first moment).
     `packs`: of each rank, which all have as many."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     distributed.init(1)
     engine.bring_up("float32")
     loading.quiet()
@@ -39,10 +38,6 @@ def steps_of_packs(
         said.append(tokens.logps.tolist())
         policy.backward(tokens.logps.sum())
     policy.step()
-    found = {}
-    for name, parameter in policy.module.lm.named_parameters():
-        moment = safe_get_full_optimizer_state(parameter, "exp_avg")
-        if moment is not None:
-            found[name] = (moment / (1 - train.adam_beta1)).numpy().copy()
+    found = gradients_of(policy, train.adam_beta1)
     policy.close()
     return said, found

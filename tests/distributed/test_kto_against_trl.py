@@ -61,30 +61,35 @@ def metrics_of(
     variant = VARIANTS[name]
     policy = variant["policy"]
     (reference,) = FIXTURE["models"].keys() - {policy}
+    return steps_of(
+        workers,
+        run,
+        {"name_or_path": f"{folder}/{policy}", "tokenizer_name_or_path": str(tokenizer.resolve())},
+        f"{folder}/{prefix}{variant['kind']}-{variant['order']}.jsonl",
+        {"name": variant["trainer"], **variant["objective"]},
+        {"pairs_per_step": FIXTURE["examples_per_step"], "learning_rate": FIXTURE["learning_rate"]},
+        reference={"mode": "engine", "name_or_path": f"{folder}/{reference}"},
+    )
+
+
+def steps_of(
+    workers: Any,
+    run: Path,
+    model: dict[str, Any],
+    train_on: str,
+    objective: dict[str, Any],
+    train: dict[str, Any],
+    **more: dict[str, Any],
+) -> list[dict[str, float]]:
+    """What metrics.jsonl holds of two steps over the rows of `train_on`, in order, as TRL takes them: a constant rate, no
+    clipping, everything behind the prompt scored."""
     values = {
-        "model": {
-            "name_or_path": f"{folder}/{policy}",
-            "tokenizer_name_or_path": str(tokenizer.resolve()),
-            "dtype": "float32",
-            "gradient_checkpointing": False,
-        },
-        "reference": {"mode": "engine", "name_or_path": f"{folder}/{reference}"},
-        "data": {
-            "train": {"path": f"{folder}/{prefix}{variant['kind']}-{variant['order']}.jsonl"},
-            "shuffle": False,
-            "tokens_per_pack": 1024,
-            "scored": "all",
-        },
-        "objective": {"name": variant["trainer"], **variant["objective"]},
-        "train": {
-            "pairs_per_step": FIXTURE["examples_per_step"],
-            "max_steps": 2,
-            "learning_rate": FIXTURE["learning_rate"],
-            "lr_scheduler_type": "constant",
-            "warmup_ratio": 0,
-            "max_grad_norm": 0,
-        },
+        "model": model | {"dtype": "float32", "gradient_checkpointing": False},
+        "data": {"train": {"path": train_on}, "shuffle": False, "tokens_per_pack": 1024, "scored": "all"},
+        "objective": objective,
+        "train": {"max_steps": 2, "lr_scheduler_type": "constant", "warmup_ratio": 0, "max_grad_norm": 0, **train},
         "output_dir": f"{run}/run",
+        **more,
     }
     (run / "run.yaml").write_text(yaml.safe_dump(values))
     assert workers.run("cases:run_training", config_path=f"{run}/run.yaml", overrides=[]) == [0] * workers.size

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from test_kto_against_trl import steps_of
 from tiny import save_tiny, tiny_config, weights_digest
 from triples import triple_rows
 
@@ -45,34 +45,14 @@ def metrics_of(workers: Any, folder: Path, tokenizer: Path, name: str, run: Path
     """What metrics.jsonl holds of the variant's steps."""
     objective = VARIANTS[name]["objective"]
     loss_type = objective["loss_type"]
-    values = {
-        "model": {
-            "name_or_path": f"{folder}/policy",
-            "tokenizer_name_or_path": str(tokenizer.resolve()),
-            "dtype": "float32",
-            "gradient_checkpointing": False,
-        },
-        "data": {
-            "train": {"path": f"{folder}/{VARIANTS[name]['kind']}.jsonl"},
-            "shuffle": False,
-            "tokens_per_pack": 512,
-            "scored": "all",
-        },
-        "objective": objective | {"name": "tpo", "loss_type": LOSSES.get(loss_type, loss_type)},
-        "train": {
-            "pairs_per_step": FIXTURE["rows_per_step"],
-            "max_steps": 2,
-            "learning_rate": FIXTURE["learning_rate"],
-            "lr_scheduler_type": "constant",
-            "warmup_ratio": 0,
-            "max_grad_norm": 0,
-        },
-        "output_dir": f"{run}/run",
-    }
-    (run / "run.yaml").write_text(yaml.safe_dump(values))
-    assert workers.run("cases:run_training", config_path=f"{run}/run.yaml", overrides=[]) == [0] * workers.size
-    records = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if "loss" in record]
+    return steps_of(
+        workers,
+        run,
+        {"name_or_path": f"{folder}/policy", "tokenizer_name_or_path": str(tokenizer.resolve())},
+        f"{folder}/{VARIANTS[name]['kind']}.jsonl",
+        objective | {"name": "tpo", "loss_type": LOSSES.get(loss_type, loss_type)},
+        {"pairs_per_step": FIXTURE["rows_per_step"], "learning_rate": FIXTURE["learning_rate"]},
+    )
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, float]) -> list[str]:

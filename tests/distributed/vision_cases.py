@@ -19,8 +19,6 @@ def gradients_of_packs(
     folder: str, strategy: dict[str, Any], checkpointing: bool, packs: list[PackedBatch]
 ) -> dict[str, np.ndarray]:
     """Of the sum of all log-probs, where each rank has a pack: read from AdamW's first moment."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     distributed.init(1)
     engine.bring_up("float32")
     loading.quiet()
@@ -37,10 +35,15 @@ def gradients_of_packs(
     tokens, _ = policy.forward(packs[distributed.world().rank])
     policy.backward(tokens.logps.sum())
     policy.step()
-    found = {}
-    for name, parameter in policy.module.lm.named_parameters():
-        moment = safe_get_full_optimizer_state(parameter, "exp_avg")
-        if moment is not None:
-            found[name] = (moment / (1 - train.adam_beta1)).numpy().copy()
+    found = gradients_of(policy, train.adam_beta1)
     policy.close()
     return found
+
+
+def gradients_of(policy: Engine, adam_beta1: float) -> dict[str, np.ndarray]:
+    """The gradient of the one step that was taken, read from AdamW's first moment: (1 - beta1) x gradient."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    named = policy.module.lm.named_parameters()
+    moments = {name: safe_get_full_optimizer_state(parameter, "exp_avg") for name, parameter in named}
+    return {name: (moment / (1 - adam_beta1)).numpy().copy() for name, moment in moments.items() if moment is not None}
