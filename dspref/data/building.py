@@ -23,6 +23,7 @@ from dspref.data.given_store import GivenColumn
 from dspref.data.image_files import Picture, folder_of, look_at
 from dspref.data.image_store import ImageWriter
 from dspref.data.manners import Learned
+from dspref.data.one_prompt import alike, longest
 from dspref.data.pieces import Encoder
 from dspref.data.rows import BadRow, Row, RowError, one_line
 from dspref.data.sameness import content_of, numbered
@@ -223,11 +224,8 @@ class _Build:
     def add(self, chunk: Chunk, ids: Ids, encoder: Encoder, first_file: int) -> None:
         """Split and truncate the pairs of a chunk, and keep them or note why they are left out."""
         kept, uncut, rows, places, pictures, given = [], [], [], [], [], []
-        items = split(chunk.texts, ids, encoder)
-        beside: Counter[int] = Counter()  # the longest answer of each row
-        for k, item in zip(chunk.of, items, strict=True):
-            if self.takes != "pairs" and isinstance(item, Whole):
-                beside[k] = max(beside[k], item.longest)
+        items = alike(self.takes, chunk.of, split(chunk.texts, ids, encoder))
+        beside = longest(self.takes, chunk.of, items)
         pairs = [self._cut(item, chunk.rows[k][1], beside[k]) for k, item in zip(chunk.of, items)]
         self.seen += len(items)
         again = repeated(chunk.of, pairs) if self.takes == "list" else []

@@ -113,7 +113,11 @@ def pairs_of(
     """Each pair of a raw row, or why there is none. `own`: the source's `format_of`; `lacking`: columns that the row has, as
     null, where it lacks them. Takes what `to_preferences` does."""
     made: list[Preference | RowError] = []
-    for item in _given(values, own):
+    items = _given(values, own)
+    if own is not None and source.takes != "pairs" and len(items) > 1:
+        fix = "give one dict for each row, with all of its answers (completions and scores)"
+        return [RowError(own.name, f"gave {len(items)} rows for one, and all that a row gives is one list or one pair", fix)]
+    for item in items:
         made += [item] if isinstance(item, RowError) else _pairs_of(item, source, own, lacking, how)
     return made
 

@@ -10,6 +10,7 @@ import numpy as np
 from dspref.data.building import Reader
 from dspref.data.converting import Converter
 from dspref.data.formats import Preference, within_reason
+from dspref.data.one_prompt import alike, longest
 from dspref.data.rows import BadRow, Row, RowError
 from dspref.data.sources import Listing
 from dspref.data.template import render
@@ -64,9 +65,9 @@ class Again:
         reader = self.reader
         made = [reader.looked(within_reason(item), row) for _, item in self.convert([(0, row)])]
         texts = [render(item, reader.tokenizer, reader.learned, reader.scored) for item in made]
-        wholes = split(texts, ids_of(texts, reader.encoder), reader.encoder)
-        answers = (whole.longest for whole in wholes if isinstance(whole, Whole))
-        beside = max(answers, default=0) if self.convert.source.takes != "pairs" else 0
+        takes, of_row = self.convert.source.takes, [0] * len(texts)
+        wholes = alike(takes, of_row, split(texts, ids_of(texts, reader.encoder), reader.encoder))
+        beside = longest(takes, of_row, wholes)[0]
         return [
             Origin(row.values, item, whole, beside)
             if isinstance(row, Row) and isinstance(item, Preference) and isinstance(whole, Whole)

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from test_formats import SYSTEM, assistant, user
 from test_store import contents, load, words, write
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from dspref.data.completions import to_preferences
 from dspref.data.converting import Converter
@@ -17,7 +20,7 @@ from dspref.data.formats import Preference, RowError
 from dspref.data.loader import Packing, StepLoader, count, place, sweep
 from dspref.data.plan import alone
 from dspref.data.sources import Source, find
-from dspref.data.store import PairStore
+from dspref.data.store import PairStore, load_pairs
 from dspref.data.truncate import Limits
 from dspref.data.whole_rows import examples_of, joined, numbered, rows_of_sources, starts
 from dspref.errors import DataError
@@ -207,6 +210,28 @@ def test_an_answer_is_in_a_list_once(tmp_path: Path) -> None:
     assert told["row: what is left of the row compares no two answers"] == 1 and sum(told.values()) == 5
 
 
+def merging() -> PreTrainedTokenizerFast:
+    """Letters, and the two of "ba" as one token: such an answer takes the end of a prompt with it."""
+    backend = Tokenizer(BPE({"</s>": 0, "a": 1, "b": 2, "c": 3, "ba": 4}, [("b", "a")]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def test_a_list_is_split_where_all_of_its_answers_can_be(tmp_path: Path) -> None:
+    """Where one answer merges with the end of the prompt, that token is an answer's in all: a list of two is as the pair."""
+    tokens = {"cb": [3], "a": [4, 0], "c": [2, 3, 0], "b": [2, 2, 0]}
+    how: dict[str, Any] = {"on_bad_row": "error", "log": lambda line: None, "cache_dir": tmp_path / "cache"}
+    rows = [{"prompt": "cb", "completions": ["c", "a", "b"], "scores": [3, 2, 1]}]
+    store = load_pairs([listed(tmp_path / "rows.jsonl", rows)], merging(), Limits(), **how)
+    assert contents(store) == [[[3], tokens["c"], []], [[3], [], tokens["a"]], [[3], [], tokens["b"]]]
+    two = [{"prompt": "cb", "completions": ["c", "a"], "scores": [1, 0]}]
+    of_two = load_pairs([listed(tmp_path / "two.jsonl", two)], merging(), Limits(), **how)
+    pair = load_pairs(
+        [write(tmp_path / "pair.jsonl", [{"prompt": "cb", "chosen": "c", "rejected": "a"}])], merging(), Limits(), **how
+    )
+    (whole,), (first, second) = contents(pair), contents(of_two)
+    assert whole == [first[0], first[1], second[2]] and store.same[0, 0] == store.same[1, 0] == store.same[2, 0]
+
+
 def test_a_prompt_is_cut_alike_for_all_answers_of_a_row(tmp_path: Path) -> None:
     """As both sides of a pair have the same: the longest answer says how much of it is left."""
     prompt = "p1 p2 p3 p4 p5 p6"
@@ -355,6 +380,17 @@ def test_a_list_is_no_effect_that_nobody_has(tmp_path: Path) -> None:
     source = Source(write(tmp_path / "rows.jsonl", [{"prompt": "p1", "chosen": " a", "rejected": " b"}]).path, pairs="list")
     assert Converter(find(source), chat_model=False).pairs_made
     assert json.loads((tmp_path / "rows.jsonl").read_text())["prompt"] == "p1"
+
+
+def test_a_format_that_gives_several_rows_for_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be one list of answers to two prompts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "several_lists.py").write_text("def both(row):\n    return [row, {**row, 'prompt': 'p2'}]\n")
+    rows = [{"prompt": "p1", "completions": [" a", " b"], "scores": [1, 2]}]
+    source = Source(write(tmp_path / "rows.jsonl", rows).path, pairs="list", format="several_lists:both")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: several_lists:both: gave 2 rows for one.*give one dict"):
+        load([source], tmp_path / "cache")
+    assert len(load([Source(source.path, format=source.format)], tmp_path / "cache")) == 2
 
 
 def test_scores_that_are_no_labels_of_lipo_are_told(tmp_path: Path) -> None:
