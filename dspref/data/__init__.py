@@ -5,9 +5,8 @@
    `converting`: a source speaks one way), `formats` makes pairs (`texts`, `completions`, `labelled`, `gold`; not: `beside`).
 3. `template` renders a pair (`manners`, `turns`, `printed`, `marks`: what it writes, and where), `tokenize` makes tokens
    of it (`apart`: for encoder-decoder models) and a mask of what is scored (`pieces`, `truncate`, `one_prompt`;
-   `vocabulary`: tokenizers as written), and `store` keeps them on disk, addressed by content, for every later run
-   (`building`, `complaints`, `cache`, `sameness`, `given_store`). Of images: `image_rows` says where, `image_files` and
-   `image_store` which, `sight` how.
+   `vocabulary`), and `store` keeps them on disk, addressed by content, for all runs (`building`, `complaints`, `cache`,
+   `sameness`, `given_store`). Of images: `image_rows` says where, `image_files` and `image_store` which, `sight` how.
 4. `plan` says which pairs form a step (`mismatched`: with others' answers; `whole_rows`), and which share packs and ranks.
 5. `batch` makes a `PackedBatch` of a pack: a row of tokens, attention segments, the index of scored tokens, and `images`.
 6. `loader` gives the steps, from any on, and `ahead` makes the next one while one is in use.
