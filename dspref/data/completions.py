@@ -31,6 +31,7 @@ PAIRINGS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
 }
 # In their place: the answers of a row are one list.
 LIST = "list"
+ALONE = "one answer alone, and this objective compares several"
 NONE_BETTER = "no answer is better than another"
 SWAPPED = "pair whose rejected answer has the higher score, and is the better one of its list"
 
@@ -84,9 +85,6 @@ def to_preferences(
     return [item.of(key) if isinstance(item, RowError) else _told(item, values, named, ranked) for item in made]
 
 
-ALONE = "one answer alone, and this objective compares several"
-
-
 def _with_gold(
     made: Sequence[Preference | RowError], values: Values, named: Mapping[str, str], template: Mapping[str, str] | None
 ) -> list[Preference | RowError]:
@@ -127,9 +125,8 @@ def is_ranked(values: Values, columns: Columns | None) -> bool:
 
 
 def _refuse_beside_template(columns: Columns | None, pairs: str, template: Mapping[str, str] | None) -> None:
-    unread = [f"columns.{field}" for field in RANKED_FIELDS if field in given(columns)] + ["pairs"] * (
-        pairs not in ("all", LIST)
-    )
+    unread = [f"columns.{field}" for field in RANKED_FIELDS if field in given(columns)]
+    unread += ["pairs"] if pairs not in ("all", LIST) else []
     if template and unread:
         raise RowError(unread[0], "has no effect: a template makes one pair of a row", "drop one of them")
 
