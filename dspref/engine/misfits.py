@@ -24,6 +24,10 @@ def refuse(user_strategy: Mapping[str, Any]) -> None:
             f"deepspeed.zero_optimization.zero_hpz_partition_size: {second} does not divide the {world.size} ranks; "
             f"use {world.local_size}, the ranks of a machine, or remove it"
         )
+    if world.size % world.sequence:
+        few = max(n for n in range(1, world.sequence) if world.size % n == 0)
+        ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
+        raise ConfigError(f"parallel.sequence: {world.sequence} does not divide the {ranks}; use {few}, or other ranks")
     keys = strategy.unproven(user_strategy)
     if keys and ACCELERATOR.device_name() != "cuda":
         raise ConfigError(f"deepspeed.{keys[0]}: is for NVIDIA GPUs, and these ranks have none; remove it")
