@@ -15,6 +15,7 @@ import yaml
 from test_layout_invariance import assert_same_gradients
 from test_moe import leaning_model
 from tiny import preference_rows, rows_of_turns, save_tiny, save_tokenizer, tiny_config
+from tiny_families import LISTED
 from workers import Workers
 
 PAIRS = 9
@@ -166,3 +167,20 @@ def test_experts_are_balanced_over_the_same_tokens(scope, tokens, moe_files, all
     first = layout(1, tokens=100_000)
     found = compare(all_workers[2], moe_files, common, [first, layout(2, tokens=tokens), layout(2, tokens, 1)])
     assert found[0]["aux_loss"] > 2.2, "routers without preferences would show nothing"
+
+
+# One of each way in which attention differs: windows and soft caps, sinks, latent keys, a rotation of part of a head.
+FAST = ["gemma2", "gpt_oss", "deepseek_v3", "stablelm", "mixtral"]
+
+
+@pytest.mark.parametrize(
+    "families", [FAST, pytest.param([f for f in LISTED if f not in FAST], marks=SLOW)], ids=["few", "all"]
+)
+def test_every_family_is_the_same(families, all_workers):
+    """Log-probs and gradients, with shared prompts and without; what is no pack for one rank is none for two."""
+    for sharing in (True, False):
+        ranks = all_workers[2].run("sequence_cases:faults_of_families", families=families, sharing=sharing)
+        assert ranks[0] == ranks[1]
+        refused = {family for family, fault in ranks[0].items() if fault.startswith("refused: ")}
+        assert {family: fault for family, fault in ranks[0].items() if family not in refused} == {}
+        assert len(refused) < len(families) / 2
