@@ -127,6 +127,29 @@ def compare(zero, more, ranks, run_file, all_workers, tmp_path) -> None:
     assert_same_steps(run, whole)
 
 
+SEQUENCE = "parallel.sequence={}".format
+
+
+@pytest.mark.parametrize(
+    ("zero", "more", "legs"),
+    [
+        (3, (COUPLED,), ((2, 2), (2, 1), (2, 2))),
+        *[pytest.param(zero, (TR_DPO,), ((2, 2), (1, 1), (4, 2), (4, 4)), marks=SLOW) for zero in (1, 2, 3)],
+        pytest.param(2, (LORA,), ((4, 2), (2, 1), (2, 2)), marks=SLOW),
+    ],
+)
+def test_ranks_that_hold_packs_between_them_go_on_where_others_were(zero, more, legs, run_file, all_workers, tmp_path):
+    """Another `parallel.sequence` is as another number of ranks. `legs`: (ranks, those of a pack)."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    same = (stage(zero), *more)
+    assert train(all_workers[2], run_file, whole, *same) == [0, 0]
+    go_on(all_workers, run_file, run, [(ranks, (*same, SEQUENCE(of_pack))) for ranks, of_pack in legs])
+    file = "adapter_model.safetensors" if LORA in more else "model.safetensors"
+    print("relative distance", distance(run, whole, file))
+    assert distance(run, whole, file) < 1e-6
+    assert_same_steps(run, whole)
+
+
 def test_what_is_frozen_stays_over_ranks_and_a_resume(run_file, all_workers, tmp_path):
     compare(3, (FREEZE,), (2, 1), run_file, all_workers, tmp_path)
     before, after = (load_file(path / "model.safetensors") for path in (run_file.parent / "model", tmp_path / "run/final"))
