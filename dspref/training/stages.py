@@ -163,9 +163,10 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     """
     loading.quiet()
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
-    machine = run_plan.Machine(card, gpus, nodes)
+    machine, shared = run_plan.Machine(card, gpus, nodes), config.parallel.sequence
+    misfits.refuse_ranks(shared, ranks)
     foresight.shape_of(config.model)  # before the data, which may take long
-    load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens)
+    load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens, shared)
     needed = needs_reference(**config.objective.model_dump())
     run = run_plan.asked(
         config.model, config.reference, config.train.optim, needed, config.strategy, machine, load, foresight.shape_of
