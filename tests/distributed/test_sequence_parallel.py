@@ -200,6 +200,7 @@ def test_a_run_evaluates_and_exports_as_without(run_files, all_workers, tmp_path
         "objective={name: dpo, loss_type: [aot, bco_pair], beta: 0.3}",
         "train={pairs_per_step: 4, max_steps: 3, learning_rate: 3.0e-3, eval_every: 2, max_grad_norm: 0, dry_run: true}",
         "data.tokens_per_pack=100",
+        "log={samples: 2, generation: {max_new_tokens: 5}}",
     ]
     runs = [tmp_path / "alone", tmp_path / "shared"]
     for number, run in enumerate(runs, start=1):
@@ -213,6 +214,8 @@ def test_a_run_evaluates_and_exports_as_without(run_files, all_workers, tmp_path
         for name, value in alone.items():
             if not name.startswith("perf/"):
                 assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (alone["step"], name)
+    answers = [(run / "samples.jsonl").read_text().splitlines() for run in runs]
+    assert answers[0] == answers[1] and len(answers[0]) > 2
 
 
 @pytest.mark.parametrize(
