@@ -2,8 +2,8 @@
 all tokens of some heads within (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509).
 
 Every function here is called by all N ranks of a group alike, in a forward, and its gradient is asked for alike. T tokens of
-the pack, m of a rank, C scored ones, c of a rank; H heads, G key-value heads, D head size. What ranks say to each other
-comes in as functions.
+the pack, m of a rank, C scored ones, c of a rank; H heads, G key-value heads, of which a rank has g once they are repeated;
+D and E sizes of keys and of values. What ranks say to each other comes in as functions.
 """
 
 from __future__ import annotations
