@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import json
 import os
 import random
@@ -17,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from dspref.errors import EnvironmentFault, Relayed, exit_code_of
-from dspref.ranks import rendezvous, wire
+from dspref.ranks import rendezvous, sockets, wire
 from dspref.ranks.local_store import ContactLost, LocalStore
 from dspref.ranks.log_file import LogFile
 from dspref.ranks.rendezvous import MEETING_MINUTES, World, read_environment
@@ -45,6 +45,7 @@ _world = World()
 _leader = 0  # the lowest rank of this machine
 _store: Any = None  # a LocalStore, or torch's; None on a single rank
 _turns = _purposes = 0
+_timeout = timedelta(minutes=30)
 _log_file: Any = None
 is_announced = partial(rendezvous.is_announced, os.environ)
 
@@ -53,16 +54,17 @@ def world() -> World:
     return _world
 
 
-def init(seed: int, hang_timeout: float = 1800.0) -> World:
+def init(seed: int, hang_timeout: float = 1800.0, sequence: int = 1) -> World:
     """Meet the other ranks, choose this rank's device and seed it. Raises EnvironmentFault where ranks do not meet.
 
-    Collectives wait some minutes longer than `hang_timeout` seconds (0: a day), after which the watch has the first word.
+    `sequence`: so many ranks will hold a pack between them. Collectives wait some minutes longer than `hang_timeout` seconds
+    (0: a day), after which the watch has the first word.
     """
-    global _world, _store, _leader
+    global _world, _store, _leader, _timeout
     if not dist.is_initialized():
         rendezvous.announce()
     by_tasks = "RANK" not in os.environ
-    _world = read_environment(os.environ)
+    _world = replace(read_environment(os.environ), sequence=sequence)
     device = _choose_device()
     # What DeepSpeed reads of the world; without LOCAL_SIZE it asks numactl in every reduction on CPU.
     os.environ.update(
@@ -78,10 +80,11 @@ def init(seed: int, hang_timeout: float = 1800.0) -> World:
             os.environ.setdefault(name, "lo")  # nobody else hears it, and there is no host name to resolve
     if not dist.is_initialized():
         _store, for_groups = _meet(by_tasks)
+        _timeout = timedelta(minutes=_patience(hang_timeout))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend, store=PrefixStore("group", for_groups), rank=_world.rank, world_size=_world.size,
-            timeout=timedelta(minutes=_patience(hang_timeout)),
+            timeout=_timeout,
         )  # fmt: skip
         hosts = gather_objects("" if _world.is_one_machine else socket.gethostname())
         _leader = hosts.index(hosts[_world.rank])
@@ -91,8 +94,12 @@ def init(seed: int, hang_timeout: float = 1800.0) -> World:
 
 def _patience(hang_timeout: float) -> float:
     """Minutes that a collective waits."""
-    asked = float(os.environ.get("DEEPSPEED_TIMEOUT", "0"))
-    return asked or (hang_timeout / 60 + 5 if hang_timeout else 24 * 60)
+    return float(os.environ.get("DEEPSPEED_TIMEOUT", "0")) or (hang_timeout / 60 + 5 if hang_timeout else 24 * 60)
+
+
+def patience() -> timedelta:
+    """How long a collective waits."""
+    return _timeout
 
 
 def _choose_device() -> int:
@@ -131,7 +138,7 @@ def _store_of_machines() -> Store:
     except ValueError:
         raise EnvironmentFault(f"MASTER_PORT: {os.environ['MASTER_PORT']!r} is not a number") from None
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    listening = None if of_agent or _world.rank else _listening(address, port)
+    listening = None if of_agent or _world.rank else sockets.listening(address, port)
     try:
         store = TCPStore(
             address, port, _world.size, _world.rank == 0 and not of_agent, timeout=timeout, wait_for_workers=not of_agent,
@@ -141,18 +148,6 @@ def _store_of_machines() -> Store:
         raise EnvironmentFault(f"ranks do not meet at {address}:{port}: {str(error).splitlines()[0]}") from None
     # The agent's store outlives a restart, and with it the keys of the attempt before.
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if of_agent else store
-
-
-def _listening(address: str, port: int) -> socket.socket | None:
-    """A socket on the interface of this address alone. None where it is not this machine's, as behind a router, or only
-    within it: torch then listens on all."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        if ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
-            return None
-        return socket.create_server(where[:2], family=family, backlog=2048)
-    except (OSError, ValueError):
-        return None
 
 
 def own_store(purpose: str) -> Any:
@@ -249,6 +244,11 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def sum_of_groups(values: torch.Tensor) -> torch.Tensor:
+    """As `all_sum`, of what the ranks that hold a pack between them have alike, which counts once."""
+    return all_sum(values.zero_() if _world.part else values)
+
+
 def largest(value: int) -> int:
     """The largest of all ranks' values."""
     if not dist.is_initialized() or _world.size == 1:
@@ -265,14 +265,14 @@ def sum_over_ranks(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def gather_rows(table: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """The rows of all ranks' tables [n, k] behind one another, and which of them are this rank's."""
-    sizes = torch.zeros(_world.size, dtype=torch.int64)  # on the CPU: hosts agree, and wait for no device
-    sizes[_world.rank] = len(table)
-    counts = all_sum(sizes).tolist()
-    start = sum(counts[: _world.rank])
+    """The rows of all groups' tables [n, k], alike in a group, behind one another, and which of them are this rank's."""
+    sizes = torch.zeros(_world.groups, dtype=torch.int64)  # on the CPU: hosts agree, and wait for no device
+    sizes[_world.group] = len(table)
+    counts = sum_of_groups(sizes).tolist()
+    start = sum(counts[: _world.group])
     rows = table.new_zeros(sum(counts), table.shape[1])
     rows[start : start + len(table)] = table
-    return all_sum(rows), slice(start, start + len(table))
+    return sum_of_groups(rows), slice(start, start + len(table))
 
 
 def gather_objects(value: T) -> list[T]:

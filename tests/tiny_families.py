@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from inspect import get_annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from tiny import filled
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dspref.data.truncate import TokenizedPair
+from dspref.model import families
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -152,6 +155,19 @@ def _told(config: PretrainedConfig, name: str) -> Any:
 
 def _may_be_none(config: PretrainedConfig, name: str) -> bool:
     return "None" in str(get_annotations(type(config)).get(name, "None"))
+
+
+def model_of(config: PretrainedConfig, kernel: str) -> PreTrainedModel:
+    dtype = torch.float32 if config.model_type in IN_FLOAT32 else torch.float64
+    with torch.random.fork_rng(devices=[]):
+        make: Any = families.auto_class(config).from_config
+        return filled(make(copy.deepcopy(config), dtype=dtype, attn_implementation=kernel, **EXPERTS), seed=1)
+
+
+def gradients(lm: torch.nn.Module, logps: Tensor) -> dict[str, Tensor]:
+    """Of a sum in which every token has a weight of its own."""
+    (logps * torch.linspace(-1.0, 2.0, len(logps), dtype=logps.dtype)).sum().backward()
+    return {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
 
 
 def small_pairs(count: int = 2) -> list[TokenizedPair]:

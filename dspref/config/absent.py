@@ -211,9 +211,8 @@ _NOT_NEEDED = {
         "ddp ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend "
         "ignore_bias_buffers mp_parameters"
     ),
-    "data parallelism and ZeRO alone": (
-        "sequence_parallel_degree context_parallel_size context_parallel_degree heads_k_stride ring_attn_func "
-        "ring_attn_size ring_head_stride ds.ring_attn_size ds.ring_attn_head_stride tensor_parallel_size "
+    "data parallelism, ZeRO and parallel.sequence alone": (
+        "heads_k_stride ring_attn_func ring_head_stride ds.ring_attn_head_stride tensor_parallel_size "
         "tensor_parallel_degree pipeline_parallel_degree ds.tensor_parallel_size parallelism_config use_hyper_parallel "
         "hyper_parallel_args"
     ),

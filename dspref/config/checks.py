@@ -69,7 +69,7 @@ def complaints(config: Config, document: Any, unsound: Collection[KeyPath] = ())
 
 def _check_numbers(config: Config) -> Iterator[Complaint]:
     """Counts that no run reaches, and that would overflow where they are counted."""
-    counted = ("data", "train", "checkpoint", "log", "reference")
+    counted = ("data", "train", "parallel", "checkpoint", "log", "reference")
     for path, number in _integers({name: getattr(config, name) for name in counted}):
         if abs(number) > MOST:
             yield path, f"{number} is more than anything is counted to; the most is {MOST}"

@@ -194,6 +194,10 @@ _FOREIGN_KEYS = {
         "adam_offload ds.adam_offload offload_optimizer offload_optimizer_device"
     ),
     "deepspeed: ds_configs/zero3_offload_all.json": "offload_param offload_param_device fsdp_offload_params",
+    "parallel.sequence (ranks that hold a pack between them, by an exchange of heads, not a ring)": (
+        "sequence_parallel_size sequence_parallel_degree context_parallel_size context_parallel_degree cp_size sp_size "
+        "ring_attn_size ds.ring_attn_size"
+    ),
     "deepspeed (zero_hpz_partition_size of its zero_optimization)": "zpg ds.zpg zero_hpz_partition_size",
     "deepspeed (overlap_comm of its zero_optimization)": "overlap_comm ds.overlap_comm",
     "deepspeed: ds_configs/zero3.json, which shards as FSDP does": (

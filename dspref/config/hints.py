@@ -27,7 +27,7 @@ from dspref.config.sections import (
 from dspref.config.within import WITHIN
 from dspref.objectives import OBJECTIVES, Family, defaults
 
-SECTIONS = "model|reference|data|objective|train|checkpoint|log|export"
+SECTIONS = "model|reference|data|objective|train|parallel|checkpoint|log|export"
 LOSS = re.compile(r"write loss_type: (\w+)")
 NAMED = re.compile(rf"\b(?:(?:{SECTIONS})(?:\.\w+)+|output_dir\b|deepspeed\b)")
 # What `dspref convert` writes where a value is to be written by a person; where a path is, with a word behind it.

@@ -103,6 +103,13 @@ class ModelSection(Section):
     """Run Python code that comes with the model. Off: such a model is refused."""
 
 
+class ParallelSection(Section):
+    sequence: Annotated[int, Field(gt=0)] = 1
+    """So many ranks hold a pack between them, for pairs that are too long for one: each computes its share of the tokens,
+    and in attention its share of the heads (Ulysses: Jacobs et al. 2023, arXiv:2309.14509). Must divide the ranks and the
+    heads; a pack has room for `data.tokens_per_pack` tokens of each rank. Changes no loss."""
+
+
 class CheckpointSection(Section):
     save_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between two checkpoints; null: none during training."""
@@ -185,6 +192,8 @@ class Config(Section):
     """Steps, optimizer, schedule."""
     deepspeed: FilePath | dict[str, Any] = "ds_configs/zero3.json"
     """Path of a DeepSpeed JSON, or the mapping itself: memory and communication strategy only."""
+    parallel: ParallelSection = ParallelSection()
+    """How ranks share the work beside ZeRO."""
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving and resuming."""
     log: LogSection = LogSection()

@@ -13,7 +13,19 @@ from dspref.config.foreign_values import VALUES, WHOLE_VALUES
 from dspref.config.yaml12 import parse_value
 from dspref.convert.written import short
 
-SECTIONS = ("model", "reference", "data", "objective", "train", "deepspeed", "checkpoint", "log", "export", "output_dir")
+SECTIONS = (
+    "model",
+    "reference",
+    "data",
+    "objective",
+    "train",
+    "deepspeed",
+    "parallel",
+    "checkpoint",
+    "log",
+    "export",
+    "output_dir",
+)
 # Numbers of steps that mean none.
 EMPTY_STEPS = (None, -1, 0, False)
 TRUE, FALSE = (True, 1, "true", "True", "auto", "yes"), (False, 0, "false", "False", "no", "none")

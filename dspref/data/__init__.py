@@ -8,7 +8,7 @@
    `vocabulary`), and `store` keeps them on disk, addressed by content, for all runs (`building`, `complaints`, `cache`,
    `sameness`, `given_store`). Of images: `image_rows` says where, `image_files` and `image_store` which, `sight` how.
 4. `plan` says which pairs form a step (`mismatched`: with others' answers; `whole_rows`), and which share packs and ranks.
-5. `batch` makes a `PackedBatch` of a pack: a row of tokens, attention segments, the index of scored tokens, and `images`.
+5. `batch` makes a `PackedBatch`: tokens, attention segments, what is scored, `images`; `slices`: a rank's part of a pack.
 6. `loader` gives the steps, from any on, and `ahead` makes the next one while one is in use.
 
 `prompts` reads prompts without answers. To be looked at: pairs (`choosing`: which; `origin`: their rows; `show`, `spans`),
@@ -16,7 +16,7 @@ packs (`layout`), and `figures` of all.
 
 Enters: nothing.
 Shows: ahead, apart, batch, choosing, figures, image_files, image_rows, image_store, images, layout, loader, manners,
-messages, mismatched, origin, overlap, own_format, plan, prompts, rows, show, sight, sources, spans, store, tokenize,
+messages, mismatched, origin, overlap, own_format, plan, prompts, rows, show, sight, slices, sources, spans, store, tokenize,
 truncate, vocabulary.
 """
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dspref.data.images import Images, Laid, Pictures
+from dspref.data.slices import Part
 from dspref.data.truncate import TokenizedPair
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class PackedBatch:
     model that reads these too, in prompts; its positions may have several axes. `given`: numbers that the rows have beside
     their texts, float32, by the fields of `PairLogps`; the same names in every pack of a store, and no model sees them.
     `sequences`: as many as any of the packs that run at the same time on all ranks has, or more: so many forwards each makes
-    of a model that reads one at a time."""
+    of a model that reads one at a time. `own`: this rank's part, where several hold the pack between them."""
 
     input_ids: Int[Tensor, "T"]
     position_ids: Int[Tensor, "T"] | Int[Tensor, "A T"]
@@ -85,6 +86,13 @@ class PackedBatch:
     images: Images | None = None
     given: Mapping[str, Float[Tensor, "P"]] | None = None
     sequences: int = 1
+    own: Part | None = None
+
+    @property
+    def computed(self) -> Part:
+        """What this rank computes: its part, or all."""
+        whole = self.input_ids, self.position_ids, self.multiplicity, self.predictor_index, self.targets
+        return self.own or Part(*whole)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; asynchronous from pinned memory."""

@@ -34,10 +34,23 @@ class Packing:
     """Not a matter of speed: ORPO asks for the log-probs of prompts too."""
     takes: str = "pairs"
     """Nor is this: what a row becomes for the objective, as in `Family`."""
+    part: int = 0
+    parts: int = 1
+    """Which this is of the ranks that hold a pack between them, and how many do: a `rank` is such a group then."""
 
     @property
     def by_rows(self) -> bool:
         return self.takes in ("list", "gold")
+
+    def shared_by(self, parts: int) -> Packing:
+        """Packs that `parts` ranks, one behind the other, hold between them, with room for so many times the tokens."""
+        group, part = divmod(self.rank, parts)
+        tokens, groups = parts * self.tokens_per_pack, self.world_size // parts
+        return replace(self, tokens_per_pack=tokens, rank=group, world_size=groups, part=part, parts=parts)
+
+    def own(self, batch: PackedBatch) -> PackedBatch:
+        """A pack with this rank's part of it, where several hold it between them."""
+        return batch if self.parts == 1 else replace(batch, own=batch.computed.cut(self.part, self.parts))
 
 
 @dataclass(frozen=True)
@@ -225,11 +238,11 @@ class StepPacks:
         # Of prompt + answer; all ranks know of all, so that none has to ask.
         answers = [[int((store.computed[ids][:, 1:] > 0).sum()) for ids in rank] for rank in self.ids]
         return (
-            collate(
+            packing.own(collate(
                 [store[i] for i in ids.tolist()], ids.tolist(), prefix_sharing=sharing, score_prompt=score_prompt,
                 encoder_decoder=store.apart, pictures=store.pictures(ids.tolist()),
                 given=store.given.of(ids.tolist()) | self._marks(store, packing, k), sequences=max(counts),
-            )
+            ))
             for k, (ids, *counts) in enumerate(zip(self.ids[packing.rank], *answers))
         )  # fmt: skip
 

@@ -3,9 +3,10 @@
 `engine` brings DeepSpeed up around one wrapper module, and takes optimizer steps of several backwards; `ds_config` is what
 DeepSpeed is told, `optimizer` what it is given, `accelerator` where it is imported. `memory` asks for weights that lie on
 several ranks. `shards` is what DeepSpeed writes in a checkpoint and how it gets back, `plain` what a file of it may hold.
-`finite` looks for weights that are no numbers, `misfits` for settings that these ranks cannot have.
+`finite` looks for weights that are no numbers, `misfits` for settings that these ranks cannot have. `sequence` is how ranks
+that hold packs between them speak.
 `builds` (no torch) is where DeepSpeed's operators are compiled.
 
 Enters: config, data, distributed, model.
-Shows: builds, ds_config, engine, finite, memory, misfits, shards.
+Shows: builds, ds_config, engine, finite, memory, misfits, sequence, shards.
 """

@@ -76,6 +76,23 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     )
 
 
+def refuse_shared(config: PretrainedConfig, sequence: int, max_length: int | None) -> None:
+    """Raise ConfigError where `sequence` ranks cannot hold a pack between them, for this kind of model or its heads."""
+    if sequence == 1:
+        return
+    why = {"encoder-decoder": "has an encoder", "vision": "reads images"}.get(families.kind_of(config))
+    if alone_as := why_alone(config, max_length):
+        why = f"is run one sequence at a time, as {alone_as}"
+    if why:
+        raise ConfigError(
+            f"parallel.sequence: {sequence}, but {config.model_type} {why}, and its packs are not shared; use 1"
+        )
+    heads = number(config.get_text_config(), "num_attention_heads")
+    if heads and heads % sequence:
+        few = math.gcd(heads, sequence)
+        raise ConfigError(f"parallel.sequence: {sequence} does not divide the model's {heads} attention heads; use {few}")
+
+
 def why_alone(config: PretrainedConfig, max_length: int | None) -> str | None:
     """Why a model is run one sequence at a time, in half a sentence; None where it is run over packs."""
     if families.kind_of(config) != "decoder":

@@ -18,6 +18,8 @@ from transformers import AttentionInterface
 
 from dspref.data.batch import Layout, PackedBatch
 from dspref.errors import ConfigError
+from dspref.model import exchange
+from dspref.model.exchange import Group
 from dspref.model.sdpa import Calls, Options, calls_of, sdpa
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Segments:
     """Layers that were computed with this layout: none, and the model has attention of its own."""
     causal: bool = True
     """Aligned at the bottom right; else every query of a segment sees all its keys."""
+    group: Group | None = None
+    """Of a pack that several ranks hold between them: the layer has this rank's tokens."""
 
     @cached_property
     def _of_prompts(self) -> tuple[Segments, Segments] | None:
@@ -105,17 +109,22 @@ def packed_attention(
     if sliding_window is not None and sliding_window >= batch.max_seqlen_k:
         sliding_window = None  # no segment is long enough for the window to matter
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    options = Options(scale, dropout, sliding_window, softcap, position_bias, s_aux)
     asked = {"window": sliding_window, "softcap": softcap, "dropout": dropout}
     asked |= {"position_bias": position_bias is not None, "sinks": s_aux is not None}
     if reason := cannot(segments.kernel, {query.shape[-1]}, **asked):
         raise ConfigError(f"model.attn_implementation: {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if group := segments.group:
+        assert isinstance(batch, PackedBatch), "of an encoder's packs each rank has its own"
+        q, k, v = exchange.by_heads(q, k, v, len(batch.input_ids), group)
+        position_bias, s_aux = (exchange.own_heads(x, group) for x in (position_bias, s_aux))
     if batch.kv_index is not None:
         k, v = k.index_select(0, batch.kv_index), v.index_select(0, batch.kv_index)
     # Latent attention has values narrower than its keys; the varlen kernels want one size, and zeros change nothing.
     v = torch.nn.functional.pad(v, (0, narrower)) if (narrower := q.shape[-1] - value.shape[-1]) > 0 else v
-    return KERNELS[segments.kernel].compute(q, k, v, segments, options)[None, ..., : value.shape[-1]], None
+    options = Options(scale, dropout, sliding_window, softcap, position_bias, s_aux)
+    output = KERNELS[segments.kernel].compute(q, k, v, segments, options)[..., : value.shape[-1]]
+    return (exchange.by_tokens(output, group) if group else output)[None], None
 
 
 def cannot(kernel: str, head_sizes: Iterable[int] = (), **asked: float | None) -> str | None:

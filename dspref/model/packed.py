@@ -19,11 +19,13 @@ from transformers import (
 
 from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
+from dspref.data.slices import Part
 from dspref.errors import ConfigError
-from dspref.model import families, freezing, readers, router
+from dspref.model import exchange, families, freezing, readers, router
 from dspref.model.adapters import Adapters
 from dspref.model.admission import BEFORE_HEAD, NOT_PACKED, router_coefficient
 from dspref.model.attention import Segments
+from dspref.model.exchange import Group
 from dspref.model.generation import Passage
 from dspref.model.logps import HeadTransform, TokenLogps, counted, scored_logps
 from dspref.model.router import Routing
@@ -53,6 +55,8 @@ class PackedCausalLM(nn.Module):
         # What costs more and only some runs ask for; see `prepare_for_training`.
         self.with_collision = False
         self.router_aux_loss_coef = 0.0
+        # Ranks that hold packs between them, where there are such.
+        self.group: Group | None = None
 
     def forward(self, batch: PackedBatch | Passage, only_logps: bool = False, with_statistics: bool = False) -> Any:
         """log p of each scored token, and what the routers did, where their loss is trained.
@@ -68,20 +72,24 @@ class PackedCausalLM(nn.Module):
 
     def _logps(self, batch: PackedBatch, only_logps: bool, with_statistics: bool) -> tuple[TokenLogps, Routing | None]:
         routed = bool(self.router_aux_loss_coef) and not only_logps
-        segments = Segments(batch, self.kernel)
+        own, group = batch.computed, self.group if batch.own else None
+        assert group or not batch.own, "a pack that several ranks hold is for a model that knows them"
+        segments = Segments(batch, self.kernel, group=group)
         outputs = self.reader.read(self.lm, batch, segments, routed)
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
         scored = scored_logps(
-            self._before_head(outputs.last_hidden_state[0][batch.predictor_index]),
+            self._before_head(outputs.last_hidden_state[0][own.predictor_index]),
             *self._head(),
-            batch.targets,
+            own.targets,
             self.transform,
             self.with_collision and not only_logps,
             with_statistics,
         )
-        return counted(scored, batch), self._routing(outputs, batch) if routed else None
+        if group:
+            scored = exchange.of_all(scored, own.scored, len(batch.targets), group)  # type: ignore[arg-type]
+        return counted(scored, batch), self._routing(outputs, own) if routed else None
 
     def _logits(self, outputs: Any) -> torch.Tensor:
         """[B, V] behind the last token that was read."""
@@ -100,12 +108,12 @@ class PackedCausalLM(nn.Module):
         words = getattr(self.lm.config.get_text_config(), "unpadded_vocab_size", None)
         return (weight, bias) if words is None else (weight[:words], None if bias is None else bias[:words])
 
-    def _routing(self, outputs: Any, batch: PackedBatch) -> Routing:
+    def _routing(self, outputs: Any, own: Part) -> Routing:
         if not outputs.router_logits:
             untold = f"transformers {transformers.__version__} does not tell what they did"
             raise ConfigError(f"model.router_aux_loss_coef: no layer of this model has experts, or {untold}; set 0")
         top_k: Any = self.lm.num_experts_per_tok
-        return router.routing(outputs.router_logits, top_k, batch.multiplicity.float())
+        return router.routing(outputs.router_logits, top_k, own.multiplicity.float())
 
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:

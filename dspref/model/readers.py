@@ -56,7 +56,7 @@ def reader_of(config: PretrainedConfig, kernel: str) -> Reader:
 def _read(lm: PreTrainedModel, batch: PackedBatch, segments: Segments, routed: bool) -> Any:
     if batch.images is not None:
         vision.family_of(lm.config)  # says why not
-    return _backbone(lm, batch, segments, routed, batch.position_ids[None])
+    return _backbone(lm, batch, segments, routed, batch.computed.position_ids[None])
 
 
 def _read_on(lm: PreTrainedModel, passage: Passage, **seen: torch.Tensor) -> tuple[Any, Any]:
@@ -94,7 +94,7 @@ def _backbone(
     lm: PreTrainedModel, batch: PackedBatch, segments: Segments, routed: bool, positions: torch.Tensor, **seen: Any
 ) -> Any:
     return backbone_of(lm)(
-        input_ids=batch.input_ids[None],
+        input_ids=batch.computed.input_ids[None],
         position_ids=positions,
         use_cache=False,
         segments=segments,

@@ -2,8 +2,8 @@
 
 `rendezvous` agrees on one address through a folder or the environment of a launcher; `local_store` is the key-value store
 of ranks on one machine, on loopback alone; `wire` the form of what they say. `starting` starts those of one machine;
-`log_file` is what each writes.
+`sockets` is where those of several meet, `log_file` what each writes.
 
 Enters: nothing.
-Shows: local_store, log_file, rendezvous, starting, wire.
+Shows: local_store, log_file, rendezvous, sockets, starting, wire.
 """

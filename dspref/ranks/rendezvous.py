@@ -50,6 +50,22 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    sequence: int = 1
+    """So many ranks, one behind the other, hold a pack between them."""
+
+    @property
+    def group(self) -> int:
+        """The number of this rank's group among `groups`."""
+        return self.rank // self.sequence
+
+    @property
+    def groups(self) -> int:
+        return self.size // self.sequence
+
+    @property
+    def part(self) -> int:
+        """The number of this rank in its group."""
+        return self.rank % self.sequence
 
     @property
     def is_one_machine(self) -> bool:

@@ -231,7 +231,7 @@ def score(
         batch = batch.to(device)
         logps = pair_logps(forward(batch)[0], batch)
         sums[at.to(device, non_blocking=True)] = torch.stack([getattr(logps, name) for name in COLUMNS], dim=1)
-        yield rows, distributed.all_sum(sums).cpu()  # each pair was scored by one rank, and is zero on the others
+        yield rows, distributed.sum_of_groups(sums).cpu()  # each pair was scored by one group, and is zero in the others
 
 
 def _places(batch: PackedBatch, rows: np.ndarray) -> torch.Tensor:

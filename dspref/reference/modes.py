@@ -20,7 +20,7 @@ from dspref.config.strategy import stage_of
 from dspref.data.batch import PackedBatch
 from dspref.data.loader import Packing
 from dspref.data.mismatched import Pairs
-from dspref.engine import ds_config, engine, finite, memory
+from dspref.engine import ds_config, engine, finite, memory, sequence
 from dspref.engine.engine import Engine
 from dspref.model import adapters, admission, alone, generation, loading, packed
 from dspref.model.logps import TokenLogps, pair_logps, scored_tokens
@@ -146,6 +146,7 @@ def load_forward(spec: ReferenceSpec, weights: str, device_type: str) -> Any:
     with_adapter = partial(adapters.frozen, source=adapter) if adapter else None
     reference = loading.load(section, section.name_or_path, kernel, section.dtype, zero3, with_adapter)
     finite.refuse_not_finite(reference.lm, section.dtype, partial(source_in_reference, spec, weights))
+    reference.group = sequence.group()
     forward = engine.reference_forward(packed.prepare_as_reference(reference), zero3)
     size, where = memory.weight_bytes(forward)
     how = "sharded by ZeRO-3" if stage == 3 else "whole on each rank"
@@ -189,7 +190,8 @@ def speaking(spec: ReferenceSpec, reference: Reference, policy: Engine, beginnin
 def scoring_packing(spec: ReferenceSpec, packing: Packing, device_type: str) -> Packing:
     """The packs of a pass that keeps nothing for a backward one. On a CPU larger ones are no faster."""
     own, by_default = spec.section.tokens_per_pack, (1 if device_type == "cpu" else 2) * packing.tokens_per_pack
-    return replace(packing, tokens_per_pack=own or by_default, takes="pairs")  # of whatever, both answers are scored
+    tokens = own * packing.parts if own else by_default
+    return replace(packing, tokens_per_pack=tokens, takes="pairs")  # of whatever, both answers are scored
 
 
 def stored(

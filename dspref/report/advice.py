@@ -72,11 +72,12 @@ def of_run(
     """Advice for a run whose models are in memory, under a DeepSpeed strategy."""
     steps, packing = loader.epoch(0)[:STEPS_LOOKED_AT], loader.packing
     placed = [place(loader.store, ids, packing) for ids in steps]
-    lm, world = policy.module.lm, packing.world_size
+    lm, parts = policy.module.lm, packing.parts
+    world = packing.world_size * parts
     size = performance.size_of(policy.module)
     packs, per_rank = fmean(len(p.ids[0]) for p in placed), fmean(p.tokens for p in placed) / world
-    budget = -int(-per_rank * ROOM // max(int(per_rank / packing.tokens_per_pack), 1) // 256) * 256
-    larger = replace(packing, tokens_per_pack=budget)
+    budget = -int(-per_rank * ROOM // max(int(per_rank * parts / packing.tokens_per_pack), 1) // 256) * 256
+    larger = replace(packing, tokens_per_pack=budget * parts)
     then = fmean(len(place(loader.store, ids, larger).ids[0]) for ids in steps)
     layout = Layout(
         policy.device.type,
@@ -92,7 +93,7 @@ def of_run(
     )
     tokens = sum(p.tokens for p in placed)
     shares = sum(p.scored for p in placed) / tokens, sum(count(loader.store, ids)["tokens"] for ids in steps) / tokens
-    largest = max(p.largest for p in placed)
+    largest = -(-max(p.largest for p in placed) // parts)
     most = max(placed, key=lambda step: step.largest).most
     kept, coming = still_to_come(section, lm, layout, Pack(largest, round(largest * shares[0]), shares[1], most))
     facts = Facts(

@@ -146,7 +146,7 @@ class Account:
     def flops(self, step: Step) -> tuple[float, float]:
         """(of the policy's forward and backward, of all that is executed) in a step, on all ranks."""
         work = Work.of_step(step.computed_tokens, step.scored_tokens, step.attention_pairs, step.more)
-        packs = step.num_packs * distributed.world().size
+        packs = step.num_packs * distributed.world().groups
         return of_step(
             self.policy,
             self.reference,

@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "train.max_steps", "train.num_train_epochs", "train.eval_every", "train.eval_at_start", "train.max_skipped_steps",
     "train.hang_timeout", "train.dry_run", "train.spike_sigmas", "train.stop_when",
     "train.profile",
-    "checkpoint", "export", "log", "output_dir",
+    "parallel", "checkpoint", "export", "log", "output_dir",
     # How DeepSpeed lays out memory and talks (stage3_... are among these); of the stage see `_refuse_stage`. What decides
     # the order of weights in its shards is not here: sub_group_size, round_robin_gradients, offloading.
     "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.reduce_bucket_size",

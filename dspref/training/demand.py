@@ -24,7 +24,7 @@ def plan(
     train on, or judge."""
     world = distributed.world()
     preparation.refuse_for_objective(list(held_out.values()), objective)
-    packing, loader = preparation.steps_of(data, train, pairs, objective, world.rank, world.size)
+    packing, loader = preparation.steps_of(data, train, pairs, objective, world.rank, world.size, world.sequence)
     total = loader.total_steps(train.num_train_epochs, train.asked_steps)
     return packing, loader.with_mismatched(total) if objective.has_mismatched else loader
 

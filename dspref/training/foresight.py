@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from glob import glob
 from statistics import fmean
 from typing import Any
@@ -34,9 +35,11 @@ def load(
     objective: Objective,
     ranks: int,
     mean_tokens: int | None,
+    sequence: int = 1,
 ) -> Load:
     """The load of a run's own pairs, where they are here and can be tokenized; else of pairs with `mean_tokens` for each
-    prompt + answer, or as long as they may be, with the reason in its `source`.
+    prompt + answer, or as long as they may be, with the reason in its `source`. Of a pack and a pair that `sequence` ranks
+    hold between them, it has the part of one.
 
     Raises DataError as the run would.
     """
@@ -49,12 +52,17 @@ def load(
         why = f"{at_most}, as {missing} is not here"
     else:
         try:
-            return read(model, data, train, objective, ranks)
+            return _of_part(read(model, data, train, objective, ranks, sequence), sequence)
         except ConfigError as error:  # no tokenizer here, no template
             why = f"{at_most}, as the data could not be tokenized ({error})"
     raw = raw_config(model)
     why += ", no images" * bool(raw.get("vision_config"))
-    return assumed(train, ranks, data.tokens_per_pack, mean_tokens or longest, why, bool(raw.get("is_encoder_decoder")))
+    groups, tokens, encoded = ranks // sequence, sequence * data.tokens_per_pack, bool(raw.get("is_encoder_decoder"))
+    return _of_part(assumed(train, groups, tokens, mean_tokens or longest, why, encoded), sequence)
+
+
+def _of_part(load: Load, sequence: int) -> Load:
+    return replace(load, largest=-(-load.largest // sequence), longest=-(-load.longest // sequence))
 
 
 def shape_of(section: ModelSection) -> ModelShape:
@@ -88,7 +96,9 @@ def most_of(placed: Sequence[StepPacks]) -> dict[str, float]:
     return dict(largest) if PROMPTS in largest else {name: max(p.most[name] for p in placed) for name in largest}
 
 
-def read(model: ModelSection, data: DataSection, train: TrainSection, objective: Objective, ranks: int) -> Load:
+def read(
+    model: ModelSection, data: DataSection, train: TrainSection, objective: Objective, ranks: int, sequence: int = 1
+) -> Load:
     """The load of a run's own pairs, read and tokenized as the run would, into the cache that it will use.
 
     Raises DataError and ConfigError as the run would.
@@ -97,7 +107,7 @@ def read(model: ModelSection, data: DataSection, train: TrainSection, objective:
     listings = [preparation.listing_of(source, key) for key, source in data.source_keys("train").items()]
     pairs = preparation.load_sources(data, tokenizer, listings)
     data = preparation.laid_out(model, data, say=False)
-    packing, loader = preparation.steps_of(data, train, pairs, objective, 0, ranks)
+    packing, loader = preparation.steps_of(data, train, pairs, objective, 0, ranks, sequence)
     return load_of(loader, packing, loader.total_steps(train.num_train_epochs, train.asked_steps))
 
 

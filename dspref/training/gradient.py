@@ -94,7 +94,7 @@ def accumulate(
                 "train", step.mismatched, step.counts["mismatched_answers"], policy, reference, looking.begin
             )
         loss = replace(loss, objective=replace(loss.objective, point=point))
-    one_pack = step.num_packs == 1 and distributed.world().size == 1
+    one_pack = step.num_packs == 1 and distributed.world().groups == 1
     looks_ahead = loss.looks_ahead or step.splits_lists
     passes = _two_passes if looks_ahead and not one_pack else _one_pass
     return passes(step, policy, loss, reference, rewards, looking)
@@ -124,7 +124,7 @@ def reference_point(
         begin("forward")
         pairs = pair_logps(policy.forward(batch)[0], batch)
         total += (pairs.chosen - base.chosen + pairs.rejected - base.rejected).double().sum()
-    return (distributed.sum_over_ranks(total)[0] / max(answers, 1)).clamp(min=0)
+    return (distributed.sum_of_groups(total) / max(answers, 1)).clamp(min=0)
 
 
 def _one_pass(

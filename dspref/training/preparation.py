@@ -53,6 +53,7 @@ def prepare(
         model_config = loading.load_config(section)
         tokenizer = tokenizer_of(section)
         kernel = admission.check(section, model_config, data.max_length, 0, device_type)
+        admission.refuse_shared(model_config, distributed.world().sequence, data.max_length)
         if section.init == "pretrained":
             admission.check_weights(section, model_config)
         check_adapters(section, optim, device_type)
@@ -227,13 +228,20 @@ def limits_of(data: DataSection) -> Limits:
 
 
 def steps_of(
-    data: DataSection, train: TrainSection, pairs: PairStore, objective: Objective, rank: int, world_size: int
+    data: DataSection,
+    train: TrainSection,
+    pairs: PairStore,
+    objective: Objective,
+    rank: int,
+    world_size: int,
+    sequence: int = 1,
 ) -> tuple[Packing, StepLoader]:
-    """How packs are laid out over the ranks, and the steps of a run."""
+    """How packs are laid out over the ranks, each held by `sequence` of them, and the steps of a run."""
     refuse_for_objective([pairs], objective)
     together = {"row": pairs.rows, "prompt": pairs.same[:, 0], "none": None}[data.keep_together]
     sharing = sharing_pays(pairs, together) if data.prefix_sharing == "auto" else data.prefix_sharing
     packing = Packing(data.tokens_per_pack, sharing, rank, world_size, objective.scores_prompt, objective.family.takes)
+    packing = packing.shared_by(sequence)
     weights = [source.weight for source in data.train_sources]
     if not rows_per_epoch(pairs.source_rows, weights):
         raise DataError("data.train: the weights leave no pair per epoch; raise them")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -59,9 +61,7 @@ def largest_pack(loader: StepLoader, done: int, steps: int) -> PackedBatch:
     placed = place(loader.store, best[1], loader.packing)
     whole = [ids for of_rank in placed.ids for ids in of_rank]
     alone = [type(placed)([[ids]], 0, 0, 0, 0, 0.0, 0.0) for ids in whole]
-    how = type(loader.packing)(
-        loader.packing.tokens_per_pack, loader.packing.prefix_sharing, 0, 1, loader.packing.score_prompt
-    )
+    how = replace(loader.packing, rank=0, world_size=1, takes="pairs")
     packs = (next(iter(one.packs(loader.store, how))) for one in alone)
     return max(packs, key=lambda pack: len(pack.input_ids))
 

@@ -15,7 +15,7 @@ from dspref.config import Config, ModelSection, TrainSection, lower_is_better
 from dspref.data.loader import StepLoader
 from dspref.data.show import mark
 from dspref.data.store import PairStore
-from dspref.engine import ds_config, finite, memory, misfits
+from dspref.engine import ds_config, finite, memory, misfits, sequence
 from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.machine import agreement, preflight, run_plan
 from dspref.machine.context import FAIL, CheckContext, Verdict
@@ -163,9 +163,10 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     """
     loading.quiet()
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
-    machine = run_plan.Machine(card, gpus, nodes)
+    machine, shared = run_plan.Machine(card, gpus, nodes), config.parallel.sequence
+    misfits.refuse_ranks(shared, ranks)
     foresight.shape_of(config.model)  # before the data, which may take long
-    load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens)
+    load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens, shared)
     needed = needs_reference(**config.objective.model_dump())
     run = run_plan.asked(
         config.model, config.reference, config.train.optim, needed, config.strategy, machine, load, foresight.shape_of
@@ -297,6 +298,7 @@ def introduce(
     evaluated = "".join(f", {size} held out ({name.rstrip('_')})" for name, size in sizes.items())
     sharing = "on" if loader.packing.prefix_sharing else "off"
     pace = f"of {train.pairs_per_step} {what} ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
+    shared = f", packs held by {world.sequence} each" if world.sequence > 1 else ""
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
@@ -306,7 +308,7 @@ def introduce(
         "scored": SCORED[config.data.scored],
         "packs": f"{config.data.tokens_per_pack} tokens, prefix sharing {sharing}, attention {kernel}",
         "steps": f"{steps} {pace}",
-        "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}",
+        "engine": f"ZeRO-{config.zero_stage} on {world.size} rank{'s' if world.size > 1 else ''}{shared}",
         "run": config.output_dir,
     }
     brief = f"{rows['run']}: {rows['objective']}; {steps} steps {pace}; {rows['engine']}; more in logs/rank-0.log"
@@ -326,6 +328,7 @@ def load_policy(config: Config, objective: Objective, weights: str, kernel: str)
         config.model, weights, kernel, config.model.dtype, zero3, spec.attach(reference, config.train.seed)
     )
     finite.refuse_not_finite(policy.lm, config.model.dtype, partial(spec.source_in_policy, reference, weights))
+    policy.group = sequence.group()
     policy = packed.prepare_for_training(policy, config.model, with_collision=objective.needs_collision)
     if config.model.freeze:
         still = sum(memory.elements(p) for p in policy.lm.parameters() if not p.requires_grad)

@@ -41,7 +41,7 @@ def train(config: Config, source: Path | None = None) -> None:
 
     `source` is the file that the config came from; the run folder keeps a copy.
     """
-    distributed.init(config.train.seed, config.train.hang_timeout)
+    distributed.init(config.train.seed, config.train.hang_timeout, config.parallel.sequence)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
     run = RunFolder(config.output_dir)

@@ -64,7 +64,7 @@ def _start(
 def _load_policy(
     config: configuration.Config, steps: int, prepared: dict[str, Any] | None = None
 ) -> tuple[Engine, dict[str, PairStore], StepLoader, str]:
-    distributed.init(config.train.seed)
+    distributed.init(config.train.seed, sequence=config.parallel.sequence)
     device = engine.bring_up(config.model.dtype)
     loading.quiet()
     prepared = {} if prepared is None else prepared

@@ -24,6 +24,7 @@ BEMA = "reference={bema: {update_freq: 1, update_after: 3, lag: 2, ref_model_upd
 ROUND_ROBIN = "deepspeed.zero_optimization.round_robin_gradients=true"
 FREEZE = "model.freeze=[embed_tokens, layers.0, 'mlp.*_proj']"
 LORA = "model.lora={r: 4, lora_alpha: 8}"
+OFFLOAD = "deepspeed.zero_optimization.offload_optimizer={device: cpu}"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_one_rank_instead_of_two_and_two_again(run_file, all_workers, tmp_path):
         *[(zero, ()) for zero in (0, 1, 2, 3)],
         *[(2, (COUPLED, TR_DPO)), (3, (TR_DPO,)), (1, (TR_DPO, "reference.zero_stage=3"))],
         *[(2, (BEMA,)), (3, (BEMA,)), (1, (BEMA, "reference.zero_stage=3"))],
-        *[(zero, ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",)) for zero in (2, 3)],
+        *[(zero, (OFFLOAD,)) for zero in (2, 3)],
         *[(zero, (FREEZE,)) for zero in (0, 1, 2, 3)],
     ],
 )
@@ -124,6 +125,31 @@ def compare(zero, more, ranks, run_file, all_workers, tmp_path) -> None:
     go_on(all_workers, run_file, run, [(number, same) for number in ranks])
     print("relative distance", distance(run, whole))
     assert distance(run, whole) < 1e-6
+    assert_same_steps(run, whole)
+
+
+SEQUENCE = "parallel.sequence={}".format
+
+
+@pytest.mark.parametrize(
+    ("zero", "more", "legs"),
+    [
+        (3, (COUPLED,), ((2, 2), (2, 1), (2, 2))),
+        *[pytest.param(zero, (TR_DPO,), ((2, 2), (1, 1), (4, 2), (4, 4)), marks=SLOW) for zero in (1, 2, 3)],
+        pytest.param(2, (LORA,), ((4, 2), (2, 1), (2, 2)), marks=SLOW),
+        pytest.param(3, (BEMA,), ((2, 2), (2, 1)), marks=SLOW),
+        pytest.param(2, (OFFLOAD,), ((2, 2), (2, 1)), marks=SLOW),
+    ],
+)
+def test_ranks_that_hold_packs_between_them_go_on_where_others_were(zero, more, legs, run_file, all_workers, tmp_path):
+    """Another `parallel.sequence` is as another number of ranks. `legs`: (ranks, those of a pack)."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    same = (stage(zero), *more)
+    assert train(all_workers[2], run_file, whole, *same) == [0, 0]
+    go_on(all_workers, run_file, run, [(ranks, (*same, SEQUENCE(of_pack))) for ranks, of_pack in legs])
+    file = "adapter_model.safetensors" if LORA in more else "model.safetensors"
+    print("relative distance", distance(run, whole, file))
+    assert distance(run, whole, file) < 1e-6
     assert_same_steps(run, whole)
 
 

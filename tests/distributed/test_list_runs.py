@@ -205,6 +205,24 @@ def test_steps_are_those_of_the_oracle(world: int, plan: list[Any], folder: Path
     assert min(packs) == 1 and max(packs) > 8 // world and len(packs) > 2, packs
 
 
+@pytest.mark.parametrize(
+    ("case", "tokens"),
+    [("plackett_luce", 1), *(pytest.param(case, 80, marks=pytest.mark.slow) for case in ("lipo_lambda", "tpo_l"))],
+)
+def test_ranks_that_hold_packs_between_them_take_the_same_step(
+    case: str, tokens: int, folder: Path, book: Book, all_workers
+) -> None:
+    """A list in one pack, and in several."""
+    layouts = [[f"data.tokens_per_pack={room}", "parallel.sequence=2"] for room in (tokens, 100_000)]
+    variants = [[*overrides(case, folder), *layout] for layout in layouts]
+    faults, wanted, found = [], book.whole(case), first_steps(all_workers[2], folder, variants)
+    for layout, step in zip(layouts, found, strict=True):
+        faults += compare(step, wanted, 2e-5, f"{case} {layout}")
+        faults += compare_gradients(step, wanted, 5e-5, f"{case} {layout}")
+    assert not faults, "\n".join(faults)
+    assert found[0]["packs"] > found[1]["packs"] == 1
+
+
 RUNS = [("plackett_luce", 2, 3, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in
         (("lipo_lambda", 2, 1, 150), ("lipo_lambda", 1, 3, 1), ("tpo", 2, 3, 150), ("tpo_l", 1, 1, 150)))]  # fmt: skip
 SIZE, STEPS = 3, 4

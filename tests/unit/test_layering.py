@@ -44,7 +44,7 @@ ABOVE = {
 # Packages that only some modules, or the modules of some rooms, may import.
 OWNERS: dict[str, set[str]] = {
     "deepspeed": {"engine.accelerator", "engine.engine", "engine.plain", "engine.shards"},
-    "torch.distributed": {"distributed", "engine.engine"},
+    "torch.distributed": {"distributed", "engine.engine", "engine.sequence"},
     "transformers": {
         *("data.pieces", "data.sight", "data.tokenize", "data.vocabulary"),
         *("engine.optimizer", "model", "run.checkpoint", "run.export"),
@@ -76,7 +76,7 @@ SEE_CONFIG = {
 
 # The pure rooms never see a rank, a device string or a config object.
 PURE = {"data", "objectives"}
-PURE_FILES = {"model.attention", "model.logits", "model.logps", "model.router"}
+PURE_FILES = {"model.attention", "model.exchange", "model.logits", "model.logps", "model.router"}
 
 # `check` and `submit` answer at once on a login node: none of these loads torch, however deep, nor does a door.
 NO_TORCH_ROOMS = {"config", "convert", "machine", "objectives", "ranks", "slurm"}

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from packaging.version import Version
-from tiny import filled
-from tiny_families import EXPERTS, IN_FLOAT32, LISTED, plain_logps, small_config, small_pairs
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from tiny_families import LISTED, gradients, model_of, plain_logps, small_config, small_pairs
 
 from dspref.config import ModelSection
 from dspref.data.batch import collate
-from dspref.model import admission, alone, families, loading
+from dspref.model import admission, alone, loading
 from dspref.model.packed import PackedCausalLM
 
 TABLE = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "make_families.py"))
 # One of each way in which families are read; the others take a minute.
 FAST = ["gemma2", "gpt_oss", "stablelm", "bloom", "mamba2", "jamba", "qwen3_5_text", "lfm3", "hyperclovax", "granite_swa"]
 EVERY = [pytest.param(family, marks=pytest.mark.slow) if family not in FAST else family for family in LISTED]
-
-
-def model_of(config: PretrainedConfig, kernel: str) -> PreTrainedModel:
-    dtype = torch.float32 if config.model_type in IN_FLOAT32 else torch.float64
-    with torch.random.fork_rng(devices=[]):
-        make: Any = families.auto_class(config).from_config
-        return filled(make(copy.deepcopy(config), dtype=dtype, attn_implementation=kernel, **EXPERTS), seed=1)
-
-
-def gradients(lm: torch.nn.Module, logps: Tensor) -> dict[str, Tensor]:
-    """Of a sum in which every token has a weight of its own."""
-    (logps * torch.linspace(-1.0, 2.0, len(logps), dtype=logps.dtype)).sum().backward()
-    return {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", EVERY)
