@@ -258,7 +258,7 @@ def _mark_leaves(policy: nn.Module) -> None:
     being of one module, they are gathered together anyhow.
     """
     several = getattr(policy, "kernel", None) == ALONE
-    for part in () if several else policy.modules():
+    for part in policy.modules():
         if isinstance(part.forward, Tiled):  # gathered once, and not for each tile
             deepspeed.utils.set_z3_leaf_module(part, True)
     found = {type(part) for part in policy.modules() if _has_experts(part, listed_alone=several)}

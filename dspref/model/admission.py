@@ -63,6 +63,8 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
     else:  # of code that comes with the model, which is not run before it is loaded
         sizes = {number(text, "head_dim") or 0}
     if why := why_alone(config, max_length):
+        if section.tiled_mlp is not False:  # under ZeRO-3 ranks with longer sequences would gather for more tiles
+            raise ConfigError(f"{tiles.KEY}: {text.model_type} is run one sequence at a time, as {why}; drop the key")
         _refuse_other_kernel(section, text.model_type, why)
         return alone.ALONE
     window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None

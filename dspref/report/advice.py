@@ -103,7 +103,7 @@ def of_run(
     kept, coming = still_to_come(shape, replace(layout, checkpointing=False), pack)
     alone = parts > 1 or admission.why_not_shared(lm.config, None) or kernel == ALONE
     heads = 0 if alone else admission.number(lm.config.get_text_config(), "num_attention_heads") or 0
-    run = Asked(shape, layout, pack, optim=train.optim, tiles=tiles.why_not(lm) is None, heads=heads)
+    run = Asked(shape, layout, pack, optim=train.optim, tiles=kernel != ALONE and tiles.why_not(lm) is None, heads=heads)
     facts = Facts(
         device=policy.device.type,
         zero_stage=layout.stage,

@@ -89,8 +89,9 @@ def ways_for_long_pairs(section: ModelSection, max_length: int | None, sequence:
     except ConfigError:
         return {}  # which the run says too
     shared = sequence == 1 and admission.why_not_shared(config, max_length) is None
+    tiled = tiles.why_not(skeleton) is None and admission.why_alone(config, max_length) is None
     heads = admission.number(config.get_text_config(), "num_attention_heads") if shared else 0
-    return {"tiles": tiles.why_not(skeleton) is None, "heads": heads or 0}
+    return {"tiles": tiled, "heads": heads or 0}
 
 
 def raw_config(section: ModelSection) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from dspref.errors import ConfigError
 from dspref.model import admission, host_inputs, loading, tiles
 from dspref.model.packed import PackedCausalLM, prepare_for_training
 
-# A gate beside; both in one map; none; a family that is run one sequence at a time.
-FAST = ["llama", "phi3", "gpt2", "codegen"]
+# A gate beside; both in one map; none; norms on both sides.
+FAST = ["llama", "phi3", "gpt2", "gemma2"]
 # Whose layers, or some of them, have experts, states or MLPs of more than one argument.
 REFUSED = ["qwen3_moe", "deepseek_v3", "gpt_oss", "jamba", "mamba2", "bloom"]
 MANY = 45
@@ -66,6 +66,14 @@ def test_of_every_family() -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_without_such_mlps_is_refused_in_one_line(family: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.tiled_mlp: not every layer of {family} has .*; drop the key$"):
+        of_family(family, tiled_mlp=True)
+
+
+@pytest.mark.parametrize("family", ["codegen", "stablelm"])
+def test_a_family_that_is_run_one_sequence_at_a_time_is_refused_too(family: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^model\.tiled_mlp: {family} is run one sequence at a time, as .*; drop the key$"
+    ):
         of_family(family, tiled_mlp=True)
 
 

@@ -21,7 +21,7 @@ from dspref.data.images import Pictures, RowImages
 from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError
 from dspref.model import packed as model
-from dspref.model import vision
+from dspref.model import tiles, vision
 from dspref.model.attention import PACKED, Segments
 from dspref.model.generation import Passage, Style, generate, plain_attention
 
@@ -96,6 +96,7 @@ def test_the_whole_forward_in_training(kind: str, checkpointing: Any) -> None:
     expected = plain_logps(lm, rows)
     expected_gradients = gradients(lm, expected)
     section = ModelSection(name_or_path="x", dtype="float32", gradient_checkpointing=checkpointing)
+    tiles.put_into(packed.lm, 3 if checkpointing == "offload" else False)
     model.prepare_for_training(packed, section, with_collision=False)
     assert any(getattr(part, "gradient_checkpointing", False) for part in packed.modules()) == bool(checkpointing)
     batch = packed_rows(lm, rows, prefix_sharing=True)
