@@ -81,7 +81,7 @@ def inspect(
     held_out: Annotated[bool, typer.Option("--eval", help="Of the held-out pairs.")] = False,
     source: Annotated[str | None, typer.Option(metavar="NAME|N", help="Of one source, by its key in the YAML.")] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show the id of each token.")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="Plan the packs for so many.")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Plan the packs for so many; default: one group.")] = None,
     format: Annotated[Format, typer.Option(help="json: one object, for programs.")] = Format.text,
 ) -> None:
     """Look at pairs as the model will see them, and at the data in numbers. Loads no weights.
@@ -103,7 +103,10 @@ def inspect(
         from dspref.training import inspection
 
         objective = build_objective(**config.objective.model_dump())
-        asked = inspection.Asked(tuple(row or ()), worst and worst.value, random, seed, held_out, source, ids, ranks)
+        shared = config.parallel.sequence
+        asked = inspection.Asked(
+            tuple(row or ()), worst and worst.value, random, seed, held_out, source, ids, ranks or shared, shared
+        )
         inspection.inspect(config.model, config.data_read, config.train, objective, asked, format is Format.json)
 
     raise typer.Exit(launcher.guarded(job, NOTHING_LOST))

@@ -214,7 +214,7 @@ _NOT_NEEDED = {
     ),
     "data parallelism, ZeRO and parallel.sequence alone": (
         "heads_k_stride ring_attn_func ring_head_stride ds.ring_attn_head_stride tensor_parallel_size "
-        "tensor_parallel_degree pipeline_parallel_degree ds.tensor_parallel_size parallelism_config use_hyper_parallel "
+        "tensor_parallel_degree pipeline_parallel_degree ds.tensor_parallel_size use_hyper_parallel "
         "hyper_parallel_args"
     ),
     "leaf modules of experts are found by dspref": "deepspeed_moe_layer_cls_names",

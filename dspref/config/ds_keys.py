@@ -202,6 +202,7 @@ REFUSED = {
          "compile"),
         f"belongs to {_ELSEWHERE}",
     ),
+    "sequence_parallel_size": "belongs to parallel.sequence; remove it",
     **dict.fromkeys(("bfloat16",), "belongs to model.dtype; remove it"),
     **dict.fromkeys(("dataloader_drop_last", "vocabulary_size"), "belongs to data; remove it"),
     "gradient_allreduce_op": "gradients of all ranks are averaged, on which the loss is built; remove it",

@@ -177,6 +177,8 @@ def _remedy(path: Path, value: Any, kinds: set[str]) -> str:
     if path == ("model", "lora"):
         rank = isinstance(value, int) and value > 0
         return f"; write {{r: {value}}}" if rank else f"; write {yaml_word(word not in FALSE)}" if word else ""
+    if path == ("parallel",) and isinstance(value, int) and value > 0:
+        return f"; write {{sequence: {value}}}"
     if path in WHOLE and isinstance(value, str):
         return f"; write {WHOLE[path].format(_short(value))}"
     if path[:1] == ("data",) and path[-1:] == ("path",) and isinstance(value, list):

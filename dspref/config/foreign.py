@@ -199,7 +199,7 @@ _FOREIGN_KEYS = {
     "deepspeed: ds_configs/zero3_offload_all.json": "offload_param offload_param_device fsdp_offload_params",
     "parallel.sequence (ranks that hold a pack between them, by an exchange of heads, not a ring)": (
         "sequence_parallel_size sequence_parallel_degree context_parallel_size context_parallel_degree cp_size sp_size "
-        "ring_attn_size ds.ring_attn_size"
+        "ring_attn_size ds.ring_attn_size ulysses_sequence_parallel_size sp parallelism_config"
     ),
     "deepspeed (zero_hpz_partition_size of its zero_optimization)": "zpg ds.zpg zero_hpz_partition_size",
     "deepspeed (overlap_comm of its zero_optimization)": "overlap_comm ds.overlap_comm",

@@ -20,6 +20,12 @@ ATTENTION = {
     "flex_attention": "auto", "xformers_attention": "sdpa", "sage_attention": "sdpa",
 }  # fmt: skip
 
+# How many GPUs share a batch, by the sequence; the loss of each is of all of them.
+SHARED = (
+    "sequence_parallel_size", "sequence_parallel_degree", "context_parallel_size", "context_parallel_degree", "cp_size",
+    "sp_size", "ring_attn_size", "ds.ring_attn_size", "ulysses_sequence_parallel_size",
+)  # fmt: skip
+
 
 def model(draft: Draft) -> None:
     kwargs = draft.take("model_init_kwargs")
@@ -169,8 +175,31 @@ def lengths(draft: Draft) -> None:
         draft.put("data.shuffle", shuffled)
 
 
+def _groups(draft: Draft) -> tuple[int, str]:
+    """How many batches are computed at the same time, and of whom: of GPUs, or of groups of these that share one."""
+    for outer, renamed in (("parallelism_config", {}), ("context_parallel", {"size": "context_parallel_size"})):
+        inner = draft.take(outer)
+        if isinstance(inner, Mapping):
+            draft.absorb(outer, inner, renamed)
+        elif inner is not None:
+            draft.leave(outer, inner, "is no mapping of keys")
+    shared = draft.take(*SHARED)
+    if shared in (None, 1):
+        return draft.gpus, f"{draft.gpus} GPUs"
+    draft.put("parallel.sequence", shared, f"{draft.name(SHARED[0])}: {short(shared)}")
+    if not isinstance(shared, int) or shared < 1:
+        return draft.gpus, f"{draft.gpus} GPUs"
+    if draft.gpus % shared:
+        draft.note(
+            "parallel.sequence", f"does not divide {draft.gpus} GPUs; use another number, or give convert the right --gpus"
+        )
+    groups = max(draft.gpus // shared, 1)
+    return groups, f"{groups} groups of {shared} GPUs"
+
+
 def batch(draft: Draft) -> None:
     """train.pairs_per_step of what a GPU takes, accumulation, and the number of GPUs."""
+    groups, of_whom = _groups(draft)
     whole = draft.take("train_batch_size", "train.batch_size")
     alone = whole is None and not draft.computes("train_batch_size", "train.batch_size")
     own = draft.take("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size", default=alone)
@@ -192,8 +221,8 @@ def batch(draft: Draft) -> None:
         return
     own = own if isinstance(own, int) else 1
     steps = steps if isinstance(steps, int) else total // own if isinstance(total, int) and total >= own > 0 else 1
-    said = f"{own} per GPU x {steps} accumulated x {draft.gpus} GPUs; {_unit(draft)}"
-    draft.put("train.pairs_per_step", own * steps * draft.gpus, said)
+    said = f"{own} per GPU x {steps} accumulated x {of_whom}; {_unit(draft)}"
+    draft.put("train.pairs_per_step", own * steps * groups, said)
 
 
 def _unit(draft: Draft) -> str:

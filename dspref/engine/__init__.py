@@ -7,6 +7,6 @@ several ranks. `shards` is what DeepSpeed writes in a checkpoint and how it gets
 that hold packs between them speak.
 `builds` (no torch) is where DeepSpeed's operators are compiled.
 
-Enters: config, data, distributed, model.
+Enters: config, data, distributed, model, ranks.
 Shows: builds, ds_config, engine, finite, memory, misfits, sequence, shards.
 """

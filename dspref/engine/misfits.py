@@ -12,6 +12,7 @@ from dspref import distributed
 from dspref.config import strategy
 from dspref.engine.accelerator import ACCELERATOR
 from dspref.errors import ConfigError
+from dspref.ranks import sharing
 
 
 def refuse(user_strategy: Mapping[str, Any]) -> None:
@@ -24,7 +25,7 @@ def refuse(user_strategy: Mapping[str, Any]) -> None:
             f"deepspeed.zero_optimization.zero_hpz_partition_size: {second} does not divide the {world.size} ranks; "
             f"use {world.local_size}, the ranks of a machine, or remove it"
         )
-    refuse_ranks(world.sequence, world.size)
+    sharing.refuse(world.sequence, world.size)
     keys = strategy.unproven(user_strategy)
     if keys and ACCELERATOR.device_name() != "cuda":
         raise ConfigError(f"deepspeed.{keys[0]}: is for NVIDIA GPUs, and these ranks have none; remove it")
@@ -33,14 +34,6 @@ def refuse(user_strategy: Mapping[str, Any]) -> None:
             "deepspeed.zero_optimization.zero_quantized_gradients: has no effect on one machine, inside which gradients "
             "travel whole; remove it"
         )
-
-
-def refuse_ranks(sequence: int, ranks: int) -> None:
-    """Raises ConfigError where `sequence` ranks cannot hold a pack between them, as there are some without others."""
-    if ranks % sequence:
-        few = max(n for n in range(1, sequence) if ranks % n == 0)
-        there = f"{ranks} rank{'s' if ranks > 1 else ''}"
-        raise ConfigError(f"parallel.sequence: {sequence} does not divide the {there}; use {few}, or other ranks")
 
 
 def notes(user_strategy: Mapping[str, Any]) -> list[str]:

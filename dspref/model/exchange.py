@@ -60,10 +60,11 @@ def by_heads(
 
 
 def by_tokens(output: Float[Tensor, "T H/N D"], group: Group) -> Float[Tensor, "m H D"]:
-    """All tokens of own heads -> own tokens of all heads; 0 for those beyond the pack's."""
+    """All tokens of own heads -> own tokens of all heads, contiguous; 0 for those beyond the pack's."""
     more = -len(output) % group.size
     rows = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, more)).unflatten(0, (group.size, -1))  # [N, m, H/N, D]
-    return _Swap.apply(rows, group.swap).transpose(0, 1).flatten(1, 2)  # type: ignore[union-attr]
+    # Of one head, what is flattened is a view; some layers ask for more.
+    return _Swap.apply(rows, group.swap).transpose(0, 1).flatten(1, 2).contiguous()  # type: ignore[union-attr]
 
 
 def own_heads(of_heads: Float[Tensor, "H ..."] | None, group: Group) -> Float[Tensor, "H/N ..."] | None:

@@ -193,7 +193,8 @@ def _append(text: Text, word: str, style: str, run: Mapping[str, Any], index: in
 
 def _draw_pack(pack: Mapping[str, Any], console: Console, what: str) -> None:
     where = f"step {pack['step']:,} of {pack['steps']:,}, " if not pack["evaluation"] else "of an evaluation, "
-    where += f"rank {pack['rank']} of {pack['ranks']}, micro-step {pack['micro_step']} of {pack['micro_steps']}"
+    of_whom = "rank" if pack["held_by"] == 1 else f"group (of {pack['held_by']} ranks)"
+    where += f"{of_whom} {pack['rank']} of {pack['ranks']}, micro-step {pack['micro_step']} of {pack['micro_steps']}"
     fill = f"{pack['tokens']:,} of {pack['room']:,} tokens ({pack['tokens'] / pack['room']:.0%})"
     fill += f", {counted(pack['pairs'], what)}"
     if pack["tokens"] > pack["room"]:

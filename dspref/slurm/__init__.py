@@ -4,7 +4,7 @@
 script of the template in launch/slurm. Within the job, `verdict` has the last word: done, failed and why, or queued again.
 `asking` is how SLURM is asked, `job_state` what it knows of a run's job.
 
-Enters: config, machine, run.
+Enters: config, machine, ranks, run.
 Shows: job_state.
 """
 

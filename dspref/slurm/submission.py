@@ -22,6 +22,7 @@ from dspref.errors import ConfigError, EnvironmentFault
 from dspref.files import read_object, write_atomically
 from dspref.machine import inputs
 from dspref.machine.context import CheckContext
+from dspref.ranks import sharing
 from dspref.run.finding import is_foreign
 from dspref.run.record import misplaced
 from dspref.slurm import asking
@@ -46,6 +47,8 @@ class JobRun(NamedTuple):
     """Whether it leaves checkpoints to go on from."""
     on_hub: list[str]
     """`key value`, of what was not looked at."""
+    sequence: int
+    """Ranks that hold a pack between them."""
 
 
 def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = None, dry_run: bool = False) -> None:
@@ -57,6 +60,8 @@ def submit(file: Path, overrides: Sequence[str], job: Job, sweep: Path | None = 
     output_dir, run = load(file, overrides, looks=sweep is None)
     planned = load_sweep(file, [*overrides], sweep, output_dir) if sweep else [run]
     folder, runs = run.folder, [one.folder for one in planned]
+    for one in planned:
+        sharing.refuse(one.sequence, job.nodes * job.gpus_per_node)
     for place in {folder, *runs}:
         refuse_occupied(place)
     script = render(job, folder, runs, is_array=sweep is not None)
@@ -95,7 +100,9 @@ def load(file: Path, overrides: Sequence[str], looks: bool = True) -> tuple[str,
         raise ConfigError("checkpoint.resume: never would begin again at every requeue; use auto and another output_dir=")
     on_hub = inputs.refuse(CheckContext(config).look(file.parent), positions) if looks else []
     saves = config.checkpoint.save_every is not None
-    return config.output_dir, JobRun(absolute(config.output_dir), configuration.dump(config), saves, on_hub)
+    return config.output_dir, JobRun(
+        absolute(config.output_dir), configuration.dump(config), saves, on_hub, config.parallel.sequence
+    )
 
 
 def load_sweep(file: Path, overrides: list[str], sweep: Path, root: str) -> list[JobRun]:

@@ -8,6 +8,6 @@ there are `scorer` (fills a reference store), `held_out` (evaluates any model; `
 `inspection` (at single pairs, and packs), `foresight` (at packs, for a plan) and `exporting` (writes a run's model, or by
 `consolidate` a checkpoint's).
 
-Enters: config, data, distributed, engine, machine, model, objectives, reference, report, run, watch.
+Enters: config, data, distributed, engine, machine, model, objectives, ranks, reference, report, run, watch.
 Shows: exporting, held_out, inspection, named, publishing, scorer, stages, survey, trainer.
 """

@@ -80,6 +80,16 @@ def shape_of(section: ModelSection) -> ModelShape:
     return built.of_model(lm, kind, lambda parameter: parameter.numel(), shapes.as_saved(section.lora))
 
 
+def refuse_shared(section: ModelSection, sequence: int, max_length: int | None) -> None:
+    """Raises ConfigError where so many ranks cannot hold a pack of this model between them, by its config.json."""
+    folder = footprint.model_folder(section)
+    try:
+        config = loading.load_config(section.model_copy(update={"name_or_path": str(folder)}))
+    except ConfigError:
+        return  # which the run says too
+    admission.refuse_shared(config, sequence, max_length)
+
+
 def ways_for_long_pairs(section: ModelSection, max_length: int | None, sequence: int) -> dict[str, Any]:
     """Which of them this model can go, by the names of `machine.fitting.Asked`."""
     folder = footprint.model_folder(section)

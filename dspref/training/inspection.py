@@ -30,6 +30,7 @@ from dspref.data.store import PairStore, unknown_template
 from dspref.data.truncate import Limits, gap
 from dspref.errors import ConfigError, DataError
 from dspref.objectives import Objective
+from dspref.ranks import sharing
 from dspref.report import census, closeup
 from dspref.secrets import redact
 from dspref.terminal import shown
@@ -56,6 +57,8 @@ class Asked:
     source: str | None = None
     ids: bool = False
     ranks: int = 1
+    sequence: int = 1
+    """So many of them hold a pack between them."""
 
     def check(self, data: DataSection) -> None:
         """Raise ConfigError for what does not go together, or has no effect."""
@@ -81,9 +84,10 @@ def inspect(
     Raises ConfigError for a selector that finds nothing, and what a run would raise of its data.
     """
     asked.check(data)
+    sharing.refuse(asked.sequence, asked.ranks)
     found = survey.read(model, data, _progress, summarise=False)
     data = preparation.laid_out(model, data, say=False)
-    _, loader = preparation.steps_of(data, train, found.train[0].store, objective, 0, asked.ranks)
+    _, loader = preparation.steps_of(data, train, found.train[0].store, objective, 0, asked.ranks, asked.sequence)
     look = Look(found, data, train, loader, asked, objective.family.takes)
     pairs = look.chosen()
     said = {} if asked.selects else look.numbers()
@@ -223,6 +227,7 @@ class Look:
             "evaluation": held_out,
             "last_step": None if held_out else last,
             "ranks": packing.world_size,
+            "held_by": packing.parts,
             "tokens": sum(piece.tokens for piece in pieces),
             "room": packing.tokens_per_pack,
             "pairs": len(members),

@@ -24,6 +24,7 @@ from dspref.machine.gpus import Gpu
 from dspref.model import adapters, loading, packed
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe, needs_reference
+from dspref.ranks import sharing
 from dspref.reference import spec
 from dspref.reference.modes import InitialWeights
 from dspref.reference.spec import ReferenceSpec
@@ -167,7 +168,8 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     loading.quiet()
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
     machine, shared = run_plan.Machine(card, gpus, nodes), config.parallel.sequence
-    misfits.refuse_ranks(shared, ranks)
+    sharing.refuse(shared, ranks)
+    foresight.refuse_shared(config.model, shared, data.max_length)
     foresight.shape_of(config.model)  # before the data, which may take long
     load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens, shared)
     needed = needs_reference(**config.objective.model_dump())

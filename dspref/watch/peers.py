@@ -179,7 +179,7 @@ class Peers:
         if still:
             return still[0], "does not answer", now[still[0]]
         if now[behind].beats == own.beats:
-            return self._world.rank, "waits", own
+            return self._world.rank, "waits" + " as all others do" * (self._world.size > 1), own
         return behind, "is behind", now[behind]
 
     def _paces(self) -> dict[int, Pace]:

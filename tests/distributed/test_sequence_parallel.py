@@ -221,8 +221,8 @@ def test_a_run_evaluates_and_exports_as_without(run_files, all_workers, tmp_path
 @pytest.mark.parametrize(
     ("world", "overrides", "said"),
     [
-        (1, ["parallel.sequence=2"], "parallel.sequence: 2 does not divide the 1 rank; use 1, or other ranks"),
-        (2, ["parallel.sequence=3"], "parallel.sequence: 3 does not divide the 2 ranks; use 2, or other ranks"),
+        (1, ["parallel.sequence=2"], "parallel.sequence: 2 does not divide the 1 rank; use 1, or ranks that it divides"),
+        (2, ["parallel.sequence=3"], "parallel.sequence: 3 does not divide the 2 ranks; use 1, or ranks that it divides"),
         (2, ["parallel.sequence=0"], "parallel.sequence: must be greater than 0, not 0"),
     ],
 )

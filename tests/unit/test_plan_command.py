@@ -57,6 +57,18 @@ def found(*arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+def test_what_the_run_refuses_of_ranks_that_share_a_pack_is_refused_here(folder: Path) -> None:
+    """Ranks, heads, and models whose packs are not shared."""
+    assert call("--gpus", "3", "parallel.sequence=2") == (
+        2, "parallel.sequence: 2 does not divide the 3 ranks; use 1, or ranks that it divides\n",
+    )  # fmt: skip
+    code, said = call("--gpus", "8", "parallel.sequence=8")
+    assert code == 2 and "parallel.sequence: 8 does not divide the model's 4 attention heads; use 4" in said
+    save_tiny(folder / "model", tiny_encoder_decoder("t5", 1000), 1)
+    code, said = call("--gpus", "2", "parallel.sequence=2")
+    assert code == 2 and "parallel.sequence: 2, but t5 has an encoder, and its packs are not shared; use 1" in said
+
+
 def test_packs_and_tokens_are_those_that_the_run_will_have(folder: Path) -> None:
     plan = found("--gpus", "2", "--nodes", "2", "train.num_train_epochs=3")
     config = configuration.load(folder / "run.yaml", [])

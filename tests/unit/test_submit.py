@@ -84,6 +84,11 @@ def test_a_dry_run_writes_and_shows_but_submits_nothing(here, capsys):
     assert not list((here / "cluster").glob("job-*"))
 
 
+def test_ranks_that_cannot_share_a_pack_are_refused_before_the_job(here, capsys):
+    said = refused(capsys, "parallel.sequence=2", "--nodes", "1", "--gpus-per-node", "3")
+    assert said.endswith("parallel.sequence: 2 does not divide the 3 ranks; use 1, or ranks that it divides")
+
+
 def test_without_slurm_the_script_is_left_to_be_submitted(here, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "nowhere")
     assert submit() == 4

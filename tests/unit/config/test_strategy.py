@@ -99,7 +99,7 @@ def test_the_tables_name_what_deepspeed_reads_of_a_dict(section: str) -> None:
 
 def test_the_top_level_table_names_what_deepspeed_reads(asked: set[str]) -> None:
     """DeepSpeed ignores an unknown top-level key without a word."""
-    top = set(names_in("")) - {UNPROVEN}
+    top = set(names_in("")) - {UNPROVEN, "sequence_parallel_size"}  # the last is read without a constant
     assert top - asked == set()
     assert asked - top - set(OWNED) == set()
     assert not top & set(OWNED)

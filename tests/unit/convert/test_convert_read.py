@@ -31,10 +31,10 @@ def call(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def made_of(text: str | bytes, name: str = "theirs.yaml") -> tuple[dict[str, Any], str]:
+def made_of(text: str | bytes, name: str = "theirs.yaml", gpus: int | None = None) -> tuple[dict[str, Any], str]:
     """The document, and all of the text."""
     Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    made = convert(Path(name))
+    made = convert(Path(name), gpus=gpus)
     return parse_text(made, name)[0], made
 
 
@@ -289,3 +289,20 @@ def test_what_cannot_be_read_for_sure_is_refused_in_one_line(name: str, text: st
     assert said in refused(text, name)
     code, told = call("convert", name)
     assert code == 2 and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "sequence", "pairs", "told"),
+    [
+        (TRL + "per_device_train_batch_size: 2\nsp_size: 2\n", 8, 2, 8, "2 per GPU x 1 accumulated x 4 groups of 2 GPUs"),
+        (TRL + "per_device_train_batch_size: 2\nparallelism_config: {sp_size: 4}\n", 8, 4, 4, "2 groups of 4 GPUs"),
+        (TRL + "micro_batch_size: 1\nrl: dpo\ncontext_parallel: {size: 4}\n", 8, 4, 2, "2 groups of 4 GPUs"),
+        (FACTORY + "per_device_train_batch_size: 2\nsequence_parallel_size: 1\n", 8, None, 16, "8 GPUs"),
+        (TRL + "per_device_train_batch_size: 2\nsp_size: 4\n", 6, 4, 2, "does not divide 6 GPUs"),
+        (RLHF + "train_batch_size: 64\nring_attn_size: 2\n", 8, 2, 64, "ring_attn_size: 2"),
+    ],
+)
+def test_gpus_that_share_a_batch_are_counted_once(text: str, gpus: int, sequence: int | None, pairs: int, told: str) -> None:
+    document, made = made_of(text, gpus=gpus)
+    assert (document.get("parallel") or {}).get("sequence") == sequence, made
+    assert document["train"]["pairs_per_step"] == pairs and told in made, made

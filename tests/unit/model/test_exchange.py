@@ -59,6 +59,14 @@ def test_each_query_head_meets_the_key_value_head_that_it_would(heads: int, grou
     assert seen == [(float(head), float(head // (heads // groups))) for head in range(heads)]
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_attention_gives_back_lies_as_without(heads: int) -> None:
+    """Some layers take a view of it, which heads of one rank alone would not allow."""
+    tokens = exchange.by_tokens(torch.arange(5.0 * heads).view(5, heads, 1).expand(-1, -1, 8), alone(2))
+    assert tokens.is_contiguous() and tokens.shape == (3, 2 * heads, 8)
+    assert tokens[:, heads, 0].tolist() == [0.0, heads, 2.0 * heads]
+
+
 def test_what_a_layer_has_for_each_head_is_shared_out() -> None:
     sinks = torch.arange(6.0)
     assert torch.cat([exchange.own_heads(sinks, alone(3, number)) for number in range(3)]).tolist() == sinks.tolist()  # type: ignore

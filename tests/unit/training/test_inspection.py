@@ -66,6 +66,7 @@ MIXTURE = 'data.train=["a.jsonl", "b.jsonl"]'
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
+        (["--ranks", "3", "parallel.sequence=2"], 2, "parallel.sequence: 2 does not divide the 3 ranks; use 1"),
         (["--row", "99"], 2, "--row 99: a.jsonl:99: there is no such row in data.train"),
         (["--row", "5"], 3, "a.jsonl:5: left out: chosen: empty answer; fix: "),
         (["--row", "0"], 2, "--row 0: must be a row's number"),
@@ -246,6 +247,10 @@ def test_the_pack_is_that_of_the_plan() -> None:
         assert pack["ranks"] == (2 if "--ranks" in words else 1) and pack["rank"] < pack["ranks"]
         assert pack["evaluation"] is False and pack["last_step"] == 2
     assert pack["step"] == 1
+    shared = found("--row", "1", "parallel.sequence=2", "data.tokens_per_pack=64")["pairs"][0]["pack"]
+    whole = found("--row", "1")["pairs"][0]["pack"]
+    assert shared == whole | {"held_by": 2} and whole["held_by"] == 1
+    assert "group (of 2 ranks) 0 of 1" in call("--row", "1", "parallel.sequence=2")[1]
     late = ["data.shuffle=false", "train.max_steps=1", "--row", "7"]
     assert found(*late)["pairs"][0]["pack"]["step"] == 2 and "(the run ends with step 1)" in call(*late)[1]
     held_out = found("--row", "1", "--eval")["pairs"][0]["pack"]
