@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from dspref import reading
 from dspref.config.ds_keys import (
+    BESIDE_EXPERTS,
     BY_PATH,
+    EXPERTS,
     KEYS,
     ON_DISK,
     REFUSED,
@@ -141,7 +143,17 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
         if reason := _unread(key, strategy, int(stage), dtype):
             told.add(path)
             yield Problem(path, reason)
-    yield from (problem for problem in _of_unproven(strategy) if problem.path not in told)
+    yield from (problem for problem in [*_of_experts(strategy), *_of_unproven(strategy)] if problem.path not in told)
+
+
+def _of_experts(strategy: Mapping[str, Any]) -> Iterator[Problem]:
+    if not _value(strategy, f"{EXPERTS}.enabled"):
+        return
+    if _value(strategy, f"{EXPERTS}.autoep_size") == 1:
+        yield Problem((EXPERTS,), "says not how many ranks share the experts; set autoep_size beside enabled")
+    for path in asked(strategy):
+        if path not in BESIDE_EXPERTS and not path.startswith("flops_profiler."):
+            yield Problem(tuple(path.split(".")), "has not been tried with expert_parallel; remove one of them")
 
 
 def _wrong_values(strategy: Mapping[str, Any]) -> Iterator[Problem]:
