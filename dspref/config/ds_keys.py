@@ -131,7 +131,7 @@ KEYS = (
         needs=(f"{ZERO}.reduce_scatter", True),
     ),
     # AutoEP.
-    Key(f"{EXPERTS}.enabled", False, "123", "ranks hold the experts of a layer between them, and tokens travel to them", SPREAD),
+    Key(f"{EXPERTS}.enabled", False, "123", "ranks hold a layer's experts between them, and tokens travel to them", SPREAD),
     Key(
         f"{EXPERTS}.autoep_size", 1, "123", "how many ranks; divides the ranks and the experts", SPREAD,
         needs=(f"{EXPERTS}.enabled", True), least=2,

@@ -147,7 +147,7 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
 
 
 def _of_experts(strategy: Mapping[str, Any]) -> Iterator[Problem]:
-    if not _value(strategy, f"{EXPERTS}.enabled"):
+    if not spreads_experts(strategy):
         return
     if _value(strategy, f"{EXPERTS}.autoep_size") == 1:
         yield Problem((EXPERTS,), "says not how many ranks share the experts; set autoep_size beside enabled")
@@ -294,6 +294,11 @@ def _wanted(key: Key) -> str:
 def _device(zero: Mapping[str, Any], offload: str) -> str:
     section = zero.get(offload)
     return section.get("device", "none") if isinstance(section, Mapping) else "none"
+
+
+def spreads_experts(strategy: Mapping[str, Any]) -> bool:
+    """Whether ranks are to hold the experts of a layer between them."""
+    return bool(_value(strategy, f"{EXPERTS}.enabled"))
 
 
 def stage_of(strategy: Mapping[str, Any]) -> int:

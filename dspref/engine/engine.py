@@ -92,10 +92,10 @@ class Engine:
         resolved = dict(ds_config)
         if resolved["zero_optimization"]["stage"] == 0:
             resolved["gradient_clipping"] = 0.0
-        if resolved["zero_optimization"]["stage"] == 3:
-            _mark_leaves(policy)
         if (size := expert_parallel.size_of(resolved)) > 1:
             return cls._spread(policy, train, resolved, total_steps, size)
+        if resolved["zero_optimization"]["stage"] == 3:
+            _mark_leaves(policy)
         optimizer = make_optimizer(policy, train)
         scheduler = make_scheduler(optimizer, train, total_steps)
         if resolved["zero_optimization"]["stage"] != 3:
@@ -119,7 +119,8 @@ class Engine:
             config=resolved,
         )
         policy.ears = Ears(experts.gates(policy.lm))
-        return cls(engine, engine.basic_optimizer, train.max_grad_norm)
+        optimizer: Any = engine.basic_optimizer
+        return cls(engine, optimizer, train.max_grad_norm)
 
     def forward(self, batch: PackedBatch, with_statistics: bool = False) -> tuple[TokenLogps, Routing | None]:
         """Log-probs of the scored tokens, and what the routers did, where their loss is trained."""

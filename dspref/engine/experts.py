@@ -1,5 +1,5 @@
-"""Experts that several ranks hold between them, by DeepSpeed's AutoEP: of each layer a rank has some, whole or (under ZeRO-3)
-a shard of each. What DeepSpeed 0.19.8 makes of a layer is known here alone."""
+"""Experts that several ranks hold between them, by DeepSpeed's AutoEP: of each layer a rank has some, whole or (under
+ZeRO-3) a shard of each. What DeepSpeed 0.19.8 makes of a layer is known here alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _group(parameter: Any) -> Any:
 
 
 def apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The optimizer's groups, with experts that are spread in groups of their own, under the names that DeepSpeed asks for."""
+    """The optimizer's groups, with experts that are spread in groups of their own, named as DeepSpeed asks for."""
     found = []
     for group in groups:
         own, spread = ([p for p in group["params"] if _is_spread(p) == is_spread] for is_spread in (False, True))
@@ -64,10 +64,8 @@ def apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 @torch.no_grad()
 def gathered(part: Any) -> dict[str, Tensor]:
     """The experts of all ranks as transformers holds them, on the CPU of rank 0; empty elsewhere. Called on every rank."""
-    gate, down, up = (_whole(parameter) for parameter in (part.w1, part.w2, part.w3))
-    if distributed.world().rank != 0:
-        return {}
-    return {"gate_up_proj": torch.cat([gate, up], dim=1), "down_proj": down}
+    found = {name: _whole(parameter) for name, parameter in part.named_parameters(recurse=False)}
+    return expert_parallel.put_together(found) if distributed.world().rank == 0 else {}
 
 
 def _whole(parameter: Any) -> Tensor:
@@ -83,4 +81,5 @@ def named_as_loaded(lm: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state under the names that transformers has."""
     if next(_layers(lm), None) is None:
         return state
-    return {expert_parallel.as_loaded(name, lm.config): tensor for name, tensor in state.items()}
+    shared = expert_parallel.shared_of(lm.config)
+    return {expert_parallel.as_loaded(name, shared): tensor for name, tensor in state.items()}

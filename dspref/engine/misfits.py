@@ -12,6 +12,7 @@ from dspref import distributed
 from dspref.config import strategy
 from dspref.engine.accelerator import ACCELERATOR
 from dspref.errors import ConfigError
+from dspref.model import expert_parallel
 
 
 def refuse(user_strategy: Mapping[str, Any]) -> None:
@@ -25,6 +26,7 @@ def refuse(user_strategy: Mapping[str, Any]) -> None:
             f"use {world.local_size}, the ranks of a machine, or remove it"
         )
     refuse_ranks(world.sequence, world.size)
+    refuse_spread(user_strategy, world.size)
     keys = strategy.unproven(user_strategy)
     if keys and ACCELERATOR.device_name() != "cuda":
         raise ConfigError(f"deepspeed.{keys[0]}: is for NVIDIA GPUs, and these ranks have none; remove it")
@@ -38,9 +40,28 @@ def refuse(user_strategy: Mapping[str, Any]) -> None:
 def refuse_ranks(sequence: int, ranks: int) -> None:
     """Raises ConfigError where `sequence` ranks cannot hold a pack between them, as there are some without others."""
     if ranks % sequence:
-        few = max(n for n in range(1, sequence) if ranks % n == 0)
-        there = f"{ranks} rank{'s' if ranks > 1 else ''}"
-        raise ConfigError(f"parallel.sequence: {sequence} does not divide the {there}; use {few}, or other ranks")
+        raise ConfigError(
+            f"parallel.sequence: {sequence} does not divide {_these(ranks)}; use {_few(sequence, ranks)}, or other ranks"
+        )
+
+
+def refuse_spread(user_strategy: Mapping[str, Any], ranks: int) -> None:
+    """Raises ConfigError where the ranks cannot hold the experts between them, as there are some without others."""
+    size = expert_parallel.size_of(user_strategy)
+    if ranks % size:
+        few = _few(size, ranks)
+        fix = f"use {few}" if few > 1 else "remove deepspeed.expert_parallel"
+        raise ConfigError(
+            f"deepspeed.expert_parallel.autoep_size: {size} does not divide {_these(ranks)}; {fix}, or use other ranks"
+        )
+
+
+def _few(size: int, ranks: int) -> int:
+    return max(n for n in range(1, size) if ranks % n == 0)
+
+
+def _these(ranks: int) -> str:
+    return f"the {ranks} rank{'s' if ranks > 1 else ''}"
 
 
 def notes(user_strategy: Mapping[str, Any]) -> list[str]:

@@ -7,10 +7,10 @@ they look for transformers' recorders of router logits (`_CanRecordRegistry.get(
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PretrainedConfig
 
 from dspref.errors import ConfigError
@@ -103,10 +103,24 @@ def _in_groups(config: PretrainedConfig) -> bool:
     return config.model_type == "deepseek_v3"
 
 
-def as_loaded(name: str, config: PretrainedConfig) -> str:
+def shared_of(config: PretrainedConfig) -> tuple[str, str]:
+    """What transformers calls the modules beside the routed experts; "" for one that there is not."""
+    return FAMILIES[config.model_type].shared
+
+
+def shared_as_told(section: Mapping[str, Any]) -> tuple[str, str]:
+    """`shared_of` the model that DeepSpeed was told of in `section`."""
+    return section.get("shared_experts_pattern", ""), section.get("shared_experts_gate_pattern", "")
+
+
+def as_loaded(name: str, shared: tuple[str, str]) -> str:
     """What transformers calls a parameter or buffer of a layer that AutoEP has put in place of the model's own."""
-    expert, gate = FAMILIES[config.model_type].shared
-    ours = {"shared_experts_gate": gate, "shared_experts": expert, "router.gate": "gate", "router": "gate"}
+    ours = {"shared_experts": shared[0], "shared_experts_gate": shared[1], "router.gate": "gate", "router": "gate"}
     for theirs, own in ours.items():
-        name = re.sub(rf"\.mlp\.{re.escape(theirs)}\.", f".mlp.{own}.", name)
+        name = name.replace(f".mlp.{theirs}.", f".mlp.{own}.")
     return name
+
+
+def put_together(experts: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a layer's experts [E, ...], by their names in AutoEP, as transformers holds them."""
+    return {"gate_up_proj": torch.cat([experts["w1"], experts["w3"]], dim=1), "down_proj": experts["w2"]}

@@ -20,7 +20,7 @@ from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.machine import agreement, preflight, run_plan
 from dspref.machine.context import FAIL, CheckContext, Verdict
 from dspref.machine.gpus import Gpu
-from dspref.model import adapters, loading, packed
+from dspref.model import adapters, expert_parallel, loading, packed
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe, needs_reference
 from dspref.reference import spec
@@ -165,7 +165,10 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
     machine, shared = run_plan.Machine(card, gpus, nodes), config.parallel.sequence
     misfits.refuse_ranks(shared, ranks)
+    misfits.refuse_spread(config.strategy, ranks)
     foresight.shape_of(config.model)  # before the data, which may take long
+    if expert_parallel.size_of(config.strategy) > 1:
+        expert_parallel.refuse(loading.load_config(config.model), config.strategy, config.model.dtype)
     load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens, shared)
     needed = needs_reference(**config.objective.model_dump())
     run = run_plan.asked(
@@ -299,6 +302,8 @@ def introduce(
     sharing = "on" if loader.packing.prefix_sharing else "off"
     pace = f"of {train.pairs_per_step} {what} ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
     shared = f", packs held by {world.sequence} each" if world.sequence > 1 else ""
+    if (together := expert_parallel.size_of(config.strategy)) > 1:
+        shared += f", experts held by {together} between them"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),
