@@ -27,7 +27,7 @@ FAMILIES = ["qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3"]
 DEEPSEEK = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-    "num_key_value_heads": 4, "routed_scaling_factor": 1.5,
+    "num_key_value_heads": 4, "head_dim": 8, "routed_scaling_factor": 1.5,
 }  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**DEEPSEEK, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
