@@ -149,10 +149,10 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
 def _of_experts(strategy: Mapping[str, Any]) -> Iterator[Problem]:
     if not spreads_experts(strategy):
         return
-    if _value(strategy, f"{EXPERTS}.autoep_size") == 1:
-        yield Problem((EXPERTS,), "says not how many ranks share the experts; set autoep_size beside enabled")
+    if not _is_given(strategy, f"{EXPERTS}.autoep_size"):
+        yield Problem((EXPERTS,), "enabled does not say how many ranks share the experts; set autoep_size beside it")
     for path in asked(strategy):
-        if path not in BESIDE_EXPERTS and not path.startswith("flops_profiler."):
+        if path not in BESIDE_EXPERTS:
             yield Problem(tuple(path.split(".")), "has not been tried with expert_parallel; remove one of them")
 
 

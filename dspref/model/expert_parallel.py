@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dspref.errors import ConfigError
+from dspref.model.alone import ALONE
 
 # Of DeepSpeed's settings.
 KEY = "expert_parallel"
@@ -50,14 +51,19 @@ def size_of(strategy: Mapping[str, Any]) -> int:
     return section.get("autoep_size", 1) if section.get("enabled") else 1
 
 
-def refuse(config: PretrainedConfig, strategy: Mapping[str, Any], dtype: str) -> None:
-    """Raises ConfigError for a model that AutoEP cannot spread, or would run otherwise than its authors."""
+def refuse(config: PretrainedConfig, strategy: Mapping[str, Any], dtype: str, kernel: str = "") -> None:
+    """Raises ConfigError for a model that AutoEP cannot spread, or would run otherwise than its authors. `kernel`: of its
+    attention, where that is known."""
     if (size := size_of(strategy)) == 1:
         return
     own, kind = f"deepspeed.{KEY}", config.model_type
     family = FAMILIES.get(kind)
     if family is None:
         raise ConfigError(f"{own}: {kind} is not among {', '.join(FAMILIES)}, which AutoEP can spread; remove it")
+    if kernel == ALONE:
+        raise ConfigError(
+            f"{own}: has not been tried with a model that reads one sequence at a time, as this one; remove it"
+        )
     experts = getattr(config, family.experts)
     if experts % size:
         few = max(n for n in range(1, size) if experts % n == 0)

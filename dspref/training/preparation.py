@@ -54,7 +54,7 @@ def prepare(
         tokenizer = tokenizer_of(section)
         kernel = admission.check(section, model_config, data.max_length, 0, device_type)
         admission.refuse_shared(model_config, distributed.world().sequence, data.max_length)
-        expert_parallel.refuse(model_config, reference.strategy, section.dtype)
+        expert_parallel.refuse(model_config, reference.strategy, section.dtype, kernel)
         if section.init == "pretrained":
             admission.check_weights(section, model_config)
         check_adapters(section, optim, device_type)

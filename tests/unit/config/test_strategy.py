@@ -337,6 +337,12 @@ def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: st
             "expert_parallel.autoep_size",
             "enabled: true",
         ),
+        (
+            spread() | {"flops_profiler": {"enabled": True}},
+            "bfloat16",
+            "flops_profiler.enabled",
+            "not been tried with expert_parallel; remove one",
+        ),
         (spread(preset_model="mixtral"), "bfloat16", "expert_parallel.preset_model", "refused: follows from the model"),
         (spread(comm_backend="deepep"), "bfloat16", "expert_parallel.comm_backend", "refused: chooses kernels"),
         (
