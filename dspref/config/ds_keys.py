@@ -224,7 +224,7 @@ REFUSED = {
             "use_grouped_mm", "disable_triton_grouped_mm", "combine_impl", "row_weighting_impl", "gate_up_impl",
             "comm_backend", "comm_num_sm", "comm_qp_margin", "comm_max_tokens_per_rank", "async_split_plan",
         )),
-        "chooses kernels for GPUs that no test of dspref has run; remove it",
+        "chooses kernels, and no test of dspref has trained with others than DeepSpeed's own choice; remove it",
     ),
     **dict.fromkeys(
         (f"{EXPERTS}.{name}" for name in ("expert_tensor_parallel_size", "validate_folding_routing")),

@@ -110,8 +110,7 @@ class Engine:
     ) -> Engine:
         """With the experts of each layer on `size` ranks. DeepSpeed exchanges the layers for others, and only then there
         are the weights that the optimizer is for."""
-        on_gpu = ACCELERATOR.device_name() == "cuda"
-        resolved[expert_parallel.KEY] = expert_parallel.told(policy.lm.config, size, on_gpu)
+        resolved[expert_parallel.KEY] = expert_parallel.told(policy.lm.config, size)
         engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=lambda _: make_optimizer(policy, train),

@@ -80,7 +80,7 @@ def refuse(config: PretrainedConfig, strategy: Mapping[str, Any], dtype: str, ke
         raise ConfigError(f"{own}: AutoEP cannot route by the topk_method {config.topk_method} of {kind}; remove it")
 
 
-def told(config: PretrainedConfig, size: int, on_gpu: bool) -> dict[str, Any]:
+def told(config: PretrainedConfig, size: int) -> dict[str, Any]:
     """The section as DeepSpeed is given it. All is written out, for nothing is to be looked up in a preset."""
     family = FAMILIES[config.model_type]
     normed = family.normed if isinstance(family.normed, bool) else bool(getattr(config, family.normed))
@@ -96,8 +96,6 @@ def told(config: PretrainedConfig, size: int, on_gpu: bool) -> dict[str, Any]:
         "score_apply": "post",
         "route_norm": normed,
         "routed_scaling_factor": float(getattr(config, "routed_scaling_factor", None) or 1.0),
-        # Its grouped kernels are Triton's, for GPUs.
-        "use_grouped_mm": on_gpu,
         "has_shared_experts": bool(expert),
         **({"shared_experts_pattern": expert} if expert else {}),
         **({"shared_experts_gate_pattern": gate} if gate else {}),
