@@ -119,7 +119,7 @@ _NOT_NEEDED = {
     "attention is that of the model, over whole sequences": "shift_attn s2_attention",
     "the head is computed for scored tokens alone, in pieces": (
         "use_logits_to_keep dpo_use_logits_to_keep use_liger_loss dpo_use_liger_kernel chunked_cross_entropy "
-        "chunked_cross_entropy_num_chunks upcast_lmhead_output tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp"
+        "chunked_cross_entropy_num_chunks upcast_lmhead_output"
     ),
     "model.dtype is the type of the weights, and log-probs are fp32": (
         "bf16_full_eval fp16_full_eval fp16_opt_level half_precision_backend fp16_backend upcast_layernorm fp32_norms "
@@ -135,11 +135,12 @@ _NOT_NEEDED = {
         "gptq qat quantization model_quantization_config model_quantization_config_kwargs quantize_moe_experts "
         "use_onebitllms ref_model_quantization_bit"
     ),
+    "tiles of model.tiled_mlp run the model's own MLP": "tiled_mlp_use_original_mlp",
     "dspref chooses what works with DeepSpeed": (
         "use_reentrant gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant_gc "
         "gradient_checkpointing_use_reentrant model.gradient_checkpointing_reentrant selective_checkpointing"
     ),
-    "model.gradient_checkpointing and the offloads of ds_configs/ save memory": "activation_offloading layer_offloading",
+    "model.gradient_checkpointing and the offloads of ds_configs/ save memory": "layer_offloading",
     "memory is kept in segments that grow": "torch_empty_cache_steps gc_steps gc_collect_steps",
     "it is not supported": (
         "torch_compile torch_compile_backend torch_compile_mode torch_compile_options torchdynamo dynamo_config deepcompile "

@@ -63,6 +63,9 @@ _FOREIGN_KEYS = {
     "model.router_aux_loss_coef (on by default where there are experts; 0 turns it off)": "load_balancing_loss",
     "model.load_in_4bit (8 bits are not supported)": "load_in_8bit",
     "model.load_in_4bit": "quantization_bit use_qlora ds.load_in_4bit",
+    "model.gradient_checkpointing: offload": "activation_offloading",
+    "model.tiled_mlp": "tiled_mlp",
+    "model.tiled_mlp (tokens of a tile)": "tiled_mlp_num_shards",
     "model.gradient_checkpointing": (
         "disable_gradient_checkpointing activation_checkpointing model.gradient_checkpointing_enable "
         "fsdp_activation_checkpointing"

@@ -81,8 +81,12 @@ class ModelSection(Section):
     """Kernel of the packed attention; `auto`: the fastest that this machine has."""
     liger: bool = False
     """Liger's kernels for norms, rotary positions and gated MLPs: less memory, some speed. CUDA, with `dspref[liger]`."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a quarter more compute."""
+    gradient_checkpointing: bool | Literal["offload"] = True
+    """Recompute activations in the backward pass: less memory, about a quarter more compute; `offload`: and keep the input
+    of each layer in host memory until then."""
+    tiled_mlp: bool | Annotated[int, Field(gt=0)] = False
+    """Run the MLP of each layer over so many tokens at a time, and recompute it in the backward pass, so that long packs
+    take little memory there; true: as many as the hidden size, at least 1024."""
     disable_dropout: bool | Literal["all"] = True
     """true: no dropout in the base model; false: as the model's config says; all: adapters too."""
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None

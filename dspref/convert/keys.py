@@ -55,6 +55,10 @@ def model(draft: Draft) -> None:
     on = draft.flag(*names, default=off is None)
     if off is not None or on is not None:
         draft.put("model.gradient_checkpointing", not off if off is not None else on)
+    if draft.flag("activation_offloading"):
+        draft.put("model.gradient_checkpointing", "offload", f"{draft.name('activation_offloading')}: true")
+    if draft.flag("tiled_mlp"):
+        draft.put("model.tiled_mlp", True)
     bits, four = draft.take("quantization_bit"), draft.flag("load_in_4bit", "ds.load_in_4bit", "use_qlora")
     if bits not in (None, 4):
         draft.leave("quantization_bit", bits, "4 bits are supported, with model.lora: model.load_in_4bit")

@@ -181,6 +181,12 @@ class StepLoader:
         return [examples_of(self.store.rows, step) for step in steps] if by_rows else steps
 
 
+def longest_pair(store: PairStore, prefix_sharing: bool) -> int:
+    """Tokens of the longest pair, below which no pack gets."""
+    lengths = store.lengths
+    return int(((1 if prefix_sharing else 2) * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).max())
+
+
 def count(store: PairStore, ids: np.ndarray, takes: str = "pairs") -> dict[str, int]:
     """Global counts of some examples. Every rank knows all lengths, so no rank asks another."""
     lengths, scored = store.computed[ids], store.scored[ids]

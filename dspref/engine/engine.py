@@ -31,6 +31,7 @@ from dspref.model.generation import Passage
 from dspref.model.logps import TokenLogps
 from dspref.model.packed import PackedCausalLM
 from dspref.model.router import Ears, Routing
+from dspref.model.tiles import Tiled
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -277,6 +278,9 @@ def _mark_leaves(policy: nn.Module) -> None:
     being of one module, they are gathered together anyhow.
     """
     several = getattr(policy, "kernel", None) == ALONE
+    for part in policy.modules():
+        if isinstance(part.forward, Tiled):  # gathered once, and not for each tile
+            deepspeed.utils.set_z3_leaf_module(part, True)
     found = {type(part) for part in policy.modules() if _has_experts(part, listed_alone=several)}
     if found:
         deepspeed.utils.set_z3_leaf_modules(policy, list(found))

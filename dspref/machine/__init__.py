@@ -8,6 +8,6 @@ layers), `fitting` what fits and what to change, `flops` its operations, `gpus` 
 names on this machine, `agreement` compares the ranks with one another.
 
 Enters: config, data, engine, model, run.
-Shows: agreement, built, context, doctor, flops, footprint, gpus, inputs, layers, machine, memory_plan, preflight, run_plan,
-shapes.
+Shows: agreement, built, context, doctor, fitting, flops, footprint, gpus, inputs, layers, machine, memory_plan, preflight,
+run_plan, shapes.
 """

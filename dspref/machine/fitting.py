@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 from dspref.machine import layers, memory_plan
 from dspref.machine.layers import Layout, Pack
 from dspref.machine.memory_plan import Estimate
 from dspref.machine.shapes import ModelShape
+from dspref.model import tiling
 
 GIB = 2**30
 # The longest budget that is tried.
@@ -31,6 +33,10 @@ class Asked:
     moving: bool = False
     """Whether the reference follows the policy, so that it cannot be stored."""
     optim: str = "adamw"
+    tiles: bool = False
+    """Whether its MLPs can run in tiles."""
+    heads: int = 0
+    """Of attention, where ranks may hold packs between them and do not."""
 
     @property
     def needs(self) -> Estimate:
@@ -76,11 +82,11 @@ class Change:
     total: int
 
 
-def changes(run: Asked, longest: int, room: float) -> list[Change]:
+def changes(run: Asked, longest: int, room: float, steps: Sequence[Step] | None = None) -> list[Change]:
     """What to change, in order, until the run fits: first what costs nothing, last what changes the result. Each stands on
-    those before it. What a later one makes needless is left out, the dearest first."""
+    those before it. What a later one makes needless is left out, the dearest first. `steps`: those that are tried."""
     chain: list[Step] = []
-    for step in STEPS:
+    for step in STEPS if steps is None else steps:
         if _after(run, chain, longest, room).needs.total <= room:
             break
         chain.append(step)
@@ -152,6 +158,36 @@ def _smaller(run: Asked, longest: int, room: float) -> Proposal:
     return f"data.tokens_per_pack={tokens}", "more packs a step, each with less to compute; losses stay the same", smaller
 
 
+def _inputs_out(run: Asked, longest: int, room: float) -> Proposal:
+    if not run.layout.checkpointing or run.layout.device != "cuda" or run.layout.inputs_on != "gpu":
+        return None
+    host = layers.inputs(run.shape, run.layout, run.pack) / GIB
+    cost = f"inputs of layers go over PCIe and back, and {host:.1f} GiB of host memory for each rank"
+    return "model.gradient_checkpointing=offload", cost, _laid(run, inputs_on="cpu")
+
+
+def _tile(run: Asked, longest: int, room: float) -> Proposal:
+    if not run.tiles or run.layout.tile:
+        return None
+    tokens = tiling.tokens_of(True, run.shape.hidden)
+    return "model.tiled_mlp=true", "MLPs are computed once more", _laid(run, tile=tokens)
+
+
+def _share(run: Asked, longest: int, room: float) -> Proposal:
+    """The fewest ranks whose part of the longest pair fits, else the most."""
+    most, found = gcd(run.layout.ranks, run.heads) if run.heads else 1, None
+    budget = largest_budget(run, room)
+    for count in (n for n in range(2, most + 1) if most % n == 0):
+        tokens = max(budget, -(-longest // count))
+        if tokens < run.pack.tokens:
+            shared = replace(_laid(run, packs=2), pack=layers.scaled(run.pack, tokens), heads=0)
+            setting = f"parallel.sequence={count}, with data.tokens_per_pack: {tokens}"
+            found = setting, f"{count} ranks hold a pack, and exchange heads in attention; losses stay the same", shared
+            if shared.needs.total <= room:
+                break
+    return found
+
+
 def _eight_bits(run: Asked, longest: int, room: float) -> Proposal:
     if run.layout.moments == 2 or run.layout.device != "cuda" or run.layout.states_on != "gpu":
         return None
@@ -200,6 +236,8 @@ def largest_budget(run: Asked, room: float) -> int:
     return memory_plan.largest_pack(needs, room, MOST_TOKENS)
 
 
+# What makes the part smaller that grows with the longest pair.
+OF_PACKS: tuple[Step, ...] = (_recompute, _smaller, _inputs_out, _tile, _share)
 STEPS: tuple[Step, ...] = (
-    _store, _shard, _recompute, _smaller, _eight_bits, _offload_states, _offload_weights, _adapter,
+    _store, _shard, *OF_PACKS, _eight_bits, _offload_states, _offload_weights, _adapter,
 )  # fmt: skip

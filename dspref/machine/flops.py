@@ -144,17 +144,20 @@ def of_step(
     recomputes: bool,
     head_again: bool,
     looks_ahead: bool,
+    mlps_again: float = 0.0,
 ) -> tuple[float, float]:
     """FLOPs of a step: (of the policy's forward and backward, of all that is executed).
 
     `reference`: of a live one. `recomputes`: gradient checkpointing; `head_again`: the head is met again in the backward
-    pass, as probabilities are not kept; `looks_ahead`: a first pass without gradient.
+    pass, as probabilities are not kept; `looks_ahead`: a first pass without gradient; `mlps_again`: weights of
+    MLPs that are recomputed tile by tile, beside what `recomputes` means.
     """
     useful = executed = policy.forward(work) + policy.backward(work)
     if recomputes:
         executed += policy.recomputed(work)
     if head_again:
         executed += 2 * policy.head * work.scored
+    executed += 2 * mlps_again * work.tokens
     if looks_ahead:
         executed += policy.forward(work)
     if reference:

@@ -49,6 +49,10 @@ class Layout:
     packs: int = 1
     """In a step, of each rank."""
     checkpointing: bool = True
+    inputs_on: str = "gpu"
+    """With checkpointing, where the inputs of layers wait for the backward pass: gpu | cpu."""
+    tile: int = 0
+    """Tokens over which a layer's MLP runs at a time; 0: all."""
     moments: int = 8
     """Bytes of the optimizer's states for each weight."""
     states_on: str = "gpu"
@@ -121,9 +125,18 @@ def kept_per_token(stack: Stack, layout: Layout, keys_per_token: float = 1.0) ->
     if stack.query_norms:
         attention += (stack.queries + stack.keys) * (per_channel - v)
     crossed = norm + v * stack.crossed * (1 + outputs) if stack.crossed else 0.0
+    return 2 * norm + attention + crossed + mlp_per_token(stack, layout) + v * stack.extra * hidden
+
+
+def mlp_per_token(stack: Stack, layout: Layout) -> float:
+    """Of these bytes, those of the MLP."""
     width = 3 if layout.liger and stack.gated else stack.activation + 2 * stack.gated
-    mlp = v * (width * stack.inner + 2 * stack.copies * hidden)
-    return 2 * norm + attention + crossed + mlp + v * stack.extra * hidden
+    return layout.value * (width * stack.inner + 2 * stack.copies * stack.hidden)
+
+
+def in_tiles(stack: Stack, layout: Layout, pack: Pack) -> bool:
+    """Whether the MLPs of these layers are run over a part of the pack at a time, and recomputed: they keep nothing."""
+    return stack.reads == TOKENS and 0 < layout.tile < pack.count(TOKENS)
 
 
 def kept(stack: Stack, layout: Layout, pack: Pack) -> float:
@@ -131,6 +144,8 @@ def kept(stack: Stack, layout: Layout, pack: Pack) -> float:
     scores have a bias, these and which bias each has."""
     keys = pack.keys_per_token if stack.reads == TOKENS and not pack.more.get(PROMPTS) else 1.0
     found = pack.count(stack.reads) * kept_per_token(stack, layout, keys)
+    if in_tiles(stack, layout, pack):
+        found -= pack.count(stack.reads) * mlp_per_token(stack, layout)
     if stack.crossed:
         found += pack.cross_keys * 2 * stack.crossed * layout.value
     if stack.biased:
@@ -139,20 +154,37 @@ def kept(stack: Stack, layout: Layout, pack: Pack) -> float:
 
 
 def activations(shape: ModelShape, layout: Layout, pack: Pack) -> float:
-    """All layers', and those of the last norm of each stack; with checkpointing, of each layer its input."""
+    """All layers', and those of the last norm of each stack; with checkpointing, of each layer its input; where these go to
+    host memory, one that is on its way and one that is computed from."""
     v, found = layout.value, 0.0
     for stack in (shape, *shape.others):
         last = stack.hidden * (3 * v if v == 4 else 8) if stack.root_norms else 2 * v * stack.hidden
         count = pack.count(stack.reads)
         each = v * stack.hidden * count if layout.checkpointing else kept(stack, layout, pack)
-        found += stack.layers * each + last * count
+        found += (min(stack.layers, 2) if inputs_go(layout) else stack.layers) * each + last * count
     return found
+
+
+def inputs_go(layout: Layout) -> bool:
+    """Whether inputs of layers are in host memory and not on the device."""
+    return layout.checkpointing and layout.inputs_on == "cpu" and layout.device == "cuda"
+
+
+def inputs(shape: ModelShape, layout: Layout, pack: Pack) -> float:
+    """Bytes of the inputs of all layers."""
+    return sum(layout.value * s.layers * s.hidden * pack.count(s.reads) for s in (shape, *shape.others))
 
 
 def in_a_layer(shape: ModelShape, layout: Layout, pack: Pack) -> float:
     """Of the layer whose backward pass runs: gradients in its MLP, with checkpointing also what is recomputed."""
-    own = kept(shape, layout, pack) if layout.checkpointing else 0.0
-    return own + pack.count(shape.reads) * layout.value * (2 * shape.inner + 2 * shape.hidden)
+    own, tokens = kept(shape, layout, pack) if layout.checkpointing else 0.0, pack.count(shape.reads)
+    wide = tokens
+    if in_tiles(shape, layout, pack):
+        wide = layout.tile
+        # What a tile recomputes; the sum over tiles of what they give to the weights is beside what the last one gives.
+        own += wide * mlp_per_token(shape, layout)
+        own += 0 if shape.frozen_base else layout.value * shape.inner * shape.hidden
+    return own + layout.value * 2 * (wide * shape.inner + tokens * shape.hidden)
 
 
 def head(shape: ModelShape, layout: Layout, pack: Pack) -> float:

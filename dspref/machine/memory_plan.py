@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dspref.machine import layers
 from dspref.machine.layers import DEFAULTS, Layout, Pack, activations, head, in_a_layer
 from dspref.machine.shapes import ModelShape
 
@@ -78,7 +79,8 @@ def estimate(shape: ModelShape, layout: Layout, pack: Pack) -> Estimate:
         for moment, parts in moments.items()
     }
     peak = max(found, key=lambda moment: sum(found[moment].values()))
-    return Estimate({part: int(found[peak].get(part, 0)) for part in PARTS}, peak, host(shape, layout))
+    waiting = layers.inputs(shape, layout, pack) if layers.inputs_go(layout) else 0.0
+    return Estimate({part: int(found[peak].get(part, 0)) for part in PARTS}, peak, host(shape, layout) + int(waiting))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

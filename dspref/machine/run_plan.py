@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dspref.config import CheckpointSection, ModelSection, ReferenceSection, TrainSection
-from dspref.machine import fitting, flops, footprint, memory_plan, shapes
+from dspref.machine import fitting, flops, footprint, layers, memory_plan, shapes
 from dspref.machine.fitting import Asked
 from dspref.machine.flops import Work
 from dspref.machine.gpus import Gpu
 from dspref.machine.layers import Layout, Live, Pack
 from dspref.machine.memory_plan import RESERVE, Estimate
 from dspref.machine.shapes import ModelShape
-from dspref.model import head_room
+from dspref.model import head_room, tiling
 from dspref.model.pieces import PROMPTS
 
 GIB = 2**30
@@ -122,15 +122,24 @@ def asked(
         value,
         machine.ranks,
         packs=2 if load.packs > 1 else 1,
-        checkpointing=model.gradient_checkpointing,
         moments=2 if optim == "adamw_8bit" else 8,
         kernel="sdpa" if sdpa else "fused",
-        liger=model.liger,
-        four_bits=model.load_in_4bit,
         reference=live,
+        **model_settings(model, shape.hidden),
         **settings,
     )
     return Asked(shape, layout, load.pack, reference.moved_by is not None, optim)
+
+
+def model_settings(model: ModelSection, hidden: int) -> dict[str, Any]:
+    """The fields of a Layout that a model's section decides."""
+    return {
+        "checkpointing": bool(model.gradient_checkpointing),
+        "inputs_on": "cpu" if model.gradient_checkpointing == "offload" else "gpu",
+        "tile": tiling.tokens_of(model.tiled_mlp, hidden),
+        "liger": model.liger,
+        "four_bits": model.load_in_4bit,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,8 +155,15 @@ def work_of(run: Asked, load: Load, looks_ahead: bool) -> tuple[float, float]:
         load.work,
         recomputes=run.layout.checkpointing,
         head_again=not head_room.fits(run.pack.scored, run.shape.vocabulary, run.layout.device),
+        mlps_again=_in_tiles(run),
         looks_ahead=looks_ahead and load.packs * run.layout.ranks > 1,
     )
+
+
+def _in_tiles(run: Asked) -> float:
+    """Weights of MLPs that are computed once more, tile by tile."""
+    shape, tiled = run.shape, layers.in_tiles(run.shape, run.layout, run.pack)
+    return shape.layers * shape.hidden * shape.inner * (2 + shape.gated) if tiled else 0.0
 
 
 def assumed(train: TrainSection, ranks: int, tokens_per_pack: int, mean_tokens: int, why: str, apart: bool = False) -> Load:

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from dspref.config import ModelSection
 from dspref.errors import ConfigError, EnvironmentFault
-from dspref.model import alone, attention, families, freezing, liger, vision, weights
+from dspref.model import alone, attention, families, freezing, liger, tiles, vision, weights
 from dspref.terminal import first_line
 
 NOT_PACKED = "has attention of its own, in which the sequences of a pack would see each other; use another model"
@@ -56,11 +56,15 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         reads_images = vision.is_vision(config) and encoded is None
         sizes = head_sizes(vision.language_model(skeleton) if reads_images else skeleton)
         router_coefficient(section, skeleton)
+        if section.tiled_mlp is not False:
+            tiles.check(skeleton)
         if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
     else:  # of code that comes with the model, which is not run before it is loaded
         sizes = {number(text, "head_dim") or 0}
     if why := why_alone(config, max_length):
+        if section.tiled_mlp is not False:  # under ZeRO-3 ranks with longer sequences would gather for more tiles
+            raise ConfigError(f"{tiles.KEY}: {text.model_type} is run one sequence at a time, as {why}; drop the key")
         _refuse_other_kernel(section, text.model_type, why)
         return alone.ALONE
     window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
@@ -80,10 +84,7 @@ def refuse_shared(config: PretrainedConfig, sequence: int, max_length: int | Non
     """Raise ConfigError where `sequence` ranks cannot hold a pack between them, for this kind of model or its heads."""
     if sequence == 1:
         return
-    why = {"encoder-decoder": "has an encoder", "vision": "reads images"}.get(families.kind_of(config))
-    if alone_as := why_alone(config, max_length):
-        why = f"is run one sequence at a time, as {alone_as}"
-    if why:
+    if why := why_not_shared(config, max_length):
         raise ConfigError(
             f"parallel.sequence: {sequence}, but {config.model_type} {why}, and its packs are not shared; use 1"
         )
@@ -91,6 +92,13 @@ def refuse_shared(config: PretrainedConfig, sequence: int, max_length: int | Non
     if heads and heads % sequence:
         few = math.gcd(heads, sequence)
         raise ConfigError(f"parallel.sequence: {sequence} does not divide the model's {heads} attention heads; use {few}")
+
+
+def why_not_shared(config: PretrainedConfig, max_length: int | None) -> str | None:
+    """Why no ranks can hold a pack between them, in half a sentence; None where they can."""
+    if alone_as := why_alone(config, max_length):
+        return f"is run one sequence at a time, as {alone_as}"
+    return {"encoder-decoder": "has an encoder", "vision": "reads images"}.get(families.kind_of(config))
 
 
 def why_alone(config: PretrainedConfig, max_length: int | None) -> str | None:

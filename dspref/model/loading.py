@@ -27,7 +27,7 @@ from transformers import (
 from dspref.config import ModelSection
 from dspref.errors import ConfigError
 from dspref.files import flushed_tree, remove, sync_folder
-from dspref.model import adapters, alone, digests, families, liger, vision, weights
+from dspref.model import adapters, alone, digests, families, liger, tiles, vision, weights
 from dspref.model.adapters import Adapters
 from dspref.model.admission import build_skeleton
 from dspref.model.attention import PACKED
@@ -143,6 +143,7 @@ def load(
             setattr(place, own, buffer.to(getattr(place, own).device))
         if section.liger:
             liger.put_into(lm)
+        tiles.put_into(lm, section.tiled_mlp)  # of Liger's forward, where there is one
         # Still under zero.Init's config, by which peft knows that what it reads is in shards.
         attached = attach(lm) if attach else None
     return PackedCausalLM(lm, kernel, published, attached)

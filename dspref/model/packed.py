@@ -22,7 +22,7 @@ from dspref.config import ModelSection
 from dspref.data.batch import PackedBatch
 from dspref.data.slices import Part
 from dspref.errors import ConfigError
-from dspref.model import exchange, families, freezing, readers, router
+from dspref.model import exchange, families, freezing, host_inputs, readers, router
 from dspref.model.adapters import Adapters
 from dspref.model.admission import BEFORE_HEAD, NOT_PACKED, router_coefficient
 from dspref.model.attention import Segments
@@ -150,6 +150,8 @@ def prepare_for_training(model: PackedCausalLM, section: ModelSection, with_coll
     model.router_aux_loss_coef = router_coefficient(section, model.lm)
     if section.gradient_checkpointing:
         _recompute_activations(model.lm)
+    if section.gradient_checkpointing == "offload":
+        host_inputs.move_out(model.lm)
     return model
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from dspref.config import ModelSection, ReferenceSection, TrainSection
-from dspref.data.loader import StepLoader, count, place
+from dspref.data.loader import StepLoader, count, longest_pair, place
 from dspref.engine import memory
 from dspref.engine.engine import Engine
-from dspref.machine import built, footprint, memory_plan
+from dspref.machine import built, fitting, footprint, memory_plan, run_plan
+from dspref.machine.fitting import Asked
 from dspref.machine.layers import Layout, Pack
-from dspref.machine.shapes import of_tensors
-from dspref.model import admission, attention, families
+from dspref.machine.shapes import ModelShape, of_tensors
+from dspref.model import admission, attention, families, tiles
+from dspref.model.alone import ALONE
 from dspref.report import performance
 
 # A line is worth reading when it is about more than this share of the time, or of the room.
@@ -59,6 +61,9 @@ class Facts:
     """That activations and the LM head would take without gradient checkpointing."""
     free_bytes: int
     """That neither the run has yet nor the optimizer will need."""
+    too_long: tuple[int, int, str] | None = None
+    """Bytes that the largest pack needs, those that are free for it, and the settings with which it would fit; where it is
+    likely not to."""
 
 
 def of_run(
@@ -84,18 +89,21 @@ def of_run(
         footprint.BYTES[section.dtype],
         world,
         packs=2 if packs > 1 else 1,
-        checkpointing=False,
         moments=2 if train.optim == "adamw_8bit" else 8,
         kernel="sdpa" if kernel == "sdpa" else "fused",
-        liger=section.liger,
-        four_bits=section.load_in_4bit,
+        **run_plan.model_settings(section, lm.config.get_text_config().hidden_size),
         **memory_plan.zero_settings(strategy),
     )
     tokens = sum(p.tokens for p in placed)
     shares = sum(p.scored for p in placed) / tokens, sum(count(loader.store, ids)["tokens"] for ids in steps) / tokens
     largest = -(-max(p.largest for p in placed) // parts)
     most = max(placed, key=lambda step: step.largest).most
-    kept, coming = still_to_come(section, lm, layout, Pack(largest, round(largest * shares[0]), shares[1], most))
+    pack = Pack(largest, round(largest * shares[0]), shares[1], most)
+    shape, free = shape_of(section, lm), memory.free_memory(policy.device)
+    kept, coming = still_to_come(shape, replace(layout, checkpointing=False), pack)
+    alone = parts > 1 or admission.why_not_shared(lm.config, None) or kernel == ALONE
+    heads = 0 if alone else admission.number(lm.config.get_text_config(), "num_attention_heads") or 0
+    run = Asked(shape, layout, pack, optim=train.optim, tiles=kernel != ALONE and tiles.why_not(lm) is None, heads=heads)
     facts = Facts(
         device=policy.device.type,
         zero_stage=layout.stage,
@@ -108,24 +116,39 @@ def of_run(
         fewer_packs=(budget, then) if then < (1 - WORTH_SAYING) * packs else None,
         faster_kernel=_faster_kernel(section, policy, kernel),
         sparsity=memory.count_weights(lm) / max(size.matrices, 1),
-        checkpointing=section.gradient_checkpointing,
+        checkpointing=bool(section.gradient_checkpointing),
         kept_bytes=kept,
-        free_bytes=memory.free_memory(policy.device) - coming,
+        free_bytes=free - coming,
+        too_long=too_long(run, -(-longest_pair(loader.store, packing.prefix_sharing) // parts), free),
     )
     return list(lines(facts))
 
 
-def still_to_come(section: ModelSection, lm: Any, layout: Layout, pack: Pack) -> tuple[int, int]:
-    """Bytes that a run whose models are in memory will need yet: (for activations and the head, for all else), by the
-    estimate that `dspref plan` shows."""
+def shape_of(section: ModelSection, lm: Any) -> ModelShape:
+    """The numbers of a model that is in memory, whole or in shards."""
     trained = sum(memory.elements(p) for p in lm.parameters() if p.requires_grad)
     if (kind := families.kind_of(lm.config)) != "decoder":
-        shape = replace(built.of_model(lm, kind, memory.elements, None), frozen_base=section.lora is not None)
-        return _split(memory_plan.estimate(shape, layout, pack).parts)
+        return replace(built.of_model(lm, kind, memory.elements, None), frozen_base=section.lora is not None)
     named = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in lm.named_parameters()}
     own = {name: shape for name, shape in named.items() if ".lora_" not in name}
-    shape = replace(of_tensors(own, lm.config.get_text_config().to_dict(), section.lora), trained=trained)
+    return replace(of_tensors(own, lm.config.get_text_config().to_dict(), section.lora), trained=trained)
+
+
+def still_to_come(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[int, int]:
+    """Bytes that a run whose models are in memory will need yet: (for activations and the head, for all else), by the
+    estimate that `dspref plan` shows."""
     return _split(memory_plan.estimate(shape, layout, pack).parts)
+
+
+def too_long(run: Asked, longest: int, free: int) -> tuple[int, int, str] | None:
+    """As `Facts.too_long`: `longest`: tokens of the longest pair; `free`: bytes, beside the models that are there."""
+    kept, coming = _split(run.needs.parts)
+    if kept + coming <= free:
+        return None
+    found = fitting.changes(run, longest, run.needs.total - (kept + coming) + free, fitting.OF_PACKS)
+    if not found or found[-1].saves + sum(change.saves for change in found[:-1]) < kept + coming - free:
+        return None
+    return kept, free - coming, "; ".join(change.setting for change in found)
 
 
 def _split(parts: Mapping[str, int]) -> tuple[int, int]:
@@ -167,6 +190,9 @@ def lines(facts: Facts) -> Iterator[str]:
             f"each gather of the weights serves {per_gather:,.0f} tokens, and compute hides it from about {needed:,.0f} on: "
             "raise data.tokens_per_pack, use fewer ranks, or stage 2 where the weights fit"
         )
+    if facts.too_long:
+        needed, free, settings = facts.too_long
+        yield f"the largest pack takes about {_size(needed)}, and {_size(max(free, 0))} are free for it: {settings}"
     kept = facts.kept_bytes
     if facts.checkpointing and 0 < kept < facts.free_bytes / 2:
         yield (

@@ -24,6 +24,7 @@ from dspref.model import families
 from dspref.model.head_room import fits
 from dspref.model.packed import PackedCausalLM
 from dspref.model.pieces import ATTENTION, Piece, pieces_of
+from dspref.model.tiles import Tiled
 from dspref.reference.modes import Reference
 
 PHASES = ("data", "forward", "reference", "backward", "update")
@@ -109,13 +110,17 @@ class Account:
     vocabulary: int = 0
     looks_ahead: bool = False
     """Whether a step of several packs is computed once without gradient first."""
+    tiled: tuple[float, int] = (0.0, 0)
+    """Weights of MLPs that are run in tiles, and the tokens of a tile."""
 
     @classmethod
     def of(cls, section: ModelSection, policy: Engine, reference: Reference, looks_ahead: bool) -> Account:
         live = size_of(reference.module) if reference.module else None
         vocabulary: int = policy.module.lm.config.get_text_config().vocab_size
-        recomputes, dtype = section.gradient_checkpointing, section.dtype
-        return cls(size_of(policy.module), live, recomputes, policy.device, dtype, vocabulary, looks_ahead)
+        recomputes, dtype = bool(section.gradient_checkpointing), section.dtype
+        tiled = [part for part in policy.module.modules() if isinstance(part.forward, Tiled)]
+        tile = sum(_elements(p) for part in tiled for p in part.parameters()), tiled[0].forward.tokens if tiled else 0
+        return cls(size_of(policy.module), live, recomputes, policy.device, dtype, vocabulary, looks_ahead, tile)
 
     def record(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:
         """Of all ranks together: pairs, real tokens (prompt + answer, of both answers), scored ones and computed ones per
@@ -152,6 +157,7 @@ class Account:
             self.reference,
             work,
             recomputes=self.recomputes,
+            mlps_again=self.tiled[0] * (step.computed_tokens // packs > self.tiled[1]),
             head_again=not fits(step.scored_tokens // packs, self.vocabulary, self.device.type),
             # Mismatched pairs cost a forward pass of about the step's size.
             looks_ahead=(self.looks_ahead and packs > 1) or "mismatched_answers" in step.counts,

@@ -23,7 +23,7 @@ from dspref.terminal import command, first_line
 # loss with scope `micro` is the exception: other packs balance experts over other tokens.)
 MAY_CHANGE = (
     "data.tokens_per_pack", "data.prefix_sharing", "model.attn_implementation", "model.liger",
-    "model.gradient_checkpointing",
+    "model.gradient_checkpointing", "model.tiled_mlp",
     "model.name_or_path", "model.lora.path", "model.lora.merge_on_export", "reference.store",
     "train.max_steps", "train.num_train_epochs", "train.eval_every", "train.eval_at_start", "train.max_skipped_steps",
     "train.hang_timeout", "train.dry_run", "train.spike_sigmas", "train.stop_when",

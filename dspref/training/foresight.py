@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import glob
 from statistics import fmean
@@ -12,12 +12,13 @@ import numpy as np
 
 from dspref import reading
 from dspref.config import DataSection, ModelSection, TrainSection, shipped
-from dspref.data.loader import Packing, StepLoader, StepPacks, count, place
+from dspref.data.loader import Packing, StepLoader, StepPacks, count, longest_pair, place
+from dspref.engine import misfits
 from dspref.errors import ConfigError
 from dspref.machine import built, footprint, shapes
 from dspref.machine.run_plan import Load, assumed
 from dspref.machine.shapes import ModelShape
-from dspref.model import families, freezing, loading
+from dspref.model import admission, expert_parallel, families, freezing, loading, tiles
 from dspref.model.pieces import PROMPTS
 from dspref.objectives import Objective
 from dspref.training import preparation
@@ -80,6 +81,27 @@ def shape_of(section: ModelSection) -> ModelShape:
     return built.of_model(lm, kind, lambda parameter: parameter.numel(), shapes.as_saved(section.lora))
 
 
+def ways_for_long_pairs(section: ModelSection, max_length: int | None, sequence: int) -> dict[str, Any]:
+    """Which of them this model can go, by the names of `machine.fitting.Asked`."""
+    folder = footprint.model_folder(section)
+    try:
+        config = loading.load_config(section.model_copy(update={"name_or_path": str(folder)}))
+        skeleton = admission.build_skeleton(section, config)
+    except ConfigError:
+        return {}  # which the run says too
+    shared = sequence == 1 and admission.why_not_shared(config, max_length) is None
+    tiled = tiles.why_not(skeleton) is None and admission.why_alone(config, max_length) is None
+    heads = admission.number(config.get_text_config(), "num_attention_heads") if shared else 0
+    return {"tiles": tiled, "heads": heads or 0}
+
+
+def refuse_spread(section: ModelSection, strategy: Mapping[str, Any], ranks: int) -> None:
+    """Raises ConfigError where the experts of the model cannot be spread over ranks as the DeepSpeed settings ask."""
+    misfits.refuse_spread(strategy, ranks)
+    if expert_parallel.size_of(strategy) > 1:
+        expert_parallel.refuse(loading.load_config(section), strategy, section.dtype)
+
+
 def raw_config(section: ModelSection) -> dict[str, Any]:
     """A model's config.json as it is; {} where it is not here."""
     folder = footprint.model_folder(section)
@@ -118,8 +140,6 @@ def load_of(loader: StepLoader, packing: Packing, total: int) -> Load:
     chosen = (steps[:-1] or steps)[:total]
     chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_STEPS)).astype(int))]
     placed = [place(loader.store, ids, packing) for ids in chosen]
-    lengths = loader.store.lengths
-    prompts = 1 if packing.prefix_sharing else 2
     pairs = sum(len(ids) for ids in steps)
     unit = "pairs" if (loader.store.scored > 0).all() else "examples"
     return Load(
@@ -131,7 +151,7 @@ def load_of(loader: StepLoader, packing: Packing, total: int) -> Load:
         pairs_per_step=fmean(len(ids) for ids in chosen),
         packs=fmean(len(p.ids[0]) for p in placed),
         largest=max(p.largest for p in placed),
-        longest=int((prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).max()),
+        longest=longest_pair(loader.store, packing.prefix_sharing),
         computed=fmean(p.tokens for p in placed),
         real=fmean(count(loader.store, ids)["tokens"] for ids in chosen),
         scored=fmean(p.scored for p in placed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,8 @@ def check_environment(config: Config, device_type: str) -> None:
     if different := agreement.difference(identities, hosts):
         raise EnvironmentFault(different)
     misfits.refuse(config.strategy)
+    if config.model.gradient_checkpointing == "offload" and device_type == "cpu":
+        distributed.log("model.gradient_checkpointing: offload saves nothing on a CPU, whose memory is the host's")
     for line in misfits.notes(config.strategy):
         distributed.log(line)
     verdicts = [{name: Verdict(*verdict) for name, verdict in found.items()} for found in verdicts]
@@ -165,15 +168,15 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
     machine, shared = run_plan.Machine(card, gpus, nodes), config.parallel.sequence
     misfits.refuse_ranks(shared, ranks)
-    misfits.refuse_spread(config.strategy, ranks)
     foresight.shape_of(config.model)  # before the data, which may take long
-    if expert_parallel.size_of(config.strategy) > 1:
-        expert_parallel.refuse(loading.load_config(config.model), config.strategy, config.model.dtype)
+    foresight.refuse_spread(config.model, config.strategy, ranks)
     load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens, shared)
     needed = needs_reference(**config.objective.model_dump())
     run = run_plan.asked(
         config.model, config.reference, config.train.optim, needed, config.strategy, machine, load, foresight.shape_of
     )
+    if run.needs.total > machine.room:
+        run = replace(run, **foresight.ways_for_long_pairs(config.model, data.max_length, shared))
     return run_plan.plan(
         run, config.model, config.train, config.checkpoint, Path(config.output_dir), machine, load,
         tokens_per_pack=data.tokens_per_pack, looks_ahead=objective.reads_twice or config.model.router_aux_scope == "step",

@@ -445,8 +445,7 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
     ("kind", "world", "stage"),
     [
         ("patterns", 1, 2),
-        ("much at once", 2, 3),
-        *[pytest.param(kind, 2, 3, marks=pytest.mark.slow) for kind in KINDS if kind != "much at once"],
+        *[pytest.param(kind, 2, 3, marks=pytest.mark.slow) for kind in KINDS],
         *[pytest.param(kind, 1, 2, marks=pytest.mark.slow) for kind in KINDS if kind != "patterns"],
         *[pytest.param("much at once", 1, stage, marks=pytest.mark.slow) for stage in (0, 1, 3)],
     ],

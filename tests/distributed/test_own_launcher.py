@@ -19,6 +19,7 @@ DSPREF = str(Path(sys.executable).parent / "dspref")
 FAR = ("train.max_steps=2000",)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_one_command(folder, tmp_path):
     done = run([DSPREF, "train", f"{folder}/run.yaml", "--ranks", "2"], tmp_path / "run")
     assert_trained(done, tmp_path / "run", ranks=2)

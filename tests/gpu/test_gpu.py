@@ -21,13 +21,14 @@ import yaml
 from test_waits import Undistributed, packs_of, policy_of
 from tiny import preference_rows, save_tiny, save_tokenizer, tiny_config, tiny_model
 
+from dspref.config import ModelSection
 from dspref.data.batch import collate
 from dspref.data.loader import Step
 from dspref.data.truncate import TokenizedPair
 from dspref.model import attention
 from dspref.model.generation import stream
 from dspref.model.logps import pair_logps, scored_logps
-from dspref.model.packed import PackedCausalLM
+from dspref.model.packed import PackedCausalLM, prepare_for_training
 from dspref.model.sdpa import causal_mask
 from dspref.objectives import RunningMean, build_objective
 from dspref.reference.modes import Reference
@@ -297,3 +298,30 @@ def run(
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 4 and all(map(math.isfinite, losses))
     return losses
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_inputs_of_layers_wait_in_host_memory(family):
+    """The same gradients to the bit, and of the inputs of 12 layers few on the device at the peak."""
+    pairs = [TokenizedPair(*(np.arange(n, dtype=np.int32) % 250 for n in (4000, 20, 20)))]
+    config = tiny_config(
+        family, hidden_size=1024, intermediate_size=1024, num_hidden_layers=12, max_position_embeddings=4096
+    )
+    results, peaks = [], []
+    for how in (True, "offload"):
+        lm = tiny_model(config, seed=1).to("cuda", torch.bfloat16)
+        lm.set_attn_implementation(attention.PACKED)
+        section = ModelSection(name_or_path="m", gradient_checkpointing=how)  # type: ignore[arg-type]
+        packed = prepare_for_training(PackedCausalLM(lm, "sdpa"), section, with_collision=False)
+        batch = collate(pairs, range(1), prefix_sharing=False).to("cuda")
+        for _ in range(3):  # one pass after another, over the memory of the one before
+            packed.zero_grad()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            packed(batch)[0].logps.sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        results.append([p.grad.clone() for p in packed.parameters()])
+    assert all(torch.equal(*both) for both in zip(*results))
+    of_layer = len(batch.input_ids) * 1024 * 2
+    assert peaks[0] - peaks[1] > 7 * of_layer

@@ -73,7 +73,7 @@ def stripped(text: str) -> list[str]:
 
 
 def test_the_document_has_output() -> None:
-    assert len(printed()) == 2 and len(commands()) == 5
+    assert len(printed()) == 3 and len(commands()) == 6
 
 
 if __name__ == "__main__":  # write the output anew: python tests/unit/test_memory_doc.py FOLDER

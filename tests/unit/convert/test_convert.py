@@ -268,6 +268,8 @@ def test_simpo_of_llamafactory_takes_its_own_beta() -> None:
         ("report_to: all", "log.trackers", ["wandb", "tensorboard"]), ("save_strategy: 'no'", "checkpoint.save_every", None),
         ("save_strategy: no", "checkpoint.save_every", None),
         ("gradient_checkpointing: no", "model.gradient_checkpointing", False),
+        ("activation_offloading: true", "model.gradient_checkpointing", "offload"),
+        ("activation_offloading: false", "model.gradient_checkpointing", True), ("tiled_mlp: true", "model.tiled_mlp", True),
         ("model_init_kwargs: {attn_implementation: eager, revision: abc}", "model.attn_implementation", "sdpa"),
         ("model_init_kwargs: {revision: abc}", "model.revision", "abc"),
         ("sync_ref_model: true", "reference.sync_ref_model", True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,50 @@ def test_the_largest_budget_is_the_last_that_fits() -> None:
     needs = [estimate(SEVEN, EIGHT, layers.scaled(PACK, n)).total for n in (tokens, tokens + 256)]
     assert needs[0] <= room < needs[1] and tokens > 16_384
     assert fitting.largest_budget(run, 1 * GIB) == 0
+
+
+LONG = Pack(65_536, 2_000)
+
+
+def test_inputs_of_layers_are_on_the_device_or_on_the_host() -> None:
+    here, there = (estimate(SEVEN, replace(EIGHT, inputs_on=on), LONG) for on in ("gpu", "cpu"))
+    of_layer = 65_536 * 3584 * 2
+    assert here.parts["activations"] - there.parts["activations"] == 26 * of_layer  # two are on their way
+    assert there.host - here.host == 28 * of_layer
+    on_cpu = [estimate(SEVEN, replace(EIGHT, device="cpu", inputs_on=on), LONG) for on in ("gpu", "cpu")]
+    assert on_cpu[0] == on_cpu[1]
+    kept = [estimate(SEVEN, replace(EIGHT, checkpointing=False, inputs_on=on), LONG) for on in ("gpu", "cpu")]
+    assert kept[0] == kept[1]
+
+
+def test_tiles_keep_nothing_of_their_width() -> None:
+    wide = replace(SEVEN, inner=2 * SEVEN.inner)
+    for layout in (replace(EIGHT, tile=4096), replace(EIGHT, tile=4096, checkpointing=False)):
+        assert layers.activations(wide, layout, LONG) == layers.activations(SEVEN, layout, LONG)
+        grown = layers.in_a_layer(wide, layout, LONG) - layers.in_a_layer(SEVEN, layout, LONG)
+        assert grown == SEVEN.inner * 2 * (4096 * (4 + 2) + 3584)  # of a tile, and of the weights
+    small = replace(EIGHT, tile=65_536)
+    assert estimate(SEVEN, small, LONG) == estimate(SEVEN, EIGHT, LONG), "a pack of one tile is as without"
+
+
+def test_long_pairs_have_changes_of_their_own_and_those_help() -> None:
+    """In the order of their costs: each alone where it is enough."""
+    run = Asked(SEVEN, EIGHT, LONG, tiles=True, heads=28)
+    longest, total = 65_536, run.needs.total
+    out, tiled = "model.gradient_checkpointing", "model.tiled_mlp"
+    seen = {}
+    for room in range(total - 1, total // 3, -(2**28)):
+        found = changes(run, longest, room)
+        if found[-1].total <= room:
+            seen[tuple(change.setting.split("=")[0] for change in found)] = found
+    assert list(seen)[:3] == [(out,), (tiled,), (out, tiled)]
+    shared = [found[-1].setting for names, found in seen.items() if names[-1] == "parallel.sequence"]
+    for setting in shared:
+        found = re.fullmatch(r"parallel\.sequence=([24]), with data\.tokens_per_pack: (\d+)", setting)
+        assert found and int(found[1]) * int(found[2]) >= longest
+    assert shared
+    assert not any("sequence" in change.setting for change in changes(replace(run, heads=0), longest, total / 4))
+    assert not any("tiled" in change.setting for change in changes(replace(run, tiles=False), longest, total / 4))
 
 
 @pytest.mark.parametrize("card", gpus.GPUS)

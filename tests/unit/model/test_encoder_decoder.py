@@ -91,9 +91,9 @@ def packed_of(lm: Any) -> model.PackedCausalLM:
     return model.PackedCausalLM(lm, "sdpa")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, pytest.param("offload", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_pack_is_one_plain_forward_per_answer(name: str, checkpointing: bool) -> None:
+def test_a_pack_is_one_plain_forward_per_answer(name: str, checkpointing: Any) -> None:
     """log-probs and the gradient of every parameter to 1e-5 of its size; positions beyond the table's too (m2m_100)."""
     lm = tiny(name)
     pairs, packed = some_pairs(lm), packed_of(lm)

@@ -222,6 +222,7 @@ def own_loss(lm: PreTrainedModel) -> Any:
     return sys.modules[type(lm).__module__].load_balancing_loss_func
 
 
+@pytest.mark.slow
 def test_no_family_with_the_loss_is_missing_here() -> None:
     families = {name.split()[0] for name in FAMILIES} | {*BY_NAME, *REFUSED, *OTHERS}
     for config, causal in AutoModelForCausalLM._model_mapping.items():

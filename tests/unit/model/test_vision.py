@@ -21,7 +21,7 @@ from dspref.data.images import Pictures, RowImages
 from dspref.data.truncate import TokenizedPair
 from dspref.errors import ConfigError
 from dspref.model import packed as model
-from dspref.model import vision
+from dspref.model import tiles, vision
 from dspref.model.attention import PACKED, Segments
 from dspref.model.generation import Passage, Style, generate, plain_attention
 
@@ -87,17 +87,18 @@ def test_prompts_as_the_familys_processor_writes_them(kind: str, tmp_path: Path)
     assert ((exact_logps(packed_of(lm), batch) - expected).abs() <= EXACT * expected.abs()).all()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, pytest.param("offload", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", vision.FAMILIES)
-def test_the_whole_forward_in_training(kind: str, checkpointing: bool) -> None:
+def test_the_whole_forward_in_training(kind: str, checkpointing: Any) -> None:
     """With the log-probs of `scored_logps`, which are fp32; what is computed again in the backward has its images too."""
     lm = tiny_vision_model(tiny_vision_config(kind), seed=1).double()
     rows, packed = some_rows(lm), packed_of(lm)
     expected = plain_logps(lm, rows)
     expected_gradients = gradients(lm, expected)
     section = ModelSection(name_or_path="x", dtype="float32", gradient_checkpointing=checkpointing)
+    tiles.put_into(packed.lm, 3 if checkpointing == "offload" else False)
     model.prepare_for_training(packed, section, with_collision=False)
-    assert any(getattr(part, "gradient_checkpointing", False) for part in packed.modules()) == checkpointing
+    assert any(getattr(part, "gradient_checkpointing", False) for part in packed.modules()) == bool(checkpointing)
     batch = packed_rows(lm, rows, prefix_sharing=True)
     tokens, routing = packed(batch)
     assert routing is None

@@ -20,12 +20,13 @@ from dspref.data.loader import Packing, StepLoader
 from dspref.data.sources import Source
 from dspref.data.store import load_pairs
 from dspref.data.truncate import Limits, TokenizedPair
+from dspref.machine.fitting import Asked
 from dspref.machine.layers import Layout, Pack, kept_per_token
 from dspref.machine.memory_plan import estimate
 from dspref.machine.shapes import of_tensors
 from dspref.model.attention import PACKED
 from dspref.model.packed import PackedCausalLM
-from dspref.report.advice import Facts, lines, of_moving, of_rows, still_to_come, uneven
+from dspref.report.advice import Facts, lines, of_moving, of_rows, shape_of, still_to_come, too_long, uneven
 
 GIB = 2**30
 GOOD = Facts(
@@ -47,6 +48,11 @@ def test_a_good_run_hears_nothing() -> None:
         ({"fill": 0.55, "fewer_packs": (18_944, 1.0)}, {"fewer_packs": None}, "data.tokens_per_pack=18944 needs 1 a step"),
         ({"tokens_per_rank": 900, "packs_per_step": 1}, {"world_size": 1}, "serves 900 tokens"),
         ({"sparsity": 20}, {"zero_stage": 2}, "from about 22,000 on"),
+        (
+            {"too_long": (9 * GIB, 4 * GIB, "model.tiled_mlp=true")},
+            {"too_long": None},
+            "9.0 GiB, and 4.0 GiB are free for it",
+        ),
         ({"kept_bytes": 16 * GIB}, {"checkpointing": False}, "model.gradient_checkpointing=false"),
         ({"kept_bytes": 16 * GIB}, {"free_bytes": 20 * GIB}, "model.gradient_checkpointing=false"),
     ],
@@ -159,11 +165,29 @@ def kept_by(
     return kept, len(batch.input_ids), int(batch.cu_seqlens_k[-1]), lm
 
 
+@pytest.mark.parametrize("free, settings", [
+    (1.0, None),
+    (0.9, "model.gradient_checkpointing=true"),
+    (0.13, "model.gradient_checkpointing=true; model.tiled_mlp=true"),
+    (0.001, None),
+])  # fmt: skip
+def test_a_pack_that_is_too_long_hears_what_makes_it_fit(free: float, settings: str | None) -> None:
+    """And nothing where it fits, or where nothing does."""
+    _, _, _, lm = kept_by("llama", torch.float32, 8, 2, False)
+    shape = of_tensors({n: tuple(p.shape) for n, p in lm.named_parameters()}, lm.config.to_dict(), None)
+    run = Asked(shape, Layout("cpu", 4, 1, 1, checkpointing=False, kernel="sdpa"), Pack(60_000, 100), tiles=True)
+    kept, coming = still_to_come(shape, run.layout, run.pack)
+    found = too_long(run, 60_000, round(coming + free * kept))
+    assert (found and found[2]) == settings
+    if found:
+        assert found[:2] == (kept, round(coming + free * kept) - coming)
+
+
 def test_advice_and_plan_have_one_estimate() -> None:
     _, _, _, lm = kept_by("llama", torch.float32, 2, 2, False)
     shape = of_tensors({n: tuple(p.shape) for n, p in lm.named_parameters()}, lm.config.to_dict(), None)
     layout, pack = Layout("cpu", 4, 2, 2, packs=2, checkpointing=False, kernel="sdpa"), Pack(10_000, 5_000)
     parts = estimate(shape, layout, pack).parts
-    kept, coming = still_to_come(ModelSection(name_or_path="m"), lm, layout, pack)
+    kept, coming = still_to_come(shape_of(ModelSection(name_or_path="m"), lm), layout, pack)
     assert kept == parts["activations"] + parts["LM head"] and kept > 2e8
     assert coming == parts["optimizer states"] + parts["gradients"] + parts["ZeRO buffers"] > 0

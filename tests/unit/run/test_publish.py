@@ -83,6 +83,7 @@ def test_weights_and_card_are_there_private(hub: Hub, run: Path) -> None:
     assert push(hub, run, "me/mine")[0] == 0, "again"
 
 
+@pytest.mark.slow
 def test_public_only_where_somebody_says_so(hub: Hub, run: Path) -> None:
     assert push(hub, run, "me/open", "--public")[0] == 0 and hub.repos["me/open"]["private"] is False
     hub.repos["me/open"]["files"].clear()

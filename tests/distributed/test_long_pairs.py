@@ -1,0 +1,112 @@
+"""What saves memory for long pairs changes no loss and no gradient: MLPs in tiles, inputs of layers in host memory.
+
+`test_sequence_parallel` has the third, packs that ranks hold between them; `test_layout_invariance` holds what these are
+compared with to the oracle.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_measured_memory import MODEL, Case, two_steps
+from test_sequence_parallel import compare, write_run
+from tiny import save_tiny, save_tokenizer, tiny_config
+
+SLOW = pytest.mark.slow
+TILED, OFFLOAD, PLAIN = "model.tiled_mlp=13", "model.gradient_checkpointing=offload", "model.gradient_checkpointing=false"
+
+
+@pytest.fixture(scope="module")
+def run_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long-pairs")
+    config = tiny_config("qwen2", save_tokenizer(folder / "tokenizer"))
+    for name, seed in (("policy", 1), ("reference", 2)):
+        save_tiny(folder / name, config, seed)
+    return write_run(folder)
+
+
+def at(stage: int, *overrides: str, tokens: int = 300) -> list[str]:
+    return [f"deepspeed.zero_optimization.stage={stage}", f"data.tokens_per_pack={tokens}", *overrides]
+
+
+# Tiles with and without recomputation of layers, at every stage; several packs, and one pair in a pack.
+FIRST = at(1, PLAIN, "parallel.sequence=1")
+FEW = [FIRST, at(3, TILED, OFFLOAD)]
+MORE = [
+    FIRST,
+    at(2, TILED, PLAIN, tokens=1),
+    at(3, TILED, PLAIN, tokens=1),
+    at(1, TILED, OFFLOAD),
+    at(0, TILED, PLAIN),
+    at(2, OFFLOAD, tokens=1),
+    at(3, "model.tiled_mlp=1", "parallel.sequence=2"),
+    at(3, TILED, OFFLOAD, "parallel.sequence=2"),
+]
+
+
+@pytest.mark.parametrize("layouts", [FEW, pytest.param(MORE, marks=SLOW)], ids=["few", "more"])
+def test_a_step_is_the_same_at_every_stage(layouts, run_files, all_workers):
+    compare(all_workers[2], run_files, [], layouts)
+
+
+@SLOW
+def test_one_with_an_adapter_is_too(run_files, all_workers):
+    """Whose inputs need a gradient though the layers below are frozen."""
+    common = ["model.lora={r: 4, lora_alpha: 8, init_lora_weights: false}", "reference={mode: adapter}"]
+    compare(all_workers[2], run_files, common, [FIRST, at(3, TILED, OFFLOAD), at(1, TILED, PLAIN), at(3, OFFLOAD)])
+
+
+@SLOW
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_long_pair_takes_less_memory_in_tiles(recompute, tmp_path):
+    """Beyond what stays between steps: a pair of 16k tokens, and MLPs four times as wide as the layers."""
+    write_long_run(tmp_path, recompute)
+    needed = {}
+    for tiled in (False, True):
+        run = yaml.safe_load((tmp_path / "run.yaml").read_text())
+        run["model"]["tiled_mlp"], run["output_dir"] = tiled, str(tmp_path / f"out-{tiled}")
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+        began = time.monotonic()
+        found = two_steps(Case(1, 1, False, recompute), tmp_path)
+        (tmp_path / "found.json").unlink()
+        needed[tiled] = found["peak"] - found["after"]
+        print(
+            f"{tiled=} {found['tokens']} tokens {needed[tiled] >> 20} MiB {time.monotonic() - began:.1f} s", found["places"]
+        )
+        assert found["tokens"] > 16_000
+    assert needed[True] < 0.8 * needed[False]
+
+
+def write_long_run(folder: Path, recompute: bool) -> None:
+    """One pair of 16k tokens a step, few of them scored, so that layers have the peak and not the head."""
+    (folder / "model").mkdir()
+    small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
+    (folder / "model" / "config.json").write_text(json.dumps(MODEL | small | {"max_position_embeddings": 32_768}))
+    draw = random.Random(1)
+
+    def words(count: int) -> str:
+        return " ".join("".join(draw.choice("abcdefghijklmnop") for _ in range(4)) for _ in range(count))
+
+    rows = [{"prompt": words(1620), "chosen": words(60), "rejected": words(50)} for _ in range(4)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = {
+        "model": {
+            "name_or_path": str(folder / "model"),
+            "tokenizer_name_or_path": "launch/quickstart/tokenizer",
+            "init": "random",
+            "dtype": "float32",
+            "gradient_checkpointing": recompute,
+        },
+        "data": {
+            "train": str(folder / "pairs.jsonl"), "max_length": None, "tokens_per_pack": 16_384, "prefix_sharing": False,
+        },
+        "objective": {"name": "simpo"},
+        "train": {"pairs_per_step": 1, "max_steps": 2, "learning_rate": 1e-6},
+        "deepspeed": {"zero_optimization": {"stage": 1}},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
