@@ -19,18 +19,18 @@ BEGIN, END = "<!-- keys: ", "<!-- end of keys -->"
 INTRODUCTION = """
 `deepspeed:` takes the keys of these tables; the others of DeepSpeed 0.19.8 are refused in one line, with the reason. A key
 that DeepSpeed would ignore at the stage of the run is refused there, unless its value is what DeepSpeed would take anyway.
-**Exact**: a run ends with the weights that it has without the key, to 1e-6 in fp32 after four steps, and has its losses and
-gradient norms. The tests stand in `tests/distributed/test_deepspeed_keys.py` and train a small model over two CPU ranks at
-each stage that is named (`zero_hpz_partition_size` over four). What a key is for is DeepSpeed's word and arithmetic; none of
-it was measured here. Keys that begin with `stage3_` are told at another stage and not refused, so that the stage alone can
-be changed.
+**Exact**: a run ends with the weights that it has without the key, to 1e-6 in fp32 after three or four steps, and has its
+losses and gradient norms. The tests stand in `tests/distributed/test_deepspeed_keys.py` (of `expert_parallel`:
+`test_expert_parallel.py`) and train a small model over two CPU ranks at each stage that is named (`zero_hpz_partition_size`
+over four). What a key is for is DeepSpeed's word and arithmetic; none of it was measured here. Keys that begin with
+`stage3_` are told at another stage and not refused, so that the stage alone can be changed.
 
 **Unproven** keys run on GPUs only, and no test has trained with them. `unproven: true` beside `zero_optimization` lets them
 through; the run begins with a line that says so.
 
     deepspeed: {unproven: true, zero_optimization: {stage: 3, zero_quantized_weights: true}}
 """
-ORDER = (ZERO, ds_keys.OPTIMIZER, ds_keys.PARAM, "", "flops_profiler")
+ORDER = (ZERO, ds_keys.OPTIMIZER, ds_keys.PARAM, ds_keys.EXPERTS, "", "flops_profiler")
 
 
 def section() -> str:

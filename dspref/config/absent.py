@@ -212,7 +212,7 @@ _NOT_NEEDED = {
         "ddp ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend "
         "ignore_bias_buffers mp_parameters"
     ),
-    "data parallelism, ZeRO and parallel.sequence alone": (
+    "data parallelism, ZeRO, parallel.sequence and deepspeed.expert_parallel alone": (
         "heads_k_stride ring_attn_func ring_head_stride ds.ring_attn_head_stride tensor_parallel_size "
         "tensor_parallel_degree pipeline_parallel_degree ds.tensor_parallel_size use_hyper_parallel "
         "hyper_parallel_args"

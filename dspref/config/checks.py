@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref import secrets
-from dspref.config import ds_keys, given_checks, hints, objective_checks, outcome_checks, strategy
+from dspref.config import ds_keys, expert_checks, given_checks, hints, objective_checks, outcome_checks, strategy
 from dspref.config.objective_checks import Complaint
 from dspref.config.paths import shipped
 from dspref.config.sections import Config, Section, SourceSection
@@ -335,5 +335,8 @@ CHECKS: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     lambda config: objective_checks.check_sync_keys(config.reference),
     lambda config: objective_checks.check_sync(config.reference, config.zero_stage),
     _check_optimizer,
+    lambda config: expert_checks.check_experts(
+        config.strategy, config.model, config.parallel, config.reference, config.train.optim
+    ),
     _check_samples,
 )

@@ -15,6 +15,7 @@ ROUNDS = "test_deepspeed_keys.py::test_a_type_of_communication_rounds_and_learns
 HPZ = "test_deepspeed_keys.py::test_second_shards_leave_the_numbers_as_they_are"
 RATIO = "test_deepspeed_keys.py::test_states_in_two_places_leave_the_numbers_as_they_are"
 PRINTED = "test_deepspeed_keys.py::test_what_deepspeed_prints_of_a_step"
+SPREAD = "test_expert_parallel.py::test_spread_experts_leave_the_numbers_as_they_are"
 
 
 class Key(NamedTuple):
@@ -44,6 +45,7 @@ ZERO = "zero_optimization"
 PARAM, OPTIMIZER = f"{ZERO}.offload_param", f"{ZERO}.offload_optimizer"
 WHOLE_REDUCTION = f"{ZERO}.reduce_scatter", False
 PROFILED = "flops_profiler.enabled", True
+EXPERTS = "expert_parallel"
 
 KEYS = (
     # How gradients travel.
@@ -128,6 +130,12 @@ KEYS = (
         f"{ZERO}.zero_quantized_gradients", False, "3", "gradients travel in 4 bits between machines", "", exact=False,
         needs=(f"{ZERO}.reduce_scatter", True),
     ),
+    # AutoEP.
+    Key(f"{EXPERTS}.enabled", False, "123", "ranks hold a layer's experts between them, and tokens travel to them", SPREAD),
+    Key(
+        f"{EXPERTS}.autoep_size", 1, "123", "how many ranks; divides the ranks and the experts", SPREAD,
+        needs=(f"{EXPERTS}.enabled", True), least=2,
+    ),
     # What is printed, by rank 0.
     Key("wall_clock_breakdown", False, "0123", "the time of each part of a step", PRINTED),
     Key("flops_profiler.enabled", False, "0123", "operations and time of each module in one step, forward only", PRINTED),
@@ -197,12 +205,33 @@ REFUSED = {
         _TRAINS_OTHERWISE,
     ),
     **dict.fromkeys(
-        ("pipeline", "tensor_parallel", "expert_parallel", "hybrid_engine", "autotuning",
+        ("pipeline", "tensor_parallel", "hybrid_engine", "autotuning",
          "use_data_before_expert_parallelism", "seq_parallel_communication_data_type", "elasticity", "graph_harvesting",
          "compile"),
         f"belongs to {_ELSEWHERE}",
     ),
     "sequence_parallel_size": "belongs to parallel.sequence; remove it",
+    **dict.fromkeys(
+        (f"{EXPERTS}.{name}" for name in (
+            "preset_model", "moe_layer_pattern", "expert_pattern", "router_pattern", "route_norm", "route_scale",
+            "score_apply", "score_func", "top_k", "routed_scaling_factor", "expert_w1", "expert_w2", "expert_w3",
+            "num_experts_attr", "top_k_attr", "has_shared_experts", "shared_experts_pattern", "shared_experts_gate_pattern",
+            "expert_activation", "num_expert_groups", "num_limited_groups",
+        )),
+        "follows from the model's config.json, of which dspref tells DeepSpeed; remove it",
+    ),
+    **dict.fromkeys(
+        (f"{EXPERTS}.{name}" for name in (
+            "use_grouped_mm", "disable_triton_grouped_mm", "combine_impl", "row_weighting_impl", "gate_up_impl",
+            "comm_backend", "comm_num_sm", "comm_qp_margin", "comm_max_tokens_per_rank", "async_split_plan",
+        )),
+        "chooses kernels, and no test of dspref has trained with others than DeepSpeed's own choice; remove it",
+    ),
+    **dict.fromkeys(
+        (f"{EXPERTS}.{name}" for name in ("expert_tensor_parallel_size", "validate_folding_routing")),
+        "belongs to tensor_parallel, which dspref does not drive; remove it",
+    ),
+    f"{EXPERTS}.load_balance_coeff": "is refused by DeepSpeed itself; use model.router_aux_loss_coef",
     **dict.fromkeys(("bfloat16",), "belongs to model.dtype; remove it"),
     **dict.fromkeys(("dataloader_drop_last", "vocabulary_size"), "belongs to data; remove it"),
     "gradient_allreduce_op": "gradients of all ranks are averaged, on which the loss is built; remove it",
@@ -221,6 +250,14 @@ UNREAD_IN_BF16 = tuple(
         "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
         "round_robin_gradients", "parameter_alignment",
     )
+)  # fmt: skip
+# What has been trained with beside spread experts.
+BESIDE_EXPERTS = (
+    f"{EXPERTS}.enabled", f"{EXPERTS}.autoep_size", f"{ZERO}.stage", f"{ZERO}.reduce_bucket_size",
+    f"{ZERO}.allgather_bucket_size", f"{ZERO}.overlap_comm", f"{ZERO}.sub_group_size", f"{OPTIMIZER}.device",
+    f"{OPTIMIZER}.pin_memory", f"{PARAM}.device", f"{PARAM}.pin_memory", f"{ZERO}.stage3_prefetch_bucket_size",
+    f"{ZERO}.stage3_param_persistence_threshold", f"{ZERO}.stage3_max_live_parameters",
+    f"{ZERO}.stage3_max_reuse_distance",
 )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from dspref import reading
 from dspref.config.ds_keys import (
+    BESIDE_EXPERTS,
     BY_PATH,
+    EXPERTS,
     KEYS,
     ON_DISK,
     REFUSED,
@@ -141,7 +143,17 @@ def _combinations(strategy: Mapping[str, Any], dtype: str) -> Iterator[Problem]:
         if reason := _unread(key, strategy, int(stage), dtype):
             told.add(path)
             yield Problem(path, reason)
-    yield from (problem for problem in _of_unproven(strategy) if problem.path not in told)
+    yield from (problem for problem in [*_of_experts(strategy), *_of_unproven(strategy)] if problem.path not in told)
+
+
+def _of_experts(strategy: Mapping[str, Any]) -> Iterator[Problem]:
+    if not spreads_experts(strategy):
+        return
+    if not _is_given(strategy, f"{EXPERTS}.autoep_size"):
+        yield Problem((EXPERTS,), "enabled does not say how many ranks share the experts; set autoep_size beside it")
+    for path in asked(strategy):
+        if path not in BESIDE_EXPERTS:
+            yield Problem(tuple(path.split(".")), "has not been tried with expert_parallel; remove one of them")
 
 
 def _wrong_values(strategy: Mapping[str, Any]) -> Iterator[Problem]:
@@ -282,6 +294,11 @@ def _wanted(key: Key) -> str:
 def _device(zero: Mapping[str, Any], offload: str) -> str:
     section = zero.get(offload)
     return section.get("device", "none") if isinstance(section, Mapping) else "none"
+
+
+def spreads_experts(strategy: Mapping[str, Any]) -> bool:
+    """Whether ranks are to hold the experts of a layer between them."""
+    return bool(_value(strategy, f"{EXPERTS}.enabled"))
 
 
 def stage_of(strategy: Mapping[str, Any]) -> int:

@@ -20,16 +20,17 @@ from torch import nn
 from dspref import distributed
 from dspref.config import TrainSection
 from dspref.data.batch import PackedBatch
-from dspref.engine import shards
+from dspref.engine import experts, shards
 from dspref.engine.accelerator import ACCELERATOR, deepspeed
 from dspref.engine.memory import full_state
 from dspref.engine.optimizer import make_optimizer, make_scheduler
 from dspref.errors import EnvironmentFault
+from dspref.model import expert_parallel
 from dspref.model.alone import ALONE
 from dspref.model.generation import Passage
 from dspref.model.logps import TokenLogps
 from dspref.model.packed import PackedCausalLM
-from dspref.model.router import Routing
+from dspref.model.router import Ears, Routing
 from dspref.model.tiles import Tiled
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Engine:
         resolved = dict(ds_config)
         if resolved["zero_optimization"]["stage"] == 0:
             resolved["gradient_clipping"] = 0.0
+        if (size := expert_parallel.size_of(resolved)) > 1:
+            return cls._spread(policy, train, resolved, total_steps, size)
         if resolved["zero_optimization"]["stage"] == 3:
             _mark_leaves(policy)
         optimizer = make_optimizer(policy, train)
@@ -100,6 +103,23 @@ class Engine:
             policy.to(ACCELERATOR.current_device_name())
         engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=resolved)
         _announce_dora(policy)
+        return cls(engine, optimizer, train.max_grad_norm)
+
+    @classmethod
+    def _spread(
+        cls, policy: PackedCausalLM, train: TrainSection, resolved: dict[str, Any], total_steps: int, size: int
+    ) -> Engine:
+        """With the experts of each layer on `size` ranks. DeepSpeed exchanges the layers for others, and only then there
+        are the weights that the optimizer is for."""
+        resolved[expert_parallel.KEY] = expert_parallel.told(policy.lm.config, size)
+        engine, *_ = deepspeed.initialize(
+            model=policy,
+            optimizer=lambda _: make_optimizer(policy, train),
+            lr_scheduler=lambda optimizer: make_scheduler(optimizer, train, total_steps),
+            config=resolved,
+        )
+        policy.ears = Ears(experts.gates(policy.lm))
+        optimizer: Any = engine.basic_optimizer
         return cls(engine, optimizer, train.max_grad_norm)
 
     def forward(self, batch: PackedBatch, with_statistics: bool = False) -> tuple[TokenLogps, Routing | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dspref import distributed
+from dspref.engine import experts
 from dspref.engine.accelerator import deepspeed
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def count_weights(module: nn.Module) -> int:
 
 def elements(parameter: nn.Parameter) -> int:
     """Of a weight, those on other ranks too."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel()
+    return experts.shape_of(parameter).numel()
 
 
 def free_memory(device: torch.device) -> int:
@@ -54,6 +55,9 @@ def full_state(lm: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     main = distributed.world().rank == 0
     for prefix, part in lm.named_modules():
+        if experts.are_spread(part):
+            state |= {f"{prefix}.{name}": tensor for name, tensor in experts.gathered(part).items()}
+            continue
         own = {k: p for k, p in part.named_parameters(recurse=False) if p.requires_grad or not trained_only}
         partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
@@ -66,4 +70,4 @@ def full_state(lm: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
         by_parameter = {id(p): state[name] for name, p in lm.named_parameters() if name in state}
         tied = lm.named_parameters(remove_duplicate=False)
         state |= {name: by_parameter[id(p)] for name, p in tied if id(p) in by_parameter}
-    return state
+    return experts.named_as_loaded(lm, state)

@@ -11,7 +11,7 @@ import transformers
 
 from dspref import distributed
 from dspref.config import TrainSection
-from dspref.engine import builds
+from dspref.engine import builds, experts
 from dspref.engine.accelerator import deepspeed
 from dspref.errors import EnvironmentFault
 from dspref.model.packed import PackedCausalLM
@@ -27,7 +27,7 @@ def make_optimizer(policy: PackedCausalLM, train: TrainSection) -> torch.optim.O
         groups = [{"params": trained, "weight_decay": 0.0}]
     betas = train.adam_beta1, train.adam_beta2
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": betas, "eps": train.adam_epsilon}
-    groups = [g for g in groups if g["params"]]
+    groups = experts.apart([g for g in groups if g["params"]])
     if train.optim == "cpu_adam":
         return _cpu_adam(groups, options)
     if train.optim == "adamw_8bit":

@@ -29,6 +29,7 @@ from dspref import distributed
 from dspref.engine import plain
 from dspref.engine.plain import as_data, read
 from dspref.errors import EnvironmentFault, IOFault
+from dspref.model import expert_parallel
 
 # DeepSpeed's own folder within a checkpoint.
 FOLDER = "engine"
@@ -39,9 +40,12 @@ class Sharding(NamedTuple):
 
     stage: int
     ranks: int
+    experts: int = 1
+    """Ranks that hold the experts of a layer between them."""
 
     def __str__(self) -> str:
-        return f"ZeRO-{self.stage} on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        spread = f" with the experts on {self.experts}" if self.experts > 1 else ""
+        return f"ZeRO-{self.stage} on {self.ranks} rank{'s' if self.ranks > 1 else ''}{spread}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,12 +96,14 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
 def sharding_of(folder: Path) -> Sharding:
     """How the files in DeepSpeed's folder were spread."""
     state = read(model_files(folder)[0])
-    return Sharding(state["ds_config"].get("zero_optimization", {}).get("stage", 0), state["dp_world_size"])
+    told = state["ds_config"]
+    stage = told.get("zero_optimization", {}).get("stage", 0)
+    return Sharding(stage, state["dp_world_size"], expert_parallel.size_of(told))
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files with weights, by rank; at stages 0 to 2 there is one."""
-    return sorted(folder.glob("*model_states.pt"), key=_rank)
+    """The files with weights, by rank; at stages 0 to 2 there is one. (Those of single experts are beside them.)"""
+    return sorted((file for file in folder.glob("*model_states.pt") if not file.name.startswith("layer_")), key=_rank)
 
 
 def optimizer_files(folder: Path) -> list[Path]:
@@ -132,7 +138,9 @@ def restore(engine: DeepSpeedEngine, folder: Path, strict: bool) -> None:
     """
     refuse_foreign(folder / FOLDER)
     saved = sharding_of(folder / FOLDER)
-    here = Sharding(int(engine.zero_optimization_stage()), distributed.world().size)
+    config: Any = engine._config
+    spread = expert_parallel.size_of(config._param_dict)
+    here = Sharding(int(engine.zero_optimization_stage()), distributed.world().size, spread)
     with as_data():
         if saved == here or saved.stage == here.stage == 0:  # at stage 0 every rank holds everything
             _load(engine, folder, strict)
@@ -157,6 +165,8 @@ def _refuse_inconvertible(engine: DeepSpeedEngine, saved: Sharding, here: Shardi
     reason = ""
     if saved.stage != here.stage and {saved.stage, here.stage} != {1, 2}:
         reason = "only stages 1 and 2 can be exchanged"
+    elif max(saved.experts, here.experts) > 1:
+        reason = "experts that are spread stay on as many ranks"
     elif getattr(engine.optimizer, "round_robin_gradients", False):
         reason = "with round_robin_gradients DeepSpeed notes wrong addresses"
     elif engine.zero_nvme_offload_optimizer():

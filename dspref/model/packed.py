@@ -5,6 +5,7 @@ A training step sees no transformers model; DeepSpeed wraps `PackedCausalLM`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +56,8 @@ class PackedCausalLM(nn.Module):
         # What costs more and only some runs ask for; see `prepare_for_training`.
         self.with_collision = False
         self.router_aux_loss_coef = 0.0
+        # On routers that transformers does not know, where there are such.
+        self.ears: router.Ears | None = None
         # Ranks that hold packs between them, where there are such.
         self.group: Group | None = None
 
@@ -75,7 +78,8 @@ class PackedCausalLM(nn.Module):
         own, group = batch.computed, self.group if batch.own else None
         assert group or not batch.own, "a pack that several ranks hold is for a model that knows them"
         segments = Segments(batch, self.kernel, group=group)
-        outputs = self.reader.read(self.lm, batch, segments, routed)
+        with self.ears.open() if self.ears else contextlib.nullcontext() as heard:
+            outputs = self.reader.read(self.lm, batch, segments, routed)
         if not segments.seen:
             raise ConfigError(f"model.name_or_path: {self.lm.config.model_type} {NOT_PACKED}")
         # ZeRO-3 gathers a parameter for the module whose forward reads it: read the head here, once, on every rank.
@@ -89,7 +93,7 @@ class PackedCausalLM(nn.Module):
         )
         if group:
             scored = exchange.of_all(scored, own.scored, len(batch.targets), group)  # type: ignore[arg-type]
-        return counted(scored, batch), self._routing(outputs, own) if routed else None
+        return counted(scored, batch), self._routing(heard or outputs.router_logits, own) if routed else None
 
     def _logits(self, outputs: Any) -> torch.Tensor:
         """[B, V] behind the last token that was read."""
@@ -108,12 +112,12 @@ class PackedCausalLM(nn.Module):
         words = getattr(self.lm.config.get_text_config(), "unpadded_vocab_size", None)
         return (weight, bias) if words is None else (weight[:words], None if bias is None else bias[:words])
 
-    def _routing(self, outputs: Any, own: Part) -> Routing:
-        if not outputs.router_logits:
+    def _routing(self, logits: Sequence[torch.Tensor], own: Part) -> Routing:
+        if not logits:
             untold = f"transformers {transformers.__version__} does not tell what they did"
             raise ConfigError(f"model.router_aux_loss_coef: no layer of this model has experts, or {untold}; set 0")
         top_k: Any = self.lm.num_experts_per_tok
-        return router.routing(outputs.router_logits, top_k, own.multiplicity.float())
+        return router.routing(logits, top_k, own.multiplicity.float())
 
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:

@@ -7,14 +7,15 @@ per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
@@ -26,6 +27,29 @@ class Routing(NamedTuple):
     """Tokens sent to each expert."""
     tokens: Float[Tensor, ""]
     """Tokens of the pack, each as often as it counts."""
+
+
+class Ears:
+    """Hears routers that transformers does not know, and therefore tells nothing of."""
+
+    def __init__(self, gates: Iterable[nn.Module]) -> None:
+        """`gates`: by layer, modules whose forward gives the logits [T, E]."""
+        self._heard: list[Tensor] | None = None
+        for gate in gates:
+            gate.register_forward_hook(self._hear)
+
+    def _hear(self, gate: Any, given: Any, logits: Tensor) -> None:
+        if self._heard is not None:  # else it is recomputed for a backward
+            self._heard.append(logits)
+
+    @contextmanager
+    def open(self) -> Iterator[list[Tensor]]:
+        """What is said while this is open, by layer."""
+        self._heard = heard = []
+        try:
+            yield heard
+        finally:
+            self._heard = None
 
 
 def routing(logits: Sequence[Float[Tensor, "T E"]], top_k: int, weight: Float[Tensor, "T"]) -> Routing:

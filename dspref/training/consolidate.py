@@ -17,7 +17,7 @@ from dspref import own_code
 from dspref.config import Config, ModelSection
 from dspref.engine import shards
 from dspref.errors import ConfigError, DataError, IOFault
-from dspref.model import loading
+from dspref.model import expert_parallel, loading
 from dspref.reference import spec
 from dspref.run import export, manifest
 from dspref.run.checkpoint import committed_folders, damage_of
@@ -150,41 +150,73 @@ def full_state(folder: Path, trained_only: bool) -> dict[str, Tensor]:
     """The weights by their names in the model; in fp32 what was trained, the rest as it was saved. Tied names share."""
     files = [shards.read(file) for file in shards.model_files(folder)]
     first, optimizer = files[0], [shards.read(file)["optimizer_state_dict"] for file in shards.optimizer_files(folder)]
-    zero = first["ds_config"]["zero_optimization"]
-    shapes = {name: shape for group in first["param_shapes"] or () for name, shape in group.items()}
+    zero, groups = first["ds_config"]["zero_optimization"], [_shapes(group) for group in first["param_shapes"] or ()]
+    shapes = {name: shape for group in groups for name, shape in group.items()}
     if zero["stage"] == 3:
         # What is in shards has no size in `module`.
         state = {name: tensor for name, tensor in first["module"].items() if name in first["buffer_names"]}
-        state |= dict(_frozen_in_shards(files)) | dict(_flat_by_shape(optimizer, shapes))
+        state |= dict(_frozen_in_shards(files)) | dict(_flat_by_shape(optimizer, groups))
     else:
         state = dict(first["module"])
         if not zero.get("round_robin_gradients"):  # with which DeepSpeed notes wrong addresses
-            state |= dict(_flat_by_address(optimizer, shapes))
+            spread = expert_parallel.size_of(first["ds_config"])
+            state |= dict(_flat_by_address(optimizer, shapes, spread))
     if trained_only and shapes:
         state = {name: state[name] for name in shapes}
     state |= {name: state[other] for name, other in (first["shared_params"] or {}).items() if other in state}
-    return {name.removeprefix(INNER): tensor for name, tensor in state.items()}
+    state = {name.removeprefix(INNER): tensor for name, tensor in state.items()}
+    return _gathered(state, first) if expert_parallel.size_of(first["ds_config"]) > 1 else state
 
 
-def _flat_by_address(ranks: Sequence[dict[str, Any]], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """ZeRO 1 and 2: the groups of parameters are cut into one piece a rank, wherever that falls; addresses tell."""
-    pieces: dict[str, list[Tensor]] = {}
-    for rank in ranks:
+def _shapes(group: Mapping[str, Sequence[int]]) -> dict[str, torch.Size]:
+    return {name: torch.Size(shape) for name, shape in group.items()}
+
+
+def _gathered(state: dict[str, Tensor], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Experts that were spread as the model has them, all by the names that it has for them."""
+    for layer in saved["ds_autoep_layers"]:
+        place = layer["expert_key_prefix"].removeprefix(INNER)
+        experts = {name: state.pop(f"{place}.{name}") for name in ("w1", "w2", "w3")}
+        state |= {f"{place}.{name}": whole for name, whole in expert_parallel.put_together(experts).items()}
+    shared = expert_parallel.shared_as_told(saved["ds_config"][expert_parallel.KEY])
+    return {expert_parallel.as_loaded(name, shared): tensor for name, tensor in state.items()}
+
+
+def _flat_by_address(
+    ranks: Sequence[dict[str, Any]], shapes: dict[str, torch.Size], spread: int
+) -> Iterator[tuple[str, Tensor]]:
+    """ZeRO 1 and 2: the groups of parameters are cut into one piece a rank, wherever that falls; addresses tell. Groups of
+    experts that are spread over so many ranks, one after the other, are cut among those that have the same."""
+    pieces: dict[str, dict[int, list[Tensor]]] = {}
+    for number, rank in enumerate(ranks):
         for flat, addresses in zip(rank["single_partition_of_fp32_groups"], rank["param_slice_mappings"], strict=True):
             for name, address in addresses.items():
-                pieces.setdefault(name, []).append(flat.narrow(0, address.start, address.numel))
-    for name, found in pieces.items():
-        yield name, torch.cat(found).view(shapes[name])
+                holder = number % spread if ".experts.w" in name and spread > 1 else 0
+                pieces.setdefault(name, {}).setdefault(holder, []).append(flat.narrow(0, address.start, address.numel))
+    for name, by_holder in pieces.items():
+        yield name, torch.cat([torch.cat(found).view(shapes[name]) for _, found in sorted(by_holder.items())])
 
 
-def _flat_by_shape(ranks: Sequence[dict[str, Any]], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+def _flat_by_shape(
+    ranks: Sequence[dict[str, Any]], groups: Sequence[Mapping[str, torch.Size]]
+) -> Iterator[tuple[str, Tensor]]:
     """ZeRO-3: each parameter is cut into equal pieces, the last one filled up."""
-    flats = [torch.cat(list(rank["fp32_flat_groups"])) for rank in ranks]
-    start = 0
-    for name, shape in shapes.items():
-        size = -(-shape.numel() // len(ranks))
-        yield name, torch.cat([flat.narrow(0, start, size) for flat in flats])[: shape.numel()].view(shape)
-        start += size
+    for i, shapes in enumerate(groups):
+        holders, start = _holders(ranks, i), 0
+        for name, shape in shapes.items():
+            size = -(-shape.numel() // len(holders[0]))
+            flats = [torch.cat([rank["fp32_flat_groups"][i].narrow(0, start, size) for rank in same]) for same in holders]
+            yield name, torch.cat([flat[: shape.numel()].view(shape) for flat in flats])
+            start += size
+
+
+def _holders(ranks: Sequence[dict[str, Any]], group: int) -> list[list[dict[str, Any]]]:
+    """The ranks that hold a group of parameters in pieces between them; several such lists, in the order of the experts, of
+    experts that are spread."""
+    if "ds_zero_partition_groups" not in ranks[0]:
+        return [list(ranks)]
+    found = {tuple(rank["ds_zero_partition_groups"][group]["partition_ranks"]) for rank in ranks}
+    return [[ranks[number] for number in numbers] for numbers in sorted(found)]
 
 
 def _frozen_in_shards(files: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:

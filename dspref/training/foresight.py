@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import glob
 from statistics import fmean
@@ -13,13 +13,15 @@ import numpy as np
 from dspref import reading
 from dspref.config import DataSection, ModelSection, TrainSection, shipped
 from dspref.data.loader import Packing, StepLoader, StepPacks, count, longest_pair, place
+from dspref.engine import misfits
 from dspref.errors import ConfigError
 from dspref.machine import built, footprint, shapes
 from dspref.machine.run_plan import Load, assumed
 from dspref.machine.shapes import ModelShape
-from dspref.model import admission, families, freezing, loading, tiles
+from dspref.model import admission, expert_parallel, families, freezing, loading, tiles
 from dspref.model.pieces import PROMPTS
 from dspref.objectives import Objective
+from dspref.ranks import sharing
 from dspref.training import preparation
 
 # Steps of an epoch that are looked at: planning one takes milliseconds.
@@ -80,21 +82,22 @@ def shape_of(section: ModelSection) -> ModelShape:
     return built.of_model(lm, kind, lambda parameter: parameter.numel(), shapes.as_saved(section.lora))
 
 
-def refuse_shared(section: ModelSection, sequence: int, max_length: int | None) -> None:
-    """Raises ConfigError where so many ranks cannot hold a pack of this model between them, by its config.json."""
-    folder = footprint.model_folder(section)
-    try:
-        config = loading.load_config(section.model_copy(update={"name_or_path": str(folder)}))
-    except ConfigError:
-        return  # which the run says too
-    admission.refuse_shared(config, sequence, max_length)
+def refuse_ranks(
+    section: ModelSection, strategy: Mapping[str, Any], max_length: int | None, sequence: int, ranks: int
+) -> None:
+    """Raises ConfigError where these ranks cannot hold packs, or the model's experts, between them, by its config.json."""
+    sharing.refuse(sequence, ranks)
+    misfits.refuse_spread(strategy, ranks)
+    if config := _config_here(section):
+        admission.refuse_shared(config, sequence, max_length)
+        expert_parallel.refuse(config, strategy, section.dtype)
 
 
 def ways_for_long_pairs(section: ModelSection, max_length: int | None, sequence: int) -> dict[str, Any]:
     """Which of them this model can go, by the names of `machine.fitting.Asked`."""
-    folder = footprint.model_folder(section)
+    if not (config := _config_here(section)):
+        return {}
     try:
-        config = loading.load_config(section.model_copy(update={"name_or_path": str(folder)}))
         skeleton = admission.build_skeleton(section, config)
     except ConfigError:
         return {}  # which the run says too
@@ -102,6 +105,14 @@ def ways_for_long_pairs(section: ModelSection, max_length: int | None, sequence:
     tiled = tiles.why_not(skeleton) is None and admission.why_alone(config, max_length) is None
     heads = admission.number(config.get_text_config(), "num_attention_heads") if shared else 0
     return {"tiles": tiled, "heads": heads or 0}
+
+
+def _config_here(section: ModelSection) -> Any:
+    """The model's config, where its files are on this machine and can be read; the run says what is wrong with others."""
+    try:
+        return loading.load_config(section.model_copy(update={"name_or_path": str(footprint.model_folder(section))}))
+    except ConfigError:
+        return None
 
 
 def raw_config(section: ModelSection) -> dict[str, Any]:

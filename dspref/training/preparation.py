@@ -28,7 +28,7 @@ from dspref.data.store import Log, PairStore, load_pairs
 from dspref.data.tokenize import load_tokenizer
 from dspref.data.truncate import Limits
 from dspref.errors import ConfigError, DataError, UserError
-from dspref.model import adapters, admission, alone, digests, families, loading, processors, vision, weights
+from dspref.model import adapters, admission, alone, digests, expert_parallel, families, loading, processors, vision, weights
 from dspref.objectives import Objective, own_sources
 from dspref.own_code import Used
 from dspref.reference.spec import ReferenceSpec, described
@@ -54,6 +54,7 @@ def prepare(
         tokenizer = tokenizer_of(section)
         kernel = admission.check(section, model_config, data.max_length, 0, device_type)
         admission.refuse_shared(model_config, distributed.world().sequence, data.max_length)
+        expert_parallel.refuse(model_config, reference.strategy, section.dtype, kernel)
         if section.init == "pretrained":
             admission.check_weights(section, model_config)
         check_adapters(section, optim, device_type)

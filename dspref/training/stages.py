@@ -21,10 +21,9 @@ from dspref.errors import ConfigError, DataError, EnvironmentFault, IOFault
 from dspref.machine import agreement, preflight, run_plan
 from dspref.machine.context import FAIL, CheckContext, Verdict
 from dspref.machine.gpus import Gpu
-from dspref.model import adapters, loading, packed
+from dspref.model import adapters, expert_parallel, loading, packed
 from dspref.model.packed import PackedCausalLM
 from dspref.objectives import Objective, build_objective, describe, needs_reference
-from dspref.ranks import sharing
 from dspref.reference import spec
 from dspref.reference.modes import InitialWeights
 from dspref.reference.spec import ReferenceSpec
@@ -168,8 +167,7 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     loading.quiet()
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
     machine, shared = run_plan.Machine(card, gpus, nodes), config.parallel.sequence
-    sharing.refuse(shared, ranks)
-    foresight.refuse_shared(config.model, shared, data.max_length)
+    foresight.refuse_ranks(config.model, config.strategy, data.max_length, shared, ranks)
     foresight.shape_of(config.model)  # before the data, which may take long
     load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens, shared)
     needed = needs_reference(**config.objective.model_dump())
@@ -306,6 +304,8 @@ def introduce(
     sharing = "on" if loader.packing.prefix_sharing else "off"
     pace = f"of {train.pairs_per_step} {what} ({loader.steps_per_epoch} an epoch), lr {train.learning_rate:g}"
     shared = f", packs held by {world.sequence} each" if world.sequence > 1 else ""
+    if (together := expert_parallel.size_of(config.strategy)) > 1:
+        shared += f", experts held by {together} between them"
     rows = {
         "model": f"{config.model.name_or_path} ({config.model.init}, {config.model.dtype})",
         **({"adapter": adapter_in_words(config.model.lora)} if config.model.lora else {}),

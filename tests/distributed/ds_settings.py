@@ -73,6 +73,22 @@ ROUNDED = {
 SECOND = {"3": Settings(zero(3, zero_hpz_partition_size=2))}
 IN_TWO_PLACES = {"3": Settings(zero(3, sub_group_size=1000, offload_optimizer={"device": "cpu", "ratio": 0.5}))}
 
+SHARED = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+SPREAD = {
+    "1 in pieces": Settings(zero(1, SHARED, **BUCKETS)),
+    "1 states on the host": Settings(zero(1, SHARED, offload_optimizer=ON_HOST)),
+    "2 in pieces": Settings(zero(2, SHARED, overlap_comm=True, **BUCKETS)),
+    "2 states on the host": Settings(zero(2, SHARED, offload_optimizer=ON_HOST)),
+    "3": Settings(zero(3, SHARED)),
+    "3 in pieces": Settings(zero(3, SHARED, overlap_comm=False, reduce_bucket_size=1000, sub_group_size=1000)),
+    "3 gathers little": Settings(
+        zero(
+            3, SHARED, stage3_prefetch_bucket_size=1000, stage3_max_live_parameters=1000, stage3_max_reuse_distance=100,
+        )
+    ),
+    "3 all on the host": Settings(zero(3, SHARED, offload_optimizer=ON_HOST, offload_param=ON_HOST)),
+}  # fmt: skip
+
 
 def printed(folder: str) -> dict[str, Settings]:
     profile = {
@@ -90,4 +106,5 @@ TRAINED = {
     ds_keys.HPZ: SECOND,
     ds_keys.RATIO: IN_TWO_PLACES,
     ds_keys.PRINTED: printed("/run"),
+    ds_keys.SPREAD: SPREAD,
 }

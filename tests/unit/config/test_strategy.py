@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp())
 
+from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -97,6 +98,14 @@ def test_the_tables_name_what_deepspeed_reads_of_a_dict(section: str) -> None:
     assert all(BY_PATH[f"{section}.{name}"].default == value for name, value in READ_AS_A_DICT[section].items())
 
 
+def test_the_table_names_what_deepspeed_reads_of_experts() -> None:
+    recorded = Recorded({"enabled": True})
+    parse_autoep_config(recorded)
+    assert recorded.asked == set(names_in("expert_parallel"))
+    default = parse_autoep_config({"": None})
+    assert all(getattr(default, name) == BY_PATH[f"expert_parallel.{name}"].default for name in ("enabled", "autoep_size"))
+
+
 def test_the_top_level_table_names_what_deepspeed_reads(asked: set[str]) -> None:
     """DeepSpeed ignores an unknown top-level key without a word."""
     top = set(names_in("")) - {UNPROVEN, "sequence_parallel_size"}  # the last is read without a constant
@@ -158,6 +167,10 @@ def test_every_shipped_strategy_is_accepted(path: Path) -> None:
 
 def zero(**keys: Any) -> dict[str, Any]:
     return {"zero_optimization": keys}
+
+
+def spread(stage: int = 3, **keys: Any) -> dict[str, Any]:
+    return {"expert_parallel": {"enabled": True, "autoep_size": 2, **keys}, **zero(stage=stage)}
 
 
 @pytest.mark.parametrize(
@@ -315,6 +328,29 @@ def test_strategies_that_deepspeed_can_run_pass(given: dict[str, Any], dtype: st
             "cpu_adam",
         ),
         *(({key: {}}, "float32", key, "refused: ") for key in REFUSED if "." not in key),
+        (spread(stage=0), "float32", "expert_parallel.enabled", "needs stage 1, 2 or 3"),
+        (spread(autoep_size=1), "bfloat16", "expert_parallel.autoep_size", "2 or more"),
+        ({"expert_parallel": {"enabled": True}, **zero(stage=3)}, "bfloat16", "expert_parallel", "set autoep_size"),
+        (
+            {"expert_parallel": {"autoep_size": 2}, **zero(stage=3)},
+            "bfloat16",
+            "expert_parallel.autoep_size",
+            "enabled: true",
+        ),
+        (
+            spread() | {"flops_profiler": {"enabled": True}},
+            "bfloat16",
+            "flops_profiler.enabled",
+            "not been tried with expert_parallel; remove one",
+        ),
+        (spread(preset_model="mixtral"), "bfloat16", "expert_parallel.preset_model", "refused: follows from the model"),
+        (spread(comm_backend="deepep"), "bfloat16", "expert_parallel.comm_backend", "refused: chooses kernels"),
+        (
+            spread() | zero(stage=3, zero_hpz_partition_size=2),
+            "bfloat16",
+            "zero_optimization.zero_hpz_partition_size",
+            "not been tried with expert_parallel; remove one",
+        ),
         ({"zero_optimization": True}, "float32", "zero_optimization", "must be a mapping"),
         ({"zero_optimization": None}, "float32", "zero_optimization", "must be a mapping"),
         *(({key: {}}, "float32", key, f"belongs to {owner}") for key, owner in OWNED.items()),
