@@ -142,10 +142,11 @@ _NOT_NEEDED = {
     ),
     "model.gradient_checkpointing and the offloads of ds_configs/ save memory": "layer_offloading",
     "memory is kept in segments that grow": "torch_empty_cache_steps gc_steps gc_collect_steps",
-    "it is not supported": (
+    "it is not supported: compiled layers were no faster where it was tried (docs/LOG.md)": (
         "torch_compile torch_compile_backend torch_compile_mode torch_compile_options torchdynamo dynamo_config deepcompile "
-        "ds.deepcompile jit_mode_eval use_ipex"
+        "ds.deepcompile"
     ),
+    "it is not supported": "jit_mode_eval use_ipex",
     "model.freeze names what is not trained, by parts of parameters' names": (
         "unfrozen_parameters freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_language_model"
     ),

@@ -85,7 +85,7 @@ def shape_of(section: ModelSection) -> ModelShape:
 def refuse_ranks(
     section: ModelSection, strategy: Mapping[str, Any], max_length: int | None, sequence: int, ranks: int
 ) -> None:
-    """Raises ConfigError where these ranks cannot hold packs, or the model's experts, between them, by its config.json."""
+    """Raises ConfigError where these ranks cannot hold packs, or the model's experts, between them, by config.json."""
     sharing.refuse(sequence, ranks)
     misfits.refuse_spread(strategy, ranks)
     if config := _config_here(section):
