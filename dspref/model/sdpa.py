@@ -1,8 +1,9 @@
 """torch's scaled_dot_product_attention over a pack: for CPUs, GPUs that have no other kernel, and scores with a bias.
 
 On a CPU each segment is a call, which is linear in the length of the pack. On a GPU a call for a short segment costs more
-than its work: there, segments of like length are rows of one call, padded behind their tokens. T queries, K keys, H heads,
-G key-value heads, D head size; S rows of at most Q queries and K keys.
+than its work: there, segments of like length are rows of one call, padded behind their tokens. Long ones that need a mask,
+or scores that torch's function does not know, are computed some queries at a time. T queries, K keys, H heads, G key-value
+heads, D head size; S rows of at most Q queries and K keys.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # Scores that a call may compute beyond those asked for, as a factor; and the number that it may compute in any case, per
 # head, as so many cost a GPU less than the launches of another call.
 PADDING, SMALL = 1.5, 2**22
+# The most scores for which a mask, or where they are held themselves the scores of all heads, are made at once.
+AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,9 @@ def sdpa(
     calls: Calls,
     causal: bool,
     options: Options,
+    at_once: int = AT_ONCE,
 ) -> Float[Tensor, "T H D"]:
-    """Attention of every segment to its own keys; `causal`: aligned at the bottom right."""
+    """Attention of every segment to its own keys; `causal`: aligned at the bottom right. `at_once`: see AT_ONCE."""
     if not q.is_cpu:
         # On CUDA only the kernel that holds all scores takes a mask together with fewer key-value heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -117,7 +122,7 @@ def sdpa(
     queries, keys = [sum(rows.queries) for rows in calls.rows], [sum(rows.keys) for rows in calls.rows]
     # split, not slices: the backward of a slice fills and adds a gradient as long as the pack.
     parts = zip(calls.rows, q.split(queries), k.split(keys), v.split(keys))
-    return _ordered(torch.cat([_call(*part, causal, options) for part in parts]), calls.back)
+    return _ordered(torch.cat([_call(*part, causal, options, at_once) for part in parts]), calls.back)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "Q K"]:
@@ -130,7 +135,41 @@ def _within(distance: Tensor, window: int | None) -> Tensor:
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def _call(rows: Rows, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: Options) -> Tensor:
+def _call(rows: Rows, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: Options, at_once: int) -> Tensor:
+    """What is longer than `at_once` allows is computed in blocks of queries."""
+    held = options.softcap or options.sinks is not None
+    masked = held or options.window is not None or not rows.plain(causal)
+    if not causal or not masked or len(rows.keys) > 1 or options.position_bias is not None:
+        return _whole(rows, q, k, v, causal, options)
+    most = max(at_once // (rows.keys[0] * (q.shape[1] if held else 1)), 1)
+    return _whole(rows, q, k, v, causal, options) if len(q) <= most else _in_blocks(q, k, v, options, most)
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, options: Options, most: int) -> Float[Tensor, "T H D"]:
+    """One causal segment, `most` queries at a time, each block with the keys that it sees, and again in its backward pass:
+    neither a mask nor scores of the whole segment are ever there."""
+    found, stop = [], len(k) - len(q)
+    for block in q.split(most):
+        stop += len(block)
+        start = 0 if options.window is None else max(stop - len(block) + 1 - options.window, 0)
+        rows = Rows([len(block)], [stop - start], q.device)
+        found.append(
+            checkpoint(
+                _whole,
+                rows,
+                block,
+                k[start:stop],
+                v[start:stop],
+                True,
+                options,
+                use_reentrant=False,
+                preserve_rng_state=options.dropout > 0,
+            )
+        )
+    return torch.cat(found)  # type: ignore[arg-type]
+
+
+def _whole(rows: Rows, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: Options) -> Tensor:
     mask, place = _mask(rows, causal, options, q), rows.places if len(rows.keys) > 1 else (None, None)
     q, k, v = _padded(q, rows.queries, place[0]), _padded(k, rows.keys, place[1]), _padded(v, rows.keys, place[1])
     if options.softcap or options.sinks is not None:
@@ -144,7 +183,7 @@ def _call(rows: Rows, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: Op
 
 
 def _by_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Float[Tensor, "S H Q D"]:
-    """With all scores in memory, in fp32 or better, for what torch's function does not know: softcaps (Gemma 2,
+    """With all scores of a block in memory, in fp32 or better, for what torch's function does not know: softcaps (Gemma 2,
     arXiv:2408.00118, eq. in 2: c tanh(score / c)) and sinks (gpt-oss: a column of the softmax that adds nothing)."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * options.scale

@@ -235,8 +235,8 @@ def test_what_cannot_be_shared_is_refused_in_one_line(world, overrides, said, ru
 
 
 @SLOW
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_long_pair_takes_little_more_than_half_the_memory(recompute, tmp_path):
+@pytest.mark.parametrize(("recompute", "shared"), [(False, False), (True, False), (True, True)])
+def test_a_long_pair_takes_little_more_than_half_the_memory(recompute, shared, tmp_path):
     """Beyond what stays between steps, a pair of 16k tokens: of ranks that hold it together, and of one that has it all."""
     (tmp_path / "model").mkdir()
     small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
@@ -246,7 +246,7 @@ def test_a_long_pair_takes_little_more_than_half_the_memory(recompute, tmp_path)
     def words(count: int) -> str:
         return " ".join("".join(draw.choice("abcdefghijklmnop") for _ in range(4)) for _ in range(count))
 
-    rows = [{"prompt": words(1300), "chosen": words(400), "rejected": words(380)} for _ in range(4)]
+    rows = [{"prompt": words(1300), "chosen": words(900), "rejected": words(880)} for _ in range(4)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = {
         "model": {
@@ -261,8 +261,7 @@ def test_a_long_pair_takes_little_more_than_half_the_memory(recompute, tmp_path)
             "train": str(tmp_path / "pairs.jsonl"),
             "max_length": None,
             "tokens_per_pack": 6144,
-            # torch's kernel for CPUs wants a mask for shared prompts, which heads have in common.
-            "prefix_sharing": False,
+            "prefix_sharing": shared,
         },
         "objective": {"name": "simpo"},
         "train": {"pairs_per_step": 2, "max_steps": 2, "learning_rate": 1e-6},
@@ -276,6 +275,6 @@ def test_a_long_pair_takes_little_more_than_half_the_memory(recompute, tmp_path)
         (tmp_path / "found.json").unlink()
         needed[of_pack] = found["peak"] - found["after"]
         print(of_pack, found["tokens"], found["scored"], {name: found[name] >> 20 for name in ("peak", "after")})
-        assert found["tokens"] > 16_000
+        assert found["tokens"] > (10_000 if shared else 16_000)
     print("share of the memory", needed[2] / needed[1], needed)
     assert needed[2] < 0.6 * needed[1]

@@ -20,7 +20,7 @@ from dspref.model import admission, attention, loading
 from dspref.model import packed as model
 from dspref.model.attention import PACKED, Segments, packed_attention
 from dspref.model.packed import PackedCausalLM
-from dspref.model.sdpa import Options, calls_of, causal_mask, sdpa
+from dspref.model.sdpa import AT_ONCE, Options, calls_of, causal_mask, sdpa
 
 # Each row is a way in which families differ: biases, learnt positions, q/k norms, windows, what happens to the logits.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -274,7 +274,8 @@ SHARED = ([5, 3, 1, 8], [5, 20, 9, 8])  # answers behind a prompt of others
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 4), (False, None)])
 @pytest.mark.parametrize("lengths", [SHORT, SHARED, ONE_LONG], ids=["short", "shared", "one long"])
 def test_segments_side_by_side_are_each_by_itself(lengths: Any, causal: bool, window: int | None, more: str) -> None:
-    """As GPUs compute them: outputs, and gradients of all that goes in, padded rows or not."""
+    """As GPUs compute them, and where long ones are in blocks of queries: outputs, and gradients of all that goes in, padded
+    rows or not."""
     if lengths is ONE_LONG and (more or window):
         pytest.skip("says no more than the short ones, in much more time")
     draws, found, cpu = torch.Generator().manual_seed(0), [], torch.device("cpu")
@@ -285,14 +286,16 @@ def test_segments_side_by_side_are_each_by_itself(lengths: Any, causal: bool, wi
     elif more:
         softcap, sinks = 0.7, torch.randn(2, generator=draws, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v, bias, sinks) if x is not None]
-    for side_by_side in (False, True):
+    for side_by_side, at_once in ((False, AT_ONCE), (True, AT_ONCE), (False, 70)):
         calls = calls_of(*lengths, cpu, side_by_side)
-        output = sdpa(q, k, v, calls, causal, Options(0.5, 0.0, window, softcap, bias, sinks))
+        output = sdpa(q, k, v, calls, causal, Options(0.5, 0.0, window, softcap, bias, sinks), at_once)
         slope = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view_as(output)
         found.append([output, *torch.autograd.grad(output, inputs, slope)])
-    assert len(calls.rows) == (3 if lengths is ONE_LONG else 1)
-    for each, together in zip(*found, strict=True):
-        torch.testing.assert_close(together, each, rtol=1e-9, atol=1e-11)
+        assert len(calls.rows) == (len(lengths[0]) if not side_by_side else 3 if lengths is ONE_LONG else 1)
+    each, *others = found
+    for other in others:
+        for one, same in zip(each, other, strict=True):
+            torch.testing.assert_close(same, one, rtol=1e-9, atol=1e-11)
 
 
 def call(kernel: str = "sdpa", batch: PackedBatch | None = None, **options: Any) -> Tensor:

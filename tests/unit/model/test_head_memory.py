@@ -1,5 +1,6 @@
 """Log-probs of many scored tokens: the memory of their backward pass grows with tokens times hidden size, and with the
-vocabulary by a chunk alone. Bytes of live tensors are counted, and so are exact."""
+vocabulary by a chunk alone; and scores of a long segment are there in blocks.
+Bytes of live tensors are counted, and so are exact."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tiny import tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +21,7 @@ from dspref.model import head_room
 from dspref.model.attention import PACKED
 from dspref.model.logps import scored_logps
 from dspref.model.packed import PackedCausalLM
+from dspref.model.sdpa import Options, calls_of, sdpa
 
 VOCABULARY, HIDDEN = 32_768, 16
 # Too many to keep their probabilities.
@@ -102,3 +105,14 @@ def test_tokens_that_are_not_scored_meet_no_head() -> None:
 
     few, many = of_prompt(500), of_prompt(1000)
     assert (many - few) / 1000 < 4 * VOCABULARY / 10
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (900, None), (None, 5.0)])
+def test_scores_of_a_long_segment_are_never_all_there(window: int | None, softcap: float | None) -> None:
+    """Answers behind a shared prompt, sliding windows and softcaps: forward and backward hold blocks of scores."""
+    queries, keys, heads, at_once = 1536, 3072, 2, 2**18
+    q = torch.randn(queries, heads, 8, requires_grad=True)
+    k, v = (torch.randn(keys, heads, 8, requires_grad=True) for _ in range(2))
+    calls = calls_of([queries], [keys], q.device, side_by_side=False)
+    most = peak(lambda: sdpa(q, k, v, calls, True, Options(0.5, 0.0, window, softcap), at_once).sum().backward())
+    assert most < 16 * 4 * at_once < 4 * queries * keys * 0.9
