@@ -90,8 +90,8 @@ PIECES = [
     {"kind": "rejected", "start": 50, "tokens": 10, "group": 0, "pairs": [0], "keys": [(0, 25), (50, 60)], "own": True},
 ]
 PACK = {
-    "step": 3, "steps": 9, "rank": 0, "ranks": 2, "held_by": 1, "micro_step": 1, "micro_steps": 2, "evaluation": False, "last_step": 9,
-    "tokens": 60, "room": 100, "pairs": 1, "pieces": PIECES,
+    "step": 3, "steps": 9, "rank": 0, "ranks": 2, "held_by": 1, "micro_step": 1, "micro_steps": 2, "evaluation": False,
+    "last_step": 9, "tokens": 60, "room": 100, "pairs": 1, "pieces": PIECES,
 }  # fmt: skip
 
 
