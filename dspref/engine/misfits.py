@@ -57,6 +57,9 @@ def notes(user_strategy: Mapping[str, Any]) -> list[str]:
         lines.append(f"warning: deepspeed.unproven: no test of dspref trains with {_short(keys)}; compare the first losses")
     if expert_parallel.size_of(user_strategy) > 1 and ACCELERATOR.device_name() == "cuda":
         lines.append("warning: deepspeed.expert_parallel: tested on CPUs alone; compare the first losses with those without")
+    world = distributed.world()
+    if line := sharing.over_machines(world.sequence, world.local_size):
+        lines.append(line)
     if keys := strategy.idle(user_strategy):
         lines.append(f"deepspeed: without effect at stage {strategy.stage_of(user_strategy)}: {_short(keys)}")
     return lines

@@ -10,3 +10,13 @@ def refuse(sequence: int, ranks: int) -> None:
     if ranks % sequence:
         there = f"{ranks} rank{'s' if ranks > 1 else ''}"
         raise ConfigError(f"parallel.sequence: {sequence} does not divide the {there}; use 1, or ranks that it divides")
+
+
+def over_machines(sequence: int, of_machine: int) -> str | None:
+    """What there is to know of groups where a machine has so many ranks, in a line; None where each group is on one."""
+    if of_machine % sequence == 0:
+        return None
+    return (
+        f"parallel.sequence: a machine has {of_machine} rank{'s' if of_machine > 1 else ''}, so that groups of {sequence} reach "
+        "over machines, between which every layer's attention is exchanged"
+    )

@@ -8,6 +8,7 @@ import pytest
 
 from dspref.engine import ds_config, misfits
 from dspref.errors import ConfigError, ExitCode
+from dspref.ranks import sharing
 
 
 def zero(**keys: Any) -> dict[str, Any]:
@@ -48,3 +49,10 @@ def test_deepspeed_does_not_see_that_a_key_is_unproven() -> None:
     told = ds_config.training_config(given, "bfloat16", TrainSection())
     assert "unproven" not in told and told["zero_optimization"]["zero_quantized_weights"] is True
     assert given["unproven"] is True
+
+
+def test_groups_that_reach_over_machines_are_told_of() -> None:
+    """There is no second machine here: the line is what is looked at."""
+    assert sharing.over_machines(1, 1) is sharing.over_machines(4, 8) is sharing.over_machines(8, 8) is None
+    assert "a machine has 3 ranks, so that groups of 2 reach over machines" in str(sharing.over_machines(2, 3))
+    assert "a machine has 1 rank, so that groups of 2" in str(sharing.over_machines(2, 1))
