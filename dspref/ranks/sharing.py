@@ -16,7 +16,8 @@ def over_machines(sequence: int, of_machine: int) -> str | None:
     """What there is to know of groups where a machine has so many ranks, in a line; None where each group is on one."""
     if of_machine % sequence == 0:
         return None
+    has = f"a machine has {of_machine} rank{'s' if of_machine > 1 else ''}"
     return (
-        f"parallel.sequence: a machine has {of_machine} rank{'s' if of_machine > 1 else ''}, so that groups of {sequence} reach "
-        "over machines, between which every layer's attention is exchanged"
+        f"parallel.sequence: {has}, so that groups of {sequence} reach over machines, "
+        "between which every layer's attention is exchanged"
     )
