@@ -42,7 +42,7 @@ def refuse_spread(user_strategy: Mapping[str, Any], ranks: int) -> None:
     """Raises ConfigError where the ranks cannot hold the experts between them, as there are some without others."""
     size = expert_parallel.size_of(user_strategy)
     if ranks % size:
-        few = max(n for n in range(1, size) if ranks % n == 0)
+        few = max(n for n in range(1, min(size, ranks + 1)) if ranks % n == 0)
         fix = f"use {few}" if few > 1 else "remove deepspeed.expert_parallel"
         there = f"{ranks} rank{'s' if ranks > 1 else ''}"
         raise ConfigError(

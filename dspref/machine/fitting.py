@@ -19,6 +19,8 @@ from dspref.model import tiling
 GIB = 2**30
 # The longest budget that is tried.
 MOST_TOKENS = 2**20
+# Where a run has DeepSpeed's settings itself.
+OWN = "deepspeed.zero_optimization"
 # A change is worth naming that saves more than this share of the memory.
 WORTH_NAMING = 0.01
 
@@ -37,6 +39,8 @@ class Asked:
     """Whether its MLPs can run in tiles."""
     heads: int = 0
     """Of attention, where ranks may hold packs between them and do not."""
+    spread: bool = False
+    """Whether ranks hold the experts of a layer between them (deepspeed.expert_parallel), which goes with less."""
 
     @property
     def needs(self) -> Estimate:
@@ -140,7 +144,12 @@ def _shard(run: Asked, longest: int, room: float) -> Proposal:
     then = next(fitting, higher[-1])
     file = f"zero{then.stage}_offload" if own.states_on != "gpu" else f"zero{then.stage}"
     cost = "traffic: weights are gathered as they are used" if then.stage == 3 else "none"
-    return f"deepspeed=ds_configs/{file}.json", cost, replace(run, layout=then)
+    return _strategy(run, f"{file}.json", f"{OWN}.stage={then.stage}"), cost, replace(run, layout=then)
+
+
+def _strategy(run: Asked, file: str, keys: str) -> str:
+    """A file of settings, or single keys, where a file in the place of the run's own would take the experts back."""
+    return keys if run.spread else f"deepspeed=ds_configs/{file}"
 
 
 def _recompute(run: Asked, longest: int, room: float) -> Proposal:
@@ -175,13 +184,13 @@ def _tile(run: Asked, longest: int, room: float) -> Proposal:
 
 def _share(run: Asked, longest: int, room: float) -> Proposal:
     """The fewest ranks whose part of the longest pair fits, else the most."""
-    most, found = gcd(run.layout.ranks, run.heads) if run.heads else 1, None
+    most, found = gcd(run.layout.ranks, run.heads) if run.heads and not run.spread else 1, None
     budget = largest_budget(run, room)
     for count in (n for n in range(2, most + 1) if most % n == 0):
         tokens = max(budget, -(-longest // count))
         if tokens < run.pack.tokens:
             shared = replace(_laid(run, packs=2), pack=layers.scaled(run.pack, tokens), heads=0)
-            setting = f"parallel.sequence={count}, with data.tokens_per_pack: {tokens}"
+            setting = f"parallel.sequence={count} data.tokens_per_pack={tokens}"
             found = setting, f"{count} ranks hold a pack, and exchange heads in attention; losses stay the same", shared
             if shared.needs.total <= room:
                 break
@@ -189,7 +198,7 @@ def _share(run: Asked, longest: int, room: float) -> Proposal:
 
 
 def _eight_bits(run: Asked, longest: int, room: float) -> Proposal:
-    if run.layout.moments == 2 or run.layout.device != "cuda" or run.layout.states_on != "gpu":
+    if run.spread or run.layout.moments == 2 or run.layout.device != "cuda" or run.layout.states_on != "gpu":
         return None
     return "train.optim=adamw_8bit", "states are rounded to 8 bits; needs bitsandbytes", _laid(run, moments=2)
 
@@ -202,21 +211,26 @@ def _offload_states(run: Asked, longest: int, room: float) -> Proposal:
     then = replace(_with(run.layout, stage, "cpu", "gpu"), moments=8)
     host = memory_plan.host(run.shape, then) / GIB
     cost = f"updates on the CPU, and {host:.1f} GiB of host memory for each rank"
-    return f"deepspeed=ds_configs/zero{stage}_offload.json", cost, replace(run, layout=then)
+    keys = f"{OWN}.stage={stage} " * (stage != run.layout.stage) + f"{OWN}.offload_optimizer.device=cpu"
+    return _strategy(run, f"zero{stage}_offload.json", keys), cost, replace(run, layout=then)
 
 
 def _offload_weights(run: Asked, longest: int, room: float) -> Proposal:
     if run.layout.device != "cuda" or run.layout.weights_on != "gpu" or run.layout.four_bits:
         return None
+    if run.spread and run.layout.stage < 3:
+        return None
     then = replace(_with(run.layout, 3, "cpu", "cpu"), live=min(run.layout.live, 10**8))
     host = memory_plan.host(run.shape, then) / GIB
     cost = f"weights come over PCIe, and {host:.1f} GiB of host memory for each rank"
-    setting = "deepspeed=ds_configs/zero3_offload_all.json, with stage3_max_live_parameters: 100000000"
-    return setting, cost, replace(run, layout=then)
+    live = "stage3_max_live_parameters"
+    keys = f"{OWN}.offload_optimizer.device=cpu " * (run.layout.states_on == "gpu")
+    keys += f"{OWN}.offload_param.device=cpu {OWN}.{live}=100000000"
+    return _strategy(run, f"zero3_offload_all.json, with {live}: 100000000", keys), cost, replace(run, layout=then)
 
 
 def _adapter(run: Asked, longest: int, room: float) -> Proposal:
-    if run.shape.frozen_base:
+    if run.shape.frozen_base or run.spread:
         return None
     # r = 16 on all linear layers: 2 r / h of a square matrix.
     trained = round(run.shape.body * 32 / run.shape.hidden)

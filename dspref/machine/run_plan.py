@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dspref.config import CheckpointSection, ModelSection, ReferenceSection, TrainSection
+from dspref.config.strategy import spreads_experts
 from dspref.machine import fitting, flops, footprint, layers, memory_plan, shapes
 from dspref.machine.fitting import Asked
 from dspref.machine.flops import Work
@@ -128,7 +129,7 @@ def asked(
         **model_settings(model, shape.hidden),
         **settings,
     )
-    return Asked(shape, layout, load.pack, reference.moved_by is not None, optim)
+    return Asked(shape, layout, load.pack, reference.moved_by is not None, optim, spread=spreads_experts(strategy))
 
 
 def model_settings(model: ModelSection, hidden: int) -> dict[str, Any]:

@@ -56,15 +56,12 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         reads_images = vision.is_vision(config) and encoded is None
         sizes = head_sizes(vision.language_model(skeleton) if reads_images else skeleton)
         router_coefficient(section, skeleton)
-        if section.tiled_mlp is not False:
-            tiles.check(skeleton)
+        refuse_tiles(section, config, skeleton, max_length)
         if section.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {text.model_type} does not support it; set false")
     else:  # of code that comes with the model, which is not run before it is loaded
         sizes = {number(text, "head_dim") or 0}
     if why := why_alone(config, max_length):
-        if section.tiled_mlp is not False:  # under ZeRO-3 ranks with longer sequences would gather for more tiles
-            raise ConfigError(f"{tiles.KEY}: {text.model_type} is run one sequence at a time, as {why}; drop the key")
         _refuse_other_kernel(section, text.model_type, why)
         return alone.ALONE
     window = number(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
@@ -78,6 +75,16 @@ def check(section: ModelSection, config: PretrainedConfig, max_length: int | Non
         dropout=0.0 if section.disable_dropout else _attention_dropout(text),
         position_bias=encoded is not None and encoded.has_bias,
     )
+
+
+def refuse_tiles(section: ModelSection, config: PretrainedConfig, skeleton: PreTrainedModel, max_length: int | None) -> None:
+    """Raise ConfigError where MLPs are to run in tiles, and this model's cannot."""
+    if section.tiled_mlp is False:
+        return
+    tiles.check(skeleton)
+    if why := why_alone(config, max_length):  # under ZeRO-3 ranks with longer sequences would gather for more tiles
+        kind = config.get_text_config().model_type
+        raise ConfigError(f"{tiles.KEY}: {kind} is run one sequence at a time, as {why}; drop the key")
 
 
 def refuse_shared(config: PretrainedConfig, sequence: int, max_length: int | None) -> None:

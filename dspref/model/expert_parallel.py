@@ -48,7 +48,8 @@ FAMILIES = {
 def size_of(strategy: Mapping[str, Any]) -> int:
     """How many ranks hold the experts of a layer between them; 1 where each has them all."""
     section = strategy.get(KEY) or {}
-    return section.get("autoep_size", 1) if section.get("enabled") else 1
+    # DeepSpeed takes whole floats for most numbers, and not for this one.
+    return int(section.get("autoep_size", 1)) if section.get("enabled") else 1
 
 
 def refuse(config: PretrainedConfig, strategy: Mapping[str, Any], dtype: str, kernel: str = "") -> None:
@@ -66,8 +67,8 @@ def refuse(config: PretrainedConfig, strategy: Mapping[str, Any], dtype: str, ke
         )
     experts = getattr(config, family.experts)
     if experts % size:
-        few = max(n for n in range(1, size) if experts % n == 0)
-        fix = f"use {few}" if few > 1 else "remove it"
+        few = max(n for n in range(1, min(size, experts + 1)) if experts % n == 0)
+        fix = f"use {few}" if few > 1 else f"remove {own}"
         raise ConfigError(f"{own}.autoep_size: {size} does not divide the model's {experts} experts; {fix}")
     if family.whole_router and dtype != "float32":
         raise ConfigError(

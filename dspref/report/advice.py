@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dspref.config import ModelSection, ReferenceSection, TrainSection
+from dspref.config.strategy import spreads_experts
 from dspref.data.loader import StepLoader, count, longest_pair, place
 from dspref.engine import memory
 from dspref.engine.engine import Engine
@@ -101,9 +102,8 @@ def of_run(
     pack = Pack(largest, round(largest * shares[0]), shares[1], most)
     shape, free = shape_of(section, lm), memory.free_memory(policy.device)
     kept, coming = still_to_come(shape, replace(layout, checkpointing=False), pack)
-    alone = parts > 1 or admission.why_not_shared(lm.config, None) or kernel == ALONE
-    heads = 0 if alone else admission.number(lm.config.get_text_config(), "num_attention_heads") or 0
-    run = Asked(shape, layout, pack, optim=train.optim, tiles=kernel != ALONE and tiles.why_not(lm) is None, heads=heads)
+    ways = _ways_for_long_pairs(lm, kernel, parts)
+    run = Asked(shape, layout, pack, optim=train.optim, spread=spreads_experts(strategy), **ways)
     facts = Facts(
         device=policy.device.type,
         zero_stage=layout.stage,
@@ -122,6 +122,14 @@ def of_run(
         too_long=too_long(run, -(-longest_pair(loader.store, packing.prefix_sharing) // parts), free),
     )
     return list(lines(facts))
+
+
+def _ways_for_long_pairs(lm: Any, kernel: str, parts: int) -> dict[str, Any]:
+    """Which of them this model can go, by the names of `Asked`."""
+    alone = kernel == ALONE
+    shared = parts > 1 or alone or admission.why_not_shared(lm.config, None)
+    heads = 0 if shared else admission.number(lm.config.get_text_config(), "num_attention_heads") or 0
+    return {"tiles": not alone and tiles.why_not(lm) is None, "heads": heads}
 
 
 def shape_of(section: ModelSection, lm: Any) -> ModelShape:

@@ -82,15 +82,18 @@ def shape_of(section: ModelSection) -> ModelShape:
     return built.of_model(lm, kind, lambda parameter: parameter.numel(), shapes.as_saved(section.lora))
 
 
-def refuse_ranks(
-    section: ModelSection, strategy: Mapping[str, Any], max_length: int | None, sequence: int, ranks: int
-) -> None:
-    """Raises ConfigError where these ranks cannot hold packs, or the model's experts, between them, by config.json."""
+def refuse(section: ModelSection, strategy: Mapping[str, Any], max_length: int | None, sequence: int, ranks: int) -> None:
+    """Raises ConfigError where these ranks cannot hold packs, or the model's experts, between them, or its MLPs not run in
+    tiles, by its config.json."""
     sharing.refuse(sequence, ranks)
     misfits.refuse_spread(strategy, ranks)
     if config := _config_here(section):
         admission.refuse_shared(config, sequence, max_length)
         expert_parallel.refuse(config, strategy, section.dtype)
+        if section.tiled_mlp is not False:
+            admission.refuse_tiles(section, config, admission.build_skeleton(section, config), max_length)
+        if section.tiled_mlp is not False:
+            admission.refuse_tiles(section, config, admission.build_skeleton(section, config), max_length)
 
 
 def ways_for_long_pairs(section: ModelSection, max_length: int | None, sequence: int) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def foresee(config: Config, card: Gpu, gpus: int, nodes: int, mean_tokens: int |
     loading.quiet()
     objective, data, ranks = build_objective(**config.objective.model_dump()), config.data_read, gpus * nodes
     machine, shared = run_plan.Machine(card, gpus, nodes), config.parallel.sequence
-    foresight.refuse_ranks(config.model, config.strategy, data.max_length, shared, ranks)
+    foresight.refuse(config.model, config.strategy, data.max_length, shared, ranks)
     foresight.shape_of(config.model)  # before the data, which may take long
     load = foresight.load(config.model, data, config.train, objective, ranks, mean_tokens, shared)
     needed = needs_reference(**config.objective.model_dump())

@@ -57,8 +57,8 @@ def found(*arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def test_what_the_run_refuses_of_ranks_that_share_a_pack_is_refused_here(folder: Path) -> None:
-    """Ranks, heads, and models whose packs are not shared."""
+def test_what_the_run_refuses_of_ways_for_long_pairs_is_refused_here(folder: Path) -> None:
+    """Ranks, heads, models whose packs are not shared, and MLPs that do not run in tiles."""
     assert call("--gpus", "3", "parallel.sequence=2") == (
         2, "parallel.sequence: 2 does not divide the 3 ranks; use 1, or ranks that it divides\n",
     )  # fmt: skip
@@ -67,6 +67,8 @@ def test_what_the_run_refuses_of_ranks_that_share_a_pack_is_refused_here(folder:
     save_tiny(folder / "model", tiny_encoder_decoder("t5", 1000), 1)
     code, said = call("--gpus", "2", "parallel.sequence=2")
     assert code == 2 and "parallel.sequence: 2, but t5 has an encoder, and its packs are not shared; use 1" in said
+    code, said = call("model.tiled_mlp=true")
+    assert code == 2 and "model.tiled_mlp: t5 has an encoder, and its MLPs are not tiled; drop the key" in said
 
 
 def test_packs_and_tokens_are_those_that_the_run_will_have(folder: Path) -> None:

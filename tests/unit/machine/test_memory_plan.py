@@ -223,11 +223,20 @@ def test_long_pairs_have_changes_of_their_own_and_those_help() -> None:
     assert list(seen)[:3] == [(out,), (tiled,), (out, tiled)]
     shared = [found[-1].setting for names, found in seen.items() if names[-1] == "parallel.sequence"]
     for setting in shared:
-        found = re.fullmatch(r"parallel\.sequence=([24]), with data\.tokens_per_pack: (\d+)", setting)
+        found = re.fullmatch(r"parallel\.sequence=([24]) data\.tokens_per_pack=(\d+)", setting)
         assert found and int(found[1]) * int(found[2]) >= longest
     assert shared
     assert not any("sequence" in change.setting for change in changes(replace(run, heads=0), longest, total / 4))
     assert not any("tiled" in change.setting for change in changes(replace(run, tiles=False), longest, total / 4))
+
+
+def test_beside_spread_experts_only_what_goes_with_them_is_proposed() -> None:
+    """No other optimizer, adapter or ranks that share a pack; and no file, which would be in the place of `deepspeed`."""
+    run = Asked(SEVEN, EIGHT, LONG, tiles=True, heads=28, spread=True)
+    settings = " ".join(change.setting for change in changes(run, 65_536, run.needs.total / 20))
+    assert "deepspeed.zero_optimization.offload_optimizer.device=cpu" in settings
+    assert "deepspeed.zero_optimization.offload_param.device=cpu" in settings and "offload" in settings.split()[0]
+    assert not any(word in settings for word in ("sequence", "8bit", "lora", ".json"))
 
 
 @pytest.mark.parametrize("card", gpus.GPUS)

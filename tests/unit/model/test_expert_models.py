@@ -97,3 +97,14 @@ def test_ranks_that_cannot_share(ranks: int, fix: str | None) -> None:
         return misfits.refuse_spread(SPREAD, ranks)
     with pytest.raises(ConfigError, match=f"autoep_size: 4 does not divide the {ranks} ranks?; {fix}"):
         misfits.refuse_spread(SPREAD, ranks)
+
+
+def test_sizes_as_yaml_may_write_them() -> None:
+    """DeepSpeed asks for an integer here; a size beyond all ranks is refused as fast as others."""
+    size = expert_parallel.size_of({"expert_parallel": {"enabled": True, "autoep_size": 2.0}})
+    assert size == 2 and type(size) is int
+    with pytest.raises(ConfigError, match="does not divide the 2 ranks; use 2"):
+        misfits.refuse_spread({"expert_parallel": {"enabled": True, "autoep_size": 10**12}}, 2)
+    with pytest.raises(ConfigError, match="does not divide the model's 3 experts; remove deepspeed.expert_parallel"):
+        config = transformers.MixtralConfig(num_local_experts=3)
+        expert_parallel.refuse(config, {"expert_parallel": {"enabled": True, "autoep_size": 2}}, "float32")
