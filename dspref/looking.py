@@ -81,7 +81,7 @@ def inspect(
     held_out: Annotated[bool, typer.Option("--eval", help="Of the held-out pairs.")] = False,
     source: Annotated[str | None, typer.Option(metavar="NAME|N", help="Of one source, by its key in the YAML.")] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show the id of each token.")] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Plan the packs for so many; default: one group.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Plan the packs for so many; default: parallel.sequence.")] = None,
     format: Annotated[Format, typer.Option(help="json: one object, for programs.")] = Format.text,
 ) -> None:
     """Look at pairs as the model will see them, and at the data in numbers. Loads no weights.

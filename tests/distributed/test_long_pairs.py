@@ -6,14 +6,10 @@ compared with to the oracle.
 
 from __future__ import annotations
 
-import json
-import random
-import time
 from pathlib import Path
 
 import pytest
-import yaml
-from test_measured_memory import MODEL, Case, two_steps
+from long_runs import long_run, needed
 from test_sequence_parallel import compare, write_run
 from tiny import save_tiny, save_tokenizer, tiny_config
 
@@ -65,48 +61,9 @@ def test_one_with_an_adapter_is_too(run_files, all_workers):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_long_pair_takes_less_memory_in_tiles(recompute, tmp_path):
     """Beyond what stays between steps: a pair of 16k tokens, and MLPs four times as wide as the layers."""
-    write_long_run(tmp_path, recompute)
-    needed = {}
-    for tiled in (False, True):
-        run = yaml.safe_load((tmp_path / "run.yaml").read_text())
-        run["model"]["tiled_mlp"], run["output_dir"] = tiled, str(tmp_path / f"out-{tiled}")
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-        began = time.monotonic()
-        found = two_steps(Case(1, 1, False, recompute), tmp_path)
-        (tmp_path / "found.json").unlink()
-        needed[tiled] = found["peak"] - found["after"]
-        print(
-            f"{tiled=} {found['tokens']} tokens {needed[tiled] >> 20} MiB {time.monotonic() - began:.1f} s", found["places"]
-        )
-        assert found["tokens"] > 16_000
-    assert needed[True] < 0.8 * needed[False]
-
-
-def write_long_run(folder: Path, recompute: bool) -> None:
-    """One pair of 16k tokens a step, few of them scored, so that layers have the peak and not the head."""
-    (folder / "model").mkdir()
-    small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
-    (folder / "model" / "config.json").write_text(json.dumps(MODEL | small | {"max_position_embeddings": 32_768}))
-    draw = random.Random(1)
-
-    def words(count: int) -> str:
-        return " ".join("".join(draw.choice("abcdefghijklmnop") for _ in range(4)) for _ in range(count))
-
-    rows = [{"prompt": words(1620), "chosen": words(60), "rejected": words(50)} for _ in range(4)]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = {
-        "model": {
-            "name_or_path": str(folder / "model"),
-            "tokenizer_name_or_path": "launch/quickstart/tokenizer",
-            "init": "random",
-            "dtype": "float32",
-            "gradient_checkpointing": recompute,
-        },
-        "data": {
-            "train": str(folder / "pairs.jsonl"), "max_length": None, "tokens_per_pack": 16_384, "prefix_sharing": False,
-        },
-        "objective": {"name": "simpo"},
-        "train": {"pairs_per_step": 1, "max_steps": 2, "learning_rate": 1e-6},
-        "deepspeed": {"zero_optimization": {"stage": 1}},
-    }  # fmt: skip
-    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    parts = {"prompt": 1620, "chosen": 60, "rejected": 50}  # few tokens are scored: layers have the peak, and not the head
+    run = long_run(tmp_path, parts, recompute, pairs_per_step=1, tokens_per_pack=16_384, prefix_sharing=False)
+    whole, found = needed(tmp_path, run, ranks=1, name="whole")
+    assert found["tokens"] > 16_000
+    tiled, _ = needed(tmp_path, run | {"model": run["model"] | {"tiled_mlp": True}}, ranks=1, name="tiled")
+    assert tiled < 0.8 * whole

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from long_runs import long_run, needed
 from test_layout_invariance import assert_same_gradients
-from test_measured_memory import MODEL, Case, two_steps
 from test_moe import leaning_model
 from tiny import preference_rows, rows_of_turns, save_tiny, save_tokenizer, tiny_config
 from tiny_families import LISTED
@@ -238,43 +237,10 @@ def test_what_cannot_be_shared_is_refused_in_one_line(world, overrides, said, ru
 @pytest.mark.parametrize(("recompute", "shared"), [(False, False), (True, False), (True, True)])
 def test_a_long_pair_takes_little_more_than_half_the_memory(recompute, shared, tmp_path):
     """Beyond what stays between steps, a pair of 16k tokens: of ranks that hold it together, and of one that has it all."""
-    (tmp_path / "model").mkdir()
-    small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL | small | {"max_position_embeddings": 32_768}))
-    draw = random.Random(1)
-
-    def words(count: int) -> str:
-        return " ".join("".join(draw.choice("abcdefghijklmnop") for _ in range(4)) for _ in range(count))
-
-    rows = [{"prompt": words(1300), "chosen": words(900), "rejected": words(880)} for _ in range(4)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = {
-        "model": {
-            "name_or_path": str(tmp_path / "model"),
-            "tokenizer_name_or_path": "launch/quickstart/tokenizer",
-            "init": "random",
-            "dtype": "float32",
-            "gradient_checkpointing": recompute,
-        },
-        # A pair goes beyond what one rank has room for, and so it is alone in its pack.
-        "data": {
-            "train": str(tmp_path / "pairs.jsonl"),
-            "max_length": None,
-            "tokens_per_pack": 6144,
-            "prefix_sharing": shared,
-        },
-        "objective": {"name": "simpo"},
-        "train": {"pairs_per_step": 2, "max_steps": 2, "learning_rate": 1e-6},
-        "deepspeed": {"zero_optimization": {"stage": 1}},
-    }
-    needed = {}
-    for of_pack in (1, 2):
-        own = {"parallel": {"sequence": of_pack}, "output_dir": str(tmp_path / f"out-{of_pack}")}
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run | own))
-        found = two_steps(Case(2, 1, False, recompute), tmp_path)
-        (tmp_path / "found.json").unlink()
-        needed[of_pack] = found["peak"] - found["after"]
-        print(of_pack, found["tokens"], found["scored"], {name: found[name] >> 20 for name in ("peak", "after")})
-        assert found["tokens"] > (10_000 if shared else 16_000)
-    print("share of the memory", needed[2] / needed[1], needed)
-    assert needed[2] < 0.6 * needed[1]
+    parts = {"prompt": 1300, "chosen": 900, "rejected": 880}
+    # A pair goes beyond what one rank has room for, and so it is alone in its pack.
+    run = long_run(tmp_path, parts, recompute, pairs_per_step=2, tokens_per_pack=6144, prefix_sharing=shared)
+    alone, found = needed(tmp_path, run | {"parallel": {"sequence": 1}}, ranks=2, name="alone")
+    assert found["tokens"] > (15_000 if shared else 16_000)
+    together, _ = needed(tmp_path, run | {"parallel": {"sequence": 2}}, ranks=2, name="together")
+    assert together < 0.6 * alone
